@@ -1,0 +1,5 @@
+"""Degradation operators y = A(x) + n."""
+
+from operators.errors import RestoreError
+
+__all__ = ["RestoreError"]

@@ -1,0 +1,5 @@
+"""The one exception family of the package, defined at the bottom of the import order."""
+
+
+class RestoreError(ValueError):
+    """A user's mistake: what was wrong, what was expected and what to do, in one sentence."""

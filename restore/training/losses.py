@@ -1,0 +1,55 @@
+"""The training objective of ADM: noise prediction plus a variational term for the learned variance."""
+
+from __future__ import annotations
+
+import torch
+
+
+def linear_alpha_bar(steps: int = 1000) -> torch.Tensor:
+    """alpha_bar of the linear schedule of DDPM (Ho et al. 2020, sec. 4), float64 (steps,)."""
+    return torch.cumprod(1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64), 0)
+
+
+def _expand(values: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return values[t].float().view(-1, 1, 1, 1)
+
+
+def hybrid_loss(
+    eps_hat: torch.Tensor,
+    v: torch.Tensor,
+    x0: torch.Tensor,
+    eps: torch.Tensor,
+    t: torch.Tensor,
+    alpha_bar: torch.Tensor,
+    snr_gamma: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weighted noise error, variational term), both means over the batch.
+
+    The noise error is weighted by min(SNR, gamma)/SNR (Hang et al. 2023, Min-SNR). The variational
+    term is L_{t-1} of Nichol & Dhariwal 2021, eq. 15-16, in bits per dimension, with the predicted
+    mean held fixed so that it trains the variance channel only; at t = 0 the Gaussian negative
+    log-likelihood of x0 stands for the discretised one.
+    """
+    snr = alpha_bar / (1 - alpha_bar)
+    weight = (snr_gamma / snr).clamp(max=1)[t].float()
+    simple = ((eps_hat - eps) ** 2).mean(dim=(1, 2, 3))
+
+    previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+    beta = 1 - alpha_bar / previous
+    posterior_variance = beta * (1 - previous) / (1 - alpha_bar)
+    log_min = posterior_variance.clone()
+    log_min[0] = posterior_variance[1]
+    log_min, log_max = log_min.log(), beta.log()
+    coef_x0 = beta * previous.sqrt() / (1 - alpha_bar)
+
+    a = _expand(alpha_bar, t)
+    x_t = a.sqrt() * x0 + (1 - a).sqrt() * eps
+    x0_hat = ((x_t - (1 - a).sqrt() * eps_hat.detach()) / a.sqrt()).clamp(-1, 1)
+    # The two means differ only through their x0 term: mean = c1 x0 + c2 x_t.
+    squared_gap = (_expand(coef_x0, t) * (x0 - x0_hat)) ** 2
+    lo, hi = _expand(log_min, t), _expand(log_max, t)
+    log_var = (v + 1) / 2 * hi + (1 - v) / 2 * lo
+    kl = 0.5 * (log_var - lo + torch.exp(lo - log_var) + squared_gap * torch.exp(-log_var) - 1)
+    nll = 0.5 * (log_var + squared_gap * torch.exp(-log_var) + torch.log(torch.tensor(2 * torch.pi)))
+    term = torch.where((t == 0).view(-1, 1, 1, 1), nll, kl).mean(dim=(1, 2, 3)) / torch.log(torch.tensor(2.0))
+    return (weight * simple).mean(), term.mean()

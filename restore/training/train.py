@@ -1,0 +1,222 @@
+"""The training loop. Flat, resumable to the exact step, no state but the one in the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from tqdm import tqdm
+
+from operators import RestoreError
+from restore.training import dataset
+from restore.training.losses import hybrid_loss, linear_alpha_bar
+
+log = logging.getLogger(__name__)
+HELD_OUT_LEVELS = (10, 50, 100, 200, 300, 450, 600, 800)
+
+
+def native_bf16() -> bool:
+    """True where bf16 convolutions are faster than fp32 ones rather than emulated."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def save_atomically(state: dict, path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def save_model(model: UNet2DModel, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Weights as `dtype` safetensors beside config.json: the folder that `restore.load` reads."""
+    copy = UNet2DModel.from_config(model.config)
+    copy.load_state_dict(model.state_dict())
+    copy.to(dtype).save_pretrained(folder, safe_serialization=True)
+
+
+@torch.no_grad()
+def held_out_loss(model, images: torch.Tensor, alpha_bar: torch.Tensor, device) -> dict[int, float]:
+    """Mean squared error of the predicted noise per timestep, on fixed noise, over `images` in [-1, 1]."""
+    result = {}
+    for t in HELD_OUT_LEVELS:
+        generator = torch.Generator().manual_seed(t)
+        total = 0.0
+        for chunk in images.split(32):
+            eps = torch.randn(chunk.shape, generator=generator)
+            a = float(alpha_bar[t])
+            x_t = (math.sqrt(a) * chunk + math.sqrt(1 - a) * eps).to(device)
+            out = model(x_t, torch.full((len(chunk),), t, device=device), return_dict=False)[0].float().cpu()
+            total += float(((out[:, :3] - eps) ** 2).mean(dim=(1, 2, 3)).sum())
+        result[t] = total / len(images)
+    return result
+
+
+@torch.no_grad()
+def sample_grid(model, alpha_bar: torch.Tensor, size: int, path: Path, device, n: int = 16, steps: int = 50) -> None:
+    """A grid of unconditional DDIM samples from fixed noise, so that grids of one run can be compared."""
+    x = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    times = np.linspace(0, len(alpha_bar) - 1, steps).round().astype(int)[::-1]
+    for i, t in enumerate(times):
+        a = float(alpha_bar[t])
+        a_previous = float(alpha_bar[times[i + 1]]) if i + 1 < len(times) else 1.0
+        eps = model(x, torch.full((n,), int(t), device=device), return_dict=False)[0].float()[:, :3]
+        x0 = ((x - math.sqrt(1 - a) * eps) / math.sqrt(a)).clamp(-1, 1)
+        eps = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
+        x = math.sqrt(a_previous) * x0 + math.sqrt(1 - a_previous) * eps
+    pixels = ((x.cpu() + 1) * 127.5).clamp(0, 255).round().byte().permute(0, 2, 3, 1).numpy()
+    side = math.isqrt(n)
+    rows = [np.concatenate(list(pixels[r * side : (r + 1) * side]), axis=1) for r in range(side)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(rows, axis=0)).save(path)
+
+
+def build_model(config: DictConfig) -> UNet2DModel:
+    if config.init is None:
+        return UNet2DModel(**OmegaConf.to_container(config.model))
+    if not (Path(config.init) / "config.json").exists():
+        raise RestoreError(f"init={config.init} is not a folder with config.json and safetensors weights")
+    return UNet2DModel.from_pretrained(config.init, torch_dtype=torch.float32)
+
+
+def train(config: DictConfig) -> Path:
+    """Train until `config.steps` or `config.minutes`; returns the folder with the EMA weights.
+
+    Continues from `config.out`/checkpoint.pt when it is there. Raises RestoreError for a missing
+    data folder, unreadable images or a checkpoint made with another model configuration.
+    """
+    torch.manual_seed(config.seed)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if native_bf16() else "no"
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    training, held_out = dataset.split(dataset.list_images(config.data.folder), config.data.held_out_every)
+    images = dataset.load(training, config.data.stored_size)
+    size = config.model.sample_size
+    validation = torch.nn.functional.interpolate(
+        dataset.load(held_out, config.data.stored_size).float() / 127.5 - 1, size=(size, size), mode="area"
+    )
+
+    model = build_model(config).to(memory_format=torch.channels_last)
+    ema_options = {"decay": config.ema.decay, "use_ema_warmup": True, "power": config.ema.power}
+    ema = EMAModel(model.parameters(), **ema_options)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.optimizer.lr,
+        betas=tuple(config.optimizer.betas),
+        weight_decay=config.optimizer.weight_decay,
+    )
+    step = 0
+    checkpoint = out / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if state["model_config"] != json.dumps(OmegaConf.to_container(config.model), sort_keys=True):
+            raise RestoreError(f"{checkpoint} was made with another model configuration; choose another out=FOLDER")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.load_state_dict(state["ema"])
+        step = state["step"]
+        log.info("continuing from step %d", step)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    ema.to(device)
+    forward = torch.compile(model) if config.compile else model
+    alpha_bar = linear_alpha_bar()
+    started, last_log, recent = time.monotonic(), time.monotonic(), []
+
+    def save(model) -> None:
+        raw = accelerator.unwrap_model(model)
+        state = {
+            "model": raw.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "ema": ema.state_dict(),
+            "step": step,
+            "model_config": json.dumps(OmegaConf.to_container(config.model), sort_keys=True),
+        }
+        save_atomically(state, checkpoint)
+
+    def with_ema(function):
+        """Run `function(model)` with the EMA weights in place of the trained ones."""
+        raw = accelerator.unwrap_model(model)
+        ema.store(raw.parameters())
+        ema.copy_to(raw.parameters())
+        try:
+            return function(raw)
+        finally:
+            ema.restore(raw.parameters())
+
+    def out_of_time() -> bool:
+        return config.minutes is not None and time.monotonic() - started > 60 * config.minutes
+
+    bar = tqdm(total=config.steps, initial=step, disable=not accelerator.is_main_process, mininterval=10)
+    while step < config.steps and not out_of_time():
+        # Everything random in a step is drawn from a generator seeded by the step itself.
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step * world + rank)
+        chosen = dataset.batch_indices(len(images), config.batch, step * world + rank, config.seed)
+        x0 = dataset.augment(images[chosen], size, generator, config.data.augment).to(device)
+        eps = torch.randn(x0.shape, generator=generator).to(device)
+        # Stratified timesteps: one per equal slice of the range, which lowers the gradient's variance.
+        slots = (torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) / len(x0)
+        t = (slots * len(alpha_bar)).long().to(device)
+        a = alpha_bar.to(device)[t].float().view(-1, 1, 1, 1)
+        x_t = (a.sqrt() * x0 + (1 - a).sqrt() * eps).contiguous(memory_format=torch.channels_last)
+
+        for group in optimizer.param_groups:
+            group["lr"] = config.optimizer.lr * min(1.0, (step + 1) / config.optimizer.warmup_steps)
+        with accelerator.autocast():
+            prediction = forward(x_t, t, return_dict=False)[0].float()
+        simple, vlb = hybrid_loss(
+            prediction[:, :3], prediction[:, 3:], x0, eps, t, alpha_bar.to(device), config.snr_gamma
+        )
+        loss = simple + config.vlb_weight * vlb
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.step(model.parameters())
+        step += 1
+        bar.update()
+
+        recent.append((float(simple.detach()), float(vlb.detach())))
+        if not math.isfinite(recent[-1][0] + recent[-1][1]):
+            raise RestoreError(f"the loss is not finite at step {step}; lower optimizer.lr and continue")
+        if not accelerator.is_main_process:
+            continue
+        if step % config.log_every == 0:
+            mean = np.mean(recent, axis=0)
+            row = {"step": step, "eps_loss": float(mean[0]), "vlb_bits": float(mean[1])}
+            row["images_per_second"] = len(recent) * config.batch * world / (time.monotonic() - last_log)
+            with open(out / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            bar.set_postfix(loss=f"{mean[0]:.4f}", vlb=f"{mean[1]:.4f}")
+            recent, last_log = [], time.monotonic()
+        if step % config.held_out_every_steps == 0:
+            levels = with_ema(lambda m: held_out_loss(m, validation, alpha_bar, device))
+            with open(out / "held_out.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, "eps_mse": levels}) + "\n")
+        if step % config.samples_every_steps == 0:
+            with_ema(lambda m: sample_grid(m, alpha_bar, size, out / "samples" / f"{step:07d}.png", device))
+        if step % config.checkpoint_every_steps == 0 or step == config.steps:
+            save(model)
+            with_ema(lambda m: save_model(m, out / "ema"))
+    bar.close()
+    if accelerator.is_main_process:
+        save(model)
+        with_ema(lambda m: save_model(m, out / "ema"))
+    return out / "ema"
