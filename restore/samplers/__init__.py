@@ -1,0 +1,1 @@
+"""The time loops, one flat function per algorithm."""

@@ -1,0 +1,122 @@
+"""Respaced diffusion: which timesteps are visited, and the coefficients of one step between them.
+
+diffusers' DDPMScheduler is not used here: for respaced steps with a learned variance range it does
+not reproduce guided-diffusion's arrays (the clipped posterior variance at index 0 differs).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from operators import RestoreError
+
+
+def respace(num_train_steps: int, spec: int | str) -> list[int]:
+    """Original timestep indices to visit, ascending.
+
+    spec: N or "N" for N steps spread evenly with both ends included; "N1,N2,..." for N_i steps in
+        each of equal sections; "ddimN" for a constant integer stride from 0 (Song et al. 2021).
+    Raises RestoreError for a count that is not positive or larger than the number of training steps.
+    (Nichol & Dhariwal 2021, sec. 4; index rounding as in guided-diffusion.)
+    """
+    text = str(spec)
+    if text.startswith("ddim"):
+        n = _count(text[4:], num_train_steps, spec)
+        for stride in range(1, num_train_steps + 1):
+            if len(range(0, num_train_steps, stride)) == n:
+                return list(range(0, num_train_steps, stride))
+        raise RestoreError(f"steps={spec}: no integer stride visits exactly {n} of {num_train_steps} steps")
+    counts = [_count(part, num_train_steps, spec) for part in text.split(",")]
+    size, extra = divmod(num_train_steps, len(counts))
+    visited, start = [], 0
+    for section, count in enumerate(counts):
+        length = size + (1 if section < extra else 0)
+        if count > length:
+            raise RestoreError(f"steps={spec}: cannot take {count} steps out of a section of {length}")
+        stride = (length - 1) / (count - 1) if count > 1 else 1.0
+        position = 0.0
+        for _ in range(count):
+            visited.append(start + round(position))
+            position += stride
+        start += length
+    return visited
+
+
+def _count(text: str, limit: int, spec: int | str) -> int:
+    try:
+        n = int(text)
+    except ValueError:
+        raise RestoreError(f"steps={spec} is not a number of steps, 'N1,N2,...' or 'ddimN'") from None
+    if not 1 <= n <= limit:
+        raise RestoreError(f"steps={spec}: the number of steps must be between 1 and {limit}")
+    return n
+
+
+class Diffusion:
+    """Coefficients of the diffusion restricted to `timesteps`, and its three update rules.
+
+    alphas_cumprod: alpha_bar of the training schedule, float64 (T,).
+    timesteps: original indices in any order; step i = 0 is the least noisy.
+    All arrays are float64 on the CPU and are rounded to the sample's dtype where they are used.
+    """
+
+    def __init__(self, alphas_cumprod: torch.Tensor, timesteps) -> None:
+        self.timesteps = sorted(int(t) for t in timesteps)
+        if not self.timesteps:
+            raise RestoreError("no timesteps: the number of steps must be at least 1")
+        self.alpha_bar = alphas_cumprod.double().cpu()[self.timesteps]
+        self.alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
+        self.beta = 1 - self.alpha_bar / self.alpha_bar_prev
+        self.posterior_variance = self.beta * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
+        # The posterior variance is 0 at step 0, where its logarithm is taken from step 1.
+        clipped = self.posterior_variance.clone()
+        clipped[0] = clipped[1] if len(clipped) > 1 else self.beta[0]
+        self.posterior_log_variance = clipped.log()
+        self.coef_x0 = self.beta * self.alpha_bar_prev.sqrt() / (1 - self.alpha_bar)
+        self.coef_x_t = (1 - self.alpha_bar_prev) * (1 - self.beta).sqrt() / (1 - self.alpha_bar)
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def x0(self, x_t: torch.Tensor, eps: torch.Tensor, i: int, clip: bool = True) -> torch.Tensor:
+        """Clean estimate x0_hat = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar), clamped to [-1, 1]."""
+        a = self.alpha_bar[i]
+        x0 = _scalar((1 / a).sqrt()) * x_t - _scalar((1 / a - 1).sqrt()) * eps
+        return x0.clamp(-1, 1) if clip else x0
+
+    def log_variance(self, v: torch.Tensor | None, i: int) -> torch.Tensor | float:
+        """log Sigma: interpolated by the learned v in [-1, 1] (Nichol & Dhariwal 2021, eq. 15), else the posterior's."""
+        low, high = _scalar(self.posterior_log_variance[i]), _scalar(self.beta[i].log())
+        if v is None:
+            return low
+        frac = (v + 1) / 2
+        return frac * high + (1 - frac) * low
+
+    def ddpm(self, x_t: torch.Tensor, x0: torch.Tensor, log_variance, i: int, noise: torch.Tensor) -> torch.Tensor:
+        """x_{t-1} ~ N(coef_x0 x0 + coef_x_t x_t, Sigma) (Ho et al. 2020, eq. 6-7); no noise at the last step."""
+        mean = _scalar(self.coef_x0[i]) * x0 + _scalar(self.coef_x_t[i]) * x_t
+        if i == 0:
+            return mean
+        return mean + torch.exp(0.5 * torch.as_tensor(log_variance, device=x_t.device, dtype=x_t.dtype)) * noise
+
+    def ddim(self, x_t: torch.Tensor, x0: torch.Tensor, eta: float, i: int, noise: torch.Tensor) -> torch.Tensor:
+        """x_{t-1} of DDIM (Song et al. 2021, eq. 12 and 16), with eps re-derived from the clamped x0."""
+        a, a_prev = self.alpha_bar[i], self.alpha_bar_prev[i]
+        eps = (_scalar((1 / a).sqrt()) * x_t - x0) / _scalar((1 / a - 1).sqrt())
+        # guided-diffusion looks alpha_bar up in float32, which shows in 1 - alpha_bar near the clean end.
+        a, a_prev = a.float().double(), a_prev.float().double()
+        sigma = eta * ((1 - a_prev) / (1 - a)).sqrt() * (1 - a / a_prev).sqrt()
+        x = _scalar(a_prev.sqrt()) * x0 + _scalar((1 - a_prev - sigma**2).clamp(min=0).sqrt()) * eps
+        return x if i == 0 else x + _scalar(sigma) * noise
+
+    def step(self, x_t, eps, v, i, noise, *, ddim_eta: float | None = None, clip: bool = True) -> torch.Tensor:
+        """One update from x_t with the (guided) eps: DDPM when `ddim_eta` is None, else DDIM(eta)."""
+        x0 = self.x0(x_t, eps, i, clip)
+        if ddim_eta is None:
+            return self.ddpm(x_t, x0, self.log_variance(v, i), i, noise)
+        return self.ddim(x_t, x0, ddim_eta, i, noise)
+
+
+def _scalar(value: torch.Tensor) -> float:
+    """Coefficients are rounded to float32 as guided-diffusion does, then used as Python numbers."""
+    return float(value.float())

@@ -1,0 +1,186 @@
+"""DPS and DPS+PAG against trajectories of the official code (tests/golden/dps_loop, dps_pag_loop)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import operators
+from operators import RestoreError
+from restore.backbones.adm import ADM
+from restore.guidance import PAG
+from restore.samplers.dps import DATA_NORMS, dps
+from restore.samplers.noise import ImageNoise
+from restore.samplers.schedule import respace
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+SETS = {name: json.loads((GOLDEN / f"{name}.json").read_text()) for name in ("dps_loop", "dps_pag_loop")}
+CASES = [(name, case) for name, sidecar in SETS.items() for case in sidecar["cases"]]
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return ADM.load(GOLDEN / "nets" / "adm_a.safetensors", head_channels=16)
+
+
+@pytest.fixture(scope="module")
+def bank():
+    return load_file(GOLDEN / "noise_bank.safetensors")["noise"]
+
+
+def setup(name, case):
+    tensors = {
+        k.split(".", 1)[1]: v for k, v in load_file(GOLDEN / f"{name}.safetensors").items() if k.startswith(case + ".")
+    }
+    config = SETS[name]["cases"][case]
+    kind = config["operator_short"]
+    if kind == "box":
+        operator = operators.Inpainting(tensors["mask"].float())
+    elif kind in ("sr8", "sr4"):
+        operator = operators.SuperResolution(int(kind[2:]))
+    else:
+        operator = operators.Blur(tensors["kernel"])
+    guidance = PAG(config["pag"]["s"], layers=config["pag"]["layers"]) if config["pag"] else None
+    return tensors, config, operator, guidance
+
+
+def run(backbone, bank, tensors, config, operator, guidance, **options):
+    """All steps from x_T, or with `start` the steps from the stored iterate after `start` steps."""
+    timesteps = respace(1000, config["timestep_respacing"])
+    start, stop = options.pop("start", 0), options.pop("stop", None)
+    x = bank[0] if start == 0 else tensors[f"x_after_{start}"]
+    x = x.reshape(1, 3, 32, 32)
+    states, distances = [], []
+
+    class Stop(Exception):
+        pass
+
+    def callback(step):
+        states.append(step["x_t"])
+        distances.append(float(step["residual"]))
+        if stop is not None and len(states) == stop - start:
+            raise Stop
+
+    # Steps before `start` are skipped by a noise argument and schedule that begin there.
+    from restore.samplers.schedule import Diffusion
+
+    diffusion = Diffusion(backbone.alphas_cumprod, timesteps)
+    try:
+        if start == 0:
+            dps(
+                backbone,
+                operator,
+                tensors["y"],
+                x_T=x,
+                timesteps=timesteps,
+                zeta=config["scale"],
+                guidance=guidance,
+                noise=lambda k, shape, kind: bank[k + 1].reshape(shape),
+                ddim_eta=0.0 if config["sampler"] == "ddim" else None,
+                callback=callback,
+            )
+        else:
+            # Truncating the schedule from above leaves every coefficient of the remaining steps unchanged.
+            remaining = timesteps[: len(diffusion) - start]
+            dps(
+                backbone,
+                operator,
+                tensors["y"],
+                x_T=x,
+                timesteps=remaining,
+                zeta=config["scale"],
+                guidance=guidance,
+                noise=lambda k, shape, kind: bank[start + k + 1].reshape(shape),
+                ddim_eta=0.0 if config["sampler"] == "ddim" else None,
+                callback=callback,
+            )
+    except Stop:
+        pass
+    return states, distances
+
+
+@pytest.mark.parametrize("name,case", CASES)
+def test_whole_trajectory(backbone, bank, name, case):
+    tensors, config, operator, guidance = setup(name, case)
+    states, distances = run(backbone, bank, tensors, config, operator, guidance)
+    assert len(states) == config["n_steps"]
+    assert relative(states[-1], tensors["x_final"]) < 1e-4
+    for k in (1, 2, 5, 10, 11, 15, 19):
+        assert relative(states[k - 1], tensors[f"x_after_{k}"]) < 1e-4, k
+    assert relative(torch.tensor(distances), tensors["distance"]) < 1e-4
+
+
+@pytest.mark.parametrize("name,case", CASES)
+def test_teacher_forced_steps(backbone, bank, name, case):
+    tensors, config, operator, guidance = setup(name, case)
+    for k in (1, 10, 19):
+        states, _ = run(backbone, bank, tensors, config, operator, guidance, start=k, stop=k + 1)
+        target = tensors["x_final"] if k + 1 == config["n_steps"] else tensors[f"x_after_{k + 1}"]
+        assert relative(states[0], target) < 1e-5, k
+        # The step must matter: standing still is far from the target.
+        assert relative(tensors[f"x_after_{k}"], target) > 1e-3
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_batch_equals_single_images(backbone, guided):
+    guidance = PAG(1.5, layers="m1") if guided else None
+    operator = operators.SuperResolution(4)
+    y = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.3
+    keys = [(0, f"image{i}", 0) for i in range(8)]
+
+    def restore_images(y, keys):
+        noise = ImageNoise(keys)
+        x_T = noise(0, (len(keys), 3, 32, 32), "start")
+        return dps(
+            backbone, operator, y, x_T=x_T, timesteps=respace(1000, 5), zeta=0.5, guidance=guidance, noise=noise
+        )
+
+    together = restore_images(y, keys)
+    for i in range(8):
+        assert relative(restore_images(y[i : i + 1], keys[i : i + 1]), together[i : i + 1]) < 1e-5
+    assert relative(together[:1], together[1:2]) > 0.1
+
+
+def test_scale_zero_is_plain_dps(backbone):
+    operator = operators.SuperResolution(4)
+    y = torch.zeros(1, 3, 8, 8)
+    noise = ImageNoise([(0, "x", 0)])
+    common = {"x_T": noise(0, (1, 3, 32, 32), "start"), "timesteps": respace(1000, 4), "zeta": 0.3, "noise": noise}
+    plain = dps(backbone, operator, y, **common)
+    assert torch.equal(plain, dps(backbone, operator, y, guidance=PAG(0.0, layers="m1"), **common))
+    assert not torch.equal(plain, dps(backbone, operator, y, guidance=PAG(1.0, layers="m1"), **common))
+
+
+def test_divergence_is_explained(backbone):
+    operator = operators.SuperResolution(4)
+    noise = ImageNoise([(0, "x", 0)])
+    with pytest.raises(RestoreError, match=r"not finite after step .*zeta"):
+        dps(
+            backbone,
+            operator,
+            torch.zeros(1, 3, 8, 8),
+            x_T=noise(0, (1, 3, 32, 32), "start"),
+            timesteps=respace(1000, 4),
+            zeta=float("inf"),
+            noise=noise,
+        )
+
+
+def test_data_norms():
+    y = torch.tensor([[[[-1.0, 0.0, 1.0, 0.5]]], [[[0.2, 0.4, -0.6, 0.8]]]])
+    difference = torch.tensor([[[[0.3, -0.1, 0.2, 0.0]]], [[[0.1, 0.0, -0.4, 0.2]]]])
+    for name, norm in DATA_NORMS.items():
+        if name != "poisson-reference":  # divides by |y|, infinite where y is 0
+            assert torch.allclose(2 * norm(difference, y), norm(2 * difference, y), rtol=1e-6)
+    expected = (difference[1] ** 2 / (2 * (y[1] + 1) / 2)).sum().sqrt()
+    assert torch.allclose(DATA_NORMS["poisson"](difference, y)[1], expected, rtol=1e-6)
+    assert torch.allclose(DATA_NORMS["l2"](difference, y)[0], difference[0].norm())
+    assert torch.allclose(
+        DATA_NORMS["poisson-reference"](difference[1:], y[1:])[0], (difference[1].norm() / y[1].abs()).mean()
+    )
