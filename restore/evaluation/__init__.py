@@ -1,0 +1,1 @@
+"""Measuring restorations: data sets, metrics, protocols, benchmark runs, reports."""
