@@ -1,0 +1,1 @@
+"""Data sets, metrics, protocols, benchmark runs and reports."""
