@@ -1,5 +1,5 @@
 """Training of the embedded prior: `restore train configs/train/embedded.yaml`."""
 
-from restore.training.train import train
+from restore.training.train import load_config, train
 
-__all__ = ["train"]
+__all__ = ["load_config", "train"]

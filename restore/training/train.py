@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import math
@@ -80,6 +81,33 @@ def sample_grid(model, alpha_bar: torch.Tensor, size: int, path: Path, device, n
     rows = [np.concatenate(list(pixels[r * side : (r + 1) * side]), axis=1) for r in range(side)]
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(rows, axis=0)).save(path)
+
+
+def load_config(path: str | Path, settings: list[str]) -> DictConfig:
+    """The YAML file with key=value settings merged in. Raises RestoreError for a missing file or unknown key."""
+    if not Path(path).is_file():
+        raise RestoreError(f"there is no training configuration {path}")
+    config = OmegaConf.load(path)
+    for setting in settings:
+        key = setting.split("=", 1)[0]
+        if "=" not in setting or key not in _keys(config):
+            near = difflib.get_close_matches(key, _keys(config), n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise RestoreError(f"'{setting}' is not key=value with a key of {path}{hint}")
+    config = OmegaConf.merge(config, OmegaConf.from_dotlist(settings))
+    missing = OmegaConf.missing_keys(config)
+    if missing:
+        raise RestoreError(f"{sorted(missing)[0]} must be given, e.g. {sorted(missing)[0]}=PATH")
+    return config
+
+
+def _keys(config, prefix: str = "") -> list[str]:
+    keys = []
+    for key in config:
+        keys.append(prefix + key)
+        if not OmegaConf.is_missing(config, key) and isinstance(config[key], DictConfig):
+            keys += _keys(config[key], f"{prefix}{key}.")
+    return keys
 
 
 def build_model(config: DictConfig) -> UNet2DModel:

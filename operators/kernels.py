@@ -1,0 +1,98 @@
+"""Blur kernels: float64 tensors (size, size) that sum to one, centred on pixel size // 2."""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.ndimage
+import torch
+
+from operators import validate
+from operators.errors import RestoreError
+
+TRAJECTORY_STEPS = 512
+
+
+def gaussian_profile(size: int = 61, std: float = 3.0) -> np.ndarray:
+    """The Gaussian kernel's centre row: scipy's gaussian_filter of a unit impulse, as in DPS.
+
+    The tails are cut at 4 std, so that a kernel of size 61 and std 3 has 25 nonzero taps; a size too
+    small for std folds the missing tails back in. size, std: in pixels.
+    """
+    size = validate.integer(size, "the kernel size")
+    std = validate.number(std, "the blur's std")
+    if std <= 0:
+        raise RestoreError(f"the blur's std must be positive, got {std!r}.")
+    impulse = np.zeros(size)
+    impulse[size // 2] = 1.0
+    return scipy.ndimage.gaussian_filter1d(impulse, std)
+
+
+def gaussian_kernel(size: int = 61, std: float = 3.0) -> torch.Tensor:
+    """Gaussian kernel (size, size): the outer product of `gaussian_profile` with itself."""
+    profile = gaussian_profile(size, std)
+    return torch.from_numpy(np.outer(profile, profile))
+
+
+def motion_kernel(size: int = 61, intensity: float = 0.5, seed: int = 0) -> torch.Tensor:
+    """Blur of a camera that moves along a random path during the exposure; the same for the same seed.
+
+    After Boracchi & Foi, "Modeling the performance of image restoration from motion blur" (IEEE TIP
+    2012), Sec. II: a particle of constant speed and random first direction is steered by small random
+    forces (tremor), pulled back to where it started (the hand corrects its drift) and now and then
+    thrown almost backwards (a jerk). The kernel is the time it spends in each pixel.
+
+    size: any, in pixels. The path is between 0.3 and 1 times as long as that, its centre of mass is
+        the kernel's centre (no shift of the image), and it is shrunk where it would leave the square.
+    intensity: in [0, 1], strength of all three disturbances; 0 is a straight line.
+    """
+    size = validate.integer(size, "the kernel size")
+    intensity = validate.number(intensity, "the motion's intensity", low=0.0, high=1.0)
+    # RandomState: its stream is frozen by numpy's compatibility policy, that of default_rng is not
+    random = np.random.RandomState(validate.integer(seed, "the seed", minimum=0))
+    path = _trajectory(random, intensity) * size * random.uniform(0.3, 1.0)
+    path -= path.mean(axis=0)
+    room = (size - 1) / 2 if size % 2 else size / 2 - 1
+    path *= min(1.0, room / max(np.abs(path).max(), 1e-12))
+    return torch.from_numpy(_rasterise(path + size // 2, size))
+
+
+def _trajectory(random: np.random.RandomState, intensity: float) -> np.ndarray:
+    """Positions (TRAJECTORY_STEPS + 1, 2) of the particle at equal times, in units of the path's length."""
+    dt = 1.0 / TRAJECTORY_STEPS
+    tremor = intensity * random.uniform(1.0, 4.0)  # radians of heading lost per exposure
+    pull = intensity * random.uniform(0.0, 8.0)
+    jerks = intensity * random.uniform(0.0, 4.0)  # expected number per exposure
+    angle = random.uniform(0.0, 2 * np.pi)
+    forces = random.standard_normal((TRAJECTORY_STEPS, 2)) * tremor * np.sqrt(dt)
+    is_jerk = random.uniform(size=TRAJECTORY_STEPS) < jerks * dt
+    jerk_angle = np.pi + random.uniform(-np.pi / 4, np.pi / 4, size=TRAJECTORY_STEPS)
+
+    heading = np.array([np.cos(angle), np.sin(angle)])
+    positions = np.zeros((TRAJECTORY_STEPS + 1, 2))
+    for k in range(TRAJECTORY_STEPS):
+        if is_jerk[k]:
+            cos, sin = np.cos(jerk_angle[k]), np.sin(jerk_angle[k])
+            heading = np.array([cos * heading[0] - sin * heading[1], sin * heading[0] + cos * heading[1]])
+        heading = heading + forces[k] - pull * dt * positions[k]
+        heading /= np.linalg.norm(heading)
+        positions[k + 1] = positions[k] + dt * heading
+    return positions
+
+
+def _rasterise(path: np.ndarray, size: int) -> np.ndarray:
+    """Time spent in each pixel (row, column), sum one; each sample is shared by its four nearest pixels.
+
+    path: (n, 2) positions in pixels at equal times, inside [0, size - 1].
+    """
+    times = np.linspace(0, len(path) - 1, max(len(path), 8 * size))  # an eighth of a pixel apart at most
+    points = np.stack([np.interp(times, np.arange(len(path)), path[:, axis]) for axis in (0, 1)], axis=1)
+    points = np.clip(points, 0, size - 1)
+    corner = np.minimum(np.floor(points).astype(int), max(size - 2, 0))
+    fraction = points - corner
+    kernel = np.zeros((size, size))
+    for row in (0, 1):
+        for column in (0, 1):
+            weight = np.abs(1 - row - fraction[:, 0]) * np.abs(1 - column - fraction[:, 1])
+            index = np.minimum(corner + (row, column), size - 1)
+            np.add.at(kernel, (index[:, 0], index[:, 1]), weight)
+    return kernel / kernel.sum()

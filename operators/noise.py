@@ -1,0 +1,85 @@
+"""Noise models: y_noisy = noise(y, generator), for measurements y (B, C, h, w) in [-1, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from operators import validate
+from operators.errors import RestoreError
+
+
+class GaussianNoise:
+    """y + sigma n, n ~ N(0, 1).
+
+    sigma: standard deviation on the range [-1, 1] (0.05 here is 0.025 on [0, 1] and 6.4 grey levels).
+    """
+
+    def __init__(self, sigma: float):
+        self.sigma = validate.number(sigma, "sigma", low=0.0)
+
+    def __call__(self, y: torch.Tensor, generator=None) -> torch.Tensor:
+        """generator: see `Operator.__call__`. Differentiable with respect to y."""
+
+        def draw(part, g):
+            # always float32, so that float64 and half precision see the same noise
+            device = part.device if g is None else g.device
+            return torch.randn(part.shape, generator=g, device=device).to(part.dtype).to(part.device)
+
+        return y + self.sigma * per_image(y, generator, draw)
+
+    def std(self, y: torch.Tensor) -> torch.Tensor:
+        """Standard deviation of the noise at each entry of the noiseless measurement y."""
+        return torch.full_like(y, self.sigma)
+
+    def __repr__(self) -> str:
+        return f"GaussianNoise({self.sigma:g})"
+
+
+class PoissonNoise:
+    """Photon counts: k ~ Poisson(255 rate (y + 1) / 2), y_noisy = 2 k / (255 rate) - 1.
+
+    The convention of DPS (Chung et al. 2023, Sec. 4): the image is scaled to [0, 255] and `rate` 1.0
+    means one count per grey level; a larger rate means less noise. Values of y below -1 or above 1
+    are clamped before.
+
+    clip: clamp the result to [-1, 1], as DPS does (a saturating sensor). It biases bright pixels; with
+        False the mean of y_noisy is y and its variance 2 (y + 1) / (255 rate) everywhere.
+    """
+
+    def __init__(self, rate: float = 1.0, *, clip: bool = True):
+        self.rate = validate.number(rate, "the Poisson rate")
+        if self.rate <= 0:
+            raise RestoreError(f"the Poisson rate must be positive, got {rate!r}.")
+        self.clip = bool(clip)
+
+    def __call__(self, y: torch.Tensor, generator=None) -> torch.Tensor:
+        """generator: see `Operator.__call__`. The result does not depend on y differentiably."""
+        scale = 255.0 * self.rate
+
+        def draw(part, g):
+            expected = ((part.detach().float().clamp(-1.0, 1.0) + 1.0) / 2.0) * scale
+            device = part.device if g is None else g.device
+            counts = torch.poisson(expected.to(device), generator=g)
+            return (counts / scale * 2.0 - 1.0).to(part.dtype).to(part.device)
+
+        noisy = per_image(y, generator, draw)
+        return noisy.clamp(-1.0, 1.0) if self.clip else noisy
+
+    def std(self, y: torch.Tensor) -> torch.Tensor:
+        """Standard deviation of the (unclipped) noise at each entry of the noiseless measurement y."""
+        return (2.0 * (y.clamp(-1.0, 1.0) + 1.0) / (255.0 * self.rate)).sqrt()
+
+    def __repr__(self) -> str:
+        return f"PoissonNoise({self.rate:g})"
+
+
+def per_image(y: torch.Tensor, generator, draw: Callable) -> torch.Tensor:
+    """draw(y, generator), or draw(y[i:i+1], generator[i]) for each image if there is a list of generators."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return draw(y, generator)
+    if not isinstance(generator, Sequence) or len(generator) != len(y):
+        count = len(generator) if isinstance(generator, Sequence) else type(generator).__name__
+        raise RestoreError(f"expected one torch.Generator or one for each of the {len(y)} images, got {count}.")
+    return torch.cat([draw(y[i : i + 1], g) for i, g in enumerate(generator)])

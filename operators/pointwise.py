@@ -1,0 +1,62 @@
+"""Degradations that act on each pixel alone: none (denoising) and loss of colour."""
+
+from __future__ import annotations
+
+import torch
+
+from operators import validate
+from operators.base import Operator
+from operators.errors import RestoreError
+
+BT601 = (0.299, 0.587, 0.114)
+
+
+class Denoising(Operator):
+    """A(x) = x: nothing but the noise. Its reference "transpose" is the identity as well."""
+
+    def A(self, x: torch.Tensor) -> torch.Tensor:
+        self._check_image(x)
+        return x
+
+    def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        return y
+
+    def A_dagger(self, y: torch.Tensor) -> torch.Tensor:
+        return y
+
+
+class Colorization(Operator):
+    """y = the grey image: (B, 3, H, W) -> (B, 1, H, W), y = sum_c weights[c] x_c.
+
+    weights: of R, G, B, summing to one; the luma of ITU-R BT.601 (0.299, 0.587, 0.114) by default,
+    which is Pillow's and MATLAB's conversion. (1/3, 1/3, 1/3) is the mean that DDRM and DDNM use.
+    Raises RestoreError for weights that are not three finite numbers with sum one, and for
+    adjoint="reference": DPS and PSLD have no such operator.
+    """
+
+    def __init__(self, *, weights=BT601, noise=None, image_size=None, adjoint: str = "exact"):
+        super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
+        if adjoint == "reference":
+            raise RestoreError("the reference repositories have no colorization; use adjoint='exact'.")
+        values = torch.as_tensor([validate.number(w, "a grey weight") for w in weights], dtype=torch.float64)
+        if values.shape != (3,) or abs(values.sum().item() - 1) > 1e-3:
+            raise RestoreError(f"the grey weights must be three numbers that sum to one, got {tuple(weights)}.")
+        self.weights = values
+
+    def A(self, x: torch.Tensor) -> torch.Tensor:
+        self._check_image(x, channels=3)
+        return (self._weights(x) * x).sum(dim=1, keepdim=True)
+
+    def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        validate.images(y, "the measurement", channels=1)
+        return self._weights(y) * y
+
+    def A_dagger(self, y: torch.Tensor) -> torch.Tensor:
+        """Closed form: weights y / ||weights||^2."""
+        return self.A_adjoint(y) / self.weights.square().sum().item()
+
+    def image_shape(self, y: torch.Tensor) -> tuple[int, ...]:
+        return (y.shape[0], 3, *y.shape[2:])
+
+    def _weights(self, x: torch.Tensor) -> torch.Tensor:
+        return self._buffer(("weights",), lambda: self.weights.view(1, 3, 1, 1), x)

@@ -1,0 +1,46 @@
+"""Checks of what a user passes in: every failure is one RestoreError sentence."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import torch
+
+from operators.errors import RestoreError
+
+
+def integer(value, name: str, minimum: int = 1) -> int:
+    """`value` as an int >= minimum; a bool, a fraction or a string is refused."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
+        raise RestoreError(f"{name} must be an integer of at least {minimum}, got {value!r}.")
+    return int(value)
+
+
+def number(value, name: str, low: float = -math.inf, high: float = math.inf) -> float:
+    """`value` as a finite float in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise RestoreError(f"{name} must be a finite number, got {value!r}.")
+    if not low <= value <= high:
+        raise RestoreError(f"{name} must lie in [{low:g}, {high:g}], got {value!r}.")
+    return float(value)
+
+
+def size_pair(value, name: str = "image_size") -> tuple[int, int]:
+    """(height, width) from one integer (square) or a pair of them."""
+    if isinstance(value, numbers.Integral):
+        value = (value, value)
+    try:
+        height, width = value
+    except (TypeError, ValueError):
+        raise RestoreError(f"{name} must be one integer or (height, width), got {value!r}.") from None
+    return integer(height, f"{name}: height"), integer(width, f"{name}: width")
+
+
+def images(x, what: str = "the image", channels: int | None = None) -> None:
+    """Refuse anything but a floating (B, C, H, W) tensor, with C == channels where that is given."""
+    if not isinstance(x, torch.Tensor) or x.ndim != 4 or not x.is_floating_point():
+        found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise RestoreError(f"{what} must be a floating-point tensor (B, C, H, W), got {found}.")
+    if channels is not None and x.shape[1] != channels:
+        raise RestoreError(f"{what} must have {channels} channels, got {x.shape[1]}.")

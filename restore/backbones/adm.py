@@ -1,0 +1,292 @@
+"""Pixel-space noise predictors: guided-diffusion (ADM) checkpoints and diffusers' UNet2DModel folders."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from operators import RestoreError
+from restore.backbones import adm_weights
+from restore.backbones.base import AttentionLayer, Prediction
+from restore.backbones.checkpointing import set_checkpointing
+
+WEIGHTS, CONFIG, EXTRA = "diffusion_pytorch_model.safetensors", "config.json", "restore.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def noise_schedule(name: str = "linear", steps: int = 1000) -> torch.Tensor:
+    """alpha_bar of a training schedule, float64 (steps,).
+
+    linear: beta from 1e-4 to 0.02 (Ho et al. 2020), scaled by 1000/steps; cosine: Nichol & Dhariwal 2021, eq. 17.
+    """
+    if name == "linear":
+        betas = torch.linspace(0.1 / steps, 20.0 / steps, steps, dtype=torch.float64)
+    elif name == "cosine":
+        grid = torch.arange(steps + 1, dtype=torch.float64) / steps
+        f = torch.cos((grid + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    else:
+        raise RestoreError(f"unknown noise schedule '{name}', expected 'linear' or 'cosine'")
+    return torch.cumprod(1 - betas, dim=0)
+
+
+class ADM:
+    """A frozen UNet2DModel as a `Backbone` (see restore.backbones.base).
+
+    network: a UNet2DModel predicting eps, or eps and the learned-range v when it has twice as many output
+        channels as input channels.
+    schedule: training noise schedule, "linear" or "cosine".
+    null_class: index of the class that means "no class". guided-diffusion's class-conditional models have
+        none, so null_condition is None; the one exception made unasked is a table of 1001 rows, read as
+        ImageNet's 1000 classes and a null class 1000.
+    dtype: torch.float32 (None), bfloat16 or float16, or "fp32", "bf16", "fp16": precision of the network's
+        arithmetic by autocast; weights stay fp32 and eps is returned in fp32.
+    channels_last: memory format of the weights (faster convolutions on most hardware).
+    checkpointing: keep only the blocks' inputs for backward and recompute the rest.
+    """
+
+    def __init__(
+        self,
+        network: UNet2DModel,
+        *,
+        schedule: str = "linear",
+        null_class: int | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        channels_last: bool = False,
+        checkpointing: bool = False,
+    ):
+        self.network = network.eval().requires_grad_(False)
+        self.network.to(device=device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+        config = network.config
+        self.schedule = schedule
+        self.alphas_cumprod = noise_schedule(schedule)
+        self.channels = config.in_channels
+        self.learned_variance = config.out_channels == 2 * config.in_channels
+        if not self.learned_variance and config.out_channels != config.in_channels:
+            raise RestoreError(
+                f"a network with {config.in_channels} input and {config.out_channels} output channels predicts neither "
+                "eps alone nor eps and its variance"
+            )
+        self.multiple = 2 ** (len(config.block_out_channels) - 1)
+        # Published models reach 8x8 at their deepest level; a config that states its size is believed.
+        size = config.sample_size
+        self.resolution = 8 * self.multiple if size is None else int(size if isinstance(size, int) else min(size))
+        self.classes = config.num_class_embeds
+        if null_class is None and self.classes == 1001:
+            null_class = 1000
+        if null_class is not None and not 0 <= null_class < (self.classes or 0):
+            raise RestoreError(f"null_class {null_class} is not one of the network's {self.classes or 0} classes")
+        self.null_class = null_class
+        self.null_condition = None if null_class is None else torch.tensor([null_class])
+        self.dtype = _dtype(dtype)
+        self.attention = attention_layers(network)
+        self.checkpointing = checkpointing
+        set_checkpointing(network, checkpointing)
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.conv_in.weight.device
+
+    def predict(self, x_t: torch.Tensor, t: int, condition: torch.Tensor | int | None = None) -> Prediction:
+        """eps and v at x_t (B, C, H, W), both fp32 of that shape (v is None when the variance is not learned).
+
+        t: index 0..999 of alphas_cumprod; a (B,) tensor gives every image its own. condition: class labels,
+        LongTensor (B,) or one for the whole batch; None only for an unconditional network or one with a null
+        class. Raises RestoreError for sizes not divisible by `multiple`, a bad t or missing or wrong labels.
+        """
+        if x_t.ndim != 4 or x_t.shape[1] != self.channels or any(side % self.multiple for side in x_t.shape[2:]):
+            raise RestoreError(
+                f"x_t has shape {tuple(x_t.shape)}, expected (B, {self.channels}, H, W) with sides divisible by "
+                f"{self.multiple}"
+            )
+        if isinstance(t, int) and not 0 <= t < len(self.alphas_cumprod):
+            raise RestoreError(f"t is {t}, expected 0 to {len(self.alphas_cumprod) - 1}")
+        labels = self._labels(condition, len(x_t))
+        low = self.dtype != torch.float32
+        with torch.autocast(x_t.device.type, dtype=self.dtype) if low else nullcontext():
+            out = self.network(x_t, t, class_labels=labels, return_dict=False)[0].float()
+        if self.learned_variance:
+            return Prediction(*out.chunk(2, dim=1))
+        return Prediction(out)
+
+    def _labels(self, condition, batch: int) -> torch.Tensor | None:
+        if condition is None:
+            condition = self.null_condition
+        if self.classes is None:
+            if condition is not None:
+                raise RestoreError("this network is unconditional: it takes no class labels, pass condition=None")
+            return None
+        if condition is None:
+            raise RestoreError(
+                f"this network is class-conditional: pass condition=labels, a LongTensor (B,) of 0..{self.classes - 1}"
+            )
+        labels = torch.as_tensor(condition)
+        if labels.is_floating_point() or labels.ndim > 1 or labels.numel() not in (1, batch):
+            raise RestoreError(f"condition must be integer class labels, one for the batch or {batch}, one per image")
+        if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
+            raise RestoreError(f"class labels must lie in 0..{self.classes - 1}")
+        return labels.to(self.device, torch.long).reshape(-1).expand(batch)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        heads: int | None = None,
+        head_channels: int | None = None,
+        attention_order: str = "legacy",
+        resolution: int | None = None,
+        schedule: str | None = None,
+        null_class: int | None = None,
+        **options,
+    ) -> ADM:
+        """A network from a guided-diffusion `.pt`/`.safetensors` file or a folder with a UNet2DModel.
+
+        heads, head_channels, attention_order: what a guided-diffusion file does not tell (see
+            adm_weights.head_counts; default 64 channels per head, "legacy" order); not for folders.
+        resolution: trained side in pixels; default 8·2^(levels−1) for files (true of the published models).
+        schedule, null_class: default from the folder's restore.json, else "linear" and none.
+        options: device, dtype, channels_last, checkpointing of the constructor.
+        Weights of any stored precision load as fp32. Raises RestoreError for a missing, truncated or corrupt
+        file, a pickle with code (never run), and weights that do not fit, with the first missing name.
+        """
+        source = Path(source)
+        if source.is_dir():
+            if heads is not None or head_channels is not None or attention_order != "legacy":
+                raise RestoreError(f"{source} is a converted model: its heads and attention order are already settled")
+            network, extra = _load_folder(source)
+        else:
+            network, extra = _convert_file(source, heads, head_channels, attention_order), {}
+        if resolution is not None:
+            network.register_to_config(sample_size=resolution)
+        schedule = schedule or extra.get("schedule", "linear")
+        null_class = extra.get("null_class") if null_class is None else null_class
+        return cls(network, schedule=schedule, null_class=null_class, **options)
+
+    def save(self, folder: str | Path, dtype: torch.dtype | str | None = None) -> None:
+        """Write config.json, restore.json and safetensors weights (fp32, or `dtype`) that `load` reads back.
+
+        With heads or a timestep embedding that UNet2DModel's own config cannot express (restore.json holds them)
+        the folder is for `ADM.load`, not for `UNet2DModel.from_pretrained`.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        heads = {layer.channels: layer.heads for layer in self.attention.values()}
+        extra = {
+            "time_channels": self.network.time_embedding.linear_1.in_features,
+            "heads": {str(channels): count for channels, count in sorted(heads.items())},
+            "schedule": self.schedule,
+            "null_class": self.null_class,
+        }
+        config = json.loads(self.network.to_json_string())
+        weights = {k: v.detach().cpu().to(_dtype(dtype)).contiguous() for k, v in self.network.state_dict().items()}
+        # Weights last: a folder whose writing was cut short has none under the final name.
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (folder / EXTRA).write_text(json.dumps(extra, indent=2) + "\n")
+        save_file(weights, folder / (WEIGHTS + ".tmp"), metadata={"format": "pt"})
+        os.replace(folder / (WEIGHTS + ".tmp"), folder / WEIGHTS)
+
+
+def attention_layers(network: UNet2DModel) -> dict[str, AttentionLayer]:
+    """Self-attention layers of a UNet2DModel by diffusers path, in order of execution.
+
+    Block numbers are guided-diffusion's: input blocks count conv_in as 0 and the downsamplers too.
+    """
+    depth = network.config.layers_per_block
+    levels = len(network.down_blocks)
+    layers = {}
+
+    def add(path: str, module: nn.Module | None, paper: str, short: str, level: int) -> None:
+        if module is not None:
+            layers[path] = AttentionLayer(path, paper, short, module, module.heads, module.query_dim, 2**level)
+
+    for i, block in enumerate(network.down_blocks):
+        for j, module in enumerate(getattr(block, "attentions", [])):
+            n = 1 + i * (depth + 1) + j
+            add(f"down_blocks.{i}.attentions.{j}", module, f"input_blocks.{n}.1", f"i{n}", i)
+    for j, module in enumerate(network.mid_block.attentions if network.mid_block is not None else []):
+        add(f"mid_block.attentions.{j}", module, f"middle_block.{2 * j + 1}", f"m{2 * j + 1}", levels - 1)
+    for i, block in enumerate(network.up_blocks):
+        for j, module in enumerate(getattr(block, "attentions", [])):
+            n = i * (depth + 1) + j
+            add(f"up_blocks.{i}.attentions.{j}", module, f"output_blocks.{n}.1", f"o{n}", levels - 1 - i)
+    return layers
+
+
+def _dtype(value: torch.dtype | str | None) -> torch.dtype:
+    dtype = DTYPES.get(value, value) if isinstance(value, str) else value or torch.float32
+    if dtype not in DTYPES.values():
+        raise RestoreError(f"dtype must be one of {', '.join(DTYPES)}, not {value}")
+    return dtype
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise RestoreError(f"there is no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error):
+            raise RestoreError(
+                f"{path} is refused: it is a pickle that asks to run code; expected a plain state dict of tensors"
+            ) from None
+        raise RestoreError(f"{path} is not a readable checkpoint: truncated, corrupt or of another format") from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError):
+        raise RestoreError(f"{path} is not a readable checkpoint: truncated, corrupt or of another format") from None
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise RestoreError(f"{path} holds no flat state dict of tensors, as guided-diffusion saves its models")
+    return state
+
+
+def _convert_file(path: Path, heads: int | None, head_channels: int | None, attention_order: str) -> UNet2DModel:
+    state = _read_weights(path)
+    arch = adm_weights.infer_architecture({name: tuple(tensor.shape) for name, tensor in state.items()})
+    counts = adm_weights.head_counts(arch, heads, head_channels)
+    config = adm_weights.network_config(arch, counts, resolution=8 * 2 ** (len(arch.channels) - 1))
+    network = adm_weights.build_network(config, arch.base, counts)
+    weights = adm_weights.convert(state, arch, counts, attention_order, network.state_dict())
+    network.load_state_dict(weights, strict=True, assign=True)
+    return network
+
+
+def _load_folder(folder: Path) -> tuple[UNet2DModel, dict]:
+    extra = {}
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        if (folder / EXTRA).exists():
+            extra = json.loads((folder / EXTRA).read_text())
+    except FileNotFoundError:
+        raise RestoreError(f"{folder} is no model folder: it has no {CONFIG}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RestoreError(f"{folder} has a damaged {CONFIG} or {EXTRA}: {error}") from None
+    if config.get("_class_name") != "UNet2DModel":
+        raise RestoreError(f"{folder / CONFIG} describes a {config.get('_class_name')}, expected a UNet2DModel")
+    heads = {int(channels): count for channels, count in extra.get("heads", {}).items()}
+    network = adm_weights.build_network(config, extra.get("time_channels"), heads)
+    state = _read_weights(folder / WEIGHTS)
+    targets = network.state_dict()
+    missing = [name for name in targets if name not in state]
+    unexpected = [name for name in state if name not in targets]
+    wrong = [name for name in targets if name in state and targets[name].shape != state[name].shape]
+    if missing or unexpected or wrong:
+        raise RestoreError(
+            f"the weights in {folder} do not fit its {CONFIG}: first missing {next(iter(missing), 'none')}, first "
+            f"unexpected {next(iter(unexpected), 'none')}, first of another shape {next(iter(wrong), 'none')}"
+        )
+    network.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True, assign=True)
+    return network, extra

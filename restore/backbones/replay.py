@@ -1,0 +1,187 @@
+"""The part of a second network pass that equals the first is taken from the first.
+
+Two passes over the same input that differ only inside some modules agree in everything computed before the
+first of those starts. `Trace` finds, once, the largest modules of that prefix; a `Tape` keeps their outputs
+during the strong pass and hands them out in the weak one, whose prefix is thus not computed again. Nothing
+here knows an architecture, and nothing stays on the network outside the `with` blocks, so a backward that
+recomputes checkpointed blocks runs the true network.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from operators import RestoreError
+
+
+@dataclass
+class Call:
+    module: nn.Module
+    parent: int  # index of the enclosing call, -1 for the network itself
+    start: int
+    end: int = -1
+
+
+@dataclass
+class Trace:
+    """The calls of one forward pass of `network`, in order of their start."""
+
+    network: nn.Module
+    calls: list[Call] = field(default_factory=list)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note the calls of the first pass of the network within the block."""
+        stack: list[int] = []
+        clock = 0
+
+        def before(module, args):
+            nonlocal clock
+            if stack or (module is self.network and not self.calls):
+                self.calls.append(Call(module, stack[-1] if stack else -1, clock))
+                stack.append(len(self.calls) - 1)
+                clock += 1
+
+        def after(module, args, output):
+            nonlocal clock
+            if stack:
+                self.calls[stack.pop()].end = clock
+                clock += 1
+
+        with ExitStack() as hooks:
+            for module in self.network.modules():
+                hooks.callback(module.register_forward_pre_hook(before).remove)
+                hooks.callback(module.register_forward_hook(after).remove)
+            try:
+                yield
+            except BaseException:
+                self.calls.clear()
+                raise
+
+    def prefix(self, changed: Iterable[nn.Module]) -> list[nn.Module]:
+        """The largest modules that are finished before the first of `changed` starts.
+
+        A module that is called again later, or also inside another module of the prefix, is not taken.
+        """
+        changed = set(changed)
+        starts = [call.start for call in self.calls if call.module in changed]
+        if not starts:
+            return []
+        last_end: dict[nn.Module, int] = {}
+        for call in self.calls:
+            last_end[call.module] = max(call.end, last_end.get(call.module, -1))
+        early = {module for module, end in last_end.items() if end < min(starts)}
+        chosen, inner = {}, set()
+        for call in self.calls:
+            if call.module in early:
+                (inner.add if self._inside(call, early) else chosen.setdefault)(call.module)
+        return [module for module in chosen if module not in inner]
+
+    def _inside(self, call: Call, modules: set[nn.Module]) -> bool:
+        while call.parent >= 0:
+            call = self.calls[call.parent]
+            if call.module in modules:
+                return True
+        return False
+
+
+class Tape:
+    """Outputs of `modules`, recorded in one pass and replayed, once, in the next one.
+
+    Each module's outputs form a queue, so a pass may call the network several times (windows of a large
+    image); the two passes must make the same calls in the same order.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]):
+        self.queues: dict[nn.Module, deque] = {module: deque() for module in modules}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Within the block, keep what the modules return (detached; no copy is made)."""
+        self.clear()
+
+        def record(module, forward):
+            def run(*args, **kwargs):
+                output = forward(*args, **kwargs)
+                self.queues[module].append(_Kept(output))
+                return output
+
+            return run
+
+        with _forwards_replaced(self.queues, record):
+            yield
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Within the block, the modules return what was recorded instead of computing it.
+
+        Everything still kept is dropped at the end. Raises RuntimeError when the calls do not match.
+        """
+
+        def replay(module, forward):
+            def run(*args, **kwargs):
+                if not self.queues[module]:
+                    raise RuntimeError(f"{type(module).__name__} is called more often than when it was recorded")
+                return self.queues[module].popleft().output()
+
+            return run
+
+        try:
+            with _forwards_replaced(self.queues, replay):
+                yield
+            if any(self.queues.values()):
+                raise RuntimeError("the second pass called fewer modules than were recorded in the first")
+        finally:
+            self.clear()
+
+    def clear(self) -> None:
+        """Drop every recording."""
+        for queue in self.queues.values():
+            queue.clear()
+
+
+class _Kept:
+    """A detached output, and the versions of its tensors to notice a change in place."""
+
+    def __init__(self, output):
+        self.tensors = []
+        self.value = tree_map(self._detach, output)
+
+    def _detach(self, value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        value = value.detach()
+        self.tensors.append((value, None if value.is_inference() else value._version))
+        return value
+
+    def output(self):
+        if any(version is not None and tensor._version != version for tensor, version in self.tensors):
+            raise RestoreError(
+                "this network changes a recorded tensor in place, so its two passes cannot share their prefix; "
+                "use estimator(..., share_prefix=False)"
+            )
+        return self.value
+
+
+@contextmanager
+def _forwards_replaced(modules: Iterable[nn.Module], make) -> Iterator[None]:
+    """Give each module make(module, its forward) as forward for the duration of the block."""
+    originals = []
+    try:
+        for module in modules:
+            originals.append((module, module.__dict__.get("forward")))
+            module.forward = make(module, module.forward)
+        yield
+    finally:
+        for module, own in reversed(originals):
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own

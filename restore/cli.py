@@ -1,0 +1,298 @@
+"""The `restore` command. Each verb parses, calls one public function and prints; imports come late."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Restore images with diffusion priors, training-free."
+)
+models_app = typer.Typer(no_args_is_help=True, help="Known checkpoints: list, show, pull, import.")
+app.add_typer(models_app, name="models")
+
+Inputs = Annotated[list[str], typer.Argument(help="Images, folders or globs, and key=value settings.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="A folder, or a file for a single image.")]
+Task = Annotated[str, typer.Option(help="sr4, sr8, inpaint, gaussian-blur, motion-blur, blur, denoise, colorize, ...")]
+MaskFile = Annotated[Optional[Path], typer.Option(help="Image of the known pixels (white) and the hole (black).")]  # noqa: UP045
+KernelFile = Annotated[Optional[Path], typer.Option(help="Blur kernel: .npy, .txt or an image.")]  # noqa: UP045
+Backbone = Annotated[str, typer.Option(help="A model of `restore models list`, a folder or a checkpoint file.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
+Seed = Annotated[int, typer.Option(help="All noise is a function of the seed and the image's name.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+PagScale = Annotated[Optional[float], typer.Option(help="PAG scale s, 0 is off; default: the preset's.")]  # noqa: UP045
+Layers = Annotated[Optional[str], typer.Option(help="PAG layers, e.g. i9 or input_blocks.9.1,m1.")]  # noqa: UP045
+
+
+def split_settings(arguments: list[str]) -> tuple[list[str], dict]:
+    """Inputs and key=value settings of one list; a file whose name holds '=' counts as an input."""
+    from omegaconf import OmegaConf
+
+    settings = [a for a in arguments if "=" in a and a.split("=", 1)[0].isidentifier() and not Path(a).exists()]
+    inputs = [a for a in arguments if a not in settings]
+    return inputs, OmegaConf.to_container(OmegaConf.from_dotlist(settings))
+
+
+class Progress:
+    """A tqdm bar over all sampling steps of a run, with the residual of the current one."""
+
+    def __init__(self, files: int) -> None:
+        self.files, self.bar = files, None
+
+    def __call__(self, step: dict) -> None:
+        from tqdm import tqdm
+
+        if self.bar is None:
+            self.bar = tqdm(total=self.files * step["steps"] * step["total"], unit="step", leave=False)
+        self.bar.update(step["count"])
+        if "residual" in step:
+            self.bar.set_postfix(residual=f"{float(step['residual'].mean()):.3g}", refresh=False)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+@app.command()
+def run(
+    inputs: Inputs,
+    task: Task,
+    out: Out,
+    mask: MaskFile = None,
+    kernel: KernelFile = None,
+    degrade: Annotated[
+        bool, typer.Option("--degrade", help="Degrade clean images first, restore them, report PSNR and SSIM.")
+    ] = False,
+    backbone: Backbone = "embedded",
+    sampler: Annotated[Optional[str], typer.Option(help="dps or psld; default: the backbone's.")] = None,  # noqa: UP045
+    pag_scale: PagScale = None,
+    layers: Layers = None,
+    steps: Annotated[Optional[str], typer.Option(help="Number of steps; default: the preset's.")] = None,  # noqa: UP045
+    samples: Annotated[int, typer.Option(help="Posterior samples per image.")] = 1,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option(help="Samples computed together.")] = 1,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, about 30 % slower.")] = False,
+    max_windows: Annotated[int, typer.Option(help="Windows of a large photo per network call.")] = 16,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo finished files.")] = False,
+    save_trajectory: Annotated[bool, typer.Option("--save-trajectory", help="A strip of x0_hat through time.")] = False,
+    format: Annotated[Optional[str], typer.Option(help="png, jpg, ...; default: the input's.")] = None,  # noqa: UP045
+    offline: Offline = False,
+) -> None:
+    """Restore images: `restore run photo.png --task sr4 -o restored/`."""
+    from restore import files, restorer
+
+    names, settings = split_settings(inputs)
+    model = restorer.load(
+        backbone,
+        device=device,
+        precision=precision,
+        offline=offline,
+        checkpointing=checkpointing,
+        max_windows=max_windows,
+    )
+    jobs = files.plan(names, out, suffix=format)
+    progress = Progress(len(jobs))
+    results = files.restore_files(
+        jobs,
+        model,
+        files.task_config(task, settings, mask=mask, kernel=kernel),
+        parameters=settings,
+        degrade=degrade,
+        sampler=sampler,
+        pag_scale=pag_scale,
+        layers=layers,
+        steps=steps,
+        samples=samples,
+        seed=seed,
+        batch_size=batch_size,
+        overwrite=overwrite,
+        save_trajectory=save_trajectory,
+        callback=progress,
+    )
+    try:
+        for result in results:
+            typer.echo(result.line())
+    finally:
+        progress.close()
+
+
+@app.command()
+def degrade(
+    inputs: Inputs,
+    task: Task,
+    out: Out,
+    mask: MaskFile = None,
+    kernel: KernelFile = None,
+    seed: Seed = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo finished files.")] = False,
+    format: Annotated[Optional[str], typer.Option(help="png, jpg, ...; default: the input's.")] = None,  # noqa: UP045
+) -> None:
+    """Degrade clean images: `restore degrade photo.png --task motion-blur -o blurred/`."""
+    from restore import files
+
+    names, settings = split_settings(inputs)
+    jobs = files.plan(names, out, suffix=format)
+    config = files.task_config(task, settings, mask=mask, kernel=kernel)
+    if settings:
+        from operators import RestoreError
+
+        raise RestoreError(f"task {task} has no setting '{next(iter(settings))}'")
+    for output in files.degrade_files(jobs, config, seed=seed, overwrite=overwrite):
+        typer.echo(str(output))
+
+
+@app.command()
+def generate(
+    out: Out,
+    n: Annotated[int, typer.Option("-n", help="Number of images.")] = 4,
+    backbone: Backbone = "embedded",
+    pag_scale: Annotated[float, typer.Option(help="PAG scale s, 0 is off.")] = 0.0,
+    layers: Layers = None,
+    cfg_scale: Annotated[float, typer.Option(help="CFG scale w of the paper's Eq. 14, 0 is off.")] = 0.0,
+    labels: Annotated[Optional[str], typer.Option(help="Class labels, comma separated.")] = None,  # noqa: UP045
+    steps: Annotated[str, typer.Option(help="Number of steps, or ddimN with --ddim-eta.")] = "250",
+    ddim_eta: Annotated[Optional[float], typer.Option(help="DDIM eta; default: DDPM.")] = None,  # noqa: UP045
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option(help="Images computed together.")] = 1,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    offline: Offline = False,
+) -> None:
+    """Sample images from a prior: `restore generate -n 16 --pag-scale 1 -o samples/`."""
+    from restore import files, restorer
+
+    model = restorer.load(backbone, device=device, precision=precision, offline=offline)
+    progress = Progress(1)
+    try:
+        for output in files.generate_files(
+            out,
+            model,
+            n=n,
+            pag_scale=pag_scale,
+            layers=layers,
+            cfg_scale=cfg_scale,
+            labels=None if labels is None else [int(x) for x in labels.split(",")],
+            steps=steps,
+            ddim_eta=ddim_eta,
+            seed=seed,
+            batch_size=batch_size,
+            callback=progress,
+        ):
+            typer.echo(str(output))
+    finally:
+        progress.close()
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("demo-output"),
+    steps: Annotated[Optional[int], typer.Option(help="Sampling steps; default: the preset's.")] = None,  # noqa: UP045
+    device: Device = "auto",
+) -> None:
+    """Restore the shipped photos under four degradations, with DPS and DPS+PAG, and draw a comparison."""
+    from restore.demo import run_demo
+
+    progress = Progress(1)
+    try:
+        summary = run_demo(out, steps=steps, device=device, callback=progress)
+    finally:
+        progress.close()
+    typer.echo(summary)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="configs/train/embedded.yaml or your own.")],
+    settings: Annotated[Optional[list[str]], typer.Argument(help="key=value, e.g. data.folder=faces/")] = None,  # noqa: UP045
+) -> None:
+    """Train the embedded prior; continues where the last run stopped."""
+    import logging
+
+    from restore.training import load_config, train
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    typer.echo(f"EMA weights in {train(load_config(config, settings or []))}")
+
+
+@app.command()
+def profile(
+    settings: Annotated[Optional[list[str]], typer.Argument(help="key=value, e.g. size=128 repeats=5")] = None,  # noqa: UP045
+) -> None:
+    """Measure the cost of DPS and of PAG (naive, batched, shared prefix) and the memory of a step."""
+    from restore.evaluation.profile import profile as measure
+
+    _, options = split_settings(settings or [])
+    typer.echo(measure(**options))
+
+
+@models_app.command("list")
+def models_list() -> None:
+    """All known checkpoints and whether they are on this machine."""
+    from restore import zoo
+
+    for line in zoo.listing():
+        typer.echo(line)
+
+
+@models_app.command("show")
+def models_show(name: str) -> None:
+    """Source, licence, size and checksum of a checkpoint."""
+    from restore import zoo
+
+    typer.echo(zoo.describe(name))
+
+
+@models_app.command("pull")
+def models_pull(name: str, offline: Offline = False) -> None:
+    """Download a checkpoint into the cache, resuming an interrupted download."""
+    from restore import zoo
+
+    typer.echo(f"{name} is at {zoo.pull(name, offline=offline)}")
+
+
+@models_app.command("import")
+def models_import(name: str, file: Path) -> None:
+    """Verify a checkpoint fetched by hand and put it into the cache."""
+    from restore import zoo
+
+    typer.echo(f"{name} is at {zoo.import_file(name, file)}")
+
+
+@models_app.command("layers")
+def models_layers(name: str, offline: Offline = False) -> None:
+    """The self-attention layers of a backbone, under all their names."""
+    from restore import restorer
+
+    for line in restorer.load(name, device="cpu", offline=offline).layer_table():
+        typer.echo(line)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2."""
+    from operators import RestoreError
+
+    try:
+        app(standalone_mode=False)
+    except RestoreError as error:
+        typer.echo(f"restore: {error}", err=True)
+        sys.exit(2)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("restore: interrupted; finished files are kept, run the same command to continue", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's own usage errors
+            typer.echo(f"restore: {error.format_message()}", err=True)
+            sys.exit(2)
+        raise
+
+
+if __name__ == "__main__":
+    main()
