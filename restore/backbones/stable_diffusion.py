@@ -1,0 +1,262 @@
+"""Stable Diffusion 1.x / 2.x (Rombach et al. 2022) as a noise-prediction network on latents.
+
+The network is diffusers' `UNet2DConditionModel`, the autoencoder its `AutoencoderKL`; nothing of either
+is rewritten here. `StableDiffusion.load` reads a diffusers folder, a hub id or a single checkpoint file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from operators import RestoreError
+from restore.backbones.base import AttentionLayer, Prediction
+
+
+class StableDiffusion:
+    """A latent diffusion model with its autoencoder and the embedding of the empty prompt.
+
+    unet: UNet2DConditionModel. vae: AutoencoderKL. alphas_cumprod: alpha_bar, (T,).
+    null_condition: (1, tokens, width), what the text encoder makes of the empty prompt.
+    prediction_type: "epsilon" or "v_prediction" (Salimans & Ho 2022); `predict` returns eps either way.
+    encode_prompt: text -> (1, tokens, width), or None when the text encoder was not kept.
+
+    x is a scaled latent (B, 4, h, w); `resolution`, `multiple` are in latent cells, of `downscale` pixels.
+    Raises RestoreError when the parts do not belong together.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        vae: nn.Module,
+        alphas_cumprod: torch.Tensor,
+        null_condition: torch.Tensor,
+        *,
+        prediction_type: str = "epsilon",
+        encode_prompt=None,
+        vae_slicing: bool = False,
+        vae_tiling: bool = False,
+        checkpointing: bool = False,
+    ) -> None:
+        require_compatible(unet, vae, null_condition, prediction_type)
+        self.network = unet.eval().requires_grad_(False)
+        self.vae = vae.eval().requires_grad_(False)
+        self.alphas_cumprod = alphas_cumprod.double().cpu()
+        self.null_condition = null_condition.detach()
+        self.prediction_type = prediction_type
+        self.encode_prompt = encode_prompt
+        self.attention: Mapping[str, AttentionLayer] = self_attention_layers(unet)
+        self.channels = unet.config.in_channels
+        self.resolution = _first(unet.config.sample_size)
+        # The U-Net halves its input at every level but the last.
+        self.multiple = 2 ** (len(unet.config.block_out_channels) - 1)
+        self.downscale = 2 ** (len(vae.config.block_out_channels) - 1)
+        if vae_slicing:
+            vae.enable_slicing()
+        if vae_tiling:
+            vae.enable_tiling()
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+            vae.enable_gradient_checkpointing()
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        vae_dtype: torch.dtype | None = None,
+        config: str | Path | None = None,
+        revision: str | None = None,
+        offline: bool = False,
+        keep_text_encoder: bool = False,
+        vae_slicing: bool = False,
+        vae_tiling: bool = False,
+        checkpointing: bool = False,
+    ) -> StableDiffusion:
+        """Load from a diffusers folder, a hub id ("owner/name") or a single .safetensors / .ckpt file.
+
+        dtype: precision of the U-Net. vae_dtype: of the autoencoder; by default the same, except that
+            with float16 it stays float32, because the decoder's activations overflow float16.
+        config: for a single file, the diffusers folder or hub id of the same architecture.
+        offline: use only what is on this machine. revision: commit or branch of a hub id.
+        keep_text_encoder: keep it (on the CPU) for `encode_prompt`; else only the empty prompt's embedding.
+        vae_slicing, vae_tiling: decode one image, one tile at a time. checkpointing: recompute
+            activations in the backward pass, for about half the memory and a third more time.
+        Raises RestoreError for anything that is not a complete model of this family.
+        """
+        from restore.backbones import stable_diffusion_files as files
+
+        if vae_dtype is None:
+            vae_dtype = torch.float32 if dtype == torch.float16 else dtype
+        parts = files.read(source, config=config, revision=revision, offline=offline)
+        encode_prompt = files.prompt_encoder(parts)
+        return cls(
+            # Module.to, because diffusers' own warns about modules to keep in float32 even where there are none.
+            nn.Module.to(parts["unet"], device, dtype),
+            nn.Module.to(parts["vae"], device, vae_dtype),
+            files.alphas_cumprod(parts["scheduler"]),
+            encode_prompt("").to(device),
+            prediction_type=parts["scheduler"].get("prediction_type", "epsilon"),
+            encode_prompt=encode_prompt if keep_text_encoder else None,
+            vae_slicing=vae_slicing,
+            vae_tiling=vae_tiling,
+            checkpointing=checkpointing,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    def to(self, device: torch.device | str) -> StableDiffusion:
+        """Move to `device`; returns self."""
+        self.network.to(device)
+        self.vae.to(device)
+        self.null_condition = self.null_condition.to(device)
+        return self
+
+    def predict(self, x_t: torch.Tensor, t: int, condition: torch.Tensor | None = None) -> Prediction:
+        """eps for a latent x_t (B, 4, h, w), in the dtype of x_t.
+
+        condition: prompt embedding (1 or B, tokens, width); None is the empty prompt.
+        """
+        dtype = self.network.dtype
+        text = self.null_condition if condition is None else condition
+        text = text.to(x_t.device, dtype).expand(len(x_t), -1, -1)
+        x = ScaledGradient.apply(x_t, 1 / HALF_SCALE) if dtype == torch.float16 else x_t
+        out = self.network(x.to(dtype), t, encoder_hidden_states=text, return_dict=False)[0].to(x_t.dtype)
+        out = ScaledGradient.apply(out, HALF_SCALE) if dtype == torch.float16 else out
+        if self.prediction_type == "v_prediction":
+            # v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, solved for eps.
+            alpha_bar = float(self.alphas_cumprod[t])
+            out = alpha_bar**0.5 * out + (1 - alpha_bar) ** 0.5 * x_t
+        return Prediction(out)
+
+    def encode(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Scaled latent (B, 4, H/downscale, W/downscale) of `image` (B, 3, H, W) in [-1, 1], differentiable.
+
+        The posterior's mean, or mean + std * noise. Raises RestoreError when the encoder overflows.
+        """
+        posterior = self.vae.encode(image.to(self.vae.dtype)).latent_dist
+        mean, std = posterior.mean.to(image.dtype), posterior.std.to(image.dtype)
+        z = mean if noise is None else mean + std * noise
+        self._require_finite(z, image, "encoder")
+        return (z - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Image (B, 3, H, W), about [-1, 1] and not clamped, of a scaled latent; differentiable.
+
+        Raises RestoreError when the decoder overflows.
+        """
+        latent = z / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        image = self.vae.decode(latent.to(self.vae.dtype), return_dict=False)[0].to(z.dtype)
+        self._require_finite(image, z, "decoder")
+        return image
+
+    def _require_finite(self, output: torch.Tensor, given: torch.Tensor, part: str) -> None:
+        # A non-finite input is the sampler's divergence, not an overflow here: it is reported there.
+        if not torch.isfinite(output).all() and torch.isfinite(given).all():
+            name = str(self.vae.dtype).removeprefix("torch.")
+            raise RestoreError(
+                f"the VAE's {part} overflowed in {name} (NaN or infinite values): keep the VAE in float32 or bfloat16 "
+                "(vae_dtype), whatever the precision of the U-Net"
+            )
+
+
+HALF_SCALE = 2.0**10
+"""The data term's gradient, spread over the activations, falls below float16's smallest normal number, 6e-5."""
+
+
+class ScaledGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by `factor`."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
+def self_attention_layers(unet: nn.Module) -> dict[str, AttentionLayer]:
+    """Self-attention modules of a UNet2DConditionModel by diffusers path, in order of execution.
+
+    Paper names are those of the original code: `input_blocks.8.1` is the attention of the ninth input
+    block. A block with several transformer layers (SDXL) has `.transformer_blocks.n.attn1` appended.
+    Cross-attention, also where a model puts it in attn1 (the x4 upscaler), is left out.
+    """
+    layers: dict[str, AttentionLayer] = {}
+
+    def add(block: nn.Module, index: int, prefix: str, paper: str, short: str, downsampling: int) -> None:
+        attentions = getattr(block, "attentions", None)
+        if attentions is None or not hasattr(attentions[index], "transformer_blocks"):
+            return
+        blocks = attentions[index].transformer_blocks
+        for n, transformer in enumerate(blocks):
+            attn = transformer.attn1
+            if attn is None or attn.is_cross_attention:
+                continue
+            path = f"{prefix}.attentions.{index}.transformer_blocks.{n}.attn1"
+            tail, tail_short = (f".transformer_blocks.{n}.attn1", f".{n}") if len(blocks) > 1 else ("", "")
+            layers[path] = AttentionLayer(
+                path, paper + tail, short + tail_short, attn, attn.heads, attn.to_q.in_features, downsampling
+            )
+
+    # Input block 0 is conv_in; every residual block and every downsampler counts as one.
+    number, downsampling = 1, 1
+    for i, block in enumerate(unet.down_blocks):
+        for j in range(len(block.resnets)):
+            add(block, j, f"down_blocks.{i}", f"input_blocks.{number}.1", f"i{number}", downsampling)
+            number += 1
+        if block.downsamplers is not None:
+            number, downsampling = number + 1, downsampling * 2
+    if unet.mid_block is not None:
+        add(unet.mid_block, 0, "mid_block", "middle_block.1", "m1", downsampling)
+    number = 0
+    for i, block in enumerate(unet.up_blocks):
+        for j in range(len(block.resnets)):
+            add(block, j, f"up_blocks.{i}", f"output_blocks.{number}.1", f"o{number}", downsampling)
+            number += 1
+        if block.upsamplers is not None:
+            downsampling //= 2
+    return layers
+
+
+def require_compatible(unet: nn.Module, vae: nn.Module, null_condition: torch.Tensor, prediction_type: str) -> None:
+    """Refuse parts that do not make a plain text-to-image latent model. Raises RestoreError."""
+    config = unet.config
+    if config.in_channels != config.out_channels:
+        raise RestoreError(
+            f"the U-Net takes {config.in_channels} channels and predicts {config.out_channels}: it is an inpainting or "
+            "upscaling model, which needs more than a latent; use a text-to-image model such as Stable Diffusion 1.5"
+        )
+    if vae.config.latent_channels != config.in_channels:
+        raise RestoreError(
+            f"the VAE makes latents of {vae.config.latent_channels} channels but the U-Net takes {config.in_channels}: "
+            "they belong to different models; take both from the same one"
+        )
+    if config.addition_embed_type is not None or config.class_embed_type is not None:
+        raise RestoreError(
+            "the U-Net needs more conditions than a prompt (as SDXL does), which is not supported; "
+            "use a Stable Diffusion 1.x or 2.x model"
+        )
+    width = null_condition.shape[-1]
+    if width != _first(config.cross_attention_dim):
+        raise RestoreError(
+            f"the text encoder's embeddings are {width} wide but the U-Net attends to {config.cross_attention_dim}: "
+            "they belong to different models; take both from the same one"
+        )
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise RestoreError(
+            f"prediction type {prediction_type!r} of the scheduler is not supported; expected epsilon or v_prediction"
+        )
+
+
+def _first(value):
+    return value[0] if isinstance(value, (list, tuple)) else value
