@@ -1,1 +1,1 @@
-"""Measuring restorations: data sets, metrics, protocols, benchmark runs, reports."""
+"""Data sets, metrics, protocols, benchmark runs and reports."""

@@ -1,0 +1,128 @@
+"""The pretrained networks that metrics need: which file, where it goes, and whether it is the right one."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from operators import RestoreError
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """One published file. `sha256` is the prefix that its name carries; `probe` a parameter it must hold."""
+
+    metric: str
+    file: str
+    url: str
+    sha256: str
+    probe: tuple[str, tuple[int, ...]]
+    megabytes: int
+
+
+WEIGHTS = {
+    "inception": WeightsFile(
+        "FID, KID, IS and precision/recall",
+        "weights-inception-2015-12-05-6726825d.pth",
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+        "6726825d",
+        ("Conv2d_1a_3x3.conv.weight", (32, 3, 3, 3)),
+        91,
+    ),
+    "vgg16": WeightsFile(
+        "LPIPS (vgg) and precision/recall",
+        "vgg16-397923af.pth",
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
+        "397923af",
+        ("features.0.weight", (64, 3, 3, 3)),
+        528,
+    ),
+    "alexnet": WeightsFile(
+        "LPIPS (alex)",
+        "alexnet-owt-7be5be79.pth",
+        "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+        "7be5be79",
+        ("features.0.weight", (64, 3, 11, 11)),
+        233,
+    ),
+}
+
+
+def default_folder() -> Path:
+    """Where PyTorch, torchvision and torch-fidelity themselves keep these files."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+@functools.lru_cache(maxsize=16)
+def _digest(path: str, size: int, modified: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow(file)
+
+
+def _slow(file) -> str:  # Python 3.10 has no file_digest
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Hexadecimal sha256 of a file, remembered while the file does not change."""
+    status = os.stat(path)
+    return _digest(str(path), status.st_size, status.st_mtime_ns)
+
+
+def find_weights(name: str, weights: Mapping[str, str | os.PathLike] | None = None) -> Path:
+    """The checked file for "inception", "vgg16" or "alexnet".
+
+    weights: mapping from those names to a file of one's own, or to the folder that holds the published one;
+        without an entry the file is looked for where PyTorch keeps its downloads.
+    Raises RestoreError, saying which file to put where, when it is missing, damaged or another network's.
+    """
+    unknown = sorted(set(weights or {}) - set(WEIGHTS))
+    if unknown:
+        raise RestoreError(f"metrics have no weights called {unknown[0]}; the names are {', '.join(WEIGHTS)}")
+    published = WEIGHTS[name]
+    given = (weights or {}).get(name)
+    path = Path(given).expanduser() if given else default_folder() / published.file
+    if path.is_dir():
+        path = path / published.file
+    if not path.is_file():
+        raise RestoreError(
+            f"{published.metric} needs {path} ({published.megabytes} MB), which does not exist; "
+            f"download {published.url} to that place, or give weights.{name}=FILE"
+        )
+    if path.name == published.file and not sha256(path).startswith(published.sha256):
+        raise RestoreError(f"{path} is damaged: its sha256 does not begin with {published.sha256}; download it again")
+    key, shape = published.probe
+    state = read_state(path)
+    if key not in state or tuple(state[key].shape) != shape:
+        raise RestoreError(f"{path} holds another network: {key} of shape {shape} is not in it; give {published.file}")
+    return path
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict, tensors only: a pickle that wants to run code is refused."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError):
+        try:  # files older than PyTorch 1.6 cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+            raise RestoreError(f"{path} is not a file of PyTorch weights; download it again") from error
+    if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise RestoreError(f"{path} is not a state dict of tensors; give the published weights file")
+    return dict(state)
+
+
+def describe_weights(name: str, path: Path) -> dict[str, object]:
+    """The protocol's entry: the hash, and whether it is the published file or somebody's own."""
+    digest = sha256(path)
+    return {"file": path.name, "sha256": digest, "published": digest.startswith(WEIGHTS[name].sha256)}

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+
+def _smooth_images(n: int, size: int, seed: int) -> np.ndarray:
+    """Random smooth colour fields, uint8 (n, size, size, 3): structured enough for SSIM and LPIPS to respond."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, 6, 6, generator=generator)
+    fine = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=False)
+    return (fine.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def _write_images(folder, images: np.ndarray, names=None) -> list:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = names or [f"{i:05d}" for i in range(len(images))]
+    for name, image in zip(names, images, strict=True):
+        Image.fromarray(image).save(folder / f"{name}.png")
+    return sorted(folder.glob("*.png"))
+
+
+@pytest.fixture(scope="session")
+def smooth_images():
+    return _smooth_images
+
+
+@pytest.fixture(scope="session")
+def write_images():
+    return _write_images
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    """The real Inception architecture of torch-fidelity with random weights that keep the signal's size."""
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_state_dict_from_url", lambda url, progress: {})
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    torch.manual_seed(0)
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    path = tmp_path_factory.mktemp("weights") / "inception-random.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """A torch hub folder holding AlexNet with random weights where torchvision looks for the published ones."""
+    import torchvision
+
+    folder = tmp_path_factory.mktemp("hub")
+    (folder / "checkpoints").mkdir()
+    torch.manual_seed(1)
+    torch.save(torchvision.models.alexnet().state_dict(), folder / "checkpoints" / "alexnet-owt-7be5be79.pth")
+    return folder

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from operators import RestoreError
+from restore.evaluation import fidelity, metrics, protocol
+from restore.evaluation.evaluate import evaluate
+from restore.evaluation.statistics import bootstrap, paired_difference
+
+
+@pytest.fixture
+def pair(tmp_path, smooth_images, write_images):
+    truth = smooth_images(6, 32, 0)
+    noise = np.random.default_rng(0).normal(0, 12, truth.shape)
+    results = (truth + noise).round().clip(0, 255).astype(np.uint8)
+    write_images(tmp_path / "truth", truth)
+    write_images(tmp_path / "results", results)
+    return truth, results
+
+
+def test_means_and_rows_of_a_complete_folder(pair, tmp_path):
+    truth, results = pair
+    found = evaluate(tmp_path / "results", tmp_path / "truth", metrics=["psnr", "ssim"])
+    assert found.complete and found.expected == 6 and len(found.per_image) == 6
+    values = [metrics.psnr(a, b) for a, b in zip(results, truth, strict=True)]
+    assert found.means["psnr"].mean == pytest.approx(np.mean(values), rel=1e-12)
+    assert found.means["psnr"].low < np.mean(values) < found.means["psnr"].high
+    assert found.per_image[2] == {"image": "00002", "psnr": pytest.approx(values[2]), "ssim": pytest.approx(
+        metrics.ssim(results[2], truth[2]))}  # fmt: skip
+    assert found.protocol["reference"]["count"] == 6
+
+
+def test_incomplete_results_are_never_averaged_silently(pair, tmp_path, smooth_images, write_images):
+    (tmp_path / "results" / "00001.png").unlink()
+    write_images(tmp_path / "results", smooth_images(1, 48, 3), ["00004"])
+    write_images(tmp_path / "results", smooth_images(1, 32, 3), ["stranger"])
+    found = evaluate(tmp_path / "results", tmp_path / "truth", metrics=["psnr"])
+    assert (found.missing, found.mismatched, found.extra) == (["00001"], ["00004"], ["stranger"])
+    assert not found.complete and found.means == {} and len(found.per_image) == 4
+    allowed = evaluate(tmp_path / "results", tmp_path / "truth", metrics=["psnr"], allow_incomplete=True)
+    assert allowed.means["psnr"].n == 4 and not allowed.complete
+
+
+def test_folders_without_a_common_name_and_unknown_metrics(pair, tmp_path, smooth_images, write_images):
+    write_images(tmp_path / "others", smooth_images(2, 32, 5), ["x", "y"])
+    with pytest.raises(RestoreError, match="cannot be compared one by one"):
+        evaluate(tmp_path / "others", tmp_path / "truth", metrics=["psnr"])
+    with pytest.raises(RestoreError, match="no metric psrn; the metrics are psnr"):
+        evaluate(tmp_path / "results", tmp_path / "truth", metrics=["psrn"])
+
+
+def test_a_full_reference_is_named_apart(pair, tmp_path, inception_weights, monkeypatch, smooth_images, write_images):
+    write_images(tmp_path / "full", smooth_images(9, 32, 7))
+    asked = []
+
+    def record(results, reference, names, **options):
+        asked.append((len(results), len(reference), tuple(names)))
+        return {name: float(len(reference)) for name in names}
+
+    # The numbers themselves are compared with torch-fidelity in test_fidelity; here only which sets meet.
+    monkeypatch.setattr(fidelity, "set_metrics", record)
+    found = evaluate(tmp_path / "results", tmp_path / "truth", metrics=["fid", "is"], full_reference=tmp_path / "full",
+                     weights={"inception": inception_weights}, allow_small=True)  # fmt: skip
+    assert asked == [(6, 6, ("fid", "is")), (6, 9, ("fid",))]
+    assert found.set_values == {"fid": 6.0, "is": 6.0, "full_fid": 9.0}
+    assert found.protocol["full_reference"]["count"] == 9 and "too few" in found.notes[-1]
+
+
+def test_the_bootstrap_interval_has_its_coverage():
+    rng = np.random.default_rng(0)
+    hits = [(e := bootstrap(rng.normal(3, 2, 60))).low <= 3 <= e.high for _ in range(200)]
+    assert 0.89 < np.mean(hits) < 0.985
+    assert bootstrap([1.0, 2.0, 4.0]) == bootstrap([1.0, 2.0, 4.0])
+    assert math.isnan(bootstrap([1.0]).low) and bootstrap([]).n == 0
+    image = rng.normal(0, 5, 100)
+    difference = paired_difference(image + 0.3 + rng.normal(0, 0.01, 100), image)
+    assert 0.29 < difference.low < difference.mean < difference.high < 0.31
+
+
+def test_protocols_that_differ_say_how():
+    def block(**changes):
+        base = {"images": {"count": 3, "sha256": "a"}, "backbone": {"name": "x"}, "seed": 0, "samples": 1,
+                "tasks": {"sr": {"operator": "super_resolution", "sigma_y": 0.05}}, "methods": {"dps": {"steps": 250}},
+                "metrics": {"lpips": "alex"}, "precision": "float32", "device": "cpu"}  # fmt: skip
+        return protocol.build_protocol(**(base | changes))
+
+    assert protocol.differences(block(), block()) == {}
+    other = block(tasks={"sr": {"operator": "super_resolution", "sigma_y": 0.1}}, methods={"dps": {"steps": 1000}})
+    assert protocol.differences(block(), other) == {
+        "tasks.sr.sigma_y": (0.05, 0.1),
+        "methods.dps.steps": (250, 1000),
+    }
+    assert protocol.comparable(block(), other) == {"tasks.sr.sigma_y": (0.05, 0.1)}
+    assert protocol.comparable(block(), block(methods={"psld": {"steps": 1000}}, tasks={"blur": {}})) == {}
+    moved = block(device="cuda")
+    assert protocol.differences(block(), moved) == {}
+    assert protocol.differences(block(), moved, circumstances=True) == {"device": ("cpu", "cuda")}
+    text = protocol.format_differences(protocol.differences(block(), other))
+    assert text == "tasks.sr.sigma_y: 0.05 there, 0.1 here; methods.dps.steps: 250 there, 1000 here"
