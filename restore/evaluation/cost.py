@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -101,13 +101,23 @@ def psld_cost(
         model = _fake_model(*configs, dtype, vae_dtype, tokens)
         side = model.resolution if size is None else size // model.downscale
         z = torch.randn(batch, model.channels, side, side, requires_grad=True)
-        flops = _flops(model, z, guidance)
-        weights = [*model.network.parameters(), *model.vae.parameters()]
-        peaks = {"peak": _peak(model, z, None, weights), "peak_pag": _peak(model, z, guidance, weights)}
+        guided, plain = _flops(model, z, guidance), _flops(model, z, None)
+        weak_unshared = _weak_unshared(model, z, guidance)
+        peak, peak_pag = _peak(model, z, None), _peak(model, z, guidance)
         model = _fake_model(*configs, dtype, vae_dtype, tokens, checkpointing=True)
-        weights = [*model.network.parameters(), *model.vae.parameters()]
-        peaks["peak_checkpointing"] = _peak(model, z, guidance, weights)
-    return StepCost(**flops, **peaks, parameters=sum(p.numel() * p.element_size() for p in weights))
+        peak_checkpointing = _peak(model, z, guidance)
+    return StepCost(
+        unet=plain["score"],
+        decoder=plain["decoder"],
+        encoder=plain["encoder"],
+        backward=plain["backward"],
+        weak=guided["score"] - plain["score"],
+        weak_unshared=weak_unshared,
+        parameters=sum(p.numel() * p.element_size() for p in _weights(model)),
+        peak=peak,
+        peak_pag=peak_pag,
+        peak_checkpointing=peak_checkpointing,
+    )
 
 
 def _fake_model(unet_config, vae_config, dtype, vae_dtype, tokens: int, checkpointing=False) -> StableDiffusion:
@@ -121,41 +131,39 @@ def _fake_model(unet_config, vae_config, dtype, vae_dtype, tokens: int, checkpoi
     return StableDiffusion(unet, vae, torch.ones(1000), text, checkpointing=checkpointing)
 
 
-def _step(model: StableDiffusion, z: torch.Tensor, guidance, parts=None) -> None:
-    """The passes of restore.samplers.psld.psld's second step, without the operator and the update.
-
-    parts: context managers by the name of the part they enclose.
-    """
-    parts = parts or {}
+def _step(model: StableDiffusion, z: torch.Tensor, guidance, score, decoder, encoder, backward) -> None:
+    """psld's second step without the operator and the update, each part within its context manager."""
     vae = model.vae
     with estimator(model, guidance) as estimate:
         if guidance is not None:
             with torch.no_grad():
                 estimate(z, 1)  # the first step learns what the two passes share
-        with _part(parts, "score"):
+        with score:
             strong, _ = estimate(z, 1)
-        with _part(parts, "decoder"):
+        with decoder:
             z0_hat = z - strong.eps
             x0_hat = vae.decode(z0_hat.to(vae.dtype), return_dict=False)[0].to(z.dtype)
-        with _part(parts, "encoder"):
+        with encoder:
             encoded = vae.encode(x0_hat.to(vae.dtype)).latent_dist.mean.to(z.dtype)
-        with _part(parts, "backward"):
+        with backward:
             torch.autograd.grad(x0_hat.norm() + (z0_hat - encoded).norm(), z)
 
 
 def _flops(model: StableDiffusion, z: torch.Tensor, guidance) -> dict[str, int]:
-    def count(guidance) -> dict[str, int]:
-        counters = {name: _counter() for name in ("score", "decoder", "encoder", "backward")}
-        _step(model, z, guidance, counters)
-        return {name: counter.get_total_flops() for name, counter in counters.items()}
+    counters = {name: _counter() for name in ("score", "decoder", "encoder", "backward")}
+    _step(model, z, guidance, **counters)
+    return {name: counter.get_total_flops() for name, counter in counters.items()}
 
-    plain, guided = count(None), count(guidance)
-    return {
-        "unet": plain["score"],
-        **{name: plain[name] for name in ("decoder", "encoder", "backward")},
-        "weak": guided["score"] - plain["score"],
-        "weak_unshared": _weak_unshared(model, z, guidance),
-    }
+
+def _peak(model: StableDiffusion, z: torch.Tensor, guidance) -> int:
+    # Not in one run with _flops: its counter keeps tensors of recomputed blocks alive.
+    with LiveBytes(known=[*_weights(model), z]) as live:
+        _step(model, z, guidance, *[nullcontext()] * 4)
+    return live.peak
+
+
+def _weights(model: StableDiffusion) -> list[nn.Parameter]:
+    return [*model.network.parameters(), *model.vae.parameters()]
 
 
 def _weak_unshared(model: StableDiffusion, z: torch.Tensor, guidance) -> int:
@@ -180,12 +188,6 @@ def _counter() -> FlopCounterMode:
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
     return FlopCounterMode(display=False, custom_mapping=mapping)
-
-
-def _peak(model: StableDiffusion, z: torch.Tensor, guidance, weights: list[nn.Parameter]) -> int:
-    with LiveBytes(known=[*weights, z]) as live:
-        _step(model, z, guidance)
-    return live.peak
 
 
 class LiveBytes(TorchDispatchMode):
@@ -221,15 +223,6 @@ class LiveBytes(TorchDispatchMode):
         self.alive[key] = weakref.ref(storage, gone)
         self.now += size
         self.peak = max(self.peak, self.now)
-
-
-@contextmanager
-def _part(parts: dict, name: str) -> Iterator[None]:
-    if name not in parts:
-        yield
-        return
-    with parts[name]:
-        yield
 
 
 @contextmanager
