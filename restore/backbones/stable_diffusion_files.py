@@ -199,7 +199,7 @@ def require_complete(folder: Path) -> None:
     missing = [name for name in PARTS if not (folder / name).is_dir()]
     if "text_encoder" in missing or "tokenizer" in missing:
         raise RestoreError(
-            f"{folder} has a cross-attention U-Net but no {' and no '.join(missing)}: the embedding of the empty prompt "
+            f"{folder} has a cross-attention U-Net but no {' and no '.join(missing)}: the empty prompt's embedding "
             "cannot be computed; copy it from the original model"
         )
     if missing:

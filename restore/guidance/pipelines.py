@@ -155,8 +155,8 @@ def conditional_rows(pipe: Any, x: torch.Tensor, conditional: str) -> slice:
         doubled = len(x) % 2 == 0 and torch.equal(x[:half], x[half:])
         if says and not doubled:
             raise RestoreError(
-                "the pipeline does classifier-free guidance, but its batch is not [without, with prompt]; name the part "
-                "with the prompt: guided(..., conditional='second'), 'first' or 'all'"
+                "the pipeline does classifier-free guidance, but its batch is not [without, with prompt]; name the "
+                "part with the prompt: guided(..., conditional='second'), 'first' or 'all'"
             )
         conditional = "second" if doubled and says is not False else "all"
     if conditional == "all":

@@ -230,3 +230,24 @@ def test_tiny_weights_do_not_depend_on_what_ran_before():
     torch.randn(7)
     assert UNET["cross_attention_dim"] == 16
     assert torch.equal(tiny_unet().conv_in.weight, seeded(lambda: UNet2DConditionModel(**UNET), 0).conv_in.weight)
+
+
+def test_no_second_pass_when_there_is_nothing_to_contrast():
+    from restore.guidance import CFG, PAG, estimator
+
+    backbone, z = tiny(), torch.randn(1, 4, 8, 8)
+    prompt = torch.randn(1, 12, 16)
+    cases = [
+        (CFG(6.5), None, 1),
+        (CFG(6.5), prompt, 2),
+        (PAG(0.0, layers="m1"), None, 1),
+        (PAG(1.0, layers="m1"), None, 2),
+    ]
+    for guidance, condition, passes in cases:
+        calls = []
+        handle = backbone.network.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        with torch.no_grad(), estimator(backbone, guidance) as estimate:
+            strong, eps = estimate(z, 401, condition)
+        handle.remove()
+        assert len(calls) == passes, guidance
+        assert torch.equal(strong.eps, eps) == (passes == 1)
