@@ -49,13 +49,18 @@ def identity(q, k, v, mask, scale, draw):
 
 
 def uniform(q, k, v, mask, scale, draw):
-    """A' = 1/N: every token sees the mean value."""
+    """A' = 1/N: every token sees the mean value (of the keys the mask lets it see)."""
+    if mask is not None:
+        return apply(F.softmax(logits(torch.zeros_like(q), k, mask, scale), dim=-1), v)
     return v.mean(dim=-2, keepdim=True).expand(*q.shape[:-1], v.shape[-1])
 
 
 def mean_query(q, k, v, mask, scale, draw):
     """Every query replaced by their mean: SEG (Hong 2024) at infinite blur."""
-    out = F.scaled_dot_product_attention(q.mean(dim=-2, keepdim=True), k, v, scale=scale)
+    mean = q.mean(dim=-2, keepdim=True)
+    if mask is not None and mask.shape[-2] > 1:
+        mean = mean.expand_as(q)
+    out = apply(F.softmax(logits(mean, k, mask, scale), dim=-1), v)
     return out.expand(*q.shape[:-1], v.shape[-1])
 
 
