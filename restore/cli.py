@@ -281,15 +281,19 @@ def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2."""
     from operators import RestoreError
 
+    interrupted = "restore: interrupted; finished files are kept, run the same command to continue"
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == 130:  # how typer reports Ctrl-C
+            typer.echo(interrupted, err=True)
+        sys.exit(code if isinstance(code, int) else 0)
     except RestoreError as error:
         typer.echo(f"restore: {error}", err=True)
         sys.exit(2)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("restore: interrupted; finished files are kept, run the same command to continue", err=True)
+        typer.echo(interrupted, err=True)
         sys.exit(130)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's own usage errors

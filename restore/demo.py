@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from restore import atomic, io, jobs, pictures, presets
+from restore import atomic, files, io, jobs, pictures, presets
 from restore.evaluation.baselines import baseline
 from restore.evaluation.metrics import psnr, ssim
 from restore.paths import data_dir
@@ -40,7 +40,7 @@ def run_demo(
     """
     started = time.perf_counter()
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    files.writable_folder(out)
     restorer = load("embedded", device=device)
     photos = [io.read_image(data_dir() / "photos" / name) for name in PHOTOS]
     x = torch.cat([photo.pixels for photo in photos])

@@ -269,6 +269,8 @@ def generate_files(
     guidance = sum(terms[1:], terms[0]) if terms else None
     if labels is not None and len(labels) == 1:
         labels = list(labels) * n
+    out = Path(out)
+    files.writable_folder(out)
     images = restorer.generate(
         n,
         guidance=guidance,
@@ -279,7 +281,6 @@ def generate_files(
         batch_size=batch_size,
         callback=callback,
     )
-    out = Path(out)
     for i, image in enumerate(images):
         path = out / f"sample-{i:04d}.png"
         io.write_image(path, image)
