@@ -110,9 +110,15 @@ def dps_moments(prior, zeta, sigma=0.1):
 
 
 def test_dps_bias_is_what_we_document(prior):
-    """DPS is not a sampler of the posterior: its mean is close, its spread too small for large steps."""
+    """DPS only approximates the posterior. README states these numbers; a change of them is a change of DPS."""
     results = {zeta: dps_moments(prior, zeta) for zeta in (0.0, 0.003, 0.01, 0.03, 0.1)}
     for zeta, (bias, spread) in results.items():
-        print(f"zeta {zeta}: bias of the mean {bias:.3f} of the shift, posterior variance x {spread:.2f}")
-    assert results[0.0][0] == pytest.approx(1, abs=0.05)
-    assert min(bias for bias, _ in results.values()) < 0.2
+        print(f"zeta {zeta}: bias of the mean {bias:.3f} of the prior-to-posterior shift, variance x {spread:.2f}")
+    # Without a data term the samples are the prior's; too small a step stops half-way, with too much spread.
+    assert results[0.0] == pytest.approx((1.0, 4.3), rel=0.1)
+    assert results[0.003] == pytest.approx((0.48, 2.06), rel=0.2)
+    # With a fitting step the mean is 5 to 10 % off and the variance within 15 %: close, but not exact.
+    for zeta in (0.01, 0.03, 0.1):
+        bias, spread = results[zeta]
+        assert 0.02 < bias < 0.13
+        assert 0.8 < spread < 1.2

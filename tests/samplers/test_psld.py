@@ -1,0 +1,252 @@
+"""PSLD and PSLD+PAG against trajectories of the authors' code (tests/golden/psld_loop, psld_pag_loop)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file
+from tiny_sd import SCHEDULER
+
+import operators
+from operators import GaussianNoise, RestoreError
+from restore.backbones.stable_diffusion import StableDiffusion
+from restore.backbones.stable_diffusion_files import alphas_cumprod
+from restore.guidance import CFG, PAG
+from restore.samplers.noise import ImageNoise
+from restore.samplers.psld import REFERENCE, alpha_bars, psld, psld_timesteps
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+SETS = {name: json.loads((GOLDEN / f"{name}.json").read_text()) for name in ("psld_loop", "psld_pag_loop")}
+CASES = [(name, case) for name, sidecar in SETS.items() for case in sidecar["cases"]]
+SHARED = load_file(GOLDEN / "psld_loop.safetensors")
+FILES = {"psld_loop": SHARED, "psld_pag_loop": load_file(GOLDEN / "psld_pag_loop.safetensors")}
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def make_backbone(T=1000, context=SHARED["context"], null=None, **options):
+    nets = []
+    for cls, name in ((UNet2DConditionModel, "sd_unet"), (AutoencoderKL, "sd_vae")):
+        net = cls.from_config(json.loads((GOLDEN / "nets" / f"{name}_config.json").read_text()))
+        net.load_state_dict({k: v.float() for k, v in load_file(GOLDEN / "nets" / f"{name}.safetensors").items()})
+        nets.append(net)
+    alphas = alphas_cumprod({**SCHEDULER, "num_train_timesteps": T})
+    return StableDiffusion(*nets, alphas, context if null is None else null, **options)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return make_backbone()
+
+
+def setup(name, case, adjoint="reference"):
+    config = SETS[name]["cases"][case]
+    tensors = {k.split(".", 1)[1]: v for k, v in FILES[name].items() if k.startswith(case + ".")}
+    if case == "box_pag0":
+        tensors = {**{k.split(".", 1)[1]: v for k, v in SHARED.items() if k.startswith("box.")}, **tensors}
+    kind, noise = config["operator_short"], GaussianNoise(config["sigma"])
+    if kind == "box":
+        operator = operators.Inpainting(tensors["mask"].float(), noise=noise, adjoint=adjoint)
+    elif kind == "sr8":
+        operator = operators.SuperResolution(8, noise=noise, adjoint=adjoint)
+    else:
+        kernel = tensors.get("kernel", SHARED["gauss.kernel"])
+        operator = operators.Blur(kernel, noise=noise, adjoint=adjoint)
+    return tensors, config, operator
+
+
+def guidance_of(config):
+    guidance = None
+    if config["pag_scale"]:
+        guidance = PAG(config["pag_scale"], layers=config["pag_layers_ldm"])
+    if config["cfg_scale"] != 1:
+        guidance = CFG(config["cfg_scale"] - 1) + guidance
+    return guidance
+
+
+def bank(tensors):
+    def noise(k, shape, kind):
+        if kind == "measurement":
+            return (tensors["meas_noise"] if "meas_noise" in tensors else SHARED["noise.measurement"])[k].reshape(shape)
+        return SHARED[f"noise.{kind}"][k + 1 if kind == "latent" else k].reshape(shape)
+
+    return noise
+
+
+def run(backbone, tensors, config, operator, **changes):
+    steps = []
+    options = {
+        "z_T": SHARED["noise.latent"][0][None],
+        "timesteps": psld_timesteps(config["S"], config["num_train_timesteps"], reference=True),
+        "eta": config["omega"],
+        "gamma": config["gamma"],
+        "noise": bank(tensors),
+        "guidance": guidance_of(config),
+        "condition": SHARED["context"],
+        "ddim_eta": config["eta"],
+        **REFERENCE,
+        **changes,
+    }
+    z = psld(backbone, operator, tensors["y"], callback=steps.append, **options)
+    return z, steps
+
+
+@pytest.mark.parametrize("name,case", CASES)
+def test_trajectory_is_the_official_one(name, case):
+    tensors, config, operator = setup(name, case)
+    null = FILES["psld_pag_loop"]["uncond_context"] if config["cfg_scale"] != 1 else None
+    backbone = make_backbone(config["num_train_timesteps"], null=null)
+    z, steps = run(backbone, tensors, config, operator)
+    assert [step["t"] for step in steps] == config["timesteps_fed_to_unet"]
+    for k in (1, 2, 5):
+        if f"z_after_{k}" in tensors:
+            assert relative(steps[k - 1]["x_t"], tensors[f"z_after_{k}"]) < 1e-5, k
+    for k in (10, 15):
+        if f"z_after_{k}" in tensors and case != "box_pag0":
+            assert relative(steps[k - 1]["x_t"], tensors[f"z_after_{k}"]) < 1e-4, k
+    assert relative(z, tensors["z_final"]) < 1e-4
+    if case == "box_pag0":
+        return
+    assert relative(backbone.decode(z), tensors["decoded"]) < 1e-4
+    residual, glue = (torch.stack([s[n] for s in steps])[:, 0] for n in ("residual", "glue"))
+    assert relative(residual, tensors["meas_error"]) < 1e-4
+    assert relative(glue, tensors["glue_error"]) < 1e-4
+    assert relative(config["omega"] * residual + config["gamma"] * glue, tensors["loss"]) < 1e-4
+    gradients = [step["gradient"] for step in steps]
+    assert relative(torch.stack([g.norm() for g in gradients]), tensors["grad_norm"]) < 1e-3
+    assert relative(gradients[0], tensors["grad_1"]) < 1e-4
+    last = f"grad_{len(steps)}"
+    assert relative(gradients[-1], tensors[last]) < 1e-3
+
+
+def test_checkpointing_gives_the_same_guided_trajectory():
+    """The weak pass and its replay must be over when the backward recomputes blocks."""
+    tensors, config, operator = setup("psld_pag_loop", "box")
+    z, _ = run(make_backbone(checkpointing=True), tensors, config, operator)
+    assert relative(z, tensors["z_final"]) < 1e-4
+
+
+CLEAN = {"measurement_noise": False, "encoding": "mean", "index_shift": False}
+
+
+def test_clean_choices_need_no_noise_and_differ_from_the_reference(backbone):
+    tensors, config, exact = setup("psld_loop", "sr8", adjoint="exact")
+
+    def no_noise(*_):
+        raise AssertionError("drawn")
+
+    few = {**CLEAN, "timesteps": [901, 601, 301, 1]}
+    z, _ = run(backbone, tensors, config, exact, noise=no_noise, **few)
+    for change in ({"measurement_noise": True}, {"encoding": "sample"}):
+        assert relative(run(backbone, tensors, config, exact, **{**few, **change})[0], z) > 1e-4, change
+    reference = operators.SuperResolution(8, adjoint="reference")
+    assert relative(run(backbone, tensors, config, reference, **few)[0], z) > 1e-4
+
+
+def test_gradient_is_that_of_the_two_norms(backbone):
+    """The step minus the DDIM step is d/dz of eta ||.|| + gamma ||.||, by finite differences in float64."""
+    tensors, config, operator = setup("psld_loop", "box", adjoint="exact")
+    double = make_backbone()
+    double.network.double()
+    double.vae.double()
+    z = SHARED["noise.latent"][0][None].double()
+    y = tensors["y"].double()
+    common = {"timesteps": [501], "eta": 0.7, "gamma": 0.3, "noise": None}
+    steps = []
+    psld(double, operator, y, z_T=z, callback=steps.append, **common)
+    direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def loss(z):
+        seen = []
+        psld(double, operator, y, z_T=z, callback=seen.append, **common)
+        return float(0.7 * seen[0]["residual"] + 0.3 * seen[0]["glue"])
+
+    h = 1e-5
+    numeric = (loss(z + h * direction) - loss(z - h * direction)) / (2 * h)
+    assert float((steps[0]["gradient"] * direction).sum()) == pytest.approx(numeric, rel=1e-5)
+
+
+def test_gamma_zero_is_latent_dps_and_runs_no_encoder(backbone):
+    tensors, config, operator = setup("psld_loop", "box", adjoint="exact")
+    calls = []
+    handle = backbone.vae.encoder.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        _, steps = run(backbone, tensors, config, operator, gamma=0.0, timesteps=[901, 801], **CLEAN)
+        assert not calls and float(steps[0]["glue"]) == 0
+        run(backbone, tensors, config, operator, timesteps=[901, 801], **CLEAN)
+        assert len(calls) == 2
+    finally:
+        handle.remove()
+    z = SHARED["noise.latent"][0][None].requires_grad_()
+    a = float(backbone.alphas_cumprod[901])
+    x = backbone.decode((z - (1 - a) ** 0.5 * backbone.predict(z, 901).eps) / a**0.5)
+    residual = (tensors["y"] - operator.A(x)).norm()
+    (expected,) = torch.autograd.grad(config["omega"] * residual, z)
+    assert relative(steps[0]["gradient"], expected) < 1e-5
+
+
+def test_loss_sees_the_unguided_estimate(backbone):
+    tensors, config, operator = setup("psld_pag_loop", "box", adjoint="exact")
+    first = {}
+    for scale in (0.0, 4.0):
+        guidance = PAG(scale, layers="i8")
+        z, steps = run(backbone, tensors, config, operator, guidance=guidance, timesteps=[901, 801], **CLEAN)
+        first[scale] = steps[0]
+    assert torch.equal(first[0.0]["z0_hat"], first[4.0]["z0_hat"])
+    assert torch.equal(first[0.0]["gradient"], first[4.0]["gradient"])
+    assert relative(first[4.0]["x_t"], first[0.0]["x_t"]) > 1e-4
+
+
+def test_batch_equals_single_images(backbone):
+    tensors, config, operator = setup("psld_pag_loop", "box", adjoint="exact")
+    keys = [(0, f"image{i}", 0) for i in range(3)]
+    y = torch.cat([tensors["y"] * s for s in (1.0, 0.5, -1.0)])
+    options = {"condition": None, "timesteps": [901, 601, 301, 1], "ddim_eta": 0.5, **REFERENCE}
+
+    def sample(rows):
+        noise = ImageNoise([keys[i] for i in rows])
+        start = noise(0, (len(rows), 4, 16, 16), "start")
+        return run(backbone, {"y": y[list(rows)]}, config, operator, z_T=start, noise=noise, **options)[0]
+
+    together = sample((0, 1, 2))
+    for i in range(3):
+        assert relative(together[i : i + 1], sample((i,))) < 1e-5
+    assert torch.equal(sample((0, 1, 2)), together)
+
+
+def test_last_step_removes_all_noise_when_t_reaches_zero():
+    alphas = alphas_cumprod(SCHEDULER)
+    at, prev = alpha_bars(alphas, [501, 1], shift=False)
+    assert at == pytest.approx([float(alphas[501]), float(alphas[1])], rel=1e-6)
+    assert prev == pytest.approx([float(alphas[1]), float(alphas[0])], rel=1e-6)
+    assert alpha_bars(alphas, [501, 0], shift=False)[1][-1] == 1.0
+    everything = list(range(1000, 0, -1))
+    at, prev = alpha_bars(alphas, everything, shift=True)
+    assert at[0] == pytest.approx(float(alphas[999]), rel=1e-6) and at[-1] == prev[-1]
+    with pytest.raises(RestoreError, match="between 0 and 999"):
+        alpha_bars(alphas, everything, shift=False)
+
+
+def test_timesteps():
+    assert psld_timesteps(10, 1000) == [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
+    assert psld_timesteps(1000, 1000) == list(range(999, -1, -1))
+    assert psld_timesteps(1000, 1000, reference=True) == list(range(1000, 0, -1))
+    assert len(psld_timesteps(30, 1000)) == 30 and len(psld_timesteps(30, 1000, reference=True)) == 31
+    assert len(set(psld_timesteps(999, 1000))) == 999 and max(psld_timesteps(999, 1000)) <= 999
+    for steps in (0, -1, 1001):
+        with pytest.raises(RestoreError, match="between 1 and 1000"):
+            psld_timesteps(steps, 1000)
+
+
+def test_bad_options(backbone):
+    tensors, config, operator = setup("psld_loop", "box")
+    with pytest.raises(RestoreError, match="encoding='mode'"):
+        run(backbone, tensors, config, operator, encoding="mode")
+    with pytest.raises(RestoreError, match="this operator has none"):
+        run(backbone, tensors, config, operators.Inpainting(tensors["mask"].float()))
+    with pytest.raises(RestoreError, match="not finite after step"):
+        run(backbone, tensors, config, operator, eta=1e38, **CLEAN)
