@@ -212,7 +212,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise RestoreError(f"{path} is damaged ({error}); start the run again in another folder") from error
     if found.get("format") != FORMAT:
         raise RestoreError(
-            f"{folder} was made by another version of restore (run format {found.get('format')}, this one reads {FORMAT});"
+            f"{folder} is of another version of restore (run format {found.get('format')}, this one reads {FORMAT});"
             " finish it with that version, or start again in another folder"
         )
     return found
