@@ -121,7 +121,8 @@ def write_image(path: str | Path, image: torch.Tensor, like: ImageRecord | None 
     profile and EXIF are carried over as far as the format can hold them. colour=True keeps colours
     although `like` was grey (colorization). JPEG and WebP are written at quality 95, JPEG without
     chroma subsampling. Atomic (see `atomic.writing`).
-    Raises RestoreError for NaN or infinite pixels, an unknown suffix, alpha into a JPEG, a full disk.
+    Raises RestoreError for NaN or infinite pixels, an unknown suffix, alpha into a JPEG, more
+    pixels than the format can hold, a full disk.
     """
     path = Path(path)
     image_format = _FORMATS.get(path.suffix.lower())
@@ -153,7 +154,10 @@ def write_image(path: str | Path, image: torch.Tensor, like: ImageRecord | None 
         options |= {"exif": exif} if exif else {}
         buffer = io.BytesIO()
         picture = PIL.Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-        picture.save(buffer, image_format, **_SAVE.get(image_format, {}), **options)
+        try:
+            picture.save(buffer, image_format, **_SAVE.get(image_format, {}), **options)
+        except (OSError, ValueError) as error:  # more pixels than the format can address
+            raise RestoreError(f"Cannot write {path} as {image_format}: {error}; write a PNG.") from error
         content = buffer.getvalue()
     atomic.write_bytes(path, content)
 
@@ -320,10 +324,14 @@ def _eight_bit_samples(image: PIL.Image.Image, path: str | Path) -> np.ndarray:
 def _upright_exif(exif: PIL.Image.Exif) -> bytes | None:
     if not len(exif):
         return None
-    exif.pop(_ORIENTATION, None)
-    for tag in _EXIF_SIZES:  # the restored photo may have another size
-        exif.get_ifd(_EXIF_IFD).pop(tag, None)
-    return exif.tobytes()
+    try:
+        exif.pop(_ORIENTATION, None)
+        for tag in _EXIF_SIZES:  # the restored photo may have another size
+            exif.get_ifd(_EXIF_IFD).pop(tag, None)
+        block = exif.tobytes()
+    except (*_BROKEN, TypeError):  # cameras write broken EXIF; the photo matters more
+        return None
+    return block if len(block) < 65000 else None  # a JPEG segment ends at 65535
 
 
 def _checked(image: torch.Tensor) -> torch.Tensor:

@@ -152,6 +152,28 @@ def test_colour_profile_is_kept(tmp_path):
         assert io.read_image(tmp_path / name).bits == bits
 
 
+def test_camera_exif_is_carried_over_without_stale_sizes(tmp_path):
+    exif = PIL.Image.Exif()
+    exif[0x0110] = "Camera"
+    exif.get_ifd(0x8769).update({0xA002: 4000, 0xA003: 3000, 0x9003: "2024:05:06 07:08:09"})
+    for suffix in (".jpg", ".png", ".webp"):
+        record = io.read_image(saved(tmp_path / f"a{suffix}", photo(), exif=exif.tobytes()))
+        io.write_image(tmp_path / f"b{suffix}", record.pixels, record)
+        with PIL.Image.open(tmp_path / f"b{suffix}") as image:
+            assert image.getexif()[0x0110] == "Camera"
+            assert dict(image.getexif().get_ifd(0x8769)) == {0x9003: "2024:05:06 07:08:09"}
+    whole = (tmp_path / "a.jpg").read_bytes()
+    at = whole.index(b"Exif\0\0") + 14
+    (tmp_path / "c.jpg").write_bytes(whole[:at] + b"\xff" * 40 + whole[at + 40 :])  # a broken directory
+    assert io.read_image(tmp_path / "c.jpg").size == (13, 17)
+
+
+def test_a_format_that_cannot_hold_the_size_says_so(tmp_path):
+    with pytest.raises(RestoreError, match="a.jpg as JPEG"):
+        io.write_image(tmp_path / "a.jpg", torch.zeros(1, 3, 1, 70000))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_grey_stays_grey_unless_colour_is_asked_for(tmp_path):
     record = io.read_image(saved(tmp_path / "a.jpg", photo(channels=1)))
     red = torch.full((1, 3, 13, 17), -1.0)

@@ -1,0 +1,155 @@
+"""The known checkpoints: one YAML file each in configs/model/, read into plain records."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from operators import RestoreError
+from restore.paths import configs_dir, data_dir
+
+KINDS = ("adm", "stable-diffusion")
+
+
+@dataclass(frozen=True)
+class Download:
+    """One file of weights: its name, the addresses to try in order, and what is known of its content.
+
+    size in bytes and sha256 are None where the publisher states neither and nobody could check: the
+    values seen at the first download are then recorded beside the file and verified ever after.
+    """
+
+    file: str
+    urls: tuple[str, ...]
+    size: int | None = None
+    sha256: str | None = None
+    by_hand: str | None = None
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A model folder on the Hugging Face hub; `files` are the patterns of the files needed."""
+
+    repo: str
+    revision: str = "main"
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Published settings of Perturbed-Attention Guidance for this network, and where they are from."""
+
+    layers: tuple[str, ...]
+    scale: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """An entry of the registry. Exactly one of `folder` (shipped, below data/), `download`, `hub` is set.
+
+    kind: "adm" or "stable-diffusion". resolution: pixels per side it was trained at.
+    options: keyword arguments of the loader that cannot be read off the weights. notes: what a user should know.
+    """
+
+    name: str
+    kind: str
+    title: str
+    page: str
+    licence: str
+    resolution: int
+    folder: str | None = None
+    download: Download | None = None
+    hub: Hub | None = None
+    parameters: int | None = None
+    classes: int | None = None
+    options: Mapping[str, Any] | None = None
+    guidance: Guidance | None = None
+    citation: str | None = None
+    notes: str | None = None
+
+    @property
+    def class_conditional(self) -> bool:
+        return self.classes is not None
+
+
+def models(folder: Path | None = None) -> dict[str, Model]:
+    """All registered models by name, sorted; from `folder` instead of the shipped configs/model if given.
+
+    Raises RestoreError for a YAML file with an unknown, missing or misplaced key.
+    """
+    return {path.stem: _read(path) for path in sorted((folder or configs_dir() / "model").glob("*.yaml"))}
+
+
+def model(name: str, folder: Path | None = None) -> Model:
+    """The entry called `name`; RestoreError with the nearest names when there is none."""
+    known = models(folder)
+    if name not in known:
+        raise RestoreError(f"There is no model called {name!r}{nearest(name, known)}")
+    return known[name]
+
+
+def nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
+    """The end of an error sentence: the most similar known names, or all of them."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; known are {', '.join(known)}."
+
+
+def _read(path: Path) -> Model:
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        raise RestoreError(f"{path} is not a readable YAML file: {error}") from error
+    except Exception as error:  # the YAML parser's own errors share no base with OmegaConf's
+        if type(error).__module__.split(".")[0] != "yaml":
+            raise
+        raise RestoreError(f"{path} is not a readable YAML file: {error}") from error
+    nested = {"download": Download, "hub": Hub, "guidance": Guidance}
+    if not isinstance(content, dict):
+        raise RestoreError(f"{path} must hold the keys of a model, not a {type(content).__name__}.")
+    values = {"name": path.stem} | content
+    for key, record in nested.items():
+        if values.get(key) is not None:
+            values[key] = _record(record, values[key], path, f"{key}.")
+    entry = _record(Model, values, path, "")
+    if entry.kind not in KINDS:
+        raise RestoreError(f"{path}: kind is {entry.kind!r}{nearest(entry.kind, list(KINDS))}")
+    if entry.name != path.stem:
+        raise RestoreError(f"{path}: the name {entry.name!r} must be the file's.")
+    if sum(source is not None for source in (entry.folder, entry.download, entry.hub)) != 1:
+        raise RestoreError(f"{path}: set exactly one of folder, download and hub.")
+    sha256 = entry.download.sha256 if entry.download else None
+    if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise RestoreError(f"{path}: download.sha256 must be 64 hexadecimal digits.")
+    return entry
+
+
+def _record(record: type, values: Any, path: Path, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise RestoreError(f"{path}: {prefix.rstrip('.')} must hold keys, not a {type(values).__name__}.")
+    known = [item.name for item in fields(record)]
+    for key in values:
+        if key not in known:
+            raise RestoreError(f"{path}: unknown key {prefix}{key}{nearest(str(key), known)}")
+    try:
+        return record(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    except TypeError as error:
+        missing = re.findall("'(\\w+)'", str(error))
+        raise RestoreError(f"{path}: {', '.join(prefix + key for key in missing)} is missing.") from error
+
+
+def shipped_folder(entry: Model) -> Path:
+    """The folder of a model that comes with the package; RestoreError when it is not there."""
+    folder = data_dir() / str(entry.folder)
+    if not folder.is_dir():
+        raise RestoreError(
+            f"The model {entry.name} should be in {folder}, which is missing: install the package again."
+        )
+    return folder
