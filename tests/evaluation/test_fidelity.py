@@ -58,7 +58,7 @@ def test_set_metrics_equal_the_command_line_of_torch_fidelity(
         assert ours[name] == pytest.approx(printed[theirs], rel=1e-5, abs=1e-12), name
     # None of them at a value that a wrong computation would give as well.
     assert ours["fid"] > 0.1 and ours["is"] > 1.005 and ours["is_std"] > 0
-    assert 0 < ours["precision"] < 1 and 0 < ours["recall"] < 1
+    assert 0 < ours["precision"] <= 1 and 0 < ours["recall"] <= 1 and ours["precision"] != ours["recall"]
 
     # The cached reference gives the same numbers without the reference being read again.
     kept = list(tmp_path.glob("*.safetensors"))
