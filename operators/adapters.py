@@ -50,7 +50,7 @@ class PhysicsOperator(Operator):
         copies = self.__dict__.setdefault("_buffers", {})
         key = (like.dtype, like.device)
         if key not in copies:
-            copies[key] = copy.deepcopy(self.physics).to(device=like.device, dtype=like.dtype)
+            copies[key] = _moved(self.physics, like)
         return copies[key]
 
 
@@ -120,6 +120,21 @@ def as_linear_operator(operator, image_shape: Sequence[int], *, dtype=torch.floa
         rmatmat=rmatmat,
         dtype=torch.empty(0, dtype=dtype).numpy().dtype,
     )
+
+
+def _moved(module: torch.nn.Module, like: torch.Tensor) -> torch.nn.Module:
+    """A copy on the device of `like`, in its precision; complex buffers stay complex (module.to would not)."""
+    module = copy.deepcopy(module)
+    for part in module.modules():
+        for name, tensor in [*part.named_buffers(recurse=False), *part.named_parameters(recurse=False)]:
+            dtype = tensor.dtype
+            if tensor.is_complex():
+                dtype = torch.complex128 if like.dtype == torch.float64 else torch.complex64
+            elif tensor.is_floating_point():
+                dtype = like.dtype
+            moved = tensor.detach().to(like.device, dtype)
+            setattr(part, name, torch.nn.Parameter(moved) if isinstance(tensor, torch.nn.Parameter) else moved)
+    return module
 
 
 def _translate_noise(physics) -> GaussianNoise | None:

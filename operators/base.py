@@ -176,8 +176,11 @@ def least_squares(
     Wiener (posterior mean) solution for white x and white noise.
 
     operator: anything with `A` and `A_adjoint`. float16 and bfloat16 are computed in float32.
+    Raises RestoreError where y is not finite or an option makes no sense.
     """
     validate.images(y, "the measurement")
+    if not torch.isfinite(y).all():
+        raise RestoreError("the measurement holds NaN or infinite values, so it has no least-squares solution.")
     damping = validate.number(damping, "damping", low=0.0)
     dtype = compute_dtype(y)
     tolerance = (1e-10 if dtype == torch.float64 else 1e-5) if tolerance is None else tolerance

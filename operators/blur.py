@@ -7,7 +7,7 @@ import scipy.fft
 import torch
 import torch.nn.functional as F
 
-from operators import kernels, separable, validate
+from operators import kernels, separable
 from operators.base import Operator
 from operators.errors import RestoreError
 
@@ -106,9 +106,7 @@ class GaussianBlur(Blur):
         return separable.apply(self._matrix(y.shape[2], y).mT, self._matrix(y.shape[3], y).mT, y)
 
     def _matrix(self, size: int, x: torch.Tensor) -> torch.Tensor:
-        return self._buffer(
-            ("matrix", size), lambda: separable.filter_matrix(size, self.profile), separable.like(x)
-        )
+        return self._buffer(("matrix", size), lambda: separable.filter_matrix(size, self.profile), separable.like(x))
 
 
 class MotionBlur(Blur):
@@ -135,7 +133,9 @@ def as_kernel(kernel, normalize: bool = False) -> torch.Tensor:
     Raises RestoreError as described in `Blur`.
     """
     try:
-        kernel = torch.as_tensor(kernel).detach().to("cpu", torch.float64)
+        if not isinstance(kernel, torch.Tensor):
+            kernel = torch.from_numpy(np.array(kernel, dtype=np.float64))
+        kernel = kernel.detach().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError):
         raise RestoreError(f"the blur kernel must be a 2-D tensor or array, got {type(kernel).__name__}.") from None
     while kernel.ndim > 2 and kernel.shape[0] == 1:

@@ -132,7 +132,7 @@ def _plain(value):
 
 
 def _lookup(table: Mapping, name, what: str):
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise RestoreError(f"unknown {what} {name!r}; {_nearest(name, table)}.")
     return table[name]
 

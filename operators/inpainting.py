@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from operators import validate
@@ -64,7 +63,7 @@ def as_mask(mask) -> torch.Tensor:
     except (TypeError, ValueError, RuntimeError):
         raise RestoreError(f"the mask must be a tensor or array, got {type(mask).__name__}.") from None
     shape = tuple(mask.shape)
-    if mask.ndim in (2, 3):
+    if mask.ndim in (2, 3) and mask.numel():
         mask = mask.reshape(-1, 1, *shape[-2:])
     if mask.ndim != 4 or mask.shape[1] != 1 or mask.numel() == 0 or (len(shape) == 3 and shape[0] != 1):
         raise RestoreError(f"the mask must have one channel: (H, W), (1, H, W) or (B, 1, H, W), got {shape}.")
@@ -101,7 +100,7 @@ def box_mask(image_size, *, size=None, margin=None, top=None, left=None, seed: i
     else:
         margin = (margin, margin) if not isinstance(margin, (list, tuple)) else tuple(margin)
         margin = tuple(validate.integer(m, "the box margin", minimum=0) for m in margin)
-    random = np.random.RandomState(validate.integer(seed, "the seed", minimum=0))
+    random = validate.random_state(seed)
     corner = []
     for side, length, gap, given in zip(image_size, size, margin, (top, left), strict=True):
         if given is not None:
@@ -131,7 +130,7 @@ def random_mask(image_size, *, fraction=(0.3, 0.7), seed: int = 0) -> torch.Tens
     low, high = fraction if isinstance(fraction, (list, tuple)) else (fraction, fraction)
     low = validate.number(low, "the fraction of holes", low=0.0, high=1.0)
     high = validate.number(high, "the fraction of holes", low=low, high=1.0)
-    random = np.random.RandomState(validate.integer(seed, "the seed", minimum=0))
+    random = validate.random_state(seed)
     holes = int(height * width * random.uniform(low, high))
     mask = torch.ones(height * width)
     mask[torch.from_numpy(random.choice(height * width, holes, replace=False))] = 0

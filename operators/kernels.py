@@ -47,9 +47,11 @@ def motion_kernel(size: int = 61, intensity: float = 0.5, seed: int = 0) -> torc
     """
     size = validate.integer(size, "the kernel size")
     intensity = validate.number(intensity, "the motion's intensity", low=0.0, high=1.0)
-    # RandomState: its stream is frozen by numpy's compatibility policy, that of default_rng is not
-    random = np.random.RandomState(validate.integer(seed, "the seed", minimum=0))
+    random = validate.random_state(seed)
     path = _trajectory(random, intensity) * size * random.uniform(0.3, 1.0)
+    coarse = np.arange(len(path))
+    times = np.linspace(0, coarse[-1], max(len(path), 8 * size))  # samples an eighth of a pixel apart at most
+    path = np.stack([np.interp(times, coarse, path[:, axis]) for axis in (0, 1)], axis=1)
     path -= path.mean(axis=0)
     room = (size - 1) / 2 if size % 2 else size / 2 - 1
     path *= min(1.0, room / max(np.abs(path).max(), 1e-12))
@@ -84,9 +86,7 @@ def _rasterise(path: np.ndarray, size: int) -> np.ndarray:
 
     path: (n, 2) positions in pixels at equal times, inside [0, size - 1].
     """
-    times = np.linspace(0, len(path) - 1, max(len(path), 8 * size))  # an eighth of a pixel apart at most
-    points = np.stack([np.interp(times, np.arange(len(path)), path[:, axis]) for axis in (0, 1)], axis=1)
-    points = np.clip(points, 0, size - 1)
+    points = np.clip(path, 0, size - 1)
     corner = np.minimum(np.floor(points).astype(int), max(size - 2, 0))
     fraction = points - corner
     kernel = np.zeros((size, size))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 
+import numpy as np
 import torch
 
 from operators.errors import RestoreError
@@ -35,6 +36,13 @@ def size_pair(value, name: str = "image_size") -> tuple[int, int]:
     except (TypeError, ValueError):
         raise RestoreError(f"{name} must be one integer or (height, width), got {value!r}.") from None
     return integer(height, f"{name}: height"), integer(width, f"{name}: width")
+
+
+def random_state(seed) -> np.random.RandomState:
+    """numpy's generator whose stream is frozen by its compatibility policy; any integer seed >= 0, 64-bit ones too."""
+    seed = integer(seed, "the seed", minimum=0)
+    words = [(seed >> shift) & 0xFFFFFFFF for shift in range(0, seed.bit_length(), 32)]
+    return np.random.RandomState(seed if len(words) < 2 else words)
 
 
 def images(x, what: str = "the image", channels: int | None = None) -> None:

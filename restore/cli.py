@@ -85,7 +85,7 @@ def run(
     offline: Offline = False,
 ) -> None:
     """Restore images: `restore run photo.png --task sr4 -o restored/`."""
-    from restore import files, restorer
+    from restore import jobs, restorer
 
     names, settings = split_settings(inputs)
     model = restorer.load(
@@ -96,12 +96,12 @@ def run(
         checkpointing=checkpointing,
         max_windows=max_windows,
     )
-    jobs = files.plan(names, out, suffix=format)
+    jobs = jobs.plan(names, out, suffix=format)
     progress = Progress(len(jobs))
-    results = files.restore_files(
+    results = jobs.restore_files(
         jobs,
         model,
-        files.task_config(task, settings, mask=mask, kernel=kernel),
+        jobs.task_config(task, settings, mask=mask, kernel=kernel),
         parameters=settings,
         degrade=degrade,
         sampler=sampler,
@@ -134,16 +134,16 @@ def degrade(
     format: Annotated[Optional[str], typer.Option(help="png, jpg, ...; default: the input's.")] = None,  # noqa: UP045
 ) -> None:
     """Degrade clean images: `restore degrade photo.png --task motion-blur -o blurred/`."""
-    from restore import files
+    from restore import jobs
 
     names, settings = split_settings(inputs)
-    jobs = files.plan(names, out, suffix=format)
-    config = files.task_config(task, settings, mask=mask, kernel=kernel)
+    jobs = jobs.plan(names, out, suffix=format)
+    config = jobs.task_config(task, settings, mask=mask, kernel=kernel)
     if settings:
         from operators import RestoreError
 
         raise RestoreError(f"task {task} has no setting '{next(iter(settings))}'")
-    for output in files.degrade_files(jobs, config, seed=seed, overwrite=overwrite):
+    for output in jobs.degrade_files(jobs, config, seed=seed, overwrite=overwrite):
         typer.echo(str(output))
 
 
@@ -165,12 +165,12 @@ def generate(
     offline: Offline = False,
 ) -> None:
     """Sample images from a prior: `restore generate -n 16 --pag-scale 1 -o samples/`."""
-    from restore import files, restorer
+    from restore import jobs, restorer
 
     model = restorer.load(backbone, device=device, precision=precision, offline=offline)
     progress = Progress(1)
     try:
-        for output in files.generate_files(
+        for output in jobs.generate_files(
             out,
             model,
             n=n,

@@ -1,0 +1,117 @@
+"""operators.build, and the task files of configs/task."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import operators
+
+TASKS = Path(__file__).parents[2] / "configs" / "task"
+NAMES = ["sr8", "sr4", "inpaint-box", "inpaint-random", "gaussian-blur", "motion-blur", "denoise", "colorize"]
+
+
+@pytest.mark.parametrize("size", [64, (256, 256), (67, 90)], ids=str)
+@pytest.mark.parametrize("task", NAMES)
+def test_task_files(task, size):
+    operator = operators.build(OmegaConf.load(TASKS / f"{task}.yaml"), image_size=size)
+    height, width = (size, size) if isinstance(size, int) else size
+    assert operator.noise.sigma == 0.05 and operator.image_size == (height, width)
+    assert operators.check(operator, (1, 3, height, width)) <= 1e-10
+
+
+def test_tasks_that_need_something_from_the_user():
+    assert {path.stem for path in TASKS.glob("*.yaml")} == {*NAMES, "inpaint", "blur"}
+    for task, option, value in [
+        ("inpaint", "mask", operators.box_mask(32)),
+        ("blur", "kernel", operators.gaussian_kernel(5, 1.0)),
+    ]:
+        mapping = dict(OmegaConf.load(TASKS / f"{task}.yaml"))
+        with pytest.raises(operators.RestoreError, match=f"needs the option '{option}'"):
+            operators.build(mapping, image_size=32)
+        assert operators.build({**mapping, option: value}, image_size=32).noise.sigma == 0.05
+
+
+def test_the_defaults_are_those_of_dps():
+    blur, motion = operators.build({"name": "gaussian_blur"}), operators.build({"name": "motion_blur"})
+    assert (blur.kernel_size, blur.std, motion.kernel_size, motion.intensity) == (61, 3.0, 61, 0.5)
+    mask = operators.build(OmegaConf.load(TASKS / "inpaint-box.yaml"), image_size=256).mask
+    assert (mask == 0).sum() == 128**2
+
+
+def test_build_equals_the_constructors():
+    x = torch.rand(2, 3, 40, 48)
+    pairs = [
+        ({"name": "super_resolution", "factor": 8}, operators.SuperResolution(8)),
+        ({"name": "gaussian_blur", "kernel_size": 9, "std": 1.2}, operators.GaussianBlur(9, 1.2)),
+        ({"name": "motion_blur", "kernel_size": 15, "intensity": 0.2, "seed": 4}, operators.MotionBlur(15, 0.2, 4)),
+        ({"name": "inpainting_random", "seed": 2}, operators.Inpainting(operators.random_mask((40, 48), seed=2))),
+        ({"name": "inpainting_box", "size": [9, 8]}, operators.Inpainting(operators.box_mask((40, 48), size=(9, 8)))),
+        ({"name": "denoising"}, operators.Denoising()),
+    ]
+    for mapping, operator in pairs:
+        built = operators.build(mapping, image_size=(40, 48))
+        assert torch.equal(built.A(x), operator.A(x)) and built.noise is None
+        assert torch.equal(operators.build({**mapping, "image_size": [40, 48]}).A(x), operator.A(x))
+
+
+def test_noise():
+    def noise(mapping):
+        return operators.build({"name": "denoising", "noise": mapping}).noise
+
+    assert noise({"name": "gaussian", "sigma": 0.1}).sigma == 0.1
+    assert (noise({"name": "poisson", "rate": 2.0, "clip": False}).rate, noise({"name": "poisson"}).rate) == (2.0, 1.0)
+    assert noise({"name": "none"}) is None and noise(None) is None
+    model = operators.GaussianNoise(0.2)
+    assert noise(model) is model
+
+
+def test_compose_passes_the_size_on():
+    stages = [{"name": "super_resolution", "factor": 2}, {"name": "inpainting_random"}, {"name": "colorization"}]
+    mapping = {"name": "compose", "operators": stages, "noise": {"name": "gaussian", "sigma": 0.05}}
+    operator = operators.build(OmegaConf.create(mapping), image_size=(33, 47))
+    y = operator(torch.rand(2, 3, 33, 47))
+    assert y.shape == (2, 1, 17, 24) and operator.A_adjoint(y).shape == (2, 3, 33, 47)
+    assert operator.noise.sigma == 0.05
+    stages[-1]["noise"] = {"name": "poisson"}
+    assert isinstance(
+        operators.build({"name": "compose", "operators": stages}, image_size=32).noise, operators.PoissonNoise
+    )
+
+
+def test_mistakes():
+    cases = [
+        (
+            {"name": "super_resolutoin", "factor": 4},
+            "unknown operator 'super_resolutoin'; did you mean 'super_resolution'",
+        ),
+        ({"name": "xyz"}, "unknown operator 'xyz'; known are .*denoising"),
+        ({"name": "gaussian_blur", "sdt": 3.0}, "gaussian_blur has no option 'sdt'; did you mean 'std'"),
+        ({"name": "super_resolution"}, "super_resolution needs the option 'factor'"),
+        ({"name": "inpainting_box"}, "inpainting_box needs the option 'image_size'"),
+        (
+            {"name": "denoising", "noise": {"name": "gausian", "sigma": 0.05}},
+            "unknown noise 'gausian'; did you mean 'gaussian'",
+        ),
+        ({"name": "denoising", "noise": {"name": "gaussian", "sgma": 0.05}}, "no option 'sgma'; did you mean 'sigma'"),
+        ({"name": "denoising", "noise": {"name": "gaussian"}}, "gaussian needs the option 'sigma'"),
+        ({"name": "denoising", "noise": {"name": "none", "sigma": 0.1}}, "none has no option 'sigma'"),
+        ({"name": "denoising", "noise": 0.05}, "noise must be a mapping with a 'name'"),
+        ({"factor": 4}, "an operator must be a mapping with a 'name'"),
+        ("denoising", "an operator must be a mapping with a 'name'"),
+        ({"name": "compose", "operators": []}, "list of operator mappings"),
+        ({"name": "compose", "operators": "denoising"}, "list of operator mappings"),
+        ({"name": "compose"}, "needs the option 'operators'"),
+        ({"name": "denoising", "image_size": -3}, "image_size"),
+        ({"name": ["a"]}, "unknown operator"),
+    ]
+    for mapping, message in cases:
+        with pytest.raises(operators.RestoreError, match=message) as raised:
+            operators.build(mapping)
+        assert "\n" not in str(raised.value)
+
+
+def test_operators_do_not_import_restore():
+    for path in (Path(operators.__file__).parent).glob("*.py"):
+        assert "import restore" not in path.read_text() and "from restore" not in path.read_text()
