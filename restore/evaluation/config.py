@@ -30,7 +30,7 @@ _OPEN = object()  # a mapping whose keys are checked by whoever receives it
 _EACH = object()  # a mapping from free names to the mapping given as the second element
 _REQUIRED = object()
 
-_METHOD = {"title": None, "sampler": _REQUIRED, "steps": None, "guidance": _OPEN, "parameters": _OPEN, "on": None}
+_METHOD = {"title": None, "sampler": _REQUIRED, "steps": None, "guidance": _OPEN, "parameters": _OPEN, "only": None}
 _METHOD |= {"per_task": _OPEN, "sweep": _OPEN, "note": None}
 _TASK = {"title": None, "operator": _OPEN, "per_image": False, "solve_at": None, "note": None}
 _TASK |= {
@@ -119,7 +119,7 @@ def load_config(
         raise RestoreError(f"the configuration cannot be read: {str(error).splitlines()[0]}") from error
     except Exception as error:
         if type(error).__module__.startswith("yaml"):
-            raise RestoreError(f"{config} is not valid YAML: {str(error).splitlines()[0]}") from error
+            raise RestoreError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from error
         raise
     if not isinstance(plain, dict):
         raise RestoreError("the configuration must be a mapping of keys to values")
@@ -223,7 +223,7 @@ def pairs(config: Mapping[str, Any]) -> list[tuple[str, str]]:
         (task, method)
         for task in config["tasks"]
         for method, entry in config["methods"].items()
-        if entry["on"] is None or task in entry["on"]
+        if entry["only"] is None or task in entry["only"]
     ]
 
 
@@ -259,7 +259,7 @@ def _check(config: dict[str, Any]) -> None:
                 raise RestoreError(f"tasks.{name}.operator has no known name; {nearest(options.get('name'), known)}")
     for name, method in config["methods"].items():
         known = SAMPLERS[kind]
-        for task in [*(method["on"] or []), *method["per_task"]]:
+        for task in [*(method["only"] or []), *method["per_task"]]:
             if task not in config["tasks"]:
                 raise RestoreError(f"methods.{name} names task {task}; {nearest(task, list(config['tasks']))}")
         for task in config["tasks"]:

@@ -223,7 +223,10 @@ def profile(size: int = 128, batch: int = 1, repeats: int = 5, memory_size: int 
     medians = {name: statistics.median(values) for name, values in times.items()}
     plain = medians["DPS"]
     lines = [f"FFHQ configuration, {size} px, batch {batch}, {device}, median of {repeats} alternating rounds", ""]
-    lines += ["variant | seconds a step | against DPS | NFE a step | images an hour at 1000 steps", "---|---|---|---|---"]
+    lines += [
+        "variant | seconds a step | against DPS | NFE a step | images an hour at 1000 steps",
+        "---|---|---|---|---",
+    ]
     for name, seconds in medians.items():
         nfe = 2 if "PAG" in name else 1
         lines.append(f"{name} | {seconds:.3f} | {seconds / plain:.2f} | {nfe} | {3.6 * batch / seconds:.1f}")

@@ -237,7 +237,8 @@ def _pictures(group: Sequence[Run]) -> str:
             grids = _grid(run, task, methods) if methods else ""
             if grids:
                 out.append(f"<h4>{html.escape(tables.task_title(run, task))}</h4>{grids}")
-    return f"<h3>Pictures</h3>{''.join(out)}" if out else ""
+    note = "<p class='key'>Evenly spread over the set, not chosen. A spread map is white at 0.5 on [-1, 1].</p>"
+    return f"<h3>Pictures</h3>{note}{''.join(out)}" if out else ""
 
 
 def _grid(run: Run, task: str, methods: list[str]) -> str:

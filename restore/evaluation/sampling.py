@@ -69,7 +69,8 @@ def restore_batch(
     y = torch.cat([a(x[i : i + 1], generators[i]) for i, a in enumerate(each)])
     if not task["per_image"]:
         groups = [(each[0], list(range(len(ids))))]
-    elif isinstance(each[0], operators.Inpainting):
+    elif isinstance(each[0], operators.Inpainting) and samples == 1:
+        # One mask per image in one call; with several samples the Restorer repeats images, but not masks.
         masks = torch.cat([a.mask for a in each])
         groups = [(operators.Inpainting(masks, noise=each[0].noise), list(range(len(ids))))]
     else:
@@ -127,8 +128,9 @@ def generate_batch(
     labels = task["labels"]
     condition = None
     if labels == "uniform":
-        classes = restorer.backbone.inner.null_condition  # the class after the last one, where there is one
-        number = int(classes) if isinstance(classes, int) else 1000
+        number = getattr(backbone.inner, "classes", None)
+        if not number:
+            raise RestoreError("labels=uniform needs a class-conditional backbone")
         condition = torch.tensor([derive_seed(seed, i, "label") % number for i in ids], device=device)
     elif isinstance(labels, list):
         condition = torch.tensor([labels[int(i) % len(labels)] for i in ids], device=device)

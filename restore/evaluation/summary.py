@@ -91,7 +91,7 @@ def read_cost(run: Path, task: str, method: str) -> dict[str, Any]:
         "overhead": writing / (seconds + writing),
         "nfe": costs[0]["nfe"],
         # One batch advances all its images by one step, so iterations are counted per batch (PAG, Table 6).
-        "iterations_per_second": steps * len(costs) / seconds,
+        "iterations_per_second": steps * len(costs) / seconds if steps else None,
         "peak_memory_mb": max(peaks) if peaks else None,
         "memory_of": costs[0]["memory_of"],
         "devices": sorted({c["device"] for c in costs}),

@@ -11,6 +11,7 @@ from typing import Any
 
 from operators import RestoreError
 from restore.evaluation.benchmark import read_manifest
+from restore.evaluation.config import BASELINES
 from restore.evaluation.protocol import comparable
 
 
@@ -230,7 +231,9 @@ def curves(run: Run) -> list[dict[str, Any]]:
 
         if pair:
             series = []
-            for name in (name for name in cells if name not in inside):
+            # Without the baselines: far from every sampler, they would squeeze the curve into a point.
+            others = [n for n in cells if n not in inside and run.config["methods"][n]["sampler"] not in BASELINES]
+            for name in others:
                 point = (value(name, pair[0]), value(name, pair[1]), "")
                 series.append({"name": method_title(run, name), "line": False, "points": [point]})
             for family, members in families.items():

@@ -62,3 +62,31 @@ def hub(tmp_path_factory):
     torch.manual_seed(1)
     torch.save(torchvision.models.alexnet().state_dict(), folder / "checkpoints" / "alexnet-owt-7be5be79.pth")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_adm(tmp_path_factory):
+    """A folder with a 16-pixel ADM of random weights: attention at 8 pixels and in the middle, learned variance."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=16,
+        in_channels=3,
+        out_channels=6,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        attention_head_dim=8,
+        norm_num_groups=8,
+        norm_eps=1e-5,
+        resnet_time_scale_shift="scale_shift",
+        downsample_type="resnet",
+        upsample_type="resnet",
+        flip_sin_to_cos=True,
+        freq_shift=0,
+    )
+    folder = tmp_path_factory.mktemp("tiny-adm")
+    network.save_pretrained(folder)
+    return folder

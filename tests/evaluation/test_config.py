@@ -26,7 +26,7 @@ BASE = {
             "sweep": {"guidance.pag.scale": [0.5, 2.0]},
             "per_task": {"blur": {"parameters": {"zeta": 0.4}, "guidance": {"pag": {"layers": ["i2"]}}}},
         },
-        "bicubic": {"sampler": "bicubic", "on": ["sr"]},
+        "bicubic": {"sampler": "bicubic", "only": ["sr"]},
     },
 }
 
@@ -76,7 +76,7 @@ def test_overrides_and_words_that_do_not_matter():
         (changed("methods", "dps", "parameters", {}), r"lacks parameters\.zeta"),
         (changed("methods", "dps", "steps", None), "lacks steps"),
         (changed("methods", "dps", "guidance", {"pga": {}}), "unknown guidance 'pga'"),
-        (changed("methods", "bicubic", "on", ["srr"]), r"task srr; did you mean sr\?"),
+        (changed("methods", "bicubic", "only", ["srr"]), r"task srr; did you mean sr\?"),
         (changed("tasks", "sr", "operator", {"name": "super_resolutoin"}), r"did you mean super_resolution\?"),
         (changed("data", "folder", None), r"data\.folder open"),
         (changed("data", "folder", "???"), r"leaves data\.folder open"),
