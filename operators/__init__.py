@@ -4,7 +4,7 @@ from operators.adapters import PhysicsOperator, as_linear_operator, as_operator,
 from operators.base import Compose, Operator, check, least_squares
 from operators.blur import Blur, GaussianBlur, MotionBlur
 from operators.errors import RestoreError
-from operators.factory import build, build_noise
+from operators.factory import build, build_noise, options
 from operators.inpainting import Inpainting, box_mask, random_mask
 from operators.kernels import gaussian_kernel, motion_kernel
 from operators.noise import GaussianNoise, PoissonNoise
@@ -34,6 +34,7 @@ __all__ = [
     "gaussian_kernel",
     "least_squares",
     "motion_kernel",
+    "options",
     "random_mask",
     "to_deepinv",
 ]

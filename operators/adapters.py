@@ -26,6 +26,8 @@ class PhysicsOperator(Operator):
     counterpart (pass `noise` then).
     """
 
+    name = "physics"
+
     def __init__(self, physics, *, noise=None, image_size=None):
         if not (callable(getattr(physics, "A", None)) and callable(getattr(physics, "A_adjoint", None))):
             raise RestoreError(f"expected an object with A(x) and A_adjoint(y), got {type(physics).__name__}.")

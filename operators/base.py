@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from operators import validate
@@ -26,6 +28,8 @@ class Operator:
         (only to reproduce their numbers).
     """
 
+    derived: tuple[str, ...] = ()  # attributes computed from the others, left out of the printed form
+    name = "operator"  # by which presets are chosen: the class's name in configs
     noise = None
     image_size: tuple[int, int] | None = None
     adjoint = "exact"
@@ -98,6 +102,11 @@ class Operator:
                 cache[key] = make().to(like.dtype).to(like.device)
         return cache[key]
 
+    def __repr__(self) -> str:
+        """Class and settings, arrays by shape and hash: two operators that print alike compute alike."""
+        names = [name for name in vars(self) if not name.startswith("_") and name not in self.derived]
+        return f"{type(self).__name__}({', '.join(f'{name}={_shown(getattr(self, name))}' for name in names)})"
+
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_buffers"}
 
@@ -108,6 +117,8 @@ class Compose(Operator):
     The noise is that of the last operator unless `noise` is given. Raises RestoreError where an
     earlier operator carries noise: noise in the middle of a chain would be degraded itself.
     """
+
+    name = "compose"
 
     def __init__(self, *operators: Operator, noise=None, image_size=None):
         if not operators or not all(isinstance(operator, Operator) for operator in operators):
@@ -137,6 +148,13 @@ class Compose(Operator):
         for operator in reversed(self.operators):
             y = torch.empty(operator.image_shape(y), device="meta")
         return tuple(y.shape)
+
+
+def _shown(value) -> str:
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        array = np.ascontiguousarray(value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value)
+        return f"<{'x'.join(map(str, array.shape))} {hashlib.sha256(array.tobytes()).hexdigest()[:12]}>"
+    return repr(value)
 
 
 def transpose(A: Callable, y: torch.Tensor, image_shape: Sequence[int]) -> torch.Tensor:

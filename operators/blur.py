@@ -29,6 +29,9 @@ class Blur(Operator):
     not larger than the kernel's radius.
     """
 
+    name = "blur"
+    derived = ("radius",)
+
     def __init__(self, kernel, *, normalize: bool = False, noise=None, image_size=None, adjoint: str = "exact"):
         super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
         self.kernel = as_kernel(kernel, normalize)
@@ -83,6 +86,9 @@ class GaussianBlur(Blur):
     Images of up to 384 pixels are blurred with one small matrix per axis, which is faster than the FFT.
     """
 
+    name = "gaussian_blur"
+    derived = ("radius", "profile", "kernel")
+
     def __init__(self, kernel_size: int = 61, std: float = 3.0, *, noise=None, image_size=None, adjoint="exact"):
         self.kernel_size, self.std = kernel_size, std
         self.profile = kernels.gaussian_profile(kernel_size, std)
@@ -111,6 +117,9 @@ class GaussianBlur(Blur):
 
 class MotionBlur(Blur):
     """Blur by a random camera motion (`kernels.motion_kernel`; DPS: 61, 0.5 at 256 pixels)."""
+
+    name = "motion_blur"
+    derived = ("radius", "kernel")
 
     def __init__(
         self,

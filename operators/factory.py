@@ -46,6 +46,12 @@ def build(mapping: Mapping, *, image_size=None) -> Operator:
     return _call(builder, options, mapping["name"])
 
 
+def options(name: str) -> list[str]:
+    """The options of the operator `name`, without noise, image_size and adjoint. RestoreError if unknown."""
+    common = ("noise", "image_size", "adjoint")
+    return [key for key in inspect.signature(_lookup(OPERATORS, name, "operator")).parameters if key not in common]
+
+
 def build_noise(mapping):
     """A noise model from its mapping, see `build`."""
     if mapping is None or isinstance(mapping, (GaussianNoise, PoissonNoise)):

@@ -20,6 +20,8 @@ class Inpainting(Operator):
     than 0 and 1, and for images of another size.
     """
 
+    name = "inpainting"
+
     def __init__(self, mask, *, noise=None, image_size=None, adjoint: str = "exact"):
         self.mask = as_mask(mask)
         size = tuple(self.mask.shape[2:])

@@ -14,6 +14,8 @@ BT601 = (0.299, 0.587, 0.114)
 class Denoising(Operator):
     """A(x) = x: nothing but the noise. Its reference "transpose" is the identity as well."""
 
+    name = "denoising"
+
     def A(self, x: torch.Tensor) -> torch.Tensor:
         self._check_image(x)
         return x
@@ -33,6 +35,8 @@ class Colorization(Operator):
     Raises RestoreError for weights that are not three finite numbers with sum one, and for
     adjoint="reference": DPS and PSLD have no such operator.
     """
+
+    name = "colorization"
 
     def __init__(self, *, weights=BT601, noise=None, image_size=None, adjoint: str = "exact"):
         super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)

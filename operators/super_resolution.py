@@ -25,6 +25,8 @@ class SuperResolution(Operator):
     Raises RestoreError for a bad factor, an image smaller than the factor, or a y of another size.
     """
 
+    name = "super_resolution"
+
     def __init__(self, factor: int, *, method: str = "bicubic", noise=None, image_size=None, adjoint: str = "exact"):
         super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
         self.factor = validate.integer(factor, "the super-resolution factor")

@@ -81,7 +81,7 @@ def run(
     max_windows: Annotated[int, typer.Option(help="Windows of a large photo per network call.")] = 16,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo finished files.")] = False,
     save_trajectory: Annotated[bool, typer.Option("--save-trajectory", help="A strip of x0_hat through time.")] = False,
-    format: Annotated[Optional[str], typer.Option(help="png, jpg, ...; default: the input's.")] = None,  # noqa: UP045
+    png: Annotated[bool, typer.Option("--png", help="Write PNG whatever the input's format.")] = False,
     offline: Offline = False,
 ) -> None:
     """Restore images: `restore run photo.png --task sr4 -o restored/`."""
@@ -96,10 +96,10 @@ def run(
         checkpointing=checkpointing,
         max_windows=max_windows,
     )
-    jobs = jobs.plan(names, out, suffix=format)
-    progress = Progress(len(jobs))
+    todo = jobs.plan(names, out, png=png)
+    progress = Progress(len(todo))
     results = jobs.restore_files(
-        jobs,
+        todo,
         model,
         jobs.task_config(task, settings, mask=mask, kernel=kernel),
         parameters=settings,
@@ -131,19 +131,19 @@ def degrade(
     kernel: KernelFile = None,
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo finished files.")] = False,
-    format: Annotated[Optional[str], typer.Option(help="png, jpg, ...; default: the input's.")] = None,  # noqa: UP045
+    png: Annotated[bool, typer.Option("--png", help="Write PNG whatever the input's format.")] = False,
 ) -> None:
     """Degrade clean images: `restore degrade photo.png --task motion-blur -o blurred/`."""
     from restore import jobs
 
     names, settings = split_settings(inputs)
-    jobs = jobs.plan(names, out, suffix=format)
+    todo = jobs.plan(names, out, png=png)
     config = jobs.task_config(task, settings, mask=mask, kernel=kernel)
     if settings:
         from operators import RestoreError
 
         raise RestoreError(f"task {task} has no setting '{next(iter(settings))}'")
-    for output in jobs.degrade_files(jobs, config, seed=seed, overwrite=overwrite):
+    for output in jobs.degrade_files(todo, config, seed=seed, overwrite=overwrite):
         typer.echo(str(output))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from restore import atomic, files, io, presets
+from restore import atomic, io, jobs, pictures, presets
 from restore.evaluation.baselines import baseline
 from restore.evaluation.metrics import psnr, ssim
 from restore.paths import data_dir
@@ -18,7 +19,6 @@ from restore.samplers.noise import derive_seed
 TASKS = {"inpaint-box": "box inpainting", "sr4": "SR x4", "gaussian-blur": "Gaussian blur", "motion-blur": "motion blur"}
 # At 64 pixels the field's 61-pixel kernels would cover the image: these have the same reach per face.
 OVERRIDES = {
-    "inpaint-box": {"box_size": 24},
     "gaussian-blur": {"kernel_size": 15, "std": 1.5},
     "motion-blur": {"kernel_size": 15},
 }
@@ -34,19 +34,20 @@ def run_demo(
     table.md. steps: sampling steps instead of the preset's.
     """
     started = time.perf_counter()
-    out = io.output_folder(out)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
     restorer = load("embedded", device=device)
     photos = [io.read_image(data_dir() / "photos" / name) for name in PHOTOS]
     x = torch.cat([photo.pixels for photo in photos])
     ids = [Path(name).stem for name in PHOTOS]
     rows, row_titles, table, records = [], [], [], []
     for n, (task, title) in enumerate(TASKS.items()):
-        config = files.task_config(task, dict(OVERRIDES.get(task, {})))
-        operator = files.build_operator(config, *photos[0].size)
+        config = jobs.task_config(task, dict(OVERRIDES.get(task, {})))
+        operator = jobs.build_operator(config, *photos[0].size)
         y = operator(x, [torch.Generator().manual_seed(derive_seed(seed, name, "degrade")) for name in ids])
-        name, base = baseline(y, operator, operator.noise.sigma)
-        estimates = {name: base}
-        preset = presets.find(restorer.name, config["name"], "dps")
+        _, base = baseline(y, operator, operator.noise.sigma)
+        estimates = {"baseline": base}
+        preset = presets.find(restorer.name, operator.name, "dps")
         pag = presets.build_guidance(preset.guidance) or presets.build_guidance(
             {"pag": {"scale": 1.0, "layers": restorer.default_layers()}}
         )
@@ -65,7 +66,8 @@ def run_demo(
             record = {"task": task, "method": method, "protocol": result.protocol, "seconds": result.seconds}
             records.append(record | {"residual_ratio": result.residual_ratio[:, 0].tolist(), "nfe": result.nfe})
         for method, estimate in estimates.items():
-            scores = [float(psnr(estimate, x).mean()), float(ssim(estimate, x).mean())]
+            pairs = list(zip(io.to_uint8(estimate), io.to_uint8(x), strict=True))
+            scores = [statistics.mean(score(*pair) for pair in pairs) for score in (psnr, ssim)]
             ratio = torch.linalg.vector_norm((y - operator.A(estimate)).flatten(1), dim=1).mean()
             scores.append(float(ratio) / (operator.noise.sigma * y[0].numel() ** 0.5))
             table.append((title, method, *scores))
@@ -73,7 +75,7 @@ def run_demo(
         for i, photo in enumerate(ids):
             rows.append([shown[i], *(estimate[i] for estimate in estimates.values()), x[i]])
             row_titles.append(f"{title}\n{photo.split('-')[0]}")
-    grid = io.comparison_grid(rows, ["input", "bicubic / Wiener", "DPS", "DPS+PAG", "truth"], row_titles)
+    grid = pictures.comparison_grid(rows, ["input", "bicubic / Wiener", "DPS", "DPS+PAG", "truth"], row_titles)
     io.write_image(out / "comparison.png", io.to_tensor(grid)[0])
     lines = ["task | method | PSNR dB | SSIM | residual / noise", "---|---|---|---|---"]
     lines += [f"{task} | {method} | {p:.2f} | {s:.3f} | {r:.2f}" for task, method, p, s, r in table]
@@ -81,7 +83,7 @@ def run_demo(
     note += " explains its measurement."
     lines += ["", note.format(len(ids), seed, records[0]["protocol"]["steps"])]
     atomic.write_bytes(out / "table.md", ("\n".join(lines) + "\n").encode())
-    atomic.write_json(out / "demo.json", {"version": files.version(), "runs": records, "table": table})
+    atomic.write_json(out / "demo.json", {"version": jobs.version(), "runs": records, "table": table})
     seconds = time.perf_counter() - started
     where = f"{out / 'comparison.png'}  the pictures\n{out / 'table.md'}  the numbers"
     return "\n".join([*lines, "", f"Done in {seconds:.0f} s:", where])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import difflib
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from tqdm import tqdm
 
 import operators
 from operators import RestoreError
-from restore import atomic, io, presets
+from restore import atomic, files, io, pictures, presets
 from restore.guidance import CFG, PAG
 from restore.paths import configs_dir
 from restore.samplers.noise import derive_seed
@@ -56,13 +55,13 @@ class Outcome:
         return "  ".join([str(self.job.target), *parts, f"{self.numbers['seconds']:.0f} s"])
 
 
-def plan(inputs: Sequence[str], out: str | Path, suffix: str | None = None) -> list[Job]:
+def plan(inputs: Sequence[str], out: str | Path, png: bool = False) -> list[Job]:
     """Jobs for files, folders and globs. Raises RestoreError before anything runs: no match, two inputs
     with the same output, an output folder that cannot be written."""
     if not inputs:
         raise RestoreError("no input image given")
-    sources = io.expand_inputs(inputs)
-    return [Job(Path(source), Path(target)) for source, target in io.output_paths(sources, out, suffix=suffix)]
+    sources = files.expand_inputs(inputs)
+    return [Job(*pair) for pair in zip(sources, files.output_paths(sources, out, png=png), strict=True)]
 
 
 def task_config(task: str, settings: dict[str, Any], *, mask: Path | None = None, kernel: Path | None = None) -> dict:
@@ -71,25 +70,30 @@ def task_config(task: str, settings: dict[str, Any], *, mask: Path | None = None
     task: a file of configs/task, or sr2, sr3, ... for other factors. mask and kernel replace the
     task's own. Raises RestoreError for an unknown task or a file that does not fit it.
     """
-    known = sorted(p.stem for p in (configs_dir() / "task").glob("*.yaml"))
+    folder = configs_dir() / "task"
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    name = task
     if task.startswith("sr") and task[2:].isdigit() and task not in known:
-        config = OmegaConf.to_container(OmegaConf.load(configs_dir() / "task" / "sr4.yaml"))
+        name = "sr4"
+    elif task == "inpaint" and mask is None:
+        name = "inpaint-box"
+    elif task not in known:
+        near = difflib.get_close_matches(task, known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}, srN"
+        raise RestoreError(f"unknown task '{task}'; {hint}")
+    config = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"))
+    if name == "sr4":
         config["factor"] = int(task[2:])
-    elif task in known:
-        config = OmegaConf.to_container(OmegaConf.load(configs_dir() / "task" / f"{task}.yaml"))
-    elif task == "blur" and kernel is not None:
-        config = {"name": "blur", "noise": {"name": "gaussian", "sigma": 0.05}}
-    else:
-        extra = "" if task != "blur" else "; task blur needs --kernel FILE"
-        raise RestoreError(f"unknown task '{task}'; known: {', '.join(known)}, blur, srN{extra}")
     if mask is not None:
         if not config["name"].startswith("inpainting"):
-            raise RestoreError(f"--mask does not apply to task {task}")
-        config = {"name": "inpainting_mask", "noise": config.get("noise"), "mask": mask}
+            raise RestoreError(f"--mask does not apply to task {task}; it belongs to inpaint")
+        config = {"name": "inpainting_mask", "noise": config.get("noise"), "mask": Path(mask)}
     if kernel is not None:
         if "blur" not in config["name"]:
-            raise RestoreError(f"--kernel does not apply to task {task}")
+            raise RestoreError(f"--kernel does not apply to task {task}; it belongs to blur")
         config = {"name": "blur", "noise": config.get("noise"), "kernel": io.read_kernel(kernel)}
+    elif config["name"] == "blur":
+        raise RestoreError("task blur needs --kernel FILE")
     if "sigma" in settings:  # the noise's standard deviation on [-1, 1]
         sigma = settings.pop("sigma")
         config["noise"] = {"name": "gaussian", "sigma": sigma} if sigma else None
@@ -153,16 +157,13 @@ def restore_files(
     and NAME-spread with several samples, NAME-degraded, NAME-trajectory.png and the side-car NAME.json.
     Raises RestoreError; files finished before it are kept.
     """
-    task = config["name"]
-    guidance = choose_guidance(restorer, task, sampler, pag_scale, layers)
     for job in jobs:
         if job.target.exists() and job.sidecar.exists() and not overwrite:
             yield Outcome(job, True, {})
             continue
         started = time.perf_counter()
         record, clean, operator, y = _measurement(job, config, degrade, seed)
-        if operator.A_adjoint(y).shape[-2:] != record.size and clean is None and record.alpha is not None:
-            record = dataclasses.replace(record, alpha=record.alpha)
+        guidance = choose_guidance(restorer, operator.name, sampler, pag_scale, layers)
         frames: list[torch.Tensor] = []
         result = restorer(
             y,
@@ -186,8 +187,8 @@ def restore_files(
         if clean is not None:
             from restore.evaluation.metrics import psnr, ssim
 
-            numbers["psnr"] = float(psnr(result.samples[:, 0], clean))
-            numbers["ssim"] = float(ssim(result.samples[:, 0], clean))
+            pair = io.to_uint8(result.samples[0, 0]), io.to_uint8(clean[0])
+            numbers["psnr"], numbers["ssim"] = psnr(*pair), ssim(*pair)
             shown = y if y.shape[1] == 3 else y.expand(-1, 3, -1, -1)
             io.write_image(job.beside(DEGRADED), shown[0], like=record)
         if samples > 1:
@@ -197,7 +198,7 @@ def restore_files(
             # Spread in units of the pixel range, white = 0.5: a fixed scale, so that maps can be compared.
             io.write_image(job.beside("-spread", ".png"), (4 * result.spread[0].mean(0, True) - 1).expand(3, -1, -1))
         if save_trajectory:
-            strip = io.strip(frames)
+            strip = pictures.strip([io.to_pil(x) for x in frames])
             io.write_image(job.beside(TRAJECTORY, ".png"), io.to_tensor(strip)[0])
         io.write_image(job.target, result.samples[0, 0], like=record, colour=colour)
         numbers["seconds"] = time.perf_counter() - started
@@ -274,7 +275,7 @@ def generate_files(
         batch_size=batch_size,
         callback=callback,
     )
-    out = io.output_folder(out)
+    out = Path(out)
     for i, image in enumerate(images):
         path = out / f"sample-{i:04d}.png"
         io.write_image(path, image)

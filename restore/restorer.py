@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from restore.backbones.windows import AnySize
 from restore.samplers.dps import DATA_NORMS, dps
 from restore.samplers.generate import generate
 from restore.samplers.noise import ImageNoise
-from restore.samplers.psld import psld
+from restore.samplers.psld import psld, psld_timesteps
 from restore.samplers.schedule import respace
 
 # What the sampler's signature holds that is not a hyper-parameter of the method.
@@ -77,11 +78,15 @@ def load(
     network's arithmetic. offline: never download. checkpointing: less memory, more time. overlap,
     max_windows: see AnySize. Raises RestoreError for an unknown name or weights that do not load.
     """
-    found = zoo.locate(name, offline=offline)
-    options = {"device": choose_device(device), "dtype": precision, "checkpointing": checkpointing}
-    backbone = zoo.load(found, **options)
+    found, backbone = zoo.load_backbone(
+        name,
+        device=choose_device(device),
+        precision=precision,
+        offline=offline or None,
+        checkpointing=checkpointing,
+    )
     return Restorer(
-        backbone, found.name, overlap=overlap, max_windows=max_windows, checkpointing=checkpointing and not found.latent
+        backbone, found.name, overlap=overlap, max_windows=max_windows, checkpointing=checkpointing
     )
 
 
@@ -208,7 +213,11 @@ class Restorer:
         )
 
     def _sample(self, function, y, operator, keys, steps, guidance, condition, callback, parameters) -> torch.Tensor:
-        timesteps = respace(len(self.backbone.alphas_cumprod), steps)
+        train_steps = len(self.backbone.alphas_cumprod)
+        if function is dps:
+            timesteps = respace(train_steps, steps)
+        else:
+            timesteps = psld_timesteps(steps, train_steps, reference=bool(parameters.get("index_shift")))
         noise = ImageNoise(keys, self.device)
         shape = image_shape(operator, y)
         common = {"guidance": guidance, "condition": condition, "noise": noise, "callback": callback}
@@ -218,7 +227,15 @@ class Restorer:
             options["zeta"] = options["zeta"] * (shape[-2] * shape[-1]) ** 0.5 / self.backbone.resolution
             x_T = noise(0, shape, "start")
             return dps(self.backbone, operator, y, x_T=x_T, timesteps=timesteps, **common, **options)
-        raise NotImplementedError
+        # Latents exist for sides divisible by `unit` only: y then measures the top left part of a larger image.
+        unit = self.backbone.downscale * self.backbone.inner.multiple
+        height, width = (math.ceil(side / unit) * unit for side in shape[-2:])
+        padded = PaddedOperator(operator, shape[-2:], (height, width))
+        latent = (len(y), self.backbone.channels, height // self.backbone.downscale, width // self.backbone.downscale)
+        z_T = noise(0, latent, "start")
+        z_0 = psld(self.backbone, padded, y, z_T=z_T, timesteps=timesteps, **common, **parameters)
+        with torch.no_grad():
+            return self.backbone.decode(z_0)[..., : shape[-2], : shape[-1]]
 
     def _protocol(self, operator, preset, steps, guidance, parameters, seed, samples) -> dict[str, Any]:
         noise = getattr(operator, "noise", None)
@@ -280,6 +297,21 @@ class Restorer:
                     x = self.backbone.inner.decode(x)
             results.append(x.float().clamp(-1, 1))
         return torch.cat(results)
+
+
+class PaddedOperator:
+    """`operator` seen from images of size `padded`, of which it measures the top left `size`."""
+
+    def __init__(self, operator: Any, size: tuple[int, int], padded: tuple[int, int]) -> None:
+        self.operator, self.size = operator, size
+        self.margins = (0, padded[1] - size[1], 0, padded[0] - size[0])
+        self.noise = getattr(operator, "noise", None)
+
+    def A(self, x: torch.Tensor) -> torch.Tensor:
+        return self.operator.A(x[..., : self.size[0], : self.size[1]])
+
+    def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(self.operator.A_adjoint(y), self.margins)
 
 
 def image_shape(operator: Any, y: torch.Tensor) -> tuple[int, ...]:

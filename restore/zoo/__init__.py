@@ -1,6 +1,21 @@
-"""Known checkpoints: what they are, where from, under which licence; pulled, verified, cached, found."""
+"""Known checkpoints: what they are, where from, under which licence; pulled, verified, cached, found, loaded."""
 
+from restore.zoo.load import describe, listing, load_backbone
 from restore.zoo.registry import Model, model, models
 from restore.zoo.store import Located, by_hand, cache_dir, import_file, is_offline, locate, pull
 
-__all__ = ["Located", "Model", "by_hand", "cache_dir", "import_file", "is_offline", "locate", "model", "models", "pull"]
+__all__ = [
+    "Located",
+    "Model",
+    "by_hand",
+    "cache_dir",
+    "describe",
+    "import_file",
+    "is_offline",
+    "listing",
+    "load_backbone",
+    "locate",
+    "model",
+    "models",
+    "pull",
+]

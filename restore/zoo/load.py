@@ -1,0 +1,89 @@
+"""From a name or a path to a backbone in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from operators import RestoreError
+from restore.zoo.registry import models
+from restore.zoo.store import is_offline, locate, pull
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load_backbone(
+    name: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    offline: bool | None = None,
+    checkpointing: bool = False,
+):
+    """(Located, backbone) for a registered model, a folder, a weight file or a hub id; downloads what is missing.
+
+    precision: "fp32", "bf16" or "fp16". Raises RestoreError for unknown names, weights that cannot be
+    had and weights that do not fit; nothing is ever initialised at random.
+    """
+    # Imported here: `restore models list` must not wait for torch networks.
+    from restore.backbones.adm import ADM, DTYPES
+    from restore.backbones.stable_diffusion import StableDiffusion
+
+    if precision not in DTYPES:
+        raise RestoreError(f"precision must be one of {', '.join(DTYPES)}, not '{precision}'")
+    found = locate(name)
+    path = found.path
+    if path is None or found.entry is not None:
+        path = pull(str(name), offline)
+    options = dict(found.options)
+    if found.kind == "adm":
+        options["heads"] = options.pop("num_heads", None)
+        options["head_channels"] = options.pop("num_head_channels", None)
+        if found.entry is not None:
+            options["resolution"] = found.entry.resolution
+        if path.is_dir():  # converted: these are settled in its config
+            options = {key: options[key] for key in ("resolution",) if key in options}
+        backbone = ADM.load(path, device=device, dtype=precision, checkpointing=checkpointing, **options)
+    else:
+        dtype = DTYPES[precision]
+        offline = is_offline(offline)
+        backbone = StableDiffusion.load(
+            path, device=device, dtype=dtype, offline=offline, checkpointing=checkpointing, **options
+        )
+    return found, backbone
+
+
+def describe(name: str) -> str:
+    """Everything the registry knows of a model, for `restore models show`."""
+    found = locate(name)
+    entry = found.entry
+    if entry is None:
+        return f"{name}: {found.kind}, {found.path or 'not on this machine'}"
+    lines = [f"{entry.name}: {entry.title}", f"page      {entry.page}", f"licence   {entry.licence}"]
+    lines.append(f"trained   at {entry.resolution} px" + (f", {entry.classes} classes" if entry.classes else ""))
+    if entry.parameters:
+        lines.append(f"size      {entry.parameters / 1e6:.1f} M parameters")
+    if entry.download is not None:
+        size = f"{entry.download.size / 2**20:.0f} MiB" if entry.download.size else "size unknown"
+        lines.append(f"file      {entry.download.file}, {size}, sha256 {entry.download.sha256 or 'unknown'}")
+        lines += [f"          {url}" for url in entry.download.urls]
+    if entry.hub is not None:
+        lines.append(f"hub       {entry.hub.repo} at {entry.hub.revision}")
+    if entry.guidance is not None:
+        lines.append(f"PAG       layers {', '.join(entry.guidance.layers)}, scale {entry.guidance.scale}")
+        lines.append(f"          {entry.guidance.source}")
+    lines.append(f"here      {found.path or 'no; `restore models pull ' + entry.name + '`'}")
+    for title, text in (("notes", entry.notes), ("cite", entry.citation)):
+        if text:
+            lines.append(f"{title:9} {' '.join(text.split())}")
+    return "\n".join(lines)
+
+
+def listing() -> list[str]:
+    """One line per registered model, for `restore models list`."""
+    lines = [f"{'name':24} {'kind':17} {'px':>5}  here  licence"]
+    for name, entry in models().items():
+        here = "yes" if locate(name).path is not None else "no"
+        lines.append(f"{name:24} {entry.kind:17} {entry.resolution:5}  {here:4}  {entry.licence.split('.')[0]}")
+    return lines
