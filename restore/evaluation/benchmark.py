@@ -68,6 +68,8 @@ def bench(
     metrics_entry = summary.check_metrics(checked, min(counts))
     folder = Path(checked["out"] or Path("runs") / checked["name"])
     _claim(folder, checked, images, metrics_entry)
+    for leftover in folder.rglob(".*.tmp"):  # what a killed process was writing; one run has one driver at a time
+        leftover.unlink(missing_ok=True)
     waiting = [job for job in jobs if not job.done(folder)]
     kept, total, done = len(jobs) - len(waiting), len(jobs), 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io as bytes_io
 import math
+import os
 import platform
 import sys
 import time
@@ -64,6 +65,7 @@ class Worker:
             "steps": method["steps"],
             "peak_memory_mb": memory if math.isfinite(memory := self._peak_memory()) else None,
             "memory_of": "CUDA allocations" if self.device.type == "cuda" else "resident process",
+            "worker": f"{platform.node()}:{os.getpid()}",
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
         }
         folder = self.run_folder / "cost" / job.task / job.method
