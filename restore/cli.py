@@ -79,6 +79,8 @@ def run(
     precision: Precision = "fp32",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, about 30 % slower.")] = False,
     max_windows: Annotated[int, typer.Option(help="Windows of a large photo per network call.")] = 16,
+    data: Annotated[Optional[str], typer.Option(help="Presets published for ffhq or imagenet.")] = None,  # noqa: UP045
+    reference: Annotated[bool, typer.Option("--reference", help="Compute what the authors' PSLD code does.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo finished files.")] = False,
     save_trajectory: Annotated[bool, typer.Option("--save-trajectory", help="A strip of x0_hat through time.")] = False,
     png: Annotated[bool, typer.Option("--png", help="Write PNG whatever the input's format.")] = False,
@@ -111,6 +113,8 @@ def run(
         samples=samples,
         seed=seed,
         batch_size=batch_size,
+        data=data,
+        reference=reference,
         overwrite=overwrite,
         save_trajectory=save_trajectory,
         callback=progress,

@@ -16,7 +16,12 @@ from restore.paths import data_dir
 from restore.restorer import load
 from restore.samplers.noise import derive_seed
 
-TASKS = {"inpaint-box": "box inpainting", "sr4": "SR x4", "gaussian-blur": "Gaussian blur", "motion-blur": "motion blur"}
+TASKS = {
+    "inpaint-box": "box inpainting",
+    "sr4": "SR x4",
+    "gaussian-blur": "Gaussian blur",
+    "motion-blur": "motion blur",
+}
 # At 64 pixels the field's 61-pixel kernels would cover the image: these have the same reach per face.
 OVERRIDES = {
     "gaussian-blur": {"kernel_size": 15, "std": 1.5},
@@ -79,7 +84,9 @@ def run_demo(
     io.write_image(out / "comparison.png", io.to_tensor(grid)[0])
     lines = ["task | method | PSNR dB | SSIM | residual / noise", "---|---|---|---|---"]
     lines += [f"{task} | {method} | {p:.2f} | {s:.3f} | {r:.2f}" for task, method, p, s, r in table]
-    note = "Means over {} photos, sigma_y = 0.05 on [-1, 1], seed {}, {} steps; residual / noise is near 1 when a result"
+    note = (
+        "Means over {} photos, sigma_y = 0.05 on [-1, 1], seed {}, {} steps; residual / noise is near 1 when a result"
+    )
     note += " explains its measurement."
     lines += ["", note.format(len(ids), seed, records[0]["protocol"]["steps"])]
     atomic.write_bytes(out / "table.md", ("\n".join(lines) + "\n").encode())

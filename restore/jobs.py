@@ -145,6 +145,8 @@ def restore_files(
     samples: int = 1,
     seed: int = 0,
     batch_size: int = 1,
+    data: str | None = None,
+    reference: bool = False,
     overwrite: bool = False,
     save_trajectory: bool = False,
     callback: Callable[[dict], None] | None = None,
@@ -163,7 +165,7 @@ def restore_files(
             continue
         started = time.perf_counter()
         record, clean, operator, y = _measurement(job, config, degrade, seed)
-        guidance = choose_guidance(restorer, operator.name, sampler, pag_scale, layers)
+        guidance = choose_guidance(restorer, operator.name, sampler, pag_scale, layers, data)
         frames: list[torch.Tensor] = []
         result = restorer(
             y,
@@ -175,6 +177,8 @@ def restore_files(
             seed=seed,
             image_ids=[job.source.stem],
             batch_size=batch_size,
+            data=data,
+            reference=reference,
             callback=_recording(callback, frames if save_trajectory else None),
             **(parameters or {}),
         )
@@ -215,11 +219,11 @@ def restore_files(
         yield Outcome(job, False, numbers)
 
 
-def choose_guidance(restorer, task: str, sampler: str | None, pag_scale: float | None, layers: str | None):
+def choose_guidance(restorer, task: str, sampler: str | None, pag_scale: float | None, layers: str | None, data=None):
     """The preset's guidance with the scale and layers given on the command line in place of its own."""
     if pag_scale is None and layers is None:
         return "preset"
-    preset = presets.find(restorer.name, task, sampler or restorer.default_sampler)
+    preset = presets.find(restorer.name, task, sampler or restorer.default_sampler, data)
     pag = dict((preset.guidance or {}).get("pag") or {})
     if pag_scale is not None:
         pag["scale"] = pag_scale

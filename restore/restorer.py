@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from PIL import Image
 from operators import RestoreError
 from restore import io, presets, zoo
 from restore.backbones.base import LatentBackbone
+from restore.backbones.latent_size import ForImageSize
 from restore.backbones.windows import AnySize
 from restore.samplers.dps import DATA_NORMS, dps
 from restore.samplers.generate import generate
@@ -85,9 +86,7 @@ def load(
         offline=offline or None,
         checkpointing=checkpointing,
     )
-    return Restorer(
-        backbone, found.name, overlap=overlap, max_windows=max_windows, checkpointing=checkpointing
-    )
+    return Restorer(backbone, found.name, overlap=overlap, max_windows=max_windows, checkpointing=checkpointing)
 
 
 def choose_device(device: str) -> torch.device:
@@ -145,6 +144,8 @@ class Restorer:
         image_ids: Sequence[str] | None = None,
         batch_size: int = 1,
         condition: torch.Tensor | None = None,
+        data: str | None = None,
+        reference: bool = False,
         callback: Callable[[dict], None] | None = None,
         **parameters: Any,
     ) -> Restoration:
@@ -161,6 +162,9 @@ class Restorer:
         batch_size: samples computed together. With 1 (default) a result has the same bytes whatever
             else is computed; larger batches are equal to rounding (about 1e-6) and faster on a GPU.
         condition: class labels (B,) for class-conditional backbones.
+        data: "ffhq" or "imagenet", where presets were published for both with one backbone.
+        reference: compute what the sampler's authors' code does, beyond the paper (PSLD: noise on the
+            predicted measurement, sampled encoding, shifted indices, approximate transposes).
         callback: receives the sampler's dict plus `first`, `count` and `total` (samples).
         Raises RestoreError for unknown parameters, sizes that do not fit, non-finite input or
         samples, and memory that does not suffice.
@@ -175,14 +179,18 @@ class Restorer:
             raise RestoreError(f"{len(y)} measurements need {len(y)} different image_ids, got {ids}")
 
         task = getattr(operator, "name", type(operator).__name__)
-        preset = presets.find(self.name, task, sampler or self.default_sampler)
+        preset = presets.find(self.name, task, sampler or self.default_sampler, data)
         steps = preset.steps if steps is None else steps
         guidance = presets.build_guidance(preset.guidance) if isinstance(guidance, str) else guidance
         function = {"dps": dps, "psld": psld}[preset.sampler]
         if (function is psld) != self.latent:
             kind = "latent" if self.latent else "pixel"
             raise RestoreError(f"sampler {preset.sampler} does not work with the {kind} backbone {self.name}")
-        parameters = {**preset.parameters, **check_parameters(function, parameters)}
+        chosen = preset.parameters_for(guidance)
+        if reference:
+            chosen |= presets.reference(preset.sampler)
+            operator = with_reference_adjoint(operator)
+        parameters = {**chosen, **check_parameters(function, parameters)}
         protocol = self._protocol(operator, preset, steps, guidance, parameters, seed, samples)
 
         started, evaluations = time.perf_counter(), self.backbone.evaluations
@@ -227,15 +235,11 @@ class Restorer:
             options["zeta"] = options["zeta"] * (shape[-2] * shape[-1]) ** 0.5 / self.backbone.resolution
             x_T = noise(0, shape, "start")
             return dps(self.backbone, operator, y, x_T=x_T, timesteps=timesteps, **common, **options)
-        # Latents exist for sides divisible by `unit` only: y then measures the top left part of a larger image.
-        unit = self.backbone.downscale * self.backbone.inner.multiple
-        height, width = (math.ceil(side / unit) * unit for side in shape[-2:])
-        padded = PaddedOperator(operator, shape[-2:], (height, width))
-        latent = (len(y), self.backbone.channels, height // self.backbone.downscale, width // self.backbone.downscale)
-        z_T = noise(0, latent, "start")
-        z_0 = psld(self.backbone, padded, y, z_T=z_T, timesteps=timesteps, **common, **parameters)
+        sized = ForImageSize(self.backbone.inner, *shape[-2:], predictor=self.backbone)
+        z_T = noise(0, sized.latent_shape(len(y)), "start")
+        z_0 = psld(sized, operator, y, z_T=z_T, timesteps=timesteps, **common, **parameters)
         with torch.no_grad():
-            return self.backbone.decode(z_0)[..., : shape[-2], : shape[-1]]
+            return sized.decode(z_0)
 
     def _protocol(self, operator, preset, steps, guidance, parameters, seed, samples) -> dict[str, Any]:
         noise = getattr(operator, "noise", None)
@@ -299,19 +303,13 @@ class Restorer:
         return torch.cat(results)
 
 
-class PaddedOperator:
-    """`operator` seen from images of size `padded`, of which it measures the top left `size`."""
-
-    def __init__(self, operator: Any, size: tuple[int, int], padded: tuple[int, int]) -> None:
-        self.operator, self.size = operator, size
-        self.margins = (0, padded[1] - size[1], 0, padded[0] - size[0])
-        self.noise = getattr(operator, "noise", None)
-
-    def A(self, x: torch.Tensor) -> torch.Tensor:
-        return self.operator.A(x[..., : self.size[0], : self.size[1]])
-
-    def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pad(self.operator.A_adjoint(y), self.margins)
+def with_reference_adjoint(operator: Any) -> Any:
+    """A copy of an `operators.Operator` whose A_adjoint is the authors' approximate transpose."""
+    if not hasattr(operator, "adjoint"):
+        raise RestoreError(f"reference=True needs an operator of this package, not a {type(operator).__name__}")
+    changed = copy.copy(operator)
+    changed.adjoint = "reference"
+    return changed
 
 
 def image_shape(operator: Any, y: torch.Tensor) -> tuple[int, ...]:

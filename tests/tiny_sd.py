@@ -64,7 +64,9 @@ def tiny_vae(seed: int = 1, **changes) -> AutoencoderKL:
 
 def tiny_controlnet(seed: int = 2) -> ControlNetModel:
     def build():
-        net = ControlNetModel.from_unet(tiny_unet(), conditioning_channels=3, conditioning_embedding_out_channels=(4, 8))
+        net = ControlNetModel.from_unet(
+            tiny_unet(), conditioning_channels=3, conditioning_embedding_out_channels=(4, 8, 8)
+        )
         for parameter in net.parameters():
             # Its output layers start at zero, which would make every test of it pass.
             if not parameter.any():
@@ -91,8 +93,7 @@ def tiny_text_encoder(seed: int = 3, width: int = 16) -> CLIPTextModel:
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOCABULARY = {
-    token: i
-    for i, token in enumerate([*LETTERS, *(c + "</w>" for c in LETTERS), "<|startoftext|>", "<|endoftext|>"])
+    token: i for i, token in enumerate([*LETTERS, *(c + "</w>" for c in LETTERS), "<|startoftext|>", "<|endoftext|>"])
 }
 
 

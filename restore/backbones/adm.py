@@ -241,7 +241,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error):
+        if "GLOBAL" in str(error) or "reduce" in str(error):
             raise RestoreError(
                 f"{path} is refused: it is a pickle that asks to run code; expected a plain state dict of tensors"
             ) from None

@@ -141,6 +141,12 @@ class Tape:
         finally:
             self.clear()
 
+    def map(self, function) -> None:
+        """Replace every recorded tensor x by function(x), say its part for some images of the batch."""
+        for queue in self.queues.values():
+            for kept in queue:
+                kept.value = tree_map(function, kept.value)
+
     def clear(self) -> None:
         """Drop every recording."""
         for queue in self.queues.values():

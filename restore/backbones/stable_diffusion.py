@@ -14,6 +14,7 @@ from torch import nn
 
 from operators import RestoreError
 from restore.backbones.base import AttentionLayer, Prediction
+from restore.backbones.checkpointing import set_checkpointing
 
 
 class StableDiffusion:
@@ -48,7 +49,7 @@ class StableDiffusion:
         self.null_condition = null_condition.detach()
         self.prediction_type = prediction_type
         self.encode_prompt = encode_prompt
-        self.attention: Mapping[str, AttentionLayer] = self_attention_layers(unet)
+        self.attention: Mapping[str, AttentionLayer] = attention_layers(unet)
         self.channels = unet.config.in_channels
         self.resolution = _first(unet.config.sample_size)
         # The U-Net halves its input at every level but the last.
@@ -60,7 +61,8 @@ class StableDiffusion:
             vae.enable_tiling()
         if checkpointing:
             unet.enable_gradient_checkpointing()
-            vae.enable_gradient_checkpointing()
+            # diffusers recomputes a whole level of the autoencoder at once; per unit the peak is a sixth lower.
+            set_checkpointing(vae, True)
 
     @classmethod
     def load(
@@ -68,8 +70,8 @@ class StableDiffusion:
         source: str | Path,
         *,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        vae_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        vae_dtype: torch.dtype | str | None = None,
         config: str | Path | None = None,
         revision: str | None = None,
         offline: bool = False,
@@ -80,8 +82,9 @@ class StableDiffusion:
     ) -> StableDiffusion:
         """Load from a diffusers folder, a hub id ("owner/name") or a single .safetensors / .ckpt file.
 
-        dtype: precision of the U-Net. vae_dtype: of the autoencoder; by default the same, except that
-            with float16 it stays float32, because the decoder's activations overflow float16.
+        dtype: precision of the U-Net: a torch dtype or "fp32", "bf16", "fp16". vae_dtype: of the
+            autoencoder; by default the same, except that with float16 it stays float32, because the
+            decoder's activations overflow float16.
         config: for a single file, the diffusers folder or hub id of the same architecture.
         offline: use only what is on this machine. revision: commit or branch of a hub id.
         keep_text_encoder: keep it (on the CPU) for `encode_prompt`; else only the empty prompt's embedding.
@@ -91,6 +94,7 @@ class StableDiffusion:
         """
         from restore.backbones import stable_diffusion_files as files
 
+        dtype = files.as_dtype(dtype)
         if vae_dtype is None:
             vae_dtype = torch.float32 if dtype == torch.float16 else dtype
         parts = files.read(source, config=config, revision=revision, offline=offline)
@@ -98,7 +102,7 @@ class StableDiffusion:
         return cls(
             # Module.to, because diffusers' own warns about modules to keep in float32 even where there are none.
             nn.Module.to(parts["unet"], device, dtype),
-            nn.Module.to(parts["vae"], device, vae_dtype),
+            nn.Module.to(parts["vae"], device, files.as_dtype(vae_dtype)),
             files.alphas_cumprod(parts["scheduler"]),
             encode_prompt("").to(device),
             prediction_type=parts["scheduler"].get("prediction_type", "epsilon"),
@@ -184,7 +188,7 @@ class ScaledGradient(torch.autograd.Function):
         return grad * ctx.factor, None
 
 
-def self_attention_layers(unet: nn.Module) -> dict[str, AttentionLayer]:
+def attention_layers(unet: nn.Module) -> dict[str, AttentionLayer]:
     """Self-attention modules of a UNet2DConditionModel by diffusers path, in order of execution.
 
     Paper names are those of the original code: `input_blocks.8.1` is the attention of the ninth input

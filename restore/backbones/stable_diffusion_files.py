@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,6 +26,15 @@ HUB_FILES = [
     "vae/diffusion_pytorch_model.safetensors",
 ]
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def as_dtype(value: torch.dtype | str) -> torch.dtype:
+    """A floating-point dtype or its short name. Raises RestoreError for any other."""
+    dtype = DTYPES.get(value, value)
+    if dtype not in DTYPES.values():
+        raise RestoreError(f"precision {value!r} is not known; expected one of {', '.join(DTYPES)}")
+    return dtype
 
 
 def read(source: str | Path, *, config=None, revision: str | None = None, offline: bool = False) -> dict:
@@ -33,14 +43,29 @@ def read(source: str | Path, *, config=None, revision: str | None = None, offlin
     Arguments as in `StableDiffusion.load`. Raises RestoreError with what is wrong and what to do.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
-        return read_folder(path)
-    if path.is_file():
-        return read_single_file(path, config=config, offline=offline)
     name = str(source)
-    if path.suffix in SINGLE_FILES or name.count("/") != 1 or name[0] in "./~":
-        raise RestoreError(f"{source} does not exist; expected a diffusers folder, a checkpoint file or a hub id")
-    return read_folder(download(name, revision=revision, offline=offline))
+    if not path.exists():
+        if path.suffix in SINGLE_FILES or name.count("/") != 1 or name[0] in "./~":
+            raise RestoreError(f"{source} does not exist; expected a diffusers folder, a checkpoint file or a hub id")
+        path = download(name, revision=revision, offline=offline)
+    with no_progress_bars():
+        return read_folder(path) if path.is_dir() else read_single_file(path, config=config, offline=offline)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep diffusers and transformers from drawing bars on stderr while they load."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    shown = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
 
 
 def download(name: str, *, revision: str | None = None, offline: bool = False, files: list[str] | None = None) -> Path:
@@ -48,7 +73,9 @@ def download(name: str, *, revision: str | None = None, offline: bool = False, f
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=offline, allow_patterns=files or HUB_FILES))
+        return Path(
+            snapshot_download(name, revision=revision, local_files_only=offline, allow_patterns=files or HUB_FILES)
+        )
     except (OSError, ValueError) as error:
         # Not found, gated, no network, or offline and not cached: the client's own errors are several lines.
         hint = "it is not in the local cache; run once without --offline" if offline else _first_line(error)
@@ -88,7 +115,9 @@ def read_single_file(path: Path, *, config=None, offline: bool = False) -> dict:
         require_plain_tensors(path)
     if config is not None:
         folder = Path(config).expanduser()
-        config = str(folder if folder.is_dir() else download(str(config), offline=offline, files=["*.json", "tokenizer/*"]))
+        config = str(
+            folder if folder.is_dir() else download(str(config), offline=offline, files=["*.json", "tokenizer/*"])
+        )
     try:
         pipe = StableDiffusionPipeline.from_single_file(
             str(path), config=config, local_files_only=offline or config is not None, safety_checker=None
@@ -170,7 +199,7 @@ def require_complete(folder: Path) -> None:
     missing = [name for name in PARTS if not (folder / name).is_dir()]
     if "text_encoder" in missing or "tokenizer" in missing:
         raise RestoreError(
-            f"{folder} has a cross-attention U-Net but no {' and no '.join(missing)}: the embedding of the empty prompt "
+            f"{folder} has a cross-attention U-Net but no {' and no '.join(missing)}: the empty prompt's embedding "
             "cannot be computed; copy it from the original model"
         )
     if missing:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from restore.backbones.base import LatentBackbone, Prediction
+from restore.backbones.base import Prediction
 
 
 def window_starts(length: int, window: int, overlap: int) -> list[int]:
@@ -48,8 +48,6 @@ class AnySize:
         self.network, self.alphas_cumprod, self.attention = inner.network, inner.alphas_cumprod, inner.attention
         self.channels, self.resolution = inner.channels, inner.resolution
         self.null_condition, self.multiple = inner.null_condition, 1
-        if isinstance(inner, LatentBackbone):
-            self.encode, self.decode, self.downscale = inner.encode, inner.decode, inner.downscale
         self.evaluations = 0  # predictions made, weak passes included: the NFE of a run
 
     def padded(self, size: int) -> int:

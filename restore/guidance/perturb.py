@@ -95,17 +95,22 @@ def _attend(item: Spoiled, draw: Draw, args: tuple, kwargs: dict) -> torch.Tenso
     if k.shape[1] != q.shape[1]:
         raise RestoreError(f"{item.layer.path} shares keys between heads (grouped queries), which is not supported")
     if item.heads is None and item.strength == 1:
-        return item.target(q, k, v, mask, scale, draw)
+        return _spoil(item, q, k, v, mask, scale, draw)
     out = F.scaled_dot_product_attention(*args, **kwargs)
     if item.heads is None:
-        return torch.lerp(out, item.target(q, k, v, mask, scale, draw).to(out.dtype), item.strength)
+        return torch.lerp(out, _spoil(item, q, k, v, mask, scale, draw).to(out.dtype), item.strength)
     heads = list(item.heads)
     if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
         mask = mask[:, heads]
-    spoilt = item.target(q[:, heads], k[:, heads], v[:, heads], mask, scale, draw).to(out.dtype)
+    spoilt = _spoil(item, q[:, heads], k[:, heads], v[:, heads], mask, scale, draw).to(out.dtype)
     out = out.clone()
     out[:, heads] = torch.lerp(out[:, heads], spoilt, item.strength)
     return out
+
+
+def _spoil(item: Spoiled, q, k, v, mask, scale, draw: Draw) -> torch.Tensor:
+    with torch.autocast(q.device.type, enabled=False):  # an explicit map is computed in fp32
+        return item.target(q, k, v, mask, scale, draw)
 
 
 def _arguments(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):

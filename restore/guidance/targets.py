@@ -22,16 +22,21 @@ Target = Callable[..., torch.Tensor]
 
 
 def logits(q, k, mask, scale) -> torch.Tensor:
-    """The map before the softmax, fp32 (B, heads, queries, keys)."""
+    """The map before the softmax, (B, heads, queries, keys), in fp32 (fp64 where q is)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    raw = (q.float() * scale) @ k.float().transpose(-2, -1)
+    raw = (_wide(q) * scale) @ _wide(k).transpose(-2, -1)
     if mask is None:
         return raw
-    return raw.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else raw + mask.float()
+    return raw.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else raw + mask.to(raw.dtype)
 
 
 def apply(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return (weights @ v.float()).to(v.dtype)
+    """The map's output, in v's precision."""
+    return (weights @ v.to(weights.dtype)).to(v.dtype)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _check_rate(rate: float) -> None:
@@ -49,13 +54,18 @@ def identity(q, k, v, mask, scale, draw):
 
 
 def uniform(q, k, v, mask, scale, draw):
-    """A' = 1/N: every token sees the mean value."""
+    """A' = 1/N: every token sees the mean value (of the keys the mask lets it see)."""
+    if mask is not None:
+        return apply(F.softmax(logits(torch.zeros_like(q), k, mask, scale), dim=-1), v)
     return v.mean(dim=-2, keepdim=True).expand(*q.shape[:-1], v.shape[-1])
 
 
 def mean_query(q, k, v, mask, scale, draw):
     """Every query replaced by their mean: SEG (Hong 2024) at infinite blur."""
-    out = F.scaled_dot_product_attention(q.mean(dim=-2, keepdim=True), k, v, scale=scale)
+    mean = q.mean(dim=-2, keepdim=True)
+    if mask is not None and mask.shape[-2] > 1:
+        mean = mean.expand_as(q)
+    out = apply(F.softmax(logits(mean, k, mask, scale), dim=-1), v)
     return out.expand(*q.shape[:-1], v.shape[-1])
 
 
@@ -112,7 +122,7 @@ def noise(sigma: float = 0.1) -> Target:
 
     def target(q, k, v, mask, scale, draw):
         weights = F.softmax(logits(q, k, mask, scale), dim=-1)
-        return apply(weights + sigma * draw("normal", tuple(weights.shape)).to(weights.device), v)
+        return apply(weights + sigma * draw("normal", tuple(weights.shape)).to(weights), v)
 
     return target
 

@@ -12,7 +12,7 @@ from tiny_sd import SCHEDULER, UNET, seeded, tiny_unet, tiny_vae
 
 from operators import RestoreError
 from restore.backbones.base import LatentBackbone
-from restore.backbones.stable_diffusion import StableDiffusion, self_attention_layers
+from restore.backbones.stable_diffusion import StableDiffusion, attention_layers
 from restore.backbones.stable_diffusion_files import alphas_cumprod
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -106,7 +106,7 @@ def test_sd15_names_on_the_real_configuration():
     # SD 1.5's U-Net; 859 520 964 parameters, none of them allocated.
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-    layers = self_attention_layers(unet)
+    layers = attention_layers(unet)
     by_short = {layer.short: layer for layer in layers.values()}
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964
     assert list(by_short) == ["i1", "i2", "i4", "i5", "i7", "i8", "m1", *(f"o{n}" for n in range(3, 12))]
@@ -116,11 +116,11 @@ def test_sd15_names_on_the_real_configuration():
 
 
 def test_several_transformer_layers_get_distinct_names_and_cross_attention_none():
-    layers = self_attention_layers(tiny_unet(transformer_layers_per_block=2))
+    layers = attention_layers(tiny_unet(transformer_layers_per_block=2))
     names = [layer.paper for layer in layers.values()]
     assert "input_blocks.1.1.transformer_blocks.1.attn1" in names and len(set(names)) == len(names)
     upscaler = tiny_unet(only_cross_attention=[True, False, False])
-    assert not [path for path in self_attention_layers(upscaler) if path.startswith("down_blocks.0")]
+    assert not [path for path in attention_layers(upscaler) if path.startswith("down_blocks.0")]
 
 
 def test_v_prediction_gives_the_same_eps_as_the_network_it_stands_for(golden, tensors):
@@ -154,7 +154,7 @@ def test_checkpointing_changes_no_gradient():
     checkpointed = StableDiffusion(tiny_unet(), tiny_vae(), *args, checkpointing=True)
     resnets = checkpointed.network.mid_block.resnets[1], checkpointed.vae.decoder.up_blocks[0].resnets[0]
     for i, resnet in enumerate(resnets):
-        resnet.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
+        resnet.norm1.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
     assert relative(gradient(checkpointed, z), plain) < 1e-6
     assert calls.count(0) == calls.count(1) == 2  # once forward, once recomputed
 
@@ -230,3 +230,24 @@ def test_tiny_weights_do_not_depend_on_what_ran_before():
     torch.randn(7)
     assert UNET["cross_attention_dim"] == 16
     assert torch.equal(tiny_unet().conv_in.weight, seeded(lambda: UNet2DConditionModel(**UNET), 0).conv_in.weight)
+
+
+def test_no_second_pass_when_there_is_nothing_to_contrast():
+    from restore.guidance import CFG, PAG, estimator
+
+    backbone, z = tiny(), torch.randn(1, 4, 8, 8)
+    prompt = torch.randn(1, 12, 16)
+    cases = [
+        (CFG(6.5), None, 1),
+        (CFG(6.5), prompt, 2),
+        (PAG(0.0, layers="m1"), None, 1),
+        (PAG(1.0, layers="m1"), None, 2),
+    ]
+    for guidance, condition, passes in cases:
+        calls = []
+        handle = backbone.network.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        with torch.no_grad(), estimator(backbone, guidance) as estimate:
+            strong, eps = estimate(z, 401, condition)
+        handle.remove()
+        assert len(calls) == passes, guidance
+        assert torch.equal(strong.eps, eps) == (passes == 1)

@@ -142,7 +142,7 @@ def test_folders_that_are_no_model(tmp_path, broken):
 
 def test_missing_parts(broken):
     shutil.move(broken / "text_encoder", broken / "elsewhere")
-    with pytest.raises(RestoreError, match="no text_encoder: the embedding of the empty prompt"):
+    with pytest.raises(RestoreError, match="no text_encoder: the empty prompt's embedding"):
         StableDiffusion.load(broken)
     shutil.move(broken / "elsewhere", broken / "text_encoder")
     shutil.rmtree(broken / "vae")

@@ -108,9 +108,7 @@ def test_batch_equals_single_images(backbone, guided):
     def restore_images(y, keys):
         noise = ImageNoise(keys)
         x_T = noise(0, (len(keys), 3, 32, 32), "start")
-        return dps(
-            backbone, operator, y, x_T=x_T, timesteps=respace(1000, 5), zeta=0.5, guidance=guidance, noise=noise
-        )
+        return dps(backbone, operator, y, x_T=x_T, timesteps=respace(1000, 5), zeta=0.5, guidance=guidance, noise=noise)
 
     together = restore_images(y, keys)
     for i in range(8):

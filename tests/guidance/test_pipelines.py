@@ -1,0 +1,301 @@
+"""Guidance inside diffusers' pipelines: equation 14, every pipeline of the paper, and diffusers' own PAG."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionControlNetPAGPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPAGInpaintPipeline,
+    StableDiffusionPAGPipeline,
+    StableDiffusionUpscalePipeline,
+)
+from PIL import Image
+from tiny_sd import SCHEDULER, tiny_controlnet, tiny_pipeline, tiny_unet
+
+from operators import RestoreError
+from restore.guidance import CFG, PAG
+from restore.guidance.perturb import perturbed
+from restore.guidance.pipelines import guided
+
+MID = "mid_block.attentions.0.transformer_blocks.0.attn1"
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    return quiet(tiny_pipeline(tmp_path_factory.mktemp("tokenizer")))
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def sample(pipe, *, seed=0, **options):
+    options = {"prompt": "a cat", "num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent", **options}
+    out = pipe(generator=torch.Generator().manual_seed(seed), **options).images
+    return out if isinstance(out, torch.Tensor) else torch.from_numpy(np.stack(out))
+
+
+def picture(size=32, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
+
+
+def half_mask(size=32):
+    mask = np.zeros((size, size), np.uint8)
+    mask[:, size // 2 :] = 255
+    return Image.fromarray(mask)
+
+
+def inputs(batch=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 4, 8, 8, generator=generator), torch.randn(batch, 12, 16, generator=generator)
+
+
+def spoilt(unet, z, t, text, layers=MID, target="identity"):
+    """The perturbed prediction, made here without `guided`."""
+    from restore.guidance.pipelines import PipelineUnet
+
+    branch = PAG(1.0, layers=layers, target=target).bind(PipelineUnet(unet))
+    with torch.no_grad(), perturbed(branch.spoiled, None):
+        return unet(z, t, encoder_hidden_states=text).sample
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("layers", [MID, "i1", "i5,o3"])
+def test_pipeline_formula_gives_equation_14(first, layers):
+    unet, g, s = tiny_unet(), 7.5, 3.0
+    z, text = inputs(2)
+    null = torch.zeros_like(text)
+    c = unet(z, 401, encoder_hidden_states=text).sample
+    u = unet(z, 401, encoder_hidden_states=null).sample
+    weak = spoilt(unet, z, 401, text, layers)
+    expected = c + (g - 1) * (c - u) + s * (c - weak)
+    order = [text, null] if first else [null, text]
+    with guided(unet, PAG(s, layers=layers), conditional="first" if first else "second"):
+        for _ in range(2):  # the second call shares the prefix
+            halves = unet(torch.cat([z, z]), 401, encoder_hidden_states=torch.cat(order)).sample.chunk(2)
+            without, with_prompt = reversed(halves) if first else halves
+            assert relative(without + g * (with_prompt - without), expected) < 1e-5
+            assert relative(without - u, s * (c - weak)) < 1e-3  # the same shift in both halves
+    assert relative(s * (c - weak), torch.zeros_like(c) + c) > 1e-3  # and not a negligible one
+
+
+@torch.no_grad()
+def test_without_cfg_and_outside_the_block(pipe):
+    unet = tiny_unet()
+    z, text = inputs(2)
+    plain = unet(z, 401, encoder_hidden_states=text).sample
+    expected = plain + 3.0 * (plain - spoilt(unet, z, 401, text))
+    with guided(unet, PAG(3.0, layers="m1")):
+        assert relative(unet(z, 401, encoder_hidden_states=text).sample, expected) < 1e-5
+        as_tuple = unet(z, torch.tensor(401), text, return_dict=False)
+        assert isinstance(as_tuple, tuple) and relative(as_tuple[0], expected) < 1e-5
+    assert "forward" not in unet.__dict__
+    assert torch.equal(unet(z, 401, encoder_hidden_states=text).sample, plain)
+
+
+@torch.no_grad()
+def test_interval_scale_zero_and_errors_leave_the_network_alone():
+    unet = tiny_unet()
+    z, text = inputs(2)
+    plain = unet(z, 401, encoder_hidden_states=text).sample
+    for guidance in (None, PAG(0.0, layers="m1"), PAG(3.0, layers="m1", interval=(400, 0))):
+        calls = []
+        handle = unet.mid_block.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        with guided(unet, guidance):
+            assert torch.equal(unet(z, 401, encoder_hidden_states=text).sample, plain)
+        handle.remove()
+        assert len(calls) == 1
+    processors = {name: type(p) for name, p in unet.attn_processors.items()}
+    with pytest.raises(RuntimeError), guided(unet, PAG(3.0, layers="m1")):
+        unet(z[:, :3], 401, encoder_hidden_states=text)
+    assert {name: type(p) for name, p in unet.attn_processors.items()} == processors
+    assert torch.equal(unet(z, 401, encoder_hidden_states=text).sample, plain)
+
+
+@torch.no_grad()
+def test_the_weak_pass_repeats_neither_the_prefix_nor_the_other_half():
+    unet = tiny_unet()
+    z, text = inputs(2)
+    ran = {"conv_in": [], "mid_block": []}
+    for name, seen in ran.items():
+        unet.get_submodule(name).register_forward_hook(lambda m, a, out, seen=seen: seen.append(len(out)))
+    with guided(unet, PAG(3.0, layers="m1"), conditional="second"):
+        for _ in range(2):
+            ran["conv_in"].clear(), ran["mid_block"].clear()
+            unet(torch.cat([z, z]), 401, encoder_hidden_states=torch.cat([text, text]))
+    assert ran["mid_block"] == [4, 2]
+    assert ran["conv_in"][0] == 4 and 4 not in ran["conv_in"][1:]
+
+
+CASES = [("cfg", {"guidance_scale": 5.0}), ("no cfg", {}), ("empty prompt", {"prompt": "", "guidance_scale": 0.0})]
+
+
+@pytest.mark.parametrize("name,options", CASES, ids=[c[0] for c in CASES])
+@pytest.mark.parametrize("layers,theirs", [(MID, "mid"), ("i5", r"down_blocks.1.attentions.1")])
+def test_text_to_image_agrees_with_diffusers_own_pag(pipe, name, options, layers, theirs):
+    official = quiet(
+        StableDiffusionPAGPipeline(**pipe.components, pag_applied_layers=[theirs], requires_safety_checker=False)
+    )
+    expected = sample(official, pag_scale=3.0, pag_adaptive_scale=0.0, **options)
+    with guided(pipe, PAG(3.0, layers=layers)):
+        ours = sample(pipe, **options)
+    assert relative(ours, expected) < 1e-4
+    assert relative(ours, sample(pipe, **options)) > 1e-3
+
+
+def test_other_schedulers_and_v_prediction(tmp_path):
+    for scheduler in (
+        EulerDiscreteScheduler.from_config(SCHEDULER),
+        DDIMScheduler(**SCHEDULER, prediction_type="v_prediction"),
+    ):
+        pipe = quiet(tiny_pipeline(tmp_path))
+        pipe.scheduler = scheduler
+        official = quiet(
+            StableDiffusionPAGPipeline(**pipe.components, pag_applied_layers=["mid"], requires_safety_checker=False)
+        )
+        expected = sample(official, pag_scale=3.0, guidance_scale=5.0)
+        with guided(pipe, PAG(3.0, layers=MID)):
+            assert relative(sample(pipe, guidance_scale=5.0), expected) < 1e-4
+
+
+def test_several_images_and_prompts(pipe):
+    official = quiet(
+        StableDiffusionPAGPipeline(**pipe.components, pag_applied_layers=["mid"], requires_safety_checker=False)
+    )
+    options = {"prompt": ["a cat", "a dog"], "num_images_per_prompt": 2, "guidance_scale": 5.0}
+    expected = sample(official, pag_scale=3.0, **options)
+    with guided(pipe, PAG(3.0, layers=MID)):
+        assert relative(sample(pipe, **options), expected) < 1e-4
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_controlnet_with_an_empty_prompt(pipe, guidance_scale):
+    components = {**pipe.components, "controlnet": tiny_controlnet()}
+    control = quiet(StableDiffusionControlNetPipeline(**components, requires_safety_checker=False))
+    official = quiet(
+        StableDiffusionControlNetPAGPipeline(**components, pag_applied_layers=["mid"], requires_safety_checker=False)
+    )
+    options = {"prompt": "", "image": picture(), "guidance_scale": guidance_scale}
+    plain = sample(control, **options)
+    assert relative(plain, sample(pipe, prompt="", guidance_scale=guidance_scale)) > 1e-2  # the control acts
+    with guided(control, PAG(2.5, layers=MID)):
+        ours = sample(control, **options)
+    assert relative(ours, sample(official, pag_scale=2.5, **options)) < 1e-4
+    assert relative(ours, plain) > 1e-3
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_inpainting(tmp_path, channels, guidance_scale):
+    pipe = tiny_pipeline(tmp_path, tiny_unet(in_channels=channels))
+    inpaint = quiet(StableDiffusionInpaintPipeline(**pipe.components, requires_safety_checker=False))
+    options = {
+        "prompt": "",
+        "image": picture(),
+        "mask_image": half_mask(),
+        "height": 32,
+        "width": 32,
+        "strength": 1.0,
+        "guidance_scale": guidance_scale,
+    }
+    with guided(inpaint, PAG(1.5, layers=MID)):
+        ours = sample(inpaint, **options)
+    assert relative(ours, sample(inpaint, **options)) > 1e-3
+    official = quiet(
+        StableDiffusionPAGInpaintPipeline(**pipe.components, pag_applied_layers=["mid"], requires_safety_checker=False)
+    )
+    assert relative(ours, sample(official, pag_scale=1.5, **options)) < 1e-4
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_x4_upscaler(tmp_path, guidance_scale):
+    """diffusers has no PAG for it: the reference here is the pipeline with equation 14 written into its U-Net."""
+    base = tiny_pipeline(
+        tmp_path, tiny_unet(in_channels=7, num_class_embeds=1000, only_cross_attention=[True, False, False])
+    )
+    parts = {name: base.components[name] for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+    upscaler = quiet(StableDiffusionUpscalePipeline(**parts, low_res_scheduler=DDPMScheduler()))
+    options = {"prompt": "", "image": picture(8), "guidance_scale": guidance_scale, "noise_level": 20}
+    plain = sample(upscaler, **options)
+    with guided(upscaler, PAG(2.0, layers="i5")):
+        ours = sample(upscaler, **options)
+    unet, forward = upscaler.unet, upscaler.unet.forward
+
+    def by_hand(x, t, *, encoder_hidden_states, class_labels, **kwargs):
+        with torch.no_grad():
+            from restore.guidance.pipelines import PipelineUnet
+
+            out = forward(x, t, encoder_hidden_states, class_labels=class_labels).sample
+            branch = PAG(1.0, layers="i5").bind(PipelineUnet(unet))
+            with perturbed(branch.spoiled, None):
+                weak = forward(x, t, encoder_hidden_states, class_labels=class_labels).sample
+            shift = 2.0 * (out - weak)
+            return (out + (shift.chunk(2)[1].repeat(2, 1, 1, 1) if guidance_scale > 1 else shift),)
+
+    unet.forward = by_hand
+    expected = sample(upscaler, **options)
+    del unet.forward
+    assert relative(ours, expected) < 1e-5
+    assert relative(ours, plain) > 1e-3
+
+
+def test_score_distillation_gradient():
+    """SDS: w(t) (eps_guided - n) for a rendered latent, threestudio's batch order [with prompt, without]."""
+    unet, scale, s = tiny_unet(), 100.0, 100.0
+    z, text = inputs(1)
+    null = torch.zeros_like(text)
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+    a = float(DDIMScheduler(**SCHEDULER).alphas_cumprod[401])
+    latent = z.clone().requires_grad_()
+    z_t = a**0.5 * latent.detach() + (1 - a) ** 0.5 * noise
+    with torch.no_grad(), guided(unet, PAG(s, layers=MID), conditional="first"):
+        c, u = unet(torch.cat([z_t] * 2), 401, encoder_hidden_states=torch.cat([text, null])).sample.chunk(2)
+    (gradient,) = torch.autograd.grad(((1 - a) * (u + scale * (c - u) - noise) * latent).sum(), latent)
+    with torch.no_grad():
+        c = unet(z_t, 401, encoder_hidden_states=text).sample
+        u = unet(z_t, 401, encoder_hidden_states=null).sample
+        weak = spoilt(unet, z_t, 401, text)
+    expected = (1 - a) * (c + (scale - 1) * (c - u) + s * (c - weak) - noise)
+    assert relative(gradient, expected) < 1e-4
+
+
+def test_gradient_of_the_output_is_the_strong_passes():
+    unet = tiny_unet().requires_grad_(False)
+    z, text = inputs(2)
+    z.requires_grad_()
+    (expected,) = torch.autograd.grad(unet(z, 401, encoder_hidden_states=text).sample.square().sum(), z)
+    plain = unet(z, 401, encoder_hidden_states=text).sample.detach()
+    unet.enable_gradient_checkpointing()
+    with guided(unet, PAG(3.0, layers="m1")):
+        for _ in range(2):
+            out = unet(z, 401, encoder_hidden_states=text).sample
+            (gradient,) = torch.autograd.grad((2 * plain * out).sum(), z)
+            assert relative(gradient, expected) < 1e-5
+
+
+def test_mistakes(pipe):
+    with pytest.raises(RestoreError, match="guidance_scale = w"), guided(pipe, CFG(1.0) + PAG(1.0, layers="m1")):
+        pass
+    with pytest.raises(RestoreError, match="no attention layer is called 'i99'"), guided(pipe, PAG(1.0, layers="i99")):
+        pass
+    with pytest.raises(RestoreError, match="has no U-Net"), guided(object(), PAG(1.0, layers="m1")):
+        pass
+    with pytest.raises(RestoreError, match="conditional='last'"), guided(pipe, None, conditional="last"):
+        pass
+    z, text = inputs(3)
+    with pytest.raises(RestoreError, match="two halves"), guided(pipe, None, conditional="second"):
+        pipe.unet(z, 401, encoder_hidden_states=text)
+    sample(pipe, guidance_scale=5.0)
+    with pytest.raises(RestoreError, match="conditional='second'"), guided(pipe, PAG(1.0, layers="m1")):
+        pipe.unet(z, 401, encoder_hidden_states=text)
