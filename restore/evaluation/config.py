@@ -76,6 +76,7 @@ SCHEMA: dict[str, Any] = {
         "lpips_net": "alex",
         "weights": _OPEN,
         "pr_network": "vgg16",
+        "fid_layer": "2048",
         "allow_small": False,
         "reference": None,
         "full_reference": None,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import operators
 from operators import RestoreError
@@ -15,6 +14,7 @@ from restore.evaluation import baselines
 from restore.presets import build_guidance
 from restore.samplers.generate import generate
 from restore.samplers.noise import ImageNoise, derive_seed
+from restore.samplers.protocol512 import enlarge, reduce
 from restore.samplers.schedule import respace
 
 
@@ -37,22 +37,6 @@ def build_operator(task: Mapping[str, Any], size: tuple[int, int], image_id: str
     return operators.build(mapping, image_size=size)
 
 
-def enlarge(x: torch.Tensor, task: Mapping[str, Any]) -> torch.Tensor:
-    """x (B, 3, H, W) at the side the problem is solved at, `solve_at`, by `resample`."""
-    side = task["solve_at"]
-    return x if side is None or side == x.shape[-1] else _resample(x, side, task["resample"])
-
-
-def _resample(x: torch.Tensor, side: int, method: str) -> torch.Tensor:
-    if method not in ("bicubic", "nearest"):
-        raise RestoreError(
-            f"resample={method} is unknown; there are bicubic (antialiased) and nearest (the PSLD code's)"
-        )
-    if method == "nearest":
-        return F.interpolate(x, (side, side), mode="nearest")
-    return F.interpolate(x, (side, side), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
-
-
 def restore_batch(
     restorer: Any, x: torch.Tensor, ids: Sequence[str], task: Mapping[str, Any], method: Mapping[str, Any],
     *, seed: int, samples: int, device: torch.device,
@@ -62,7 +46,9 @@ def restore_batch(
     restorer: a Restorer, None for baselines.
     """
     own_size = x.shape[-1]
-    x = enlarge(x, task)
+    side = task["solve_at"]
+    if side and side != own_size:
+        x = enlarge(x, side, method=task["resample"])
     each = [build_operator(task, tuple(x.shape[-2:]), i, seed) for i in ids]
     generators = [torch.Generator().manual_seed(derive_seed(seed, i, "measurement")) for i in ids]
     # Image by image and on the CPU: the measurement has the same bytes in every batch and on every device.
@@ -81,8 +67,8 @@ def restore_batch(
         parts.append(_restore(restorer, y[rows].to(device), operator, chosen, method, seed, samples))
     result = torch.cat([part.samples.cpu() for part in parts])
     ratios = [part.residual_ratio for part in parts]
-    if task["solve_at"] and task["solve_at"] != own_size:
-        small = _resample(result.flatten(0, 1), own_size, task["resample"])
+    if side and side != own_size:
+        small = reduce(result.flatten(0, 1), own_size, method=task["resample"]).clamp(-1, 1)
         result = small.view(*result.shape[:2], *small.shape[1:])
     return Batch(
         samples=result,
@@ -162,7 +148,7 @@ def load_pipeline(name: str, *, device: torch.device, precision: str, offline: b
 
     folder = zoo.pull(name, offline=offline)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    options = {"torch_dtype": dtype, "safety_checker": None, "requires_safety_checker": False}
+    options = {"safety_checker": None, "requires_safety_checker": False}
     try:
         pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError) as error:
@@ -171,7 +157,7 @@ def load_pipeline(name: str, *, device: torch.device, precision: str, offline: b
         ) from error
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipe.to(device, dtype)
 
 
 def pipeline_batch(

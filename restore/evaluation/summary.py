@@ -48,6 +48,8 @@ def check_metrics(config: Mapping[str, Any], count: int) -> dict[str, Any]:
         binary = [m for m in of_sets if m != "is"]
         if binary and not restoration and not wanted["reference"]:
             raise RestoreError(f"{binary[0]} needs a set to compare with; give metrics.reference=FOLDER")
+        if wanted["fid_layer"] != "2048":
+            entry["fid_layer"] = wanted["fid_layer"]
         if binary and restoration:
             entry["reference"] = f"the {count} true images"
         for key in ("reference", "full_reference"):
@@ -174,7 +176,11 @@ def _networks(run, config, task, method, rows, complete, lpips, device) -> dict[
     if not complete:
         return result
     options = {"weights": wanted["weights"], "pr_network": wanted["pr_network"], "device": device}
-    options |= {"allow_small": wanted["allow_small"], "cache": fidelity.default_cache()}
+    options |= {
+        "fid_layer": wanted["fid_layer"],
+        "allow_small": wanted["allow_small"],
+        "cache": fidelity.default_cache(),
+    }
     if wanted["group_by_prompt"]:
         result["set_values"] = _per_prompt(files, wanted, of_sets, lpips, options)
     elif of_sets:

@@ -64,20 +64,20 @@ def hub(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_adm(tmp_path_factory):
-    """A folder with a 16-pixel ADM of random weights: attention at 8 pixels and in the middle, learned variance."""
+def _adm(folder, size: int, widths: tuple, layers: int, attention: tuple):
+    """A folder with an ADM of random weights. attention: the levels that have it, besides the middle."""
     from diffusers import UNet2DModel
 
     torch.manual_seed(0)
+    n = len(widths)
     network = UNet2DModel(
-        sample_size=16,
+        sample_size=size,
         in_channels=3,
         out_channels=6,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        block_out_channels=widths,
+        layers_per_block=layers,
+        down_block_types=tuple("AttnDownBlock2D" if i in attention else "ResnetDownsampleBlock2D" for i in range(n)),
+        up_block_types=tuple("AttnUpBlock2D" if n - 1 - i in attention else "ResnetUpsampleBlock2D" for i in range(n)),
         attention_head_dim=8,
         norm_num_groups=8,
         norm_eps=1e-5,
@@ -87,6 +87,39 @@ def tiny_adm(tmp_path_factory):
         flip_sin_to_cos=True,
         freq_shift=0,
     )
-    folder = tmp_path_factory.mktemp("tiny-adm")
     network.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_adm(tmp_path_factory):
+    """A 16-pixel network with attention at 8 pixels and in the middle."""
+    return _adm(tmp_path_factory.mktemp("tiny-adm"), 16, (8, 16), 1, (1,))
+
+
+def _sd(folder):
+    """A Stable Diffusion folder whose U-Net has attention in three of four levels, as the real one."""
+    import tiny_sd
+
+    unet = tiny_sd.tiny_unet(
+        sample_size=16,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        block_out_channels=(16, 16, 16, 32),
+    )
+    tiny_sd.tiny_pipeline(folder / "tokenizer-source", unet=unet).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory):
+    """Networks with the blocks and attention layers of the published ones, and next to no channels."""
+    root = tmp_path_factory.mktemp("stand-ins")
+    return {
+        "adm-ffhq-256": _adm(root / "ffhq", 256, (8, 8, 8, 8, 8, 8), 1, (4,)),
+        "adm-imagenet-256": _adm(root / "imagenet", 256, (8, 8, 8, 8, 8, 8), 2, (3, 4, 5)),
+        # Generation needs no pixels to speak of.
+        "small-imagenet": _adm(root / "small", 64, (8, 8, 8, 8, 8, 8), 2, (3, 4, 5)),
+        "sd-1.5": _sd(root / "sd"),
+        "embedded": _adm(root / "embedded", 64, (8, 8, 8), 1, (2,)),
+    }
