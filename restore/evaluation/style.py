@@ -16,7 +16,9 @@ h4 { font-size: 15px; margin: 20px 0 6px; font-weight: 600; }
 p { margin: 6px 0; max-width: 90ch; }
 .source, .key, .protocol { color: var(--soft); font-size: 13px; }
 .protocol { max-width: none; overflow-wrap: anywhere; }
-.notes { color: var(--warn); margin: 8px 0; padding-left: 20px; max-width: 100ch; }
+.notes, .warnings { margin: 8px 0; padding-left: 20px; max-width: 110ch; }
+.notes { color: var(--soft); font-size: 13px; }
+.warnings { color: var(--warn); }
 .scroll { overflow-x: auto; margin: 10px 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th { font-weight: 600; text-align: left; }

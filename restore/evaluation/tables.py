@@ -175,13 +175,17 @@ def _mark_best(table: Table) -> None:
         better = METRICS[column[1]].better
         if not better:
             continue
-        complete = [(row[column].value, i) for i, (_, row) in enumerate(table.rows)
-                    if row[column].value is not None and not row[column].incomplete]  # fmt: skip
+        cells = [(row[column], i) for i, (_, row) in enumerate(table.rows)]
+        complete = [
+            (c.value, i) for c, i in cells if c.value is not None and math.isfinite(c.value) and not c.incomplete
+        ]
         if len(complete) < 2:
             continue
-        top = max(value * better for value, _ in complete)
+        # Equal as printed is equal: a digit that nobody sees decides nothing.
+        digits = METRICS[column[1]].digits
+        top = max(round(value, digits) * better for value, _ in complete)
         for value, i in complete:
-            if value * better == top:
+            if round(value, digits) * better == top:
                 cell = table.rows[i][1][column]
                 table.rows[i][1][column] = Cell(**{**cell.__dict__, "best": True})
 
@@ -199,6 +203,18 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[list[Run]], list[tuple[Run, Ru
     first = [group[0] for group in groups]
     apart = [(a, b, comparable(a.protocol, b.protocol)) for i, a in enumerate(first) for b in first[i + 1 :]]
     return groups, apart
+
+
+def split(table: Table, limit: int = 10) -> list[Table]:
+    """The table as one or more of at most `limit` columns, cut between tasks, so that a page can hold them."""
+    parts: list[list[tuple[str, str]]] = []
+    for task in dict.fromkeys(task for task, _ in table.columns):
+        columns = [column for column in table.columns if column[0] == task]
+        if parts and len(parts[-1]) + len(columns) <= limit:
+            parts[-1] += columns
+        else:
+            parts.append(columns)
+    return [Table(columns, [(title, {c: row[c] for c in columns}) for title, row in table.rows]) for columns in parts]
 
 
 def number(value: float | None, digits: int) -> str:
