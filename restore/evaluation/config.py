@@ -183,7 +183,7 @@ def _expand_sweeps(methods: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str,
     """`sweep: {guidance.pag.scale: [1, 2]}` of method pag becomes methods pag_scale=1 and pag_scale=2."""
     for name, method in methods.items():
         sweep = method.pop("sweep")
-        expanded = [(name, method | {"family": name, "swept": {}})]
+        expanded = [(name, method | {"family": name, "family_title": method["title"] or name, "swept": {}})]
         for dotted, values in sweep.items():
             if not isinstance(values, list) or not values:
                 raise RestoreError(f"methods.{name}.sweep.{dotted} must be a list of values")
@@ -232,7 +232,7 @@ def result_part(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that decides the bytes of the results, without words for the reader."""
     kept = {key: copy.deepcopy(config[key]) for key in RESULT_KEYS}
     for entry in (*kept["tasks"].values(), *kept["methods"].values()):
-        for words in ("title", "note"):
+        for words in ("title", "family_title", "note"):
             entry.pop(words, None)
     return kept
 

@@ -12,6 +12,7 @@ from restore.evaluation.words import COST_HEADS, cost_rows, summary_line, warnin
 
 
 def intro(runs: Sequence[Run]) -> list[str]:
+    """What the runs are: source, warnings, notes."""
     lines = []
     for run in runs:
         if run.config["source"]:
@@ -21,6 +22,7 @@ def intro(runs: Sequence[Run]) -> list[str]:
 
 
 def apart(differing) -> list[str]:
+    """How the protocols of runs differ that may not share a table."""
     lines = ["", "## These runs cannot share a table"]
     for a, b, found in differing:
         lines += ["", f"| differs in | {a.title} | {b.title} |", "|---|---|---|"]
@@ -29,6 +31,7 @@ def apart(differing) -> list[str]:
 
 
 def results(table: Table, group: Sequence[Run]) -> list[str]:
+    """The table of a group of runs with its protocol in a sentence."""
     titles = {task: tables.task_title(run, task) for run in reversed(group) for task in run.config["tasks"]}
     several = len({task for task, _ in table.columns}) > 1
     heads = [f"{titles[t] + ': ' if several else ''}{METRICS[m].label} {ARROWS[METRICS[m].better]}".strip()
@@ -52,6 +55,7 @@ def results(table: Table, group: Sequence[Run]) -> list[str]:
 
 
 def cost(group: Sequence[Run]) -> list[str]:
+    """Time and memory of every cell."""
     rows = cost_rows(group)
     head = "| task | method | " + " | ".join(COST_HEADS) + " |"
     lines = [f"| {_bar(t)} | {_bar(m)} | " + " | ".join(map(_bar, values)) + " |" for t, m, values in rows]
@@ -59,6 +63,7 @@ def cost(group: Sequence[Run]) -> list[str]:
 
 
 def protocol(run: Run) -> list[str]:
+    """Everything that decides the numbers of a run."""
     lines = [f"| {_bar(key)} | {_bar(value)} |" for key, value in flatten(run.protocol).items()]
     return ["", f"### Protocol of {run.title}", "", "| | |", "|---|---|", *lines]
 

@@ -21,6 +21,7 @@ def document(title: str, parts: Sequence[str]) -> str:
 
 
 def intro(runs: Sequence[Run]) -> str:
+    """What the runs are: source, warnings, notes."""
     out = []
     for run in runs:
         source = run.config["source"]
@@ -35,6 +36,7 @@ def intro(runs: Sequence[Run]) -> str:
 
 
 def apart(differing) -> str:
+    """How the protocols of runs differ that may not share a table."""
     out = ["<h2>These runs cannot share a table</h2>"]
     for a, b, found in differing:
         rows = "".join(
@@ -76,6 +78,7 @@ def _heads(table: Table, group: Sequence[Run]) -> list[tuple[str, int]]:
 
 
 def results(table: Table, group: Sequence[Run]) -> str:
+    """The table of a group of runs with its protocol in a sentence."""
     key = "Bold: best of its column. Small: 95 % bootstrap interval over images (for KID and IS: one standard deviation"
     key += " over subsets). Italic: published. Residual near 1 explains the measurement up to its noise."
     protocols = "".join(f"<p class='protocol'>{html.escape(summary_line(run))}</p>" for run in group)
@@ -99,6 +102,7 @@ def _result_table(table: Table, group: Sequence[Run]) -> str:
 
 
 def curves(group: Sequence[Run]) -> str:
+    """Charts over the guidance scale, where one was swept."""
     charts = [figures.chart(chart) for run in group for chart in tables.curves(run)]
     return f"<h3>Trade-off over the guidance scale</h3><div class='charts'>{''.join(charts)}</div>" if charts else ""
 
@@ -115,6 +119,7 @@ def chosen_methods(run: Run, task: str, limit: int = 6) -> list[str]:
 
 
 def pictures(group: Sequence[Run]) -> str:
+    """Measurement, methods, truth and spread of images spread evenly over the set."""
     out = []
     for run in group:
         for task in run.table:
@@ -148,6 +153,7 @@ def _grid(run: Run, task: str, methods: list[str]) -> str:
 
 
 def cost(group: Sequence[Run]) -> str:
+    """Time and memory of every cell."""
     rows = cost_rows(group)
     if not rows:
         return ""
@@ -161,6 +167,7 @@ def cost(group: Sequence[Run]) -> str:
 
 
 def protocol(run: Run) -> str:
+    """Everything that decides the numbers of a run."""
     rows = "".join(
         f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in flatten(run.protocol).items()
     )

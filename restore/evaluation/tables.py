@@ -143,6 +143,11 @@ def method_title(run: Run, method: str) -> str:
     return (entry and entry["title"]) or titles.get(method) or method
 
 
+def family_title(run: Run, family: str) -> str:
+    """The title that a sweep's methods share."""
+    return next(m["family_title"] for m in run.config["methods"].values() if m["family"] == family)
+
+
 def task_title(run: Run, task: str) -> str:
     return run.config["tasks"][task]["title"] or task
 
@@ -254,11 +259,13 @@ def curves(run: Run) -> list[dict[str, Any]]:
                 series.append({"name": method_title(run, name), "line": False, "points": [point]})
             for family, members in families.items():
                 points = [(value(n, pair[0]), value(n, pair[1]), f"{s:g}") for s, n in sorted(members)]
-                series.append({"name": f"{family}, labels: scale s", "line": True, "points": points})
+                series.append(
+                    {"name": f"{family_title(run, family)} (labels: scale s)", "line": True, "points": points}
+                )
             charts.append({"title": task_title(run, task), "x": axis(pair[0]), "y": axis(pair[1]), "series": series})
             continue
         for metric in shown:
-            series = [{"name": family, "line": True, "points": [(s, value(n, metric), "") for s, n in sorted(members)]}
+            series = [{"name": family_title(run, family), "line": True, "points": [(s, value(n, metric), "") for s, n in sorted(members)]}
                       for family, members in families.items()]  # fmt: skip
             charts.append(
                 {"title": task_title(run, task), "x": "guidance scale s", "y": axis(metric), "series": series}
