@@ -52,7 +52,8 @@ class ADM:
         ImageNet's 1000 classes and a null class 1000.
     dtype: torch.float32 (None), bfloat16 or float16, or "fp32", "bf16", "fp16": precision of the network's
         arithmetic by autocast; weights stay fp32 and eps is returned in fp32.
-    channels_last: memory format of the weights (faster convolutions on most hardware).
+    channels_last: memory format of the weights; None: channels last on the CPU and in low precision, where
+        convolutions are faster that way and need no reordered copies of their inputs.
     checkpointing: keep only the blocks' inputs for backward and recompute the rest.
     """
 
@@ -64,11 +65,15 @@ class ADM:
         null_class: int | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
-        channels_last: bool = False,
+        channels_last: bool | None = None,
         checkpointing: bool = False,
     ):
-        self.network = network.eval().requires_grad_(False)
-        self.network.to(device=device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+        self.network = network.eval().requires_grad_(False).to(device=device)
+        self.dtype = _dtype(dtype)
+        if channels_last is None:
+            channels_last = self.device.type == "cpu" or self.dtype != torch.float32
+        if channels_last:
+            self.network.to(memory_format=torch.channels_last)
         config = network.config
         self.schedule = schedule
         self.alphas_cumprod = noise_schedule(schedule)
@@ -90,7 +95,6 @@ class ADM:
             raise RestoreError(f"null_class {null_class} is not one of the network's {self.classes or 0} classes")
         self.null_class = null_class
         self.null_condition = None if null_class is None else torch.tensor([null_class])
-        self.dtype = _dtype(dtype)
         self.attention = attention_layers(network)
         self.checkpointing = checkpointing
         set_checkpointing(network, checkpointing)

@@ -1,17 +1,17 @@
 """The part of a second network pass that equals the first is taken from the first.
 
 Two passes over the same input that differ only inside some modules agree in everything computed before the
-first of those starts. `Trace` finds, once, the largest modules of that prefix; a `Tape` keeps their outputs
-during the strong pass and hands them out in the weak one, whose prefix is thus not computed again. Nothing
-here knows an architecture, and nothing stays on the network outside the `with` blocks, so a backward that
-recomputes checkpointed blocks runs the true network.
+first of those starts. `Trace` listens to one pass and finds the largest modules of that prefix; a `Tape` keeps
+their outputs during the strong pass and hands them out in the weak one, whose prefix is thus not computed
+again. Nothing here knows an architecture, and nothing stays on the network outside the `with` blocks, so a
+backward that recomputes checkpointed blocks runs the true network.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -31,39 +31,67 @@ class Call:
 
 @dataclass
 class Trace:
-    """The calls of one forward pass of `network`, in order of their start."""
+    """The calls of one forward pass of `network`, in order of their start; passes: how often it was called."""
 
     network: nn.Module
     calls: list[Call] = field(default_factory=list)
+    passes: int = 0
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Note the calls of the first pass of the network within the block."""
-        stack: list[int] = []
-        clock = 0
+    def listening(self, tapes: Iterable[Tape] = ()) -> Iterator[None]:
+        """Note the calls of the network's first pass within the block, and record it on `tapes`.
 
-        def before(module, args):
-            nonlocal clock
-            if stack or (module is self.network and not self.calls):
+        What a tape needs is not known before the pass is over, so every module's output is kept until an
+        enclosing module's replaces it. When the network is called several times (windows), or calls its modules
+        in a way that makes this too little, a tape stays empty this once.
+        """
+        tapes, stack, clock = list(tapes), [], 0
+        kept: dict[int, _Kept] = {}
+        waiting, snapshots = list(tapes), {}
+
+        def listen(module, forward):
+            def run(*args, **kwargs):
+                nonlocal clock
+                self.passes += module is self.network
+                if self.passes > 1 or not (stack or module is self.network):
+                    return forward(*args, **kwargs)
+                for tape in [tape for tape in waiting if module in tape.changed]:
+                    waiting.remove(tape)
+                    snapshots[tape] = dict(kept)
+                index = len(self.calls)
                 self.calls.append(Call(module, stack[-1] if stack else -1, clock))
-                stack.append(len(self.calls) - 1)
+                stack.append(index)
                 clock += 1
-
-        def after(module, args, output):
-            nonlocal clock
-            if stack:
-                self.calls[stack.pop()].end = clock
+                output = forward(*args, **kwargs)
+                stack.pop()
+                self.calls[index].end = clock
                 clock += 1
+                for inner in [number for number in kept if number > index or not waiting]:
+                    del kept[inner]
+                if waiting:
+                    kept[index] = _Kept(output)
+                return output
 
-        with ExitStack() as hooks:
-            for module in self.network.modules():
-                hooks.callback(module.register_forward_pre_hook(before).remove)
-                hooks.callback(module.register_forward_hook(after).remove)
-            try:
+            return run
+
+        try:
+            with _forwards_replaced(self.network.modules(), listen):
                 yield
-            except BaseException:
-                self.calls.clear()
-                raise
+        except BaseException:
+            self.calls.clear()
+            self.passes = 0
+            raise
+        for tape in tapes:
+            tape.follow(self)
+            if self.passes == 1:
+                self._fill(tape, snapshots.get(tape, {}))
+
+    def _fill(self, tape: Tape, snapshot: dict[int, _Kept]) -> None:
+        for number, output in snapshot.items():
+            if self.calls[number].module in tape.queues:
+                tape.queues[self.calls[number].module].append(output)
+        if sum(map(len, tape.queues.values())) != sum(call.module in tape.queues for call in self.calls):
+            tape.clear()
 
     def prefix(self, changed: Iterable[nn.Module]) -> list[nn.Module]:
         """The largest modules that are finished before the first of `changed` starts.
@@ -78,11 +106,13 @@ class Trace:
         for call in self.calls:
             last_end[call.module] = max(call.end, last_end.get(call.module, -1))
         early = {module for module, end in last_end.items() if end < min(starts)}
-        chosen, inner = {}, set()
+        outer, inner = {}, set()
         for call in self.calls:
-            if call.module in early:
-                (inner.add if self._inside(call, early) else chosen.setdefault)(call.module)
-        return [module for module in chosen if module not in inner]
+            if call.module in early and self._inside(call, early):
+                inner.add(call.module)
+            elif call.module in early:
+                outer[call.module] = None
+        return [module for module in outer if module not in inner]
 
     def _inside(self, call: Call, modules: set[nn.Module]) -> bool:
         while call.parent >= 0:
@@ -93,14 +123,23 @@ class Trace:
 
 
 class Tape:
-    """Outputs of `modules`, recorded in one pass and replayed, once, in the next one.
+    """Outputs of what is computed before the first of `changed`, recorded in one pass and replayed in the next.
 
-    Each module's outputs form a queue, so a pass may call the network several times (windows of a large
-    image); the two passes must make the same calls in the same order.
+    Each module's outputs form a queue, so a pass may call the network several times; the two passes must
+    make the same calls in the same order.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]):
-        self.queues: dict[nn.Module, deque] = {module: deque() for module in modules}
+    def __init__(self, changed: Iterable[nn.Module]):
+        self.changed = frozenset(changed)
+        self.queues: dict[nn.Module, deque] = {}
+
+    def follow(self, trace: Trace) -> None:
+        """Record, from now on, the prefix that `trace` gives."""
+        self.queues = {module: deque() for module in trace.prefix(self.changed)}
+
+    @property
+    def recorded(self) -> bool:
+        return any(self.queues.values())
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -136,7 +175,7 @@ class Tape:
         try:
             with _forwards_replaced(self.queues, replay):
                 yield
-            if any(self.queues.values()):
+            if self.recorded:
                 raise RuntimeError("the second pass called fewer modules than were recorded in the first")
         finally:
             self.clear()

@@ -165,25 +165,24 @@ class Estimate:
         self.backbone = backbone
         terms = guidance.terms if guidance is not None else ()
         self.branches = [(term, term.bind(backbone)) for term in terms if term.scale != 0]
-        self.share_prefix = share_prefix
         self.trace = Trace(backbone.network)
-        self.tapes: dict[int, Tape] = {}
+        self.tapes = [Tape(branch.modules) if share_prefix and branch.modules else None for _, branch in self.branches]
         self.evaluations = 0
 
     def __call__(self, x_t: torch.Tensor, t: int, condition: Any = None) -> tuple[Prediction, torch.Tensor]:
         """(strong, eps_guided): the plain Prediction, with a graph to x_t if x_t requires a gradient, and the
         guided eps, detached. Without an active term eps_guided is strong.eps and no weak pass is run."""
         active = [
-            (term, branch, self._tape(number, branch))
-            for number, (term, branch) in enumerate(self.branches)
+            (term, branch, tape)
+            for (term, branch), tape in zip(self.branches, self.tapes, strict=True)
             if term.interval is None or term.interval[0] >= t >= term.interval[1]
         ]
         try:
-            strong = self._strong(x_t, t, condition, [tape for _, _, tape in active if tape], bool(active))
+            strong = self._strong(x_t, t, condition, [tape for _, _, tape in active if tape is not None])
             eps = strong.eps.detach()
             guided = eps
             for term, branch, tape in active:
-                with torch.no_grad(), tape.replaying() if tape else nullcontext():
+                with torch.no_grad(), tape.replaying() if tape is not None and tape.recorded else nullcontext():
                     weak = branch.eps(x_t.detach(), t, condition, strong)
                 if weak is not None:
                     self.evaluations += 1
@@ -192,27 +191,23 @@ class Estimate:
             self.close()
         return strong, guided
 
-    def _strong(self, x_t, t, condition, tapes: list[Tape], guided: bool) -> Prediction:
+    def _strong(self, x_t: torch.Tensor, t: int, condition: Any, tapes: list[Tape]) -> Prediction:
         with ExitStack() as stack:
-            # The first guided pass is watched to learn the order of execution; sharing starts with the next.
-            if guided and self.share_prefix and not self.trace.calls:
-                stack.enter_context(self.trace.listening())
-            for tape in tapes:
-                stack.enter_context(tape.recording())
+            if tapes and not self.trace.calls:
+                stack.enter_context(self.trace.listening(tapes))
+            else:
+                for tape in tapes:
+                    if not tape.queues:
+                        tape.follow(self.trace)
+                    stack.enter_context(tape.recording())
             self.evaluations += 1
             return self.backbone.predict(x_t, t, condition)
 
-    def _tape(self, number: int, branch) -> Tape | None:
-        if not (self.share_prefix and self.trace.calls and branch.modules):
-            return None
-        if number not in self.tapes:
-            self.tapes[number] = Tape(self.trace.prefix(branch.modules))
-        return self.tapes[number]
-
     def close(self) -> None:
         """Drop the recordings of a pass that did not come to its end."""
-        for tape in self.tapes.values():
-            tape.clear()
+        for tape in self.tapes:
+            if tape is not None:
+                tape.clear()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,12 @@ def traced(network, *args, **kwargs):
     with torch.no_grad(), trace.listening():
         network(*args, **kwargs)
     return trace
+
+
+def tape_before(changed, network, *args, **kwargs):
+    tape = Tape([changed])
+    tape.follow(traced(network, *args, **kwargs))
+    return tape
 
 
 def spoiled(layers):
@@ -100,7 +107,7 @@ def test_modules_used_again_are_not_taken():
     trace = traced(network, torch.zeros(1, 2))
     # `act` runs again later; `twice` runs inside and outside `other`, so its own queue could not be replayed
     assert names(network, trace.prefix([network.changed])) == ["block", "other"]
-    tape, x = Tape(trace.prefix([network.changed])), torch.randn(3, 2)
+    tape, x = tape_before(network.changed, network, torch.zeros(1, 2)), torch.randn(3, 2)
     with tape.recording():
         strong = network(x)
     with tape.replaying():
@@ -114,7 +121,9 @@ def weak_pass(model, layers, x, t=300):
 
 @pytest.mark.parametrize("short", ["i5", "i7", "m1", "o2"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_bit_equal_to_two_passes(short, checkpointing):
+@pytest.mark.parametrize("first", [False, True])
+def test_bit_equal_to_two_passes(short, checkpointing, first):
+    """In the pass that is listened to, and in later ones."""
     model = adm(checkpointing)
     before = state_of(model.network)
     layers = [layer for layer in model.attention.values() if layer.short == short]
@@ -125,9 +134,14 @@ def test_bit_equal_to_two_passes(short, checkpointing):
     weak_plain = weak_pass(model, layers, x)
     grad_plain = torch.autograd.grad(plain.eps.square().sum(), x_plain)[0]
 
-    tape = Tape(traced(model.network, x, 300).prefix([layers[0].module]))
-    with tape.recording():
+    tape = Tape([layers[0].module])
+    trace = Trace(model.network)
+    if not first:
+        with trace.listening([tape]):
+            model.predict(torch.zeros(1, 3, 16, 16), 1)
+    with trace.listening([tape]) if first else tape.recording():
         shared = model.predict(x_shared, 300)
+    assert tape.recorded and len(tape.queues) >= 6
     with tape.replaying():
         weak_shared = weak_pass(model, layers, x)
     grad_shared = torch.autograd.grad(shared.eps.square().sum(), x_shared)[0]
@@ -154,7 +168,7 @@ def test_prefix_is_not_computed_in_the_weak_pass(model):
     convolutions = [n for n, m in model.network.named_modules() if isinstance(m, nn.Conv2d)]
     after = [n for n in convolutions if n.startswith(("mid_block.resnets.1", "up_blocks", "conv_out"))]
     x = torch.zeros(1, 3, 32, 32)
-    tape = Tape(traced(model.network, x, 300).prefix([layers[0].module]))
+    tape = tape_before(layers[0].module, model.network, x, 300)
     with tape.recording(), torch.no_grad(), Convolutions() as strong:
         model.predict(x, 300)
     with tape.replaying(), torch.no_grad(), Convolutions() as weak:
@@ -180,7 +194,8 @@ def test_flops_saved_on_the_published_ffhq_network():
     total = flops()
     assert total / 2 == pytest.approx(194e9, rel=0.01)  # 388 GFLOP, a multiply-add counted as two
     for layer, share in zip(list(attention_layers(network).values())[:3], (0.195, 0.202, 0.225), strict=True):
-        tape = Tape(trace.prefix([layer.module]))
+        tape = Tape([layer.module])
+        tape.follow(trace)
         with tape.recording(), torch.no_grad():
             network(x, 1)
         with tape.replaying():
@@ -195,7 +210,7 @@ def test_backward_recomputation_neither_records_nor_replays():
     x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     plain = x.clone().requires_grad_()
     expected = torch.autograd.grad(model.predict(plain, 50).eps.square().sum(), plain)[0]
-    tape = Tape(traced(model.network, x, 50).prefix([layers[0].module]))
+    tape = tape_before(layers[0].module, model.network, x, 50)
     shared = x.clone().requires_grad_()
     with tape.recording():
         strong = model.predict(shared, 50)
@@ -214,12 +229,11 @@ def test_several_calls_of_the_network_in_one_pass(model):
     layers = [layer for layer in model.attention.values() if layer.short == "i7"]
     windows = torch.randn(3, 1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     expected = [weak_pass(model, layers, window) for window in windows]
-    trace = Trace(model.network)
-    with trace.listening():  # only the first call is listened to
+    tape = Tape([layers[0].module])
+    with Trace(model.network).listening([tape]):  # only the first call is listened to
         for window in windows:
             model.predict(window, 300)
-    tape = Tape(trace.prefix([layers[0].module]))
-    assert model.network.down_blocks[2] in tape.queues
+    assert model.network.down_blocks[2] in tape.queues and not tape.recorded
     with tape.recording():
         for window in windows:
             model.predict(window, 300)
@@ -252,7 +266,7 @@ def test_conditional_unet(tmp_path):
             return network(x, 9, text).sample
 
     expected = weak()
-    tape = Tape(traced(network, x, 9, text).prefix([changed]))
+    tape = tape_before(changed, network, x, 9, text)
     assert {"down_blocks.0", "down_blocks.1.resnets.0"} <= set(names(network, tape.queues))
     with tape.recording():
         strong = network(x.requires_grad_(), 9, text).sample
@@ -264,7 +278,7 @@ def test_conditional_unet(tmp_path):
 
 def test_recorded_values_are_detached_and_released(model):
     x = torch.zeros(1, 3, 32, 32, requires_grad=True)
-    tape = Tape(traced(model.network, x.detach(), 1).prefix([model.network.mid_block.attentions[0]]))
+    tape = tape_before(model.network.mid_block.attentions[0], model.network, x.detach(), 1)
     for _ in range(3):  # an abandoned pass is dropped by the next one
         with tape.recording():
             model.predict(x, 1)
@@ -278,8 +292,8 @@ def test_recorded_values_are_detached_and_released(model):
 
 def test_exceptions_leave_nothing(model):
     before = state_of(model.network)
-    tape = Tape(traced(model.network, torch.zeros(1, 3, 32, 32), 1).prefix([model.network.mid_block.attentions[0]]))
-    for context in (tape.recording, tape.replaying, Trace(model.network).listening):
+    tape = tape_before(model.network.mid_block.attentions[0], model.network, torch.zeros(1, 3, 32, 32), 1)
+    for context in (tape.recording, tape.replaying, Trace(model.network).listening):  # the last leaves no calls
         with pytest.raises(KeyError), context():
             raise KeyError
         assert state_of(model.network) == before
@@ -292,7 +306,7 @@ def test_exceptions_leave_nothing(model):
 
 def test_other_calls_than_recorded_are_errors(model):
     x = torch.zeros(1, 3, 32, 32)
-    tape = Tape(traced(model.network, x, 1).prefix([model.network.mid_block.attentions[0]]))
+    tape = tape_before(model.network.mid_block.attentions[0], model.network, x, 1)
     with tape.recording():
         model.predict(x, 1)
     with pytest.raises(RuntimeError, match="more often"), tape.replaying():
@@ -302,6 +316,59 @@ def test_other_calls_than_recorded_are_errors(model):
         model.predict(x, 1)
     with pytest.raises(RuntimeError, match="fewer"), tape.replaying():
         pass
+
+
+def test_listening_records_what_later_passes_record(model):
+    """Two layers: each tape holds the same modules and values whether it listens or records."""
+    x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    changed = [[model.network.get_submodule(p)] for p in ("down_blocks.2.attentions.0", "up_blocks.0.attentions.1")]
+    heard, recorded = [Tape(c) for c in changed], [Tape(c) for c in changed]
+    trace = Trace(model.network)
+    with trace.listening(heard):
+        model.predict(x, 7)
+    for one, two in zip(heard, recorded, strict=True):
+        two.follow(trace)
+        with two.recording():
+            model.predict(x, 7)
+        assert list(one.queues) == list(two.queues)
+        for module in one.queues:
+            (a,), (b,) = one.queues[module], two.queues[module]
+            assert len(a.tensors) == len(b.tensors) >= 1
+            assert all(torch.equal(p, q) for (p, _), (q, _) in zip(a.tensors, b.tensors, strict=True))
+
+
+class Again(nn.Module):
+    """`inner` is early, but what encloses it is called again after the changed layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.changed = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.outer = Outer(self.inner)
+
+    def forward(self, x):
+        return self.outer(self.changed(self.outer(x, True)), False)
+
+
+class Outer(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, deep):
+        return self.inner(x) if deep else x
+
+
+def test_listening_keeps_nothing_it_is_unsure_of():
+    torch.manual_seed(0)
+    network, x = Again(), torch.randn(3, 2)
+    trace, tape = Trace(network), Tape([network.changed])
+    with trace.listening([tape]):
+        strong = network(x)
+    assert names(network, tape.queues) == ["inner"] and not tape.recorded
+    with tape.recording():
+        network(x)
+    with tape.replaying():
+        assert torch.equal(network(x), strong)
 
 
 class InPlace(nn.Module):
@@ -317,7 +384,7 @@ class InPlace(nn.Module):
 
 def test_change_in_place_is_noticed():
     network, x = InPlace(), torch.zeros(1, 2)
-    tape = Tape(traced(network, x).prefix([network.changed]))
+    tape = tape_before(network.changed, network, x)
     with torch.no_grad(), tape.recording():
         network(x)
     with pytest.raises(RestoreError, match="in place"), torch.no_grad(), tape.replaying():
@@ -337,7 +404,8 @@ def test_a_module_with_its_own_forward_gets_it_back(model):
 
     block.forward = own
     try:
-        tape = Tape([block])
+        tape = Tape([])
+        tape.queues = {block: deque()}
         with torch.no_grad():
             with tape.recording():
                 a = model.predict(golden["x"], 480).eps

@@ -76,7 +76,7 @@ def test_cfg_and_pag_together_are_equation_14(model, golden, share_prefix):
     weak = perturbed_eps(model, x, t, y, "i7", "m1")
     expected = strong + 1.5 * (strong - null) + 2.0 * (strong - weak)
     with estimator(model, CFG(1.5) + PAG(2.0, "i7,m1"), share_prefix=share_prefix) as estimate:
-        for _ in range(2):  # the second call shares the prefix
+        for _ in range(2):
             prediction, eps = estimate(x, t, y)
             assert torch.equal(prediction.eps, strong)
             assert relative(eps, expected) < 1e-6
@@ -91,7 +91,7 @@ def test_several_weak_branches_share_one_strong_pass(model, golden, passes):
     passes.clear()
     with estimator(model, guidance) as estimate:
         got = [estimate(x, t, y)[1] for _ in range(3)]
-        assert len(estimate.tapes) == 3 and all(tape.queues for tape in estimate.tapes.values())
+        assert all(tape.queues for tape in estimate.tapes)
     assert len(passes) == 12
     assert all(torch.equal(eps, expected) for eps in got)
     strong = model.predict(x, t, y).eps
@@ -144,7 +144,7 @@ def test_gradient_flows_through_the_strong_pass_alone(golden, checkpointing, pla
             assert strong.eps.requires_grad and not eps.requires_grad
             gradient = torch.autograd.grad(strong.eps.square().sum(), x_t)[0]
             assert torch.equal(gradient, expected)
-            assert not any(queue for tape in estimate.tapes.values() for queue in tape.queues.values())
+            assert not any(queue for tape in estimate.tapes for queue in tape.queues.values())
 
 
 def test_the_trap_would_be_noticed():
@@ -161,6 +161,25 @@ def test_the_trap_would_be_noticed():
         except torch.utils.checkpoint.CheckpointError:  # newer PyTorch compares what was saved
             return
     assert relative(wrong, right) > 1e-3
+
+
+def test_prefix_is_shared_from_the_first_call_on(model, golden):
+    """Convolutions of the weak pass: those behind the middle block, whichever term is active first."""
+    network = model.network
+    count = {"all": 0, "down": 0}
+
+    def counting(module, args, output, where):
+        count[where] += 1
+
+    handles = [network.conv_out.register_forward_hook(lambda *a: counting(*a, "all"))]
+    inner = network.down_blocks[0].resnets[0].conv1
+    handles.append(inner.register_forward_hook(lambda *a: counting(*a, "down")))
+    with estimator(model, PAG(1.0, "m1") + PAG(1.0, "o2", interval=(100, 0))) as estimate:
+        for t in (500, 50, 40):
+            estimate(golden["x_t"], t, golden["y"])
+    for handle in handles:
+        handle.remove()
+    assert count == {"all": 2 + 3 + 3, "down": 3}
 
 
 def test_weak_passes_run_without_gradient(model, golden, passes):
@@ -185,7 +204,7 @@ def test_an_exception_in_the_loop_leaves_the_network_as_it_was(model, golden):
 
     with pytest.raises(KeyError), estimator(model, PAG(1.0, "i7", target=fails)) as estimate:
         estimate(golden["x_t"], 10, golden["y"])
-    assert state() == before and not any(q for tape in estimate.tapes.values() for q in tape.queues.values())
+    assert state() == before and not any(q for tape in estimate.tapes for q in tape.queues.values())
 
 
 def test_chosen_heads(model, golden):
