@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from operators import RestoreError
+from restore import io
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 # Files that live beside images without being meant as one; any other file in an image folder is reported.
@@ -86,17 +87,8 @@ class ImageSet:
 
 
 def read_rgb(path: str | os.PathLike) -> np.ndarray:
-    """A file as uint8 RGB (H, W, 3), upright (EXIF). Raises RestoreError for anything that does not decode."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-                # Pillow clips 16-bit greys at 255 when converting; keep the high byte instead.
-                grey = np.asarray(image, dtype=np.float64) / (257.0 if np.asarray(image).max() > 255 else 1.0)
-                return np.repeat(np.round(grey).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RestoreError(f"{path} cannot be read as an image ({error}); replace or remove it") from error
+    """A file as uint8 RGB (H, W, 3), upright, 16 bits rounded to 8. Raises RestoreError where it does not decode."""
+    return io.to_uint8(io.read_image(path).pixels[0])
 
 
 def fit(pixels: np.ndarray, size: int | None) -> np.ndarray:

@@ -187,9 +187,9 @@ def compare(
         image, truth = datasets.read_rgb(result_path), datasets.read_rgb(truth_path)
         row: dict[str, Any] = {"image": key}
         if "psnr" in metrics:
-            row["psnr"] = per_image.psnr(image, truth)
+            row["psnr"] = per_image.psnr_pixels(image, truth)
         if "ssim" in metrics:
-            row["ssim"] = per_image.ssim(image, truth)
+            row["ssim"] = per_image.ssim_pixels(image, truth)
         rows.append(row)
         if "lpips" in metrics:
             if waiting and waiting[0][1].shape != image.shape:

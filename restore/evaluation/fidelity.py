@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pooch
 import torch
 
 from operators import RestoreError
@@ -28,11 +29,9 @@ PR_NETWORKS = {"vgg16": ("vgg16", "fc2_relu"), "inception": ("inception-v3-compa
 
 
 def default_cache() -> Path:
-    """`RESTORE_CACHE`, else the user's cache folder; reference features live in `statistics` below it."""
-    root = (
-        os.environ.get("RESTORE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "restore"
-    )
-    return Path(root) / "statistics"
+    """The folder of reference features: `statistics` in $RESTORE_CACHE or the platform's cache folder."""
+    chosen = os.environ.get("RESTORE_CACHE")
+    return (Path(chosen).expanduser() if chosen else Path(pooch.os_cache("restore"))) / "statistics"
 
 
 def content_hash(paths: Sequence[Path]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,16 +14,12 @@ from scipy.ndimage import gaussian_filter
 
 from operators import RestoreError
 from restore.evaluation.weights import find_weights, read_state
+from restore.io import to_uint8
 
 SSIM_DEFINITION = "Wang et al. 2004: Gaussian window 11x11, sigma 1.5, K1 0.01, K2 0.03, mean over channels, 8 bit"
 PSNR_DEFINITION = "10 log10(255^2 / MSE) over all channels, 8 bit"
 SPREAD_DEFINITION = "standard deviation over the samples, per value on [-1, 1], averaged over the image"
 COVERAGE_DEFINITION = "share of values where the truth lies between the smallest and the largest sample"
-
-
-def to_uint8(x: torch.Tensor) -> np.ndarray:
-    """(B, 3, H, W) in [-1, 1] to uint8 (B, H, W, 3): clamped, then rounded (never truncated or stretched)."""
-    return ((x.detach().float().cpu() + 1) * 127.5).clamp(0, 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -34,14 +30,14 @@ def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return a.astype(np.float64), b.astype(np.float64)
 
 
-def psnr(image: np.ndarray, truth: np.ndarray) -> float:
+def psnr_pixels(image: np.ndarray, truth: np.ndarray) -> float:
     """Peak signal-to-noise ratio of two uint8 arrays of one shape, in dB; infinite when they are equal."""
     image, truth = _pair(image, truth)
     mse = float(np.mean((image - truth) ** 2))
     return math.inf if mse == 0 else 10 * math.log10(255.0**2 / mse)
 
 
-def ssim(image: np.ndarray, truth: np.ndarray) -> float:
+def ssim_pixels(image: np.ndarray, truth: np.ndarray) -> float:
     """Structural similarity of two uint8 (H, W, 3) arrays, in [-1, 1]; Wang et al. 2004, eq. 13.
 
     Raises RestoreError for images smaller than the 11-pixel window.
@@ -59,6 +55,21 @@ def ssim(image: np.ndarray, truth: np.ndarray) -> float:
     similarity = (2 * mu_x * mu_y + c1) * (2 * cov + c2) / ((mu_x**2 + mu_y**2 + c1) * (var_x + var_y + c2))
     # Only where the window lies inside the image.
     return float(similarity[5:-5, 5:-5].mean(dtype=np.float64))
+
+
+def psnr(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """PSNR in dB per image, (B,) float64, of (B, 3, H, W) in [-1, 1] after rounding both to 8 bits."""
+    return _per_image(psnr_pixels, image, truth)
+
+
+def ssim(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """SSIM per image, (B,) float64, of (B, 3, H, W) in [-1, 1] after rounding both to 8 bits."""
+    return _per_image(ssim_pixels, image, truth)
+
+
+def _per_image(metric: Callable, image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    values = [metric(a, b) for a, b in zip(to_uint8(image), to_uint8(truth), strict=True)]
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def residual_ratio(residual: torch.Tensor, sigma_y: float, m: int) -> torch.Tensor:

@@ -45,6 +45,8 @@ def inception_weights(tmp_path_factory):
     for layer in network.modules():
         if isinstance(layer, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    # Logits apart enough for an Inception Score above one.
+    network.fc.weight.data *= 40
     path = tmp_path_factory.mktemp("weights") / "inception-random.pth"
     torch.save(network.state_dict(), path)
     return path
@@ -60,3 +62,64 @@ def hub(tmp_path_factory):
     torch.manual_seed(1)
     torch.save(torchvision.models.alexnet().state_dict(), folder / "checkpoints" / "alexnet-owt-7be5be79.pth")
     return folder
+
+
+def _adm(folder, size: int, widths: tuple, layers: int, attention: tuple):
+    """A folder with an ADM of random weights. attention: the levels that have it, besides the middle."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    n = len(widths)
+    network = UNet2DModel(
+        sample_size=size,
+        in_channels=3,
+        out_channels=6,
+        block_out_channels=widths,
+        layers_per_block=layers,
+        down_block_types=tuple("AttnDownBlock2D" if i in attention else "ResnetDownsampleBlock2D" for i in range(n)),
+        up_block_types=tuple("AttnUpBlock2D" if n - 1 - i in attention else "ResnetUpsampleBlock2D" for i in range(n)),
+        attention_head_dim=8,
+        norm_num_groups=8,
+        norm_eps=1e-5,
+        resnet_time_scale_shift="scale_shift",
+        downsample_type="resnet",
+        upsample_type="resnet",
+        flip_sin_to_cos=True,
+        freq_shift=0,
+    )
+    network.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_adm(tmp_path_factory):
+    """A 16-pixel network with attention at 8 pixels and in the middle."""
+    return _adm(tmp_path_factory.mktemp("tiny-adm"), 16, (8, 16), 1, (1,))
+
+
+def _sd(folder):
+    """A Stable Diffusion folder whose U-Net has attention in three of four levels, as the real one."""
+    import tiny_sd
+
+    unet = tiny_sd.tiny_unet(
+        sample_size=16,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        block_out_channels=(16, 16, 16, 32),
+    )
+    tiny_sd.tiny_pipeline(folder / "tokenizer-source", unet=unet).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory):
+    """Networks with the blocks and attention layers of the published ones, and next to no channels."""
+    root = tmp_path_factory.mktemp("stand-ins")
+    return {
+        "adm-ffhq-256": _adm(root / "ffhq", 256, (8, 8, 8, 8, 8, 8), 1, (4,)),
+        "adm-imagenet-256": _adm(root / "imagenet", 256, (8, 8, 8, 8, 8, 8), 2, (3, 4, 5)),
+        # Generation needs no pixels to speak of.
+        "small-imagenet": _adm(root / "small", 64, (8, 8, 8, 8, 8, 8), 2, (3, 4, 5)),
+        "sd-1.5": _sd(root / "sd"),
+        "embedded": _adm(root / "embedded", 64, (8, 8, 8), 1, (2,)),
+    }

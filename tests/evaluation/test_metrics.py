@@ -26,32 +26,39 @@ def picture(height: int, width: int) -> np.ndarray:
 def test_psnr_and_ssim_equal_scikit_image(shape, sigma):
     truth = picture(*shape)
     image = noisy(truth, sigma)
-    assert metrics.psnr(image, truth) == pytest.approx(peak_signal_noise_ratio(truth, image, data_range=255), rel=1e-12)
+    assert metrics.psnr_pixels(image, truth) == pytest.approx(
+        peak_signal_noise_ratio(truth, image, data_range=255), rel=1e-12
+    )
     expected = structural_similarity(
         truth, image, channel_axis=2, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
     )
-    assert metrics.ssim(image, truth) == pytest.approx(expected, rel=1e-9)
-    assert -1 < metrics.ssim(image, truth) < 1
+    assert metrics.ssim_pixels(image, truth) == pytest.approx(expected, rel=1e-9)
+    assert -1 < metrics.ssim_pixels(image, truth) < 1
 
 
 def test_equal_images():
     image = picture(32, 32)
-    assert metrics.psnr(image, image) == math.inf
-    assert metrics.ssim(image, image) == pytest.approx(1.0, rel=1e-12)
+    assert metrics.psnr_pixels(image, image) == math.inf
+    assert metrics.ssim_pixels(image, image) == pytest.approx(1.0, rel=1e-12)
 
 
-def test_rounding_is_to_the_nearest_level_and_clamped():
-    x = torch.tensor([-1.5, -1.0, 0.6 / 127.5 - 1, 1.4 / 127.5 - 1, 1.0, 7.0]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
-    assert metrics.to_uint8(x)[0, 0, :, 0].tolist() == [0, 0, 1, 1, 255, 255]
+def test_tensors_are_rounded_to_eight_bits_and_clamped():
+    x = torch.rand(2, 3, 24, 20, generator=torch.Generator().manual_seed(0)) * 3 - 1.5
+    truth = torch.rand(2, 3, 24, 20, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    pixels = [((v + 1) * 127.5).clamp(0, 255).round().byte().permute(0, 2, 3, 1).numpy() for v in (x, truth)]
+    for metric, of_pixels in ((metrics.psnr, metrics.psnr_pixels), (metrics.ssim, metrics.ssim_pixels)):
+        values = metric(x, truth)
+        assert values.shape == (2,) and values.dtype == torch.float64
+        assert values.tolist() == pytest.approx([of_pixels(a, b) for a, b in zip(*pixels, strict=True)], rel=1e-12)
 
 
 def test_metrics_refuse_other_shapes_types_and_tiny_images():
     with pytest.raises(RestoreError, match=r"uint8 images of one shape"):
-        metrics.psnr(picture(8, 8), picture(8, 9))
+        metrics.psnr_pixels(picture(8, 8), picture(8, 9))
     with pytest.raises(RestoreError, match="float64"):
-        metrics.psnr(picture(8, 8).astype(float), picture(8, 8))
+        metrics.psnr_pixels(picture(8, 8).astype(float), picture(8, 8))
     with pytest.raises(RestoreError, match="11 x 11"):
-        metrics.ssim(picture(10, 30), picture(10, 30))
+        metrics.ssim_pixels(picture(10, 30), picture(10, 30))
 
 
 def test_residual_ratio_of_pure_noise_is_one():
