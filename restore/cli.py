@@ -235,6 +235,93 @@ def profile(
     typer.echo(measure(**options))
 
 
+@app.command()
+def bench(
+    config: Annotated[Path, typer.Argument(help="configs/benchmark/*.yaml or your own.")],
+    settings: Annotated[Optional[list[str]], typer.Argument(help="key=value, e.g. data.folder=ffhq/ batch=8")] = None,  # noqa: UP045
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the jobs, their NFE, time and memory.")] = False,
+) -> None:
+    """Run a benchmark, or what is left of it after an interruption."""
+    from tqdm import tqdm
+
+    from restore.evaluation import benchmark
+
+    if dry_run:
+        typer.echo("task | method | jobs | images | NFE | seconds | peak MB")
+        for line in benchmark.plan(config, settings or []):
+            cost = [f"{value:.0f}" if value is not None else "-" for value in (line.seconds, line.peak_memory_mb)]
+            row = [line.task, line.method, line.jobs, line.images, line.nfe or "-", *cost]
+            typer.echo(" | ".join(str(value) for value in row))
+        return
+    with tqdm(unit="job") as bar:
+
+        def progress(state: dict) -> None:
+            if "done" in state:
+                bar.total, bar.n = state["total"], state["done"]
+                bar.set_postfix_str(state["job"])
+            else:
+                bar.set_postfix_str(f"measuring {state['measuring']}")
+
+        result = benchmark.bench(config, settings or [], progress=progress)
+    typer.echo(f"{result.folder}: {result.done} jobs done, {result.kept} found finished")
+    typer.echo(f"restore report {result.folder}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of benchmark runs.")],
+    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Folder; default: the first run's.")] = None,  # noqa: UP045
+    private: Annotated[bool, typer.Option("--private", help="Leave out pictures made from the data set.")] = False,
+) -> None:
+    """Write report.html and report.md about finished runs."""
+    from restore.evaluation.report import report as write
+
+    written = write(runs, out, private=private)
+    for first, second, different in written.differences:
+        typer.echo(f"{first} and {second} are not in one table: {', '.join(different)} differ")
+    typer.echo(f"{written.html}\n{written.markdown}")
+
+
+@app.command()
+def evaluate(
+    results: Annotated[Path, typer.Argument(help="Folder of restored images.")],
+    reference: Annotated[Path, typer.Option(help="Folder of true images with the same names.")],
+    metrics: Annotated[str, typer.Option(help="psnr, ssim, lpips, fid, kid, is, pr; comma separated.")] = "psnr,ssim",
+    full_reference: Annotated[Optional[Path], typer.Option(help="A larger set for FID, reported apart.")] = None,  # noqa: UP045
+    lpips_net: Annotated[str, typer.Option(help="alex or vgg.")] = "alex",
+    allow_small: Annotated[bool, typer.Option("--allow-small", help="FID on few images.")] = False,
+    allow_incomplete: Annotated[bool, typer.Option("--allow-incomplete", help="Means over what there is.")] = False,
+    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="JSON file with everything.")] = None,  # noqa: UP045
+) -> None:
+    """Compare a folder of results, from whatever program, with the truth."""
+    from restore import atomic
+    from restore.evaluation.evaluate import evaluate as compare
+
+    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    done = compare(
+        results,
+        reference,
+        metrics=names,
+        full_reference=full_reference,
+        lpips_net=lpips_net,
+        allow_small=allow_small,
+        allow_incomplete=allow_incomplete,
+    )
+    if out is not None:
+        atomic.write_json(out, done.to_dict())
+    typer.echo(f"{len(done.per_image)} of {done.expected} images compared")
+    for name, estimate in done.means.items():
+        typer.echo(f"{name} {estimate.mean:.4f}  [{estimate.low:.4f}, {estimate.high:.4f}]")
+    for name, value in done.set_values.items():
+        typer.echo(f"{name} {value:.4f}")
+    for kind in ("missing", "mismatched", "extra"):
+        names = getattr(done, kind)
+        if names:
+            typer.echo(f"{kind}: {len(names)}, e.g. {', '.join(names[:3])}")
+    for note in done.notes:
+        typer.echo(note)
+
+
 @models_app.command("list")
 def models_list() -> None:
     """All known checkpoints and whether they are on this machine."""
