@@ -214,6 +214,8 @@ def demo(
 def train(
     config: Annotated[Path, typer.Argument(help="configs/train/embedded.yaml or your own.")],
     settings: Annotated[Optional[list[str]], typer.Argument(help="key=value, e.g. data.folder=faces/")] = None,  # noqa: UP045
+    card: Annotated[Optional[Path], typer.Option(help="Do not train: write card.json and samples.png there.")] = None,  # noqa: UP045
+    weights: Annotated[Optional[Path], typer.Option(help="With --card: the folder of the weights.")] = None,  # noqa: UP045
 ) -> None:
     """Train the embedded prior; continues where the last run stopped."""
     import logging
@@ -221,6 +223,12 @@ def train(
     from restore.training import load_config, train
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if card is not None:
+        from restore.training.card import measure, table
+
+        loaded = load_config(config, settings or [])
+        typer.echo(table(measure(loaded, weights or Path(loaded.out) / "ema", card)))
+        return
     typer.echo(f"EMA weights in {train(load_config(config, settings or []))}")
 
 

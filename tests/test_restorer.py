@@ -11,7 +11,6 @@ from restore import io, presets
 from restore.backbones.base import Prediction
 from restore.backbones.windows import AnySize, blend_weights, window_starts
 from restore.paths import configs_dir, data_dir
-from restore.restorer import Restorer
 
 FACE = data_dir() / "photos" / "astronaut-face-64.png"
 
@@ -27,7 +26,7 @@ def face():
 
 
 def relative(a, b):
-    return float((a - b).norm() / b.norm())
+    return float(((a - b).norm() / b.norm()).detach())
 
 
 def test_result_holds_what_it_promises(restorer, face):
@@ -56,7 +55,7 @@ def test_batches_ids_and_samples_do_not_change_a_result(restorer, face):
     A = operators.SuperResolution(4, noise=operators.GaussianNoise(0.05))
     faces = torch.cat([face, face.flip(-1), face.roll(5, -1)])
     y = A(faces, torch.Generator().manual_seed(0))
-    options = {"steps": 3, "seed": 7, "guidance": restore.PAG(1.0, layers="m1"), "zeta": 1.0}
+    options = {"steps": 12, "seed": 7, "guidance": restore.PAG(1.0, layers="m1"), "zeta": 1.0}
     together = restorer(y, A, image_ids=["a", "b", "c"], **options).samples
     batched = restorer(y, A, image_ids=["a", "b", "c"], batch_size=3, **options).samples
     assert relative(batched, together) < 1e-5
@@ -115,9 +114,10 @@ def test_conditions_that_are_refused(restorer, face):
 
 
 def test_generation_depends_on_seed_and_index_alone(restorer):
-    three = restorer.generate(3, steps=2, seed=3)
-    assert torch.equal(three[:2], restorer.generate(2, steps=2, seed=3))
-    assert relative(restorer.generate(3, steps=2, seed=3, batch_size=3), three) < 1e-5
+    # Few steps divide by a tiny sqrt(alpha_bar) and magnify rounding: twelve are enough for the comparison.
+    three = restorer.generate(3, steps=12, seed=3)
+    assert torch.equal(three[:2], restorer.generate(2, steps=12, seed=3))
+    assert relative(restorer.generate(3, steps=12, seed=3, batch_size=3), three) < 1e-5
     assert not torch.equal(three[0], three[1])
     assert restorer.generate(1, steps=2, size=(40, 72)).shape == (1, 3, 40, 72)
 
@@ -160,7 +160,6 @@ def test_zeta_keeps_its_strength_at_other_sizes(restorer, monkeypatch):
 
     seen = []
     monkeypatch.setattr(module, "dps", lambda *a, **k: seen.append(k["zeta"]) or torch.zeros_like(k["x_T"]))
-    monkeypatch.setattr(Restorer, "__call__", Restorer.__call__)
     module_dps = module.dps
     for side in (64, 128):
         y = torch.zeros(1, 3, side, side)

@@ -145,3 +145,18 @@ def test_loss_against_its_definition():
         model = torch.distributions.Normal(mean(x0_hat), variance.sqrt())
         kl += torch.distributions.kl_divergence(true, model).mean() / np.log(2) / 2
     assert float(vlb) == pytest.approx(float(kl), rel=1e-4)
+
+
+def test_card_baselines_are_what_they_say():
+    """On white noise images the Wiener filter is the known scalar shrinkage; on one image the mean is exact."""
+    from restore.training.card import nearest, trivial_loss, wiener_loss
+
+    g = torch.Generator().manual_seed(0)
+    training, held_out = torch.randn(400, 3, 16, 16, generator=g) * 0.5, torch.randn(50, 3, 16, 16, generator=g) * 0.5
+    for a in (0.9, 0.5, 0.1):
+        # x0 ~ N(0, s^2): the error of eps is a s^2 / (a s^2 + 1 - a).
+        expected = a * 0.25 / (a * 0.25 + 1 - a)
+        assert wiener_loss(training, held_out, a) == pytest.approx(expected, rel=0.03)
+        assert trivial_loss(training, held_out, a) == pytest.approx(min(1.0, a / (1 - a) * 0.25), rel=0.03)
+    found = nearest(training[:3].flip(-1), training)
+    assert found["max"] < 1e-3 and nearest(held_out, training)["min"] > 0.3
