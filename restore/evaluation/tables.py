@@ -265,8 +265,10 @@ def curves(run: Run) -> list[dict[str, Any]]:
             charts.append({"title": task_title(run, task), "x": axis(pair[0]), "y": axis(pair[1]), "series": series})
             continue
         for metric in shown:
-            series = [{"name": family_title(run, family), "line": True, "points": [(s, value(n, metric), "") for s, n in sorted(members)]}
-                      for family, members in families.items()]  # fmt: skip
+            series = []
+            for family, members in families.items():
+                points = [(scale, value(name, metric), "") for scale, name in sorted(members)]
+                series.append({"name": family_title(run, family), "line": True, "points": points})
             charts.append(
                 {"title": task_title(run, task), "x": "guidance scale s", "y": axis(metric), "series": series}
             )
