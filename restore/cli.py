@@ -214,6 +214,8 @@ def demo(
 def train(
     config: Annotated[Path, typer.Argument(help="configs/train/embedded.yaml or your own.")],
     settings: Annotated[Optional[list[str]], typer.Argument(help="key=value, e.g. data.folder=faces/")] = None,  # noqa: UP045
+    card: Annotated[Optional[Path], typer.Option(help="Do not train: write card.json and samples.png there.")] = None,  # noqa: UP045
+    weights: Annotated[Optional[Path], typer.Option(help="With --card: the folder of the weights.")] = None,  # noqa: UP045
 ) -> None:
     """Train the embedded prior; continues where the last run stopped."""
     import logging
@@ -221,6 +223,12 @@ def train(
     from restore.training import load_config, train
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if card is not None:
+        from restore.training.card import measure, table
+
+        loaded = load_config(config, settings or [])
+        typer.echo(table(measure(loaded, weights or Path(loaded.out) / "ema", card)))
+        return
     typer.echo(f"EMA weights in {train(load_config(config, settings or []))}")
 
 
@@ -233,6 +241,93 @@ def profile(
 
     _, options = split_settings(settings or [])
     typer.echo(measure(**options))
+
+
+@app.command()
+def bench(
+    config: Annotated[Path, typer.Argument(help="configs/benchmark/*.yaml or your own.")],
+    settings: Annotated[Optional[list[str]], typer.Argument(help="key=value, e.g. data.folder=ffhq/ batch=8")] = None,  # noqa: UP045
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the jobs, their NFE, time and memory.")] = False,
+) -> None:
+    """Run a benchmark, or what is left of it after an interruption."""
+    from tqdm import tqdm
+
+    from restore.evaluation import benchmark
+
+    if dry_run:
+        typer.echo("task | method | jobs | images | NFE | seconds | peak MB")
+        for line in benchmark.plan(config, settings or []):
+            cost = [f"{value:.0f}" if value is not None else "-" for value in (line.seconds, line.peak_memory_mb)]
+            row = [line.task, line.method, line.jobs, line.images, line.nfe or "-", *cost]
+            typer.echo(" | ".join(str(value) for value in row))
+        return
+    with tqdm(unit="job") as bar:
+
+        def progress(state: dict) -> None:
+            if "done" in state:
+                bar.total, bar.n = state["total"], state["done"]
+                bar.set_postfix_str(state["job"])
+            else:
+                bar.set_postfix_str(f"measuring {state['measuring']}")
+
+        result = benchmark.bench(config, settings or [], progress=progress)
+    typer.echo(f"{result.folder}: {result.done} jobs done, {result.kept} found finished")
+    typer.echo(f"restore report {result.folder}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of benchmark runs.")],
+    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Folder; default: the first run's.")] = None,  # noqa: UP045
+    private: Annotated[bool, typer.Option("--private", help="Leave out pictures made from the data set.")] = False,
+) -> None:
+    """Write report.html and report.md about finished runs."""
+    from restore.evaluation.report import report as write
+
+    written = write(runs, out, private=private)
+    for first, second, different in written.differences:
+        typer.echo(f"{first} and {second} are not in one table: {', '.join(different)} differ")
+    typer.echo(f"{written.html}\n{written.markdown}")
+
+
+@app.command()
+def evaluate(
+    results: Annotated[Path, typer.Argument(help="Folder of restored images.")],
+    reference: Annotated[Path, typer.Option(help="Folder of true images with the same names.")],
+    metrics: Annotated[str, typer.Option(help="psnr, ssim, lpips, fid, kid, is, pr; comma separated.")] = "psnr,ssim",
+    full_reference: Annotated[Optional[Path], typer.Option(help="A larger set for FID, reported apart.")] = None,  # noqa: UP045
+    lpips_net: Annotated[str, typer.Option(help="alex or vgg.")] = "alex",
+    allow_small: Annotated[bool, typer.Option("--allow-small", help="FID on few images.")] = False,
+    allow_incomplete: Annotated[bool, typer.Option("--allow-incomplete", help="Means over what there is.")] = False,
+    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="JSON file with everything.")] = None,  # noqa: UP045
+) -> None:
+    """Compare a folder of results, from whatever program, with the truth."""
+    from restore import atomic
+    from restore.evaluation.evaluate import evaluate as compare
+
+    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    done = compare(
+        results,
+        reference,
+        metrics=names,
+        full_reference=full_reference,
+        lpips_net=lpips_net,
+        allow_small=allow_small,
+        allow_incomplete=allow_incomplete,
+    )
+    if out is not None:
+        atomic.write_json(out, done.to_dict())
+    typer.echo(f"{len(done.per_image)} of {done.expected} images compared")
+    for name, estimate in done.means.items():
+        typer.echo(f"{name} {estimate.mean:.4f}  [{estimate.low:.4f}, {estimate.high:.4f}]")
+    for name, value in done.set_values.items():
+        typer.echo(f"{name} {value:.4f}")
+    for kind in ("missing", "mismatched", "extra"):
+        names = getattr(done, kind)
+        if names:
+            typer.echo(f"{kind}: {len(names)}, e.g. {', '.join(names[:3])}")
+    for note in done.notes:
+        typer.echo(note)
 
 
 @models_app.command("list")
@@ -281,15 +376,19 @@ def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2."""
     from operators import RestoreError
 
+    interrupted = "restore: interrupted; finished files are kept, run the same command to continue"
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == 130:  # how typer reports Ctrl-C
+            typer.echo(interrupted, err=True)
+        sys.exit(code if isinstance(code, int) else 0)
     except RestoreError as error:
         typer.echo(f"restore: {error}", err=True)
         sys.exit(2)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("restore: interrupted; finished files are kept, run the same command to continue", err=True)
+        typer.echo(interrupted, err=True)
         sys.exit(130)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's own usage errors

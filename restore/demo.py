@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from restore import atomic, io, jobs, pictures, presets
+from restore import atomic, files, io, jobs, pictures, presets
 from restore.evaluation.baselines import baseline
 from restore.evaluation.metrics import psnr, ssim
 from restore.paths import data_dir
@@ -40,7 +39,7 @@ def run_demo(
     """
     started = time.perf_counter()
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    files.writable_folder(out)
     restorer = load("embedded", device=device)
     photos = [io.read_image(data_dir() / "photos" / name) for name in PHOTOS]
     x = torch.cat([photo.pixels for photo in photos])
@@ -71,8 +70,7 @@ def run_demo(
             record = {"task": task, "method": method, "protocol": result.protocol, "seconds": result.seconds}
             records.append(record | {"residual_ratio": result.residual_ratio[:, 0].tolist(), "nfe": result.nfe})
         for method, estimate in estimates.items():
-            pairs = list(zip(io.to_uint8(estimate), io.to_uint8(x), strict=True))
-            scores = [statistics.mean(score(*pair) for pair in pairs) for score in (psnr, ssim)]
+            scores = [float(psnr(estimate, x).mean()), float(ssim(estimate, x).mean())]
             ratio = torch.linalg.vector_norm((y - operator.A(estimate)).flatten(1), dim=1).mean()
             scores.append(float(ratio) / (operator.noise.sigma * y[0].numel() ** 0.5))
             table.append((title, method, *scores))

@@ -70,7 +70,7 @@ def output_paths(inputs: Iterable[str | Path], out: str | Path, png: bool = Fals
     for target in targets:
         if target.resolve() in sources:
             raise RestoreError(f"The result would overwrite the input {target}: choose another output folder.")
-    _try_folder(targets[0].parent if targets else out)
+    writable_folder(targets[0].parent if targets else out)
     return targets
 
 
@@ -86,8 +86,10 @@ def _result_suffix(path: Path, png: bool) -> str:
     return path.suffix if not png and path.suffix.lower() in _WRITABLE else ".png"
 
 
-def _try_folder(folder: Path) -> None:
-    """Create `folder` and write to it once, so that hours of work do not end at a closed door."""
+def writable_folder(folder: Path) -> None:
+    """Create `folder` and write to it once, so that hours of work do not end at a closed door.
+
+    Raises RestoreError with the reason when that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

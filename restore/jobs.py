@@ -191,8 +191,9 @@ def restore_files(
         if clean is not None:
             from restore.evaluation.metrics import psnr, ssim
 
-            pair = io.to_uint8(result.samples[0, 0]), io.to_uint8(clean[0])
-            numbers["psnr"], numbers["ssim"] = psnr(*pair), ssim(*pair)
+            numbers["psnr"] = float(psnr(result.samples[:, 0], clean))
+            if min(clean.shape[-2:]) >= 11:  # SSIM's window
+                numbers["ssim"] = float(ssim(result.samples[:, 0], clean))
             shown = y if y.shape[1] == 3 else y.expand(-1, 3, -1, -1)
             io.write_image(job.beside(DEGRADED), shown[0], like=record)
         if samples > 1:
@@ -269,6 +270,8 @@ def generate_files(
     guidance = sum(terms[1:], terms[0]) if terms else None
     if labels is not None and len(labels) == 1:
         labels = list(labels) * n
+    out = Path(out)
+    files.writable_folder(out)
     images = restorer.generate(
         n,
         guidance=guidance,
@@ -279,7 +282,6 @@ def generate_files(
         batch_size=batch_size,
         callback=callback,
     )
-    out = Path(out)
     for i, image in enumerate(images):
         path = out / f"sample-{i:04d}.png"
         io.write_image(path, image)

@@ -259,7 +259,10 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def _convert_file(path: Path, heads: int | None, head_channels: int | None, attention_order: str) -> UNet2DModel:
     state = _read_weights(path)
-    arch = adm_weights.infer_architecture({name: tuple(tensor.shape) for name, tensor in state.items()})
+    try:
+        arch = adm_weights.infer_architecture({name: tuple(tensor.shape) for name, tensor in state.items()})
+    except RestoreError as error:
+        raise RestoreError(f"{path} does not fit: {error}") from None
     counts = adm_weights.head_counts(arch, heads, head_channels)
     config = adm_weights.network_config(arch, counts, resolution=8 * 2 ** (len(arch.channels) - 1))
     network = adm_weights.build_network(config, arch.base, counts)

@@ -85,7 +85,7 @@ class Diffusion:
         return x0.clamp(-1, 1) if clip else x0
 
     def log_variance(self, v: torch.Tensor | None, i: int) -> torch.Tensor | float:
-        """log Sigma: interpolated by the learned v in [-1, 1] (Nichol & Dhariwal 2021, eq. 15), else the posterior's."""
+        """log Sigma, interpolated by the learned v (Nichol & Dhariwal 2021, eq. 15), else the posterior's."""
         low, high = _scalar(self.posterior_log_variance[i]), _scalar(self.beta[i].log())
         if v is None:
             return low
