@@ -12,6 +12,7 @@ from typing import Any
 import operators
 from operators import RestoreError
 from restore.evaluation.evaluate import split_metrics
+from restore.paths import configs_dir
 from restore.presets import build_guidance
 
 KINDS = ("restoration", "generation", "text_to_image")
@@ -90,12 +91,11 @@ SCHEMA: dict[str, Any] = {
 RESULT_KEYS = ("kind", "backbone", "precision", "seed", "samples", "batch", "data", "tasks", "methods", "threads")
 
 
-def load_config(
-    config: str | os.PathLike | Mapping[str, Any], overrides: Sequence[str] = (), *, base: Path | None = None
-) -> dict[str, Any]:
+def load_config(config: str | os.PathLike | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A checked, complete configuration as plain containers, sweeps expanded into methods.
 
-    config: a YAML file or a mapping. overrides: `key=value` with dots between levels, as on the command line.
+    config: a YAML file, the name of a shipped one (table8-dps-ffhq) or a mapping. overrides: `key=value` with dots
+    between levels, as on the command line.
     Raises RestoreError for unknown keys (with the nearest known one), missing values and methods that cannot run.
     """
     from omegaconf import OmegaConf
@@ -103,9 +103,7 @@ def load_config(
 
     try:
         if isinstance(config, (str, os.PathLike)):
-            if not Path(config).is_file():
-                raise RestoreError(f"the configuration {config} does not exist; see configs/benchmark for examples")
-            loaded = OmegaConf.load(config)
+            loaded = OmegaConf.load(_find(config))
         else:
             loaded = OmegaConf.create(copy.deepcopy(dict(config)))
         bad = [o for o in overrides if "=" not in o]
@@ -128,6 +126,15 @@ def load_config(
     complete["methods"] = dict(_expand_sweeps(complete["methods"]))
     _check(complete)
     return complete
+
+
+def _find(config: str | os.PathLike) -> Path:
+    folder = configs_dir() / "benchmark"
+    for path in (Path(config), folder / f"{config}.yaml"):
+        if path.is_file():
+            return path
+    shipped = sorted(path.stem for path in folder.glob("*.yaml"))
+    raise RestoreError(f"the configuration {config} does not exist; {nearest(Path(config).stem, shipped)}")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,10 @@ class Evaluation:
         return not self.missing and not self.mismatched
 
     def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON: infinite values (the PSNR of an exact result) and NaN become None."""
+        return _finite(self._fields())
+
+    def _fields(self) -> dict[str, Any]:
         return {
             "complete": self.complete,
             "expected": self.expected,
@@ -61,6 +66,14 @@ class Evaluation:
             "protocol": self.protocol,
             "per_image": self.per_image,
         }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def split_metrics(names: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -148,7 +148,9 @@ def load_pipeline(name: str, *, device: torch.device, precision: str, offline: b
 
     folder = zoo.pull(name, offline=offline)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    options = {"safety_checker": None, "requires_safety_checker": False}
+    options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+    if dtype != torch.float32:
+        options["torch_dtype"] = dtype
     try:
         pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError) as error:
@@ -157,7 +159,7 @@ def load_pipeline(name: str, *, device: torch.device, precision: str, offline: b
         ) from error
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device, dtype)
+    return pipe.to(device)
 
 
 def pipeline_batch(

@@ -99,7 +99,7 @@ class PipelineUnet:
     def __init__(self, unet: nn.Module) -> None:
         self.network = unet
         self.attention = attention_layers(unet)
-        self.tapes: dict = {}
+        self.tapes: list = []
         self.running = False
 
     @contextmanager
@@ -126,7 +126,7 @@ class PipelineUnet:
             batched = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == batch
             return value[call.rows] if batched else value
 
-        for tape in self.tapes.values():
+        for tape in (tape for tape in self.tapes if tape is not None):
             tape.map(part)
         weak = _sample(self.network(*tree_map(part, call.args), **tree_map(part, call.kwargs)))
         # Written so that strong - weak is c - c_weak in both halves.

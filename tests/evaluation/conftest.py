@@ -37,16 +37,16 @@ def inception_weights(tmp_path_factory):
     """The real Inception architecture of torch-fidelity with random weights that keep the signal's size."""
     from torch_fidelity import feature_extractor_inceptionv3 as module
 
+    torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "load_state_dict_from_url", lambda url, progress: {})
         patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
         network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    torch.manual_seed(0)
     for layer in network.modules():
         if isinstance(layer, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     # Logits apart enough for an Inception Score above one.
-    network.fc.weight.data *= 40
+    network.fc.weight.data *= 100
     path = tmp_path_factory.mktemp("weights") / "inception-random.pth"
     torch.save(network.state_dict(), path)
     return path

@@ -93,8 +93,9 @@ def test_mistakes_are_named(config, message):
 
 
 def test_files_that_are_no_configuration(tmp_path):
-    with pytest.raises(RestoreError, match="does not exist"):
-        load_config(tmp_path / "none.yaml")
+    with pytest.raises(RestoreError, match="does not exist; did you mean table9"):
+        load_config(tmp_path / "tabel9.yaml")
+    assert load_config("table9", ["metrics.reference=x"])["name"] == "table9"
     (tmp_path / "bad.yaml").write_text("a: [1, 2\nb: }")
     with pytest.raises(RestoreError, match="not valid YAML"):
         load_config(tmp_path / "bad.yaml")

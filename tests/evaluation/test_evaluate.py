@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -31,6 +32,9 @@ def test_means_and_rows_of_a_complete_folder(pair, tmp_path):
     assert found.per_image[2] == {"image": "00002", "psnr": pytest.approx(values[2]), "ssim": pytest.approx(
         metrics.ssim_pixels(results[2], truth[2]))}  # fmt: skip
     assert found.protocol["reference"]["count"] == 6
+    exact = evaluate(tmp_path / "truth", tmp_path / "truth", metrics=["psnr"])
+    assert exact.means["psnr"].mean == math.inf
+    assert json.loads(json.dumps(exact.to_dict(), allow_nan=False))["means"]["psnr"]["mean"] is None
 
 
 def test_incomplete_results_are_never_averaged_silently(pair, tmp_path, smooth_images, write_images):
