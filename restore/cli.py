@@ -17,15 +17,15 @@ app.add_typer(models_app, name="models")
 Inputs = Annotated[list[str], typer.Argument(help="Images, folders or globs, and key=value settings.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="A folder, or a file for a single image.")]
 Task = Annotated[str, typer.Option(help="sr4, sr8, inpaint, gaussian-blur, motion-blur, blur, denoise, colorize, ...")]
-MaskFile = Annotated[Optional[Path], typer.Option(help="Image of the known pixels (white) and the hole (black).")]  # noqa: UP045
-KernelFile = Annotated[Optional[Path], typer.Option(help="Blur kernel: .npy, .txt or an image.")]  # noqa: UP045
+MaskFile = Annotated[Optional[Path], typer.Option(help="Image of the known pixels (white) and the hole (black).")]
+KernelFile = Annotated[Optional[Path], typer.Option(help="Blur kernel: .npy, .txt or an image.")]
 Backbone = Annotated[str, typer.Option(help="A model of `restore models list`, a folder or a checkpoint file.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
 Seed = Annotated[int, typer.Option(help="All noise is a function of the seed and the image's name.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
-PagScale = Annotated[Optional[float], typer.Option(help="PAG scale s, 0 is off; default: the preset's.")]  # noqa: UP045
-Layers = Annotated[Optional[str], typer.Option(help="PAG layers, e.g. i9 or input_blocks.9.1,m1.")]  # noqa: UP045
+PagScale = Annotated[Optional[float], typer.Option(help="PAG scale s, 0 is off; default: the preset's.")]
+Layers = Annotated[Optional[str], typer.Option(help="PAG layers, e.g. i9 or input_blocks.9.1,m1.")]
 
 
 def split_settings(arguments: list[str]) -> tuple[list[str], dict]:
@@ -68,10 +68,10 @@ def run(
         bool, typer.Option("--degrade", help="Degrade clean images first, restore them, report PSNR and SSIM.")
     ] = False,
     backbone: Backbone = "embedded",
-    sampler: Annotated[Optional[str], typer.Option(help="dps or psld; default: the backbone's.")] = None,  # noqa: UP045
+    sampler: Annotated[Optional[str], typer.Option(help="dps or psld; default: the backbone's.")] = None,
     pag_scale: PagScale = None,
     layers: Layers = None,
-    steps: Annotated[Optional[str], typer.Option(help="Number of steps; default: the preset's.")] = None,  # noqa: UP045
+    steps: Annotated[Optional[str], typer.Option(help="Number of steps; default: the preset's.")] = None,
     samples: Annotated[int, typer.Option(help="Posterior samples per image.")] = 1,
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(help="Samples computed together.")] = 1,
@@ -79,7 +79,7 @@ def run(
     precision: Precision = "fp32",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, about 30 % slower.")] = False,
     max_windows: Annotated[int, typer.Option(help="Windows of a large photo per network call.")] = 16,
-    data: Annotated[Optional[str], typer.Option(help="Presets published for ffhq or imagenet.")] = None,  # noqa: UP045
+    data: Annotated[Optional[str], typer.Option(help="Presets published for ffhq or imagenet.")] = None,
     reference: Annotated[bool, typer.Option("--reference", help="Compute what the authors' PSLD code does.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo finished files.")] = False,
     save_trajectory: Annotated[bool, typer.Option("--save-trajectory", help="A strip of x0_hat through time.")] = False,
@@ -159,9 +159,9 @@ def generate(
     pag_scale: Annotated[float, typer.Option(help="PAG scale s, 0 is off.")] = 0.0,
     layers: Layers = None,
     cfg_scale: Annotated[float, typer.Option(help="CFG scale w of the paper's Eq. 14, 0 is off.")] = 0.0,
-    labels: Annotated[Optional[str], typer.Option(help="Class labels, comma separated.")] = None,  # noqa: UP045
+    labels: Annotated[Optional[str], typer.Option(help="Class labels, comma separated.")] = None,
     steps: Annotated[str, typer.Option(help="Number of steps, or ddimN with --ddim-eta.")] = "250",
-    ddim_eta: Annotated[Optional[float], typer.Option(help="DDIM eta; default: DDPM.")] = None,  # noqa: UP045
+    ddim_eta: Annotated[Optional[float], typer.Option(help="DDIM eta; default: DDPM.")] = None,
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(help="Images computed together.")] = 1,
     device: Device = "auto",
@@ -196,7 +196,7 @@ def generate(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("demo-output"),
-    steps: Annotated[Optional[int], typer.Option(help="Sampling steps; default: the preset's.")] = None,  # noqa: UP045
+    steps: Annotated[Optional[int], typer.Option(help="Sampling steps; default: the preset's.")] = None,
     device: Device = "auto",
 ) -> None:
     """Restore the shipped photos under four degradations, with DPS and DPS+PAG, and draw a comparison."""
@@ -213,9 +213,9 @@ def demo(
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="configs/train/embedded.yaml or your own.")],
-    settings: Annotated[Optional[list[str]], typer.Argument(help="key=value, e.g. data.folder=faces/")] = None,  # noqa: UP045
-    card: Annotated[Optional[Path], typer.Option(help="Do not train: write card.json and samples.png there.")] = None,  # noqa: UP045
-    weights: Annotated[Optional[Path], typer.Option(help="With --card: the folder of the weights.")] = None,  # noqa: UP045
+    settings: Annotated[Optional[list[str]], typer.Argument(help="key=value, e.g. data.folder=faces/")] = None,
+    card: Annotated[Optional[Path], typer.Option(help="Do not train: write card.json and samples.png there.")] = None,
+    weights: Annotated[Optional[Path], typer.Option(help="With --card: the folder of the weights.")] = None,
 ) -> None:
     """Train the embedded prior; continues where the last run stopped."""
     import logging
@@ -234,7 +234,7 @@ def train(
 
 @app.command()
 def profile(
-    settings: Annotated[Optional[list[str]], typer.Argument(help="key=value, e.g. size=128 repeats=5")] = None,  # noqa: UP045
+    settings: Annotated[Optional[list[str]], typer.Argument(help="key=value, e.g. size=128 repeats=5")] = None,
 ) -> None:
     """Measure the cost of DPS and of PAG (naive, batched, shared prefix) and the memory of a step."""
     from restore.evaluation.profile import profile as measure
@@ -246,7 +246,7 @@ def profile(
 @app.command()
 def bench(
     config: Annotated[Path, typer.Argument(help="configs/benchmark/*.yaml or your own.")],
-    settings: Annotated[Optional[list[str]], typer.Argument(help="key=value, e.g. data.folder=ffhq/ batch=8")] = None,  # noqa: UP045
+    settings: Annotated[Optional[list[str]], typer.Argument(help="key=value, e.g. data.folder=ffhq/ batch=8")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the jobs, their NFE, time and memory.")] = False,
 ) -> None:
     """Run a benchmark, or what is left of it after an interruption."""
@@ -278,7 +278,7 @@ def bench(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of benchmark runs.")],
-    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Folder; default: the first run's.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Folder; default: the first run's.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Leave out pictures made from the data set.")] = False,
 ) -> None:
     """Write report.html and report.md about finished runs."""
@@ -295,11 +295,11 @@ def evaluate(
     results: Annotated[Path, typer.Argument(help="Folder of restored images.")],
     reference: Annotated[Path, typer.Option(help="Folder of true images with the same names.")],
     metrics: Annotated[str, typer.Option(help="psnr, ssim, lpips, fid, kid, is, pr; comma separated.")] = "psnr,ssim",
-    full_reference: Annotated[Optional[Path], typer.Option(help="A larger set for FID, reported apart.")] = None,  # noqa: UP045
+    full_reference: Annotated[Optional[Path], typer.Option(help="A larger set for FID, reported apart.")] = None,
     lpips_net: Annotated[str, typer.Option(help="alex or vgg.")] = "alex",
     allow_small: Annotated[bool, typer.Option("--allow-small", help="FID on few images.")] = False,
     allow_incomplete: Annotated[bool, typer.Option("--allow-incomplete", help="Means over what there is.")] = False,
-    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="JSON file with everything.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="JSON file with everything.")] = None,
 ) -> None:
     """Compare a folder of results, from whatever program, with the truth."""
     from restore import atomic
