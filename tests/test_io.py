@@ -252,9 +252,13 @@ def test_full_disk_and_interruption_leave_the_old_file(tmp_path):
             atomic.write_bytes(target, b"x" * 5000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    with pytest.raises(KeyboardInterrupt), atomic.writing(target) as handle:
-        handle.write(b"half")
-        signal.raise_signal(signal.SIGINT)
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt), atomic.writing(target) as handle:
+            handle.write(b"half")
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
     with pytest.raises(RestoreError, match="folder does not exist"):
         atomic.write_bytes(tmp_path / "no" / "a.bin", b"")

@@ -95,13 +95,13 @@ def test_any_image_size(size):
 
 TABLE5 = {
     "ffhq": {
-        "inpainting_box": (0.15, 0.015, 4.0),
+        "inpainting": (0.15, 0.015, 4.0),
         "super_resolution": (0.7, 0.07, 4.0),
         "gaussian_blur": (0.1, 0.01, 5.0),
         "motion_blur": (0.15, 0.015, 4.0),
     },
     "imagenet": {
-        "inpainting_box": (0.5, 0.05, 4.0),
+        "inpainting": (0.5, 0.05, 4.0),
         "super_resolution": (0.7, 0.07, 4.0),
         "gaussian_blur": (0.1, 0.01, 5.0),
         "motion_blur": (0.3, 0.03, 5.0),
