@@ -160,7 +160,8 @@ class Restorer:
         samples: posterior samples per measurement. seed, image_ids: noise is a function of (seed,
             image id, sample index); ids default to "0", "1", ...
         batch_size: samples computed together. With 1 (default) a result has the same bytes whatever
-            else is computed; larger batches are equal to rounding (about 1e-6) and faster on a GPU.
+            else is computed; larger batches are equal to rounding, which DPS can magnify where a pixel
+            crosses the clamp of x0_hat, and faster on a GPU.
         condition: class labels (B,) for class-conditional backbones.
         data: "ffhq" or "imagenet", where presets were published for both with one backbone.
         reference: compute what the sampler's authors' code does, beyond the paper (PSLD: noise on the

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import operators
-from operators import RestoreError
+from operators import RestoreError, factory
 from restore.evaluation.evaluate import split_metrics
 from restore.paths import configs_dir
 from restore.presets import build_guidance
@@ -262,7 +261,7 @@ def _check(config: dict[str, Any]) -> None:
             raise RestoreError(f"tasks.{name} lacks count, the number of images to make")
         if kind == "restoration":
             options = {k: v for k, v in task["operator"].items() if k != "noise"}
-            known = operators.factory.OPERATORS
+            known = factory.OPERATORS
             if options.get("name") not in known:
                 raise RestoreError(f"tasks.{name}.operator has no known name; {nearest(options.get('name'), known)}")
     for name, method in config["methods"].items():

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import operators
+from operators import separable
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MOTION = ["motion61_0.5_s51", "motion61_0.5_s52", "motion121_0.5_s53"]
@@ -107,7 +108,7 @@ def test_photograph():
         corners(operator.A_adjoint(golden[f"{name}.cotangent"].float()), f"{name}.vjp")
         taps, matrix = golden[f"{name}.field_of_view"].long(), torch.zeros(256 // factor, 256)
         matrix.scatter_add_(1, taps.T, golden[f"{name}.weights"].T)
-        assert relative(operators.separable.downsampling_matrix(256, factor, "bicubic"), matrix) <= 1e-6
+        assert relative(separable.downsampling_matrix(256, factor, "bicubic"), matrix) <= 1e-6
     corners(operators.GaussianBlur(61, 3.0).A(image), "gauss61_3.0.y")
     for name in MOTION:
         corners(operators.Blur(golden[f"{name}.kernel"]).A(image), f"{name}.y")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import operators
+from operators import factory
 
 SIZES = [(40, 40), (33, 47), (64, 35), (49, 31)]
 KERNEL = torch.rand(5, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -34,7 +35,7 @@ OPERATORS = {
 
 def make(name, size, **more):
     options = dict(OPERATORS[name])
-    base = next(known for known in sorted(operators.factory.OPERATORS, key=len, reverse=True) if name.startswith(known))
+    base = next(known for known in sorted(factory.OPERATORS, key=len, reverse=True) if name.startswith(known))
     if base == "inpainting_mask":
         options["mask"] = (torch.rand(size, generator=torch.Generator().manual_seed(1)) > 0.4).float()
     return operators.build({"name": base, **options, **more}, image_size=size)
@@ -50,7 +51,7 @@ def relative(a, b):
 
 
 def test_every_known_name_is_in_the_list():
-    assert all(any(name.startswith(known) for name in OPERATORS) for known in operators.factory.OPERATORS)
+    assert all(any(name.startswith(known) for name in OPERATORS) for known in factory.OPERATORS)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
