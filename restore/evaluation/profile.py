@@ -151,7 +151,7 @@ class Bench:
         with torch.no_grad():
             self.diffusion.step(x_t.detach(), strong.eps.detach(), strong.variance.detach(), T, self.n) - grad
         mark()
-        _, strong_pass, both, data, backward, update = (b - a for a, b in zip(marks, marks[1:], strict=False))
+        strong_pass, both, data, backward, update = (b - a for a, b in zip(marks, marks[1:], strict=False))
         return {
             "strong pass": strong_pass,
             "weak pass": max(both - strong_pass, 0.0),
