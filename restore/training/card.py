@@ -10,9 +10,9 @@ from omegaconf import DictConfig
 from torch.nn.functional import interpolate
 
 from restore import atomic, io, pictures
+from restore.backbones.adm import noise_schedule
 from restore.restorer import load
 from restore.training import dataset
-from restore.training.losses import linear_alpha_bar
 from restore.training.train import HELD_OUT_LEVELS, held_out_loss
 
 
@@ -30,7 +30,7 @@ def measure(config: DictConfig, weights: str | Path, folder: str | Path, samples
     held_out = _reduced(held_out_files, config.data.stored_size, size)
     restorer = load(weights)
     network = restorer.backbone.inner.network
-    alpha_bar = linear_alpha_bar()
+    alpha_bar = noise_schedule()
 
     model = held_out_loss(network, held_out, alpha_bar, restorer.device)
     images = restorer.generate(samples, steps=steps, batch_size=8).cpu()

@@ -5,11 +5,6 @@ from __future__ import annotations
 import torch
 
 
-def linear_alpha_bar(steps: int = 1000) -> torch.Tensor:
-    """alpha_bar of the linear schedule of DDPM (Ho et al. 2020, sec. 4), float64 (steps,)."""
-    return torch.cumprod(1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64), 0)
-
-
 def _expand(values: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return values[t].float().view(-1, 1, 1, 1)
 

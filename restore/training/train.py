@@ -6,7 +6,6 @@ import difflib
 import json
 import logging
 import math
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -21,8 +20,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from operators import RestoreError
+from restore import atomic
+from restore.backbones.adm import noise_schedule
 from restore.training import dataset
-from restore.training.losses import hybrid_loss, linear_alpha_bar
+from restore.training.losses import hybrid_loss
 
 log = logging.getLogger(__name__)
 HELD_OUT_LEVELS = (10, 50, 100, 200, 300, 450, 600, 800)
@@ -33,12 +34,6 @@ def native_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def save_atomically(state: dict, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
 
 
 def save_model(model: UNet2DModel, folder: Path, dtype: torch.dtype = torch.float16) -> None:
@@ -169,7 +164,7 @@ def train(config: DictConfig) -> Path:
     model, optimizer = accelerator.prepare(model, optimizer)
     ema.to(device)
     forward = torch.compile(model) if config.compile else model
-    alpha_bar = linear_alpha_bar()
+    alpha_bar = noise_schedule()
     started, last_log, recent = time.monotonic(), time.monotonic(), []
 
     def save(model) -> None:
@@ -181,7 +176,8 @@ def train(config: DictConfig) -> Path:
             "step": step,
             "model_config": json.dumps(OmegaConf.to_container(config.model), sort_keys=True),
         }
-        save_atomically(state, checkpoint)
+        with atomic.writing(checkpoint) as file:
+            torch.save(state, file)
 
     def with_ema(function):
         """Run `function(model)` with the EMA weights in place of the trained ones."""

@@ -6,11 +6,11 @@
 import pytest
 import torch
 
+from restore.backbones.adm import noise_schedule
 from restore.backbones.base import Prediction
 from restore.samplers.dps import dps
 from restore.samplers.generate import generate
 from restore.samplers.schedule import respace
-from restore.training.losses import linear_alpha_bar
 
 N, SHAPE, D = 4000, (3, 2, 2), 12
 
@@ -19,7 +19,7 @@ class GaussianBackbone:
     """E[eps | x_t] for x_0 ~ N(mean, cov): a network that is exact."""
 
     def __init__(self, mean, cov):
-        self.alphas_cumprod = linear_alpha_bar()
+        self.alphas_cumprod = noise_schedule()
         self.mean, self.cov = mean, cov
         self.values, self.vectors = torch.linalg.eigh(cov)
         self.network, self.attention, self.null_condition = None, {}, None
