@@ -111,7 +111,7 @@ def psld_cost(
         decoder=plain["decoder"],
         encoder=plain["encoder"],
         backward=plain["backward"],
-        weak=guided["score"] - plain["score"],
+        weak=guided["weak"],
         weak_unshared=weak_unshared,
         parameters=sum(p.numel() * p.element_size() for p in _weights(model)),
         peak=peak,
@@ -131,7 +131,7 @@ def _fake_model(unet_config, vae_config, dtype, vae_dtype, tokens: int, checkpoi
     return StableDiffusion(unet, vae, torch.ones(1000), text, checkpointing=checkpointing)
 
 
-def _step(model: StableDiffusion, z: torch.Tensor, guidance, score, decoder, encoder, backward) -> None:
+def _step(model: StableDiffusion, z: torch.Tensor, guidance, score, decoder, encoder, backward, weak) -> None:
     """psld's second step without the operator and the update, each part within its context manager."""
     vae = model.vae
     with estimator(model, guidance) as estimate:
@@ -139,7 +139,7 @@ def _step(model: StableDiffusion, z: torch.Tensor, guidance, score, decoder, enc
             with torch.no_grad():
                 estimate(z, 1)  # the first step learns what the two passes share
         with score:
-            strong, _ = estimate(z, 1)
+            strong = estimate.strong(z, 1)
         with decoder:
             z0_hat = z - strong.eps
             x0_hat = vae.decode(z0_hat.to(vae.dtype), return_dict=False)[0].to(z.dtype)
@@ -147,10 +147,12 @@ def _step(model: StableDiffusion, z: torch.Tensor, guidance, score, decoder, enc
             encoded = vae.encode(x0_hat.to(vae.dtype)).latent_dist.mean.to(z.dtype)
         with backward:
             torch.autograd.grad(x0_hat.norm() + (z0_hat - encoded).norm(), z)
+        with weak:
+            estimate.guided(strong, z, 1)
 
 
 def _flops(model: StableDiffusion, z: torch.Tensor, guidance) -> dict[str, int]:
-    counters = {name: _counter() for name in ("score", "decoder", "encoder", "backward")}
+    counters = {name: _counter() for name in ("score", "decoder", "encoder", "backward", "weak")}
     _step(model, z, guidance, **counters)
     return {name: counter.get_total_flops() for name, counter in counters.items()}
 
@@ -158,7 +160,7 @@ def _flops(model: StableDiffusion, z: torch.Tensor, guidance) -> dict[str, int]:
 def _peak(model: StableDiffusion, z: torch.Tensor, guidance) -> int:
     # Not in one run with _flops: its counter keeps tensors of recomputed blocks alive.
     with LiveBytes(known=[*_weights(model), z]) as live:
-        _step(model, z, guidance, *[nullcontext()] * 4)
+        _step(model, z, guidance, *[nullcontext()] * 5)
     return live.peak
 
 

@@ -170,26 +170,44 @@ class Estimate:
         self.evaluations = 0
 
     def __call__(self, x_t: torch.Tensor, t: int, condition: Any = None) -> tuple[Prediction, torch.Tensor]:
-        """(strong, eps_guided): the plain Prediction, with a graph to x_t if x_t requires a gradient, and the
-        guided eps, detached. Without an active term eps_guided is strong.eps and no weak pass is run."""
-        active = [
-            (term, branch, tape)
-            for (term, branch), tape in zip(self.branches, self.tapes, strict=True)
-            if term.interval is None or term.interval[0] >= t >= term.interval[1]
-        ]
+        """(strong, eps_guided): both halves at once, for samplers that need no gradient in between."""
+        strong = self.strong(x_t, t, condition)
+        return strong, self.guided(strong, x_t, t, condition)
+
+    def strong(self, x_t: torch.Tensor, t: int, condition: Any = None) -> Prediction:
+        """The plain Prediction, with a graph to x_t if x_t requires a gradient."""
+        self.close()
         try:
-            strong = self._strong(x_t, t, condition, [tape for _, _, tape in active if tape is not None])
-            eps = strong.eps.detach()
-            guided = eps
-            for term, branch, tape in active:
-                with torch.no_grad(), tape.replaying() if tape is not None and tape.recorded else nullcontext():
+            return self._strong(x_t, t, condition, [tape for _, _, tape in self._active(t) if tape is not None])
+        except BaseException:
+            self.close()
+            raise
+
+    @torch.no_grad()
+    def guided(self, strong: Prediction, x_t: torch.Tensor, t: int, condition: Any = None) -> torch.Tensor:
+        """The guided eps, detached, given the strong prediction of the same arguments, which must be the last one.
+
+        Called after the backward through `strong`, the weak passes need memory that the graph no longer
+        holds. Without an active term this is strong.eps and no weak pass is run.
+        """
+        eps = guided = strong.eps.detach()
+        try:
+            for term, branch, tape in self._active(t):
+                with tape.replaying() if tape is not None and tape.recorded else nullcontext():
                     weak = branch.eps(x_t.detach(), t, condition, strong)
                 if weak is not None:
                     self.evaluations += 1
                     guided = guided + term.scale * (eps - weak)
         finally:
             self.close()
-        return strong, guided
+        return guided
+
+    def _active(self, t: int) -> list[tuple[Any, Any, Tape | None]]:
+        return [
+            (term, branch, tape)
+            for (term, branch), tape in zip(self.branches, self.tapes, strict=True)
+            if term.interval is None or term.interval[0] >= t >= term.interval[1]
+        ]
 
     def _strong(self, x_t: torch.Tensor, t: int, condition: Any, tapes: list[Tape]) -> Prediction:
         with ExitStack() as stack:
@@ -212,7 +230,8 @@ class Estimate:
 
 @contextmanager
 def estimator(backbone: Backbone, guidance: Guidance | None = None, *, share_prefix: bool = True) -> Iterator[Estimate]:
-    """`with estimator(backbone, guidance) as estimate: strong, eps_guided = estimate(x_t, t, condition)`.
+    """`with estimator(backbone, guidance) as estimate: strong, eps_guided = estimate(x_t, t, condition)`, or, with a
+    backward in between, `strong = estimate.strong(x_t, t)` and `eps_guided = estimate.guided(strong, x_t, t)`.
 
     Weak passes run without gradients, after the strong one, and take from it what the two have in common
     (share_prefix=False: compute everything twice; same bits). Attention processors are changed during a weak

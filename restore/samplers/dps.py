@@ -69,17 +69,19 @@ def dps(
     x_t = x_T
     with estimator(backbone, guidance) as estimate:
         for k, i in enumerate(reversed(range(len(diffusion)))):
-            # Score: one pass with a graph for the likelihood, a weak one without for the guidance.
+            # Score: a pass with a graph for the likelihood.
             x_t = x_t.detach().requires_grad_()
-            strong, eps = estimate(x_t, diffusion.timesteps[i], condition)
+            strong = estimate.strong(x_t, diffusion.timesteps[i], condition)
 
             # Likelihood: gradient of the data norm through A, the clamp and the network.
             x0_hat = diffusion.x0(x_t, strong.eps, i, clip)
             residual = data_norm(y - operator.A(x0_hat), y)
             (grad,) = torch.autograd.grad(residual.sum(), x_t)
 
-            # Prior: the sampler's own step with the guided score, then the likelihood step.
+            # Prior: the sampler's own step with the guided score, then the likelihood step. The weak pass comes
+            # now, when the graph's memory is free again.
             with torch.no_grad():
+                eps = estimate.guided(strong, x_t, diffusion.timesteps[i], condition)
                 v = None if strong.variance is None else strong.variance.detach()
                 n = noise(k, x_t.shape, "latent")
                 x_t = diffusion.step(x_t.detach(), eps, v, i, n, ddim_eta=ddim_eta, clip=clip) - zeta * grad

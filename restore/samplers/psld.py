@@ -68,9 +68,9 @@ def psld(
         for k, t in enumerate(timesteps):
             a, a_prev = alpha_bar[k], alpha_bar_prev[k]
 
-            # Score: one pass with a graph for the likelihood, a weak one without for the guidance.
+            # Score: a pass with a graph for the likelihood.
             z_t = z_t.detach().requires_grad_()
-            strong, eps = estimate(z_t, t, condition)
+            strong = estimate.strong(z_t, t, condition)
 
             # Likelihood: the decoded estimate must explain y, and survive being glued to y and encoded.
             z0_hat = (z_t - (1 - a) ** 0.5 * strong.eps) / a**0.5
@@ -85,8 +85,10 @@ def psld(
                 glue = l2_norm(z0_hat - backbone.encode(x_glued, n), y)
             (gradient,) = torch.autograd.grad((eta * residual + gamma * glue).sum(), z_t)
 
-            # Prior: DDIM with the guided score (Song et al. 2021, eq. 12), then the likelihood step.
+            # Prior: DDIM with the guided score (Song et al. 2021, eq. 12), then the likelihood step. The weak pass
+            # comes now, when the graph's memory is free again.
             with torch.no_grad():
+                eps = estimate.guided(strong, z_t, t, condition)
                 sigma_t = ddim_eta * ((1 - a_prev) / (1 - a)) ** 0.5 * (1 - a / a_prev) ** 0.5
                 z0_guided = (z_t - (1 - a) ** 0.5 * eps) / a**0.5
                 z_next = a_prev**0.5 * z0_guided + max(1 - a_prev - sigma_t**2, 0.0) ** 0.5 * eps

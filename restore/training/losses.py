@@ -17,16 +17,20 @@ def hybrid_loss(
     t: torch.Tensor,
     alpha_bar: torch.Tensor,
     snr_gamma: float,
+    high_noise_weight: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(weighted noise error, variational term), both means over the batch.
 
-    The noise error is weighted by min(SNR, gamma)/SNR (Hang et al. 2023, Min-SNR). The variational
+    The noise error is weighted by min(SNR, gamma)/SNR (Hang et al. 2023, Min-SNR) plus
+    min(1/SNR, high_noise_weight): without a bound the sum 1 + 1/SNR is the weight of v-prediction
+    (Salimans & Ho 2022, SNR + 1 on x0). The second part is what teaches colours and lighting, whose error
+    1/SNR times the noise error would otherwise be lost in the mean. The variational
     term is L_{t-1} of Nichol & Dhariwal 2021, eq. 15-16, in bits per dimension, with the predicted
     mean held fixed so that it trains the variance channel only; at t = 0 the Gaussian negative
     log-likelihood of x0 stands for the discretised one.
     """
     snr = alpha_bar / (1 - alpha_bar)
-    weight = (snr_gamma / snr).clamp(max=1)[t].float()
+    weight = ((snr_gamma / snr).clamp(max=1) + (1 / snr).clamp(max=high_noise_weight))[t].float()
     simple = ((eps_hat - eps) ** 2).mean(dim=(1, 2, 3))
 
     previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])

@@ -209,9 +209,8 @@ def train(config: DictConfig) -> Path:
             group["lr"] = config.optimizer.lr * min(1.0, (step + 1) / config.optimizer.warmup_steps)
         with accelerator.autocast():
             prediction = forward(x_t, t, return_dict=False)[0].float()
-        simple, vlb = hybrid_loss(
-            prediction[:, :3], prediction[:, 3:], x0, eps, t, alpha_bar.to(device), config.snr_gamma
-        )
+        weights = (config.snr_gamma, config.high_noise_weight)
+        simple, vlb = hybrid_loss(prediction[:, :3], prediction[:, 3:], x0, eps, t, alpha_bar.to(device), *weights)
         loss = simple + config.vlb_weight * vlb
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip_grad_norm)

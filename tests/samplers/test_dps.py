@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import operators
 from operators import RestoreError
 from restore.backbones.adm import ADM
+from restore.evaluation.cost import LiveBytes
 from restore.guidance import PAG
 from restore.samplers.dps import DATA_NORMS, dps
 from restore.samplers.noise import ImageNoise
@@ -153,3 +154,23 @@ def test_data_norms():
     assert torch.allclose(
         DATA_NORMS["poisson-reference"](difference[1:], y[1:])[0], (difference[1].norm() / y[1].abs()).mean()
     )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_guidance_takes_hardly_more_memory(bank, checkpointing):
+    """The weak pass runs when the graph of the strong one is gone; only the shared prefix is kept meanwhile."""
+    model = ADM.load(GOLDEN / "nets" / "adm_a.safetensors", head_channels=16, checkpointing=checkpointing)
+    operator = operators.SuperResolution(8)
+    x_T = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    y = operator.A(x_T.clamp(-1, 1))
+
+    def peak(guidance):
+        with LiveBytes(known=[*model.network.parameters(), x_T, y]) as live:
+            timesteps = [400, 500]  # in the first step everything is recorded to learn what is shared
+            dps(model, operator, y, x_T=x_T, timesteps=timesteps, zeta=1.0, guidance=guidance, noise=noise)
+        return live.peak
+
+    def noise(k, shape, kind):
+        return torch.zeros(shape)
+
+    assert peak(PAG(1.0, "i7")) <= 1.1 * peak(None)

@@ -123,9 +123,10 @@ def test_loss_against_its_definition():
     x0 = torch.rand(2, 3, 4, 4, generator=g) * 1.6 - 0.8
     eps, eps_hat, v = (torch.randn(2, 3, 4, 4, generator=g) for _ in range(3))
     t = torch.tensor([300, 700])
-    simple, vlb = hybrid_loss(eps_hat, v.tanh(), x0, eps, t, alpha_bar, snr_gamma=5.0)
+    simple, vlb = hybrid_loss(eps_hat, v.tanh(), x0, eps, t, alpha_bar, snr_gamma=5.0, high_noise_weight=8.0)
     snr = (alpha_bar / (1 - alpha_bar))[t]
-    weight = torch.minimum(snr, torch.tensor(5.0)) / snr
+    assert 1 / snr[0] < 8 < 1 / snr[1]
+    weight = torch.minimum(snr, torch.tensor(5.0)) / snr + torch.minimum(1 / snr, torch.tensor(8.0))
     expected = (weight * ((eps_hat - eps) ** 2).mean(dim=(1, 2, 3))).mean()
     assert float(simple) == pytest.approx(float(expected), rel=1e-5)
 
