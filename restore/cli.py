@@ -81,6 +81,12 @@ def run(
     max_windows: Annotated[int, typer.Option(help="Windows of a large photo per network call.")] = 16,
     data: Annotated[Optional[str], typer.Option(help="Presets published for ffhq or imagenet.")] = None,
     reference: Annotated[bool, typer.Option("--reference", help="Compute what the authors' PSLD code does.")] = False,
+    solve_at: Annotated[
+        Optional[int], typer.Option(help="Restore at this side and bring back, as PSLD's numbers: 512.")
+    ] = None,
+    resample: Annotated[
+        Optional[str], typer.Option(help="With --solve-at: bicubic, or nearest as in PSLD's code.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo finished files.")] = False,
     save_trajectory: Annotated[bool, typer.Option("--save-trajectory", help="A strip of x0_hat through time.")] = False,
     png: Annotated[bool, typer.Option("--png", help="Write PNG whatever the input's format.")] = False,
@@ -88,6 +94,7 @@ def run(
 ) -> None:
     """Restore images: `restore run photo.png --task sr4 -o restored/`."""
     from restore import jobs, restorer
+    from restore.samplers.protocol512 import resampling
 
     names, settings = split_settings(inputs)
     model = restorer.load(
@@ -115,6 +122,7 @@ def run(
         batch_size=batch_size,
         data=data,
         reference=reference,
+        resampled=resampling(solve_at, resample, reference),
         overwrite=overwrite,
         save_trajectory=save_trajectory,
         callback=progress,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib.metadata
 import time
@@ -19,6 +20,7 @@ from restore import atomic, files, io, pictures, presets
 from restore.guidance import CFG, PAG
 from restore.paths import configs_dir
 from restore.samplers.noise import derive_seed
+from restore.samplers.protocol512 import Resampled
 
 # Side-cars and pictures written beside a result are named after it with these endings.
 SIDECAR, DEGRADED, TRAJECTORY = ".json", "-degraded", "-trajectory"
@@ -110,14 +112,18 @@ def build_operator(config: dict, height: int, width: int):
     return operators.build(config, image_size=(height, width))
 
 
-def _measurement(job: Job, config: dict, degrade: bool, seed: int):
+def _measurement(job: Job, config: dict, degrade: bool, seed: int, resampled: Resampled | None = None):
     """(record, clean or None, operator, y): the input is the clean photo with `degrade`, else y itself."""
     record = io.read_image(job.source)
     height, width = record.size
     if degrade:
-        operator = build_operator(config, height, width)
+        clean = resampled.truth(record.pixels) if resampled else record.pixels
+        x = resampled.enlarged(clean, job.source.name) if resampled else clean
+        if resampled and isinstance(config.get("mask"), Path):
+            config = config | {"mask": resampled.enlarged_mask(io.read_mask(config["mask"], record.size))}
+        operator = build_operator(config, *x.shape[-2:])
         generator = torch.Generator().manual_seed(derive_seed(seed, job.source.stem, "degrade"))
-        return record, record.pixels, operator, operator(record.pixels, generator)
+        return record, clean, operator, operator(x, generator)
     factor = config.get("factor", 1)
     if config["name"] in ("inpainting_box", "inpainting_random"):
         raise RestoreError(
@@ -128,6 +134,8 @@ def _measurement(job: Job, config: dict, degrade: bool, seed: int):
     y = record.pixels.mean(1, keepdim=True) if config["name"] == "colorization" else record.pixels
     if config["name"] == "inpainting_mask":
         y = operator.A(y)
+    if resampled:
+        operator = resampled.measuring(operator, (height * factor, width * factor), job.source.name)
     return record, None, operator, y
 
 
@@ -147,6 +155,7 @@ def restore_files(
     batch_size: int = 1,
     data: str | None = None,
     reference: bool = False,
+    resampled: Resampled | None = None,
     overwrite: bool = False,
     save_trajectory: bool = False,
     callback: Callable[[dict], None] | None = None,
@@ -154,9 +163,10 @@ def restore_files(
     """Restore one file after the other; each result is complete on the disk before the next begins.
 
     config: from `task_config`. degrade: the inputs are clean; they are degraded first and the result
-    is compared with them. The other arguments are those of `Restorer`. Finished files (result and
-    side-car exist) are skipped unless `overwrite`. Writes NAME (first sample), NAME-sampleK, NAME-mean
-    and NAME-spread with several samples, NAME-degraded, NAME-trajectory.png and the side-car NAME.json.
+    is compared with them. resampled: restore at another size and bring the result back (protocol512).
+    The other arguments are those of `Restorer`. Finished files (result and side-car exist) are skipped
+    unless `overwrite`. Writes NAME (first sample), NAME-sampleK, NAME-mean and NAME-spread with several
+    samples, NAME-degraded, NAME-trajectory.png and the side-car NAME.json.
     Raises RestoreError; files finished before it are kept.
     """
     for job in jobs:
@@ -164,7 +174,7 @@ def restore_files(
             yield Outcome(job, True, {})
             continue
         started = time.perf_counter()
-        record, clean, operator, y = _measurement(job, config, degrade, seed)
+        record, clean, operator, y = _measurement(job, config, degrade, seed, resampled)
         guidance = choose_guidance(restorer, operator.name, sampler, pag_scale, layers, data)
         frames: list[torch.Tensor] = []
         result = restorer(
@@ -182,6 +192,11 @@ def restore_files(
             callback=_recording(callback, frames if save_trajectory else None),
             **(parameters or {}),
         )
+        if resampled:
+            factor = 1 if degrade else config.get("factor", 1)
+            own = tuple(side * factor for side in record.size)
+            result = dataclasses.replace(result, samples=resampled.back(result.samples, own))
+            result.protocol["resampled"] = dataclasses.asdict(resampled)
         colour = config["name"] == "colorization"
         numbers = {
             "residual_ratio": None if result.residual_ratio is None else float(result.residual_ratio[0, 0]),

@@ -68,6 +68,7 @@ SCHEMA: dict[str, Any] = {
         "size": None,
         "every": 1,
         "limit": None,
+        "stretch": False,
     },
     "tasks": (_EACH, _TASK),
     "methods": (_EACH, _METHOD),

@@ -37,6 +37,7 @@ KNOWN_SETS: dict[str, dict[str, Any]] = {
     "folder": {"size": None, "names": None, "about": "every image of a folder, sorted by name"},
 }
 PREPROCESSING = "shorter side to `size` by antialiased bicubic (Pillow), centre crop; untouched where it already fits"
+STRETCHING = "; each image's range stretched to 0-255"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class ImageSet:
     digest: sha256 over ids and file contents in order, hexadecimal: equal only for equal sets.
     annotations: columns of a metadata file (`label`, `text`, ...) or class folders, one mapping per image.
     shapes: (height, width) after preprocessing, one per image.
+    stretch: each image's darkest value goes to 0 and its brightest to 255 after that (PSLD's code does it).
     """
 
     name: str
@@ -60,13 +62,15 @@ class ImageSet:
     shapes: tuple[tuple[int, int], ...]
     annotations: tuple[dict[str, Any], ...] = field(default=(), repr=False)
     ignored: tuple[str, ...] = ()
+    stretch: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def pixels(self, i: int) -> np.ndarray:
         """Image i as uint8 (H, W, 3), preprocessed."""
-        return fit(read_rgb(self.paths[i]), self.size)
+        pixels = fit(read_rgb(self.paths[i]), self.size)
+        return stretched(pixels) if self.stretch else pixels
 
     def tensor(self, i: int) -> torch.Tensor:
         """Image i as float32 (3, H, W) in [-1, 1]."""
@@ -80,7 +84,7 @@ class ImageSet:
             "count": len(self),
             "sha256": self.digest,
             "size": [list(shape) for shape in shapes] if len(shapes) <= 4 else f"{len(shapes)} different sizes",
-            "preprocessing": PREPROCESSING if self.size else "none",
+            "preprocessing": (PREPROCESSING if self.size else "none") + (STRETCHING if self.stretch else ""),
             "first": self.ids[0],
             "last": self.ids[-1],
         }
@@ -101,6 +105,12 @@ def fit(pixels: np.ndarray, size: int | None) -> np.ndarray:
     resized = np.asarray(Image.fromarray(pixels).resize(new, Image.Resampling.BICUBIC))
     top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
     return resized[top : top + size, left : left + size]
+
+
+def stretched(pixels: np.ndarray) -> np.ndarray:
+    """uint8 pixels with the darkest value at 0 and the brightest at 255; a constant image becomes 0."""
+    low, high = int(pixels.min()), int(pixels.max())
+    return np.rint((pixels.astype(np.float64) - low) * 255 / max(high - low, 1)).astype(np.uint8)
 
 
 def file_name(image_id: str) -> str:
@@ -211,6 +221,7 @@ def load_dataset(
     size: int | None = None,
     every: int = 1,
     limit: int | None = None,
+    stretch: bool = False,
 ) -> ImageSet:
     """Resolve, check and hash a set of images before anything runs.
 
@@ -220,6 +231,7 @@ def load_dataset(
     split: subfolder of a Hugging Face image folder ("train", "test"), with its metadata file or class folders.
     size: side in pixels that every image is brought to; the named sets have their own.
     every, limit: keep every n-th image, then at most `limit`.
+    stretch: see ImageSet.
 
     Every file is decoded once, so missing and corrupt images are named here, all of them, in one RestoreError.
     """
@@ -259,6 +271,8 @@ def load_dataset(
         )
     if size:
         digest.update(f"size {size} {PREPROCESSING}".encode())
+    if stretch:
+        digest.update(STRETCHING.encode())
     annotations = tuple(metadata.get(key, {"label": key.split("/")[0]} if split and "/" in key else {}) for key in ids)
     return ImageSet(
         name=name,
@@ -270,4 +284,5 @@ def load_dataset(
         shapes=tuple(shapes),
         annotations=annotations,
         ignored=tuple(ignored),
+        stretch=stretch,
     )

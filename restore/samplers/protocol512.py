@@ -11,6 +11,8 @@ The known pixels of the ground truth are never pasted into a result, as the auth
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -20,36 +22,102 @@ REFERENCE = {"method": "nearest", "stretch": True}
 """The authors' resampling, as keywords of `enlarge` (and its method of `reduce`)."""
 
 
+def stretched(image: torch.Tensor) -> torch.Tensor:
+    """image (B, C, H, W) with each image's darkest value at -1 and its brightest at 1, as the authors load theirs.
+
+    The result is then compared with the stretched image. A constant image becomes -1.
+    """
+    flat = image.flatten(1)
+    low, high = flat.amin(1).view(-1, 1, 1, 1), flat.amax(1).view(-1, 1, 1, 1)
+    return 2 * (image - low) / (high - low).clamp(min=1e-8) - 1
+
+
 def enlarge(image: torch.Tensor, size: int = 512, *, method: str = "bicubic", stretch: bool = False) -> torch.Tensor:
     """image (B, 3, H, W) in [-1, 1] at size x size; the overshoot of the bicubic filter is clamped.
 
     method: "bicubic" (antialiased, a = -0.5, as Pillow's) or "nearest" (the authors').
-    stretch: first map each image's darkest value to -1 and its brightest to 1, as the authors do; the result
-        is then compared with the stretched image. Raises RestoreError for an unknown method.
+    stretch: see `stretched`, applied first. Raises RestoreError for an unknown method.
     """
     if stretch:
-        flat = image.flatten(1)
-        low, high = flat.amin(1).view(-1, 1, 1, 1), flat.amax(1).view(-1, 1, 1, 1)
-        image = 2 * (image - low) / (high - low).clamp(min=1e-8) - 1
+        image = stretched(image)
     return _resize(image, size, method).clamp(-1, 1)
 
 
-def reduce(image: torch.Tensor, size: int = 256, *, method: str = "bicubic") -> torch.Tensor:
-    """A result (B, 3, H, W) at size x size for the metrics; "bicubic" is antialiased, "nearest" is the authors'."""
+def reduce(image: torch.Tensor, size: int | tuple[int, int] = 256, *, method: str = "bicubic") -> torch.Tensor:
+    """A result (B, 3, H, W) at size x size, or (H, W), for the metrics; "bicubic" is antialiased, "nearest" is
+    the authors'."""
     return _resize(image, size, method)
 
 
 def measured_small(operator: Operator, factor: int = 2) -> Operator:
     """The operator of images `factor` times smaller than the one that is restored: y = A(reduced x) + n.
 
-    The reduction is the antialiased bicubic of `operators.SuperResolution`; the noise stays the operator's.
+    The reduction is the antialiased bicubic of `operators.SuperResolution`; the noise stays the operator's, and
+    its name, by which presets are found.
     """
-    return Compose(SuperResolution(factor), operator)
+    composed = Compose(SuperResolution(factor), operator)
+    composed.name = operator.name
+    return composed
 
 
-def _resize(image: torch.Tensor, size: int, method: str) -> torch.Tensor:
+@dataclass(frozen=True)
+class Resampled:
+    """Restoring at another size than the photo's: either reading of the protocol.
+
+    side: the size, in pixels, at which the restoration runs. method: "bicubic" or "nearest"; stretch: the authors'
+    min-max scaling of clean images. A clean photo is enlarged and then degraded; a damaged one was measured at
+    its own size and is restored at a whole multiple of it.
+    """
+
+    side: int
+    method: str = "bicubic"
+    stretch: bool = False
+
+    def truth(self, clean: torch.Tensor) -> torch.Tensor:
+        return stretched(clean) if self.stretch else clean
+
+    def enlarged(self, clean: torch.Tensor, name: str) -> torch.Tensor:
+        if clean.shape[-1] != clean.shape[-2]:
+            raise RestoreError(f"{name} is not square; --solve-at {self.side} needs a square photo with --degrade")
+        return enlarge(clean, self.side, method=self.method)
+
+    def enlarged_mask(self, mask: torch.Tensor) -> torch.Tensor:
+        return _resize(mask, self.side, "nearest")
+
+    def measuring(self, operator, size: tuple[int, int], name: str):
+        factor, rest = divmod(self.side, max(size))
+        if rest or factor < 1:
+            raise RestoreError(
+                f"--solve-at {self.side} is no multiple of the longer side of {name}'s restoration, {max(size)}"
+            )
+        return measured_small(operator, factor) if factor > 1 else operator
+
+    def back(self, samples: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Samples (B, K, 3, h, w) at size (H, W)."""
+        small = reduce(samples.flatten(0, 1), size, method=self.method).clamp(-1, 1)
+        return small.view(*samples.shape[:2], *small.shape[1:])
+
+
+def resampling(side: int | None, method: str | None, reference: bool) -> Resampled | None:
+    """What --solve-at, --resample and --reference ask for; with `reference` the authors' method and stretching."""
+    if side is None:
+        if method is not None:
+            raise RestoreError("--resample needs --solve-at: nothing is resampled without it")
+        return None
+    if side < 1:
+        raise RestoreError(f"--solve-at must be a number of pixels, not {side}")
+    chosen = dict(REFERENCE) if reference else {}
+    if method is not None:
+        chosen["method"] = method
+    if chosen.get("method", "bicubic") not in ("bicubic", "nearest"):
+        raise RestoreError(f"--resample {method} is not known; expected bicubic or nearest")
+    return Resampled(side, **chosen)
+
+
+def _resize(image: torch.Tensor, size: int | tuple[int, int], method: str) -> torch.Tensor:
+    size = (size, size) if isinstance(size, int) else size
     if method == "nearest":
-        return F.interpolate(image, size=(size, size), mode="nearest")
+        return F.interpolate(image, size=size, mode="nearest")
     if method == "bicubic":
-        return F.interpolate(image, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+        return F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False)
     raise RestoreError(f"resampling {method!r} is not known; expected bicubic or nearest")

@@ -104,3 +104,16 @@ def test_orientation_sixteen_bits_and_alpha(tmp_path, smooth_images):
     grey = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
     Image.fromarray(grey).save(tmp_path / "grey.png")
     assert np.array_equal(datasets.read_rgb(tmp_path / "grey.png")[..., 1].ravel(), np.arange(256))
+
+
+def test_stretching_is_part_of_the_set_and_of_its_hash(tmp_path, write_images):
+    pixels = np.full((8, 8, 3), 100, np.uint8)
+    pixels[:4], pixels[4, 4] = 60, 160
+    write_images(tmp_path, [pixels], ["a"])
+    plain, stretched = (datasets.load_dataset(tmp_path, stretch=stretch) for stretch in (False, True))
+    assert np.array_equal(plain.pixels(0), pixels) and plain.digest != stretched.digest
+    values = stretched.pixels(0)
+    assert values[0, 0, 0] == 0 and values[4, 4, 1] == 255 and values[7, 7, 2] == 102
+    assert stretched.tensor(0).min() == -1 and stretched.tensor(0).max() == 1
+    assert "stretched" in stretched.describe()["preprocessing"] != plain.describe()["preprocessing"]
+    assert not datasets.stretched(np.full((4, 4, 3), 9, np.uint8)).any()
