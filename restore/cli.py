@@ -305,6 +305,10 @@ def evaluate(
     metrics: Annotated[str, typer.Option(help="psnr, ssim, lpips, fid, kid, is, pr; comma separated.")] = "psnr,ssim",
     full_reference: Annotated[Optional[Path], typer.Option(help="A larger set for FID, reported apart.")] = None,
     lpips_net: Annotated[str, typer.Option(help="alex or vgg.")] = "alex",
+    weights: Annotated[
+        Optional[list[str]], typer.Option(help="A metric's network: inception=FILE, vgg16=FILE or alexnet=FILE.")
+    ] = None,
+    device: Device = "auto",
     allow_small: Annotated[bool, typer.Option("--allow-small", help="FID on few images.")] = False,
     allow_incomplete: Annotated[bool, typer.Option("--allow-incomplete", help="Means over what there is.")] = False,
     out: Annotated[Optional[Path], typer.Option("--out", "-o", help="JSON file with everything.")] = None,
@@ -312,6 +316,8 @@ def evaluate(
     """Compare a folder of results, from whatever program, with the truth."""
     from restore import atomic
     from restore.evaluation.evaluate import evaluate as compare
+    from restore.evaluation.weights import weight_files
+    from restore.restorer import choose_device
 
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     done = compare(
@@ -320,6 +326,8 @@ def evaluate(
         metrics=names,
         full_reference=full_reference,
         lpips_net=lpips_net,
+        weights=weight_files(weights or []),
+        device=str(choose_device(device)),
         allow_small=allow_small,
         allow_incomplete=allow_incomplete,
     )

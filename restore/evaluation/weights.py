@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,6 +106,17 @@ def find_weights(name: str, weights: Mapping[str, str | os.PathLike] | None = No
     if key not in state or tuple(state[key].shape) != shape:
         raise RestoreError(f"{path} holds another network: {key} of shape {shape} is not in it; give {published.file}")
     return path
+
+
+def weight_files(settings: Sequence[str]) -> dict[str, str]:
+    """["alexnet=FILE", ...] as a mapping for `find_weights`. Raises RestoreError for what is not NAME=FILE."""
+    files = {}
+    for setting in settings:
+        name, equals, file = setting.partition("=")
+        if not equals or not file or name not in WEIGHTS:
+            raise RestoreError(f"--weights {setting} is not NAME=FILE with a name of {', '.join(WEIGHTS)}")
+        files[name] = file
+    return files
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:

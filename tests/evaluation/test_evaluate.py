@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
 
 from operators import RestoreError
+from restore import cli
 from restore.evaluation import fidelity, metrics, protocol
 from restore.evaluation.evaluate import evaluate
 from restore.evaluation.statistics import bootstrap, paired_difference
@@ -104,3 +106,30 @@ def test_protocols_that_differ_say_how():
     assert protocol.differences(block(), moved, circumstances=True) == {"device": ("cpu", "cuda")}
     text = protocol.format_differences(protocol.differences(block(), other))
     assert text == "tasks.sr.sigma_y: 0.05 there, 0.1 here; methods.dps.steps: 250 there, 1000 here"
+
+
+def test_the_command_takes_files_of_weights(pair, tmp_path, inception_weights, hub, monkeypatch, capsys):
+    """`restore evaluate` gives the numbers of the function, with networks from where the user keeps them."""
+    alexnet = tmp_path / "my-alexnet.pth"
+    alexnet.symlink_to(hub / "checkpoints" / "alexnet-owt-7be5be79.pth")
+
+    def run(*options):
+        command = ["restore", "evaluate", tmp_path / "results", "--reference", tmp_path / "truth", *options]
+        monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code, capsys.readouterr()
+
+    names = ["psnr", "lpips", "fid"]
+    options = ["--metrics", ",".join(names), "--allow-small", "--device", "cpu", "-o", tmp_path / "out.json"]
+    files = ["--weights", f"inception={inception_weights}", "--weights", f"alexnet={alexnet}"]
+    code, text = run(*options, *files)
+    assert code == 0, text.err
+    weights = {"inception": inception_weights, "alexnet": alexnet}
+    expected = evaluate(tmp_path / "results", tmp_path / "truth", metrics=names, weights=weights, allow_small=True)
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["means"]["lpips"]["mean"] == pytest.approx(expected.means["lpips"].mean, rel=1e-6)
+    assert f"fid {expected.set_values['fid']:.4f}" in text.out and "6 of 6 images compared" in text.out
+    for wrong in (["--weights", "alexnet"], ["--weights", "resnet=x.pth"]):
+        code, text = run(*options, *wrong)
+        assert code == 2 and "is not NAME=FILE" in text.err

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -80,15 +81,27 @@ def test_spread_and_coverage_of_exchangeable_samples():
     assert metrics.coverage(samples[:, :1], truth).isnan().all() and metrics.spread(samples[:, :1]).isnan().all()
 
 
-def test_lpips_equals_the_package_with_the_same_weights(hub, monkeypatch):
+@pytest.mark.parametrize(
+    "net, name, file",
+    [
+        ("alex", "alexnet", "alexnet-owt-7be5be79.pth"),
+        pytest.param("vgg", "vgg16", "vgg16-397923af.pth", marks=pytest.mark.slow),  # a file of 528 MB
+    ],
+)
+def test_lpips_equals_the_package_with_the_same_weights(hub, monkeypatch, tmp_path, net, name, file):
     """The package loads the weights by its own way, through torchvision's cache; ours reads the file."""
     import lpips
+    import torchvision
 
+    if net == "vgg":
+        hub = tmp_path
+        (hub / "checkpoints").mkdir()
+        torch.manual_seed(1)
+        torch.save(torchvision.models.vgg16().state_dict(), hub / "checkpoints" / file)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(hub))
-    monkeypatch.setitem(weights.WEIGHTS, "alexnet", weights.WEIGHTS["alexnet"].__class__(
-        "LPIPS (alex)", "alexnet-owt-7be5be79.pth", "", "", ("features.0.weight", (64, 3, 11, 11)), 233))  # fmt: skip
-    package = lpips.LPIPS(net="alex", version="0.1", verbose=False)
-    ours = metrics.LPIPS("alex")
+    monkeypatch.setitem(weights.WEIGHTS, name, dataclasses.replace(weights.WEIGHTS[name], sha256=""))
+    package = lpips.LPIPS(net=net, version="0.1", verbose=False)
+    ours = metrics.LPIPS(net)
     truth = np.stack([picture(64, 64), picture(64, 64)[::-1]])
     image = noisy(truth, 25.0)
     tensors = [torch.from_numpy(v.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1 for v in (image, truth)]
