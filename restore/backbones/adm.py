@@ -54,8 +54,8 @@ class ADM:
         arithmetic by autocast; weights stay fp32 and eps is returned in fp32.
     channels_last: memory format of the weights; None: only in low precision on a GPU, where convolutions are
         faster that way. On a CPU the backward of group normalisation costs more than they gain (1.5 times the
-        time of a DPS step in bf16). In fp32 another order of summation would be enough to leave the official DPS trajectories:
-        a pixel that rounds across the clamp of x0_hat switches its gradient.
+        time of a DPS step in bf16). In fp32 another order of summation would be enough to leave the official DPS
+        trajectories: a pixel that rounds across the clamp of x0_hat switches its gradient.
     checkpointing: keep only the blocks' inputs for backward and recompute the rest.
     """
 

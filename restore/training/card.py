@@ -9,11 +9,11 @@ import torch
 from omegaconf import DictConfig
 from torch.nn.functional import interpolate
 
-from restore import atomic, io, pictures
+from restore import atomic
 from restore.backbones.adm import noise_schedule
 from restore.restorer import load
 from restore.training import dataset
-from restore.training.train import HELD_OUT_LEVELS, held_out_loss
+from restore.training.train import HELD_OUT_LEVELS, held_out_loss, write_grid
 
 
 def measure(config: DictConfig, weights: str | Path, folder: str | Path, samples: int = 16, steps: int = 250) -> dict:
@@ -34,9 +34,7 @@ def measure(config: DictConfig, weights: str | Path, folder: str | Path, samples
 
     model = held_out_loss(network, held_out, alpha_bar, restorer.device)
     images = restorer.generate(samples, steps=steps, batch_size=8).cpu()
-    side = math.isqrt(samples)
-    grid = pictures.comparison_grid([list(images[r * side : (r + 1) * side]) for r in range(side)], [""] * side)
-    io.write_image(folder / "samples.png", io.to_tensor(grid)[0])
+    write_grid(folder / "samples.png", images)
     result = {
         "parameters": sum(p.numel() for p in network.parameters()),
         "training_images": len(training),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import logging
 import math
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +16,14 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
 from tqdm import tqdm
 
 from operators import RestoreError
-from restore import atomic
-from restore.backbones.adm import noise_schedule
+from restore import atomic, io, pictures
+from restore.backbones.adm import ADM, noise_schedule
+from restore.samplers.generate import generate
+from restore.samplers.noise import ImageNoise
+from restore.samplers.schedule import respace
 from restore.training import dataset
 from restore.training.losses import hybrid_loss
 
@@ -34,13 +36,6 @@ def native_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def save_model(model: UNet2DModel, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Weights as `dtype` safetensors beside config.json: the folder that `restore.load` reads."""
-    copy = UNet2DModel.from_config(model.config)
-    copy.load_state_dict(model.state_dict())
-    copy.to(dtype).save_pretrained(folder, safe_serialization=True)
 
 
 @torch.no_grad()
@@ -60,23 +55,20 @@ def held_out_loss(model, images: torch.Tensor, alpha_bar: torch.Tensor, device) 
     return result
 
 
-@torch.no_grad()
-def sample_grid(model, alpha_bar: torch.Tensor, size: int, path: Path, device, n: int = 16, steps: int = 50) -> None:
-    """A grid of unconditional DDIM samples from fixed noise, so that grids of one run can be compared."""
-    x = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
-    times = np.linspace(0, len(alpha_bar) - 1, steps).round().astype(int)[::-1]
-    for i, t in enumerate(times):
-        a = float(alpha_bar[t])
-        a_previous = float(alpha_bar[times[i + 1]]) if i + 1 < len(times) else 1.0
-        eps = model(x, torch.full((n,), int(t), device=device), return_dict=False)[0].float()[:, :3]
-        x0 = ((x - math.sqrt(1 - a) * eps) / math.sqrt(a)).clamp(-1, 1)
-        eps = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
-        x = math.sqrt(a_previous) * x0 + math.sqrt(1 - a_previous) * eps
-    pixels = ((x.cpu() + 1) * 127.5).clamp(0, 255).round().byte().permute(0, 2, 3, 1).numpy()
-    side = math.isqrt(n)
-    rows = [np.concatenate(list(pixels[r * side : (r + 1) * side]), axis=1) for r in range(side)]
+def sample_grid(backbone: ADM, path: Path, n: int = 16, steps: int = 50) -> None:
+    """A grid of unconditional DDIM samples, always from the same noise, so that grids of one run can be compared."""
+    noise = ImageNoise([(0, str(i), 0) for i in range(n)], backbone.device)
+    shape = (n, backbone.channels, backbone.resolution, backbone.resolution)
+    timesteps = respace(len(backbone.alphas_cumprod), steps)
+    write_grid(path, generate(backbone, x_T=noise(0, shape, "start"), timesteps=timesteps, noise=noise, ddim_eta=0.0))
+
+
+def write_grid(path: Path, images: torch.Tensor) -> None:
+    """A square number of images (N, 3, H, W) in [-1, 1] as one picture."""
+    side = math.isqrt(len(images))
+    rows = [list(images[r * side : (r + 1) * side].cpu()) for r in range(side)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(rows, axis=0)).save(path)
+    io.write_image(path, io.to_tensor(pictures.comparison_grid(rows, [""] * side))[0])
 
 
 def load_config(path: str | Path, settings: list[str]) -> DictConfig:
@@ -179,15 +171,11 @@ def train(config: DictConfig) -> Path:
         with atomic.writing(checkpoint) as file:
             torch.save(state, file)
 
-    def with_ema(function):
-        """Run `function(model)` with the EMA weights in place of the trained ones."""
-        raw = accelerator.unwrap_model(model)
-        ema.store(raw.parameters())
-        ema.copy_to(raw.parameters())
-        try:
-            return function(raw)
-        finally:
-            ema.restore(raw.parameters())
+    def averaged() -> ADM:
+        """The EMA weights as a frozen backbone of their own."""
+        network = copy.deepcopy(accelerator.unwrap_model(model))
+        ema.copy_to(network.parameters())
+        return ADM(network)
 
     def out_of_time() -> bool:
         return config.minutes is not None and time.monotonic() - started > 60 * config.minutes
@@ -234,17 +222,16 @@ def train(config: DictConfig) -> Path:
             bar.set_postfix(loss=f"{mean[0]:.4f}", vlb=f"{mean[1]:.4f}")
             recent, last_log = [], time.monotonic()
         if step % config.held_out_every_steps == 0:
-            levels = with_ema(lambda m: held_out_loss(m, validation, alpha_bar, device))
+            levels = held_out_loss(averaged().network, validation, alpha_bar, device)
             with open(out / "held_out.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, "eps_mse": levels}) + "\n")
         if step % config.samples_every_steps == 0:
-            grid = out / "samples" / f"{step:07d}.png"
-            with_ema(partial(sample_grid, alpha_bar=alpha_bar, size=size, path=grid, device=device))
+            sample_grid(averaged(), out / "samples" / f"{step:07d}.png")
         if step % config.checkpoint_every_steps == 0 or step == config.steps:
             save(model)
-            with_ema(lambda m: save_model(m, out / "ema"))
+            averaged().save(out / "ema", dtype="fp16")
     bar.close()
     if accelerator.is_main_process:
         save(model)
-        with_ema(lambda m: save_model(m, out / "ema"))
+        averaged().save(out / "ema", dtype="fp16")
     return out / "ema"
