@@ -137,6 +137,8 @@ def _grid(run: Run, task: str, methods: list[str]) -> str:
     count = min(run.config["report"]["pictures"], len(ids))
     # Evenly over the set, not a choice: nobody picked these.
     ids = [ids[i * len(ids) // count] for i in range(count)]
+    if not ids:
+        return ""
     columns = ["measurement", *(tables.method_title(run, m) for m in methods), "truth"]
     spread = next((m for m in reversed(methods) if list((folder / m / "spread").glob("*.png"))), None)
     if spread:

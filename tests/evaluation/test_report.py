@@ -125,7 +125,11 @@ def test_runs_with_different_protocols_are_kept_apart_and_say_how(config, tmp_pa
 
 def test_pictures_can_be_left_out(config):
     bench(config)
+    assert "<img" in report([config["out"]]).html.read_text()
     assert "<img" not in report([config["out"]], private=True).html.read_text()
+    bench(config, ["report.pictures=0"])  # one run's only, for a report about several
+    page = report([config["out"]]).html.read_text()
+    assert "<img" not in page and "Pictures" not in page
 
 
 def test_folders_without_a_run(tmp_path):
