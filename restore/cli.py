@@ -219,6 +219,25 @@ def demo(
 
 
 @app.command()
+def ui(
+    backbone: Backbone = "embedded",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 lets others on the network in.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port.")] = 7860,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    offline: Offline = False,
+) -> None:
+    """Open a page in the browser for one photo at a time (needs the extra `ui`)."""
+    from restore import restorer
+    from restore.ui import build
+
+    page = build(restorer.load(backbone, device=device, precision=precision, offline=offline))
+    page.launch(server_name=host, server_port=port)
+
+
+@app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="configs/train/embedded.yaml or your own.")],
     settings: Annotated[Optional[list[str]], typer.Argument(help="key=value, e.g. data.folder=faces/")] = None,

@@ -94,7 +94,7 @@ RESULT_KEYS = ("kind", "backbone", "precision", "seed", "samples", "batch", "dat
 def load_config(config: str | os.PathLike | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A checked, complete configuration as plain containers, sweeps expanded into methods.
 
-    config: a YAML file, the name of a shipped one (table8-dps-ffhq) or a mapping. overrides: `key=value` with dots
+    config: a YAML file, the name of a shipped one (table8-ffhq) or a mapping. overrides: `key=value` with dots
     between levels, as on the command line.
     Raises RestoreError for unknown keys (with the nearest known one), missing values and methods that cannot run.
     """

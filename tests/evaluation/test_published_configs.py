@@ -18,7 +18,7 @@ from restore.zoo import load_backbone
 FOLDER = configs_dir() / "benchmark"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 # One of each kind in every run of the tests; the others with `-m slow`.
-QUICK = ("embedded", "table2", "table4-psld-ffhq", "table8-dps-ffhq", "table9")
+QUICK = ("embedded", "table2", "table4-ffhq", "table8-ffhq", "table9")
 RUNS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 
 
@@ -89,7 +89,7 @@ def shrink(name: str, world) -> dict:
 
 def test_every_table_of_the_paper_is_there():
     assert {"table1", "table2", "table3", "table6", "table9", "table10", "figure12", "embedded"} <= set(NAMES)
-    assert {"table4-psld-ffhq", "table5-psld-imagenet", "table7-dps-imagenet", "table8-dps-ffhq"} <= set(NAMES)
+    assert {"table4-ffhq", "table5-imagenet", "table7-imagenet", "table8-ffhq"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -103,7 +103,7 @@ def test_configuration_runs_from_end_to_end(name, world):
         for key in keys:
             assert all(key in {**c["means"], **c["set_values"], **c["cost"]} for c in cells), key
     # A stand-in whose guidance did nothing would make all of this worthless.
-    plain, guided_method = {"table2": ("none", "pag"), "table8-dps-ffhq": ("dps", "dps_pag")}.get(name, (None, None))
+    plain, guided_method = {"table2": ("none", "pag"), "table8-ffhq": ("dps", "dps_pag")}.get(name, (None, None))
     if plain:
         for task in table:
             folders = [done.folder / "results" / task / method for method in (plain, guided_method)]
@@ -111,7 +111,7 @@ def test_configuration_runs_from_end_to_end(name, world):
             assert files[0] and any(a.read_bytes() != b.read_bytes() for a, b in zip(*files, strict=True))
     written = report([done.folder])
     text = written.markdown.read_text()
-    assert "published" in text or name in ("table5-psld-imagenet", "table7-dps-imagenet", "embedded")
+    assert "published" in text or name in ("table5-imagenet", "table7-imagenet", "embedded")
 
 
 @pytest.mark.parametrize("name", NAMES)
