@@ -70,17 +70,19 @@ def build(restorer: Any) -> Any:
         )
         with gr.Row():
             with gr.Column():
-                photo = gr.Image(type="filepath", label="Photo")
+                # The file as it was chosen: alpha, 16 bits and a mask's two values must not pass through a lossy format.
+                untouched = {"type": "filepath", "image_mode": None, "format": "png"}
+                photo = gr.Image(label="Photo", **untouched)
                 task = gr.Dropdown(tasks(), value="sr4", label="Task")
-                mask = gr.Image(type="filepath", label="Mask for inpainting: white is known, black is missing")
+                mask = gr.Image(label="Mask for inpainting: white is known, black is missing", **untouched)
                 degrade = gr.Checkbox(label="Degrade first")
                 scale = gr.Number(value=None, label="PAG scale s (empty: the preset's, 0: off)")
                 steps = gr.Number(value=None, precision=0, label="Steps (empty: the preset's)")
                 seed = gr.Number(value=0, precision=0, label="Seed")
                 button = gr.Button("Restore", variant="primary")
             with gr.Column():
-                restored = gr.Image(type="filepath", label="Restored")
-                degraded = gr.Image(type="filepath", label="Degraded")
+                restored = gr.Image(type="filepath", format="png", label="Restored")
+                degraded = gr.Image(type="filepath", format="png", label="Degraded")
                 protocol = gr.JSON(label="Side-car: protocol and numbers")
         inputs = [photo, task, mask, degrade, scale, steps, seed]
         button.click(run, inputs, [restored, degraded, protocol], api_name="restore")

@@ -63,6 +63,13 @@ def test_the_page_answers_and_reports_mistakes(restorer):
         photo = gradio_client.handle_file(str(PHOTO))
         restored, degraded, sidecar = client.predict(photo, "sr4", None, True, 0, 2, 0, api_name="/restore")
         assert Image.open(restored).size == (64, 64) and degraded and sidecar["protocol"]["steps"] == 2
+        # A greyscale mask arrives as it was saved: two values, no lossy format in between.
+        scratched, mask = (
+            gradio_client.handle_file(str(data_dir() / name))
+            for name in ("photos/astronaut-face-64-scratched.png", "masks/scratches-64.png")
+        )
+        restored, degraded, sidecar = client.predict(scratched, "inpaint", mask, False, 0, 2, 0, api_name="/restore")
+        assert Image.open(restored).size == (64, 64) and degraded is None and sidecar["residual_ratio"] > 0
         with pytest.raises(Exception, match="needs --mask"):
             client.predict(photo, "inpaint", None, False, 0, 2, 0, api_name="/restore")
     finally:
