@@ -70,7 +70,7 @@ def build(restorer: Any) -> Any:
         )
         with gr.Row():
             with gr.Column():
-                # The file as it was chosen: alpha, 16 bits and a mask's two values must not pass through a lossy format.
+                # The file as it was chosen: alpha, 16 bits and a mask's two values must not be lost.
                 untouched = {"type": "filepath", "image_mode": None, "format": "png"}
                 photo = gr.Image(label="Photo", **untouched)
                 task = gr.Dropdown(tasks(), value="sr4", label="Task")
