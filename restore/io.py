@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,6 +65,19 @@ class ImageRecord:
         return self.pixels.shape[-2], self.pixels.shape[-1]
 
 
+@contextmanager
+def _explained(path: Path, kind: str, hint: str) -> Iterator[None]:
+    """Within the block, what the readers of files raise becomes one sentence."""
+    try:
+        yield
+    except RestoreError:
+        raise
+    except FileNotFoundError as error:
+        raise RestoreError(f"There is no file {path}.") from error
+    except _BROKEN as error:
+        raise RestoreError(f"{path} is not a readable {kind} ({error}): {hint}.") from error
+
+
 def read_image(path: str | Path) -> ImageRecord:
     """Read a photo: 8 or 16 bits, grey, RGB, palette, CMYK (its profile is dropped), with or without alpha.
 
@@ -70,32 +85,21 @@ def read_image(path: str | Path) -> ImageRecord:
     truncated, animated or multi-page, or stored as 32-bit numbers.
     """
     path = Path(path)
-    try:
-        with PIL.Image.open(path) as opened:
-            frames = getattr(opened, "n_frames", 1) if opened.format != "MPO" else 1  # MPO: a phone's JPEG with extras
-            if frames > 1:
-                raise RestoreError(
-                    f"{path} holds {frames} frames or pages: extract the one to restore into its own file."
-                )
-            bits = 16 if sixteen.is_sixteen_bit(opened) else 8
-            if bits == 8:
-                samples, image = None, opened
-                image.load()
-            else:
-                samples, image = sixteen.read(path)
-            if samples is None:
-                samples = _eight_bit_samples(image, path)
-            exif = image.getexif()  # after loading: PNG keeps it behind the pixels, TIFF has applied it by now
-            icc = image.info.get("icc_profile") if image.mode != "CMYK" else None
-            image_format = "JPEG" if opened.format == "MPO" else opened.format
-    except RestoreError:
-        raise
-    except FileNotFoundError as error:
-        raise RestoreError(f"There is no file {path}.") from error
-    except _BROKEN as error:
-        raise RestoreError(
-            f"{path} is not a readable image ({error}): it may be truncated or of another type."
-        ) from error
+    with _explained(path, "image", "it may be truncated or of another type"), PIL.Image.open(path) as opened:
+        frames = getattr(opened, "n_frames", 1) if opened.format != "MPO" else 1  # MPO: a phone's JPEG with extras
+        if frames > 1:
+            raise RestoreError(f"{path} holds {frames} frames or pages: extract the one to restore into its own file.")
+        bits = 16 if sixteen.is_sixteen_bit(opened) else 8
+        if bits == 8:
+            samples, image = None, opened
+            image.load()
+        else:
+            samples, image = sixteen.read(path)
+        if samples is None:
+            samples = _eight_bit_samples(image, path)
+        exif = image.getexif()  # after loading: PNG keeps it behind the pixels, TIFF has applied it by now
+        icc = image.info.get("icc_profile") if image.mode != "CMYK" else None
+        image_format = "JPEG" if opened.format == "MPO" else opened.format
     orientation = exif.get(_ORIENTATION, 1)
     values = torch.from_numpy(np.ascontiguousarray(upright(samples, orientation)).astype(np.float32))
     values = values.permute(2, 0, 1)[None] / (255 if bits == 8 else 65535)
@@ -262,7 +266,7 @@ def read_kernel(path: str | Path) -> torch.Tensor:
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    try:
+    with _explained(path, "kernel", "expected .npy, .txt, .csv or a grey picture"):
         if suffix == ".npy":
             values = np.load(path, allow_pickle=False)
         elif suffix in (".txt", ".csv"):
@@ -276,14 +280,6 @@ def read_kernel(path: str | Path) -> torch.Tensor:
             if values.sum() == 0:
                 raise RestoreError(f"The kernel picture {path} is all black.")
             values = values / values.sum()
-    except RestoreError:
-        raise
-    except FileNotFoundError as error:
-        raise RestoreError(f"There is no file {path}.") from error
-    except _BROKEN as error:
-        raise RestoreError(
-            f"{path} is not a readable kernel ({error}): expected .npy, .txt, .csv or a grey picture."
-        ) from error
     if values.ndim != 2 or values.size == 0 or values.dtype.kind not in "fiu":
         raise RestoreError(f"The kernel {path} must be a table of numbers, not {values.dtype} of shape {values.shape}.")
     values = values.astype(np.float64)
