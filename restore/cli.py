@@ -79,6 +79,7 @@ def run(
     precision: Precision = "fp32",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, about 30 % slower.")] = False,
     max_windows: Annotated[int, typer.Option(help="Windows of a large photo per network call.")] = 16,
+    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Less memory for large photos in latents.")] = False,
     data: Annotated[Optional[str], typer.Option(help="Presets published for ffhq or imagenet.")] = None,
     reference: Annotated[bool, typer.Option("--reference", help="Compute what the authors' PSLD code does.")] = False,
     solve_at: Annotated[
@@ -104,6 +105,7 @@ def run(
         offline=offline,
         checkpointing=checkpointing,
         max_windows=max_windows,
+        vae_tiling=vae_tiling,
     )
     todo = jobs.plan(names, out, png=png)
     progress = Progress(len(todo))

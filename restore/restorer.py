@@ -72,12 +72,16 @@ def load(
     checkpointing: bool = False,
     overlap: float = 0.5,
     max_windows: int = 16,
+    vae_slicing: bool = False,
+    vae_tiling: bool = False,
 ) -> Restorer:
     """A Restorer for a model of `restore models list`, a diffusers folder or a checkpoint file.
 
     device: "auto" (CUDA, else MPS, else CPU) or torch's name. precision: "fp32", "bf16" or "fp16" of the
     network's arithmetic. offline: never download. checkpointing: less memory, more time. overlap,
-    max_windows: see AnySize. Raises RestoreError for an unknown name or weights that do not load.
+    max_windows: see AnySize. vae_slicing, vae_tiling: decode one image, one tile at a time (latent models; a
+    tile's borders are blended, so the result differs a little). Raises RestoreError for an unknown name or
+    weights that do not load.
     """
     found, backbone = zoo.load_backbone(
         name,
@@ -85,6 +89,8 @@ def load(
         precision=precision,
         offline=offline or None,
         checkpointing=checkpointing,
+        vae_slicing=vae_slicing,
+        vae_tiling=vae_tiling,
     )
     return Restorer(backbone, found.name, overlap=overlap, max_windows=max_windows, checkpointing=checkpointing)
 

@@ -31,7 +31,7 @@ def run(monkeypatch, capsys, *command):
     [
         (["--pag-scale", "2", "--layers", "m1"], {"eta": 1.0, "gamma": 0.1}),
         (["--reference"], {"measurement_noise": True, "encoding": "sample", "index_shift": True}),
-        (["gamma=0", "eta=0.5"], {"eta": 0.5, "gamma": 0}),
+        (["gamma=0", "eta=0.5", "--vae-tiling", "--checkpointing"], {"eta": 0.5, "gamma": 0}),
     ],
 )
 def test_psld_on_a_photo_of_any_size(tmp_path, monkeypatch, capsys, options, expected):
@@ -123,3 +123,11 @@ def test_photos_beyond_the_trained_size_run_in_windows(tmp_path):
     result = restorer(y, A, steps=2, guidance=restore.PAG(1.0, layers="m1"))
     assert result.samples.shape == (1, 1, 3, 72, 50) and bool(torch.isfinite(result.samples).all())
     assert result.nfe == 4 and all(shape[0] > 4 and shape[-2:] == (8, 8) for shape in calls)
+
+
+def test_the_autoencoders_options_reach_it(tmp_path):
+    folder = tiny_sd.save_folder(tmp_path / "model")
+    vae = restore.load(folder, vae_slicing=True, vae_tiling=True).backbone.inner.vae
+    assert vae.use_slicing and vae.use_tiling and not restore.load(folder).backbone.inner.vae.use_tiling
+    with pytest.raises(restore.RestoreError, match="embedded works on pixels"):
+        restore.load("embedded", vae_tiling=True)

@@ -20,11 +20,13 @@ def load_backbone(
     precision: str = "fp32",
     offline: bool | None = None,
     checkpointing: bool = False,
+    vae_slicing: bool = False,
+    vae_tiling: bool = False,
 ):
     """(Located, backbone) for a registered model, a folder, a weight file or a hub id; downloads what is missing.
 
-    precision: "fp32", "bf16" or "fp16". Raises RestoreError for unknown names, weights that cannot be
-    had and weights that do not fit; nothing is ever initialised at random.
+    precision: "fp32", "bf16" or "fp16". vae_slicing, vae_tiling: see StableDiffusion.load. Raises RestoreError for
+    unknown names, weights that cannot be had and weights that do not fit; nothing is ever initialised at random.
     """
     # Imported here: `restore models list` must not wait for torch networks.
     from restore.backbones.adm import ADM, DTYPES
@@ -38,6 +40,8 @@ def load_backbone(
         path = pull(str(name), offline)
     options = dict(found.options)
     if found.kind == "adm":
+        if vae_slicing or vae_tiling:
+            raise RestoreError(f"{name} works on pixels: it has no autoencoder to slice or tile")
         options["heads"] = options.pop("num_heads", None)
         options["head_channels"] = options.pop("num_head_channels", None)
         if found.entry is not None:
@@ -47,10 +51,8 @@ def load_backbone(
         backbone = ADM.load(path, device=device, dtype=precision, checkpointing=checkpointing, **options)
     else:
         dtype = DTYPES[precision]
-        offline = is_offline(offline)
-        backbone = StableDiffusion.load(
-            path, device=device, dtype=dtype, offline=offline, checkpointing=checkpointing, **options
-        )
+        options |= {"checkpointing": checkpointing, "vae_slicing": vae_slicing, "vae_tiling": vae_tiling}
+        backbone = StableDiffusion.load(path, device=device, dtype=dtype, offline=is_offline(offline), **options)
     return found, backbone
 
 
