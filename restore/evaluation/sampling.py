@@ -14,7 +14,7 @@ from restore.evaluation import baselines
 from restore.presets import build_guidance
 from restore.samplers.generate import generate
 from restore.samplers.noise import ImageNoise, derive_seed
-from restore.samplers.protocol512 import enlarge, reduce
+from restore.samplers.protocol512 import Resampled, enlarge
 from restore.samplers.schedule import respace
 
 
@@ -47,8 +47,9 @@ def restore_batch(
     """
     own_size = x.shape[-1]
     side = task["solve_at"]
-    if side and side != own_size:
-        x = enlarge(x, side, method=task["resample"])
+    resampled = Resampled(side, task["resample"]) if side and side != own_size else None
+    if resampled:
+        x = enlarge(x, side, method=resampled.method)
     each = [build_operator(task, tuple(x.shape[-2:]), i, seed) for i in ids]
     generators = [torch.Generator().manual_seed(derive_seed(seed, i, "measurement")) for i in ids]
     # Image by image and on the CPU: the measurement has the same bytes in every batch and on every device.
@@ -67,9 +68,8 @@ def restore_batch(
         parts.append(_restore(restorer, y[rows].to(device), operator, chosen, method, seed, samples))
     result = torch.cat([part.samples.cpu() for part in parts])
     ratios = [part.residual_ratio for part in parts]
-    if side and side != own_size:
-        small = reduce(result.flatten(0, 1), own_size, method=task["resample"]).clamp(-1, 1)
-        result = small.view(*result.shape[:2], *small.shape[1:])
+    if resampled:
+        result = resampled.back(result, (own_size, own_size))
     return Batch(
         samples=result,
         nfe=parts[0].nfe,

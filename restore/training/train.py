@@ -227,7 +227,7 @@ def train(config: DictConfig) -> Path:
                 file.write(json.dumps({"step": step, "eps_mse": levels}) + "\n")
         if step % config.samples_every_steps == 0:
             sample_grid(averaged(), out / "samples" / f"{step:07d}.png")
-        if step % config.checkpoint_every_steps == 0 or step == config.steps:
+        if step % config.checkpoint_every_steps == 0 and step < config.steps:
             save(model)
             averaged().save(out / "ema", dtype="fp16")
     bar.close()
