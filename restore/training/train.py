@@ -99,11 +99,20 @@ def _keys(config, prefix: str = "") -> list[str]:
 
 
 def build_model(config: DictConfig) -> UNet2DModel:
+    """The network of `config.model`, with the weights in the folder `config.init` if there is one.
+
+    Raises RestoreError for a folder that holds no model, or one whose weights have other shapes.
+    """
+    model = UNet2DModel(**OmegaConf.to_container(config.model))
     if config.init is None:
-        return UNet2DModel(**OmegaConf.to_container(config.model))
+        return model
     if not (Path(config.init) / "config.json").exists():
         raise RestoreError(f"init={config.init} is not a folder with config.json and safetensors weights")
-    return UNet2DModel.from_pretrained(config.init, torch_dtype=torch.float32)
+    start = UNet2DModel.from_pretrained(config.init, torch_dtype=torch.float32).state_dict()
+    if {k: v.shape for k, v in start.items()} != {k: v.shape for k, v in model.state_dict().items()}:
+        raise RestoreError(f"the weights in init={config.init} do not have the shapes that `model` describes")
+    model.load_state_dict(start)
+    return model
 
 
 def train(config: DictConfig) -> Path:

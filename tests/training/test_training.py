@@ -14,6 +14,7 @@ from restore.paths import configs_dir
 from restore.training import load_config, train
 from restore.training.dataset import augment, batch_indices, split
 from restore.training.losses import hybrid_loss
+from restore.training.train import build_model
 
 TINY = [
     "model.block_out_channels=[32,32]",
@@ -71,6 +72,11 @@ def test_interrupted_training_equals_undisturbed_training(faces, tmp_path):
     assert restorer.backbone.resolution == 16 and restorer.backbone.inner.learned_variance
     further = weights(train(config(faces, tmp_path / "further", "steps=1", f"init={tmp_path / 'whole' / 'ema'}")))
     assert max(float((further[name] - whole[name]).abs().max()) for name in whole) < 0.01
+    # `model` describes the network, also where its weights come from elsewhere.
+    regrouped = config(faces, tmp_path / "regrouped", f"init={tmp_path / 'whole' / 'ema'}", "model.norm_num_groups=4")
+    network = build_model(regrouped)
+    assert network.conv_norm_out.num_groups == 4
+    assert torch.equal(network.conv_in.weight, whole["conv_in.weight"].float())
 
 
 def test_refusals(faces, tmp_path):
@@ -91,6 +97,9 @@ def test_refusals(faces, tmp_path):
     train(config(faces, tmp_path / "run", "steps=1"))
     with pytest.raises(restore.RestoreError, match="another model configuration"):
         train(config(faces, tmp_path / "run", "steps=2", "model.attention_head_dim=16"))
+    wider = config(faces, tmp_path / "wide", f"init={tmp_path / 'run' / 'ema'}", "model.layers_per_block=2", "steps=1")
+    with pytest.raises(restore.RestoreError, match="do not have the shapes"):
+        train(wider)
 
 
 def test_batches_visit_every_image_once_an_epoch():
