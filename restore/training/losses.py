@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import avg_pool2d
 
 
 def _expand(values: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -19,25 +18,20 @@ def hybrid_loss(
     alpha_bar: torch.Tensor,
     snr_gamma: float,
     high_noise_weight: float,
-    coarse_weight: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(weighted noise error, variational term), both means over the batch.
 
     The noise error is weighted by min(SNR, gamma)/SNR (Hang et al. 2023, Min-SNR) plus
     min(1/SNR, high_noise_weight): without a bound the sum 1 + 1/SNR is the weight of v-prediction
     (Salimans & Ho 2022, SNR + 1 on x0). The second part is what teaches colours and lighting, whose error
-    1/SNR times the noise error would otherwise be lost in the mean; it also counts, times coarse_weight, the
-    squared error averaged over blocks of 8 x 8 pixels before it is squared (the multiscale loss of Hoogeboom
-    et al. 2023, simple diffusion, with one scale). The variational term is L_{t-1} of Nichol & Dhariwal
-    2021, eq. 15-16, in bits per dimension, with the predicted mean held fixed so that it trains the variance
-    channel only; at t = 0 the Gaussian negative log-likelihood of x0 stands for the discretised one.
+    1/SNR times the noise error would otherwise be lost in the mean. The variational
+    term is L_{t-1} of Nichol & Dhariwal 2021, eq. 15-16, in bits per dimension, with the predicted
+    mean held fixed so that it trains the variance channel only; at t = 0 the Gaussian negative
+    log-likelihood of x0 stands for the discretised one.
     """
     snr = alpha_bar / (1 - alpha_bar)
-    weight = (snr_gamma / snr).clamp(max=1)[t].float()
-    high_noise = (1 / snr).clamp(max=high_noise_weight)[t].float()
-    fine = ((eps_hat - eps) ** 2).mean(dim=(1, 2, 3))
-    coarse = (avg_pool2d(eps_hat - eps, min(8, eps.shape[-1])) ** 2).mean(dim=(1, 2, 3))
-    simple = weight * fine + high_noise * (fine + coarse_weight * coarse)
+    weight = ((snr_gamma / snr).clamp(max=1) + (1 / snr).clamp(max=high_noise_weight))[t].float()
+    simple = ((eps_hat - eps) ** 2).mean(dim=(1, 2, 3))
 
     previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
     beta = 1 - alpha_bar / previous
@@ -57,4 +51,4 @@ def hybrid_loss(
     kl = 0.5 * (log_var - lo + torch.exp(lo - log_var) + squared_gap * torch.exp(-log_var) - 1)
     nll = 0.5 * (log_var + squared_gap * torch.exp(-log_var) + torch.log(torch.tensor(2 * torch.pi)))
     term = torch.where((t == 0).view(-1, 1, 1, 1), nll, kl).mean(dim=(1, 2, 3)) / torch.log(torch.tensor(2.0))
-    return simple.mean(), term.mean()
+    return (weight * simple).mean(), term.mean()

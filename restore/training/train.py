@@ -206,7 +206,7 @@ def train(config: DictConfig) -> Path:
             group["lr"] = config.optimizer.lr * min(1.0, (step + 1) / config.optimizer.warmup_steps)
         with accelerator.autocast():
             prediction = forward(x_t, t, return_dict=False)[0].float()
-        weights = (config.snr_gamma, config.high_noise_weight, config.coarse_weight)
+        weights = (config.snr_gamma, config.high_noise_weight)
         simple, vlb = hybrid_loss(prediction[:, :3], prediction[:, 3:], x0, eps, t, alpha_bar.to(device), *weights)
         loss = simple + config.vlb_weight * vlb
         accelerator.backward(loss)

@@ -35,7 +35,7 @@ def bank():
     return load_file(GOLDEN / "noise_bank.safetensors")["noise"]
 
 
-def setup(name, case):
+def arrange(name, case):
     tensors = {
         k.split(".", 1)[1]: v for k, v in load_file(GOLDEN / f"{name}.safetensors").items() if k.startswith(case + ".")
     }
@@ -79,7 +79,7 @@ def run(backbone, bank, tensors, config, operator, guidance, start=0):
 
 @pytest.mark.parametrize("name,case", CASES)
 def test_whole_trajectory(backbone, bank, name, case):
-    tensors, config, operator, guidance = setup(name, case)
+    tensors, config, operator, guidance = arrange(name, case)
     states, distances = run(backbone, bank, tensors, config, operator, guidance)
     assert len(states) == config["n_steps"]
     assert relative(states[-1], tensors["x_final"]) < 1e-4
@@ -90,7 +90,7 @@ def test_whole_trajectory(backbone, bank, name, case):
 
 @pytest.mark.parametrize("name,case", CASES)
 def test_teacher_forced_steps(backbone, bank, name, case):
-    tensors, config, operator, guidance = setup(name, case)
+    tensors, config, operator, guidance = arrange(name, case)
     for k in (1, 10, 19):
         states, _ = run(backbone, bank, tensors, config, operator, guidance, start=k)
         target = tensors["x_final"] if k + 1 == config["n_steps"] else tensors[f"x_after_{k + 1}"]

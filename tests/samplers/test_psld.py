@@ -43,7 +43,7 @@ def backbone():
     return make_backbone()
 
 
-def setup(name, case, adjoint="reference"):
+def arrange(name, case, adjoint="reference"):
     config = SETS[name]["cases"][case]
     tensors = {k.split(".", 1)[1]: v for k, v in FILES[name].items() if k.startswith(case + ".")}
     if case == "box_pag0":
@@ -97,7 +97,7 @@ def run(backbone, tensors, config, operator, **changes):
 
 @pytest.mark.parametrize("name,case", CASES)
 def test_trajectory_is_the_official_one(name, case):
-    tensors, config, operator = setup(name, case)
+    tensors, config, operator = arrange(name, case)
     null = FILES["psld_pag_loop"]["uncond_context"] if config["cfg_scale"] != 1 else None
     backbone = make_backbone(config["num_train_timesteps"], null=null)
     z, steps = run(backbone, tensors, config, operator)
@@ -125,7 +125,7 @@ def test_trajectory_is_the_official_one(name, case):
 
 def test_checkpointing_gives_the_same_guided_trajectory():
     """The weak pass and its replay must be over when the backward recomputes blocks."""
-    tensors, config, operator = setup("psld_pag_loop", "box")
+    tensors, config, operator = arrange("psld_pag_loop", "box")
     z, _ = run(make_backbone(checkpointing=True), tensors, config, operator)
     assert relative(z, tensors["z_final"]) < 1e-4
 
@@ -134,7 +134,7 @@ CLEAN = {"measurement_noise": False, "encoding": "mean", "index_shift": False}
 
 
 def test_clean_choices_need_no_noise_and_differ_from_the_reference(backbone):
-    tensors, config, exact = setup("psld_loop", "sr8", adjoint="exact")
+    tensors, config, exact = arrange("psld_loop", "sr8", adjoint="exact")
 
     def no_noise(*_):
         raise AssertionError("drawn")
@@ -149,7 +149,7 @@ def test_clean_choices_need_no_noise_and_differ_from_the_reference(backbone):
 
 def test_gradient_is_that_of_the_two_norms(backbone):
     """The step minus the DDIM step is d/dz of eta ||.|| + gamma ||.||, by finite differences in float64."""
-    tensors, config, operator = setup("psld_loop", "box", adjoint="exact")
+    tensors, config, operator = arrange("psld_loop", "box", adjoint="exact")
     double = make_backbone()
     double.network.double()
     double.vae.double()
@@ -171,7 +171,7 @@ def test_gradient_is_that_of_the_two_norms(backbone):
 
 
 def test_gamma_zero_is_latent_dps_and_runs_no_encoder(backbone):
-    tensors, config, operator = setup("psld_loop", "box", adjoint="exact")
+    tensors, config, operator = arrange("psld_loop", "box", adjoint="exact")
     calls = []
     handle = backbone.vae.encoder.register_forward_hook(lambda *_: calls.append(1))
     try:
@@ -190,7 +190,7 @@ def test_gamma_zero_is_latent_dps_and_runs_no_encoder(backbone):
 
 
 def test_loss_sees_the_unguided_estimate(backbone):
-    tensors, config, operator = setup("psld_pag_loop", "box", adjoint="exact")
+    tensors, config, operator = arrange("psld_pag_loop", "box", adjoint="exact")
     first = {}
     for scale in (0.0, 4.0):
         guidance = PAG(scale, layers="i8")
@@ -202,7 +202,7 @@ def test_loss_sees_the_unguided_estimate(backbone):
 
 
 def test_batch_equals_single_images(backbone):
-    tensors, config, operator = setup("psld_pag_loop", "box", adjoint="exact")
+    tensors, config, operator = arrange("psld_pag_loop", "box", adjoint="exact")
     keys = [(0, f"image{i}", 0) for i in range(3)]
     y = torch.cat([tensors["y"] * s for s in (1.0, 0.5, -1.0)])
     options = {"condition": None, "timesteps": [901, 601, 301, 1], "ddim_eta": 0.5, **REFERENCE}
@@ -243,7 +243,7 @@ def test_timesteps():
 
 
 def test_bad_options(backbone):
-    tensors, config, operator = setup("psld_loop", "box")
+    tensors, config, operator = arrange("psld_loop", "box")
     with pytest.raises(RestoreError, match="encoding='mode'"):
         run(backbone, tensors, config, operator, encoding="mode")
     with pytest.raises(RestoreError, match="this operator has none"):
