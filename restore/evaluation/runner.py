@@ -9,7 +9,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,17 @@ from restore.evaluation.config import BASELINES, settings
 from restore.evaluation.jobs import Job, read_prompts
 
 SPREAD_WHITE = 0.5  # the spread that is white in a spread map, on [-1, 1]: fixed, so that maps can be compared
+
+
+@contextmanager
+def cpu_threads(number: int | None) -> Iterator[None]:
+    """torch's number of CPU threads inside (None: unchanged); the caller's again afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Worker:
@@ -41,11 +53,13 @@ class Worker:
         self.device = choose_device(device or config["device"])
         self.index = {key: i for i, key in enumerate(images.ids)} if images is not None else {}
         self.loaded: tuple[str, Any] | None = None
-        if config["threads"]:
-            torch.set_num_threads(config["threads"])
 
     def run(self, job: Job) -> dict[str, Any]:
         """Compute and write one job; returns its cost (also written, under `cost`)."""
+        with cpu_threads(self.config["threads"]):
+            return self._run(job)
+
+    def _run(self, job: Job) -> dict[str, Any]:
         method, task = settings(self.config, job.method, job.task), self.config["tasks"][job.task]
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
