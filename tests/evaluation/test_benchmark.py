@@ -77,13 +77,9 @@ def test_a_run_writes_every_image_with_its_row(config):
 
 
 def test_the_callers_number_of_threads_comes_back(config):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        bench(config)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(2)
+    bench(config)
+    assert torch.get_num_threads() == 2
 
 
 def test_results_do_not_depend_on_the_batch_or_on_other_methods(config):

@@ -63,8 +63,8 @@ def test_clean_choices_against_the_authors():
             noise = ImageNoise(keys)
             z_T = noise(0, x.shape, "start")
             timesteps = psld_timesteps(STEPS, 1000)
-            options = {"z_T": z_T, "timesteps": timesteps, "eta": ETA, "gamma": GAMMA, "noise": noise, **options}
-            options["ddim_eta"] = DDIM_ETA
+            sizes = {"eta": ETA, "gamma": GAMMA, "ddim_eta": DDIM_ETA}
+            options = {"z_T": z_T, "timesteps": timesteps, "noise": noise, **sizes, **options}
             found[name] = float(psnr(psld(backbone, make(adjoint), y, **options).clamp(-1, 1), x).mean())
         print(f"{task}: baseline {simple:.2f}, " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
         assert min(found.values()) > simple - 3
