@@ -15,15 +15,16 @@ import torch
 from PIL import Image
 
 from operators import RestoreError
-from restore import io, presets, zoo
+from restore import method, zoo
 from restore.backbones.base import LatentBackbone
 from restore.backbones.latent_size import ForImageSize
-from restore.backbones.windows import AnySize
+from restore.backbones.sizes import AnySize
+from restore.images import io
 from restore.samplers.dps import DATA_NORMS, dps
 from restore.samplers.generate import generate
 from restore.samplers.noise import ImageNoise
 from restore.samplers.psld import psld, psld_timesteps
-from restore.samplers.schedule import respace
+from restore.samplers.steps import respace
 
 # What the sampler's signature holds that is not a hyper-parameter of the method.
 _WIRING = {"backbone", "operator", "y", "x_T", "z_T", "timesteps", "noise", "guidance", "condition", "callback"}
@@ -125,7 +126,7 @@ class Restorer:
 
     def default_layers(self) -> list[str]:
         """PAG's layers for this backbone: those of its first preset with PAG, else the middle block's."""
-        layers = presets.default_layers(self.name)
+        layers = method.default_layers(self.name)
         return layers or [path for path in self.backbone.attention if path.startswith("mid_block")][:1]
 
     def layer_table(self) -> list[str]:
@@ -186,16 +187,16 @@ class Restorer:
             raise RestoreError(f"{len(y)} measurements need {len(y)} different image_ids, got {ids}")
 
         task = getattr(operator, "name", type(operator).__name__)
-        preset = presets.find(self.name, task, sampler or self.default_sampler, data)
+        preset = method.find(self.name, task, sampler or self.default_sampler, data)
         steps = preset.steps if steps is None else steps
-        guidance = presets.build_guidance(preset.guidance) if isinstance(guidance, str) else guidance
+        guidance = method.build_guidance(preset.guidance) if isinstance(guidance, str) else guidance
         function = {"dps": dps, "psld": psld}[preset.sampler]
         if (function is psld) != self.latent:
             kind = "latent" if self.latent else "pixel"
             raise RestoreError(f"sampler {preset.sampler} does not work with the {kind} backbone {self.name}")
         chosen = preset.parameters_for(guidance)
         if reference:
-            chosen |= presets.reference(preset.sampler)
+            chosen |= method.reference(preset.sampler)
             operator = with_reference_adjoint(operator)
         parameters = {**chosen, **check_parameters(function, parameters)}
         protocol = self._protocol(operator, preset, steps, guidance, parameters, seed, samples)

@@ -7,9 +7,10 @@ from PIL import Image
 
 import operators
 import restore
-from restore import io, presets
+from restore import method
 from restore.backbones.base import Prediction
-from restore.backbones.windows import AnySize, blend_weights, window_starts
+from restore.backbones.sizes import AnySize, blend_weights, window_starts
+from restore.images import io
 from restore.paths import configs_dir, data_dir
 
 FACE = data_dir() / "photos" / "astronaut-face-64.png"
@@ -169,18 +170,18 @@ def test_zeta_keeps_its_strength_at_other_sizes(restorer, monkeypatch):
 
 
 def test_presets():
-    ffhq = presets.find("adm-ffhq-256", "super_resolution", "dps")
+    ffhq = method.find("adm-ffhq-256", "super_resolution", "dps")
     assert ffhq.parameters == {"zeta": 1.0} and ffhq.guidance["pag"]["scale"] == 1.0 and "Table 7" in ffhq.source
-    sd = presets.find("sd-1.5", "motion_blur", "psld")
+    sd = method.find("sd-1.5", "motion_blur", "psld")
     assert sd.parameters == {"eta": 0.15, "gamma": 0.015}
-    assert presets.find("sd-1.5", "motion_blur", "psld", "imagenet").parameters == {"eta": 0.3, "gamma": 0.03}
+    assert method.find("sd-1.5", "motion_blur", "psld", "imagenet").parameters == {"eta": 0.3, "gamma": 0.03}
     assert sd.parameters_for(None) == {"eta": 1.0, "gamma": 0.1}
-    assert sd.parameters_for(presets.build_guidance(sd.guidance)) == sd.parameters
-    assert presets.find("someone's.pt", "inpainting", "dps").parameters == {"zeta": 0.5}
+    assert sd.parameters_for(method.build_guidance(sd.guidance)) == sd.parameters
+    assert method.find("someone's.pt", "inpainting", "dps").parameters == {"zeta": 0.5}
     with pytest.raises(restore.RestoreError, match="unknown guidance"):
-        presets.build_guidance({"sag": {}})
+        method.build_guidance({"sag": {}})
     for file in (configs_dir() / "method").glob("*.yaml"):
-        assert all(entry["source"] for entry in presets._entries()), file
+        assert all(entry["source"] for entry in method._entries()), file
 
 
 def test_numpy_and_uint8_round_trip(face):

@@ -1,6 +1,6 @@
 """The score estimate: weak branches, and how strong and weak predictions are combined."""
 
-from restore.guidance.combine import CFG, PAG, Estimate, Guidance, estimator
+from restore.guidance.base import CFG, PAG, Estimate, Guidance, estimator
 from restore.guidance.layers import resolve
 from restore.guidance.targets import TARGETS
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from operators import RestoreError
 from restore.backbones.base import Prediction
-from restore.guidance.combine import CFG, Guidance, estimator
+from restore.guidance.base import CFG, Guidance, estimator
 
 PARTS = ("auto", "all", "second", "first")
 

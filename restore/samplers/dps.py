@@ -10,7 +10,7 @@ import torch
 from operators import RestoreError
 from restore.backbones.base import Backbone
 from restore.guidance import estimator
-from restore.samplers.schedule import Diffusion
+from restore.samplers.steps import Diffusion
 
 
 def l2_norm(difference: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

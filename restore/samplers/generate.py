@@ -10,7 +10,7 @@ import torch
 from restore.backbones.base import Backbone
 from restore.guidance import estimator
 from restore.samplers.dps import require_finite
-from restore.samplers.schedule import Diffusion
+from restore.samplers.steps import Diffusion
 
 
 @torch.no_grad()

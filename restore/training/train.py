@@ -19,11 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from operators import RestoreError
-from restore import atomic, io, pictures
+from restore import atomic
 from restore.backbones.adm import ADM, noise_schedule
+from restore.images import grids, io
 from restore.samplers.generate import generate
 from restore.samplers.noise import ImageNoise
-from restore.samplers.schedule import respace
+from restore.samplers.steps import respace
 from restore.training import dataset
 from restore.training.losses import hybrid_loss
 
@@ -68,7 +69,7 @@ def write_grid(path: Path, images: torch.Tensor) -> None:
     side = math.isqrt(len(images))
     rows = [list(images[r * side : (r + 1) * side].cpu()) for r in range(side)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    io.write_image(path, io.to_tensor(pictures.comparison_grid(rows, [""] * side))[0])
+    io.write_image(path, io.to_tensor(grids.comparison_grid(rows, [""] * side))[0])
 
 
 def load_config(path: str | Path, settings: list[str]) -> DictConfig:

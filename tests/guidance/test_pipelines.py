@@ -19,7 +19,7 @@ from tiny_sd import SCHEDULER, tiny_controlnet, tiny_pipeline, tiny_unet
 
 from operators import RestoreError
 from restore.guidance import CFG, PAG
-from restore.guidance.perturb import perturbed
+from restore.guidance.attention import perturbed
 from restore.guidance.pipelines import guided
 
 MID = "mid_block.attentions.0.transformer_blocks.0.attn1"

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 import operators
 from operators import RestoreError
 from restore.backbones.adm import ADM
-from restore.evaluation.cost import LiveBytes
+from restore.bench.cost import LiveBytes
 from restore.guidance import PAG
 from restore.samplers.dps import DATA_NORMS, dps
 from restore.samplers.noise import ImageNoise
-from restore.samplers.schedule import respace
+from restore.samplers.steps import respace
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SETS = {name: json.loads((GOLDEN / f"{name}.json").read_text()) for name in ("dps_loop", "dps_pag_loop")}

@@ -10,7 +10,7 @@ from restore.backbones.adm import noise_schedule
 from restore.backbones.base import Prediction
 from restore.samplers.dps import dps
 from restore.samplers.generate import generate
-from restore.samplers.schedule import respace
+from restore.samplers.steps import respace
 
 N, SHAPE, D = 4000, (3, 2, 2), 12
 

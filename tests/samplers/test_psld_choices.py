@@ -11,8 +11,8 @@ import torch
 
 import operators
 import restore
-from restore.evaluation.baselines import baseline
-from restore.evaluation.metrics import psnr
+from restore.bench.baselines import baseline
+from restore.metrics.single import psnr
 from restore.samplers.noise import ImageNoise
 from restore.samplers.psld import psld, psld_timesteps
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import restore
-from restore import io
+from restore.images import io
 from restore.paths import data_dir
 
 PHOTOS = ("astronaut-face-64.png", "chelsea-face-64.png", "coffee-64.png")

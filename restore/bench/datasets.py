@@ -1,0 +1,288 @@
+"""Which images a number was computed on: named sets, lists, folders, and the hash that identifies them."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from operators import RestoreError
+from restore.images import io
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+# Files that live beside images without being meant as one; any other file in an image folder is reported.
+SIDECAR_SUFFIXES = (".json", ".jsonl", ".csv", ".txt", ".md", ".yaml", ".yml", ".log", ".html")
+
+# The sets of the literature: their side and, where the paper that introduced the protocol names them, the files.
+KNOWN_SETS: dict[str, dict[str, Any]] = {
+    "ffhq-256": {
+        "size": 256,
+        "names": [f"{i:05d}" for i in range(1000)],
+        "about": "FFHQ at 256 pixels, files 00000-00999: the 1k validation set of DPS (Chung et al. 2023)",
+    },
+    "imagenet-256": {
+        "size": 256,
+        "names": None,
+        "about": "ImageNet validation images at 256 pixels; `names` must list which ones, as papers differ",
+    },
+    "folder": {"size": None, "names": None, "about": "every image of a folder, sorted by name"},
+}
+PREPROCESSING = "shorter side to `size` by antialiased bicubic (Pillow), centre crop; untouched where it already fits"
+STRETCHING = "; each image's range stretched to 0-255"
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A fixed, checked list of images.
+
+    ids: one per image, the path below `root` without suffix, "/" between folders; unique.
+    paths: the files, in the same order.
+    size: every image is brought to size x size (PREPROCESSING), or left as it is when None.
+    digest: sha256 over ids and file contents in order, hexadecimal: equal only for equal sets.
+    annotations: columns of a metadata file (`label`, `text`, ...) or class folders, one mapping per image.
+    shapes: (height, width) after preprocessing, one per image.
+    stretch: each image's darkest value goes to 0 and its brightest to 255 after that (PSLD's code does it).
+    """
+
+    name: str
+    root: Path
+    ids: tuple[str, ...]
+    paths: tuple[Path, ...]
+    size: int | None
+    digest: str
+    shapes: tuple[tuple[int, int], ...]
+    annotations: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+    ignored: tuple[str, ...] = ()
+    stretch: bool = False
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def pixels(self, i: int) -> np.ndarray:
+        """Image i as uint8 (H, W, 3), preprocessed."""
+        pixels = fit(read_rgb(self.paths[i]), self.size)
+        return stretched(pixels) if self.stretch else pixels
+
+    def tensor(self, i: int) -> torch.Tensor:
+        """Image i as float32 (3, H, W) in [-1, 1]."""
+        return torch.from_numpy(self.pixels(i).copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+    def describe(self) -> dict[str, Any]:
+        """The protocol's entry: enough to know whether another run saw the same images."""
+        shapes = sorted(set(self.shapes))
+        return {
+            "set": self.name,
+            "count": len(self),
+            "sha256": self.digest,
+            "size": [list(shape) for shape in shapes] if len(shapes) <= 4 else f"{len(shapes)} different sizes",
+            "preprocessing": (PREPROCESSING if self.size else "none") + (STRETCHING if self.stretch else ""),
+            "first": self.ids[0],
+            "last": self.ids[-1],
+        }
+
+
+def read_rgb(path: str | os.PathLike) -> np.ndarray:
+    """A file as uint8 RGB (H, W, 3), upright, 16 bits rounded to 8. Raises RestoreError where it does not decode."""
+    return io.to_uint8(io.read_image(path).pixels[0])
+
+
+def fit(pixels: np.ndarray, size: int | None) -> np.ndarray:
+    """uint8 (H, W, 3) to (size, size, 3): shorter side by antialiased bicubic, then centre crop."""
+    height, width = pixels.shape[:2]
+    if size is None or (height, width) == (size, size):
+        return pixels
+    scale = size / min(height, width)
+    new = (max(size, round(width * scale)), max(size, round(height * scale)))
+    resized = np.asarray(Image.fromarray(pixels).resize(new, Image.Resampling.BICUBIC))
+    top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
+    return resized[top : top + size, left : left + size]
+
+
+def stretched(pixels: np.ndarray) -> np.ndarray:
+    """uint8 pixels with the darkest value at 0 and the brightest at 255; a constant image becomes 0."""
+    low, high = int(pixels.min()), int(pixels.max())
+    return np.rint((pixels.astype(np.float64) - low) * 255 / max(high - low, 1)).astype(np.uint8)
+
+
+def file_name(image_id: str) -> str:
+    """The id as one file stem: folders become "__", so that a results folder stays flat."""
+    return image_id.replace("/", "__")
+
+
+def list_images(folder: str | os.PathLike) -> tuple[dict[str, Path], list[str]]:
+    """All images below `folder` by id, sorted, and the names of other files found there.
+
+    Raises RestoreError for a missing or empty folder and for two files that would share an id.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RestoreError(f"{folder} is not a folder; give the folder that holds the images")
+    found: dict[str, Path] = {}
+    ignored = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        relative = path.relative_to(folder)
+        if any(part.startswith(".") for part in relative.parts):
+            continue
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            if path.suffix.lower() not in SIDECAR_SUFFIXES:
+                ignored.append(relative.as_posix())
+            continue
+        key = relative.with_suffix("").as_posix()
+        if key in found:
+            raise RestoreError(f"{found[key].name} and {path.name} in {path.parent} share the name {key}; remove one")
+        found[key] = path
+    if not found:
+        raise RestoreError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}); give a folder with images")
+    return found, ignored
+
+
+def read_metadata(folder: Path) -> dict[str, dict[str, Any]]:
+    """Annotations of a Hugging Face image folder by id: metadata.jsonl or .csv with `file_name`, else class folders."""
+    for source in (folder / "metadata.jsonl", folder / "metadata.csv"):
+        if not source.exists():
+            continue
+        with open(source, newline="", encoding="utf-8") as file:
+            rows = (
+                [json.loads(line) for line in file if line.strip()]
+                if source.suffix == ".jsonl"
+                else csv.DictReader(file)
+            )
+            rows = [dict(row) for row in rows]
+        if not rows or "file_name" not in rows[0]:
+            raise RestoreError(f"{source} has no column `file_name`; Hugging Face image folders need one")
+        return {
+            Path(row["file_name"]).with_suffix("").as_posix(): {k: v for k, v in row.items() if k != "file_name"}
+            for row in rows
+        }
+    return {}
+
+
+def _read_names(names: str | os.PathLike | Sequence[str] | None) -> list[str] | None:
+    if names is None:
+        return None
+    if isinstance(names, (str, os.PathLike)):
+        if not Path(names).is_file():
+            raise RestoreError(f"the list of image names {names} does not exist; give a text file with one name a line")
+        names = Path(names).read_text(encoding="utf-8").splitlines()
+    lines = [str(line).strip() for line in names if str(line).strip() and not str(line).startswith("#")]
+    if not lines:
+        raise RestoreError("the list of image names is empty; give at least one name")
+    return [_without_suffix(line) for line in lines]
+
+
+def _without_suffix(line: str) -> str:
+    """`n01/a.JPEG 65` -> `n01/a`: lists of the literature carry a class label after the file name."""
+    for candidate in (line, line.split()[0]):
+        suffix = Path(candidate).suffix
+        if suffix.lower() in IMAGE_SUFFIXES:
+            return candidate[: -len(suffix)]
+    return line
+
+
+def _choose(found: dict[str, Path], names: list[str], folder: Path) -> dict[str, Path]:
+    """The named images in the list's order; a bare stem also finds a file deeper down if it is the only one."""
+    by_stem: dict[str, list[str]] = {}
+    for key in found:
+        by_stem.setdefault(key.rsplit("/", 1)[-1], []).append(key)
+    chosen, missing = {}, []
+    for name in names:
+        candidates = [name] if name in found else by_stem.get(name, [])
+        if len(candidates) > 1:
+            raise RestoreError(
+                f"{name} is in {folder} {len(candidates)} times ({', '.join(candidates[:3])}); give its path"
+            )
+        if not candidates:
+            missing.append(name)
+        elif candidates[0] in chosen:
+            raise RestoreError(f"the list of image names holds {name} twice; remove one")
+        else:
+            chosen[candidates[0]] = found[candidates[0]]
+    if missing:
+        some = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+        raise RestoreError(f"{len(missing)} of {len(names)} images are missing from {folder}: {some}; add them")
+    return chosen
+
+
+def load_dataset(
+    folder: str | os.PathLike,
+    *,
+    name: str = "folder",
+    names: str | os.PathLike | Sequence[str] | None = None,
+    split: str | None = None,
+    size: int | None = None,
+    every: int = 1,
+    limit: int | None = None,
+    stretch: bool = False,
+) -> ImageSet:
+    """Resolve, check and hash a set of images before anything runs.
+
+    folder: where the images are, at any depth.
+    name: "ffhq-256" (files 00000-00999), "imagenet-256" (needs `names`) or "folder".
+    names: a text file with one image name a line, or a sequence of names; suffixes are optional.
+    split: subfolder of a Hugging Face image folder ("train", "test"), with its metadata file or class folders.
+    size: side in pixels that every image is brought to; the named sets have their own.
+    every, limit: keep every n-th image, then at most `limit`.
+    stretch: see ImageSet.
+
+    Every file is decoded once, so missing and corrupt images are named here, all of them, in one RestoreError.
+    """
+    if name not in KNOWN_SETS:
+        raise RestoreError(f"there is no data set named {name}; the known ones are {', '.join(KNOWN_SETS)}")
+    if every < 1 or (limit is not None and limit < 1) or (size is not None and size < 1):
+        raise RestoreError(f"every={every}, limit={limit} and size={size} must be 1 or more (or absent)")
+    known = KNOWN_SETS[name]
+    root = Path(folder) / split if split else Path(folder)
+    found, ignored = list_images(root)
+    metadata = read_metadata(root)
+    wanted = _read_names(names) or known["names"] or (list(metadata) if metadata else None)
+    if name == "imagenet-256" and names is None:
+        raise RestoreError(
+            "imagenet-256 needs names=FILE, a text file with one image name a line: papers use different 1k lists"
+        )
+    if name == "ffhq-256" and names is None and limit is not None:
+        # Asking for fewer images must not require the others to be there.
+        wanted = wanted[: every * limit]
+    chosen = _choose(found, wanted, root) if wanted is not None else found
+    ids = list(chosen)[::every][:limit]
+    size = size or known["size"]
+
+    digest, shapes, corrupt = hashlib.sha256(), [], []
+    for key in ids:
+        try:
+            shape = read_rgb(chosen[key]).shape[:2]
+        except RestoreError:
+            corrupt.append(chosen[key].name)
+            continue
+        shapes.append((size, size) if size else (int(shape[0]), int(shape[1])))
+        digest.update(key.encode() + b"\0" + hashlib.sha256(chosen[key].read_bytes()).digest())
+    if corrupt:
+        some = ", ".join(corrupt[:5]) + (" ..." if len(corrupt) > 5 else "")
+        raise RestoreError(
+            f"{len(corrupt)} of {len(ids)} files in {root} are not readable images: {some}; replace them"
+        )
+    if size:
+        digest.update(f"size {size} {PREPROCESSING}".encode())
+    if stretch:
+        digest.update(STRETCHING.encode())
+    annotations = tuple(metadata.get(key, {"label": key.split("/")[0]} if split and "/" in key else {}) for key in ids)
+    return ImageSet(
+        name=name,
+        root=root,
+        ids=tuple(ids),
+        paths=tuple(chosen[key] for key in ids),
+        size=size,
+        digest=digest.hexdigest(),
+        shapes=tuple(shapes),
+        annotations=annotations,
+        ignored=tuple(ignored),
+        stretch=stretch,
+    )

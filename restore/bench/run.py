@@ -1,0 +1,253 @@
+"""Benchmark runs from a configuration: resumable to the batch, on one machine or a cluster."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from operators import RestoreError
+from restore import atomic
+from restore.bench import cluster, datasets, results
+from restore.bench.batches import Job, expand, image_ids, load_images
+from restore.bench.config import BASELINES, load_config, pairs, result_part, settings
+from restore.bench.protocol import build_protocol, differences, format_differences
+from restore.metrics.weights import sha256
+
+FORMAT = 1
+
+
+@dataclass
+class Bench:
+    """What bench() did. folder: of the run. done: jobs computed now; kept: found finished. table: metrics.json."""
+
+    folder: Path
+    done: int
+    kept: int
+    table: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One line of a dry run: what a (task, method) takes. seconds, peak_memory_mb: None where nothing was measured."""
+
+    task: str
+    method: str
+    jobs: int
+    images: int
+    nfe: int | None
+    seconds: float | None
+    peak_memory_mb: float | None
+
+
+def bench(
+    config: str | os.PathLike | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> Bench:
+    """Run a benchmark, or what is left of it.
+
+    config: a YAML file or a mapping, see configs/benchmark; overrides: `key=value`. Results go to config.out,
+    runs/<name> by default. Images whose row is there are not computed again; an interrupted batch is.
+    progress: called with {done, total, job, seconds} after each job and {measuring} before network metrics.
+    Raises RestoreError before anything runs for bad configurations, missing images or weights, and for a folder
+    that holds results of another configuration, with the difference.
+    """
+    checked = load_config(config, overrides)
+    images = load_images(checked)
+    jobs = expand(checked, images)
+    counts = [len(image_ids(checked, task, images)) for task in checked["tasks"]]
+    metrics_entry = results.check_metrics(checked, min(counts))
+    folder = Path(checked["out"] or Path("runs") / checked["name"])
+    _claim(folder, checked, images, metrics_entry)
+    for leftover in folder.rglob(".*.tmp"):  # what a killed process was writing; one run has one driver at a time
+        leftover.unlink(missing_ok=True)
+    waiting = [job for job in jobs if not job.done(folder)]
+    kept, total, done = len(jobs) - len(waiting), len(jobs), 0
+
+    def finished(job: Job, cost: Mapping[str, Any]) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress({"done": kept + done, "total": total, "job": job.key, "seconds": cost["seconds"]})
+
+    if waiting and checked["engine"] == "ray":
+        cluster.run_jobs(waiting, checked, folder, images, finished)
+    elif waiting:
+        from restore.bench.worker import Worker
+
+        worker = Worker(checked, folder, images)
+        for job in waiting:
+            finished(job, worker.run(job))
+    measuring = None if progress is None else lambda what: progress({"measuring": what})
+    device = "cuda" if checked["device"] in ("auto", "cuda") and _cuda() else "cpu"
+    return Bench(folder, done, kept, results.summarise(folder, checked, images, device, measuring))
+
+
+def plan(
+    config: str | os.PathLike | Mapping[str, Any], overrides: Sequence[str] = (), *, measure: bool = True
+) -> list[Planned]:
+    """What `bench` would do, without doing it.
+
+    measure: time two steps of every (task, method) on this machine, in a folder that is thrown away, and
+    extrapolate; the memory is the peak of those steps.
+    """
+    import tempfile
+
+    from restore.bench.worker import Worker
+
+    checked = load_config(config, overrides)
+    images = load_images(checked)
+    jobs = expand(checked, images)
+    results.check_metrics(checked, min(len(image_ids(checked, task, images)) for task in checked["tasks"]))
+    folder = Path(checked["out"] or Path("runs") / checked["name"])
+    lines = []
+    with tempfile.TemporaryDirectory() as scratch:
+        workers: dict[int, Any] = {}
+        for task, method in pairs(checked):
+            mine = [job for job in jobs if (job.task, job.method) == (task, method)]
+            left = [job for job in mine if not job.done(folder)]
+            chosen = settings(checked, method, task)
+            steps = _steps(chosen["steps"])
+            seconds = memory = nfe = None
+            if measure and left and steps is not None:
+                # The same batch with one step more: the difference is a step, the rest is fixed cost.
+                costs = []
+                for n in (1, 1, 2):
+                    if n not in workers:
+                        workers[n] = Worker(_with_steps(checked, n), Path(scratch) / str(n), images)
+                        if n == 2 and 1 in workers:
+                            workers[n].loaded = workers[1].loaded
+                    costs.append(workers[n].run(left[0]))
+                step = max(costs[2]["seconds"] - costs[1]["seconds"], 0.0)
+                seconds = len(left) * (costs[1]["seconds"] + (steps - 1) * step)
+                memory, nfe = costs[2]["peak_memory_mb"], (costs[2]["nfe"] - costs[1]["nfe"]) * steps
+            lines.append(Planned(task, method, len(left), sum(len(j.ids) for j in left), nfe, seconds, memory))
+    return lines
+
+
+def _with_steps(config: Mapping[str, Any], n: int) -> dict[str, Any]:
+    changed = json.loads(json.dumps(config))
+    for method in changed["methods"].values():
+        if method["sampler"] not in BASELINES:
+            method["steps"] = n
+            for entry in method["per_task"].values():
+                entry.pop("steps", None)
+    return changed
+
+
+def _steps(spec: Any) -> int | None:
+    if spec is None:
+        return None
+    parts = [part.removeprefix("ddim") for part in str(spec).split(",")]
+    return sum(int(p) for p in parts) if all(p.isdigit() for p in parts) else None
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _claim(folder: Path, config: Mapping[str, Any], images: datasets.ImageSet | None, metrics_entry: dict) -> None:
+    """Make the run's folder, or make sure that it holds the same run. Raises RestoreError otherwise."""
+    identity = {"config": result_part(config), "images": images.digest if images is not None else None}
+    identity["backbone"] = backbone_identity(config)
+    identity["prompts"] = {k: sha256(t["prompts"]) for k, t in config["tasks"].items() if t["prompts"]}
+    # Through JSON, so that what is compared is what will be read back.
+    identity = json.loads(json.dumps(identity, default=str))
+    manifest = folder / "run.json"
+    if manifest.exists():
+        found = read_manifest(folder)
+        changed = differences(found["identity"], identity, circumstances=True)
+        if changed:
+            raise RestoreError(
+                f"{folder} holds results of another configuration ({format_differences(changed)}); give out=FOLDER for"
+                " the new one, or undo the change to go on"
+            )
+        created = found["created"]
+    elif folder.exists() and any(folder.iterdir()):
+        raise RestoreError(f"{folder} is not empty and holds no benchmark; give another out=FOLDER")
+    else:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RestoreError(
+                f"the run folder {folder} cannot be made: {atomic.reason(error)}; give out=FOLDER"
+            ) from error
+        created = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    device = (
+        "cuda" if config["device"] in ("auto", "cuda") and _cuda() else str(config["device"]).replace("auto", "cpu")
+    )
+    protocol = build_protocol(
+        images=images.describe() if images is not None else None,
+        backbone=identity["backbone"],
+        seed=config["seed"],
+        samples=config["samples"],
+        tasks=tasks_protocol(config),
+        methods=results.methods_protocol(config),
+        metrics=metrics_entry,
+        precision=config["precision"],
+        device=device,
+    )
+    content = {"format": FORMAT, "created": created, "identity": identity, "protocol": protocol, "config": config}
+    atomic.write_json(manifest, json.loads(json.dumps(content, default=str)))
+    atomic.write_bytes(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False).encode())
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """run.json of a run. Raises RestoreError for no run, a damaged one, or another format."""
+    path = Path(folder) / "run.json"
+    if not path.is_file():
+        raise RestoreError(f"{folder} holds no benchmark (run.json is missing); give the folder of a run")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise RestoreError(f"{path} is damaged ({error}); start the run again in another folder") from error
+    if found.get("format") != FORMAT:
+        raise RestoreError(
+            f"{folder} is of another version of restore (run format {found.get('format')}, this one reads {FORMAT});"
+            " finish it with that version, or start again in another folder"
+        )
+    return found
+
+
+def backbone_identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Name and weights' sha256 of every backbone that the run loads; nothing for baselines alone."""
+    if all(m["sampler"] in BASELINES for m in config["methods"].values()):
+        return {}
+    from restore import zoo
+
+    names = {task["backbone"] or config["backbone"] for task in config["tasks"].values()}
+    result = {}
+    for name in sorted(names):
+        path = zoo.locate(name).path
+        if path is None:
+            path = zoo.pull(name, offline=config["offline"])
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin"))
+        result[name] = {
+            file.name if path.is_file() else file.relative_to(path).as_posix(): sha256(file) for file in files
+        }
+    return result
+
+
+def tasks_protocol(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Per task what is measured, with sigma_y named."""
+    result = {}
+    for name, task in config["tasks"].items():
+        entry = {
+            key: value for key, value in task.items() if key not in ("title", "note") and value not in (None, "", {})
+        }
+        sigma = (task["operator"].get("noise") or {}).get("sigma")
+        if sigma is not None and math.isfinite(sigma):
+            entry["sigma_y"] = sigma
+        result[name] = entry
+    return result

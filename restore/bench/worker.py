@@ -1,0 +1,188 @@
+"""Computes jobs and writes what they give: one image and one row at a time, atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import io as bytes_io
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from restore import atomic
+from restore.bench import datasets, sampling
+from restore.bench.batches import Job, read_prompts
+from restore.bench.config import BASELINES, settings
+from restore.images import io
+from restore.metrics import single
+
+SPREAD_WHITE = 0.5  # the spread that is white in a spread map, on [-1, 1]: fixed, so that maps can be compared
+
+
+@contextmanager
+def cpu_threads(number: int | None) -> Iterator[None]:
+    """torch's number of CPU threads inside (None: unchanged); the caller's again afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Worker:
+    """Runs the jobs of one configuration on one device, holding the backbone between them.
+
+    config: as `load_config` returns it. run: the run's folder, which several workers may share. device: torch's
+    name or "auto", config["device"] when None.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], run: Path, images: datasets.ImageSet | None, device: str | None = None
+    ) -> None:
+        from restore.restorer import choose_device
+
+        self.config, self.run_folder, self.images = config, Path(run), images
+        self.device = choose_device(device or config["device"])
+        self.index = {key: i for i, key in enumerate(images.ids)} if images is not None else {}
+        self.loaded: tuple[str, Any] | None = None
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Compute and write one job; returns its cost (also written, under `cost`)."""
+        with cpu_threads(self.config["threads"]):
+            return self._run(job)
+
+    def _run(self, job: Job) -> dict[str, Any]:
+        method, task = settings(self.config, job.method, job.task), self.config["tasks"][job.task]
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        # Loading the backbone is not part of the cost of a batch.
+        model = None if method["sampler"] in BASELINES else self._model(task["backbone"] or self.config["backbone"])
+        started = time.perf_counter()
+        batch = self._compute(job, task, method, model)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        sampled = time.perf_counter()
+        self._write(job, batch)
+        cost = {
+            "images": len(job.ids),
+            "seconds": sampled - started,
+            "seconds_writing": time.perf_counter() - sampled,
+            "nfe": batch.nfe,
+            "steps": method["steps"],
+            "peak_memory_mb": memory if math.isfinite(memory := self._peak_memory()) else None,
+            "memory_of": "CUDA allocations" if self.device.type == "cuda" else "resident process",
+            "worker": f"{platform.node()}:{os.getpid()}",
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
+        }
+        folder = self.run_folder / "cost" / job.task / job.method
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic.write_json(folder / f"{job.index:06d}.json", cost)
+        return cost
+
+    def _model(self, name: str) -> Any:
+        if self.loaded is None or self.loaded[0] != name:
+            self.loaded = None  # let go of one backbone before loading the next
+            c = self.config
+            if c["kind"] == "text_to_image":
+                options = {"device": self.device, "precision": c["precision"], "offline": c["offline"]}
+                self.loaded = (name, sampling.load_pipeline(name, **options))
+            else:
+                from restore.restorer import load
+
+                options = {"device": str(self.device), "precision": c["precision"], "offline": c["offline"]}
+                self.loaded = (name, load(name, checkpointing=c["checkpointing"], **options))
+        return self.loaded[1]
+
+    def _compute(self, job: Job, task: Mapping[str, Any], method: Mapping[str, Any], model: Any) -> sampling.Batch:
+        seed = self.config["seed"]
+        if self.config["kind"] == "restoration":
+            x = torch.stack([self.images.tensor(self.index[i]) for i in job.ids])
+            options = {"seed": seed, "samples": self.config["samples"], "device": self.device}
+            return sampling.restore_batch(model, x, job.ids, task, method, **options)
+        if self.config["kind"] == "generation":
+            return sampling.generate_batch(model, job.ids, task, method, seed=seed)
+        return sampling.pipeline_batch(model, job.ids, self._prompts(job, task), task, method, seed=seed)
+
+    def _prompts(self, job: Job, task: Mapping[str, Any]) -> list[str]:
+        if not task["prompts"]:
+            return [""] * len(job.ids)
+        prompts = read_prompts(task["prompts"])
+        if self.config["metrics"]["group_by_prompt"]:
+            return [prompts[int(i.split("-")[0])] for i in job.ids]
+        return [prompts[int(i) % len(prompts)] for i in job.ids]
+
+    def _peak_memory(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        if sys.platform == "win32":
+            return math.nan
+        import resource
+
+        # Kilobytes on Linux, bytes on macOS; the peak of the whole process so far.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+    def _write(self, job: Job, batch: sampling.Batch) -> None:
+        """Pictures first, the row last: an image counts as done when its row is there."""
+        folder = job.results(self.run_folder)
+        for name in ("rows", "samples", "spread"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        pixels = io.to_uint8(batch.samples.flatten(0, 1)).reshape(
+            *batch.samples.shape[:2], *batch.samples.shape[-2:], 3
+        )
+        several = batch.samples.shape[1] > 1
+        spreads = single.spread(batch.samples) if several else None
+        for b, image_id in enumerate(job.ids):
+            name = datasets.file_name(image_id)
+            row: dict[str, Any] = {"image": image_id, "nfe": batch.nfe}
+            if self.images is not None:
+                truth = self.images.pixels(self.index[image_id])
+                self._once(self.run_folder / "truth" / f"{name}.png", truth)
+                self._once(self.run_folder / "measurements" / job.task / f"{name}.png", measurement_picture(batch, b))
+                quality = single.psnr_pixels(pixels[b, 0], truth)
+                row["psnr"] = quality if math.isfinite(quality) else None  # JSON has no infinity
+                row["ssim"] = single.ssim_pixels(pixels[b, 0], truth)
+            if batch.residual_ratio is not None:
+                row["residual_ratio"] = float(batch.residual_ratio[b])
+            if several:
+                row["spread"] = float(spreads[b])
+                if self.images is not None:
+                    inside = single.coverage(batch.samples[b : b + 1], self.images.tensor(self.index[image_id])[None])
+                    row["coverage"] = float(inside[0])
+                for k in range(1, pixels.shape[1]):
+                    atomic.write_bytes(folder / "samples" / f"{name}-{k}.png", png(pixels[b, k]))
+                deviation = batch.samples[b].float().std(dim=0).mean(dim=0)
+                grey = (deviation / SPREAD_WHITE * 255).clamp(0, 255).round().byte().numpy()
+                atomic.write_bytes(folder / "spread" / f"{name}.png", png(grey))
+            content = png(pixels[b, 0])
+            row["sha256"] = hashlib.sha256(content).hexdigest()
+            atomic.write_bytes(folder / f"{name}.png", content)
+            atomic.write_json(folder / "rows" / f"{name}.json", row)
+
+    def _once(self, path: Path, pixels: np.ndarray) -> None:
+        """Written by whichever worker comes first; all would write the same bytes."""
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic.write_bytes(path, png(pixels))
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """uint8 (H, W, 3) or (H, W) as the bytes of a PNG file, the same for the same pixels."""
+    buffer = bytes_io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def measurement_picture(batch: sampling.Batch, b: int) -> np.ndarray:
+    """The measurement of image b as it can be shown: clamped, grey as grey, at its own size."""
+    y = batch.measurement[b : b + 1]
+    return io.to_uint8(y if y.shape[1] == 3 else y.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1))[0]

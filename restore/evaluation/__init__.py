@@ -1,1 +1,0 @@
-"""Data sets, metrics, protocols, benchmark runs and reports."""

@@ -1,0 +1,1 @@
+"""Files and pixels: reading, writing, resampling, labelled pictures."""

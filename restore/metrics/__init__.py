@@ -1,0 +1,1 @@
+"""Metrics of single images and of sets, and the networks they need."""

@@ -1,0 +1,1 @@
+"""Reports of benchmark runs for people."""

@@ -1,0 +1,284 @@
+"""The tables of a report, as data: what each cell says, before anybody decides how it looks."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from operators import RestoreError
+from restore.bench.config import BASELINES
+from restore.bench.protocol import comparable
+from restore.bench.run import read_manifest
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a number is shown. better: +1 larger is better, -1 smaller, 0 neither (near 1 for residual_ratio)."""
+
+    label: str
+    better: int
+    digits: int
+    meaning: str
+
+
+METRICS = {
+    "psnr": Metric("PSNR", 1, 2, "peak signal-to-noise ratio in dB"),
+    "ssim": Metric("SSIM", 1, 3, "structural similarity"),
+    "lpips": Metric("LPIPS", -1, 3, "perceptual distance to the truth"),
+    "fid": Metric("FID", -1, 2, "distance between the sets of results and true images"),
+    "full_fid": Metric("FID (full set)", -1, 2, "FID against the full reference set"),
+    "kid": Metric("KID", -1, 5, "kernel distance between the sets"),
+    "full_kid": Metric("KID (full set)", -1, 5, "KID against the full reference set"),
+    "is": Metric("IS", 1, 2, "Inception Score"),
+    "precision": Metric("Precision", 1, 3, "share of results that look like true images"),
+    "recall": Metric("Recall", 1, 3, "share of true images that the results cover"),
+    "lpips_pairs": Metric("LPIPS of pairs", 1, 3, "perceptual distance between samples of one prompt"),
+    "residual_ratio": Metric("Residual", 0, 3, "||y - A(x)|| divided by sigma_y sqrt(m): 1 explains y up to its noise"),
+    "spread": Metric("Spread", 0, 3, "standard deviation over the samples"),
+    "coverage": Metric("Coverage", 0, 3, "share of pixels whose truth lies within the samples"),
+    "iterations_per_second": Metric("Steps/s", 1, 2, "sampling steps per second"),
+    "peak_memory_mb": Metric("Memory MB", -1, 0, "peak memory"),
+}
+ARROWS = {1: "↑", -1: "↓", 0: ""}
+# (x, y) of the trade-off chart: the first whose metrics are there.
+TRADE_OFFS = (("lpips", "fid"), ("lpips", "psnr"), ("ssim", "psnr"), ("residual_ratio", "psnr"))
+_EXPANDED = {"pr": ("precision", "recall")}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number. low, high: its 95 % interval, or mean -/+ the package's own deviation (`deviation` says which).
+
+    done, expected: images it was computed on and should have been. published: the paper's number. best: of its column.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    deviation: bool = False
+    done: int = 0
+    expected: int = 0
+    published: float | None = None
+    best: bool = False
+
+    @property
+    def incomplete(self) -> bool:
+        return self.done < self.expected
+
+
+@dataclass
+class Run:
+    """A benchmark folder as a report reads it."""
+
+    folder: Path
+    config: dict[str, Any]
+    protocol: dict[str, Any]
+    table: dict[str, Any]
+    created: str
+
+    @property
+    def title(self) -> str:
+        return self.config["title"] or self.config["name"]
+
+
+@dataclass
+class Table:
+    """Rows by method, columns by (task, metric)."""
+
+    columns: list[tuple[str, str]]
+    rows: list[tuple[str, dict[tuple[str, str], Cell]]] = field(default_factory=list)
+
+
+def read_run(folder: str | Path) -> Run:
+    """A run with its metrics. Raises RestoreError for a folder without a run or without any result."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    path = folder / "metrics.json"
+    if not path.is_file():
+        raise RestoreError(f"{folder} has no metrics.json: the run has not finished; run the benchmark again to go on")
+    table = json.loads(path.read_text(encoding="utf-8"))["table"]
+    return Run(folder, manifest["config"], manifest["protocol"], table, manifest["created"])
+
+
+def shown_metrics(run: Run) -> list[str]:
+    """Metrics that are columns, in the order of the configuration."""
+    asked = run.config["report"]["columns"] or run.config["metrics"]["names"]
+    names = [name for metric in asked for name in _EXPANDED.get(metric, (metric,))]
+    extra = [
+        n
+        for cells in run.table.values()
+        for cell in cells.values()
+        for n in cell["set_values"]
+        if n.startswith("full_")
+    ]
+    return [name for name in dict.fromkeys([*names, *extra]) if name in METRICS]
+
+
+def cell_of(entry: Mapping[str, Any] | None, metric: str, published: float | None) -> Cell:
+    """The cell of one metric from a (task, method) entry of metrics.json."""
+    if entry is None:
+        return Cell(None, published=published)
+    counts = {"done": entry["done"], "expected": entry["expected"], "published": published}
+    if metric in entry["means"]:
+        m = entry["means"][metric]
+        value = math.inf if m["mean"] is None and metric == "psnr" else m["mean"]
+        return Cell(value, m["low"], m["high"], **counts)
+    if metric in entry["set_values"]:
+        value, deviation = entry["set_values"][metric], entry["set_values"].get(f"{metric}_std")
+        if deviation is None:
+            return Cell(value, **counts)
+        return Cell(value, value - deviation, value + deviation, True, **counts)
+    if metric in ("iterations_per_second", "peak_memory_mb"):
+        return Cell(entry["cost"].get(metric), **counts)
+    return Cell(None, **counts)
+
+
+def method_title(run: Run, method: str) -> str:
+    titles = run.config["published"]["titles"]
+    entry = run.config["methods"].get(method)
+    return (entry and entry["title"]) or titles.get(method) or method
+
+
+def family_title(run: Run, family: str) -> str:
+    """The title that a sweep's methods share."""
+    return next(m["family_title"] for m in run.config["methods"].values() if m["family"] == family)
+
+
+def task_title(run: Run, task: str) -> str:
+    return run.config["tasks"][task]["title"] or task
+
+
+def build_table(runs: Sequence[Run]) -> Table:
+    """One table of runs with comparable protocols: columns of all, rows of each; published-only rows last."""
+    columns: list[tuple[str, str]] = []
+    for run in runs:
+        for task in run.config["tasks"]:
+            columns += [(task, metric) for metric in shown_metrics(run) if (task, metric) not in columns]
+    tasks = list(dict.fromkeys(task for task, _ in columns))
+    columns.sort(key=lambda column: tasks.index(column[0]))
+    table = Table(columns)
+    for run in runs:
+        values = run.config["published"]["values"]
+        prefix = f"{run.title}: " if len(runs) > 1 else ""
+        for method in [*run.config["methods"], *(m for m in values if m not in run.config["methods"])]:
+            row = {}
+            for task, metric in columns:
+                said = ((values.get(method) or {}).get(task) or {}).get(metric)
+                row[task, metric] = cell_of(run.table.get(task, {}).get(method), metric, said)
+            table.rows.append((prefix + method_title(run, method), row))
+    _mark_best(table)
+    return table
+
+
+def _mark_best(table: Table) -> None:
+    """The best complete cell of every column that has a better and a worse, if there is something to compare."""
+    for column in table.columns:
+        better = METRICS[column[1]].better
+        if not better:
+            continue
+        cells = [(row[column], i) for i, (_, row) in enumerate(table.rows)]
+        complete = [
+            (c.value, i) for c, i in cells if c.value is not None and math.isfinite(c.value) and not c.incomplete
+        ]
+        if len(complete) < 2:
+            continue
+        # Equal as printed is equal: a digit that nobody sees decides nothing.
+        digits = METRICS[column[1]].digits
+        top = max(round(value, digits) * better for value, _ in complete)
+        for value, i in complete:
+            if round(value, digits) * better == top:
+                cell = table.rows[i][1][column]
+                table.rows[i][1][column] = Cell(**{**cell.__dict__, "best": True})
+
+
+def group_runs(runs: Sequence[Run]) -> tuple[list[list[Run]], list[tuple[Run, Run, dict[str, tuple]]]]:
+    """Runs that may share a table, and for every pair of groups how their protocols differ."""
+    groups: list[list[Run]] = []
+    for run in runs:
+        for group in groups:
+            if not comparable(group[0].protocol, run.protocol):
+                group.append(run)
+                break
+        else:
+            groups.append([run])
+    first = [group[0] for group in groups]
+    apart = [(a, b, comparable(a.protocol, b.protocol)) for i, a in enumerate(first) for b in first[i + 1 :]]
+    return groups, apart
+
+
+def split(table: Table, limit: int = 10) -> list[Table]:
+    """The table as one or more of at most `limit` columns, cut between tasks, so that a page can hold them."""
+    parts: list[list[tuple[str, str]]] = []
+    for task in dict.fromkeys(task for task, _ in table.columns):
+        columns = [column for column in table.columns if column[0] == task]
+        if parts and len(parts[-1]) + len(columns) <= limit:
+            parts[-1] += columns
+        else:
+            parts.append(columns)
+    return [Table(columns, [(title, {c: row[c] for c in columns}) for title, row in table.rows]) for columns in parts]
+
+
+def number(value: float | None, digits: int) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "—"
+    return "∞" if math.isinf(value) else f"{value:.{digits}f}"
+
+
+def curves(run: Run) -> list[dict[str, Any]]:
+    """Charts over a swept guidance scale, as data for figures.chart.
+
+    With FID and LPIPS (else two of PSNR, LPIPS, SSIM, residual): one trade-off per task, a line over the scale,
+    the methods outside the sweep as single points. Otherwise one chart per metric against the scale.
+    """
+    families: dict[str, list[tuple[float, str]]] = {}
+    for name, method in run.config["methods"].items():
+        if isinstance(method["swept"].get("scale"), (int, float)):
+            families.setdefault(method["family"], []).append((float(method["swept"]["scale"]), name))
+    if not families:
+        return []
+    shown = shown_metrics(run)
+    chosen = run.config["report"]["curve"]
+    pair = chosen or next((list(p) for p in TRADE_OFFS if set(p) <= set(shown)), None)
+    inside = {name for members in families.values() for _, name in members}
+    charts = []
+    for task, cells in run.table.items():
+
+        def value(name: str, metric: str, cells=cells) -> float | None:
+            return cell_of(cells.get(name), metric, None).value
+
+        if pair:
+            series = []
+            # Without the baselines: far from every sampler, they would squeeze the curve into a point.
+            others = [n for n in cells if n not in inside and run.config["methods"][n]["sampler"] not in BASELINES]
+            for name in others:
+                point = (value(name, pair[0]), value(name, pair[1]), "")
+                series.append({"name": method_title(run, name), "line": False, "points": [point]})
+            for family, members in families.items():
+                points = [(value(n, pair[0]), value(n, pair[1]), f"{s:g}") for s, n in sorted(members)]
+                series.append(
+                    {"name": f"{family_title(run, family)} (labels: scale s)", "line": True, "points": points}
+                )
+            charts.append({"title": task_title(run, task), "x": axis(pair[0]), "y": axis(pair[1]), "series": series})
+            continue
+        for metric in shown:
+            series = []
+            for family, members in families.items():
+                points = [(scale, value(name, metric), "") for scale, name in sorted(members)]
+                series.append({"name": family_title(run, family), "line": True, "points": points})
+            charts.append(
+                {"title": task_title(run, task), "x": "guidance scale s", "y": axis(metric), "series": series}
+            )
+    for chart in charts:
+        for series in chart["series"]:
+            series["points"] = [p for p in series["points"] if p[0] is not None and p[1] is not None
+                                and math.isfinite(p[0]) and math.isfinite(p[1])]  # fmt: skip
+        chart["series"] = [s for s in chart["series"] if s["points"]]
+    return [chart for chart in charts if chart["series"]]
+
+
+def axis(metric: str) -> str:
+    return f"{METRICS[metric].label} {ARROWS[METRICS[metric].better]}".strip()

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from operators import RestoreError
+from restore.bench.config import load_config, pairs, result_part, settings
+
+BASE = {
+    "name": "small",
+    "backbone": "embedded",
+    "data": {"folder": "photos", "size": 32},
+    "tasks": {
+        "sr": {"operator": {"name": "super_resolution", "factor": 4, "noise": {"name": "gaussian", "sigma": 0.05}}},
+        "blur": {"operator": {"name": "gaussian_blur", "kernel_size": 9, "std": 1.0}},
+    },
+    "methods": {
+        "dps": {"sampler": "dps", "steps": 10, "parameters": {"zeta": 1.0}},
+        "pag": {
+            "title": "DPS + PAG",
+            "sampler": "dps",
+            "steps": 10,
+            "parameters": {"zeta": 1.0},
+            "guidance": {"pag": {"scale": 1.0, "layers": ["m1"]}},
+            "sweep": {"guidance.pag.scale": [0.5, 2.0]},
+            "per_task": {"blur": {"parameters": {"zeta": 0.4}, "guidance": {"pag": {"layers": ["i2"]}}}},
+        },
+        "bicubic": {"sampler": "bicubic", "only": ["sr"]},
+    },
+}
+
+
+def changed(*path_and_value):
+    config = copy.deepcopy(BASE)
+    *path, last, value = path_and_value
+    inner = config
+    for key in path:
+        inner = inner[key]
+    inner[last] = value
+    return config
+
+
+def test_sweeps_become_methods_and_tasks_may_differ():
+    config = load_config(BASE)
+    assert list(config["methods"]) == ["dps", "pag_scale=0.5", "pag_scale=2.0", "bicubic"]
+    swept = config["methods"]["pag_scale=2.0"]
+    assert swept["family"] == "pag" and swept["swept"] == {"scale": 2.0} and swept["title"] == "DPS + PAG, scale 2.0"
+    assert settings(config, "pag_scale=2.0", "sr")["guidance"] == {"pag": {"scale": 2.0, "layers": ["m1"]}}
+    on_blur = settings(config, "pag_scale=2.0", "blur")
+    assert on_blur["guidance"] == {"pag": {"scale": 2.0, "layers": ["i2"]}} and on_blur["parameters"] == {"zeta": 0.4}
+    assert config["methods"]["pag_scale=0.5"]["guidance"]["pag"]["scale"] == 0.5
+    assert ("blur", "bicubic") not in pairs(config) and ("sr", "bicubic") in pairs(config)
+
+
+def test_layers_can_be_swept():
+    config = load_config(changed("methods", "pag", "sweep", {"guidance.pag.layers": [["i2"], ["i2", "m1"]]}))
+    assert "pag_layers=i2+m1" in config["methods"]
+
+
+def test_overrides_and_words_that_do_not_matter():
+    config = load_config(BASE, ["seed=3", "methods.dps.steps=20", "data.limit=4"])
+    assert config["seed"] == 3 and config["methods"]["dps"]["steps"] == 20 and config["data"]["limit"] == 4
+    worded = load_config(changed("tasks", "sr", "title", "Super-resolution"), ["engine=ray", "metrics.names=[psnr]"])
+    assert result_part(worded) == result_part(load_config(BASE))
+    assert result_part(config) != result_part(load_config(BASE))
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (changed("bacth", 2), r"no key bacth; did you mean batch\?"),
+        (changed("data", "folders", "x"), r"no key data\.folders; did you mean folder\?"),
+        (changed("methods", "dps", "step", 4), r"no key methods\.dps\.step; did you mean steps\?"),
+        (changed("methods", "dps", "sampler", "dsp"), r"sampler=dsp; did you mean dps\?"),
+        (changed("methods", "dps", "parameters", {}), r"lacks parameters\.zeta"),
+        (changed("methods", "dps", "steps", None), "lacks steps"),
+        (changed("methods", "dps", "guidance", {"pga": {}}), "unknown guidance 'pga'"),
+        (changed("methods", "bicubic", "only", ["srr"]), r"task srr; did you mean sr\?"),
+        (changed("tasks", "sr", "operator", {"name": "super_resolutoin"}), r"did you mean super_resolution\?"),
+        (changed("data", "folder", None), r"data\.folder open"),
+        (changed("data", "folder", "???"), r"leaves data\.folder open"),
+        (changed("metrics", {"names": ["psrn"]}), "no metric psrn"),
+        (changed("batch", 0), "batch=0"),
+        (changed("kind", "restauration"), r"did you mean restoration\?"),
+        (changed("methods", {}), "lacks methods"),
+        (changed("tasks", "sr", 4), r"tasks\.sr must be a mapping"),
+    ],
+)
+def test_mistakes_are_named(config, message):
+    with pytest.raises(RestoreError, match=message):
+        load_config(config)
+
+
+def test_files_that_are_no_configuration(tmp_path):
+    with pytest.raises(RestoreError, match="does not exist; did you mean table9"):
+        load_config(tmp_path / "tabel9.yaml")
+    assert load_config("table9", ["metrics.reference=x"])["name"] == "table9"
+    (tmp_path / "bad.yaml").write_text("a: [1, 2\nb: }")
+    with pytest.raises(RestoreError, match="not valid YAML"):
+        load_config(tmp_path / "bad.yaml")
+    with pytest.raises(RestoreError, match="write key=value"):
+        load_config(BASE, ["seed"])

@@ -1,0 +1,81 @@
+"""The counted cost of a PSLD step: numbers that can be worked out by hand, and the SD 1.5 configuration."""
+
+import pytest
+import torch
+from tiny_sd import SCHEDULER, tiny_unet, tiny_vae
+
+from operators import RestoreError
+from restore.backbones.stable_diffusion import StableDiffusion
+from restore.backbones.stable_diffusion_files import alphas_cumprod
+from restore.bench.cost import LiveBytes, psld_cost
+
+
+def test_live_bytes_are_those_of_the_tensors_alive():
+    x = torch.ones(1000)
+    with LiveBytes(known=[x]) as live:
+        y = x * 2  # 4000 bytes
+        z = y.view(10, 100).exp()  # 4000 more; the view is free
+        assert live.now == live.peak == 8000
+        del y
+        assert (live.now, live.peak) == (4000, 8000)
+        z.add_(1)
+        assert live.now == 4000
+        x.view(10, 100)
+        assert live.now == 4000
+
+
+def test_live_bytes_see_what_autograd_saves():
+    x = torch.ones(1000, requires_grad=True)
+    with LiveBytes(known=[x]) as live:
+        y = x * 3
+        z = y.exp()  # saves its output
+        loss = z.sum()
+        del y, z
+        assert live.now == pytest.approx(4000, abs=100)
+        torch.autograd.grad(loss, x)
+    assert live.peak == pytest.approx(8000, abs=100)
+
+
+@pytest.fixture(scope="module")
+def sd15():
+    return psld_cost()
+
+
+def test_sd15_at_512(sd15):
+    assert sd15.unet / 1e9 == pytest.approx(803, rel=0.01)
+    # A frozen network's gradient costs one more pass, apart from attention's five products for two.
+    forward = sd15.unet + sd15.decoder + sd15.encoder
+    assert 1.0 < sd15.backward / forward < 1.1
+    assert sum(sd15.shares.values()) == pytest.approx(1)
+    assert sd15.parameters == 2 * (859_520_964 + 83_653_863)
+
+
+def test_sharing_the_prefix_leaves_72_percent_of_the_unet(sd15):
+    assert sd15.weak / sd15.unet == pytest.approx(0.72, abs=0.005)
+    assert sd15.weak_unshared / sd15.unet == pytest.approx(1, abs=0.005)
+    assert 1.05 < sd15.overhead < sd15.overhead_unshared < 1.25
+
+
+def test_memory_with_checkpointing(sd15):
+    assert sd15.peak_pag <= 1.1 * sd15.peak
+    assert sd15.peak_checkpointing < 0.5 * sd15.peak_pag
+    assert sd15.parameters + sd15.peak_checkpointing < 12e9
+    # Below this the three largest feature maps of the decoder would not fit: the count missed something.
+    assert sd15.peak_checkpointing > 3 * 256 * 512 * 512 * 2
+
+
+def test_any_backbone_and_layers():
+    unet = tiny_unet(
+        block_out_channels=(16, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+    )
+    backbone = StableDiffusion(unet, tiny_vae(), alphas_cumprod(SCHEDULER), torch.randn(1, 12, 16))
+    options = {"size": 32, "dtype": torch.float32, "tokens": 12}
+    late = psld_cost(backbone, layers="o3", batch=2, **options)
+    assert 0 < late.weak < 0.5 * late.weak_unshared
+    # conv_out: 2 images, 4 x 16 channels, 3 x 3 taps, 8 x 8 cells, a multiply-add being two.
+    assert late.weak > 2 * 4 * 16 * 9 * 64 * 2
+    with pytest.raises(RestoreError, match="no attention layer is called 'i77'"):
+        psld_cost(backbone, layers="i77", **options)

@@ -1,0 +1,237 @@
+"""Benchmarks on a tiny network with random weights: the numbers mean nothing, the bytes and the books must be right."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import restore.restorer  # noqa: F401  (imported before forking, or every child would spend seconds on it)
+from operators import RestoreError
+from restore import atomic
+from restore.bench.run import bench, plan
+
+NOISE = {"name": "gaussian", "sigma": 0.05}
+
+
+@pytest.fixture
+def config(tmp_path, tiny_adm, smooth_images, write_images):
+    write_images(tmp_path / "photos", smooth_images(5, 16, 0))
+    return {
+        "name": "tiny",
+        "backbone": str(tiny_adm),
+        "out": str(tmp_path / "run"),
+        "device": "cpu",
+        "threads": 1,
+        "batch": 2,
+        "data": {"folder": str(tmp_path / "photos")},
+        "tasks": {
+            "sr": {"operator": {"name": "super_resolution", "factor": 4, "noise": NOISE}},
+            "box": {"per_image": True, "operator": {"name": "inpainting_box", "noise": NOISE}},
+        },
+        "methods": {
+            "base": {"sampler": "baseline"},
+            "dps": {"sampler": "dps", "steps": 4, "parameters": {"zeta": 0.5}},
+            "pag": {
+                "sampler": "dps",
+                "steps": 4,
+                "parameters": {"zeta": 0.5},
+                "guidance": {"pag": {"layers": ["m1"]}},
+                "sweep": {"guidance.pag.scale": [1.0, 2.0]},
+            },
+        },
+    }
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Everything a run says about its images; not what it cost."""
+    parts = ("results", "truth", "measurements")
+    files = [p for part in parts for p in sorted((run / part).rglob("*")) if p.is_file()]
+    return {p.relative_to(run).as_posix(): p.read_bytes() for p in files}
+
+
+def test_a_run_writes_every_image_with_its_row(config):
+    seen = []
+    done = bench(config, progress=seen.append)
+    run = Path(config["out"])
+    assert (done.done, done.kept) == (24, 0) and seen[-1]["done"] == seen[-1]["total"] == 24
+    row = json.loads((run / "results/sr/pag_scale=2.0/rows/00003.json").read_text())
+    assert row["nfe"] == 8 and set(row) == {"image", "nfe", "psnr", "ssim", "residual_ratio", "sha256"}
+    cell = done.table["table"]["sr"]["pag_scale=2.0"]
+    assert cell["missing"] == 0 and cell["means"]["psnr"]["n"] == 5 and cell["cost"]["nfe"] == 8
+    masks = [(run / f"measurements/box/0000{i}.png").read_bytes() for i in range(5)]
+    assert len(set(masks)) == 5
+    assert contents(run)["results/sr/dps/00000.png"] != contents(run)["results/sr/pag_scale=2.0/00000.png"]
+    protocol = json.loads((run / "run.json").read_text())["protocol"]
+    assert protocol["tasks"]["sr"]["sigma_y"] == 0.05 and len(protocol["images"]["sha256"]) == 64
+    assert len(next(iter(protocol["backbone"][config["backbone"]].values()))) == 64
+    again = bench(config)
+    assert (again.done, again.kept) == (0, 24) and again.table == done.table
+
+
+def test_the_callers_number_of_threads_comes_back(config):
+    torch.set_num_threads(2)
+    bench(config)
+    assert torch.get_num_threads() == 2
+
+
+def test_results_do_not_depend_on_the_batch_or_on_other_methods(config):
+    bench(config)
+    small = dict(config, out=config["out"] + "-1", batch=1, methods={"dps": config["methods"]["dps"]})
+    bench(small, ["data.names=['00003']"])
+    for task in ("sr", "box"):
+        rows = [
+            json.loads((Path(c["out"]) / f"results/{task}/dps/rows/00003.json").read_text()) for c in (config, small)
+        ]
+        assert rows[0]["psnr"] == pytest.approx(rows[1]["psnr"], rel=1e-4)
+
+
+def _child(config, log):
+    torch.set_num_threads(1)
+    with open(log, "a") as file:
+        bench(config, progress=lambda event: (file.write(event.get("job", "") + "\n"), file.flush()))
+
+
+def test_twenty_kills_change_nothing_and_repeat_at_most_a_batch_each(config, tmp_path):
+    torch.set_num_threads(1)
+    undisturbed = dict(config, out=str(tmp_path / "undisturbed"))
+    bench(undisturbed)
+    context, log, kills = multiprocessing.get_context("fork"), tmp_path / "log", 0
+    chance = random.Random(0)
+    for _ in range(400):
+        child = context.Process(target=_child, args=(config, log))
+        child.start()
+        if kills < 20:
+            child.join(chance.uniform(0.02, 0.35))
+        else:
+            child.join(120)
+        if child.exitcode is None:
+            os.kill(child.pid, signal.SIGKILL)
+            child.join()
+            kills += 1
+        elif kills >= 20:
+            break
+        else:
+            # It finished before enough kills: take some images away, as if it had been killed earlier.
+            rows = sorted((Path(config["out"]) / "results").rglob("rows/*.json"))
+            for path in rows[len(rows) // 3 :]:
+                path.unlink()
+            log.write_text("")
+    assert kills == 20 and child.exitcode == 0
+    assert contents(Path(config["out"])) == contents(Path(undisturbed["out"]))
+    finished = log.read_text().split()
+    assert len(finished) == len(set(finished)), "a finished batch was computed again"
+    assert not list(Path(config["out"]).rglob("*.tmp"))
+
+
+def test_another_configuration_is_refused_with_the_difference(config):
+    config["methods"] = {"base": {"sampler": "baseline"}}
+    bench(config)
+    with pytest.raises(RestoreError, match=r"another configuration \(config\.seed: 0 there, 1 here\)"):
+        bench(config, ["seed=1"])
+    with pytest.raises(RestoreError, match="factor: 4 there, 2 here"):
+        bench(config, ["tasks.sr.operator.factor=2"])
+    bench(config, ["metrics.names=[psnr]", "title=Words"])  # what does not touch the results may change
+    photo = Path(config["data"]["folder"]) / "00000.png"
+    photo.write_bytes((Path(config["data"]["folder"]) / "00001.png").read_bytes())
+    with pytest.raises(RestoreError, match=r"another configuration \(images: "):
+        bench(config)
+
+
+def test_run_folders_that_cannot_be_used(config, tmp_path):
+    config["methods"] = {"base": {"sampler": "baseline"}}
+    run = Path(config["out"])
+    run.mkdir()
+    (run / "thesis.txt").write_text("mine")
+    with pytest.raises(RestoreError, match="not empty and holds no benchmark"):
+        bench(config)
+    assert (run / "thesis.txt").read_text() == "mine"
+    (run / "thesis.txt").unlink()
+    bench(config)
+    manifest = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(manifest | {"format": 0}))
+    with pytest.raises(RestoreError, match="another version of restore"):
+        bench(config)
+    (run / "run.json").write_text("{")
+    with pytest.raises(RestoreError, match="is damaged"):
+        bench(config)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RestoreError, match="cannot be made"):
+        bench(config, [f"out={tmp_path / 'file' / 'run'}"])
+
+
+def test_a_full_disk_stops_cleanly_and_the_run_goes_on_later(config, tmp_path, monkeypatch):
+    config["methods"] = {"base": {"sampler": "baseline"}}
+    bench(config, [f"out={tmp_path / 'whole'}"])
+    written = 0
+    write = atomic.write_bytes
+
+    def full(path, content):
+        nonlocal written
+        written += 1
+        if written > 17:
+            raise RestoreError(f"Cannot write {path}: the disk is full; nothing was changed.")
+        write(path, content)
+
+    monkeypatch.setattr(atomic, "write_bytes", full)
+    with pytest.raises(RestoreError, match="disk is full"):
+        bench(config)
+    monkeypatch.setattr(atomic, "write_bytes", write)
+    assert bench(config).kept > 0
+    assert contents(Path(config["out"])) == contents(tmp_path / "whole")
+
+
+def test_incomplete_results_are_counted(config):
+    config["methods"] = {"base": {"sampler": "baseline"}}
+    table = bench(config).table
+    assert table["table"]["sr"]["base"]["missing"] == 0
+    from restore.bench import results
+    from restore.bench.batches import load_images
+    from restore.bench.config import load_config
+
+    (Path(config["out"]) / "results/sr/base/rows/00002.json").unlink()
+    checked = load_config(config)
+    cell = results.summarise(Path(config["out"]), checked, load_images(checked))["table"]["sr"]["base"]
+    assert (cell["missing"], cell["done"], cell["means"]["psnr"]["n"]) == (1, 4, 4)
+
+
+def test_a_dry_run_computes_nothing_and_counts_everything(config):
+    lines = {(line.task, line.method): line for line in plan(config)}
+    assert not Path(config["out"]).exists() and len(lines) == 8
+    pag = lines["sr", "pag_scale=2.0"]
+    assert (pag.jobs, pag.images, pag.nfe) == (3, 5, 8) and pag.seconds > 0 and pag.peak_memory_mb > 0
+    assert lines["sr", "dps"].nfe == 4 and lines["sr", "base"].seconds is None
+
+
+def test_several_samples_give_spread_and_coverage(config):
+    config["methods"] = {"dps": config["methods"]["dps"]}
+    table = bench(config, ["samples=2", "data.limit=2", "metrics.names=[psnr,spread,coverage]"]).table["table"]
+    run = Path(config["out"])
+    assert (
+        table["sr"]["dps"]["means"]["spread"]["mean"] > 0 and 0 <= table["sr"]["dps"]["means"]["coverage"]["mean"] < 1
+    )
+    assert (run / "results/box/dps/samples/00001-1.png").exists() and (
+        run / "results/box/dps/spread/00001.png"
+    ).exists()
+    first = contents(run)["results/sr/dps/00001.png"]
+    bench(config, [f"out={run}-single", "data.limit=2"])
+    # Sample 0 does not depend on how many are drawn (up to rounding between batch sizes).
+    from restore.bench.datasets import read_rgb
+
+    single = read_rgb(Path(f"{run}-single") / "results/sr/dps/00001.png").astype(int)
+    assert abs(single - read_rgb(run / "results/sr/dps/00001.png").astype(int)).max() <= 1 and len(first) > 0
+
+
+def test_little_time_is_spent_on_anything_but_sampling(config, smooth_images, write_images, tmp_path):
+    """With the network of a real prior the share is far below; here one step takes a few milliseconds."""
+    started = time.perf_counter()
+    config["methods"] = {"dps": dict(config["methods"]["dps"], steps=100)}
+    table = bench(config, ["data.limit=2", "tasks.box.per_image=false"]).table["table"]
+    assert table["sr"]["dps"]["cost"]["overhead"] < 0.1 and time.perf_counter() - started < 60

@@ -1,0 +1,404 @@
+"""Files in, files out: every pixel and every promise about the container survives the round trip."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import pytest
+import torch
+
+from operators import RestoreError
+from restore import atomic, paths
+from restore.app import files
+from restore.images import grids, io, sixteen
+
+
+def photo(height=13, width=17, channels=3, seed=0, top=256):
+    kind = np.uint8 if top == 256 else np.uint16
+    return np.random.default_rng(seed).integers(0, top, (height, width, channels)).astype(kind)
+
+
+def saved(path, array, **options):
+    PIL.Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".ppm"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_lossless_formats_return_the_same_bytes(tmp_path, suffix, channels):
+    array = photo(channels=channels)
+    record = io.read_image(saved(tmp_path / f"a{suffix}", array))
+    assert record.pixels.shape == (1, 3, 13, 17) and record.grey == (channels == 1) and record.bits == 8
+    io.write_image(tmp_path / f"b{suffix}", record.pixels, record)
+    with PIL.Image.open(tmp_path / f"b{suffix}") as image:
+        assert image.mode == ("L" if channels == 1 else "RGB")
+        assert np.array_equal(np.asarray(image).reshape(array.shape), array)
+
+
+def test_every_level_survives_in_8_and_16_bits(tmp_path):
+    for levels, kind in ((256, np.uint8), (65536, np.uint16)):
+        ramp = np.arange(levels).astype(kind).reshape(16, -1, 1)
+        x = io.to_tensor(ramp)
+        assert x.min() == -1 and x.max() == 1
+        record = io.ImageRecord(x, tmp_path / "ramp.png", "PNG", grey=True, bits=8 if levels == 256 else 16)
+        io.write_image(tmp_path / "ramp.png", x, record)
+        again = io.read_image(tmp_path / "ramp.png")
+        assert again.bits == record.bits and again.grey
+        with PIL.Image.open(tmp_path / "ramp.png") as image:
+            assert np.array_equal(np.asarray(image).astype(np.int64), ramp[:, :, 0])
+        assert torch.equal(again.pixels, x)
+
+
+def test_nothing_is_stretched():
+    low_contrast = torch.full((3, 4, 4), 0.1)
+    low_contrast[:, 0, 0] = 0.12
+    assert sorted(set(io.to_uint8(low_contrast).ravel())) == [140, 143]  # round(1.1 * 127.5), round(1.12 * 127.5)
+    assert set(io.to_uint8(torch.tensor([-3.0, 3.0]).expand(3, 2, 2)).ravel()) == {0, 255}
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_sixteen_bit_png_is_read_and_written_exactly(tmp_path, channels):
+    array = photo(channels=channels, top=65536)
+    (tmp_path / "a.png").write_bytes(sixteen.png_bytes(array))
+    samples, _ = sixteen.read(tmp_path / "a.png")
+    assert np.array_equal(samples, array)
+    record = io.read_image(tmp_path / "a.png")
+    assert record.bits == 16 and record.grey == (channels < 3) and (record.alpha is not None) == (channels in (2, 4))
+    io.write_image(tmp_path / "b.png", record.pixels, record)
+    assert np.array_equal(sixteen.read(tmp_path / "b.png")[0], array)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_sixteen_bit_tiff_is_read_and_written_exactly(tmp_path, channels):
+    tifffile = pytest.importorskip("tifffile")
+    array = photo(channels=channels, top=65536)
+    squeezed = array[:, :, 0] if channels == 1 else array
+    options = {"extrasamples": ["unassalpha"]} if channels == 4 else {}
+    for byteorder in "<>":
+        tifffile.imwrite(
+            tmp_path / "a.tif",
+            squeezed,
+            byteorder=byteorder,
+            photometric="minisblack" if channels == 1 else "rgb",
+            **options,
+        )
+        record = io.read_image(tmp_path / "a.tif")
+        assert record.bits == 16
+        io.write_image(tmp_path / "b.tif", record.pixels, record)
+        assert np.array_equal(tifffile.imread(tmp_path / "b.tif"), squeezed)  # an independent reader
+        again = io.read_image(tmp_path / "b.tif")  # Deflate-compressed now: Pillow takes its other decoder
+        assert torch.equal(again.pixels, record.pixels) and (again.alpha is None) == (channels != 4)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
+def test_exif_orientation_is_applied_once(tmp_path, orientation, suffix):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    exif[0x010F] = "Maker"
+    array = np.repeat(np.repeat(photo(4, 6), 16, 0), 16, 1)  # blocks, so that JPEG keeps them recognisable
+    path = saved(tmp_path / f"a{suffix}", array, exif=exif.tobytes())
+    with PIL.Image.open(path) as image:
+        expected = np.asarray(PIL.ImageOps.exif_transpose(image)).astype(int)
+    record = io.read_image(path)
+    assert np.array_equal(io.to_uint8(record.pixels[0]).astype(int), expected)
+    assert record.size == ((96, 64) if orientation >= 5 else (64, 96))
+    io.write_image(tmp_path / f"b{suffix}", record.pixels, record)
+    with PIL.Image.open(tmp_path / f"b{suffix}") as image:
+        assert image.getexif().get(0x0112, 1) == 1
+        assert image.size == record.size[::-1]
+        if suffix != ".tif":
+            assert image.getexif()[0x010F] == "Maker"
+        assert np.abs(np.asarray(image).astype(int) - expected).mean() < (4 if suffix == ".jpg" else 1e-9)
+
+
+def test_alpha_is_kept_and_follows_a_new_size(tmp_path):
+    array = photo(8, 8, 4)
+    array[..., 3] = np.repeat([[0] * 4 + [255] * 4], 8, 0)
+    record = io.read_image(saved(tmp_path / "a.png", array))
+    io.write_image(tmp_path / "b.png", record.pixels, record)
+    assert np.array_equal(np.asarray(PIL.Image.open(tmp_path / "b.png")), array)
+    io.write_image(tmp_path / "c.png", torch.zeros(1, 3, 16, 16), record)
+    bigger = np.asarray(PIL.Image.open(tmp_path / "c.png"))[..., 3]
+    assert bigger.shape == (16, 16) and (bigger[:, :6] == 0).all() and (bigger[:, 10:] == 255).all()
+    with pytest.raises(RestoreError, match="transparency"):
+        io.write_image(tmp_path / "d.jpg", record.pixels, record)
+
+
+def test_palettes_transparency_cmyk_and_bilevel(tmp_path):
+    array = np.repeat(np.repeat(np.array([[[200, 30, 90], [10, 240, 7]]], np.uint8), 8, 0), 8, 1)
+    PIL.Image.fromarray(array).quantize(4).save(tmp_path / "p.png", transparency=0)
+    record = io.read_image(tmp_path / "p.png")
+    assert not record.grey and record.alpha is not None and set(record.alpha.unique().tolist()) == {0.0, 1.0}
+    assert np.array_equal(io.to_uint8(record.pixels[0]), array)
+    PIL.Image.fromarray(array).convert("CMYK").save(tmp_path / "c.jpg", quality=95)
+    record = io.read_image(tmp_path / "c.jpg")
+    assert np.abs(io.to_uint8(record.pixels[0])[2:6, 2:6].astype(int) - array[2:6, 2:6]).max() < 12
+    io.write_image(tmp_path / "d.jpg", record.pixels, record)
+    assert PIL.Image.open(tmp_path / "d.jpg").mode == "RGB"
+    PIL.Image.fromarray(array[..., 0] > 100).save(tmp_path / "b.png")
+    assert io.read_image(tmp_path / "b.png").grey
+
+
+def test_colour_profile_is_kept(tmp_path):
+    profile = b"not parsed, only carried " * 4
+    for name, bits in (("a.png", 8), ("a.jpg", 8), ("a16.png", 16), ("a16.tif", 16)):
+        record = io.ImageRecord(torch.zeros(1, 3, 8, 8), tmp_path / name, "PNG", bits=bits, icc=profile)
+        io.write_image(tmp_path / name, record.pixels, record)
+        assert io.read_image(tmp_path / name).icc == profile
+        assert io.read_image(tmp_path / name).bits == bits
+
+
+def test_camera_exif_is_carried_over_without_stale_sizes(tmp_path):
+    exif = PIL.Image.Exif()
+    exif[0x0110] = "Camera"
+    exif.get_ifd(0x8769).update({0xA002: 4000, 0xA003: 3000, 0x9003: "2024:05:06 07:08:09"})
+    for suffix in (".jpg", ".png", ".webp"):
+        record = io.read_image(saved(tmp_path / f"a{suffix}", photo(), exif=exif.tobytes()))
+        io.write_image(tmp_path / f"b{suffix}", record.pixels, record)
+        with PIL.Image.open(tmp_path / f"b{suffix}") as image:
+            assert image.getexif()[0x0110] == "Camera"
+            assert dict(image.getexif().get_ifd(0x8769)) == {0x9003: "2024:05:06 07:08:09"}
+    whole = (tmp_path / "a.jpg").read_bytes()
+    at = whole.index(b"Exif\0\0") + 14
+    (tmp_path / "c.jpg").write_bytes(whole[:at] + b"\xff" * 40 + whole[at + 40 :])  # a broken directory
+    assert io.read_image(tmp_path / "c.jpg").size == (13, 17)
+
+
+def test_a_format_that_cannot_hold_the_size_says_so(tmp_path):
+    with pytest.raises(RestoreError, match="a.jpg as JPEG"):
+        io.write_image(tmp_path / "a.jpg", torch.zeros(1, 3, 1, 70000))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_grey_stays_grey_unless_colour_is_asked_for(tmp_path):
+    record = io.read_image(saved(tmp_path / "a.jpg", photo(channels=1)))
+    red = torch.full((1, 3, 13, 17), -1.0)
+    red[:, 0] = 1
+    io.write_image(tmp_path / "b.png", red, record)
+    with PIL.Image.open(tmp_path / "b.png") as image:
+        assert image.mode == "L" and set(np.asarray(image).ravel()) == {76}  # 0.299 * 255
+    io.write_image(tmp_path / "c.png", red, record, colour=True)
+    assert PIL.Image.open(tmp_path / "c.png").mode == "RGB"
+
+
+def test_unreadable_files_are_named(tmp_path):
+    good = saved(tmp_path / "good.png", photo(64, 64))
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(good.read_bytes()[:4000])
+    jpeg = tmp_path / "cut.jpg"
+    jpeg.write_bytes(saved(tmp_path / "good.jpg", photo(64, 64)).read_bytes()[:2000])
+    sixteen_cut = tmp_path / "cut16.png"
+    sixteen_cut.write_bytes(sixteen.png_bytes(photo(64, 64, 3, top=65536))[:5000])
+    text = tmp_path / "text.png"
+    text.write_text("no picture")
+    empty = tmp_path / "empty.jpg"
+    empty.touch()
+    for path in (cut, jpeg, sixteen_cut, text, empty, tmp_path / "missing.png", tmp_path):
+        with pytest.raises(RestoreError, match=path.name):
+            io.read_image(path)
+    frames = [PIL.Image.fromarray(photo(seed=seed)) for seed in (1, 2)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(RestoreError, match="2 frames"):
+        io.read_image(tmp_path / "moving.gif")
+    PIL.Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(RestoreError, match="32-bit"):
+        io.read_image(tmp_path / "float.tif")
+
+
+def test_bad_pixels_are_refused_and_leave_no_file(tmp_path):
+    image = torch.zeros(1, 3, 4, 4)
+    image[0, 1, 2, 3] = float("nan")
+    for call in (io.to_uint8, io.to_pil, io.to_tensor, lambda x: io.write_image(tmp_path / "a.png", x)):
+        with pytest.raises(RestoreError, match="NaN"):
+            call(image)
+    with pytest.raises(RestoreError, match="must end in"):
+        io.write_image(tmp_path / "a.xyz", torch.zeros(3, 4, 4))
+    with pytest.raises(RestoreError, match="one image"):
+        io.write_image(tmp_path / "a.png", torch.zeros(2, 3, 4, 4))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_to_tensor_knows_ranges_and_layouts():
+    array = photo()
+    expected = torch.from_numpy(array).permute(2, 0, 1)[None].float() / 127.5 - 1
+    for image in (array, PIL.Image.fromarray(array), array / 255.0, torch.from_numpy(array).permute(2, 0, 1), expected):
+        assert torch.allclose(io.to_tensor(image), expected, atol=1e-6)
+    assert torch.equal(io.to_tensor(np.stack([array, array])), expected.expand(2, -1, -1, -1))
+    assert torch.equal(io.to_tensor(array[..., 0]), expected[:, :1].expand(-1, 3, -1, -1))
+    assert io.to_tensor(array > 100).unique().tolist() == [-1, 1]
+    for wrong in (
+        array * 1.0,
+        array / 127.5 - 1.0,
+        np.full((2, 2, 3), np.nan),
+        expected * 127.5,
+        array.astype(np.int64),
+        "a",
+    ):
+        with pytest.raises(RestoreError):
+            io.to_tensor(wrong)
+
+
+def test_full_disk_and_interruption_leave_the_old_file(tmp_path):
+    target = tmp_path / "a.bin"
+    atomic.write_bytes(target, b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # the kernel refuses the write, as on a full disk
+    try:
+        with pytest.raises(RestoreError, match="a.bin.*nothing was changed"):
+            atomic.write_bytes(target, b"x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt), atomic.writing(target) as handle:
+            handle.write(b"half")
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
+    with pytest.raises(RestoreError, match="folder does not exist"):
+        atomic.write_bytes(tmp_path / "no" / "a.bin", b"")
+    assert "disk is full" in atomic.reason(OSError(28, "No space left on device"))
+
+
+def test_json_side_cars(tmp_path):
+    atomic.write_json(
+        tmp_path / "a.json", {"seed": 0, "loss": torch.tensor(0.5), "path": tmp_path, "list": np.arange(2)}
+    )
+    assert json.loads((tmp_path / "a.json").read_text()) == {
+        "seed": 0,
+        "loss": 0.5,
+        "path": str(tmp_path),
+        "list": [0, 1],
+    }
+    for bad in (float("nan"), torch.tensor(float("inf")), object()):
+        with pytest.raises(RestoreError, match="a.json"):
+            atomic.write_json(tmp_path / "a.json", {"value": bad})
+    assert json.loads((tmp_path / "a.json").read_text())["seed"] == 0
+
+
+def test_masks(tmp_path):
+    white = np.full((6, 9), 255, np.uint8)
+    hole = white.copy()
+    hole[1:3, 2:5] = 0
+
+    def read(array, **options):
+        PIL.Image.fromarray(array).save(tmp_path / "m.png")
+        return io.read_mask(tmp_path / "m.png", **options)
+
+    mask = read(hole, size=(6, 9))
+    assert mask.shape == (1, 1, 6, 9) and mask.sum() == 54 - 6 and mask[0, 0, 1, 2] == 0 and mask[0, 0, 0, 0] == 1
+    assert torch.equal(read(np.stack([hole] * 3, -1)), mask) and torch.equal(read(hole > 0), mask)
+    soft = hole.copy()
+    soft[1, 2] = 100
+    for array, options, message in (
+        (hole, {"size": (9, 6)}, "9 x 6 pixels and the photo is 6 x 9"),
+        (white, {}, "nothing is missing"),
+        (white * 0, {}, "no pixel is known"),
+        (soft, {}, "between"),
+        (np.stack([hole, white, hole], -1), {}, "colours"),
+        (np.stack([hole, hole, hole, hole], -1), {}, "transparent"),
+    ):
+        with pytest.raises(RestoreError, match=message):
+            read(array, **options)
+    assert torch.equal(read(soft, threshold=127), mask)
+    assert read(soft, threshold=99).sum() == mask.sum() + 1
+
+
+def test_kernels(tmp_path):
+    kernel = np.array([[0, 1, 0], [1, 4, 1], [0, 1, 0]], float) / 8
+    np.save(tmp_path / "k.npy", kernel)
+    np.savetxt(tmp_path / "k.txt", kernel)
+    np.savetxt(tmp_path / "k.csv", kernel, delimiter=",")
+    PIL.Image.fromarray((kernel * 400).astype(np.uint8)).save(tmp_path / "k.png")
+    for name in ("k.npy", "k.txt", "k.csv", "k.png"):
+        assert np.allclose(io.read_kernel(tmp_path / name).numpy(), kernel, rtol=1e-6, atol=1e-7), name
+    for bad, message in (
+        (kernel * 2, "sums to 2"),
+        (np.where(kernel == 0, np.nan, kernel), "NaN"),
+        (kernel[None], "table of numbers"),
+        (np.array([{"a": 1}]), "not a readable kernel"),  # a pickled object is never loaded
+    ):
+        np.save(tmp_path / "bad.npy", bad)
+        with pytest.raises(RestoreError, match=message):
+            io.read_kernel(tmp_path / "bad.npy")
+    PIL.Image.fromarray(np.zeros((3, 3), np.uint8)).save(tmp_path / "black.png")
+    (tmp_path / "words.txt").write_text("no numbers")
+    for name in ("black.png", "words.txt", "missing.npy", "missing.png"):
+        with pytest.raises(RestoreError, match=name):
+            io.read_kernel(tmp_path / name)
+
+
+def test_inputs_and_outputs(tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name in ("b.png", "a.jpg", "c.GIF", ".hidden.png", "note.txt"):
+        (source / name).touch()
+    names = [path.name for path in files.expand_inputs([source, source / "*.png"])]
+    assert names == ["a.jpg", "b.png", "c.GIF"]  # the pattern adds nothing new
+    for wrong in (source / "*.webp", source / "x.png", tmp_path / "[ab]", []):
+        with pytest.raises(RestoreError):
+            files.expand_inputs([wrong] if wrong else [])
+    sources = files.expand_inputs([source])
+    assert [path.name for path in files.output_paths(sources, out)] == ["a.jpg", "b.png", "c.png"]
+    assert [path.name for path in files.output_paths(sources, out, png=True, tag="-x")] == [
+        "a-x.png",
+        "b-x.png",
+        "c-x.png",
+    ]
+    assert files.output_paths(sources[:1], out / "r.png") == [out / "r.png"] and list(out.iterdir()) == []
+    with pytest.raises(RestoreError, match="a.jpg and .*a.png have the same name"):
+        files.output_paths([source / "a.jpg", tmp_path / "a.png"], out)
+    with pytest.raises(RestoreError, match="overwrite the input"):
+        files.output_paths(sources, source)
+    with pytest.raises(RestoreError, match="3 inputs"):
+        files.output_paths(sources, out / "r.png")
+    with pytest.raises(RestoreError, match="output folder"):
+        files.output_paths(sources, source / "b.png" / "deeper")
+    with pytest.raises(RestoreError, match="output folder|Cannot write"):
+        files.output_paths(sources, "/proc/nowhere")
+
+
+def test_comparison_grid_shows_every_cell():
+    torch.manual_seed(0)
+    small, wide = torch.rand(3, 16, 16) * 2 - 1, torch.rand(1, 3, 100, 400) * 2 - 1
+    sheet = grids.comparison_grid(
+        [[small, None], [wide, PIL.Image.new("RGB", (4, 4), "red")]],
+        ["input", "a long title that wraps"],
+        ["one", "two"],
+        captions=[["20.1 dB", ""], ["", "x"]],
+        cell=96,
+    )
+    pixels = np.asarray(sheet).astype(int)
+    enlarged = np.repeat(np.repeat(io.to_uint8(small), 6, 0), 6, 1).astype(int)
+    found = [
+        (y, x)
+        for y in range(pixels.shape[0] - 96)
+        for x in range(pixels.shape[1] - 96)
+        if (pixels[y, x] == enlarged[0, 0]).all() and (pixels[y : y + 96, x : x + 96] == enlarged).all()
+    ]
+    assert len(found) == 1  # nearest neighbour, whole factor, exactly once
+    y, x = found[0]
+    assert (pixels[y : y + 96, x + 102 : x + 198] == 255).all()  # the empty cell
+    assert (pixels[:y, x : x + 96] < 128).any() and (pixels[y : y + 96, :x] < 128).any()  # titles are there
+    red = (pixels == [255, 0, 0]).all(-1)
+    assert red.sum() == 96 * 96
+    with pytest.raises(RestoreError, match="2 images"):
+        grids.comparison_grid([[small]], ["a", "b"])
+    assert grids.strip([small] * 3, ["t = 9", "t = 5", "t = 0"], cell=64).width > 3 * 64
+
+
+def test_shipped_files_are_found_and_usable():
+    photos = files.expand_inputs([paths.data_dir() / "photos"])
+    assert len(photos) >= 8 and (paths.configs_dir() / "model").is_dir()
+    for path in photos:
+        assert io.read_image(path).bits == 8
+    mask = io.read_mask(paths.data_dir() / "masks" / "chelsea-scratches.png", size=(300, 451))
+    assert 0.8 < mask.mean() < 0.99
+    assert io.read_mask(paths.data_dir() / "masks" / "box-64.png", (64, 64)).sum() == 64 * 64 - 24 * 24

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+
+from operators import RestoreError
+from restore.app import cli
+from restore.bench import protocol
+from restore.metrics import sets, single
+from restore.metrics.evaluate import evaluate
+from restore.metrics.statistics import bootstrap, paired_difference
+
+
+@pytest.fixture
+def pair(tmp_path, smooth_images, write_images):
+    truth = smooth_images(6, 32, 0)
+    noise = np.random.default_rng(0).normal(0, 12, truth.shape)
+    results = (truth + noise).round().clip(0, 255).astype(np.uint8)
+    write_images(tmp_path / "truth", truth)
+    write_images(tmp_path / "results", results)
+    return truth, results
+
+
+def test_means_and_rows_of_a_complete_folder(pair, tmp_path):
+    truth, results = pair
+    found = evaluate(tmp_path / "results", tmp_path / "truth", metrics=["psnr", "ssim"])
+    assert found.complete and found.expected == 6 and len(found.per_image) == 6
+    values = [single.psnr_pixels(a, b) for a, b in zip(results, truth, strict=True)]
+    assert found.means["psnr"].mean == pytest.approx(np.mean(values), rel=1e-12)
+    assert found.means["psnr"].low < np.mean(values) < found.means["psnr"].high
+    assert found.per_image[2] == {"image": "00002", "psnr": pytest.approx(values[2]), "ssim": pytest.approx(
+        single.ssim_pixels(results[2], truth[2]))}  # fmt: skip
+    assert found.protocol["reference"]["count"] == 6
+    exact = evaluate(tmp_path / "truth", tmp_path / "truth", metrics=["psnr"])
+    assert exact.means["psnr"].mean == math.inf
+    assert json.loads(json.dumps(exact.to_dict(), allow_nan=False))["means"]["psnr"]["mean"] is None
+
+
+def test_incomplete_results_are_never_averaged_silently(pair, tmp_path, smooth_images, write_images):
+    (tmp_path / "results" / "00001.png").unlink()
+    write_images(tmp_path / "results", smooth_images(1, 48, 3), ["00004"])
+    write_images(tmp_path / "results", smooth_images(1, 32, 3), ["stranger"])
+    found = evaluate(tmp_path / "results", tmp_path / "truth", metrics=["psnr"])
+    assert (found.missing, found.mismatched, found.extra) == (["00001"], ["00004"], ["stranger"])
+    assert not found.complete and found.means == {} and len(found.per_image) == 4
+    allowed = evaluate(tmp_path / "results", tmp_path / "truth", metrics=["psnr"], allow_incomplete=True)
+    assert allowed.means["psnr"].n == 4 and not allowed.complete
+
+
+def test_folders_without_a_common_name_and_unknown_metrics(pair, tmp_path, smooth_images, write_images):
+    write_images(tmp_path / "others", smooth_images(2, 32, 5), ["x", "y"])
+    with pytest.raises(RestoreError, match="cannot be compared one by one"):
+        evaluate(tmp_path / "others", tmp_path / "truth", metrics=["psnr"])
+    with pytest.raises(RestoreError, match="no metric psrn; the metrics are psnr"):
+        evaluate(tmp_path / "results", tmp_path / "truth", metrics=["psrn"])
+
+
+def test_a_full_reference_is_named_apart(pair, tmp_path, inception_weights, monkeypatch, smooth_images, write_images):
+    write_images(tmp_path / "full", smooth_images(9, 32, 7))
+    asked = []
+
+    def record(results, reference, names, **options):
+        asked.append((len(results), len(reference), tuple(names)))
+        return {name: float(len(reference)) for name in names}
+
+    # The numbers themselves are compared with torch-fidelity in test_fidelity; here only which sets meet.
+    monkeypatch.setattr(sets, "set_metrics", record)
+    found = evaluate(tmp_path / "results", tmp_path / "truth", metrics=["fid", "is"], full_reference=tmp_path / "full",
+                     weights={"inception": inception_weights}, allow_small=True)  # fmt: skip
+    assert asked == [(6, 6, ("fid", "is")), (6, 9, ("fid",))]
+    assert found.set_values == {"fid": 6.0, "is": 6.0, "full_fid": 9.0}
+    assert found.protocol["full_reference"]["count"] == 9 and "too few" in found.notes[-1]
+
+
+def test_the_bootstrap_interval_has_its_coverage():
+    rng = np.random.default_rng(0)
+    hits = [(e := bootstrap(rng.normal(3, 2, 60))).low <= 3 <= e.high for _ in range(200)]
+    assert 0.89 < np.mean(hits) < 0.985
+    assert bootstrap([1.0, 2.0, 4.0]) == bootstrap([1.0, 2.0, 4.0])
+    assert math.isnan(bootstrap([1.0]).low) and bootstrap([]).n == 0
+    image = rng.normal(0, 5, 100)
+    difference = paired_difference(image + 0.3 + rng.normal(0, 0.01, 100), image)
+    assert 0.29 < difference.low < difference.mean < difference.high < 0.31
+
+
+def test_protocols_that_differ_say_how():
+    def block(**changes):
+        base = {"images": {"count": 3, "sha256": "a"}, "backbone": {"name": "x"}, "seed": 0, "samples": 1,
+                "tasks": {"sr": {"operator": "super_resolution", "sigma_y": 0.05}}, "methods": {"dps": {"steps": 250}},
+                "metrics": {"lpips": "alex"}, "precision": "float32", "device": "cpu"}  # fmt: skip
+        return protocol.build_protocol(**(base | changes))
+
+    assert protocol.differences(block(), block()) == {}
+    other = block(tasks={"sr": {"operator": "super_resolution", "sigma_y": 0.1}}, methods={"dps": {"steps": 1000}})
+    assert protocol.differences(block(), other) == {
+        "tasks.sr.sigma_y": (0.05, 0.1),
+        "methods.dps.steps": (250, 1000),
+    }
+    assert protocol.comparable(block(), other) == {"tasks.sr.sigma_y": (0.05, 0.1)}
+    assert protocol.comparable(block(), block(methods={"psld": {"steps": 1000}}, tasks={"blur": {}})) == {}
+    moved = block(device="cuda")
+    assert protocol.differences(block(), moved) == {}
+    assert protocol.differences(block(), moved, circumstances=True) == {"device": ("cpu", "cuda")}
+    text = protocol.format_differences(protocol.differences(block(), other))
+    assert text == "tasks.sr.sigma_y: 0.05 there, 0.1 here; methods.dps.steps: 250 there, 1000 here"
+
+
+def test_the_command_takes_files_of_weights(pair, tmp_path, inception_weights, hub, monkeypatch, capsys):
+    """`restore evaluate` gives the numbers of the function, with networks from where the user keeps them."""
+    alexnet = tmp_path / "my-alexnet.pth"
+    alexnet.symlink_to(hub / "checkpoints" / "alexnet-owt-7be5be79.pth")
+
+    def run(*options):
+        command = ["restore", "evaluate", tmp_path / "results", "--reference", tmp_path / "truth", *options]
+        monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code, capsys.readouterr()
+
+    names = ["psnr", "lpips", "fid"]
+    options = ["--metrics", ",".join(names), "--allow-small", "--device", "cpu", "-o", tmp_path / "out.json"]
+    files = ["--weights", f"inception={inception_weights}", "--weights", f"alexnet={alexnet}"]
+    code, text = run(*options, *files)
+    assert code == 0, text.err
+    weights = {"inception": inception_weights, "alexnet": alexnet}
+    expected = evaluate(tmp_path / "results", tmp_path / "truth", metrics=names, weights=weights, allow_small=True)
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["means"]["lpips"]["mean"] == pytest.approx(expected.means["lpips"].mean, rel=1e-6)
+    assert f"fid {expected.set_values['fid']:.4f}" in text.out and "6 of 6 images compared" in text.out
+    for wrong in (["--weights", "alexnet"], ["--weights", "resnet=x.pth"]):
+        code, text = run(*options, *wrong)
+        assert code == 2 and "is not NAME=FILE" in text.err

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from operators import RestoreError
+from restore.bench.run import bench
+from restore.report import figures, tables
+from restore.report.write import report
+
+NOISE = {"name": "gaussian", "sigma": 0.05}
+
+
+@pytest.fixture
+def config(tmp_path, tiny_adm, smooth_images, write_images):
+    write_images(tmp_path / "photos", smooth_images(4, 16, 0))
+    steps = {"sampler": "dps", "steps": 2, "parameters": {"zeta": 0.5}}
+    return {
+        "name": "tiny",
+        "title": "A <small> run",
+        "source": "Nobody's paper",
+        "notes": ["Random weights."],
+        "backbone": str(tiny_adm),
+        "out": str(tmp_path / "run"),
+        "device": "cpu",
+        "threads": 1,
+        "batch": 4,
+        "data": {"folder": str(tmp_path / "photos")},
+        "tasks": {"sr": {"title": "SR x4", "operator": {"name": "super_resolution", "factor": 4, "noise": NOISE}}},
+        "methods": {
+            "base": {"title": "Bicubic", "sampler": "baseline"},
+            "dps": {"title": "DPS", **steps},
+            "pag": {
+                "title": "DPS + PAG",
+                **steps,
+                "guidance": {"pag": {"layers": ["m1"]}},
+                "sweep": {"guidance.pag.scale": [1, 3]},
+            },
+        },
+        "published": {
+            "source": "Table 9",
+            "titles": {"sag": "SAG"},
+            "values": {"dps": {"sr": {"psnr": 22.75}}, "sag": {"sr": {"psnr": 21.5}}},
+        },
+    }
+
+
+class Balanced(HTMLParser):
+    """Every element that is opened is closed, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.addresses = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.addresses += [v for k, v in attributes if k in ("src", "href")]
+        if tag not in ("meta", "img", "line", "rect", "circle", "polyline"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        """Nothing to close."""
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_one_run(config):
+    bench(config)
+    written = report([config["out"]])
+    page, text = written.html.read_text(), written.markdown.read_text()
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.open == [] and parser.addresses
+    assert all(a.startswith("data:image/png;base64,") for a in parser.addresses), "not self-contained"
+    assert "A &lt;small&gt; run" in page and "<small>" not in page
+    for said in ("Random weights.", "Nobody", "SAG", "published 22.75", "published 21.5", "sigma_y = 0.05 on [-1, 1]"):
+        assert said in page and said in text, said
+    # measurement, four methods and truth, for each of four images
+    assert page.count("<img") == 4 * 6
+    assert page.count("<svg") == 1 and page.count("<polyline") == 1 and page.count("<circle") == 2
+    row = next(line for line in text.splitlines() if line.startswith("| Bicubic"))
+    assert re.search(r"\*\*\d+\.\d\d\*\* \(\d+\.\d\d–\d+\.\d\d\)", row)
+    assert "| images.sha256 |" in text and "| tasks.sr.sigma_y | 0.05 |" in text
+
+
+def test_incomplete_cells_say_so_and_are_never_best(config):
+    from restore.bench import results
+    from restore.bench.batches import load_images
+    from restore.bench.config import load_config
+
+    bench(config)
+    (Path(config["out"]) / "results/sr/base/rows/00001.json").unlink()
+    checked = load_config(config)
+    results.summarise(Path(config["out"]), checked, load_images(checked))
+    page = report([config["out"]]).html.read_text()
+    assert "3 of 4" in page and "Incomplete: Bicubic, SR x4: 3 of 4 images; 1 missing." in page
+    row = re.search(r"<tr><th>Bicubic</th>(.*?)</tr>", page).group(1)
+    assert "<strong>" not in row
+
+
+def test_runs_with_one_protocol_share_a_table(config, tmp_path):
+    bench(config)
+    other = dict(config, title="More scales", out=str(tmp_path / "other"))
+    other["methods"] = {"pag5": {**config["methods"]["dps"], "guidance": {"pag": {"scale": 5.0, "layers": ["m1"]}}}}
+    bench(other)
+    written = report([config["out"], other["out"]], tmp_path / "both")
+    assert written.differences == [] and written.html.parent == tmp_path / "both"
+    page = written.html.read_text()
+    assert page.count('class="results"') == 1 and "More scales: DPS" in page
+
+
+def test_runs_with_different_protocols_are_kept_apart_and_say_how(config, tmp_path):
+    bench(config)
+    other = dict(config, title="Noisier", out=str(tmp_path / "other"))
+    bench(other, ["tasks.sr.operator.noise.sigma=0.1"])
+    written = report([config["out"], other["out"]], tmp_path / "both")
+    assert [set(d) for _, _, d in written.differences] == [{"tasks.sr.operator.noise.sigma", "tasks.sr.sigma_y"}]
+    page, text = written.html.read_text(), written.markdown.read_text()
+    assert page.count('class="results"') == 2 and "cannot share a table" in page
+    assert "| tasks.sr.sigma_y | 0.05 | 0.1 |" in text
+
+
+def test_pictures_can_be_left_out(config):
+    bench(config)
+    assert "<img" in report([config["out"]]).html.read_text()
+    assert "<img" not in report([config["out"]], private=True).html.read_text()
+    bench(config, ["report.pictures=0"])  # one run's only, for a report about several
+    page = report([config["out"]]).html.read_text()
+    assert "<img" not in page and "Pictures" not in page
+
+
+def test_folders_without_a_run(tmp_path):
+    with pytest.raises(RestoreError, match="holds no benchmark"):
+        report([tmp_path])
+    with pytest.raises(RestoreError, match="at least one run"):
+        report([])
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 1.0), (21.3, 21.9), (-4.0, 1200.0), (3.0, 3.0), (0.0, 0.0), (1e-5, 9e-5)])
+def test_axes_cover_their_data_with_few_round_ticks(low, high):
+    values = figures.ticks(low, high)
+    assert 3 <= len(values) <= 9 and values[0] <= low and values[-1] >= high
+    steps = {round((b - a) / (values[1] - values[0]), 6) for a, b in zip(values, values[1:], strict=False)}
+    assert steps == {1.0}
+
+
+def test_numbers():
+    assert tables.number(None, 2) == "—" and tables.number(float("nan"), 2) == "—"
+    assert tables.number(float("inf"), 2) == "∞" and tables.number(3.14159, 3) == "3.142"
