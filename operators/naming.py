@@ -1,0 +1,50 @@
+"""Names given by people: looked up in a table, or imported as `module:attribute`; a wrong one names its neighbours."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from operators.errors import RestoreError
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """ "did you mean 'sr4'?", or everything that is known where nothing is near."""
+    known = [str(item) for item in known]
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known) or 'none'}"
+
+
+def lookup(name: Any, table: Mapping[str, Any], what: str) -> Any:
+    """table[name], or the attribute that "module:attribute" imports.
+
+    what: the kind of thing in words ("sampler"), for the message. Raises RestoreError for an unknown name (with
+    the nearest known one), and for a module or attribute that is not there.
+    """
+    if isinstance(name, str) and name in table:
+        return table[name]
+    if isinstance(name, str) and ":" in name:
+        return imported(name, what)
+    raise RestoreError(f"unknown {what} '{name}'; {nearest(name, table)} (your own: module:attribute)")
+
+
+def imported(name: str, what: str) -> Any:
+    """The object "module:attribute" names. Raises RestoreError when it cannot be imported."""
+    module, _, attribute = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RestoreError(f"the {what} '{name}' cannot be imported: {error}") from None
+    return found
+
+
+def check_known(names: Iterable[Any], known: Iterable[str], what: str) -> None:
+    """Raises RestoreError for the first of `names` that is not known; what: e.g. "sampler dps has no parameter"."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise RestoreError(f"{what} '{name}'; {nearest(name, known)}")
