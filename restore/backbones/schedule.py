@@ -49,7 +49,7 @@ class Schedule:
         table = torch.as_tensor(alphas_cumprod).detach().double().cpu()
         if not (table.ndim == 1 and bool((table > 0).all()) and bool((table < 1).all())):
             raise RestoreError(
-                "alpha_bar must lie strictly between 0 and 1 at every timestep: schedules rescaled to zero terminal SNR "
+                "alpha_bar must lie strictly between 0 and 1 at every timestep; schedules with zero terminal SNR "
                 "are not supported, x0_hat is undefined at their noisiest level"
             )
         made = cls(np.arange(len(table)), ((1 - table) / table).sqrt().numpy(), "vp")
