@@ -12,7 +12,7 @@ from tiny_sd import SCHEDULER
 import operators
 from operators import GaussianNoise, RestoreError
 from restore.backbones.stable_diffusion import StableDiffusion
-from restore.backbones.stable_diffusion_files import alphas_cumprod
+from restore.backbones.schedule import Schedule
 from restore.guidance import CFG, PAG
 from restore.samplers.noise import ImageNoise
 from restore.samplers.psld import REFERENCE, alpha_bars, psld, psld_timesteps
@@ -219,7 +219,7 @@ def test_batch_equals_single_images(backbone):
 
 
 def test_last_step_removes_all_noise_when_t_reaches_zero():
-    alphas = alphas_cumprod(SCHEDULER)
+    alphas = Schedule.from_config(SCHEDULER)
     at, prev = alpha_bars(alphas, [501, 1], shift=False)
     assert at == pytest.approx([float(alphas[501]), float(alphas[1])], rel=1e-6)
     assert prev == pytest.approx([float(alphas[1]), float(alphas[0])], rel=1e-6)
