@@ -20,6 +20,8 @@ CONVERSIONS = {
     "v": lambda out, x, a, s: ((a * out + s * x) / (a * a + s * s), (a * x - s * out) / (a * a + s * s)),
     "velocity": lambda out, x, a, s: ((x + a * out) / (a + s), (x - s * out) / (a + s)),
 }
+# diffusers' names for them, as in a scheduler_config.json.
+PREDICTION_TYPES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Prediction:
         kind: str,
         output: torch.Tensor,
         x_t: torch.Tensor,
-        alpha: float,
-        sigma: float,
+        alpha: float | torch.Tensor,
+        sigma: float | torch.Tensor,
         variance: torch.Tensor | None = None,
     ) -> Prediction:
         """From the output of a network that predicts `kind`: "eps", "x0", "v" or "velocity"."""
@@ -80,6 +82,7 @@ class Backbone(Protocol):
     attention: self-attention layers by diffusers path, in order of execution.
     channels, resolution, multiple: channels of x, the side it was trained at, and the number its
         sides must be divisible by (all in the units of x: pixels, or latent cells of `downscale` pixels).
+    bounded: x_0 lies in [-1, 1], so that estimates of it may be clamped.
     null_condition: the condition that means "nothing" to the network (CFG's weak branch), or None.
     """
 
@@ -90,6 +93,7 @@ class Backbone(Protocol):
     resolution: int
     multiple: int
     downscale: int
+    bounded: bool
     null_condition: Any
 
     def predict(self, x_t: torch.Tensor, t: float, condition: Any = None) -> Prediction:
@@ -108,7 +112,7 @@ class Backbone(Protocol):
 class Pixels:
     """What a backbone whose x is the image itself has in common with latent ones."""
 
-    downscale = 1
+    downscale, bounded = 1, True
 
     def encode(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         return image

@@ -20,7 +20,7 @@ from operators.naming import lookup
 
 # (alpha, sigma) of a ratio r = sigma / alpha.
 NORMALISATIONS = {
-    "vp": lambda r: (1 / math.sqrt(1 + r * r), r / math.sqrt(1 + r * r)),
+    "vp": lambda r: (1 / math.hypot(1, r), r / math.hypot(1, r)),
     "ve": lambda r: (1.0, r),
     "flow": lambda r: (1 / (1 + r), r / (1 + r)),
 }
@@ -71,10 +71,21 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
-        """The schedule a diffusers scheduler_config.json describes, its betas computed by diffusers itself.
+        """The schedule a diffusers scheduler_config.json describes.
 
-        Raises RestoreError for an unknown beta schedule and for zero terminal SNR.
+        Linear, scaled linear and cosine (Nichol & Dhariwal 2021, eq. 17) betas are computed in float64, others by
+        diffusers itself. {} is the linear schedule of Ho et al. 2020. Raises RestoreError for schedulers and beta
+        schedules that are not known, and for zero terminal SNR.
         """
+        try:
+            return cls._from_config(config)
+        except RestoreError:
+            raise
+        except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+            raise RestoreError(f"the scheduler's configuration does not describe noise levels: {error}") from None
+
+    @classmethod
+    def _from_config(cls, config: Mapping[str, Any]) -> Schedule:
         from diffusers import DDPMScheduler
 
         name = str(config.get("_class_name", ""))
@@ -82,19 +93,21 @@ class Schedule:
             return cls.flow(int(config.get("num_train_timesteps", 1000)), float(config.get("shift", 1.0)))
         if name.startswith("EDM"):
             return cls.edm(float(config.get("sigma_min", 0.002)), float(config.get("sigma_max", 80.0)))
-        steps, kind = int(config.get("num_train_timesteps", 1000)), config.get("beta_schedule", "linear")
-        start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
-        plain = config.get("trained_betas") is None and not config.get("rescale_betas_zero_snr")
-        if plain and kind in ("linear", "scaled_linear"):  # in float64, where diffusers' own tables are float32
-            power = 1 if kind == "linear" else 2
+        given, steps = config.get("trained_betas") is not None, int(config.get("num_train_timesteps", 1000))
+        if name and not given and "beta_schedule" not in config:
+            raise RestoreError(f"the noise levels of a {name} are not known; expected a scheduler with betas")
+        kind = None if given or config.get("rescale_betas_zero_snr") else config.get("beta_schedule", "linear")
+        if kind in ("linear", "scaled_linear"):
+            power, start, end = 1 + (kind != "linear"), config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
             betas = torch.linspace(start ** (1 / power), end ** (1 / power), steps, dtype=torch.float64) ** power
+        elif kind == "squaredcos_cap_v2":
+            grid = torch.arange(steps + 1, dtype=torch.float64) / steps
+            f = torch.cos((grid + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
         else:
             known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
             options = {key: config[key] for key in (*known, "rescale_betas_zero_snr") if key in config}
-            try:
-                betas = DDPMScheduler(**options).betas.double()
-            except (NotImplementedError, TypeError, ValueError) as error:
-                raise RestoreError(f"the scheduler's beta schedule is not supported: {error}") from None
+            betas = DDPMScheduler(**options).betas.double()
         return cls.vp(torch.cumprod(1 - betas, dim=0))
 
     def __len__(self) -> int:
@@ -105,6 +118,19 @@ class Schedule:
         """alpha_bar = alpha² / (alpha² + sigma²) at the table's times, float64 (T,): every schedule seen as a
         variance-preserving one, which x / sqrt(alpha² + sigma²) makes of it (see `VariancePreserving`)."""
         return torch.from_numpy(1 / (1 + self.ratios**2))
+
+    def time(self, index: int) -> float:
+        """The table's time number `index`, 0 being the least noisy; a number of steps beyond it where the table counts
+        steps (the PSLD code visits T of T)."""
+        t = self.ts[index].item() if index < len(self) else self.ts[-1].item() + index - len(self) + 1
+        return int(t) if float(t).is_integer() else t
+
+    def alpha_bar(self, t: float) -> float:
+        """alpha² / (alpha² + sigma²) at t: the table's own value where t is one of its times."""
+        index = int(np.searchsorted(self.ts, t))
+        if index < len(self) and self.ts[index] == t:
+            return float(self.alphas_cumprod[index])
+        return 1 / (1 + self.ratio(t) ** 2)
 
     def ratio(self, t: float) -> float:
         """sigma(t) / alpha(t). Raises RestoreError outside of the trained times."""
@@ -121,9 +147,16 @@ class Schedule:
         """The noise's standard deviation at t."""
         return self._pair(t)[1]
 
+    def levels(self, t: float | torch.Tensor, like: torch.Tensor) -> tuple[Any, Any]:
+        """(alpha, sigma) at t: floats, or tensors (B, 1, 1, 1) in the dtype of `like` for times (B,) of its images."""
+        if not isinstance(t, torch.Tensor) or t.numel() == 1:
+            return self._pair(float(t))
+        pairs = [self._pair(s) for s in t.tolist()]
+        return tuple(torch.tensor(column).to(like).view(-1, 1, 1, 1) for column in zip(*pairs, strict=True))
+
     def _pair(self, t: float) -> tuple[float, float]:
-        if self.kind == "vp" and float(t).is_integer() and 0 <= t < len(self):
-            alpha_bar = float(self.alphas_cumprod[int(t)])
+        if self.kind == "vp":
+            alpha_bar = self.alpha_bar(t)
             return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
         return NORMALISATIONS[self.kind](self.ratio(t))
 
@@ -145,8 +178,7 @@ class Schedule:
             n = _count(count, 10**6, spec)
             grid = lookup(name, _SPACINGS, "spacing of timesteps")(self.ratios[0], self.ratios[-1], n)
             return [self.t(float(ratio)) for ratio in grid]
-        times = [self.ts[i].item() for i in reversed(respace(len(self), spec))]
-        return [int(t) if t.is_integer() else t for t in times]
+        return [self.time(i) for i in reversed(respace(len(self), spec))]
 
 
 def _karras(low: float, high: float, n: int) -> np.ndarray:
