@@ -126,7 +126,7 @@ def test_image_shape():
         operators.PhaseRetrieval(),
     ):
         assert operators.image_shape(operator, operator.A(x)) == tuple(x.shape)
-        assert operators.image_shape(operators.SuperResolution(2), image(1, size=(4, 5))) == (1, 3, 8, 10)
+    assert operators.image_shape(operators.SuperResolution(2), image(1, size=(4, 5))) == (1, 3, 8, 10)
 
 
 def test_image_shape_refuses():
@@ -153,6 +153,16 @@ def test_image_shape_refuses():
                 ask(none, *arguments)
     with pytest.raises(operators.RestoreError, match=r"\(3, 3, 17, 12\) does not fit the operator: sizes 3 and 4"):
         operators.image_shape(Broken(), y)
+    small = image(size=(4, 4))
+    for operator in (
+        operators.Inpainting(masks(1)),
+        operators.Colorization(),
+        operators.SuperResolution(2, image_size=9),
+    ):
+        with pytest.raises(operators.RestoreError, match="(does not fit the operator|matching image_size)"):
+            operators.image_shape(operator, small)
+    with pytest.raises(operators.RestoreError, match=r"the measurement must be .* \(B, C, H, W\)"):
+        operators.image_shape(operators.Denoising(), y[0])
     with pytest.raises(operators.RestoreError, match="must return images"):
         operators.image_shape(Flat(), y)
 
