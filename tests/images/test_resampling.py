@@ -51,7 +51,7 @@ def test_reference_resampling():
     assert torch.allclose(big, expected.expand(2, 3, 4, 4))
     assert torch.allclose(resampling.reduce(big, 2, method="nearest"), expected[..., ::2, ::2].expand(2, 3, 2, 2))
     assert not resampling.enlarge(torch.full((1, 3, 2, 2), 0.3), 4, stretch=True).isnan().any()
-    with pytest.raises(RestoreError, match="resampling 'lanczos'"):
+    with pytest.raises(RestoreError, match="unknown resampling 'lanczos'"):
         resampling.enlarge(image, 4, method="lanczos")
 
 
