@@ -78,7 +78,7 @@ def download(name: str, *, revision: str | None = None, offline: bool = False, f
         )
     except (OSError, ValueError) as error:
         # Not found, gated, no network, or offline and not cached: the client's own errors are several lines.
-        hint = "it is not in the local cache; run once without --offline" if offline else _first_line(error)
+        hint = "it is not in the local cache; run once without offline=True" if offline else _first_line(error)
         raise RestoreError(f"the model {name} could not be read from the Hugging Face hub: {hint}") from error
 
 

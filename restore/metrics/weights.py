@@ -114,7 +114,7 @@ def weight_files(settings: Sequence[str]) -> dict[str, str]:
     for setting in settings:
         name, equals, file = setting.partition("=")
         if not equals or not file or name not in WEIGHTS:
-            raise RestoreError(f"--weights {setting} is not NAME=FILE with a name of {', '.join(WEIGHTS)}")
+            raise RestoreError(f"weights={setting} is not NAME=FILE with a name of {', '.join(WEIGHTS)}")
         files[name] = file
     return files
 

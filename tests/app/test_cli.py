@@ -42,16 +42,17 @@ def test_restore_a_damaged_photo(command, tmp_path):
     result = tmp_path / damaged.name
     assert Image.open(result).size == (64, 64)
     sidecar = json.loads((tmp_path / "astronaut-face-64-scratched.json").read_text())
-    assert sidecar["protocol"]["seed"] == 0 and sidecar["protocol"]["steps"] == "4" and sidecar["nfe"] >= 4
+    assert sidecar["protocol"]["seed"] == 0 and sidecar["protocol"]["method"]["steps"] == 4 and sidecar["nfe"] >= 4
     assert sidecar["residual_ratio"] > 0 and sidecar["seconds"] > 0 and sidecar["version"]
     assert (tmp_path / "astronaut-face-64-scratched-trajectory.png").exists()
 
     # A second call skips the finished file, --overwrite repeats it with the same bytes.
     before = result.read_bytes()
     changed = result.stat().st_mtime_ns
-    code, out, _ = command("run", damaged, "--task", "inpaint", "--mask", MASK, "--steps", 4, "-o", tmp_path)
+    again = ("run", damaged, "--task", "inpaint", "--mask", MASK, "--steps", 4, "-o", tmp_path, "--save-trajectory")
+    code, out, err = command(*again)
     assert code == 0 and "finished before" in out and result.stat().st_mtime_ns == changed
-    command("run", damaged, "--task", "inpaint", "--mask", MASK, "--steps", 4, "-o", tmp_path, "--overwrite")
+    command(*again, "--overwrite")
     assert result.read_bytes() == before and result.stat().st_mtime_ns != changed
 
 
@@ -131,8 +132,8 @@ def test_user_kernel_and_settings(command, tmp_path):
     )
     assert code == 0, err
     sidecar = json.loads((tmp_path / "out" / f"{FACE.stem}.json").read_text())
-    assert sidecar["protocol"]["parameters"]["zeta"] == 0.7
-    assert sidecar["task"]["noise"] == {"name": "gaussian", "sigma": 0.1}
+    assert sidecar["protocol"]["method"]["parameters"]["zeta"] == 0.7
+    assert sidecar["settings"]["task"]["noise"] == {"name": "gaussian", "sigma": 0.1}
 
 
 def test_degrade_and_models(command, tmp_path):
@@ -184,8 +185,8 @@ def mistakes(folder):
         "kernel large": ([*face, "--task", "blur", "--kernel", folder / "large.npy", *out], "201"),
         "kernel forgotten": ([*face, "--task", "blur", *out], "--kernel"),
         "layer": ([*face, *sr, "--pag-scale", 1, "--layers", "i99", *out], "i99"),
-        "zero steps": ([*face, "--task", "sr4", "--steps", 0, *out], "steps=0"),
-        "negative steps": ([*face, "--task", "sr4", "--steps=-5", *out], "steps=-5"),
+        "zero steps": ([*face, "--task", "sr4", "--steps", 0, *out], "--steps 0"),
+        "negative steps": ([*face, "--task", "sr4", "--steps=-5", *out], "--steps -5"),
         "setting": ([*face, *sr, "zetta=1", *out], "did you mean 'zeta'"),
         "samples": ([*face, *sr, "--samples", 0, *out], "samples"),
         "sampler": ([*face, *sr, "--sampler", "ddrm", *out], "unknown sampler"),
@@ -228,27 +229,33 @@ def test_unwritable_folder_and_full_disk(command, tmp_path, monkeypatch):
 
 
 def test_out_of_memory_names_what_lowers_it(command, tmp_path, monkeypatch):
-    from restore import restorer
+    from restore import samplers
 
-    def exhausted(*arguments, **options):
+    def exhausted(*arguments, zeta=1, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(restorer, "dps", exhausted)
-    monkeypatch.setattr(restorer.Restorer, "_sample", exhausted)
+    monkeypatch.setitem(samplers.SAMPLERS, "dps", exhausted)
     code, _, err = command("run", FACE, "--task", "sr4", "--steps", 2, "-o", tmp_path)
     assert code == 2 and "--checkpointing" in err and "--batch-size" in err
 
 
-def test_interrupt_leaves_no_half_written_file(command, tmp_path, monkeypatch):
-    def interrupt(*arguments, **options):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("writes", [0, 1])
+def test_interrupt_leaves_no_half_written_file(command, tmp_path, monkeypatch, writes):
+    """Ctrl-C before the side-car's first version, and between the result and its last one."""
+    original, done = run.atomic.write_json, []
 
-    original = run.atomic.write_json
+    def interrupt(*arguments, **options):
+        if len(done) == writes:
+            raise KeyboardInterrupt
+        done.append(original(*arguments, **options))
+
     monkeypatch.setattr(run.atomic, "write_json", interrupt)
     code, _, err = command("run", FACE, "--task", "sr4", "--steps", 2, "-o", tmp_path)
     assert code == 130 and "same command" in err
     assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]
-    # Without its side-car the image does not count as finished and is made again.
+    assert (tmp_path / FACE.name).exists() == bool(writes)
+    # Without its finished side-car the image does not count as finished and is made again.
     monkeypatch.setattr(run.atomic, "write_json", original)
-    code, out, _ = command("run", FACE, "--task", "sr4", "--steps", 2, "-o", tmp_path)
-    assert code == 0 and "finished before" not in out and (tmp_path / f"{FACE.stem}.json").exists()
+    code, out, err = command("run", FACE, "--task", "sr4", "--steps", 2, "-o", tmp_path)
+    assert code == 0 and "finished before" not in out, err
+    assert json.loads((tmp_path / f"{FACE.stem}.json").read_text())["finished"]
