@@ -38,6 +38,7 @@ NegativePrompt = Annotated[str | None, typer.Option(help="Text for the weak bran
 
 def split_settings(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Inputs and key=value settings of one list; a file whose name holds '=' counts as an input."""
+    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -45,7 +46,7 @@ def split_settings(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     inputs = [a for a in arguments if a not in settings]
     try:
         return inputs, OmegaConf.to_container(OmegaConf.from_dotlist(settings), resolve=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise RestoreError(f"{' '.join(settings)} is not readable: {str(error).splitlines()[0]}") from None
 
 

@@ -169,7 +169,9 @@ def restore_files(
             numbers["seconds"] = time.perf_counter() - started
             atomic.write_json(photo.sidecar, sidecar | {"finished": True, "protocol": result.protocol, **numbers})
         except BaseException:
-            if not any((photo.target.parent / name).exists() for name in sidecar["files"] if name != photo.sidecar.name):
+            if not any(
+                (photo.target.parent / name).exists() for name in sidecar["files"] if name != photo.sidecar.name
+            ):
                 photo.sidecar.unlink(missing_ok=True)
             raise
         yield Outcome(photo, numbers=numbers)
@@ -208,9 +210,7 @@ def _write_pictures(
     io.write_image(photo.target, result.samples[0, 0], **like)
 
 
-def degrade_files(
-    photos: Iterable[Photo], task: Task, *, seed: int = 0, overwrite: bool = False
-) -> Iterator[Outcome]:
+def degrade_files(photos: Iterable[Photo], task: Task, *, seed: int = 0, overwrite: bool = False) -> Iterator[Outcome]:
     """Write y = A(x) + n of every input, clamped and rounded to its format's depth.
 
     A photo whose degraded version is there already, to the byte, is skipped; a file that is anything else is an error
@@ -224,7 +224,9 @@ def degrade_files(
             content = io.encoded(photo.target, y[0].expand(3, -1, -1), like=record)
             there = photo.target.exists() and photo.target.read_bytes() == content
             if photo.target.exists() and not there and not overwrite:
-                raise RestoreError(f"{photo.target} is there already and is another picture: overwrite=True replaces it")
+                raise RestoreError(
+                    f"{photo.target} is there already and is another picture: overwrite=True replaces it"
+                )
         except RestoreError as error:
             yield Outcome(photo, error=str(error))
             continue

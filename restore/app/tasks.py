@@ -69,7 +69,7 @@ def find_task(
         config = {"name": task}
     else:
         raise RestoreError(f"unknown task '{task}'; {nearest(task, [*known, 'srN'])} (or a YAML file)")
-    if "name" not in config:
+    if not isinstance(config, dict) or "name" not in config:
         raise RestoreError(f"task {task} lacks its operator's name, such as {{name: gaussian_blur}}")
     if factor is not None:
         config["factor"] = factor

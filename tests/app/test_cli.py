@@ -156,7 +156,7 @@ def mistakes(folder):
     """name -> (arguments, what the one sentence must contain)."""
     (folder / "text.png").write_text("no image")
     (folder / "cut.png").write_bytes(FACE.read_bytes()[:900])
-    Image.new("L", (32, 32), 255).save(folder / "small-mask.png")
+    Image.fromarray(np.eye(32, dtype=np.uint8) * 255).save(folder / "small-mask.png")
     Image.new("L", (64, 64), 0).save(folder / "nothing-known.png")
     np.save(folder / "heavy.npy", np.ones((3, 3)))
     np.save(folder / "nan.npy", np.full((3, 3), np.nan))
@@ -165,6 +165,7 @@ def mistakes(folder):
     np.save(folder / "large.npy", large)
     torch.save(Hostile(), folder / "hostile.pt")
     torch.save({"weight": torch.zeros(3)}, folder / "wrong.pt")
+    Image.new("RGBA", (8, 8), (9, 9, 9, 9)).save(folder / "alpha.png")
     (folder / "twin").mkdir()
     shutil.copy(FACE, folder / "twin" / "a.png")
     Image.open(FACE).save(folder / "twin" / "a.jpg")
@@ -190,7 +191,29 @@ def mistakes(folder):
         "setting": ([*face, *sr, "zetta=1", *out], "did you mean 'zeta'"),
         "samples": ([*face, *sr, "--samples", 0, *out], "samples"),
         "sampler": ([*face, *sr, "--sampler", "ddrm", *out], "unknown sampler"),
-        "wrong sampler": ([*face, *sr, "--sampler", "psld", *out], "pixel backbone"),
+        "own sampler": ([*face, *sr, "--sampler", "nowhere:sampler", *out], "nowhere"),
+        "text as a number": ([*face, *sr, "zeta=abc", *out], "zeta must be a finite number, not 'abc'"),
+        "no number": ([*face, *sr, "zeta=nan", *out], "zeta must be a finite number"),
+        "a list": ([*face, *sr, "zeta=[1,2]", *out], "zeta must be a finite number"),
+        "an open list": ([*face, *sr, "zeta=[1,2", *out], "zeta"),
+        "option as setting": ([*face, *sr, "samples=3", *out], "but an option: --samples 3"),
+        "seed as setting": ([*face, *sr, "seed=3", *out], "but an option: --seed 3"),
+        "callback": ([*face, *sr, "callback=1", *out], "'callback'"),
+        "no layers": ([*face, *sr, "--layers", "", *out], "--layers names no attention layer"),
+        "layers and guidance": ([*face, *sr, "--layers", "m1", "--guidance", "{}", *out], "--guidance or --pag-scale"),
+        "guidance": ([*face, *sr, "--guidance", "{pagg: {scale: 1}}", *out], "pagg"),
+        "guidance file": ([*face, *sr, "--guidance", folder / "none.yaml", *out], "none.yaml"),
+        "guidance text": ([*face, *sr, "--guidance", "{pag: [", *out], "not readable YAML"),
+        "strength": ([*face, *sr, "--strength", 2, *out], "strength"),
+        "task file": ([*face, "--task", folder / "none.yaml", *out], "none.yaml"),
+        "task without operator": ([*face, "--task", "{noise: null}", *out], "operator's name"),
+        "task module": ([*face, "--task", "nowhere:Operator", *out], "nowhere"),
+        "alpha into jpeg": (["run", folder / "alpha.png", *sr, "-o", folder / "a.jpg"], "no transparency"),
+        "heic": ([*face, *sr, "-o", folder / "a.heic"], "must end in"),
+        "labels": (["generate", "--labels", "abc", *out], "--labels abc must be class numbers"),
+        "port": (["ui", "--port", 99999999], "99999999"),
+        "profile": (["profile", "foo=1"], "foo"),
+        "windows": ([*face, *sr, "--max-windows", 0, *out], "--max-windows"),
         "backbone": ([*face, *sr, "--backbone", "embeded", *out], "embedded"),
         "pickle": ([*face, *sr, "--backbone", folder / "hostile.pt", *out], "code"),
         "wrong checkpoint": ([*face, *sr, "--backbone", folder / "wrong.pt", *out], "wrong.pt"),

@@ -68,7 +68,9 @@ def test_the_page_answers_and_reports_mistakes(restorer):
             gradio_client.handle_file(str(data_dir() / name))
             for name in ("photos/astronaut-face-64-scratched.png", "masks/scratches-64.png")
         )
-        restored, degraded, sidecar = client.predict(scratched, "inpaint", mask, False, "0", "2", 0, api_name="/restore")
+        restored, degraded, sidecar = client.predict(
+            scratched, "inpaint", mask, False, "0", "2", 0, api_name="/restore"
+        )
         assert Image.open(restored).size == (64, 64) and degraded is None and sidecar["residual_ratio"] > 0
         with pytest.raises(Exception, match="needs mask=FILE"):
             client.predict(photo, "inpaint", None, False, "0", "2", 0, api_name="/restore")
