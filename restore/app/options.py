@@ -169,7 +169,8 @@ def report(outcomes: Iterable[Any]) -> None:
     """
     failed: dict[str, list[str]] = {}
     count = 0
-    for count, outcome in enumerate(outcomes, 1):
+    for outcome in outcomes:
+        count += 1
         if outcome.error is None:
             typer.echo(outcome.line())
         else:

@@ -59,16 +59,17 @@ class ChangedPAG:
     def applied(self, preset: Guidance | None, layers: Sequence[str]) -> Guidance | None:
         """layers: PAG's where the preset has no PAG. Other terms of the preset stay. RestoreError: see PAG."""
         changes = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
-        terms = preset.terms if preset is not None else ()
-        if sum(isinstance(term, PAG) for term in terms) > 1:
+        terms = guidances.describe(preset) or []
+        ours = [term["pag"] for term in terms if "pag" in term]
+        if len(ours) > 1:
             raise RestoreError("the preset has several PAG terms: say all of them by guidance=")
-        if any(isinstance(term, PAG) for term in terms):
-            terms = [dataclasses.replace(term, **changes) if isinstance(term, PAG) else term for term in terms]
-        elif self.scale is None:
+        if not ours and self.scale is None:
             raise RestoreError(f"{next(iter(changes))}= needs pag_scale=: the preset uses no PAG")
+        if ours:
+            ours[0].update(changes)
         else:
-            terms = [PAG(**{"layers": layers, **changes}), *terms]
-        return sum(terms[1:], terms[0])
+            terms.insert(0, {"pag": {"layers": list(layers), **changes}})
+        return guidances.build(terms)
 
 
 def restore_files(

@@ -1,4 +1,4 @@
-"""What is typed on the command line: settings, one's own samplers, tasks and guidance, and messages in its own words."""
+"""What is typed: settings, samplers, tasks and guidance of one's own; and messages in the command line's words."""
 
 import json
 import sys
@@ -81,11 +81,10 @@ def test_a_sampler_and_an_operator_of_ones_own(command, tmp_path):
 
 
 def test_the_preset_keeps_its_other_terms_when_pag_is_changed():
-    preset = CFG(2.0) + PAG(1.0, layers="i5")
-    changed = run.ChangedPAG(scale=3.0, layers="i5:0,3", strength=0.5).applied(preset, [])
-    assert changed.terms[0] == CFG(2.0) and changed.terms[1] == PAG(3.0, layers="i5:0,3", strength=0.5)
-    assert run.ChangedPAG(layers="m1").applied(PAG(1.0, layers="i5"), []) == PAG(1.0, layers="m1")
-    assert run.ChangedPAG(scale=2.0).applied(CFG(1.0), ["m1"]).terms == (PAG(2.0, layers=["m1"]), CFG(1.0))
+    changed = run.ChangedPAG(scale=3.0, layers="i5:0,3", strength=0.5).applied(CFG(2.0) + PAG(1.0, layers="i5"), [])
+    assert changed == CFG(2.0) + PAG(3.0, layers="i5:0,3", strength=0.5)
+    assert run.ChangedPAG(layers="m1").applied(PAG(1.5, layers="i5"), []) == PAG(1.5, layers="m1")
+    assert run.ChangedPAG(scale=2.0).applied(CFG(1.0), ["m1"]) == PAG(2.0, layers=["m1"]) + CFG(1.0)
     assert run.ChangedPAG(scale=2.0).applied(None, ["m1"]) == PAG(2.0, layers=["m1"])
     with pytest.raises(RestoreError, match="layers= needs pag_scale="):
         run.ChangedPAG(layers="m1").applied(None, ["m1"])
@@ -100,11 +99,11 @@ def test_guidance_as_yaml_and_from_a_file(command, tmp_path):
         code, _, err = command(*arguments, "--guidance", text)
         assert code == 0, err
         (term,) = sidecar(tmp_path)["protocol"]["method"]["guidance"]
-        assert term["scale"] == 2 and term["strength"] == 0.5
+        assert term["pag"]["scale"] == 2 and term["pag"]["strength"] == 0.5
     code, _, err = command(*arguments, "--pag-scale", 2, "--layers", "m1", "--target", "uniform", "--strength", 0.5)
     assert code == 0, err
     (term,) = sidecar(tmp_path)["protocol"]["method"]["guidance"]
-    assert term["target"] == "uniform" and term["strength"] == 0.5
+    assert term["pag"]["target"] == "uniform" and term["pag"]["strength"] == 0.5
     code, _, err = command(*arguments, "--guidance", "{}")
     assert code == 0 and sidecar(tmp_path)["protocol"]["method"]["guidance"] is None, err
 

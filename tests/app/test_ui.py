@@ -76,7 +76,7 @@ def test_the_page_answers_and_reports_mistakes(restorer):
             client.predict(photo, "inpaint", None, False, "0", "2", 0, api_name="/restore")
         # Fields that nobody touched: the preset's PAG and, where steps are left out too, its steps.
         _, _, sidecar = client.predict(photo, "sr4", None, True, "", "2", 0, api_name="/restore")
-        assert sidecar["protocol"]["method"]["guidance"][0]["scale"] == 1.0
+        assert sidecar["protocol"]["method"]["guidance"][0]["pag"]["scale"] == 1.0
         with pytest.raises(Exception, match="PAG scale must be a number, not 'much'"):
             client.predict(photo, "sr4", None, True, "much", "2", 0, api_name="/restore")
         for label in ("PAG scale", "Steps"):  # what the browser posts for a field nobody touched
