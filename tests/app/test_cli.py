@@ -211,7 +211,7 @@ def mistakes(folder):
         "alpha into jpeg": (["run", folder / "alpha.png", *sr, "-o", folder / "a.jpg"], "no transparency"),
         "heic": ([*face, *sr, "-o", folder / "a.heic"], "must end in"),
         "labels": (["generate", "--labels", "abc", *out], "--labels abc must be class numbers"),
-        "port": (["ui", "--port", 99999999], "99999999"),
+        "port": (["ui", "--port", 99999999], "--port"),
         "profile": (["profile", "foo=1"], "foo"),
         "windows": ([*face, *sr, "--max-windows", 0, *out], "--max-windows"),
         "backbone": ([*face, *sr, "--backbone", "embeded", *out], "embedded"),
