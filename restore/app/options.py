@@ -32,6 +32,8 @@ Layers = Annotated[str | None, typer.Option(help="PAG layers, e.g. i9 or input_b
 Target = Annotated[str | None, typer.Option(help="What PAG makes of the attention maps: identity, ...")]
 Strength = Annotated[float | None, typer.Option(help="u of (1-u) A + u A' in [0, 1]; SoftPAG below 1.")]
 Guide = Annotated[str | None, typer.Option("--guidance", help="YAML, or its file: {pag: {scale: 1, layers: i9}}.")]
+Quality = Annotated[str | None, typer.Option(help="fast, balanced or best: sampler and steps in one word.")]
+Quality = Annotated[str | None, typer.Option(help="fast, balanced or best: sampler and steps in one word.")]
 Prompt = Annotated[str | None, typer.Option(help="Text for a text-conditional backbone.")]
 NegativePrompt = Annotated[str | None, typer.Option(help="Text for the weak branch of CFG.")]
 

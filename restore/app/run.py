@@ -80,6 +80,7 @@ def restore_files(
     parameters: dict[str, Any] | None = None,
     degrade: bool = False,
     sampler: str | Callable | None = None,
+    quality: str | None = None,
     guidance: Guidance | ChangedPAG | None | str = "preset",
     steps: int | str | None = None,
     samples: int = 1,
@@ -110,11 +111,11 @@ def restore_files(
         started, frames = time.perf_counter(), []
         try:
             record, clean, operator, y = measured(photo, task, degrade, seed, resampled)
-            options = {"task": task.name, "sampler": sampler, "data": data}
-            chosen = guidance
+            options = {"task": task.name, "sampler": sampler, "quality": quality, "data": data}
+            chosen, asked = guidance, {**options, "steps": steps, "reference": reference, "parameters": parameters}
             if isinstance(guidance, ChangedPAG):
-                chosen = guidance.applied(restorer.method(operator, **options).guidance, restorer.default_layers())
-            method = restorer.method(operator, **options, steps=steps, guidance=chosen, parameters=parameters)
+                chosen = guidance.applied(restorer.method(operator, **asked).guidance, restorer.default_layers())
+            method = restorer.method(operator, **asked, guidance=chosen)
             protocol = restorer.protocol(operator, method)
             settings = {key: protocol[key] for key in _DECISIVE} | {
                 "task": task.describe(),

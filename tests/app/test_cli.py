@@ -191,6 +191,8 @@ def mistakes(folder):
         "setting": ([*face, *sr, "zetta=1", *out], "did you mean 'zeta'"),
         "samples": ([*face, *sr, "--samples", 0, *out], "samples"),
         "sampler": ([*face, *sr, "--sampler", "ddrm", *out], "unknown sampler"),
+        "quality": ([*face, *sr, "--quality", "bets", *out], "did you mean 'best'"),
+        "quality and sampler": ([*face, *sr, "--quality", "best", "--sampler", "dps", *out], "either"),
         "own sampler": ([*face, *sr, "--sampler", "nowhere:sampler", *out], "nowhere"),
         "text as a number": ([*face, *sr, "zeta=abc", *out], "zeta must be a finite number, not 'abc'"),
         "no number": ([*face, *sr, "zeta=nan", *out], "zeta must be a finite number"),
