@@ -31,7 +31,7 @@ class Job:
 
     def rows(self, run: Path) -> list[Path]:
         """The files whose presence means that an image is done: they are written last."""
-        return [self.results(run) / "rows" / f"{datasets.file_name(i)}.json" for i in self.ids]
+        return [self.results(run) / "rows" / f"{file_name(i)}.json" for i in self.ids]
 
     def done(self, run: Path) -> bool:
         return all(path.exists() for path in self.rows(run))
@@ -78,7 +78,7 @@ def expand(config: Mapping[str, Any], images: datasets.ImageSet | None) -> list[
         ids = image_ids(config, task, images)
         for index, first in enumerate(range(0, len(ids), size)):
             jobs.append(Job(task, method, index, tuple(ids[first : first + size])))
-    names = [datasets.file_name(i) for i in (images.ids if images is not None else [])]
+    names = [file_name(i) for i in (images.ids if images is not None else [])]
     if len(set(names)) != len(names):
         raise RestoreError("two images would be written to one file: folders become __ in names; rename one of them")
     return jobs

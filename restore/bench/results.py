@@ -55,9 +55,9 @@ def check_metrics(config: Mapping[str, Any], count: int) -> dict[str, Any]:
             entry["reference"] = f"the {count} true images"
         for key in ("reference", "full_reference"):
             if wanted[key] and binary:
-                files, _ = datasets.list_images(wanted[key])
+                files, _ = list_images(wanted[key])
                 sets.refuse_few(len(files), key, wanted["allow_small"])
-                entry[key] = {"count": len(files), "sha256": sets.content_hash(list(files.values()))}
+                entry[key] = {"count": len(files), "sha256": content_hash(list(files.values()))}
     return entry
 
 
@@ -66,8 +66,8 @@ def read_rows(run: Path, task: str, method: str, ids: Sequence[str]) -> tuple[li
     folder = run / "results" / task / method
     rows, missing = [], []
     for image_id in ids:
-        path = folder / "rows" / f"{datasets.file_name(image_id)}.json"
-        if path.exists() and (folder / f"{datasets.file_name(image_id)}.png").exists():
+        path = folder / "rows" / f"{file_name(image_id)}.json"
+        if path.exists() and (folder / f"{file_name(image_id)}.png").exists():
             rows.append(json.loads(path.read_text(encoding="utf-8")))
         else:
             missing.append(image_id)
@@ -167,7 +167,7 @@ def _networks(run, config, task, method, rows, complete, lpips, device) -> dict[
     """LPIPS per image and the set metrics of one cell, from its PNG files."""
     wanted = config["metrics"]
     folder = run / "results" / task / method
-    files = {row["image"]: folder / f"{datasets.file_name(row['image'])}.png" for row in rows}
+    files = {row["image"]: folder / f"{file_name(row['image'])}.png" for row in rows}
     result: dict[str, Any] = {"lpips": {}, "set_values": {}}
     paired, of_sets = evaluate.split_metrics([m for m in wanted["names"] if m not in RUN_METRICS])
     truth = {key: run / "truth" / path.name for key, path in files.items()}
@@ -187,11 +187,11 @@ def _networks(run, config, task, method, rows, complete, lpips, device) -> dict[
     elif of_sets:
         reference = list(truth.values()) if config["kind"] == "restoration" else None
         if wanted["reference"]:
-            reference = list(datasets.list_images(wanted["reference"])[0].values())
+            reference = list(list_images(wanted["reference"])[0].values())
         result["set_values"] = sets.set_metrics(list(files.values()), reference, of_sets, **options)
         binary = [m for m in of_sets if m != "is"]
         if wanted["full_reference"] and binary:
-            full = list(datasets.list_images(wanted["full_reference"])[0].values())
+            full = list(list_images(wanted["full_reference"])[0].values())
             values = sets.set_metrics(list(files.values()), full, binary, **options)
             result["set_values"] |= {f"full_{name}": value for name, value in values.items()}
     return result
@@ -209,7 +209,7 @@ def _per_prompt(files, wanted, of_sets, lpips, options) -> dict[str, float]:
             import numpy as np
 
             chosen = paths[: wanted["pairs"]]
-            values["lpips_pairs"] = lpips.pairwise(np.stack([datasets.read_rgb(path) for path in chosen]))
+            values["lpips_pairs"] = lpips.pairwise(np.stack([read_rgb(path) for path in chosen]))
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value / len(groups)
     return sums

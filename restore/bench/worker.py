@@ -142,7 +142,7 @@ class Worker:
         several = batch.samples.shape[1] > 1
         spreads = single.spread(batch.samples) if several else None
         for b, image_id in enumerate(job.ids):
-            name = datasets.file_name(image_id)
+            name = file_name(image_id)
             row: dict[str, Any] = {"image": image_id, "nfe": batch.nfe}
             if self.images is not None:
                 truth = self.images.pixels(self.index[image_id])
