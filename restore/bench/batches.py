@@ -10,6 +10,7 @@ from typing import Any
 from operators import RestoreError
 from restore.bench import datasets
 from restore.bench.config import pairs
+from restore.images.folder import file_name
 
 
 @dataclass(frozen=True)

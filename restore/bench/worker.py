@@ -23,6 +23,7 @@ from restore.bench import datasets, sampling
 from restore.bench.batches import Job, read_prompts
 from restore.bench.config import BASELINES, settings
 from restore.images import io
+from restore.images.folder import file_name
 from restore.metrics import single
 
 SPREAD_WHITE = 0.5  # the spread that is white in a spread map, on [-1, 1]: fixed, so that maps can be compared
