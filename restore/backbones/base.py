@@ -9,18 +9,47 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from operators import RestoreError
+from restore.backbones.schedule import Schedule
+
+# (eps, x0) from what a network was trained to predict, at x_t = alpha x_0 + sigma n. v is Salimans & Ho 2022's,
+# alpha eps − sigma x0; velocity is flow matching's, eps − x0 (Lipman et al. 2023, time running to the noise).
+CONVERSIONS = {
+    "eps": lambda out, x, a, s: (out, (x - s * out) / a),
+    "x0": lambda out, x, a, s: ((x - a * out) / s, out),
+    "v": lambda out, x, a, s: ((a * out + s * x) / (a * a + s * s), (a * x - s * out) / (a * a + s * s)),
+    "velocity": lambda out, x, a, s: ((x + a * out) / (a + s), (x - s * out) / (a + s)),
+}
+
 
 @dataclass(frozen=True)
 class Prediction:
-    """The output of one network evaluation.
+    """The output of one network evaluation at x_t = alpha x_0 + sigma n.
 
-    eps: predicted noise, (B, C, H, W).
+    eps: predicted noise, (B, C, H, W). x0: the clean estimate (x_t − sigma eps) / alpha, not clamped.
     variance: the raw learned-range channel v of the same shape, in about [-1, 1], interpolating the
         two log-variances of Nichol & Dhariwal 2021, eq. 15; None when the variance is not learned.
     """
 
     eps: torch.Tensor
     variance: torch.Tensor | None = None
+    x0: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        kind: str,
+        output: torch.Tensor,
+        x_t: torch.Tensor,
+        alpha: float,
+        sigma: float,
+        variance: torch.Tensor | None = None,
+    ) -> Prediction:
+        """From the output of a network that predicts `kind`: "eps", "x0", "v" or "velocity"."""
+        if kind not in CONVERSIONS:
+            raise RestoreError(f"a prediction of '{kind}' is not supported; known: {', '.join(CONVERSIONS)}")
+        eps, x0 = CONVERSIONS[kind](output, x_t, alpha, sigma)
+        return cls(eps, variance, x0)
 
 
 @dataclass(frozen=True)
@@ -44,37 +73,68 @@ class AttentionLayer:
 
 @runtime_checkable
 class Backbone(Protocol):
-    """A frozen noise-prediction network with its diffusion schedule.
+    """A frozen denoising network with its noise levels; images are (B, 3, H, W) in [-1, 1].
 
     network: the diffusers module, in eval mode, parameters without gradients.
-    alphas_cumprod: alpha_bar of the training schedule, float64 (T,), on the CPU.
+    schedule: the noise levels it was trained on.
     attention: self-attention layers by diffusers path, in order of execution.
     channels, resolution, multiple: channels of x, the side it was trained at, and the number its
-        sides must be divisible by (all in the units of x: pixels, or latent cells).
+        sides must be divisible by (all in the units of x: pixels, or latent cells of `downscale` pixels).
     null_condition: the condition that means "nothing" to the network (CFG's weak branch), or None.
     """
 
     network: nn.Module
-    alphas_cumprod: torch.Tensor
+    schedule: Schedule
     attention: Mapping[str, AttentionLayer]
     channels: int
     resolution: int
     multiple: int
+    downscale: int
     null_condition: Any
 
-    def predict(self, x_t: torch.Tensor, t: int, condition: Any = None) -> Prediction:
-        """x_t (B, C, H, W), t an index into alphas_cumprod shared by the batch."""
+    def predict(self, x_t: torch.Tensor, t: float, condition: Any = None) -> Prediction:
+        """x_t (B, C, H, W), t a time of the schedule shared by the batch, also between its table's."""
         ...
-
-
-@runtime_checkable
-class LatentBackbone(Backbone, Protocol):
-    """A backbone whose x is a latent; images are (B, 3, H, W) in [-1, 1]."""
-
-    downscale: int
 
     def encode(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Scaled latent of `image`: the posterior mean, or mean + std * noise when noise is given."""
+        """x_0 of `image`: the posterior mean, or mean + std · noise when noise is given; itself in pixels."""
         ...
 
-    def decode(self, z: torch.Tensor) -> torch.Tensor: ...
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """The image of x_0; itself in pixels."""
+        ...
+
+
+class Pixels:
+    """What a backbone whose x is the image itself has in common with latent ones."""
+
+    downscale = 1
+
+    def encode(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        return image
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return z
+
+
+class VariancePreserving:
+    """Any backbone seen as a variance-preserving one: x / sqrt(alpha² + sigma²), the same eps, x0 and times.
+
+    So samplers whose steps are written with alpha_bar run on EDM and flow-matching priors too.
+    """
+
+    def __init__(self, inner: Backbone) -> None:
+        self.inner = inner
+        self.schedule = Schedule(inner.schedule.ts, inner.schedule.ratios, "vp")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def predict(self, x_t: torch.Tensor, t: float, condition: Any = None) -> Prediction:
+        scale = (self.inner.schedule.alpha(t) ** 2 + self.inner.schedule.sigma(t) ** 2) ** 0.5
+        return self.inner.predict(x_t * scale, t, condition)
+
+
+def variance_preserving(prior: Backbone) -> Backbone:
+    """`prior` itself where its noise levels already are variance preserving, else the change of variables."""
+    return prior if prior.schedule.kind == "vp" else VariancePreserving(prior)

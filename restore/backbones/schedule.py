@@ -1,0 +1,197 @@
+"""Noise levels: x_t = alpha(t) x_0 + sigma(t) n, for every family of diffusion models in one type.
+
+Discrete variance-preserving tables (DDPM), EDM / variance-exploding ones and flow matching differ in two things:
+how the ratio sigma / alpha grows with t, and how the pair is normalised (alpha² + sigma² = 1, alpha = 1,
+alpha + sigma = 1). A `Schedule` is a table of the first and the name of the second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from operators import RestoreError
+from operators.naming import lookup
+
+# (alpha, sigma) of a ratio r = sigma / alpha.
+NORMALISATIONS = {
+    "vp": lambda r: (1 / math.sqrt(1 + r * r), r / math.sqrt(1 + r * r)),
+    "ve": lambda r: (1.0, r),
+    "flow": lambda r: (1 / (1 + r), r / (1 + r)),
+}
+
+
+class Schedule:
+    """The noise levels a network was trained on.
+
+    ts: times, ascending, in the units its network takes. ratios: sigma / alpha at each, ascending, positive.
+    kind: "vp" (alpha² + sigma² = 1), "ve" (alpha = 1) or "flow" (alpha + sigma = 1).
+    Between the table's times log(sigma / alpha) is linear in t. All in float64.
+    """
+
+    def __init__(self, ts: Sequence[float], ratios: Sequence[float], kind: str) -> None:
+        self.ts, self.ratios = np.asarray(ts, dtype=np.float64), np.asarray(ratios, dtype=np.float64)
+        if len(self.ts) != len(self.ratios) or len(self.ts) < 2 or kind not in NORMALISATIONS:
+            raise RestoreError(f"a schedule of kind '{kind}' needs at least two times and a noise ratio for each")
+        if not (np.all(np.diff(self.ts) > 0) and np.all(np.diff(self.ratios) > 0) and self.ratios[0] > 0):
+            raise RestoreError("the noise ratios of a schedule must be positive and grow with its times")
+        self.kind = kind
+        self._log_ratios = np.log(self.ratios)
+
+    @classmethod
+    def vp(cls, alphas_cumprod: torch.Tensor) -> Schedule:
+        """A discrete table alpha_bar (T,), falling: t = 0 ... T − 1, alpha(t) = sqrt(alpha_bar[t]) exactly."""
+        table = torch.as_tensor(alphas_cumprod).detach().double().cpu()
+        if not (table.ndim == 1 and bool((table > 0).all()) and bool((table < 1).all())):
+            raise RestoreError(
+                "alpha_bar must lie strictly between 0 and 1 at every timestep; schedules with zero terminal SNR "
+                "are not supported, x0_hat is undefined at their noisiest level"
+            )
+        made = cls(np.arange(len(table)), ((1 - table) / table).sqrt().numpy(), "vp")
+        made.__dict__["alphas_cumprod"] = table  # as given: no rounding by way of the ratios
+        return made
+
+    @classmethod
+    def edm(cls, sigma_min: float = 0.002, sigma_max: float = 80.0, levels: int = 1000) -> Schedule:
+        """Variance exploding, t = sigma (Karras et al. 2022)."""
+        sigmas = np.geomspace(sigma_min, sigma_max, levels)
+        return cls(sigmas, sigmas, "ve")
+
+    @classmethod
+    def flow(cls, steps: int = 1000, shift: float = 1.0) -> Schedule:
+        """Flow matching, sigma from 1/steps to nearly 1, shifted as SD3's; t = steps · sigma."""
+        base = np.arange(1, steps) / steps
+        sigma = shift * base / (1 + (shift - 1) * base)
+        return cls(steps * sigma, sigma / (1 - sigma), "flow")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Schedule:
+        """The schedule a diffusers scheduler_config.json describes, its betas computed by diffusers itself.
+
+        Raises RestoreError for an unknown beta schedule and for zero terminal SNR.
+        """
+        from diffusers import DDPMScheduler
+
+        name = str(config.get("_class_name", ""))
+        if "FlowMatch" in name:
+            return cls.flow(int(config.get("num_train_timesteps", 1000)), float(config.get("shift", 1.0)))
+        if name.startswith("EDM"):
+            return cls.edm(float(config.get("sigma_min", 0.002)), float(config.get("sigma_max", 80.0)))
+        steps, kind = int(config.get("num_train_timesteps", 1000)), config.get("beta_schedule", "linear")
+        start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+        plain = config.get("trained_betas") is None and not config.get("rescale_betas_zero_snr")
+        if plain and kind in ("linear", "scaled_linear"):  # in float64, where diffusers' own tables are float32
+            power = 1 if kind == "linear" else 2
+            betas = torch.linspace(start ** (1 / power), end ** (1 / power), steps, dtype=torch.float64) ** power
+        else:
+            known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+            options = {key: config[key] for key in (*known, "rescale_betas_zero_snr") if key in config}
+            try:
+                betas = DDPMScheduler(**options).betas.double()
+            except (NotImplementedError, TypeError, ValueError) as error:
+                raise RestoreError(f"the scheduler's beta schedule is not supported: {error}") from None
+        return cls.vp(torch.cumprod(1 - betas, dim=0))
+
+    def __len__(self) -> int:
+        return len(self.ts)
+
+    @cached_property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """alpha_bar = alpha² / (alpha² + sigma²) at the table's times, float64 (T,): every schedule seen as a
+        variance-preserving one, which x / sqrt(alpha² + sigma²) makes of it (see `VariancePreserving`)."""
+        return torch.from_numpy(1 / (1 + self.ratios**2))
+
+    def ratio(self, t: float) -> float:
+        """sigma(t) / alpha(t). Raises RestoreError outside of the trained times."""
+        low, high = self.ts[0], self.ts[-1]
+        if not low - 1e-6 <= t <= high + 1e-6:
+            raise RestoreError(f"t is {t:g}, expected {low:g} to {high:g}")
+        return float(np.exp(np.interp(t, self.ts, self._log_ratios)))
+
+    def alpha(self, t: float) -> float:
+        """The signal's factor at t, which may lie between the table's times."""
+        return self._pair(t)[0]
+
+    def sigma(self, t: float) -> float:
+        """The noise's standard deviation at t."""
+        return self._pair(t)[1]
+
+    def _pair(self, t: float) -> tuple[float, float]:
+        if self.kind == "vp" and float(t).is_integer() and 0 <= t < len(self):
+            alpha_bar = float(self.alphas_cumprod[int(t)])
+            return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+        return NORMALISATIONS[self.kind](self.ratio(t))
+
+    def t(self, ratio: float) -> float:
+        """The time at which sigma / alpha is `ratio`; the nearest trained one where it lies outside."""
+        return float(np.interp(math.log(max(ratio, 1e-12)), self._log_ratios, self.ts))
+
+    def timesteps(self, spec: int | str | Sequence[float]) -> list:
+        """Times to visit, descending: the spacings of `respace`, applied to the table; a list of times as it is.
+
+        "karras:N": N ratios from the largest to the smallest trained, with rho = 7 (Karras et al. 2022, eq. 5).
+        "log:N": N ratios evenly spaced in log. Both may fall between the table's times.
+        Raises RestoreError for a spec that is none.
+        """
+        if not isinstance(spec, (int, str)):
+            return sorted(spec, reverse=True)
+        name, _, count = str(spec).rpartition(":")
+        if name:
+            n = _count(count, 10**6, spec)
+            grid = lookup(name, _SPACINGS, "spacing of timesteps")(self.ratios[0], self.ratios[-1], n)
+            return [self.t(float(ratio)) for ratio in grid]
+        times = [self.ts[i].item() for i in reversed(respace(len(self), spec))]
+        return [int(t) if t.is_integer() else t for t in times]
+
+
+def _karras(low: float, high: float, n: int) -> np.ndarray:
+    return np.linspace(high ** (1 / 7), low ** (1 / 7), n) ** 7
+
+
+_SPACINGS = {"karras": _karras, "log": lambda low, high, n: np.geomspace(high, low, n)}
+
+
+def respace(num_train_steps: int, spec: int | str) -> list[int]:
+    """Indices to visit, ascending.
+
+    spec: N or "N" for N steps spread evenly with both ends included; "N1,N2,..." for N_i steps in
+        each of equal sections; "ddimN" for a constant integer stride from 0 (Song et al. 2021).
+    Raises RestoreError for a count that is not positive or larger than the number of training steps.
+    (Nichol & Dhariwal 2021, sec. 4; index rounding as in guided-diffusion.)
+    """
+    text = str(spec)
+    if text.startswith("ddim"):
+        n = _count(text[4:], num_train_steps, spec)
+        for stride in range(1, num_train_steps + 1):
+            if len(range(0, num_train_steps, stride)) == n:
+                return list(range(0, num_train_steps, stride))
+        raise RestoreError(f"steps={spec}: no integer stride visits exactly {n} of {num_train_steps} steps")
+    counts = [_count(part, num_train_steps, spec) for part in text.split(",")]
+    size, extra = divmod(num_train_steps, len(counts))
+    visited, start = [], 0
+    for section, count in enumerate(counts):
+        length = size + (1 if section < extra else 0)
+        if count > length:
+            raise RestoreError(f"steps={spec}: cannot take {count} steps out of a section of {length}")
+        stride = (length - 1) / (count - 1) if count > 1 else 1.0
+        position = 0.0
+        for _ in range(count):
+            visited.append(start + round(position))
+            position += stride
+        start += length
+    return visited
+
+
+def _count(text: str, limit: int, spec: int | str) -> int:
+    try:
+        n = int(text)
+    except ValueError:
+        raise RestoreError(f"steps={spec} is not a number of steps, 'N1,N2,...', 'ddimN' or 'karras:N'") from None
+    if not 1 <= n <= limit:
+        raise RestoreError(f"steps={spec}: the number of steps must be between 1 and {limit}")
+    return n
