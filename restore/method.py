@@ -1,75 +1,139 @@
-"""Hyper-parameters by (backbone, task, sampler), read from configs/method/*.yaml with their source."""
+"""How an image is restored, in one record: for presets, the command line, benchmarks and protocols alike."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from operators import RestoreError
-from restore.guidance import CFG, PAG, Guidance
+from operators.naming import check_known, nearest
+from restore import guidance as guidances
+from restore import samplers
+from restore.guidance import Guidance
 from restore.paths import configs_dir
+
+QUALITIES = ("fast", "balanced", "best")
 
 
 @dataclass(frozen=True)
-class Preset:
-    """One published or measured setting.
+class Method:
+    """One way to restore.
 
-    steps: respacing (see restore.samplers.steps.respace). parameters: keywords of the sampler;
-        without_guidance: those that differ when it runs unguided.
-    guidance: mapping such as {"pag": {"scale": 1.0, "layers": ["input_blocks.9.1"]}}, or None.
+    sampler: a name in restore.samplers.SAMPLERS, "module:function" or a function.
+    steps: what the sampler takes (see restore.backbones.schedule.Schedule.timesteps); None: not settled yet.
+    parameters: the sampler's own keywords. guidance: of its score estimate, None for none.
+    unguided: parameters that replace those when there is no guidance: the plain sampler as it was published.
     source: where the numbers come from.
     """
 
-    sampler: str
-    steps: int | str
-    parameters: dict[str, Any] = field(default_factory=dict)
-    without_guidance: dict[str, Any] = field(default_factory=dict)
-    guidance: dict[str, Any] | None = None
+    sampler: str | Callable
+    steps: int | str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    guidance: Guidance | None = None
+    unguided: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
 
-    def parameters_for(self, guidance: Guidance | None) -> dict[str, Any]:
-        """The sampler's parameters; where the plain sampler was published with others, those without guidance."""
-        guided = guidance is not None and any(term.scale for term in guidance.terms)
-        return dict(self.parameters) if guided else {**self.parameters, **self.without_guidance}
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Method:
+        """From the keys of the same names, `guidance` as restore.guidance.build takes it. Raises RestoreError."""
+        check_known(config, cls.__dataclass_fields__, "a method has no key")
+        if not config.get("sampler"):
+            raise RestoreError("a method needs a sampler")
+        kept = {key: value for key, value in config.items() if value is not None}
+        return cls(**{**kept, "guidance": guidances.build(config.get("guidance"))})
+
+    def changed(
+        self,
+        *,
+        steps: int | str | None = None,
+        guidance: Guidance | None | str = "preset",
+        parameters: Mapping[str, Any] | None = None,
+    ) -> Method:
+        """With what a caller gives in place of its own; guidance "preset" keeps it, None is the plain sampler.
+
+        Where the result is not guided, `unguided` applies; what the caller gives always does. Raises RestoreError
+        for a guidance that is none, an unknown parameter and one that is still missing.
+        """
+        guidance = guidances.chosen(guidance, self.guidance)
+        own = dict(self.parameters)
+        if guidance is None or not any(term.scale for term in guidance.terms):
+            own |= self.unguided
+        own |= parameters or {}
+        samplers.check_parameters(self.sampler, own)
+        return replace(
+            self, steps=_steps(self.steps if steps is None else steps), guidance=guidance, parameters=own, unguided={}
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Everything, ready for JSON; `from_config` reads it back where no function was given."""
+        described = {
+            "sampler": samplers.name_of(self.sampler),
+            "steps": self.steps if isinstance(self.steps, (int, str, type(None))) else list(self.steps),
+            "parameters": {key: samplers.name_of(v) if callable(v) else v for key, v in self.parameters.items()},
+            "guidance": guidances.describe(self.guidance),
+            "source": self.source,
+        }
+        return {**described, "unguided": dict(self.unguided)} if self.unguided else described
 
 
-@lru_cache
-def _entries() -> tuple[dict, ...]:
-    entries = []
-    for file in sorted((configs_dir() / "method").glob("*.yaml")):
-        config = OmegaConf.to_container(OmegaConf.load(file))
-        entries += [{"sampler": config["sampler"], **entry} for entry in config["presets"]]
-    return tuple(entries)
+def find(
+    backbone: str,
+    task: str | None,
+    operator: str,
+    sampler: str | Callable | None = None,
+    data: str | None = None,
+    kind: str = "pixels",
+    quality: str | None = None,
+) -> Method:
+    """The first preset of configs/method that fits.
 
-
-def find(backbone: str, task: str, sampler: str, data: str | None = None) -> Preset:
-    """The first preset that names this backbone and task (an operator's `name`), else the sampler's default.
-
-    An entry's `backbone` and `task` are a name, a list of names or "*". data: "ffhq" or "imagenet", where
-    settings were published for both with one backbone; None takes the first. Raises RestoreError when no
-    configuration file knows the sampler.
+    backbone, task, operator: names (task: of configs/task, operator: an operator's `name`); an entry's `backbone`
+        and `task` are a name, a list of names or "*", and its task may name either. sampler: None takes the one
+        that configs/method/defaults.yaml names for this backbone and kind ("pixels" or "latents").
+    data: "ffhq" or "imagenet", where settings were published for both with one backbone; None takes the first.
+    A sampler without any preset file (a caller's own) has no settings but its own defaults.
+    Raises RestoreError for an unknown sampler and where no preset fits.
     """
-    known = sorted({entry["sampler"] for entry in _entries()})
-    if sampler not in known:
-        raise RestoreError(f"unknown sampler '{sampler}'; known: {', '.join(known)}")
-    for entry in _entries():
-        matches = _matches(entry["backbone"], backbone) and _matches(entry["task"], task)
-        if matches and entry["sampler"] == sampler and data in (None, entry.get("data", data)):
-            known_fields = {item.name for item in dataclasses.fields(Preset)}
-            return Preset(**{key: value for key, value in entry.items() if key in known_fields})
-    raise RestoreError(f"no preset of sampler {sampler} fits backbone {backbone} and task {task}")
+    if sampler is not None and quality is not None:
+        raise RestoreError(f"quality='{quality}' chooses the sampler; give either quality or sampler")
+    own = {}
+    if sampler is None:
+        own = default(backbone, task, operator, kind, quality or QUALITIES[1])
+        sampler = own["sampler"]
+    name = samplers.name_of(sampler)
+    samplers.find(sampler)
+    entries = [entry for entry in _entries() if entry["sampler"] == name]
+    for entry in entries:
+        fits = _matches(entry["backbone"], backbone) and any(_matches(entry["task"], n) for n in (task, operator))
+        if fits and data in (None, entry.get("data", data)):
+            wanted = {key: entry.get(key) for key in Method.__dataclass_fields__}
+            return Method.from_config({**wanted, **own, "sampler": sampler})
+    if entries:
+        raise RestoreError(f"no preset of sampler {name} fits backbone {backbone} and task {task or operator}")
+    return Method(sampler, source="no preset: the sampler's own defaults")
 
 
-def reference(sampler: str) -> dict[str, Any]:
+def default(backbone: str, task: str | None, operator: str, kind: str, quality: str) -> dict[str, Any]:
+    """The sampler, and the steps and parameters where they differ from its preset's, when no sampler is named."""
+    if quality not in QUALITIES:
+        raise RestoreError(f"unknown quality '{quality}'; {nearest(quality, QUALITIES)}")
+    for entry in _yaml("defaults")["defaults"]:
+        fits = _matches(entry["backbone"], backbone) and any(_matches(entry["task"], n) for n in (task, operator))
+        if fits and _matches(entry["kind"], kind) and _matches(entry.get("quality", "*"), quality):
+            return {key: entry[key] for key in ("sampler", "steps", "parameters") if key in entry}
+    raise RestoreError(f"configs/method/defaults.yaml names no sampler for {backbone}")
+
+
+def reference(sampler: str | Callable) -> dict[str, Any]:
     """Parameters that make a sampler compute what its authors' code does. RestoreError where there are none."""
-    file = configs_dir() / "method" / f"{sampler}.yaml"
-    block = OmegaConf.to_container(OmegaConf.load(file)).get("reference") if file.is_file() else None
+    name = samplers.name_of(sampler)
+    block = _yaml(name).get("reference") if (configs_dir() / "method" / f"{name}.yaml").is_file() else None
     if not block:
-        raise RestoreError(f"sampler {sampler} has no reference preset: its default is what its authors' code does")
+        raise RestoreError(f"sampler {name} has no reference preset: its default is what its authors' code does")
     return dict(block["parameters"])
 
 
@@ -82,21 +146,21 @@ def default_layers(backbone: str) -> list[str]:
     return []
 
 
-def _matches(pattern: str | list[str], name: str) -> bool:
+@lru_cache
+def _yaml(name: str) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.load(configs_dir() / "method" / f"{name}.yaml"))
+
+
+@lru_cache
+def _entries() -> tuple[dict, ...]:
+    files = sorted(path.stem for path in (configs_dir() / "method").glob("*.yaml") if path.stem != "defaults")
+    return tuple({"sampler": _yaml(name)["sampler"], **entry} for name in files for entry in _yaml(name)["presets"])
+
+
+def _matches(pattern: str | list[str], name: str | None) -> bool:
     return pattern == "*" or name == pattern or (isinstance(pattern, list) and name in pattern)
 
 
-def build_guidance(config: dict[str, Any] | None) -> Guidance | None:
-    """{"pag": {...}, "cfg": {...}} -> the sum of those guidances; None or {} -> None."""
-    terms = []
-    for name, options in (config or {}).items():
-        if name not in ("pag", "cfg"):
-            raise RestoreError(f"unknown guidance '{name}'; known: pag, cfg")
-        try:
-            terms.append({"pag": PAG, "cfg": CFG}[name](**options))
-        except TypeError as error:
-            raise RestoreError(f"guidance.{name}: {error}") from None
-    total = None
-    for term in terms:
-        total = term if total is None else total + term
-    return total
+def _steps(steps: Any) -> Any:
+    """A number of steps as an int wherever it is one, however it was written."""
+    return int(steps) if isinstance(steps, str) and steps.isdecimal() else steps

@@ -1,67 +1,25 @@
-"""Restorer: one backbone, one sampler, one guidance, wired for images of any size and number."""
+"""Restorer: one backbone, one Method, wired for images of any size and number."""
 
 from __future__ import annotations
 
-import copy
-import difflib
-import inspect
+import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
+import operators
 from operators import RestoreError
-from restore import method, zoo
-from restore.backbones.base import LatentBackbone
-from restore.backbones.latent_size import ForImageSize
-from restore.backbones.sizes import AnySize
+from restore import method, samplers, zoo
+from restore.backbones.sizes import Sized
+from restore.guidance import Guidance
 from restore.images import io
-from restore.samplers.dps import DATA_NORMS, dps
+from restore.method import Method
+from restore.restoration import Restoration, choose_device, explain_out_of_memory
 from restore.samplers.generate import generate
 from restore.samplers.noise import ImageNoise
-from restore.samplers.psld import psld, psld_timesteps
-from restore.samplers.steps import respace
-
-# What the sampler's signature holds that is not a hyper-parameter of the method.
-_WIRING = {"backbone", "operator", "y", "x_T", "z_T", "timesteps", "noise", "guidance", "condition", "callback"}
-
-
-@dataclass
-class Restoration:
-    """The result of one call of a Restorer for B measurements and K samples each.
-
-    samples: (B, K, 3, H, W) in [-1, 1], clamped; sample k does not depend on K.
-    residual: ||y - A(x)||_2 of every sample, (B, K); residual_ratio: the same divided by
-        sigma_y sqrt(m), near 1 for a sample that explains y up to its noise; None when sigma_y is unknown.
-    nfe: network evaluations per sample, weak passes included. seconds: wall time of the call.
-    protocol: everything that determines the result, ready for JSON.
-    """
-
-    samples: torch.Tensor
-    residual: torch.Tensor
-    residual_ratio: torch.Tensor | None
-    nfe: int
-    seconds: float
-    protocol: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """The first sample of every measurement as PIL images."""
-        return [io.to_pil(x) for x in self.samples[:, 0]]
-
-    @property
-    def mean(self) -> torch.Tensor:
-        """Mean over the samples, (B, 3, H, W): the estimate of least squared error."""
-        return self.samples.mean(dim=1)
-
-    @property
-    def spread(self) -> torch.Tensor:
-        """Standard deviation over the samples per pixel, (B, 3, H, W); zero for a single sample."""
-        return self.samples.std(dim=1, correction=0)
 
 
 def load(
@@ -80,49 +38,61 @@ def load(
 
     device: "auto" (CUDA, else MPS, else CPU) or torch's name. precision: "fp32", "bf16" or "fp16" of the
     network's arithmetic. offline: never download. checkpointing: less memory, more time. overlap,
-    max_windows: see AnySize. vae_slicing, vae_tiling: decode one image, one tile at a time (latent models; a
+    max_windows: see Sized. vae_slicing, vae_tiling: decode one image, one tile at a time (latent models; a
     tile's borders are blended, so the result differs a little). Raises RestoreError for an unknown name or
     weights that do not load.
     """
-    found, backbone = zoo.load_backbone(
-        name,
-        device=choose_device(device),
-        precision=precision,
-        offline=offline or None,
-        checkpointing=checkpointing,
-        vae_slicing=vae_slicing,
-        vae_tiling=vae_tiling,
-    )
+    with torch.inference_mode(False):  # weights made in inference mode could never be differentiated through
+        found, backbone = zoo.load_backbone(
+            name,
+            device=choose_device(device),
+            precision=precision,
+            offline=offline or None,
+            checkpointing=checkpointing,
+            vae_slicing=vae_slicing,
+            vae_tiling=vae_tiling,
+        )
     return Restorer(backbone, found.name, overlap=overlap, max_windows=max_windows, checkpointing=checkpointing)
-
-
-def choose_device(device: str) -> torch.device:
-    """ "auto" or a torch device name. Raises RestoreError when this machine does not have it."""
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise RestoreError(f"device '{device}' is not available: {str(error).splitlines()[0]}") from None
-    return chosen
 
 
 class Restorer:
     """Restores measurements with a diffusion prior.
 
     backbone: see restore.backbones.base. name: looks presets up. overlap, max_windows and
-    checkpointing concern images beyond the trained resolution and memory, see AnySize.
+    checkpointing concern images beyond the trained resolution and memory, see Sized.
+    One Restorer may be used from several threads.
     """
 
     def __init__(self, backbone, name: str = "custom", *, overlap=0.5, max_windows=16, checkpointing=False) -> None:
-        self.backbone = AnySize(backbone, overlap=overlap, max_windows=max_windows, checkpointing=checkpointing)
-        self.name = name
-        self.latent = isinstance(backbone, LatentBackbone)
+        self.backbone, self.name = backbone, name
+        self.windows = {"overlap": overlap, "max_windows": max_windows, "checkpointing": checkpointing}
+        self.kind = "pixels" if backbone.downscale == 1 else "latents"
         self.device = next(backbone.network.parameters()).device
-        self.default_sampler = "psld" if self.latent else "dps"
+
+    def sized(self, height: int, width: int) -> Sized:
+        """The prior of images of this size, as samplers see it."""
+        return Sized(self.backbone, height, width, **self.windows)
+
+    def method(
+        self,
+        operator: Any,
+        *,
+        task: str | None = None,
+        sampler: Any = None,
+        data: str | None = None,
+        quality: str | None = None,
+        reference: bool = False,
+        parameters: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> Method:
+        """The preset of (this backbone, task or operator, sampler), with what a caller changes (Method.changed)."""
+        name = getattr(operator, "name", type(operator).__name__)
+        found = method.find(self.name, task, name, sampler, data, self.kind, quality)
+        more = method.reference(found.sampler) if reference else {}
+        chosen = found.changed(parameters={**more, **(parameters or {})}, **changes)
+        if chosen.steps is None:
+            raise RestoreError(f"sampler {samplers.name_of(chosen.sampler)} has no preset here: give steps=N")
+        return chosen
 
     def default_layers(self) -> list[str]:
         """PAG's layers for this backbone: those of its first preset with PAG, else the middle block's."""
@@ -143,224 +113,220 @@ class Restorer:
         y: Any,
         operator: Any,
         *,
-        sampler: str | None = None,
-        guidance: Any = "preset",
+        task: str | None = None,
+        sampler: str | Callable | None = None,
+        guidance: Guidance | None | str = "preset",
         steps: int | str | None = None,
         samples: int = 1,
         seed: int = 0,
         image_ids: Sequence[str] | None = None,
         batch_size: int = 1,
         condition: torch.Tensor | None = None,
+        prompt: str | None = None,
+        negative_prompt: str | None = None,
         data: str | None = None,
+        quality: str | None = None,
         reference: bool = False,
         callback: Callable[[dict], None] | None = None,
         **parameters: Any,
     ) -> Restoration:
         """Restore y = A(x) + n.
 
-        y: measurement (B, ...) on the range [-1, 1], or a PIL image. operator: an `operators.Operator`
-            or anything with A and A_adjoint, such as a deepinv physics; A_adjoint(y) tells the image's size.
-        sampler, steps, guidance, parameters (zeta, ddim_eta, data_norm; eta, gamma, ...): what is not
-            given comes from the preset of (backbone, task); guidance=None is the plain sampler.
-        zeta is calibrated at the trained resolution and scaled by the square root of the number of
-            pixels at other sizes, because the norm it multiplies grows with that root.
+        y: measurement (B, ...) on the range [-1, 1], or images in any form that io.to_tensor takes. operator: an
+            `operators.Operator` or anything with A and A_adjoint, such as a deepinv physics; A_adjoint(y) tells the
+            image's size.
+        sampler (a name, "module:function" or a function), steps, guidance, parameters (zeta, ddim_eta, ...): what is
+            not given comes from the preset of (backbone, task or operator, sampler); guidance=None is the plain
+            sampler, task a name of configs/task.
+        quality: "fast", "balanced" or "best" in place of a sampler: each names one, with its steps.
         samples: posterior samples per measurement. seed, image_ids: noise is a function of (seed,
             image id, sample index); ids default to "0", "1", ...
         batch_size: samples computed together. With 1 (default) a result has the same bytes whatever
             else is computed; larger batches are equal to rounding, which DPS can magnify where a pixel
             crosses the clamp of x0_hat, and faster on a GPU.
-        condition: class labels (B,) for class-conditional backbones.
+        condition: class labels (B,), or embeddings (B or 1, tokens, width). prompt, negative_prompt: text in its
+            place, and in place of the empty prompt of CFG's weak branch, for backbones with a text encoder.
         data: "ffhq" or "imagenet", where presets were published for both with one backbone.
         reference: compute what the sampler's authors' code does, beyond the paper (PSLD: noise on the
             predicted measurement, sampled encoding, shifted indices, approximate transposes).
         callback: receives the sampler's dict plus `first`, `count` and `total` (samples).
-        Raises RestoreError for unknown parameters, sizes that do not fit, non-finite input or
-        samples, and memory that does not suffice.
+        Works inside torch.no_grad() and torch.inference_mode(). Raises RestoreError for unknown parameters, sizes
+        that do not fit, non-finite input or samples, and memory that does not suffice.
         """
-        y = (y if isinstance(y, torch.Tensor) else io.to_tensor(y)).float().to(self.device)
-        if not torch.isfinite(y).all():
-            raise RestoreError("the measurement holds NaN or infinite values")
-        if samples < 1 or batch_size < 1:
-            raise RestoreError("samples and batch_size must be at least 1")
-        ids = [str(i) for i in range(len(y))] if image_ids is None else [str(i) for i in image_ids]
-        if len(ids) != len(y) or len(set(ids)) != len(ids):
-            raise RestoreError(f"{len(y)} measurements need {len(y)} different image_ids, got {ids}")
+        with torch.inference_mode(False), torch.enable_grad():
+            y = io.to_tensor(y, channels=None).to(self.device)
+            if samples < 1 or batch_size < 1:
+                raise RestoreError("samples and batch_size must be at least 1")
+            ids = [str(i) for i in range(len(y))] if image_ids is None else [str(i) for i in image_ids]
+            if len(ids) != len(y) or len(set(ids)) != len(ids):
+                raise RestoreError(f"{len(y)} measurements need {len(y)} different image_ids, got {ids}")
+            shape = operators.image_shape(operator, y)
+            if shape[1] != 3:
+                raise RestoreError(f"the operator's images must be (B, 3, H, W), got {tuple(shape)}")
+            chosen = self.method(
+                operator,
+                task=task,
+                sampler=sampler,
+                data=data,
+                quality=quality,
+                reference=reference,
+                steps=steps,
+                guidance=guidance,
+                parameters=parameters,
+            )
+            if reference:
+                operator = operators.with_adjoint(operator, "reference")
+            prior = self.sized(*shape[-2:])
+            condition = self._condition(condition, prompt, negative_prompt, prior)
+            return self._restore(y, operator, prior, chosen, ids, samples, seed, batch_size, condition, callback)
 
-        task = getattr(operator, "name", type(operator).__name__)
-        preset = method.find(self.name, task, sampler or self.default_sampler, data)
-        steps = preset.steps if steps is None else steps
-        guidance = method.build_guidance(preset.guidance) if isinstance(guidance, str) else guidance
-        function = {"dps": dps, "psld": psld}[preset.sampler]
-        if (function is psld) != self.latent:
-            kind = "latent" if self.latent else "pixel"
-            raise RestoreError(f"sampler {preset.sampler} does not work with the {kind} backbone {self.name}")
-        chosen = preset.parameters_for(guidance)
-        if reference:
-            chosen |= method.reference(preset.sampler)
-            operator = with_reference_adjoint(operator)
-        parameters = {**chosen, **check_parameters(function, parameters)}
-        protocol = self._protocol(operator, preset, steps, guidance, parameters, seed, samples)
-
-        started, evaluations = time.perf_counter(), self.backbone.evaluations
+    def _restore(
+        self, y, operator, prior, chosen: Method, ids, samples, seed, batch_size, condition, callback
+    ) -> Restoration:
+        function, used = samplers.find(chosen.sampler), {}
+        started = time.perf_counter()
         items = [(b, k) for b in range(len(y)) for k in range(samples)]
         results, calls = [], 0
         for first in range(0, len(items), batch_size):
             chunk = items[first : first + batch_size]
             rows = [b for b, _ in chunk]
-            keys = [(seed, ids[b], k) for b, k in chunk]
-            progress = _with_progress(callback, first, len(chunk), len(items))
-            labels = None if condition is None else condition[rows]
             with explain_out_of_memory():
-                x = self._sample(function, y[rows], operator, keys, steps, guidance, labels, progress, parameters)
-            results.append(x.float())
+                x = function(
+                    prior,
+                    operators.rows(operator, rows),
+                    y[rows],
+                    noise=ImageNoise([(seed, ids[b], k) for b, k in chunk], self.device),
+                    steps=chosen.steps,
+                    guidance=chosen.guidance,
+                    condition=_rows(condition, rows),
+                    callback=_watching(callback, used, first, len(chunk), len(items)),
+                    **chosen.parameters,
+                )
+            results.append(x.detach().float())
             calls += 1
         x = torch.cat(results)
-        flat = (y[[b for b, _ in items]] - operator.A(x.to(y.dtype))).flatten(1)
+        rows = [b for b, _ in items]
+        with torch.no_grad():
+            flat = (y[rows] - operators.rows(operator, rows).A(x.to(y.dtype))).flatten(1)
         residual = torch.linalg.vector_norm(flat, dim=1).view(len(y), samples)
         sigma = getattr(getattr(operator, "noise", None), "sigma", None)
-        ratio = residual / (float(sigma) * flat.shape[1] ** 0.5) if sigma else None
         return Restoration(
             samples=x.clamp(-1, 1).view(len(y), samples, *x.shape[1:]),
             residual=residual,
-            residual_ratio=ratio,
-            nfe=(self.backbone.evaluations - evaluations) // calls,
+            residual_ratio=residual / (float(sigma) * flat.shape[1] ** 0.5) if sigma else None,
+            nfe=prior.evaluations // calls,
             seconds=time.perf_counter() - started,
-            protocol=protocol,
+            protocol={**self.protocol(operator, chosen, seed=seed, batch_size=batch_size), "samples": samples}
+            | ({"used": used} if used else {}),
         )
 
-    def _sample(self, function, y, operator, keys, steps, guidance, condition, callback, parameters) -> torch.Tensor:
-        train_steps = len(self.backbone.alphas_cumprod)
-        if function is dps:
-            timesteps = respace(train_steps, steps)
-        else:
-            timesteps = psld_timesteps(steps, train_steps, reference=bool(parameters.get("index_shift")))
-        noise = ImageNoise(keys, self.device)
-        shape = image_shape(operator, y)
-        common = {"guidance": guidance, "condition": condition, "noise": noise, "callback": callback}
-        if function is dps:
-            options = dict(parameters)
-            options["data_norm"] = DATA_NORMS[options.get("data_norm", "l2")]
-            options["zeta"] = options["zeta"] * (shape[-2] * shape[-1]) ** 0.5 / self.backbone.resolution
-            x_T = noise(0, shape, "start")
-            return dps(self.backbone, operator, y, x_T=x_T, timesteps=timesteps, **common, **options)
-        sized = ForImageSize(self.backbone.inner, *shape[-2:], predictor=self.backbone)
-        z_T = noise(0, sized.latent_shape(len(y)), "start")
-        z_0 = psld(sized, operator, y, z_T=z_T, timesteps=timesteps, **common, **parameters)
-        with torch.no_grad():
-            return sized.decode(z_0)
-
-    def _protocol(self, operator, preset, steps, guidance, parameters, seed, samples) -> dict[str, Any]:
+    def protocol(self, operator: Any, chosen: Method, **more: Any) -> dict[str, Any]:
+        """Everything that determines a result, ready for JSON: the method, the operator, the network's weights (hash)
+        and precision, and what rounding depends on (torch's version, device, number of threads). What a sampler
+        scales by itself is added as `used`."""
         noise = getattr(operator, "noise", None)
+        dtype = getattr(self.backbone, "dtype", None) or self.backbone.network.dtype
         return {
             "backbone": self.name,
+            "weights": self.weights_hash(),
+            "precision": str(dtype).removeprefix("torch."),
             "operator": repr(operator),
             "noise": repr(noise) if noise is not None else None,
             "range": "[-1, 1]",
-            "sampler": preset.sampler,
-            "steps": steps,
-            "guidance": None if guidance is None else repr(guidance),
-            "parameters": parameters,
-            "preset_source": preset.source,
-            "seed": seed,
-            "samples": samples,
+            "method": chosen.describe(),
+            "windows": {key: value for key, value in self.windows.items() if key != "checkpointing"},
+            "torch": torch.__version__,
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            **more,
         }
+
+    def weights_hash(self) -> str:
+        """Twelve hexadecimal digits of the network's (and autoencoder's) weights in memory, whatever file they are
+        from; computed once."""
+        if not hasattr(self, "_weights_hash"):
+            digest = hashlib.blake2b(digest_size=6)
+            for network in (self.backbone.network, getattr(self.backbone, "vae", None)):
+                for name, tensor in sorted(network.state_dict().items()) if network is not None else ():
+                    flat = tensor.detach().contiguous().reshape(-1).cpu()
+                    digest.update(name.encode())
+                    digest.update(flat.view(torch.uint8).numpy())
+            self._weights_hash = digest.hexdigest()
+        return self._weights_hash
+
+    def _condition(self, condition, prompt, negative_prompt, prior: Sized):
+        """The condition of the strong pass; `negative_prompt` becomes the null condition of this call's prior."""
+        encode = getattr(self.backbone, "encode_prompt", None)
+        if (prompt is not None or negative_prompt is not None) and encode is None:
+            raise RestoreError(f"backbone {self.name} has no text encoder: it takes no prompt")
+        if prompt is not None and condition is not None:
+            raise RestoreError("give either a prompt or a condition, not both")
+        if negative_prompt is not None:
+            prior.null_condition = encode(negative_prompt).to(self.device)
+        return condition if prompt is None else encode(prompt).to(self.device)
 
     def generate(
         self,
         n: int = 1,
         *,
-        guidance: Any = None,
+        guidance: Guidance | None = None,
         steps: int | str = 250,
         seed: int = 0,
         size: tuple[int, int] | None = None,
         labels: Sequence[int] | None = None,
+        prompt: str | None = None,
+        negative_prompt: str | None = None,
         ddim_eta: float | None = None,
         batch_size: int = 1,
+        first: int = 0,
         callback: Callable[[dict], None] | None = None,
     ) -> torch.Tensor:
-        """n unconditional (or, with `labels`, class-conditional) samples (n, 3, H, W) in [-1, 1].
+        """n samples of the prior (with `labels` or a prompt, of its conditional) (n, 3, H, W) in [-1, 1].
 
-        Sample i depends on (seed, i) alone. size: (H, W), the trained resolution by default.
+        Sample i depends on (seed, first + i) alone. size: (H, W) in pixels, the trained resolution by default.
+        labels: one class per image. The other arguments are those of a restoration.
         """
         if n < 1 or batch_size < 1:
             raise RestoreError("the number of images and batch_size must be at least 1")
         if labels is not None and len(labels) != n:
             raise RestoreError(f"{n} images need {n} class labels, got {len(labels)}")
-        side = self.backbone.resolution
+        side = self.backbone.resolution * self.backbone.downscale
         results = []
-        for first in range(0, n, batch_size):
-            indices = list(range(first, min(first + batch_size, n)))
-            noise = ImageNoise([(seed, "generate", i) for i in indices], self.device)
-            shape = (len(indices), self.backbone.channels, *(size or (side, side)))
-            condition = None if labels is None else torch.tensor([labels[i] for i in indices], device=self.device)
-            with explain_out_of_memory():
-                x = generate(
-                    self.backbone,
-                    x_T=noise(0, shape, "start"),
-                    timesteps=respace(len(self.backbone.alphas_cumprod), steps),
-                    noise=noise,
-                    guidance=guidance,
-                    condition=condition,
-                    ddim_eta=ddim_eta,
-                    clip=not self.latent,
-                    callback=_with_progress(callback, first, len(indices), n),
-                )
-                if self.latent:
-                    x = self.backbone.inner.decode(x)
-            results.append(x.float().clamp(-1, 1))
+        with torch.inference_mode(False):
+            prior = self.sized(*(size or (side, side)))
+            given = None if labels is None else torch.tensor(list(labels), device=self.device)
+            condition = self._condition(given, prompt, negative_prompt, prior)
+            guidance = method.guidances.chosen(guidance, None)
+            for start in range(0, n, batch_size):
+                rows = list(range(start, min(start + batch_size, n)))
+                with explain_out_of_memory():
+                    x = generate(
+                        prior,
+                        len(rows),
+                        noise=ImageNoise([(seed, "generate", first + i) for i in rows], self.device),
+                        steps=steps,
+                        guidance=guidance,
+                        condition=_rows(condition, rows),
+                        ddim_eta=ddim_eta,
+                        callback=_watching(callback, {}, start, len(rows), n),
+                    )
+                results.append(x.float().clamp(-1, 1))
         return torch.cat(results)
 
 
-def with_reference_adjoint(operator: Any) -> Any:
-    """A copy of an `operators.Operator` whose A_adjoint is the authors' approximate transpose."""
-    if not hasattr(operator, "adjoint"):
-        raise RestoreError(f"reference=True needs an operator of this package, not a {type(operator).__name__}")
-    changed = copy.copy(operator)
-    changed.adjoint = "reference"
-    return changed
+def _rows(condition: Any, rows: list[int]) -> Any:
+    """The conditions of these images; one that serves all of them is passed on."""
+    if not isinstance(condition, torch.Tensor) or condition.dim() == 0 or len(condition) == 1:
+        return condition
+    return condition[rows]
 
 
-def image_shape(operator: Any, y: torch.Tensor) -> tuple[int, ...]:
-    """Shape (B, 3, H, W) of the image behind the measurement. Raises RestoreError when it is none."""
-    try:
-        shape = tuple(operator.A_adjoint(y).shape)
-    except RuntimeError as error:
-        raise RestoreError(f"the measurement of shape {tuple(y.shape)} does not fit the operator: {error}") from None
-    if len(shape) != 4 or shape[1] != 3:
-        raise RestoreError(f"the operator's images must be (B, 3, H, W), got {shape} from y of {tuple(y.shape)}")
-    return shape
+def _watching(callback: Callable | None, used: dict, first: int, count: int, total: int) -> Callable[[dict], None]:
+    """Keeps what the sampler says it used, and passes each step on with its place in the whole."""
 
+    def watch(step: dict) -> None:
+        used.update(step.get("used", {}))
+        if callback is not None:
+            callback({**step, "first": first, "count": count, "total": total})
 
-def check_parameters(function: Callable, parameters: dict[str, Any]) -> dict[str, Any]:
-    """The given hyper-parameters, after checking that the sampler has them. Raises RestoreError otherwise."""
-    known = [name for name in inspect.signature(function).parameters if name not in _WIRING]
-    for name in parameters:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
-            raise RestoreError(f"sampler {function.__name__} has no parameter '{name}'; {hint}")
-    norm = parameters.get("data_norm")
-    if norm is not None and norm not in DATA_NORMS:
-        raise RestoreError(f"unknown data_norm '{norm}'; known: {', '.join(DATA_NORMS)}")
-    return parameters
-
-
-class explain_out_of_memory:
-    """Context manager that turns an allocation failure into a RestoreError naming what lowers the memory."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, traceback) -> None:
-        text = str(error)
-        failed = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if failed or (isinstance(error, RuntimeError) and "can't allocate memory" in text):
-            raise RestoreError(
-                "out of memory; use --checkpointing, a smaller --batch-size or --max-windows, or --precision bf16"
-            ) from error
-
-
-def _with_progress(callback, first: int, count: int, total: int):
-    if callback is None:
-        return None
-    return lambda step: callback({**step, "first": first, "count": count, "total": total})
+    return watch

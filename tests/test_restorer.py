@@ -1,5 +1,8 @@
 """The Python API on the embedded prior."""
 
+import json
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +10,8 @@ from PIL import Image
 
 import operators
 import restore
-from restore import method
-from restore.backbones.base import Prediction
-from restore.backbones.sizes import AnySize, blend_weights, window_starts
 from restore.images import io
-from restore.paths import configs_dir, data_dir
+from restore.paths import data_dir
 
 FACE = data_dir() / "photos" / "astronaut-face-64.png"
 
@@ -45,11 +45,86 @@ def test_result_holds_what_it_promises(restorer, face):
 
 
 def test_no_hyper_parameter_is_needed(restorer, face):
-    """With everything from the preset a restoration beats its own start: the measurement is explained."""
+    """With everything from the preset the measurement is explained, and the noise is reduced."""
     A = operators.Denoising(noise=operators.GaussianNoise(0.2))
     y = A(face, torch.Generator().manual_seed(0))
     result = restorer(y, A, steps=25)
-    assert result.protocol["preset_source"] and result.protocol["parameters"]["zeta"] > 0
+    assert result.protocol["method"]["source"]
+    assert float((result.samples[:, 0] - face).square().mean()) < 0.5 * float((y - face).square().mean())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_may_be_switched_off_outside(face, mode):
+    """Habitual for users of diffusers: loading, measuring and restoring all inside the block."""
+    A = operators.SuperResolution(4)
+    expected = restore.load("embedded")(A.A(face), A, sampler="dps", steps=2).samples
+    with mode():
+        A = operators.Compose(operators.Inpainting(torch.eye(64).view(1, 1, 64, 64)), operators.SuperResolution(4))
+        restorer = restore.load("embedded")
+        y = A(io.read_image(FACE).pixels)
+        assert restorer(y, A, sampler="dps", steps=2).samples.shape == (1, 1, 3, 64, 64)
+        A = operators.SuperResolution(4)
+        assert torch.equal(restorer(A.A(face), A, sampler="dps", steps=2).samples, expected)
+        assert torch.equal(restorer.generate(1, steps=2), restore.load("embedded").generate(1, steps=2))
+
+
+def test_one_restorer_in_two_threads(restorer, face):
+    A = operators.SuperResolution(4)
+    y = A.A(face)
+    calls = [{"guidance": None}, {"guidance": restore.PAG(2.0, layers="m1")}]
+    alone = [restorer(y, A, sampler="dps", steps=4, **options).samples for options in calls]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            futures = [pool.submit(restorer, y, A, sampler="dps", steps=4, **options) for options in calls]
+            for future, expected in zip(futures, alone, strict=True):
+                assert torch.equal(future.result().samples, expected)
+    assert not torch.equal(*alone)
+
+
+def test_masks_and_kernels_of_each_image(restorer, face):
+    """One operator for a batch in which every image has its own mask or kernel: alone, batched and with samples."""
+    faces = torch.cat([face, face.flip(-1)])
+    masks = torch.cat([operators.random_mask(64, seed=seed) for seed in (0, 1)])
+    kernels = torch.stack([operators.motion_kernel(9, 0.5, seed) for seed in (0, 1)])
+    for both, make in ((masks, operators.Inpainting), (kernels, operators.Blur)):
+        A = make(both)
+        y = A.A(faces)
+        options = {"sampler": "dps", "steps": 2, "image_ids": ["a", "b"]}
+        together = restorer(y, A, samples=2, **options).samples
+        assert together.shape == (2, 2, 3, 64, 64)
+        assert relative(restorer(y, A, samples=2, batch_size=3, **options).samples, together) < 1e-5
+        second = restorer(y[1:], make(both[1:]), samples=2, **{**options, "image_ids": ["b"]})
+        assert torch.equal(second.samples[0], together[1])
+
+
+def test_a_sampler_of_ones_own(restorer, face):
+    """A function of the contract needs no entry anywhere, and its name is written down so that it is found again."""
+
+    def adjoint(prior, operator, y, *, noise, steps, guidance=None, condition=None, callback=None, gain=1.0):
+        return gain * operator.A_adjoint(y)
+
+    A = operators.Denoising()
+    result = restorer(face, A, sampler=adjoint, steps=1, gain=0.5)
+    assert torch.equal(result.samples[:, 0], 0.5 * face) and result.nfe == 0
+    assert "adjoint" in result.protocol["method"]["sampler"]
+    with pytest.raises(restore.RestoreError, match="has no parameter 'gian'; did you mean 'gain'"):
+        restorer(face, A, sampler=adjoint, steps=1, gian=0.5)
+    with pytest.raises(restore.RestoreError, match="give steps"):
+        restorer(face, A, sampler=adjoint)
+
+
+def test_protocol_holds_what_determines_the_result(restorer, face):
+    A = operators.SuperResolution(2, noise=operators.GaussianNoise(0.05))
+    wide = torch.cat([face, face], -1)
+    found = restorer(A(wide), A, sampler="dps", steps=2, zeta=3.0, guidance=None).protocol
+    assert found["precision"] == "float32" and found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads() and found["method"]["parameters"]["zeta"] == 3.0
+    assert found["used"]["zeta"] == pytest.approx(3.0 * 2**0.5)
+    assert found["weights"] == restore.load("embedded").weights_hash() and json.dumps(found)
+    other = restore.load("embedded")
+    with torch.no_grad():
+        next(other.backbone.network.parameters()).view(-1)[0] += 1e-3
+    assert other.weights_hash() != found["weights"]
 
 
 def test_batches_ids_and_samples_do_not_change_a_result(restorer, face):
@@ -72,6 +147,18 @@ def test_pil_in_pil_out(restorer):
     photo = Image.open(FACE).resize((16, 16))
     image = restorer(photo, operators.SuperResolution(4), steps=2).images[0]
     assert isinstance(image, Image.Image) and image.size == (64, 64)
+
+
+def test_every_form_of_image_is_the_same_measurement(restorer, tmp_path):
+    A = operators.SuperResolution(4)
+    photo = Image.open(FACE).convert("RGB").resize((16, 16))
+    photo.save(tmp_path / "small.png")
+    pixels = np.asarray(photo)
+    expected = restorer(photo, A, steps=2).samples
+    whole = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+    for same in (pixels, whole, whole.long(), whole / 127.5 - 1, [photo], tmp_path / "small.png", pixels[None]):
+        assert relative(restorer(same, A, steps=2).samples, expected) < 1e-5, type(same)
+    assert restorer([photo, photo], A, steps=2).samples.shape[0] == 2
 
 
 def test_deepinv_physics_is_an_operator(restorer, face):
@@ -97,9 +184,13 @@ def test_conditions_that_are_refused(restorer, face):
     for arguments, message in [
         ({"zetta": 1}, "did you mean 'zeta'"),
         ({"data_norm": "l1"}, "unknown data_norm"),
+        ({"guidance": "none"}, "guidance"),
+        ({"guidance": {}}, "guidance"),
+        ({"guidance": 2.0}, "guidance"),
+        ({"prompt": "a face"}, "no text encoder"),
+        ({"sampler": "dsp"}, "did you mean 'dps'"),
         ({"samples": 0}, "at least 1"),
         ({"image_ids": ["a", "b"]}, "different image_ids"),
-        ({"sampler": "psld"}, "pixel backbone"),
         ({"reference": True}, "no reference preset"),
         ({"steps": 0}, "steps=0"),
         ({"guidance": restore.PAG(1.0, layers="i77")}, "i77"),
@@ -108,6 +199,14 @@ def test_conditions_that_are_refused(restorer, face):
             restorer(y, A, **arguments)
     with pytest.raises(restore.RestoreError, match="NaN"):
         restorer(torch.full_like(y, float("nan")), A, steps=2)
+    for images, operator, message in [
+        (y[:0], A, "empty|no image"),
+        (y, None, "A_adjoint"),
+        (y, type("Only", (), {"A": A.A})(), "A_adjoint"),
+        ((y + 1) * 127.5, A, r"\[-1, 1\]"),
+    ]:
+        with pytest.raises(restore.RestoreError, match=message):
+            restorer(images, operator, steps=2)
     with pytest.raises(restore.RestoreError, match="batch_size"):
         restorer.generate(1, batch_size=0)
     with pytest.raises(restore.RestoreError, match="class labels"):
@@ -121,67 +220,6 @@ def test_generation_depends_on_seed_and_index_alone(restorer):
     assert relative(restorer.generate(3, steps=12, seed=3, batch_size=3), three) < 1e-5
     assert not torch.equal(three[0], three[1])
     assert restorer.generate(1, steps=2, size=(40, 72)).shape == (1, 3, 40, 72)
-
-
-class Position:
-    """A 'network' whose output tells which pixel it saw: any error of cutting or blending shows."""
-
-    network, alphas_cumprod, attention, null_condition = torch.nn.Identity(), torch.ones(10), {}, None
-    channels, resolution, multiple = 3, 16, 4
-
-    def predict(self, x_t, t, condition=None):
-        assert max(x_t.shape[-2:]) <= 16 and not any(side % 4 for side in x_t.shape[-2:])
-        return Prediction(2 * x_t + 1, -x_t)
-
-
-@pytest.mark.parametrize("size", [(16, 16), (16, 40), (37, 53), (9, 16), (3, 5), (100, 16)])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_windows_are_invisible_for_a_local_network(size, checkpointing):
-    any_size = AnySize(Position(), max_windows=5, checkpointing=checkpointing)
-    x = torch.randn(2, 3, *size, requires_grad=True)
-    prediction = any_size.predict(x, 3)
-    assert relative(prediction.eps, 2 * x + 1) < 1e-6 and relative(prediction.variance, -x) < 1e-6
-    (grad,) = torch.autograd.grad(prediction.eps.sum(), x)
-    assert relative(grad, torch.full_like(x, 2)) < 1e-6
-
-
-def test_window_geometry():
-    for length in range(16, 90):
-        starts = window_starts(length, 16, 8)
-        assert starts[0] == 0 and starts[-1] == max(0, length - 16)
-        assert all(0 < b - a <= 8 for a, b in zip(starts, starts[1:], strict=False))
-        total = torch.zeros(length)
-        for start, weight in zip(starts, blend_weights(starts, 16, length), strict=True):
-            total[start : start + 16] += weight
-        assert torch.allclose(total, torch.ones(length), atol=1e-6)
-
-
-def test_zeta_keeps_its_strength_at_other_sizes(restorer, monkeypatch):
-    from restore import restorer as module
-
-    seen = []
-    monkeypatch.setattr(module, "dps", lambda *a, **k: seen.append(k["zeta"]) or torch.zeros_like(k["x_T"]))
-    module_dps = module.dps
-    for side in (64, 128):
-        y = torch.zeros(1, 3, side, side)
-        noise_parameters = {"zeta": 0.5}
-        restorer._sample(module_dps, y, operators.Denoising(), [(0, "a", 0)], 2, None, None, None, noise_parameters)
-    assert seen == pytest.approx([0.5, 1.0])
-
-
-def test_presets():
-    ffhq = method.find("adm-ffhq-256", "super_resolution", "dps")
-    assert ffhq.parameters == {"zeta": 1.0} and ffhq.guidance["pag"]["scale"] == 1.0 and "Table 7" in ffhq.source
-    sd = method.find("sd-1.5", "motion_blur", "psld")
-    assert sd.parameters == {"eta": 0.15, "gamma": 0.015}
-    assert method.find("sd-1.5", "motion_blur", "psld", "imagenet").parameters == {"eta": 0.3, "gamma": 0.03}
-    assert sd.parameters_for(None) == {"eta": 1.0, "gamma": 0.1}
-    assert sd.parameters_for(method.build_guidance(sd.guidance)) == sd.parameters
-    assert method.find("someone's.pt", "inpainting", "dps").parameters == {"zeta": 0.5}
-    with pytest.raises(restore.RestoreError, match="unknown guidance"):
-        method.build_guidance({"sag": {}})
-    for file in (configs_dir() / "method").glob("*.yaml"):
-        assert all(entry["source"] for entry in method._entries()), file
 
 
 def test_numpy_and_uint8_round_trip(face):

@@ -80,6 +80,7 @@ class Backbone(Protocol):
     attention: self-attention layers by diffusers path, in order of execution.
     channels, resolution, multiple: channels of x, the side it was trained at, and the number its
         sides must be divisible by (all in the units of x: pixels, or latent cells of `downscale` pixels).
+    bounded: x_0 lies in [-1, 1], so that estimates of it may be clamped.
     null_condition: the condition that means "nothing" to the network (CFG's weak branch), or None.
     """
 
@@ -90,6 +91,7 @@ class Backbone(Protocol):
     resolution: int
     multiple: int
     downscale: int
+    bounded: bool
     null_condition: Any
 
     def predict(self, x_t: torch.Tensor, t: float, condition: Any = None) -> Prediction:
@@ -108,7 +110,7 @@ class Backbone(Protocol):
 class Pixels:
     """What a backbone whose x is the image itself has in common with latent ones."""
 
-    downscale = 1
+    downscale, bounded = 1, True
 
     def encode(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         return image

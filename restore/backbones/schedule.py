@@ -20,7 +20,7 @@ from operators.naming import lookup
 
 # (alpha, sigma) of a ratio r = sigma / alpha.
 NORMALISATIONS = {
-    "vp": lambda r: (1 / math.sqrt(1 + r * r), r / math.sqrt(1 + r * r)),
+    "vp": lambda r: (1 / math.hypot(1, r), r / math.hypot(1, r)),
     "ve": lambda r: (1.0, r),
     "flow": lambda r: (1 / (1 + r), r / (1 + r)),
 }
@@ -106,6 +106,19 @@ class Schedule:
         variance-preserving one, which x / sqrt(alpha² + sigma²) makes of it (see `VariancePreserving`)."""
         return torch.from_numpy(1 / (1 + self.ratios**2))
 
+    def time(self, index: int) -> float:
+        """The table's time number `index`, 0 being the least noisy; a number of steps beyond it where the table counts
+        steps (the PSLD code visits T of T)."""
+        t = self.ts[index].item() if index < len(self) else self.ts[-1].item() + index - len(self) + 1
+        return int(t) if float(t).is_integer() else t
+
+    def alpha_bar(self, t: float) -> float:
+        """alpha² / (alpha² + sigma²) at t: the table's own value where t is one of its times."""
+        index = int(np.searchsorted(self.ts, t))
+        if index < len(self) and self.ts[index] == t:
+            return float(self.alphas_cumprod[index])
+        return 1 / (1 + self.ratio(t) ** 2)
+
     def ratio(self, t: float) -> float:
         """sigma(t) / alpha(t). Raises RestoreError outside of the trained times."""
         low, high = self.ts[0], self.ts[-1]
@@ -122,8 +135,8 @@ class Schedule:
         return self._pair(t)[1]
 
     def _pair(self, t: float) -> tuple[float, float]:
-        if self.kind == "vp" and float(t).is_integer() and 0 <= t < len(self):
-            alpha_bar = float(self.alphas_cumprod[int(t)])
+        if self.kind == "vp":
+            alpha_bar = self.alpha_bar(t)
             return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
         return NORMALISATIONS[self.kind](self.ratio(t))
 
@@ -145,8 +158,7 @@ class Schedule:
             n = _count(count, 10**6, spec)
             grid = lookup(name, _SPACINGS, "spacing of timesteps")(self.ratios[0], self.ratios[-1], n)
             return [self.t(float(ratio)) for ratio in grid]
-        times = [self.ts[i].item() for i in reversed(respace(len(self), spec))]
-        return [int(t) if t.is_integer() else t for t in times]
+        return [self.time(i) for i in reversed(respace(len(self), spec))]
 
 
 def _karras(low: float, high: float, n: int) -> np.ndarray:

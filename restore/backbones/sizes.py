@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from restore.backbones.base import Prediction
+from restore.backbones.base import Backbone, Prediction
 
 
 def window_starts(length: int, window: int, overlap: int) -> list[int]:
@@ -35,39 +35,64 @@ def blend_weights(starts: list[int], window: int, length: int) -> torch.Tensor:
     return torch.stack([bump / total[start : start + window] for start in starts])
 
 
-class AnySize:
-    """A backbone with the same protocol as the one it wraps, for x of any height and width.
+class Sized:
+    """A backbone for images of exactly height x width: what a sampler sees as its prior.
+
+    The protocol is the backbone's, and `shape` is that of one x, (C, h, w). In pixels x has the image's
+    size; a latent is the smallest whose sides the network divides and whose image covers height x width:
+    `decode` crops that image, `encode` extends its argument to it by reflection. So a sampler and an
+    operator that know only the true size work unchanged, and no pixel of the photo is resampled.
 
     overlap: fraction of a window shared with its neighbour. max_windows: windows per network call
     (images of the batch times windows); it bounds the memory. checkpointing: keep no activations
     of the windows for the backward pass and compute them again there.
+    evaluations: predictions made, weak passes included (the NFE of a run).
     """
 
-    def __init__(self, inner, overlap: float = 0.5, max_windows: int = 16, checkpointing: bool = False) -> None:
-        self.inner, self.overlap, self.max_windows, self.checkpointing = inner, overlap, max_windows, checkpointing
-        self.network, self.alphas_cumprod, self.attention = inner.network, inner.alphas_cumprod, inner.attention
-        self.channels, self.resolution = inner.channels, inner.resolution
-        self.null_condition, self.multiple = inner.null_condition, 1
-        self.evaluations = 0  # predictions made, weak passes included: the NFE of a run
+    def __init__(
+        self,
+        backbone: Backbone,
+        height: int,
+        width: int,
+        *,
+        overlap: float = 0.5,
+        max_windows: int = 16,
+        checkpointing: bool = False,
+    ) -> None:
+        self.inner, self.height, self.width = backbone, height, width
+        self.overlap, self.max_windows, self.checkpointing = overlap, max_windows, checkpointing
+        self.network, self.schedule, self.attention = backbone.network, backbone.schedule, backbone.attention
+        self.channels, self.resolution, self.multiple = backbone.channels, backbone.resolution, backbone.multiple
+        self.downscale, self.bounded = backbone.downscale, backbone.bounded
+        self.null_condition = backbone.null_condition
+        self.evaluations = 0
+        # In pixels `predict` pads and crops; a latent is padded once, because its border is cropped after decoding.
+        step = 1 if self.downscale == 1 else self.downscale * self.multiple
+        sides = (math.ceil(side / step) * step // self.downscale for side in (height, width))
+        self.shape = (self.channels, *sides)
 
-    def padded(self, size: int) -> int:
-        """`size` rounded up to a multiple of the network's."""
-        return math.ceil(size / self.inner.multiple) * self.inner.multiple
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Image (B, 3, height, width) of x_0 (B, *shape)."""
+        return self.inner.decode(z)[..., : self.height, : self.width]
 
-    def predict(self, x_t: torch.Tensor, t: int, condition: Any = None) -> Prediction:
-        """x_t (B, C, H, W) of any size; the prediction has x_t's size."""
+    def encode(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """x_0 of an image (B, 3, height, width); see Backbone."""
+        _, h, w = self.shape
+        return self.inner.encode(_pad(image, h * self.downscale, w * self.downscale), noise)
+
+    def predict(self, x_t: torch.Tensor, t: float, condition: Any = None) -> Prediction:
+        """x_t (B, C, h, w), also of other sizes than `shape`; the prediction has x_t's size."""
         self.evaluations += 1
         height, width = x_t.shape[-2:]
-        x = _pad(x_t, self.padded(height), self.padded(width))
-        if max(x.shape[-2:]) <= max(self.resolution, self.inner.multiple):
-            prediction = self.inner.predict(x, t, condition)
+        x = _pad(x_t, _up(height, self.multiple), _up(width, self.multiple))
+        if max(x.shape[-2:]) <= max(self.resolution, self.multiple):
+            found = self.inner.predict(x, t, condition)
         else:
-            prediction = self._windows(x, t, condition)
-        variance = prediction.variance
+            found = self._windows(x, t, condition)
         crop = (..., slice(0, height), slice(0, width))
-        return Prediction(prediction.eps[crop], None if variance is None else variance[crop])
+        return Prediction(*(None if part is None else part[crop] for part in (found.eps, found.variance, found.x0)))
 
-    def _windows(self, x: torch.Tensor, t: int, condition: Any) -> Prediction:
+    def _windows(self, x: torch.Tensor, t: float, condition: Any) -> Prediction:
         height, width = x.shape[-2:]
         side_y, side_x = min(self.resolution, height), min(self.resolution, width)
         tops = window_starts(height, side_y, int(side_y * self.overlap))
@@ -77,35 +102,46 @@ class AnySize:
         places = [(i, j) for i in range(len(tops)) for j in range(len(lefts))]
         per_call = max(1, self.max_windows // len(x))
 
-        # Blended in one canvas of both outputs, so that the learned variance is blended like eps.
-        canvas = None
+        # Blended in one canvas of all outputs, so that the learned variance is blended like eps.
+        canvas, kinds = None, None
         for first in range(0, len(places), per_call):
             chunk = places[first : first + per_call]
             cut = [x[..., tops[i] : tops[i] + side_y, lefts[j] : lefts[j] + side_x] for i, j in chunk]
-            output = self._call(torch.cat(cut), t, repeat_condition(condition, len(chunk)))
+            kinds, output = self._call(torch.cat(cut), t, repeat_condition(condition, len(chunk)))
             for (i, j), piece in zip(chunk, output.split(len(x)), strict=True):
                 weight = weights_y[i][:, None] * weights_x[j][None, :]
                 top, left = tops[i], lefts[j]
-                place = (left, width - left - side_x, top, height - top - side_y)
-                piece = F.pad(piece * weight, place)
-                canvas = piece if canvas is None else canvas + piece
-        if canvas.shape[1] == 2 * self.channels:
-            return Prediction(canvas[:, : self.channels], canvas[:, self.channels :])
-        return Prediction(canvas)
+                if canvas is None:
+                    canvas = piece.new_zeros(*piece.shape[:2], height, width)
+                if piece.requires_grad:
+                    place = (left, width - left - side_x, top, height - top - side_y)
+                    canvas = canvas + F.pad(piece * weight, place)
+                else:  # the same sums without a copy of the whole canvas for every window
+                    canvas[..., top : top + side_y, left : left + side_x] += piece * weight
+        return Prediction(**dict(zip(kinds, canvas.chunk(len(kinds), dim=1), strict=True)))
 
-    def _call(self, windows: torch.Tensor, t: int, condition: Any) -> torch.Tensor:
+    def _call(self, windows: torch.Tensor, t: float, condition: Any) -> tuple[list[str], torch.Tensor]:
+        """The names of what the network gave, and all of it in one tensor."""
+        kinds: list[str] = []
+
         def predict(windows: torch.Tensor) -> torch.Tensor:
             out = self.inner.predict(windows, t, condition)
-            return out.eps if out.variance is None else torch.cat([out.eps, out.variance], dim=1)
+            kinds[:] = [name for name in ("eps", "variance", "x0") if getattr(out, name) is not None]
+            return torch.cat([getattr(out, name) for name in kinds], dim=1)
 
         if self.checkpointing and torch.is_grad_enabled() and windows.requires_grad:
-            return checkpoint(predict, windows, use_reentrant=False)
-        return predict(windows)
+            return kinds, checkpoint(predict, windows, use_reentrant=False)
+        return kinds, predict(windows)
 
 
 def repeat_condition(condition: Any, times: int) -> Any:
-    """A condition tensor (B, ...) for `times` windows of each image; other conditions are passed on."""
-    return torch.cat([condition] * times) if isinstance(condition, torch.Tensor) and condition.dim() else condition
+    """A condition tensor (B, ...) for `times` windows of each image; one for all, or no tensor, is passed on."""
+    batched = isinstance(condition, torch.Tensor) and condition.dim() and len(condition) > 1
+    return torch.cat([condition] * times) if batched else condition
+
+
+def _up(side: int, multiple: int) -> int:
+    return math.ceil(side / multiple) * multiple
 
 
 def _pad(x: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from operators import RestoreError
-from restore.backbones.base import Backbone
+from operators.naming import lookup
+from restore.backbones.base import Backbone, variance_preserving
 from restore.guidance import estimator
-from restore.samplers.steps import Diffusion
+from restore.samplers.steps import Diffusion, require_finite
 
 
 def l2_norm(difference: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -36,46 +36,57 @@ DATA_NORMS = {"l2": l2_norm, "poisson": poisson_norm, "poisson-reference": poiss
 
 
 def dps(
-    backbone: Backbone,
+    prior: Backbone,
     operator,
     y: torch.Tensor,
     *,
-    x_T: torch.Tensor,
-    timesteps: Iterable[int],
-    zeta: float,
     noise: Callable[..., torch.Tensor],
+    steps: int | str | Sequence[float],
+    zeta: float,
     guidance=None,
     condition: Any = None,
     ddim_eta: float | None = None,
-    data_norm: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = l2_norm,
-    clip: bool = True,
+    data_norm: str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = "l2",
+    scale_zeta: bool = True,
+    clip: bool | None = None,
     callback: Callable[[dict], None] | None = None,
 ) -> torch.Tensor:
     """Sample x_0 ~ p(x_0 | y) approximately.
 
-    operator: anything with a differentiable `A` (its noise is not used).
-    y: measurement (B, ...). x_T: standard normal start (B, C, H, W).
-    timesteps: original indices to visit. zeta: step size on the gradient of the data norm.
-    noise: noise(k, shape, "latent") -> standard normal, k counting from the noisiest step.
+    prior: a backbone of the image's size (restore.backbones.sizes.Sized). operator: anything with a
+        differentiable `A` (its noise is not used). y: measurement (B, ...).
+    noise: noise(k, shape, kind) -> standard normal: kind "start" for x_T, "latent" for the steps, k counting
+        from the noisiest one.
+    steps: times to visit, as `Schedule.timesteps` takes them.
+    zeta: step size on the gradient of the data norm, meant for images of the trained resolution: the norm grows
+        with the root of the number of pixels, so with scale_zeta the step is zeta sqrt(H W) / resolution.
     guidance: e.g. PAG(...); the data term sees the unguided x0_hat, the update the guided eps
         (PAG, Ahn et al. 2024, App. C.1). None is plain DPS.
     ddim_eta: None for DDPM with the learned variance (the paper's), else DDIM(eta).
-    data_norm: (y - A(x0_hat), y) -> (B,), see DATA_NORMS; one number per image, so that images of a
+    data_norm: a name in DATA_NORMS, or (y - A(x0_hat), y) -> (B,); one number per image, so that images of a
         batch do not influence each other.
-    callback: called after every step with step, steps, t, x_t, x0_hat, eps and residual (B,).
-    Returns x_0 (B, C, H, W), not clamped. Raises RestoreError when the iterate is no longer finite.
+    clip: clamp x0_hat to [-1, 1]; None: where the prior's x_0 lies there.
+    callback: called after every step with step, steps, t, x_t, x0_hat (image), eps, residual (B,), and `used`:
+        the step size after scaling.
+    Returns images (B, 3, H, W), not clamped. Raises RestoreError when the iterate is no longer finite.
     """
-    diffusion = Diffusion(backbone.alphas_cumprod, timesteps)
-    x_t = x_T
-    with estimator(backbone, guidance) as estimate:
+    prior = variance_preserving(prior)
+    diffusion = Diffusion(prior.schedule, prior.schedule.timesteps(steps))
+    norm = data_norm if callable(data_norm) else lookup(data_norm, DATA_NORMS, "data_norm")
+    clip = prior.bounded if clip is None else clip
+    shape = (len(y), *prior.shape)
+    if scale_zeta:
+        zeta = zeta * (shape[-2] * shape[-1]) ** 0.5 / prior.resolution
+    x_t = noise(0, shape, "start")
+    with estimator(prior, guidance) as estimate:
         for k, i in enumerate(reversed(range(len(diffusion)))):
             # Score: a pass with a graph for the likelihood.
             x_t = x_t.detach().requires_grad_()
             strong = estimate.strong(x_t, diffusion.timesteps[i], condition)
 
-            # Likelihood: gradient of the data norm through A, the clamp and the network.
-            x0_hat = diffusion.x0(x_t, strong.eps, i, clip)
-            residual = data_norm(y - operator.A(x0_hat), y)
+            # Likelihood: gradient of the data norm through A, the decoder, the clamp and the network.
+            x0_hat = prior.decode(diffusion.x0(x_t, strong.eps, i, clip))
+            residual = norm(y - operator.A(x0_hat), y)
             (grad,) = torch.autograd.grad(residual.sum(), x_t)
 
             # Prior: the sampler's own step with the guided score, then the likelihood step. The weak pass comes
@@ -96,15 +107,8 @@ def dps(
                         "x0_hat": x0_hat.detach(),
                         "eps": eps,
                         "residual": residual.detach(),
+                        "used": {"zeta": zeta},
                     }
                 )
-    return x_t.detach()
-
-
-def require_finite(x_t: torch.Tensor, k: int, setting: str) -> None:
-    """Stop a diverged run at the step where it happened. Raises RestoreError."""
-    if not torch.isfinite(x_t).all():
-        raise RestoreError(
-            f"the sample is not finite after step {k + 1}; lower the step size ({setting}) or the guidance scale, "
-            "or use --precision fp32"
-        )
+    with torch.no_grad():
+        return prior.decode(x_t.detach())

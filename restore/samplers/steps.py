@@ -1,4 +1,4 @@
-"""Respaced diffusion: which timesteps are visited, and the coefficients of one step between them.
+"""Update rules of respaced diffusion: the coefficients of one step between the visited times.
 
 diffusers' DDPMScheduler is not used here: for respaced steps with a learned variance range it does
 not reproduce guided-diffusion's arrays (the clipped posterior variance at index 0 differs).
@@ -9,62 +9,22 @@ from __future__ import annotations
 import torch
 
 from operators import RestoreError
-
-
-def respace(num_train_steps: int, spec: int | str) -> list[int]:
-    """Original timestep indices to visit, ascending.
-
-    spec: N or "N" for N steps spread evenly with both ends included; "N1,N2,..." for N_i steps in
-        each of equal sections; "ddimN" for a constant integer stride from 0 (Song et al. 2021).
-    Raises RestoreError for a count that is not positive or larger than the number of training steps.
-    (Nichol & Dhariwal 2021, sec. 4; index rounding as in guided-diffusion.)
-    """
-    text = str(spec)
-    if text.startswith("ddim"):
-        n = _count(text[4:], num_train_steps, spec)
-        for stride in range(1, num_train_steps + 1):
-            if len(range(0, num_train_steps, stride)) == n:
-                return list(range(0, num_train_steps, stride))
-        raise RestoreError(f"steps={spec}: no integer stride visits exactly {n} of {num_train_steps} steps")
-    counts = [_count(part, num_train_steps, spec) for part in text.split(",")]
-    size, extra = divmod(num_train_steps, len(counts))
-    visited, start = [], 0
-    for section, count in enumerate(counts):
-        length = size + (1 if section < extra else 0)
-        if count > length:
-            raise RestoreError(f"steps={spec}: cannot take {count} steps out of a section of {length}")
-        stride = (length - 1) / (count - 1) if count > 1 else 1.0
-        position = 0.0
-        for _ in range(count):
-            visited.append(start + round(position))
-            position += stride
-        start += length
-    return visited
-
-
-def _count(text: str, limit: int, spec: int | str) -> int:
-    try:
-        n = int(text)
-    except ValueError:
-        raise RestoreError(f"steps={spec} is not a number of steps, 'N1,N2,...' or 'ddimN'") from None
-    if not 1 <= n <= limit:
-        raise RestoreError(f"steps={spec}: the number of steps must be between 1 and {limit}")
-    return n
+from restore.backbones.schedule import Schedule
 
 
 class Diffusion:
     """Coefficients of the diffusion restricted to `timesteps`, and its three update rules.
 
-    alphas_cumprod: alpha_bar of the training schedule, float64 (T,).
-    timesteps: original indices in any order; step i = 0 is the least noisy.
+    schedule: noise levels, variance preserving (see `restore.backbones.base.variance_preserving`).
+    timesteps: times in any order; step i = 0 is the least noisy.
     All arrays are float64 on the CPU and are rounded to the sample's dtype where they are used.
     """
 
-    def __init__(self, alphas_cumprod: torch.Tensor, timesteps) -> None:
-        self.timesteps = sorted(int(t) for t in timesteps)
+    def __init__(self, schedule: Schedule, timesteps) -> None:
+        self.timesteps = sorted(timesteps)
         if not self.timesteps:
             raise RestoreError("no timesteps: the number of steps must be at least 1")
-        self.alpha_bar = alphas_cumprod.double().cpu()[self.timesteps]
+        self.alpha_bar = torch.tensor([schedule.alpha_bar(t) for t in self.timesteps], dtype=torch.float64)
         self.alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
         self.beta = 1 - self.alpha_bar / self.alpha_bar_prev
         self.posterior_variance = self.beta * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
@@ -120,3 +80,12 @@ class Diffusion:
 def _scalar(value: torch.Tensor) -> float:
     """Coefficients are rounded to float32 as guided-diffusion does, then used as Python numbers."""
     return float(value.float())
+
+
+def require_finite(x_t: torch.Tensor, k: int, setting: str) -> None:
+    """Stop a diverged run at the step where it happened. Raises RestoreError."""
+    if not torch.isfinite(x_t).all():
+        raise RestoreError(
+            f"the sample is not finite after step {k + 1}; lower the step size ({setting}) or the guidance scale, "
+            "or use precision='fp32'"
+        )

@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 import operators
 from operators import RestoreError
 from restore.backbones.adm import ADM
+from restore.backbones.schedule import respace
+from restore.backbones.sizes import Sized
 from restore.bench.cost import LiveBytes
 from restore.guidance import PAG
 from restore.samplers.dps import DATA_NORMS, dps
 from restore.samplers.noise import ImageNoise
-from restore.samplers.steps import respace
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SETS = {name: json.loads((GOLDEN / f"{name}.json").read_text()) for name in ("dps_loop", "dps_pag_loop")}
@@ -27,7 +28,7 @@ def relative(a, b):
 
 @pytest.fixture(scope="module")
 def backbone():
-    return ADM.load(GOLDEN / "nets" / "adm_a.safetensors", head_channels=16)
+    return Sized(ADM.load(GOLDEN / "nets" / "adm_a.safetensors", head_channels=16), 32, 32)
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +67,11 @@ def run(backbone, bank, tensors, config, operator, guidance, start=0):
         backbone,
         operator,
         tensors["y"],
-        x_T=x,
-        timesteps=timesteps,
+        steps=timesteps,
         zeta=config["scale"],
+        scale_zeta=False,
         guidance=guidance,
-        noise=lambda k, shape, kind: bank[start + k + 1].reshape(shape),
+        noise=lambda k, shape, kind: x if kind == "start" else bank[start + k + 1].reshape(shape),
         ddim_eta=0.0 if config["sampler"] == "ddim" else None,
         callback=callback,
     )
@@ -107,9 +108,8 @@ def test_batch_equals_single_images(backbone, guided):
     keys = [(0, f"image{i}", 0) for i in range(8)]
 
     def restore_images(y, keys):
-        noise = ImageNoise(keys)
-        x_T = noise(0, (len(keys), 3, 32, 32), "start")
-        return dps(backbone, operator, y, x_T=x_T, timesteps=respace(1000, 5), zeta=0.5, guidance=guidance, noise=noise)
+        options = {"steps": 5, "zeta": 0.5, "scale_zeta": False, "guidance": guidance}
+        return dps(backbone, operator, y, noise=ImageNoise(keys), **options)
 
     together = restore_images(y, keys)
     for i in range(8):
@@ -121,7 +121,7 @@ def test_scale_zero_is_plain_dps(backbone):
     operator = operators.SuperResolution(4)
     y = torch.zeros(1, 3, 8, 8)
     noise = ImageNoise([(0, "x", 0)])
-    common = {"x_T": noise(0, (1, 3, 32, 32), "start"), "timesteps": respace(1000, 4), "zeta": 0.3, "noise": noise}
+    common = {"steps": 4, "zeta": 0.3, "noise": noise}
     plain = dps(backbone, operator, y, **common)
     assert torch.equal(plain, dps(backbone, operator, y, guidance=PAG(0.0, layers="m1"), **common))
     assert not torch.equal(plain, dps(backbone, operator, y, guidance=PAG(1.0, layers="m1"), **common))
@@ -131,15 +131,16 @@ def test_divergence_is_explained(backbone):
     operator = operators.SuperResolution(4)
     noise = ImageNoise([(0, "x", 0)])
     with pytest.raises(RestoreError, match=r"not finite after step .*zeta"):
-        dps(
-            backbone,
-            operator,
-            torch.zeros(1, 3, 8, 8),
-            x_T=noise(0, (1, 3, 32, 32), "start"),
-            timesteps=respace(1000, 4),
-            zeta=float("inf"),
-            noise=noise,
-        )
+        dps(backbone, operator, torch.zeros(1, 3, 8, 8), steps=4, zeta=float("inf"), noise=noise)
+
+
+def test_zeta_keeps_its_strength_at_other_sizes(backbone):
+    """The norm grows with the root of the number of pixels, the step with it; the callback tells what was used."""
+    adm, noise, seen = backbone.inner, ImageNoise([(0, "x", 0)]), []
+    for side in (adm.resolution, 2 * adm.resolution):
+        prior, y = Sized(adm, side, side), torch.zeros(1, 3, side, side)
+        dps(prior, operators.Denoising(), y, steps=1, zeta=0.5, noise=noise, callback=lambda s: seen.append(s["used"]))
+    assert [used["zeta"] for used in seen] == pytest.approx([0.5, 1.0])
 
 
 def test_data_norms():
@@ -159,18 +160,19 @@ def test_data_norms():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_guidance_takes_hardly_more_memory(bank, checkpointing):
     """The weak pass runs when the graph of the strong one is gone; only the shared prefix is kept meanwhile."""
-    model = ADM.load(GOLDEN / "nets" / "adm_a.safetensors", head_channels=16, checkpointing=checkpointing)
+    model = Sized(
+        ADM.load(GOLDEN / "nets" / "adm_a.safetensors", head_channels=16, checkpointing=checkpointing), 32, 32
+    )
     operator = operators.SuperResolution(8)
     x_T = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     y = operator.A(x_T.clamp(-1, 1))
 
     def peak(guidance):
         with LiveBytes(known=[*model.network.parameters(), x_T, y]) as live:
-            timesteps = [400, 500]  # in the first step everything is recorded to learn what is shared
-            dps(model, operator, y, x_T=x_T, timesteps=timesteps, zeta=1.0, guidance=guidance, noise=noise)
+            dps(model, operator, y, steps=[400, 500], zeta=1.0, guidance=guidance, noise=noise)
         return live.peak
 
     def noise(k, shape, kind):
-        return torch.zeros(shape)
+        return x_T if kind == "start" else torch.zeros(shape)
 
     assert peak(PAG(1.0, "i7")) <= 1.1 * peak(None)

@@ -7,28 +7,31 @@ import pytest
 import torch
 
 from restore.backbones.adm import noise_schedule
-from restore.backbones.base import Prediction
+from restore.backbones.base import Pixels, Prediction
+from restore.backbones.schedule import Schedule
 from restore.samplers.dps import dps
 from restore.samplers.generate import generate
-from restore.samplers.steps import respace
 
 N, SHAPE, D = 4000, (3, 2, 2), 12
 
 
-class GaussianBackbone:
-    """E[eps | x_t] for x_0 ~ N(mean, cov): a network that is exact."""
+class GaussianPrior(Pixels):
+    """E[eps | x_t] for x_0 ~ N(mean, cov): a network that is exact, for any family of noise levels."""
 
-    def __init__(self, mean, cov):
-        self.alphas_cumprod = noise_schedule()
-        self.mean, self.cov = mean, cov
+    network, attention, null_condition, resolution, shape, bounded = None, {}, None, 2, SHAPE, False
+
+    def __init__(self, mean, cov, schedule=None, kind="eps"):
+        self.schedule, self.kind = schedule or Schedule.vp(noise_schedule()), kind
+        self.mean = mean
         self.values, self.vectors = torch.linalg.eigh(cov)
-        self.network, self.attention, self.null_condition = None, {}, None
 
     def predict(self, x_t, t, condition=None):
-        a = self.alphas_cumprod[t]
-        whiten = (self.vectors / (a * self.values + 1 - a)) @ self.vectors.T
-        flat = x_t.flatten(1) - a.sqrt() * self.mean
-        return Prediction(((1 - a).sqrt() * flat @ whiten).view_as(x_t))
+        a, s = self.schedule.alpha(t), self.schedule.sigma(t)
+        whiten = (self.vectors / (a**2 * self.values + s**2)) @ self.vectors.T
+        eps = (s * (x_t.flatten(1) - a * self.mean) @ whiten).view_as(x_t)
+        x0 = (x_t - s * eps) / a
+        output = {"eps": eps, "x0": x0, "v": a * eps - s * x0, "velocity": eps - x0}[self.kind]
+        return Prediction.of(self.kind, output, x_t, a, s)
 
 
 class Linear:
@@ -62,14 +65,7 @@ def moments(x):
 def test_unconditional_moments(prior, ddim_eta):
     mean, cov = prior
     noise = make_noise()
-    x = generate(
-        GaussianBackbone(mean, cov),
-        x_T=noise(0, (N, *SHAPE), "start"),
-        timesteps=respace(1000, 1000),
-        noise=noise,
-        ddim_eta=ddim_eta,
-        clip=False,
-    )
+    x = generate(GaussianPrior(mean, cov), N, steps=1000, noise=noise, ddim_eta=ddim_eta)
     got_mean, got_cov = moments(x)
     z = (got_mean - mean) / (cov.diagonal() / N).sqrt()
     assert z.abs().max() < 4
@@ -85,23 +81,14 @@ def posterior(prior, matrix, y, sigma):
     return mean + gain @ (y - matrix @ mean), cov - gain @ matrix @ cov
 
 
-def dps_moments(prior, zeta, sigma=0.1):
+def dps_moments(prior, zeta, *family, sigma=0.1):
     mean, cov = prior
     g = torch.Generator().manual_seed(3)
     matrix = torch.randn(6, D, generator=g, dtype=torch.float64)
     truth = mean + torch.linalg.cholesky(cov) @ torch.randn(D, generator=g, dtype=torch.float64)
     y = matrix @ truth + sigma * torch.randn(6, generator=g, dtype=torch.float64)
     noise = make_noise(5)
-    x = dps(
-        GaussianBackbone(mean, cov),
-        Linear(matrix),
-        y.expand(N, -1),
-        x_T=noise(0, (N, *SHAPE), "start"),
-        timesteps=respace(1000, 1000),
-        zeta=zeta,
-        noise=noise,
-        clip=False,
-    )
+    x = dps(GaussianPrior(mean, cov, *family), Linear(matrix), y.expand(N, -1), steps=1000, zeta=zeta, noise=noise)
     true_mean, true_cov = posterior(prior, matrix, y, sigma)
     got_mean, got_cov = moments(x)
     # Bias of the mean in units of how far the measurement moves the prior's mean.
@@ -122,3 +109,18 @@ def test_dps_bias_is_what_we_document(prior):
         bias, spread = results[zeta]
         assert 0.02 < bias < 0.13
         assert 0.8 < spread < 1.2
+
+
+@pytest.mark.parametrize(
+    "schedule, kind",
+    [(Schedule.edm(0.01, 80.0), "x0"), (Schedule.flow(1000), "velocity"), (Schedule.vp(noise_schedule("cosine")), "v")],
+)
+def test_every_family_of_noise_levels_and_predictions(prior, schedule, kind):
+    """The same samplers on EDM, flow matching and v-prediction: the prior's moments, and DPS's documented bias."""
+    mean, cov = prior
+    x = generate(GaussianPrior(mean, cov, schedule, kind), N, steps=500, noise=make_noise(), ddim_eta=0.0)
+    got_mean, got_cov = moments(x)
+    assert (got_mean - mean).norm() < 0.1 * mean.norm() + 4 * (cov.trace() / N).sqrt()
+    assert (got_cov - cov).norm() < 0.1 * cov.norm() + 2 * ((cov.trace() ** 2 + (cov**2).sum()) / N).sqrt()
+    bias, spread = dps_moments(prior, 0.03, schedule, kind)
+    assert bias < 0.15 and 0.7 < spread < 1.3

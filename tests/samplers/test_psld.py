@@ -11,8 +11,9 @@ from tiny_sd import SCHEDULER
 
 import operators
 from operators import GaussianNoise, RestoreError
+from restore.backbones.schedule import Schedule
+from restore.backbones.sizes import Sized
 from restore.backbones.stable_diffusion import StableDiffusion
-from restore.backbones.stable_diffusion_files import alphas_cumprod
 from restore.guidance import CFG, PAG
 from restore.samplers.noise import ImageNoise
 from restore.samplers.psld import REFERENCE, alpha_bars, psld, psld_timesteps
@@ -34,8 +35,8 @@ def make_backbone(T=1000, context=SHARED["context"], null=None, **options):
         net = cls.from_config(json.loads((GOLDEN / "nets" / f"{name}_config.json").read_text()))
         net.load_state_dict({k: v.float() for k, v in load_file(GOLDEN / "nets" / f"{name}.safetensors").items()})
         nets.append(net)
-    alphas = alphas_cumprod({**SCHEDULER, "num_train_timesteps": T})
-    return StableDiffusion(*nets, alphas, context if null is None else null, **options)
+    schedule = Schedule.from_config({**SCHEDULER, "num_train_timesteps": T})
+    return StableDiffusion(*nets, schedule, context if null is None else null, **options)
 
 
 @pytest.fixture(scope="module")
@@ -77,21 +78,27 @@ def bank(tensors):
     return noise
 
 
-def run(backbone, tensors, config, operator, **changes):
-    steps = []
+def run(backbone, tensors, config, operator, start=SHARED["noise.latent"][0][None], **changes):
+    """(z_0, the steps) of PSLD started at the given z_T."""
+    steps, draw = [], changes.pop("noise", bank(tensors))
     options = {
-        "z_T": SHARED["noise.latent"][0][None],
-        "timesteps": psld_timesteps(config["S"], config["num_train_timesteps"], reference=True),
+        "steps": psld_timesteps(config["S"], config["num_train_timesteps"], reference=True),
         "eta": config["omega"],
         "gamma": config["gamma"],
-        "noise": bank(tensors),
         "guidance": guidance_of(config),
         "condition": SHARED["context"],
         "ddim_eta": config["eta"],
         **REFERENCE,
         **changes,
     }
-    z = psld(backbone, operator, tensors["y"], callback=steps.append, **options)
+
+    def noise(k, shape, kind):
+        return start if kind == "start" else draw(k, shape, kind)
+
+    prior = Sized(backbone, *(side * backbone.downscale for side in start.shape[-2:]))
+    image = psld(prior, operator, tensors["y"], noise=noise, callback=steps.append, **options)
+    z = steps[-1]["x_t"]
+    assert torch.equal(image, backbone.decode(z))
     return z, steps
 
 
@@ -139,7 +146,7 @@ def test_clean_choices_need_no_noise_and_differ_from_the_reference(backbone):
     def no_noise(*_):
         raise AssertionError("drawn")
 
-    few = {**CLEAN, "timesteps": [901, 601, 301, 1]}
+    few = {**CLEAN, "steps": [901, 601, 301, 1]}
     z, _ = run(backbone, tensors, config, exact, noise=no_noise, **few)
     for change in ({"measurement_noise": True}, {"encoding": "sample"}):
         assert relative(run(backbone, tensors, config, exact, **{**few, **change})[0], z) > 1e-4, change
@@ -155,14 +162,12 @@ def test_gradient_is_that_of_the_two_norms(backbone):
     double.vae.double()
     z = SHARED["noise.latent"][0][None].double()
     y = tensors["y"].double()
-    common = {"timesteps": [501], "eta": 0.7, "gamma": 0.3, "noise": None}
-    steps = []
-    psld(double, operator, y, z_T=z, callback=steps.append, **common)
+    common = {**CLEAN, "steps": [501], "eta": 0.7, "gamma": 0.3, "guidance": None, "condition": None, "ddim_eta": 0.0}
+    _, steps = run(double, {"y": y}, config, operator, start=z, noise=None, **common)
     direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def loss(z):
-        seen = []
-        psld(double, operator, y, z_T=z, callback=seen.append, **common)
+        _, seen = run(double, {"y": y}, config, operator, start=z, noise=None, **common)
         return float(0.7 * seen[0]["residual"] + 0.3 * seen[0]["glue"])
 
     h = 1e-5
@@ -175,14 +180,14 @@ def test_gamma_zero_is_latent_dps_and_runs_no_encoder(backbone):
     calls = []
     handle = backbone.vae.encoder.register_forward_hook(lambda *_: calls.append(1))
     try:
-        _, steps = run(backbone, tensors, config, operator, gamma=0.0, timesteps=[901, 801], **CLEAN)
+        _, steps = run(backbone, tensors, config, operator, gamma=0.0, steps=[901, 801], **CLEAN)
         assert not calls and float(steps[0]["glue"]) == 0
-        run(backbone, tensors, config, operator, timesteps=[901, 801], **CLEAN)
+        run(backbone, tensors, config, operator, steps=[901, 801], **CLEAN)
         assert len(calls) == 2
     finally:
         handle.remove()
     z = SHARED["noise.latent"][0][None].requires_grad_()
-    a = float(backbone.alphas_cumprod[901])
+    a = backbone.schedule.alpha_bar(901)
     x = backbone.decode((z - (1 - a) ** 0.5 * backbone.predict(z, 901).eps) / a**0.5)
     residual = (tensors["y"] - operator.A(x)).norm()
     (expected,) = torch.autograd.grad(config["omega"] * residual, z)
@@ -194,7 +199,7 @@ def test_loss_sees_the_unguided_estimate(backbone):
     first = {}
     for scale in (0.0, 4.0):
         guidance = PAG(scale, layers="i8")
-        z, steps = run(backbone, tensors, config, operator, guidance=guidance, timesteps=[901, 801], **CLEAN)
+        z, steps = run(backbone, tensors, config, operator, guidance=guidance, steps=[901, 801], **CLEAN)
         first[scale] = steps[0]
     assert torch.equal(first[0.0]["z0_hat"], first[4.0]["z0_hat"])
     assert torch.equal(first[0.0]["gradient"], first[4.0]["gradient"])
@@ -205,12 +210,12 @@ def test_batch_equals_single_images(backbone):
     tensors, config, operator = arrange("psld_pag_loop", "box", adjoint="exact")
     keys = [(0, f"image{i}", 0) for i in range(3)]
     y = torch.cat([tensors["y"] * s for s in (1.0, 0.5, -1.0)])
-    options = {"condition": None, "timesteps": [901, 601, 301, 1], "ddim_eta": 0.5, **REFERENCE}
+    options = {"condition": None, "steps": [901, 601, 301, 1], "ddim_eta": 0.5, **REFERENCE}
 
     def sample(rows):
         noise = ImageNoise([keys[i] for i in rows])
         start = noise(0, (len(rows), 4, 16, 16), "start")
-        return run(backbone, {"y": y[list(rows)]}, config, operator, z_T=start, noise=noise, **options)[0]
+        return run(backbone, {"y": y[list(rows)]}, config, operator, start=start, noise=noise, **options)[0]
 
     together = sample((0, 1, 2))
     for i in range(3):
@@ -219,16 +224,17 @@ def test_batch_equals_single_images(backbone):
 
 
 def test_last_step_removes_all_noise_when_t_reaches_zero():
-    alphas = alphas_cumprod(SCHEDULER)
-    at, prev = alpha_bars(alphas, [501, 1], shift=False)
+    schedule = Schedule.from_config(SCHEDULER)
+    alphas = schedule.alphas_cumprod
+    at, prev = alpha_bars(schedule, [501, 1], shift=False)
     assert at == pytest.approx([float(alphas[501]), float(alphas[1])], rel=1e-6)
     assert prev == pytest.approx([float(alphas[1]), float(alphas[0])], rel=1e-6)
-    assert alpha_bars(alphas, [501, 0], shift=False)[1][-1] == 1.0
+    assert alpha_bars(schedule, [501, 0], shift=False)[1][-1] == 1.0
     everything = list(range(1000, 0, -1))
-    at, prev = alpha_bars(alphas, everything, shift=True)
+    at, prev = alpha_bars(schedule, everything, shift=True)
     assert at[0] == pytest.approx(float(alphas[999]), rel=1e-6) and at[-1] == prev[-1]
     with pytest.raises(RestoreError, match="between 0 and 999"):
-        alpha_bars(alphas, everything, shift=False)
+        alpha_bars(schedule, everything, shift=False)
 
 
 def test_timesteps():
@@ -237,7 +243,7 @@ def test_timesteps():
     assert psld_timesteps(1000, 1000, reference=True) == list(range(1000, 0, -1))
     assert len(psld_timesteps(30, 1000)) == 30 and len(psld_timesteps(30, 1000, reference=True)) == 31
     assert len(set(psld_timesteps(999, 1000))) == 999 and max(psld_timesteps(999, 1000)) <= 999
-    for steps in (0, -1, 1001):
+    for steps in (0, -1, 1001, "karras:5"):
         with pytest.raises(RestoreError, match="between 1 and 1000"):
             psld_timesteps(steps, 1000)
 

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from operators import RestoreError
+from restore.backbones.schedule import Schedule, respace
 from restore.samplers.noise import ImageNoise, derive_seed
-from restore.samplers.steps import Diffusion, respace
+from restore.samplers.steps import Diffusion
 
 GOLDEN = load_file(Path(__file__).parent.parent / "golden" / "schedules.safetensors")
 RESPACINGS = ["250", "ddim25", "ddim50", "1000", "20", "ddim20"]
@@ -22,7 +23,7 @@ def relative(a, b):
 def test_respacing_and_coefficients(spec):
     timesteps = respace(1000, spec)
     assert timesteps == GOLDEN[f"linear.{spec}.timestep_map"].tolist()
-    diffusion = Diffusion(GOLDEN["linear.base.alphas_cumprod"], reversed(timesteps))
+    diffusion = Diffusion(Schedule.vp(GOLDEN["linear.base.alphas_cumprod"]), reversed(timesteps))
     for ours, theirs in {
         "alpha_bar": "alphas_cumprod",
         "alpha_bar_prev": "alphas_cumprod_prev",
@@ -37,7 +38,7 @@ def test_respacing_and_coefficients(spec):
 
 @pytest.mark.parametrize("clip", [True, False])
 def test_one_step_equals_guided_diffusion(clip):
-    diffusion = Diffusion(GOLDEN["linear.base.alphas_cumprod"], respace(1000, "250"))
+    diffusion = Diffusion(Schedule.vp(GOLDEN["linear.base.alphas_cumprod"]), respace(1000, "250"))
     prefix = f"step.clip{int(clip)}"
     for b, i in enumerate(GOLDEN["step.t_index"].tolist()):
         x, eps, v = (GOLDEN[f"step.{n}"][b : b + 1] for n in ("x", "eps", "v"))

@@ -1,0 +1,81 @@
+"""Any image size: padding, windows, latents."""
+
+import pytest
+import torch
+from tiny_sd import SCHEDULER, tiny_unet, tiny_vae
+
+import operators
+from restore.backbones.adm import noise_schedule
+from restore.backbones.base import Backbone, Pixels, Prediction
+from restore.backbones.schedule import Schedule
+from restore.backbones.sizes import Sized, blend_weights, window_starts
+from restore.backbones.stable_diffusion import StableDiffusion
+from restore.guidance import PAG
+from restore.samplers.noise import ImageNoise
+from restore.samplers.psld import psld
+
+
+def relative(a, b):
+    return float(((a - b).norm() / b.norm()).detach())
+
+
+class Position(Pixels):
+    """A 'network' whose output tells which pixel it saw: any error of cutting or blending shows."""
+
+    network, schedule, attention, null_condition = torch.nn.Identity(), Schedule.vp(noise_schedule()), {}, None
+    channels, resolution, multiple = 3, 16, 4
+
+    def predict(self, x_t, t, condition=None):
+        assert max(x_t.shape[-2:]) <= 16 and not any(side % 4 for side in x_t.shape[-2:])
+        return Prediction(2 * x_t + 1, -x_t)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 40), (37, 53), (9, 16), (3, 5), (100, 16)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_windows_are_invisible_for_a_local_network(size, checkpointing):
+    any_size = Sized(Position(), *size, max_windows=5, checkpointing=checkpointing)
+    x = torch.randn(2, 3, *size, requires_grad=True)
+    prediction = any_size.predict(x, 3)
+    assert any_size.shape == (3, *size) and any_size.evaluations == 1
+    assert relative(prediction.eps, 2 * x + 1) < 1e-6 and relative(prediction.variance, -x) < 1e-6
+    with torch.no_grad():
+        assert torch.equal(any_size.predict(x, 3).eps, prediction.eps)
+    (grad,) = torch.autograd.grad(prediction.eps.sum(), x)
+    assert relative(grad, torch.full_like(x, 2)) < 1e-6
+
+
+def test_window_geometry():
+    for length in range(16, 90):
+        starts = window_starts(length, 16, 8)
+        assert starts[0] == 0 and starts[-1] == max(0, length - 16)
+        assert all(0 < b - a <= 8 for a, b in zip(starts, starts[1:], strict=False))
+        total = torch.zeros(length)
+        for start, weight in zip(starts, blend_weights(starts, 16, length), strict=True):
+            total[start : start + 16] += weight
+        assert torch.allclose(total, torch.ones(length), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (37, 50), (5, 9)])
+def test_latents_of_any_image_size(size):
+    null = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(0))
+    inner = StableDiffusion(tiny_unet(), tiny_vae(), Schedule.from_config(SCHEDULER), null)
+    sized = Sized(inner, *size)
+    assert isinstance(sized, Backbone)
+    shape = (2, *sized.shape)
+    assert all(side % inner.multiple == 0 for side in shape[2:])
+    # no side could be one step smaller
+    assert all((side - inner.multiple) * inner.downscale < pixels for side, pixels in zip(shape[2:], size, strict=True))
+    assert all(side * inner.downscale >= pixels for side, pixels in zip(shape[2:], size, strict=True))
+    noise = ImageNoise([(0, "a", 0), (0, "b", 0)])
+    z = noise(0, shape, "start")
+    image = sized.decode(z)
+    assert image.shape == (2, 3, *size) and torch.equal(image, inner.decode(z)[..., : size[0], : size[1]])
+    assert sized.encode(image).shape == shape
+    if size == (32, 32):
+        assert torch.equal(sized.encode(image), inner.encode(image))
+    mask = torch.ones(1, 1, *size)
+    mask[..., :3, :4] = 0
+    operator = operators.Inpainting(mask)
+    options = {"steps": [601, 301, 1], "eta": 0.1, "gamma": 0.01, "noise": noise}
+    x = psld(sized, operator, operator.A(image), guidance=PAG(2.0, layers="i5"), **options)
+    assert x.shape == image.shape and x.isfinite().all()

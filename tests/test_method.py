@@ -1,0 +1,60 @@
+"""Methods: presets, what a caller changes, how they are written down."""
+
+import pytest
+
+import restore
+from restore import method
+from restore.guidance import CFG, PAG
+from restore.method import Method
+from restore.paths import configs_dir
+
+
+def test_published_presets():
+    ffhq = method.find("adm-ffhq-256", "sr8", "super_resolution", "dps")
+    assert ffhq.parameters == {"zeta": 1.0} and ffhq.guidance.terms[0].scale == 1.0 and "Table 7" in ffhq.source
+    sd = method.find("sd-1.5", None, "motion_blur", kind="latents")
+    assert sd.sampler == "psld" and sd.parameters == {"eta": 0.15, "gamma": 0.015}
+    assert method.find("sd-1.5", None, "motion_blur", "psld", "imagenet").parameters == {"eta": 0.3, "gamma": 0.03}
+    assert sd.changed(guidance=None).parameters == sd.changed(guidance=PAG(0.0, "m1")).parameters
+    assert sd.changed(guidance=None).parameters == {"eta": 1.0, "gamma": 0.1}
+    assert sd.changed().parameters == {"eta": 0.15, "gamma": 0.015} and sd.changed().guidance == sd.guidance
+    assert method.find("someone's.pt", None, "inpainting", "dps").parameters == {"zeta": 0.5}
+    for file in (configs_dir() / "method").glob("*.yaml"):
+        assert all(entry["source"] for entry in method._entries()), file
+
+
+def test_what_a_caller_gives_counts():
+    preset = method.find("sd-1.5", None, "motion_blur", "psld")
+    changed = preset.changed(steps="100", guidance=None, parameters={"eta": 0.3})
+    assert changed.steps == 100 and changed.parameters == {"eta": 0.3, "gamma": 0.1} and changed.guidance is None
+    assert preset.changed(steps="ddim50").steps == "ddim50"
+    for options, message in [
+        ({"parameters": {"etta": 1}}, "did you mean 'eta'"),
+        ({"guidance": "off"}, "guidance"),
+        ({"guidance": {}}, "guidance"),
+    ]:
+        with pytest.raises(restore.RestoreError, match=message):
+            preset.changed(**options)
+    with pytest.raises(restore.RestoreError, match="needs the parameter 'zeta'"):
+        Method("dps", 10).changed()
+
+
+def test_a_method_is_read_back_from_its_description():
+    for given in (
+        Method("dps", 100, {"zeta": 1.0}, PAG(1.0, ["i9"]) + CFG(2.0), {}, "here"),
+        Method("psld", "ddim50", {"eta": 1.0, "gamma": 0.1}, None, {"eta": 2.0}),
+    ):
+        assert Method.from_config(given.describe()) == given
+    with pytest.raises(restore.RestoreError, match="did you mean 'steps'"):
+        Method.from_config({"sampler": "dps", "step": 3})
+
+
+def test_presets_of_a_task_come_before_those_of_its_operator(monkeypatch):
+    """SR x4 and x8 can differ although their operator is the same."""
+    entries = tuple(
+        {"sampler": "dps", "backbone": "x", "task": task, "steps": steps, "parameters": {"zeta": 1.0}, "source": "here"}
+        for task, steps in (("sr8", 8), (["sr4", "super_resolution"], 4), ("*", 1))
+    )
+    monkeypatch.setattr(method, "_entries", lambda: entries)
+    found = [method.find("x", task, "super_resolution", "dps").steps for task in ("sr8", "sr4", None)]
+    assert found == [8, 4, 4] and method.find("x", "blur", "gaussian_blur", "dps").steps == 1
