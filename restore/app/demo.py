@@ -51,8 +51,7 @@ def run_demo(
         config = run.task_config(task, dict(OVERRIDES.get(task, {})))
         operator = run.build_operator(config, *photos[0].size)
         y = operator(x, [torch.Generator().manual_seed(derive_seed(seed, name, "degrade")) for name in ids])
-        _, base = baseline(y, operator, operator.noise.sigma)
-        estimates = {"baseline": base}
+        estimates = {"baseline": baseline(y, operator)}
         preset = method.find(restorer.name, operator.name, "dps")
         pag = method.build_guidance(preset.guidance) or method.build_guidance(
             {"pag": {"scale": 1.0, "layers": restorer.default_layers()}}

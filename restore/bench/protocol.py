@@ -48,7 +48,9 @@ def build_protocol(
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots; lists are values."""
+    """Nested mappings as one, keys joined by dots, lists of mappings by their index; other lists are values."""
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        value = dict(enumerate(value))
     if not isinstance(value, Mapping):
         return {prefix: value}
     flat: dict[str, Any] = {}

@@ -16,15 +16,13 @@ import torch
 from operators import RestoreError
 from restore import atomic
 from restore.bench import datasets
+from restore.bench.baselines import BASELINES
 from restore.bench.batches import image_ids
-from restore.bench.config import BASELINES, pairs, settings
+from restore.bench.config import method_of, pairs, settings
 from restore.images import io
 from restore.images.folder import content_hash, file_name, list_images, read_rgb
 from restore.metrics import evaluate, sets, table
 from restore.metrics.statistics import bootstrap
-
-# What every restored image's row holds, asked for or not.
-ALWAYS = {name: row for name, row in table.METRICS.items() if row.kind == "paired" and row.network is None}
 
 
 def check_metrics(config: Mapping[str, Any], count: int) -> dict[str, Any]:
@@ -38,7 +36,7 @@ def check_metrics(config: Mapping[str, Any], count: int) -> dict[str, Any]:
     restoration = config["kind"] == "restoration"
     for name in () if restoration else table.rows(wanted["names"], "paired"):
         raise RestoreError(f"{name} compares with a true image, which {config['kind']} has not; leave it out")
-    entry = table.check(ALWAYS | rows if restoration else rows, options)
+    entry = table.check(table.ALWAYS | rows if restoration else rows, options)
     table.paired_functions(rows, options)
     if "coverage" in rows:
         k = config["samples"]
@@ -88,11 +86,7 @@ def read_cost(run: Path, task: str, method: str) -> dict[str, Any]:
     images, seconds = sum(c["images"] for c in costs), sum(c["seconds"] for c in costs)
     writing = sum(c["seconds_writing"] for c in costs)
     peaks = [c["peak_memory_mb"] for c in costs if c["peak_memory_mb"] is not None]
-    steps = (
-        int(str(costs[0]["steps"]).removeprefix("ddim"))
-        if str(costs[0]["steps"] or "").removeprefix("ddim").isdigit()
-        else 0
-    )
+    steps = count_steps(costs[0]["steps"])
     return {
         "images": images,
         "seconds_per_image": seconds / images,
@@ -103,21 +97,28 @@ def read_cost(run: Path, task: str, method: str) -> dict[str, Any]:
         "peak_memory_mb": max(peaks) if peaks else None,
         "memory_of": costs[0]["memory_of"],
         "devices": sorted({c["device"] for c in costs}),
+        "protocols": [json.loads(text) for text in sorted({json.dumps(c["protocol"], sort_keys=True) for c in costs})],
     }
+
+
+def count_steps(spec: Any) -> int | None:
+    """How many steps "25", "ddim25" or "10,10,5" are; None where the sampler alone knows."""
+    parts = [part.removeprefix("ddim") for part in str(spec).rpartition(":")[2].split(",")]
+    return sum(map(int, parts)) if all(part.isdigit() for part in parts) else None
 
 
 def summarise(
     run: Path, config: Mapping[str, Any], images: datasets.ImageSet | None, device: str = "cpu",
-    progress: Callable[[str], None] | None = None, with_networks: bool = True,
+    progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Metrics of every (task, method) of a run, written to metrics.json and returned.
 
-    with_networks: compute LPIPS and the set metrics where they are not kept already; False reads what there is.
-    Incomplete cells carry `missing`; their means say over how many images they are, set metrics are left out.
+    What needs networks or files is computed where it is not kept already. Incomplete cells carry `missing`; their
+    means say over how many images they are, set metrics are left out.
     """
     cells: dict[str, Any] = {}
     rows_of = table.rows(config["metrics"]["names"], "paired", "set", "pairs")
-    later = {name: row for name, row in rows_of.items() if name not in ALWAYS}
+    later = {name: row for name, row in rows_of.items() if name not in table.ALWAYS}
     functions: dict[str, Callable] | None = None
     for task, method in pairs(config):
         ids = image_ids(config, task, images)
@@ -129,7 +130,7 @@ def summarise(
         found = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
         if found.get("key") != key:
             found = {}
-            if with_networks and rows and later:
+            if rows and later:
                 if progress is not None:
                     progress(f"{task}, {method}")
                 if functions is None:
@@ -149,7 +150,7 @@ def summarise(
 
 def _means(rows: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]) -> dict[str, Any]:
     means = {}
-    for name in {**ALWAYS, **{n: r for n, r in table.METRICS.items() if r.kind == "samples"}, **asked}:
+    for name in {**table.ALWAYS, **{n: r for n, r in table.METRICS.items() if r.kind == "samples"}, **asked}:
         values = [math.inf if row[name] is None else row[name] for row in rows if name in row]
         if values:
             estimate = bootstrap(values).to_dict()
@@ -180,7 +181,9 @@ def _from_files(run, config, task, method, rows, complete, functions, device) ->
     result: dict[str, Any] = {"paired": {}, "set_values": {}}
     if functions:
         compared = evaluate.compare([(key, files[key], truth[key]) for key in files], functions)
-        result["paired"] = {row.pop("image"): row for row in compared}
+        for row in compared:  # JSON has no infinity
+            values = {name: row[name] if math.isfinite(row[name]) else None for name in functions}
+            result["paired"][row["image"]] = values
     of_sets = table.rows(wanted["names"], "set")
     if complete and wanted["group_by_prompt"]:
         result["set_values"] = _per_prompt(files, wanted, of_sets, options, device)
@@ -216,8 +219,10 @@ def methods_protocol(config: Mapping[str, Any]) -> dict[str, Any]:
     for task, method in pairs(config):
         chosen = settings(config, method, task)
         if chosen["sampler"] in BASELINES:
-            chosen = {"sampler": chosen["sampler"], "parameters": chosen["parameters"]}
-        result.setdefault(method, {})[task] = chosen
+            said = {"sampler": chosen["sampler"], "parameters": chosen["parameters"]}
+        else:
+            said = method_of(chosen).describe()
+        result.setdefault(method, {})[task] = {key: value for key, value in said.items() if key != "source"}
     # Said once where it is the same for every task.
     return {m: next(iter(v.values())) if len({json.dumps(x, sort_keys=True) for x in v.values()}) == 1 else v
             for m, v in result.items()}  # fmt: skip

@@ -17,6 +17,7 @@ from restore.metrics import sets, table
 from restore.metrics.statistics import Estimate, bootstrap
 from restore.versions import versions
 
+
 @dataclass(frozen=True)
 class Evaluation:
     """What was measured, on what, and what was not there.

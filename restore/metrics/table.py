@@ -99,6 +99,8 @@ METRICS = {
     "iterations_per_second": Metric("Steps/s", 1, 2, "sampling steps per second", "cost"),
     "peak_memory_mb": Metric("Memory MB", -1, 0, "peak memory", "cost"),
 }  # fmt: skip
+# What every restored image of a benchmark is measured with, asked for or not.
+ALWAYS = {name: row for name, row in METRICS.items() if row.kind == "paired" and row.network is None}
 TOGETHER = {"pr": ("precision", "recall")}
 FULL = "full_"  # prefix of a set metric against the second, larger reference
 
