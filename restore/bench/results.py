@@ -143,7 +143,8 @@ def summarise(
         cell["means"] = _means(rows, rows_of)
         cell["set_values"] = found.get("set_values", {})
         cells.setdefault(task, {})[method] = cell
-    result = {"table": cells, "metrics": config["metrics"]["names"]}
+    own = {name: [r.label, r.better, r.digits, r.meaning] for name, r in rows_of.items() if ":" in name}
+    result = {"table": cells, "metrics": config["metrics"]["names"], "shown": own}
     atomic.write_json(run / "metrics.json", result)
     return result
 

@@ -23,6 +23,7 @@ from restore.bench.protocol import build_protocol, differences, format_differenc
 from restore.metrics.weights import sha256
 
 FORMAT = 2
+LEFTOVER = ".*.tmp"  # what a killed process was writing
 
 
 @dataclass
@@ -69,7 +70,7 @@ def bench(
     metrics_entry = results.check_metrics(checked, min(counts))
     folder = Path(checked["out"] or Path("runs") / checked["name"])
     _claim(folder, checked, images, metrics_entry)
-    for leftover in folder.rglob(".*.tmp"):  # what a killed process was writing; one run has one driver at a time
+    for leftover in folder.rglob(LEFTOVER):  # one run has one driver at a time
         leftover.unlink(missing_ok=True)
     waiting = [batch for batch in batches if not batch.done(folder)]
     kept, total, done = len(batches) - len(waiting), len(batches), 0
@@ -168,7 +169,7 @@ def _claim(folder: Path, config: Mapping[str, Any], images: datasets.ImageSet | 
                 " the new one, or undo the change to go on"
             )
         created = found["created"]
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(not path.match(LEFTOVER) for path in folder.iterdir()):
         raise RestoreError(f"{folder} is not empty and holds no benchmark; give another out=FOLDER")
     else:
         try:

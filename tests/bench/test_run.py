@@ -154,6 +154,7 @@ def test_run_folders_that_cannot_be_used(config, tmp_path):
         bench(config)
     assert (run / "thesis.txt").read_text() == "mine"
     (run / "thesis.txt").unlink()
+    (run / ".run.json.1-ab.tmp").write_text("{")  # of a run that was killed while it wrote its first file
     bench(config)
     manifest = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(manifest | {"format": 0}))
