@@ -51,8 +51,7 @@ def run_demo(
     for n, (task, title) in enumerate(TASKS.items()):
         operator = tasks.find_task(task, dict(OVERRIDES.get(task, {}))).build(*photos[0].size)
         y = operator(x, [measurement_generator(seed, name) for name in ids])
-        _, base = baseline(y, operator, operator.noise.sigma)
-        estimates = {"baseline": base}
+        estimates = {"baseline": baseline(y, operator)}
         preset = restorer.method(operator, task=task).guidance
         pag = PAG(1.0, layers=restorer.default_layers()) if preset is None else preset
         for m, (label, guidance) in enumerate({"DPS": None, "DPS+PAG": pag}.items()):

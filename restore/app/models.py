@@ -8,7 +8,7 @@ import typer
 
 from restore.app.options import Offline
 
-app = typer.Typer(no_args_is_help=True, help="Known checkpoints: list, show, pull, import, layers.")
+app = typer.Typer(no_args_is_help=True, help="Known checkpoints: list, show, pull, import, forget, layers.")
 
 
 @app.command("list")
@@ -42,6 +42,15 @@ def models_import(name: str, file: Path) -> None:
     from restore import zoo
 
     typer.echo(f"{name} is at {zoo.import_file(name, file)}")
+
+
+@app.command("forget")
+def models_forget(name: str) -> None:
+    """Forget the checksum kept of the first file seen of a checkpoint, so that another one is accepted."""
+    from restore import zoo
+
+    zoo.forget(name)
+    typer.echo(f"the checksum of {name} is forgotten")
 
 
 @app.command("layers")

@@ -51,7 +51,7 @@ def profile(
 def bench(
     config: Annotated[Path, typer.Argument(help="configs/benchmark/*.yaml or your own.")],
     settings: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data.folder=ffhq/ batch=8")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the jobs, their NFE, time and memory.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batches, their NFE, time and memory.")] = False,
 ) -> None:
     """Run a benchmark, or what is left of it after an interruption."""
     from tqdm import tqdm
@@ -59,23 +59,23 @@ def bench(
     from restore.bench import run as work
 
     if dry_run:
-        typer.echo("task | method | jobs | images | NFE | seconds | peak MB")
-        for line in work.plan(config, settings or []):
+        typer.echo("task | method | batches | images | NFE | seconds | peak MB")
+        for line in work.dry_run(config, settings or []):
             cost = [f"{value:.0f}" if value is not None else "-" for value in (line.seconds, line.peak_memory_mb)]
-            row = [line.task, line.method, line.jobs, line.images, line.nfe or "-", *cost]
+            row = [line.task, line.method, line.batches, line.images, line.nfe or "-", *cost]
             typer.echo(" | ".join(str(value) for value in row))
         return
-    with tqdm(unit="job") as bar:
+    with tqdm(unit="batch") as bar:
 
         def progress(state: dict) -> None:
             if "done" in state:
                 bar.total, bar.n = state["total"], state["done"]
-                bar.set_postfix_str(state["job"])
+                bar.set_postfix_str(state["batch"])
             else:
                 bar.set_postfix_str(f"measuring {state['measuring']}")
 
         result = work.bench(config, settings or [], progress=progress)
-    typer.echo(f"{result.folder}: {result.done} jobs done, {result.kept} found finished")
+    typer.echo(f"{result.folder}: {result.done} batches done, {result.kept} found finished")
     typer.echo(f"restore report {result.folder}")
 
 

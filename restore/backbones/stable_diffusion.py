@@ -32,6 +32,8 @@ class StableDiffusion:
     Raises RestoreError when the parts do not belong together.
     """
 
+    bounded = False
+
     def __init__(
         self,
         unet: nn.Module,

@@ -6,7 +6,6 @@
 import pytest
 import torch
 
-from restore.backbones.adm import noise_schedule
 from restore.backbones.base import Pixels, Prediction
 from restore.backbones.schedule import Schedule
 from restore.samplers.dps import dps
@@ -21,7 +20,7 @@ class GaussianPrior(Pixels):
     network, attention, null_condition, resolution, shape, bounded = None, {}, None, 2, SHAPE, False
 
     def __init__(self, mean, cov, schedule=None, kind="eps"):
-        self.schedule, self.kind = schedule or Schedule.vp(noise_schedule()), kind
+        self.schedule, self.kind = schedule or Schedule.from_config({}), kind
         self.mean = mean
         self.values, self.vectors = torch.linalg.eigh(cov)
 
@@ -113,7 +112,11 @@ def test_dps_bias_is_what_we_document(prior):
 
 @pytest.mark.parametrize(
     "schedule, kind",
-    [(Schedule.edm(0.01, 80.0), "x0"), (Schedule.flow(1000), "velocity"), (Schedule.vp(noise_schedule("cosine")), "v")],
+    [
+        (Schedule.edm(0.01, 80.0), "x0"),
+        (Schedule.flow(1000), "velocity"),
+        (Schedule.from_config({"beta_schedule": "squaredcos_cap_v2"}), "v"),
+    ],
 )
 def test_every_family_of_noise_levels_and_predictions(prior, schedule, kind):
     """The same samplers on EDM, flow matching and v-prediction: the prior's moments, and DPS's documented bias."""
