@@ -7,15 +7,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from restore.backbones.latent_size import ForImageSize
 from tiny_sd import SCHEDULER, tiny_unet, tiny_vae
 
 import operators
 from operators import RestoreError
 from restore import method
 from restore.backbones.base import LatentBackbone
-from restore.backbones.latent_size import ForImageSize
-from restore.backbones.stable_diffusion import StableDiffusion
 from restore.backbones.schedule import Schedule
+from restore.backbones.stable_diffusion import StableDiffusion
 from restore.guidance import PAG
 from restore.guidance.layers import resolve
 from restore.images import resampling
