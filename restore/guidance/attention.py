@@ -110,8 +110,8 @@ def _attending(layers: Sequence[AttentionLayer], attends: Sequence[Callable], ne
                 if not mode.calls:
                     raise RestoreError(
                         f"the processor {type(module.processor).__name__} of {layer.path} does not use "
-                        "scaled_dot_product_attention, so its attention cannot be perturbed or observed; use diffusers' "
-                        "default processor (network.set_default_attn_processor(), no attention slicing)"
+                        "scaled_dot_product_attention, so its attention cannot be perturbed or observed; use "
+                        "diffusers' default processor (network.set_default_attn_processor(), no attention slicing)"
                     )
                 return out
 

@@ -25,13 +25,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from operators import RestoreError
 from operators.naming import lookup
 from restore.backbones.base import Backbone, Prediction
 from restore.backbones.prefix import Tape, Trace
-from restore.backbones.replaced import replaced
+from restore.backbones.replaced import uncompiled
 from restore.guidance import combine as combinations
 
 # Factors on the scale by u = t / T, T the noisiest time (u falls from 1 to 0 in sampling), each of mean 1 over u, so
@@ -206,11 +205,6 @@ def estimator(backbone: Backbone, guidance: Guidance | None = None, *, share_pre
         yield estimate
     finally:
         estimate.close()
-
-
-def uncompiled(network: nn.Module):
-    """Within the block this thread runs a compiled network as it was written, because its modules are changed."""
-    return replaced([network], lambda module, forward: forward)
 
 
 def _bound(combine: Any, backbone: Backbone) -> Callable[..., torch.Tensor]:

@@ -38,8 +38,3 @@ class ImageNoise:
             generator = torch.Generator().manual_seed(derive_seed(*key, kind, k))
             draws.append(torch.randn(tuple(shape[1:]), generator=generator))
         return torch.stack(draws).to(self.device, self.dtype)
-
-
-def measurement_generator(seed, image_id) -> torch.Generator:
-    """The generator of a measurement's noise n in y = A(x) + n, on the CPU."""
-    return torch.Generator().manual_seed(derive_seed(seed, image_id, "measurement"))

@@ -164,7 +164,7 @@ def train(config: DictConfig) -> Path:
     model, optimizer = accelerator.prepare(model, optimizer)
     ema.to(device)
     forward = torch.compile(model) if config.compile else model
-    alpha_bar = Schedule.from_config({}).alphas_cumprod
+    alpha_bar = Schedule.from_config({}).alphas_cumprod  # DDPM's, as ADM is trained with
     started, last_log, recent = time.monotonic(), time.monotonic(), []
 
     def save(model) -> None:
