@@ -49,13 +49,17 @@ def replaced(modules: Iterable[nn.Module], make: Make, *, everywhere: bool = Fal
                     layers.remove(module)
 
 
-def uncompiled(network: nn.Module):
-    """Within the block this thread runs `network` as it was written, also where torch.compile has been at it.
+def compiled(network: nn.Module) -> list[nn.Module]:
+    """The modules that torch.compile has been at: wrapped, or compiled in place, as a whole or block by block."""
+    return [module for module in network.modules() if module._compiled_call_impl or "_orig_mod" in module._modules]
+
+
+def uncompiled(modules: Iterable[nn.Module]):
+    """Within the block this thread runs compiled modules as they were written.
 
     What is changed inside a compiled network would be traced anew at every change, or refused (fullgraph=True).
     """
-    compiled = [module for module in network.modules() if module._compiled_call_impl or hasattr(module, "_orig_mod")]
-    return replaced(compiled, lambda module, forward: forward)
+    return replaced(modules, lambda module, forward: forward)
 
 
 class _Layers:
@@ -64,7 +68,7 @@ class _Layers:
     def __init__(self, module: nn.Module):
         self.own = module.__dict__.get("forward")  # set on the instance, by an offloading library, say
         self.plain = module.forward
-        self.uncompiled = getattr(module, "_orig_mod", self.plain)  # of the wrapper that torch.compile returns
+        self.uncompiled = module._modules.get("_orig_mod", self.plain)  # of the wrapper that torch.compile returns
         self.compiled = module._compiled_call_impl  # of module.compile()
         self.stacks: dict[int | None, list[Callable]] = {}
 

@@ -86,15 +86,24 @@ def test_parts_of_a_users_module_act_from_yaml():
     "config, match",
     [
         ({"pga": {}}, "unknown guidance 'pga'; did you mean 'pag'"),
-        ({"pag": {"scale": 1, "layers": "m1", "strenght": 1}}, "guidance.pag has no option 'strenght'; did you mean 'str"),
+        (
+            {"pag": {"scale": 1, "layers": "m1", "strenght": 1}},
+            "guidance.pag has no option 'strenght'; did you mean 'str",
+        ),
         ({"pag": {"layers": "m1"}}, "guidance.pag needs the option 'scale'"),
         ({"pag": {"scale": 1}}, "guidance.pag needs the option 'layers'"),
         ({"pag": None}, "guidance.pag needs the option 'scale'"),
         ({"pag": 3.0}, "a guidance term is a name, "),
         ({"pag": {"scale": "a", "layers": "m1"}}, "finite number, not a"),
-        ({"pag": {"scale": 1, "layers": "m1", "schedule": "cosin"}}, "unknown guidance schedule 'cosin'; did you mean 'cos"),
+        (
+            {"pag": {"scale": 1, "layers": "m1", "schedule": "cosin"}},
+            "unknown guidance schedule 'cosin'; did you mean 'cos",
+        ),
         ({"pag": {"scale": 1, "layers": "m1", "scope": "text"}}, "no scope 'text'; known: joint, image"),
-        ({"pag": {"scale": 1, "layers": "m1", "target": "own_guidance:none"}}, "'own_guidance:none' cannot be imported"),
+        (
+            {"pag": {"scale": 1, "layers": "m1", "target": "own_guidance:none"}},
+            "'own_guidance:none' cannot be imported",
+        ),
         ({"cfg": {"scale": 1, "interval": "all"}}, "t_high >= t_low"),
         ({"cfg": {"scale": 1}, "combine": "agp"}, "unknown combination 'agp'; did you mean 'apg'"),
         ({"cfg": {"scale": 1}, "combine": {"apg": {"nu": 1}}}, "combination apg has no option 'nu'"),

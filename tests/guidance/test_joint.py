@@ -45,7 +45,9 @@ def flux():
 
 
 def rotary():
-    angles = torch.outer(torch.arange(IMAGE + TEXT).float(), torch.tensor([1.0, 0.3, 0.1, 0.03])).repeat_interleave(2, 1)
+    angles = torch.outer(torch.arange(IMAGE + TEXT).float(), torch.tensor([1.0, 0.3, 0.1, 0.03])).repeat_interleave(
+        2, 1
+    )
     return angles.cos(), angles.sin()
 
 

@@ -12,7 +12,7 @@ from diffusers import UNet2DModel
 
 from operators import RestoreError
 from restore.backbones.adm import ADM
-from restore.backbones.replaced import replaced, uncompiled
+from restore.backbones.replaced import compiled, replaced
 from restore.guidance import PAG, Guidance, Term, estimator
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -186,10 +186,13 @@ def test_a_weak_pass_that_misses_its_layer_is_an_error():
         e(torch.zeros(1, 3, 16, 16), 5)
 
 
-def test_uncompiled_is_for_the_compiled_alone():
+def test_what_counts_as_compiled():
     network = tiny()
-    with uncompiled(network):
-        assert not any("forward" in module.__dict__ for module in network.modules())
+    assert compiled(network) == []
+    network.mid_block.compile(backend="eager")
+    assert compiled(network) == [network.mid_block]
+    wrapper = torch.compile(network, backend="eager")
+    assert compiled(wrapper) == [wrapper, network.mid_block]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
