@@ -193,6 +193,8 @@ class Operator:
         with torch.inference_mode(False), torch.no_grad():
             made = make()
             made = made if made is None else made.to(like.dtype).to(like.device)
+            if isinstance(made, torch.Tensor) and made.is_inference():  # what a user gave was made there
+                made = made.clone()
         if len(cache) >= CACHE_LIMIT:
             cache.clear()
         cache[key] = made
