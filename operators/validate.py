@@ -27,6 +27,24 @@ def number(value, name: str, low: float = -math.inf, high: float = math.inf) -> 
     return float(value)
 
 
+def per_image(value, name: str, like: torch.Tensor) -> torch.Tensor:
+    """`value` >= 0 (infinity included) in float64 on the CPU: (1,) or, one for each image of `like`, (B,)."""
+    is_number = isinstance(value, (numbers.Real, torch.Tensor))
+    values = torch.as_tensor(value if is_number else math.nan, dtype=torch.float64, device="cpu").reshape(-1)
+    if len(values) not in (1, len(like)) or not (values >= 0).all():
+        raise RestoreError(f"{name} must be a number >= 0, or one for each of the {len(like)} images, got {value!r}.")
+    return values
+
+
+def selected(values: torch.Tensor, rows, what: str) -> torch.Tensor:
+    """values[rows] along the batch; rows: a list, tensor, slice or single one of indices 0 ... B - 1."""
+    try:
+        index = np.arange(len(values))[rows.cpu().numpy() if isinstance(rows, torch.Tensor) else rows]
+        return values[torch.from_numpy(index.reshape(-1))]
+    except (IndexError, TypeError, ValueError, RuntimeError):
+        raise RestoreError(f"there are {len(values)} {what}, of which {rows!r} cannot be taken.") from None
+
+
 def size_pair(value, name: str = "image_size") -> tuple[int, int]:
     """(height, width) from one integer (square) or a pair of them."""
     if isinstance(value, numbers.Integral):
