@@ -47,10 +47,10 @@ def read(path: Path, device: str = "cpu") -> Any:
     unreadable = f"{path} is not a readable checkpoint: truncated, corrupt or of another format"
     try:
         with path.open("rb") as handle:
-            head = handle.read(9)
-        if head[8:] == b"{":
-            return load_file(path)
-        return torch.load(path, map_location=device, weights_only=True)
+            if handle.read(9)[8:] == b"{":
+                return load_file(path)
+            handle.seek(0)
+            return torch.load(handle, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or "reduce" in str(error):
             raise RestoreError(
