@@ -57,12 +57,12 @@ def network() -> Sized:
     return Sized(ADM.load(GOLDEN / "nets" / "adm_a.safetensors", head_channels=16), 32, 32)
 
 
-def walk(sampler, prior, case: Case, steps, start: torch.Tensor, draw, **own) -> list[dict]:
-    """The callback's dicts of a run with `start` as x_T's noise and draw(k) as the noise of step k."""
+def walk(sampler, prior, case: Case, steps, start: torch.Tensor, first: int = 0, **own) -> list[dict]:
+    """The callback's dicts of a run from the noise `start` on, whose first step is the official one number `first`."""
     states = []
 
     def noise(k, shape, kind):
-        return start if kind == "start" else draw(k)
+        return start if kind == "start" else case.draw(first + k + 1)
 
     y = case.tensors["y"]
     sampler(prior, case.operator, y, steps=steps, noise=noise, callback=states.append, **own)

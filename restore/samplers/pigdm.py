@@ -30,6 +30,7 @@ def pigdm(
     prior_variance: float = 1.0,
     gradient: str = "added",
     start_from: str = "noise",
+    clip: bool = False,
     callback: Callable[[dict], None] | None = None,
 ) -> torch.Tensor:
     """Sample x_0 ~ p(x_0 | y) approximately, with p(x_0 | x_t) taken as N(x0_hat, r^2 I): DDIM steps of the gradient
@@ -45,8 +46,9 @@ def pigdm(
     prior_variance: c of r^2 = c sigma^2 / (sigma^2 + c alpha^2), the paper's being 1.
     gradient: "added": alpha_s alpha_t g is added to the DDIM step (Algorithm 1, as its implementations scale it).
         "score": grad log p(y | x_t) = g / r^2 is a part of the score, in x0_hat and eps alike; exact in the limit of
-        many steps where the prior is N(m, c I).
-    start_from: "noise", or "measurement" (see restore.samplers.steps.start).
+        many steps where the prior is N(m, c I), where "added" pulls the harder the more steps there are. It trusts the
+        network's Jacobian at the noisiest times, where a trained one needs clip=True.
+    start_from: "noise", or "measurement" (see restore.samplers.steps.start). clip: clamp g's x0_hat to [-1, 1].
     Returns images (B, 3, H, W), not clamped. Raises RestoreError where y = A x + n is not linear and Gaussian.
     """
     if gradient not in ("added", "score"):
@@ -61,6 +63,7 @@ def pigdm(
             x_t = x_t.detach().requires_grad_()
             strong = estimate.strong(x_t, t, condition)
             x0_hat = (x_t - sigma * strong.eps) / alpha
+            x0_hat = x0_hat.clamp(-1, 1) if clip else x0_hat
 
             # Likelihood: what y lacks, pulled back through the network.
             r2 = prior_variance * sigma**2 / (sigma**2 + prior_variance * alpha**2)

@@ -29,7 +29,7 @@ def test_whole_trajectory(prior, name):
     case = golden.Case("ddrm", name)
     steps = case["timesteps_visited"]
     start = start_for(case, case.x_start, prior.schedule, steps[0])
-    golden.check_whole(case, golden.walk(ddrm, prior, case, steps, start, lambda k: case.draw(k + 1)))
+    golden.check_whole(case, golden.walk(ddrm, prior, case, steps, start))
 
 
 @pytest.mark.parametrize("name", golden.cases("ddrm"))
@@ -47,6 +47,6 @@ def test_teacher_forced_steps(prior, name):
     for k in (1, 5, 10):
         x, steps = case.tensors[f"x_after_{k}"], case["timesteps_visited"][k : k + 2]
         start = start_for(case, x, prior.schedule, steps[0])
-        (state, _) = golden.walk(ddrm, prior, case, steps, start, lambda _: case.draw(k + 1))
+        (state, _) = golden.walk(ddrm, prior, case, steps, start, k)
         assert golden.relative(state["x_t"], case.tensors[f"x_after_{k + 1}"]) < 1e-5, k
         assert golden.relative(x, case.tensors[f"x_after_{k + 1}"]) > 1e-2

@@ -22,7 +22,7 @@ def test_whole_trajectory(prior, name):
     case = golden.Case("diffpir", name)
     steps = f"quad:{len(case['timesteps_visited'])}"
     assert prior.schedule.timesteps(steps) == case["timesteps_visited"]
-    states = golden.walk(diffpir, prior, case, steps, case.x_start, lambda k: case.draw(k + 1), **settings(case))
+    states = golden.walk(diffpir, prior, case, steps, case.x_start, **settings(case))
     assert len(states) == case["n_updates"] + 1
     golden.check_whole(case, states)
 
@@ -32,6 +32,6 @@ def test_teacher_forced_steps(prior, name):
     case = golden.Case("diffpir", name)
     for k in (1, 5, 10):
         x, steps = case.tensors[f"x_after_{k}"], case["timesteps_visited"][k : k + 2]
-        (state, _) = golden.walk(diffpir, prior, case, steps, x, lambda _: case.draw(k + 1), **settings(case))
+        (state, _) = golden.walk(diffpir, prior, case, steps, x, k, **settings(case))
         assert golden.relative(state["x_t"], case.tensors[f"x_after_{k + 1}"]) < 1e-5, k
         assert golden.relative(x, case.tensors[f"x_after_{k + 1}"]) > 1e-2

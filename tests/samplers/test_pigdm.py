@@ -22,7 +22,7 @@ def test_whole_noiseless_trajectory(prior, name):
     case = golden.Case("pigdm_noiseless", name)
     settings = {"eta": case.setting("eta"), "weight": case.setting("weight")}
     steps = case["timesteps_visited"]
-    states = golden.walk(pigdm, prior, case, steps, case.x_start, lambda k: case.draw(k + 1), **settings)
+    states = golden.walk(pigdm, prior, case, steps, case.x_start, **settings)
     golden.check_whole(case, states)
 
 
@@ -31,7 +31,7 @@ def test_teacher_forced_noiseless_steps(prior, name):
     case = golden.Case("pigdm_noiseless", name)
     for k in (1, 5, 10):
         x, steps = case.tensors[f"x_after_{k}"], case["timesteps_visited"][k : k + 2]
-        states = golden.walk(pigdm, prior, case, steps, x, lambda _: case.draw(k + 1), eta=case.setting("eta"))
+        states = golden.walk(pigdm, prior, case, steps, x, k, eta=case.setting("eta"))
         assert golden.relative(states[0]["x_t"], case.tensors[f"x_after_{k + 1}"]) < 1e-5, k
         assert golden.relative(x, case.tensors[f"x_after_{k + 1}"]) > 1e-2
 
@@ -50,7 +50,7 @@ def test_start_from_the_measurement(prior):
             return super().predict(x_t, t, condition)
 
     watched = Watched(prior.inner, 32, 32)
-    golden.walk(pigdm, watched, case, [t], case.draw(0), lambda k: case.draw(k + 1), start_from="measurement")
+    golden.walk(pigdm, watched, case, [t], case.draw(0), start_from="measurement")
     assert golden.relative(starts[0], case.x_start) < 1e-6
 
 
@@ -65,32 +65,31 @@ def continuous(prior, sigmas):
 
 @pytest.mark.parametrize("name", golden.cases("pigdm_noisy"))
 def test_noisy_steps(prior, name):
-    """Step by step along their own trajectory, because they inject eta sigma_s n whatever the step's size (DDIM's
-    eta is solved for it). Their last step, which does not lower sigma, is not ours; the state before it is."""
-    case = golden.Case("pigdm_noisy", name)
-    sigmas = case["sigma_steps"]
-    n = case.setting("num_steps")
+    """Step by step, because they inject eta sigma_s n whatever the step's size: DDIM's eta is solved for it. Their
+    last step, which does not lower sigma, is not ours; the state before it is."""
+    case, states = golden.Case("pigdm_noisy", name), []
+    sigmas, n = case["sigma_steps"], case.setting("num_steps")
     twin = continuous(prior, sigmas[:n])
-    times = twin.schedule.timesteps([float(t) for t in twin.schedule.ts])
-    x, states = case.x_start / math.hypot(1, sigmas[0]), []
+    times = twin.schedule.timesteps(twin.schedule.ts.tolist())
+    scales = [math.hypot(1, sigma) for sigma in sigmas]  # of their x over ours
+
+    def step(k, x):
+        """The state after step k (from 0) on their x."""
+        eta = case.setting("eta") * (sigmas[k] / scales[k]) / math.sqrt(1 - (scales[k + 1] / scales[k]) ** 2)
+        state, _ = golden.walk(pigdm, twin, case, times[k : k + 2], x / scales[k], k, eta=eta)
+        return {"x_t": state["x_t"] * scales[k + 1], "x0_hat": state["x0_hat"]}
+
+    x = case.x_start
     for k in range(n - 1):
-        r, r_s = sigmas[k], sigmas[k + 1]
-        alpha, alpha_s = 1 / math.hypot(1, r), 1 / math.hypot(1, r_s)
-        sigma_s, sigma = r_s * alpha_s, r * alpha
-        eta = case.setting("eta") * sigma / math.sqrt(1 - (alpha / alpha_s) ** 2)
-        state, _ = golden.walk(pigdm, twin, case, times[k : k + 2], x, lambda _: case.draw(k + 1), eta=eta)
-        assert sigma_s > 0
-        x = state["x_t"]
-        states.append((x / alpha_s, state["x0_hat"]))
-    for k in [k for k in golden.STORED if k < n]:
-        assert golden.relative(states[k - 1][0], case.tensors[f"x_after_{k}"]) < 1e-4, k
-    norms = torch.tensor([float(x.norm()) for x, _ in states])
+        states.append(step(k, x))
+        x = states[-1]["x_t"]
+    stored = [k for k in golden.STORED if k < n]
+    for k in stored:
+        assert golden.relative(states[k - 1]["x_t"], case.tensors[f"x_after_{k}"]) < 1e-4, k
+    norms = torch.tensor([float(state["x_t"].norm()) for state in states])
     assert golden.relative(norms, case.x_norms[: n - 1]) < 1e-4
-    assert golden.relative(states[4][1], case.x0_hat_5) < 1e-4
-    for k in [k for k in (1, 5, 10) if k + 1 < n]:  # teacher-forced
-        x = case.tensors[f"x_after_{k}"] / math.hypot(1, sigmas[k])
-        r, r_s = sigmas[k], sigmas[k + 1]
-        alpha, alpha_s = 1 / math.hypot(1, r), 1 / math.hypot(1, r_s)
-        eta = case.setting("eta") * r * alpha / math.sqrt(1 - (alpha / alpha_s) ** 2)
-        state, _ = golden.walk(pigdm, twin, case, times[k : k + 2], x, lambda _: case.draw(k + 1), eta=eta)
-        assert golden.relative(state["x_t"] / alpha_s, case.tensors[f"x_after_{k + 1}"]) < 1e-5, k
+    assert golden.relative(states[4]["x0_hat"], case.x0_hat_5) < 1e-4
+    for k in (k for k in stored if k + 1 in stored):  # teacher-forced
+        forced = step(k, case.tensors[f"x_after_{k}"])["x_t"]
+        assert golden.relative(forced, case.tensors[f"x_after_{k + 1}"]) < 1e-5, k
+        assert golden.relative(case.tensors[f"x_after_{k}"], forced) > 1e-3
