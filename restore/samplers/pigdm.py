@@ -46,9 +46,10 @@ def pigdm(
     prior_variance: c of r^2 = c sigma^2 / (sigma^2 + c alpha^2), the paper's being 1.
     gradient: "added": alpha_s alpha_t g is added to the DDIM step (Algorithm 1, as its implementations scale it).
         "score": grad log p(y | x_t) = g / r^2 is a part of the score, in x0_hat and eps alike; exact in the limit of
-        many steps where the prior is N(m, c I), where "added" pulls the harder the more steps there are. It trusts the
-        network's Jacobian at the noisiest times, where a trained one needs clip=True.
-    start_from: "noise", or "measurement" (see restore.samplers.steps.start). clip: clamp g's x0_hat to [-1, 1].
+        many steps where the prior is N(m, c I), where "added" pulls the harder the more steps there are. But it trusts
+        the network's Jacobian at the noisiest times: with a trained network it needs clip=True.
+    start_from: "noise", or "measurement" (see restore.samplers.steps.start). clip: clamp x0_hat, g's
+        and the step's, to [-1, 1].
     Returns images (B, 3, H, W), not clamped. Raises RestoreError where y = A x + n is not linear and Gaussian.
     """
     if gradient not in ("added", "score"):
@@ -76,10 +77,12 @@ def pigdm(
             # Prior: DDIM with the guided eps (Song et al. 2021, eq. 12 and 16).
             with torch.no_grad():
                 eps = estimate.guided(strong, x_t, t, condition)
-                step_eps = eps - sigma / r2 * g if gradient == "score" else eps
+                x0 = (x_t - sigma * eps) / alpha
+                x0 = x0 + sigma**2 / (alpha * r2) * g if gradient == "score" else x0
+                x0 = x0.clamp(-1, 1) if clip else x0
+                implied = (x_t - alpha * x0) / sigma
                 c1 = eta * ((1 - (alpha / alpha_s) ** 2) ** 0.5 * sigma_s / sigma)
-                c2 = max(sigma_s**2 - c1**2, 0.0) ** 0.5
-                x_s = alpha_s * (x_t - sigma * step_eps) / alpha + c2 * step_eps
+                x_s = alpha_s * x0 + max(sigma_s**2 - c1**2, 0.0) ** 0.5 * implied
                 x_s = x_s + alpha_s * alpha * g if gradient == "added" else x_s
                 x_t = x_s + c1 * noise(k, x_t.shape, "latent") if c1 else x_s
                 require_finite(x_t, k, f"weight={weight:g}")

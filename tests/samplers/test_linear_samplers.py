@@ -197,7 +197,11 @@ def errors(name, mean, cov, operator, *, n=2000, steps, schedule=None, kind="eps
     prior = MixturePrior.gaussian(mean, cov, (12, 1, 1), schedule, kind)
     y = measured(mean, cov, operator)
     true_mean, true_cov = posterior_moments(mean, cov, operator)
-    noise = ImageNoise([(0, str(i), 0) for i in range(n)], dtype=torch.float64)
+    g = torch.Generator().manual_seed(7)
+
+    def noise(k, shape, kind):
+        return torch.randn(tuple(shape), generator=g, dtype=torch.float64)
+
     own = {"clip": False, **own} if name == "diffpir" else own
     x = samplers.find(name)(prior, operator, y.expand(n, 6, 1, 1), noise=noise, steps=steps, **own).flatten(1)
     error = (x.mean(0) - true_mean).norm() / (mean - true_mean).norm()
