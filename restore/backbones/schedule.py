@@ -183,6 +183,7 @@ class Schedule:
 
         "karras:N": N ratios from the largest to the smallest trained, with rho = 7 (Karras et al. 2022, eq. 5).
         "log:N": N ratios evenly spaced in log. Both may fall between the table's times.
+        "quad:N": indices T - 1 - sqrt(i T^2 / (N - 1)), denser at the clean end (DiffPIR's code).
         Raises RestoreError for a spec that is none.
         """
         if not isinstance(spec, (int, str)):
@@ -197,6 +198,9 @@ class Schedule:
                 f"not {str(spec)[:100]}"
             )
         name, _, count = str(spec).rpartition(":")
+        if name == "quad":
+            roots = np.sqrt(np.linspace(0, len(self) ** 2, _count(count, len(self), spec)))
+            return [self.time(i) for i in sorted({max(len(self) - 1 - int(root), 0) for root in roots}, reverse=True)]
         if name:
             n = _count(count, 10**6, spec)
             grid = lookup(name, _SPACINGS, "spacing of timesteps")(self.ratios[0], self.ratios[-1], n)
@@ -246,7 +250,9 @@ def _count(text: str, limit: int, spec: int | str) -> int:
     try:
         n = int(text)
     except ValueError:
-        raise RestoreError(f"steps={spec} is not a number of steps, 'N1,N2,...', 'ddimN' or 'karras:N'") from None
+        raise RestoreError(
+            f"steps={spec} is not a number of steps, 'N1,N2,...', 'ddimN', 'karras:N', 'log:N' or 'quad:N'"
+        ) from None
     if not 1 <= n <= limit:
         raise RestoreError(f"steps={spec}: the number of steps must be between 1 and {limit}")
     return n

@@ -14,10 +14,23 @@ from typing import Any
 
 from operators import RestoreError
 from operators.naming import check_known, lookup
+from restore.samplers.ddnm import ddnm
+from restore.samplers.ddrm import ddrm
+from restore.samplers.diffpir import diffpir
 from restore.samplers.dps import dps
+from restore.samplers.pigdm import pigdm
+from restore.samplers.pnpdm import pnpdm
 from restore.samplers.psld import psld
 
-SAMPLERS: dict[str, Callable] = {"dps": dps, "psld": psld}
+SAMPLERS: dict[str, Callable] = {
+    "ddnm": ddnm,
+    "ddrm": ddrm,
+    "diffpir": diffpir,
+    "dps": dps,
+    "pigdm": pigdm,
+    "pnpdm": pnpdm,
+    "psld": psld,
+}
 
 _CONTRACT = ("prior", "operator", "y", "noise", "steps", "guidance", "condition", "callback")
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import torch
 
+import operators
 from operators import RestoreError
 from restore.backbones.schedule import Schedule
+
+SIGMA_MIN = 1e-4  # noise of y that inverses of A assume at least: about what its rounding is, once magnified
 
 
 class Diffusion:
@@ -89,3 +92,51 @@ def require_finite(x_t: torch.Tensor, k: int, setting: str) -> None:
             f"the sample is not finite after step {k + 1}; lower the step size ({setting}) or the guidance scale, "
             "or use precision='fp32'"
         )
+
+
+def levels(schedule: Schedule, steps) -> list[tuple[float | None, float, float]]:
+    """(t, alpha, sigma) at the times to visit, from the noisiest on, of a variance-preserving schedule.
+
+    One entry more than there are steps: the last is the clean image's, (None, 1, 0).
+    """
+    visited = [(t, schedule.alpha(t), schedule.sigma(t)) for t in schedule.timesteps(steps)]
+    if not visited:
+        raise RestoreError("no timesteps: the number of steps must be at least 1")
+    return [*visited, (None, 1.0, 0.0)]
+
+
+def require_linear_gaussian(sampler: str, prior, operator, sigma_y: float | None) -> float:
+    """sigma_y of y = A x + sigma_y n: the given one, else that of the operator's noise, 0 where it has none.
+
+    Raises RestoreError where a sampler written for that model in pixels does not apply: x is a latent, A is not
+    linear, or the noise is not Gaussian.
+    """
+    if prior.downscale != 1:
+        raise RestoreError(f"{sampler} solves for pixels, but this prior's images are decoded latents; use psld")
+    if not getattr(operator, "linear", True):
+        raise RestoreError(f"{sampler} needs a linear operator, which {operator.name} is not; use dps")
+    noise = getattr(operator, "noise", None)
+    if sigma_y is None:
+        sigma_y = 0.0 if noise is None else getattr(noise, "sigma", None)
+    if sigma_y is None:
+        raise RestoreError(f"{sampler} is for Gaussian noise, not {noise!r}: give sigma_y to treat it so, or use dps")
+    if not 0 <= float(sigma_y) < float("inf"):
+        raise RestoreError(f"sigma_y must be a number >= 0, got {sigma_y!r}")
+    return float(sigma_y)
+
+
+def start(kind: str, operator, y: torch.Tensor, sigma_y: float, alpha: float, sigma: float, n) -> torch.Tensor:
+    """x_T: n itself ("noise"), or a linear reconstruction of y at that noise level ("measurement")."""
+    if kind == "noise":
+        return n
+    if kind != "measurement":
+        raise RestoreError(f"start={kind!r} is not known; expected noise or measurement")
+    # The posterior mean for white x of variance 1: A^+ y without what it makes of the noise.
+    return alpha * operators.prox_l2(operator, torch.zeros_like(n), y, max(sigma_y, SIGMA_MIN) ** -2) + sigma * n
+
+
+def report(callback, k: int, steps: int, t: float, operator, y: torch.Tensor, x0_hat: torch.Tensor, **state) -> None:
+    """Call `callback`, if there is one, with step, steps, t, x0_hat (image), residual (B,) and `state`."""
+    if callback is not None:
+        residual = torch.linalg.vector_norm((y - operator.A(x0_hat)).flatten(1), dim=1)
+        callback({"step": k, "steps": steps, "t": t, "x0_hat": x0_hat, "residual": residual, **state})

@@ -1,0 +1,75 @@
+"""Denoising diffusion restoration models (DDRM, Kawar et al. 2022), in the singular basis of the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+import operators
+from restore.backbones.base import Backbone, variance_preserving
+from restore.guidance import estimator
+from restore.samplers.steps import SIGMA_MIN, levels, report, require_finite, require_linear_gaussian
+
+
+@torch.no_grad()
+def ddrm(
+    prior: Backbone,
+    operator,
+    y: torch.Tensor,
+    *,
+    noise: Callable[..., torch.Tensor],
+    steps: int | str | Sequence[float],
+    eta: float = 0.85,
+    eta_b: float = 1.0,
+    guidance=None,
+    condition: Any = None,
+    sigma_y: float | None = None,
+    clip: bool = False,
+    callback: Callable[[dict], None] | None = None,
+) -> torch.Tensor:
+    """Sample x_0 ~ p(x_0 | y) approximately. With A = U S V^T, x_bar = V^T x / alpha and y_bar = S^+ U^T y, every
+    coordinate moves to the next noise ratio r = sigma / alpha by itself (eq. 7, 8):
+
+        no singular value:  x0_bar + r (sqrt(1 - eta^2) eps + eta n)
+        s r < sigma_y:      x0_bar + r (sqrt(1 - eta^2) (U^T y - s x0_bar) / sigma_y + eta n)
+        s r >= sigma_y:     (1 - eta_b) x0_bar + eta_b y_bar + sqrt(r^2 - (eta_b sigma_y / s)^2) n
+
+    prior: a backbone of the image's size, in pixels. operator: a linear one with an SVD (see operators.svd).
+    y: measurement (B, ...). noise, steps, callback: as restore.samplers.dps.dps takes them; noise kinds "start" and
+        "latent", drawn in pixels, so that results do not depend on the choice of V.
+    eta, eta_b: the paper's. guidance: the guided eps makes x0_hat and the noise of coordinates without singular value.
+    sigma_y: None: that of the operator's noise. Below SIGMA_MIN that is taken. clip: clamp x0_hat to [-1, 1].
+    Returns images (B, 3, H, W), not clamped. Raises RestoreError where y = A x + n is not linear and Gaussian, or A
+    has no known SVD.
+    """
+    sigma_y = max(require_linear_gaussian("ddrm", prior, operator, sigma_y), SIGMA_MIN)
+    prior = variance_preserving(prior)
+    visited = levels(prior.schedule, steps)
+    svd = operators.svd(operator, prior.shape, y.dtype, y.device)
+    s, u = svd.singular, svd.U_adjoint(y)
+    y_bar, sigma_bar = u / s.where(s > 0, 1.0), sigma_y / s  # the standard deviation of y_bar, infinite where s = 0
+
+    # x_T given y (eq. 7).
+    _, alpha, sigma = visited[0]
+    z, r = svd.V_adjoint(noise(0, (len(y), *prior.shape), "start")), sigma / alpha
+    x_t = alpha * svd.V(torch.where(sigma_bar < r, y_bar + (r**2 - sigma_bar**2).clamp(min=0).sqrt() * z, r * z))
+    with estimator(prior, guidance) as estimate:
+        for k, ((t, alpha, sigma), (_, alpha_s, sigma_s)) in enumerate(pairwise(visited)):
+            _, eps = estimate(x_t, t, condition)
+            x0_hat = (x_t - sigma * eps) / alpha
+            x0_hat = x0_hat.clamp(-1, 1) if clip else x0_hat
+
+            # Where y tells nothing, or less than x_t, its residual takes eps's place; elsewhere y itself is used.
+            x0_bar, r = svd.V_adjoint(x0_hat), sigma_s / alpha_s
+            n = svd.V_adjoint(noise(k, x_t.shape, "latent")) if r else torch.zeros_like(x0_bar)
+            implied = torch.where(s > 0, (u - s * x0_bar) / sigma_y, svd.V_adjoint(eps))
+            less = x0_bar + r * ((1 - eta**2) ** 0.5 * implied + eta * n)
+            spread = (r**2 - (eta_b * sigma_bar) ** 2).clamp(min=0).sqrt()
+            more = (1 - eta_b) * x0_bar + eta_b * y_bar + spread * n
+            x_t = alpha_s * svd.V(torch.where(sigma_bar > r, less, more))
+            require_finite(x_t, k, f"eta_b={eta_b:g}")
+            report(callback, k, len(visited) - 1, t, operator, y, x0_hat, x_t=x_t, eps=eps)
+    return prior.decode(x_t)
