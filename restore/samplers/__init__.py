@@ -14,10 +14,13 @@ from typing import Any
 
 from operators import RestoreError
 from operators.naming import check_known, lookup
+from restore.samplers.daps import daps
 from restore.samplers.dps import dps
 from restore.samplers.psld import psld
+from restore.samplers.reddiff import reddiff
+from restore.samplers.resample import resample
 
-SAMPLERS: dict[str, Callable] = {"dps": dps, "psld": psld}
+SAMPLERS: dict[str, Callable] = {"daps": daps, "dps": dps, "psld": psld, "reddiff": reddiff, "resample": resample}
 
 _CONTRACT = ("prior", "operator", "y", "noise", "steps", "guidance", "condition", "callback")
 
