@@ -9,45 +9,39 @@ from operators.errors import RestoreError
 
 if TYPE_CHECKING:
     from operators.adapters import PhysicsOperator, as_linear_operator, as_operator, to_deepinv
-    from operators.base import Compose, Operator, check, least_squares
+    from operators.base import Operator, check
     from operators.blur import Blur, GaussianBlur, MotionBlur
+    from operators.compose import Compose
     from operators.factory import build, build_noise, options
+    from operators.generic import image_shape, prox_l2, regularised_inverse, rows, svd, with_adjoint
     from operators.inpainting import Inpainting, box_mask, random_mask
     from operators.kernels import gaussian_kernel, motion_kernel
     from operators.noise import GaussianNoise, PoissonNoise
+    from operators.nonlinear import Clipping, PhaseRetrieval
     from operators.pointwise import Colorization, Denoising
+    from operators.proximal import least_squares
     from operators.super_resolution import SuperResolution
 
 # Names are imported when they are used: who asks only for RestoreError does not wait for torch.
 _WHERE = {
-    "Blur": "operators.blur",
-    "Colorization": "operators.pointwise",
-    "Compose": "operators.base",
-    "Denoising": "operators.pointwise",
-    "GaussianBlur": "operators.blur",
-    "GaussianNoise": "operators.noise",
-    "Inpainting": "operators.inpainting",
-    "MotionBlur": "operators.blur",
-    "Operator": "operators.base",
-    "PhysicsOperator": "operators.adapters",
-    "PoissonNoise": "operators.noise",
-    "SuperResolution": "operators.super_resolution",
-    "as_linear_operator": "operators.adapters",
-    "as_operator": "operators.adapters",
-    "box_mask": "operators.inpainting",
-    "build": "operators.factory",
-    "build_noise": "operators.factory",
-    "check": "operators.base",
-    "gaussian_kernel": "operators.kernels",
-    "least_squares": "operators.base",
-    "motion_kernel": "operators.kernels",
-    "options": "operators.factory",
-    "random_mask": "operators.inpainting",
-    "to_deepinv": "operators.adapters",
+    "operators.adapters": ["PhysicsOperator", "as_linear_operator", "as_operator", "to_deepinv"],
+    "operators.base": ["Operator", "check"],
+    "operators.blur": ["Blur", "GaussianBlur", "MotionBlur"],
+    "operators.compose": ["Compose"],
+    "operators.factory": ["build", "build_noise", "options"],
+    "operators.generic": ["image_shape", "prox_l2", "regularised_inverse", "rows", "svd", "with_adjoint"],
+    "operators.inpainting": ["Inpainting", "box_mask", "random_mask"],
+    "operators.kernels": ["gaussian_kernel", "motion_kernel"],
+    "operators.noise": ["GaussianNoise", "PoissonNoise"],
+    "operators.nonlinear": ["Clipping", "PhaseRetrieval"],
+    "operators.pointwise": ["Colorization", "Denoising"],
+    "operators.proximal": ["least_squares"],
+    "operators.super_resolution": ["SuperResolution"],
 }
 
 __all__ = [
     "Blur",
+    "Clipping",
     "Colorization",
     "Compose",
     "Denoising",
@@ -56,6 +50,7 @@ __all__ = [
     "Inpainting",
     "MotionBlur",
     "Operator",
+    "PhaseRetrieval",
     "PhysicsOperator",
     "PoissonNoise",
     "RestoreError",
@@ -67,16 +62,23 @@ __all__ = [
     "build_noise",
     "check",
     "gaussian_kernel",
+    "image_shape",
     "least_squares",
     "motion_kernel",
     "options",
+    "prox_l2",
     "random_mask",
+    "regularised_inverse",
+    "rows",
+    "svd",
     "to_deepinv",
+    "with_adjoint",
 ]
 
 
 def __getattr__(name: str):
-    if name not in _WHERE:
-        raise AttributeError(f"module 'operators' has no attribute '{name}'")
-    globals()[name] = value = getattr(importlib.import_module(_WHERE[name]), name)
-    return value
+    for module, names in _WHERE.items():
+        if name in names:
+            globals()[name] = value = getattr(importlib.import_module(module), name)
+            return value
+    raise AttributeError(f"module 'operators' has no attribute '{name}'")

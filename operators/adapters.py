@@ -10,6 +10,7 @@ import numpy as np
 import scipy.sparse.linalg
 import torch
 
+from operators import generic
 from operators.base import Operator
 from operators.errors import RestoreError
 from operators.noise import GaussianNoise
@@ -41,10 +42,12 @@ class PhysicsOperator(Operator):
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
         return self._physics(y).A_adjoint(y)
 
+    def prox_l2(self, z: torch.Tensor, y: torch.Tensor, gamma) -> torch.Tensor:
+        return generic.prox_l2(self._physics(z), z, y, gamma)
+
     def image_shape(self, y: torch.Tensor) -> tuple[int, ...]:
-        if y.is_meta:
-            y = torch.zeros(y.shape)
-        return tuple(self.A_adjoint(y).shape)
+        y = torch.zeros(y.shape) if y.is_meta else y
+        return generic.image_shape(self._physics(y), y)
 
     def _physics(self, like: torch.Tensor):
         if not isinstance(self.physics, torch.nn.Module):

@@ -1,35 +1,42 @@
-"""What every degradation promises: A, its transpose, its pseudo-inverse, and noise."""
+"""What every degradation promises: A, its transpose, inverses of several kinds, and noise."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from operators import validate
+from operators import proximal, separable, spectral, validate
 from operators.errors import RestoreError
 
 CACHE_LIMIT = 32  # buffers kept per operator; one per (size, dtype, device) in use
 
 
 class Operator:
-    """A linear degradation y = A(x) + n of images x (B, C, H, W) in [-1, 1].
+    """A degradation y = A(x) + n of images x (B, C, H, W) in [-1, 1], linear unless its class says `linear = False`.
 
-    A new operator writes `A` alone: `A_adjoint` is derived from it by automatic differentiation and
-    `A_dagger` by conjugate gradients. `A` must be linear (no constant term), work for any batch, and
-    treat the images of a batch independently. Override `image_shape` if `A` changes an image's shape.
+    A new operator writes `A` alone: `A_adjoint` is derived from it by automatic differentiation, `A_dagger`,
+    `prox_l2` and `regularised_inverse` by conjugate gradients. `A` must work for any batch, treat the images of a
+    batch independently and, if linear, have no constant term. Override `image_shape` if `A` changes an image's
+    shape, and `factors` if A is a matrix per axis: every inverse then has its closed form.
+
+    A nonlinear operator has A alone; what needs a transpose raises RestoreError.
 
     noise: a noise model (`GaussianNoise`, `PoissonNoise`) or None.
     image_size: (H, W) of x, for operators where the size of y does not determine it. Where it is
         given, images of another size are refused.
     adjoint: "exact", or "reference" for the approximate "transpose" of the DPS and PSLD repositories
-        (only to reproduce their numbers).
+        (only to reproduce their numbers, and only in the operators they have).
     """
 
-    derived: tuple[str, ...] = ()  # attributes computed from the others, left out of the printed form
     name = "operator"  # by which presets are chosen: the class's name in configs
+    linear = True
+    has_reference = False  # whether adjoint="reference" exists
+    derived: tuple[str, ...] = ()  # attributes computed from the others, left out of the printed form
     noise = None
     image_size: tuple[int, int] | None = None
     adjoint = "exact"
@@ -37,8 +44,7 @@ class Operator:
     def __init__(self, *, noise=None, image_size=None, adjoint: str = "exact"):
         if noise is not None and not callable(noise):
             raise RestoreError(f"noise must be a noise model such as GaussianNoise(0.05) or None, got {noise!r}.")
-        if adjoint not in ("exact", "reference"):
-            raise RestoreError(f"adjoint must be 'exact' or 'reference', got {adjoint!r}.")
+        self._check_adjoint(adjoint)
         self.noise = noise
         self.image_size = None if image_size is None else validate.size_pair(image_size)
         self.adjoint = adjoint
@@ -49,6 +55,7 @@ class Operator:
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
         """The exact transpose, <A x, y> = <x, A_adjoint y>; differentiable itself."""
+        self._check_linear("A_adjoint")
         return transpose(self.A, y, self.image_shape(y))
 
     def A_dagger(self, y: torch.Tensor) -> torch.Tensor:
@@ -56,11 +63,76 @@ class Operator:
 
         Closed form where the class has one, else `least_squares` with its defaults.
         """
-        return least_squares(self, y)
+        self._check_linear("A_dagger")
+        return proximal.least_squares(self, y)
+
+    def prox_l2(self, z: torch.Tensor, y: torch.Tensor, gamma) -> torch.Tensor:
+        """argmin_x gamma/2 ||A x - y||^2 + 1/2 ||x - z||^2, with z (B, C, H, W); deepinv's name and scaling.
+
+        gamma: >= 0, one number or (B,). 0 gives z; infinity the point next to z that fits y best
+        (in closed form only as well determined as the smallest singular values of A).
+        Closed form through the singular values, in float64 where the device has it, where there is one
+        (see `factors`); else conjugate gradients in z's dtype, from z, to the tolerance and the at most 200
+        iterations of `least_squares`.
+        """
+        self._check_linear("prox_l2")
+        return proximal.prox_l2(self, z, y, gamma)
+
+    def regularised_inverse(self, v: torch.Tensor, r) -> torch.Tensor:
+        """(A A^T + r I)^-1 v for v of a measurement's shape; r >= 0, one number or (B,).
+
+        r = 0 is the pseudo-inverse of A A^T. Computed as `prox_l2` is.
+        """
+        self._check_linear("regularised_inverse")
+        return proximal.regularised_inverse(self, v, r)
+
+    def svd(self, image_shape: Sequence[int], dtype: torch.dtype = torch.float32, device="cpu"):
+        """The singular value decomposition for images of image_shape (..., C, H, W): see `operators.spectral`.
+
+        Its maps take any dtype and compute in `dtype`. `singular` has the shape (1 or B, C, H, W).
+        Raises RestoreError where no closed form is known.
+        """
+        self._check_linear("svd")
+        like = torch.empty(0, dtype=dtype, device=device)
+        svd = self.cached_svd(image_shape, like, full=True)
+        if svd is None:
+            raise RestoreError(
+                f"{self.name} has no closed-form singular value decomposition for images of shape "
+                f"{tuple(image_shape)[-3:]}; use a sampler that does without, such as DPS or DiffPIR."
+            )
+        return dataclasses.replace(svd, singular=svd.singular.expand(-1, *tuple(image_shape)[-3:]))
+
+    def factors(self, image_shape: Sequence[int]) -> separable.Factors | None:
+        """Matrices (channels, rows, columns) whose Kronecker product is A for images (C, H, W), or None.
+
+        In float64, None for the identity: see `separable.apply`.
+        """
+        return None
+
+    def decompose(self, image_shape: Sequence[int], full: bool):
+        """The SVD in float64 for images (C, H, W), with all of V or only with A's row space; None if unknown."""
+        factors = self.factors(image_shape)
+        return None if factors is None else spectral.kronecker(factors, full)
 
     def image_shape(self, y: torch.Tensor) -> tuple[int, ...]:
         """Shape (B, C, H, W) of the images whose measurement has the shape of y."""
         return (*y.shape[:2], *(self.image_size or y.shape[2:]))
+
+    def with_adjoint(self, adjoint: str) -> Operator:
+        """A copy with adjoint "exact" or "reference". Raises RestoreError where the operator has none."""
+        if adjoint == self.adjoint:
+            return self
+        self._check_adjoint(adjoint)
+        twin = copy.copy(self)
+        twin.adjoint = adjoint
+        twin.__dict__["_buffers"] = self.__dict__.setdefault("_buffers", {})  # no buffer depends on it
+        return twin
+
+    def __getitem__(self, rows) -> Operator:
+        """The operator of these images of the batch: a list, tensor (repeats allowed) or slice of indices."""
+        return self
+
+    __iter__ = None  # indexing would make it an endless sequence
 
     def __call__(self, x: torch.Tensor, generator=None) -> torch.Tensor:
         """The measurement A(x) plus noise.
@@ -75,11 +147,25 @@ class Operator:
         y = self.A(x)
         return y if self.noise is None else self.noise(y, generator)
 
-    def __matmul__(self, first: Operator) -> Compose:
+    def __matmul__(self, first: Operator) -> Operator:
         """(a @ b).A(x) = a.A(b.A(x)): b is applied first."""
+        from operators.compose import Compose
+
         if not isinstance(first, Operator):
             return NotImplemented
         return Compose(first, self)
+
+    def _check_adjoint(self, adjoint: str) -> None:
+        if adjoint not in ("exact", "reference"):
+            raise RestoreError(f"adjoint must be 'exact' or 'reference', got {adjoint!r}.")
+        if adjoint == "reference" and not self.has_reference:
+            raise RestoreError(f"the reference repositories have no {self.name}; use adjoint='exact'.")
+
+    def _check_linear(self, what: str) -> None:
+        if not self.linear:
+            raise RestoreError(
+                f"{self.name} is not linear, so it has no {what}; use a sampler that needs only A, such as DPS."
+            )
 
     def _check_image(self, x: torch.Tensor, channels: int | None = None) -> None:
         validate.images(x, channels=channels)
@@ -90,17 +176,27 @@ class Operator:
                 f"{x.shape[2]} x {x.shape[3]}; resize the image or build the operator with its image_size."
             )
 
-    def _buffer(self, key: tuple, make: Callable[[], torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-        """A constant tensor in the dtype and on the device of `like`, made once for each of these."""
+    def cached_svd(self, image_shape: Sequence[int], like: torch.Tensor, full: bool = False):
+        """`decompose`, kept in the dtype and on the device of `like`."""
+        shape = tuple(image_shape)[-3:]
+        return self._buffer(("svd", shape, full), lambda: self.decompose(shape, full), like)
+
+    def _buffer(self, key: tuple, make: Callable, like: torch.Tensor):
+        """A constant (tensor, SVD or None) in the dtype and on the device of `like`, made once for each of these."""
         cache = self.__dict__.setdefault("_buffers", {})
         key = (*key, like.dtype, like.device)
-        if key not in cache:
-            if len(cache) >= CACHE_LIMIT:
-                cache.clear()
-            # a tensor made in inference mode could not be used in a later backward pass
-            with torch.inference_mode(False), torch.no_grad():
-                cache[key] = make().to(like.dtype).to(like.device)
-        return cache[key]
+        try:
+            return cache[key]
+        except KeyError:  # not `key in cache`: another thread may clear it in between
+            pass
+        # a tensor made in inference mode could not be used in a later backward pass
+        with torch.inference_mode(False), torch.no_grad():
+            made = make()
+            made = made if made is None else made.to(like.dtype).to(like.device)
+        if len(cache) >= CACHE_LIMIT:
+            cache.clear()
+        cache[key] = made
+        return made
 
     def __repr__(self) -> str:
         """Class and settings, arrays by shape and hash: two operators that print alike compute alike."""
@@ -109,45 +205,6 @@ class Operator:
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_buffers"}
-
-
-class Compose(Operator):
-    """Operators one after the other: Compose(a, b).A(x) = b.A(a.A(x)), the same as `b @ a`.
-
-    The noise is that of the last operator unless `noise` is given. Raises RestoreError where an
-    earlier operator carries noise: noise in the middle of a chain would be degraded itself.
-    """
-
-    name = "compose"
-
-    def __init__(self, *operators: Operator, noise=None, image_size=None):
-        if not operators or not all(isinstance(operator, Operator) for operator in operators):
-            raise RestoreError("Compose needs at least one Operator; wrap other objects with as_operator first.")
-        if any(operator.noise is not None for operator in operators[:-1]):
-            raise RestoreError("only the last operator of a composition can carry noise; remove it from the others.")
-        exact = all(operator.adjoint == "exact" for operator in operators)
-        super().__init__(
-            noise=operators[-1].noise if noise is None else noise,
-            image_size=operators[0].image_size if image_size is None else image_size,
-            adjoint="exact" if exact else "reference",
-        )
-        self.operators = operators
-
-    def A(self, x: torch.Tensor) -> torch.Tensor:
-        self._check_image(x)
-        for operator in self.operators:
-            x = operator.A(x)
-        return x
-
-    def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        for operator in reversed(self.operators):
-            y = operator.A_adjoint(y)
-        return y
-
-    def image_shape(self, y: torch.Tensor) -> tuple[int, ...]:
-        for operator in reversed(self.operators):
-            y = torch.empty(operator.image_shape(y), device="meta")
-        return tuple(y.shape)
 
 
 def _shown(value) -> str:
@@ -177,65 +234,6 @@ def transpose(A: Callable, y: torch.Tensor, image_shape: Sequence[int]) -> torch
             )
         (product,) = torch.autograd.grad(measured, x, y, create_graph=differentiable)
     return product if differentiable else product.detach()
-
-
-def least_squares(
-    operator, y: torch.Tensor, *, damping: float = 0.0, tolerance: float | None = None, max_iterations: int = 200
-) -> torch.Tensor:
-    """argmin_x ||A x - y||^2 + damping ||x||^2 per image, by conjugate gradients (CGLS) from x = 0.
-
-    Björck, Numerical Methods for Least Squares Problems (1996), Alg. 7.4.1. Started at zero, the
-    iterates stay in the row space of A, so that with damping = 0 they converge to the pseudo-inverse.
-
-    Each image stops by itself as soon as ||A^T(y - A x) - damping x|| <= tolerance ||A^T y||, at the
-    latest after max_iterations. tolerance defaults to 1e-5 in float32 and 1e-10 in float64. For an
-    ill-conditioned A (a blur) max_iterations is the regularisation: components with small singular
-    values come last. With noisy y prefer damping = (noise std / signal std)^2 per pixel, which is the
-    Wiener (posterior mean) solution for white x and white noise.
-
-    operator: anything with `A` and `A_adjoint`. float16 and bfloat16 are computed in float32.
-    Raises RestoreError where y is not finite or an option makes no sense.
-    """
-    validate.images(y, "the measurement")
-    if not torch.isfinite(y).all():
-        raise RestoreError("the measurement holds NaN or infinite values, so it has no least-squares solution.")
-    damping = validate.number(damping, "damping", low=0.0)
-    dtype = compute_dtype(y)
-    tolerance = (1e-10 if dtype == torch.float64 else 1e-5) if tolerance is None else tolerance
-    adjoint = operator.A_adjoint
-    if getattr(operator, "adjoint", "exact") == "reference":
-        # conjugate gradients diverge unless the transpose is exact
-        def adjoint(v):
-            return transpose(operator.A, v, operator.image_shape(v))
-
-    def energy(v):
-        return v.square().sum(dim=(1, 2, 3), keepdim=True)
-
-    residual = y.to(dtype)
-    gradient = direction = adjoint(residual)
-    x = torch.zeros_like(gradient)
-    gamma = energy(gradient)
-    threshold = tolerance**2 * gamma
-    active = gamma > threshold
-    for _ in range(validate.integer(max_iterations, "max_iterations")):
-        if not active.any():
-            break
-        measured = operator.A(direction)
-        curvature = energy(measured) + damping * energy(direction)
-        active = active & (curvature > 0)
-        step = torch.where(active, gamma / curvature.clamp_min(torch.finfo(dtype).tiny), 0.0)
-        x = x + step * direction
-        residual = residual - step * measured
-        gradient = adjoint(residual) - damping * x
-        previous, gamma = gamma, energy(gradient)
-        active = active & (gamma > threshold)
-        direction = gradient + torch.where(active, gamma / previous, 0.0) * direction
-    return x.to(y.dtype)
-
-
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """Half precision images are measured in float32: a data term rounded to 8 bits is useless."""
-    return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
 
 
 def check(operator, shape: Sequence[int], *, dtype=torch.float64, device="cpu", seed: int = 0) -> float:

@@ -1,13 +1,15 @@
-"""Blurs: cross-correlation with a kernel, image reflected at its border (as DPS)."""
+"""Blurs: cross-correlation with a kernel, image reflected at its border (as DPS) or circular."""
 
 from __future__ import annotations
+
+import copy
 
 import numpy as np
 import scipy.fft
 import torch
 import torch.nn.functional as F
 
-from operators import kernels, separable
+from operators import kernels, separable, spectral, validate
 from operators.base import Operator
 from operators.errors import RestoreError
 
@@ -17,32 +19,47 @@ SEPARABLE_LIMIT = 384  # pixels; beyond it two dense matrices cost more than the
 class Blur(Operator):
     """y = x cross-correlated with a kernel: (B, C, H, W) -> (B, C, H, W), the same for every channel.
 
-    kernel: (kh, kw) tensor or array that sums to one, anchored at pixel (kh // 2, kw // 2) and not
-        flipped. Negative entries are allowed. normalize=True divides it by its sum first.
+    kernel: (kh, kw) tensor or array that sums to one, or (B, kh, kw), one for each image; anchored at pixel
+        (kh // 2, kw // 2) and not flipped. Negative entries are allowed. normalize=True divides it by its sum first.
+    border: "reflect" about the edge pixels' centres (DPS); the kernel's radius must then be smaller than both
+        sides of the image, and the kernel itself may be up to twice as large as the image. Or "circular"
+        (DiffPIR): the image is continued periodically, and may not be smaller than the kernel.
     adjoint="reference": the identity, `transpose` of the DPS and PSLD repositories.
 
-    The border is reflected about the edge pixels' centres, therefore the kernel's radius must be
-    smaller than both sides of the image; the kernel itself may be up to twice as large as the image.
-    Computed by FFT at a cost independent of the kernel's size (in float32 for half precision).
+    Computed by FFT at a cost independent of the kernel's size (in float32 for half precision). Closed forms of
+    `prox_l2`, `regularised_inverse` and `svd` exist for a circular border, and for one kernel that is a column
+    times a row (a Gaussian, a box).
 
     Raises RestoreError for a kernel that is not 2-D, holds NaN or does not sum to one, and for images
-    not larger than the kernel's radius.
+    too small for the kernel.
     """
 
     name = "blur"
+    has_reference = True
     derived = ("radius",)
 
-    def __init__(self, kernel, *, normalize: bool = False, noise=None, image_size=None, adjoint: str = "exact"):
+    def __init__(
+        self,
+        kernel,
+        *,
+        normalize: bool = False,
+        border: str = "reflect",
+        noise=None,
+        image_size=None,
+        adjoint: str = "exact",
+    ):
         super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
+        if border not in ("reflect", "circular"):
+            raise RestoreError(f"border must be 'reflect' or 'circular', got {border!r}.")
+        self.border = border
         self.kernel = as_kernel(kernel, normalize)
-        self.radius = (self.kernel.shape[0] // 2, self.kernel.shape[1] // 2)
+        self.radius = (self.kernel.shape[-2] // 2, self.kernel.shape[-1] // 2)
         if self.image_size is not None:
             self._check_radius(*self.image_size)
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
-        self._check_image(x)
-        self._check_radius(*x.shape[2:])
-        (height, width), (ry, rx) = x.shape[2:], self.radius
+        self._check_blurred(x)
+        (height, width), (ry, rx) = x.shape[2:], self._margin
         like = separable.like(x)
         size, spectrum = self._spectrum(height, width, like)
         padded = F.pad(x.to(like.dtype), (rx, rx, ry, ry), mode="reflect")
@@ -53,30 +70,88 @@ class Blur(Operator):
         self._check_image(y)
         if self.adjoint == "reference":
             return y
-        self._check_radius(*y.shape[2:])
-        (height, width), (ry, rx) = y.shape[2:], self.radius
+        self._check_blurred(y)
+        (height, width), (ry, rx) = y.shape[2:], self._margin
         like = separable.like(y)
         size, spectrum = self._spectrum(height, width, like)
         z = torch.fft.irfft2(torch.fft.rfft2(y.to(like.dtype), s=size) * spectrum, s=size)
         z = z[..., : height + 2 * ry, : width + 2 * rx]
         return fold_reflection(fold_reflection(z, ry).mT, rx).mT.to(y.dtype)
 
+    def factors(self, image_shape):
+        profiles = self._profiles() if self.border == "reflect" else None
+        if profiles is None:
+            return None
+        self._check_radius(*image_shape[1:])
+        return None, *(separable.filter_matrix(n, p) for n, p in zip(image_shape[1:], profiles, strict=True))
+
+    def decompose(self, image_shape, full: bool):
+        if self.border == "reflect":
+            return super().decompose(image_shape, full)
+        self._check_radius(*image_shape[1:])
+        return spectral.circular(torch.fft.fft2(self._rolled(*image_shape[1:])).conj())
+
+    def __getitem__(self, rows) -> Blur:
+        if self.kernel.ndim == 2 or len(self.kernel) == 1:
+            return self
+        chosen = copy.copy(self)
+        chosen.kernel = validate.selected(self.kernel, rows, "kernels")
+        return chosen
+
+    @property
+    def _margin(self) -> tuple[int, int]:
+        """Pixels by which the image is continued before the transform."""
+        return self.radius if self.border == "reflect" else (0, 0)
+
+    def _profiles(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """(column, row) whose outer product is the kernel, or None."""
+        if self.kernel.ndim > 2:
+            return None
+        u, s, vh = np.linalg.svd(self.kernel.numpy())
+        return (u[:, 0] * s[0], vh[0]) if (s[1:] <= 1e-14 * s[0]).all() else None
+
+    def _rolled(self, height: int, width: int) -> torch.Tensor:
+        """The kernels (1 or B, 1, height, width) with the anchor at pixel (0, 0)."""
+        kernel = self.kernel.reshape(-1, 1, *self.kernel.shape[-2:])
+        kernel = F.pad(kernel, (0, width - kernel.shape[-1], 0, height - kernel.shape[-2]))
+        return kernel.roll((-self.radius[0], -self.radius[1]), (-2, -1))
+
     def _spectrum(self, height: int, width: int, like: torch.Tensor) -> tuple[tuple[int, int], torch.Tensor]:
-        """FFT size for the padded image, and the kernel's spectrum at that size."""
-        ry, rx = self.radius
-        size = (scipy.fft.next_fast_len(height + 2 * ry, True), scipy.fft.next_fast_len(width + 2 * rx, True))
+        """FFT size for the continued image, and the kernels' spectra (1 or B, 1, ...) at that size."""
+        if self.border == "circular":
+            size = (height, width)
+        else:
+            size = tuple(
+                scipy.fft.next_fast_len(side + 2 * r, True)
+                for side, r in zip((height, width), self.radius, strict=True)
+            )
 
         def make():
-            return torch.view_as_real(torch.fft.rfft2(self.kernel, s=size))
+            kernel = self.kernel.reshape(-1, 1, *self.kernel.shape[-2:])
+            kernel = self._rolled(*size) if self.border == "circular" else kernel
+            return torch.view_as_real(torch.fft.rfft2(kernel, s=size))
 
         return size, torch.view_as_complex(self._buffer(("spectrum", size), make, like))
 
+    def _check_blurred(self, x: torch.Tensor) -> None:
+        self._check_image(x)
+        self._check_radius(*x.shape[2:])
+        if self.kernel.ndim == 3 and len(self.kernel) not in (1, len(x)):
+            raise RestoreError(f"there are {len(self.kernel)} kernels for {len(x)} images; give one, or one per image.")
+
     def _check_radius(self, height: int, width: int) -> None:
-        if self.radius[0] >= height or self.radius[1] >= width:
-            kh, kw = self.kernel.shape
+        kh, kw = self.kernel.shape[-2:]
+        if self.border == "reflect":
+            fits, rule = (
+                self.radius[0] < height and self.radius[1] < width,
+                "its radius must be smaller than both sides",
+            )
+        else:
+            fits, rule = kh <= height and kw <= width, "with a circular border it must not exceed the image"
+        if not fits:
             raise RestoreError(
                 f"the blur kernel ({kh} x {kw}, radius {max(self.radius)}) is too large for an image of "
-                f"{height} x {width}: its radius must be smaller than both sides; use a smaller kernel_size."
+                f"{height} x {width}: {rule}; use a smaller kernel_size."
             )
 
 
@@ -89,30 +164,49 @@ class GaussianBlur(Blur):
     name = "gaussian_blur"
     derived = ("radius", "profile", "kernel")
 
-    def __init__(self, kernel_size: int = 61, std: float = 3.0, *, noise=None, image_size=None, adjoint="exact"):
+    def __init__(
+        self,
+        kernel_size: int = 61,
+        std: float = 3.0,
+        *,
+        border: str = "reflect",
+        noise=None,
+        image_size=None,
+        adjoint: str = "exact",
+    ):
         self.kernel_size, self.std = kernel_size, std
         self.profile = kernels.gaussian_profile(kernel_size, std)
         if kernel_size % 2 == 0:
             self.profile = np.append(self.profile, 0.0)
         kernel = np.outer(self.profile, self.profile)
-        super().__init__(kernel, noise=noise, image_size=image_size, adjoint=adjoint)
+        super().__init__(kernel, border=border, noise=noise, image_size=image_size, adjoint=adjoint)
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
-        self._check_image(x)
-        self._check_radius(*x.shape[2:])
-        if max(x.shape[2:]) > SEPARABLE_LIMIT:
-            return super().A(x)
-        return separable.apply(self._matrix(x.shape[2], x), self._matrix(x.shape[3], x), x)
+        self._check_blurred(x)
+        matrices = self._matrices(x)
+        return super().A(x) if matrices is None else separable.apply(matrices, x)
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        if self.adjoint == "reference" or y.ndim != 4 or max(y.shape[2:]) > SEPARABLE_LIMIT:
-            return super().A_adjoint(y)
         self._check_image(y)
-        self._check_radius(*y.shape[2:])
-        return separable.apply(self._matrix(y.shape[2], y).mT, self._matrix(y.shape[3], y).mT, y)
+        if self.adjoint == "reference":
+            return y
+        self._check_blurred(y)
+        matrices = self._matrices(y)
+        return super().A_adjoint(y) if matrices is None else separable.apply(separable.transposed(matrices), y)
 
-    def _matrix(self, size: int, x: torch.Tensor) -> torch.Tensor:
-        return self._buffer(("matrix", size), lambda: separable.filter_matrix(size, self.profile), separable.like(x))
+    def _profiles(self):
+        return self.profile, self.profile
+
+    def _matrices(self, x: torch.Tensor) -> separable.Factors | None:
+        if self.border == "circular" or max(x.shape[2:]) > SEPARABLE_LIMIT:
+            return None
+
+        def matrix(size):
+            return self._buffer(
+                ("matrix", size), lambda: separable.filter_matrix(size, self.profile), separable.like(x)
+            )
+
+        return None, matrix(x.shape[2]), matrix(x.shape[3])
 
 
 class MotionBlur(Blur):
@@ -127,17 +221,18 @@ class MotionBlur(Blur):
         intensity: float = 0.5,
         seed: int = 0,
         *,
+        border: str = "reflect",
         noise=None,
         image_size=None,
         adjoint: str = "exact",
     ):
         self.kernel_size, self.intensity, self.seed = kernel_size, intensity, seed
         kernel = kernels.motion_kernel(kernel_size, intensity, seed)
-        super().__init__(kernel, noise=noise, image_size=image_size, adjoint=adjoint)
+        super().__init__(kernel, border=border, noise=noise, image_size=image_size, adjoint=adjoint)
 
 
 def as_kernel(kernel, normalize: bool = False) -> torch.Tensor:
-    """A checked float64 kernel with odd sides; an even one gets a zero row or column at its end.
+    """A checked float64 kernel (kh, kw) or (B, kh, kw) with odd sides; an even one is continued with zeros.
 
     Raises RestoreError as described in `Blur`.
     """
@@ -149,18 +244,23 @@ def as_kernel(kernel, normalize: bool = False) -> torch.Tensor:
         raise RestoreError(f"the blur kernel must be a 2-D tensor or array, got {type(kernel).__name__}.") from None
     while kernel.ndim > 2 and kernel.shape[0] == 1:
         kernel = kernel[0]
-    if kernel.ndim != 2 or kernel.numel() == 0:
-        raise RestoreError(f"the blur kernel must be 2-D and not empty, got shape {tuple(kernel.shape)}.")
+    if kernel.ndim == 4 and kernel.shape[1] == 1:
+        kernel = kernel[:, 0]
+    if kernel.ndim not in (2, 3) or kernel.numel() == 0:
+        raise RestoreError(
+            f"the blur kernel must be 2-D, or (B, kh, kw) for one per image, and not empty, got {tuple(kernel.shape)}."
+        )
     if not torch.isfinite(kernel).all():
         raise RestoreError("the blur kernel holds NaN or infinite values; expected finite weights that sum to one.")
-    total = kernel.sum().item()
-    if normalize and abs(total) > 1e-12:
-        kernel = kernel / total
-    elif abs(total - 1.0) > 1e-3:
+    totals = kernel.sum((-2, -1), keepdim=True)
+    if normalize and (totals.abs() > 1e-12).all():
+        kernel = kernel / totals
+    elif ((totals - 1.0).abs() > 1e-3).any():
+        total = totals.flatten()[(totals - 1.0).abs().argmax()].item()
         raise RestoreError(
             f"the blur kernel sums to {total:.6g}, but must sum to one; divide it by its sum or pass normalize=True."
         )
-    return F.pad(kernel, (0, 1 - kernel.shape[1] % 2, 0, 1 - kernel.shape[0] % 2)).contiguous()
+    return F.pad(kernel, (0, 1 - kernel.shape[-1] % 2, 0, 1 - kernel.shape[-2] % 2)).contiguous()
 
 
 def fold_reflection(z: torch.Tensor, radius: int) -> torch.Tensor:

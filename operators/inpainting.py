@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
-from operators import validate
+from operators import spectral, validate
 from operators.base import Operator
 from operators.errors import RestoreError
 
@@ -21,6 +23,7 @@ class Inpainting(Operator):
     """
 
     name = "inpainting"
+    has_reference = True
 
     def __init__(self, mask, *, noise=None, image_size=None, adjoint: str = "exact"):
         self.mask = as_mask(mask)
@@ -41,6 +44,17 @@ class Inpainting(Operator):
     def A_dagger(self, y: torch.Tensor) -> torch.Tensor:
         """Closed form: a mask is its own pseudo-inverse."""
         return self._mask(y) * y
+
+    def decompose(self, image_shape, full: bool):
+        identity = (None, None, None)
+        return spectral.KroneckerSVD(self.mask.double(), identity, identity)
+
+    def __getitem__(self, rows) -> Inpainting:
+        if len(self.mask) == 1:
+            return self
+        chosen = copy.copy(self)
+        chosen.mask = validate.selected(self.mask, rows, "masks")
+        return chosen
 
     def _mask(self, x: torch.Tensor) -> torch.Tensor:
         validate.images(x)

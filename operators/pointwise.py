@@ -15,6 +15,7 @@ class Denoising(Operator):
     """A(x) = x: nothing but the noise. Its reference "transpose" is the identity as well."""
 
     name = "denoising"
+    has_reference = True
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         self._check_image(x)
@@ -25,6 +26,9 @@ class Denoising(Operator):
 
     def A_dagger(self, y: torch.Tensor) -> torch.Tensor:
         return y
+
+    def factors(self, image_shape):
+        return None, None, None
 
 
 class Colorization(Operator):
@@ -40,8 +44,6 @@ class Colorization(Operator):
 
     def __init__(self, *, weights=BT601, noise=None, image_size=None, adjoint: str = "exact"):
         super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
-        if adjoint == "reference":
-            raise RestoreError("the reference repositories have no colorization; use adjoint='exact'.")
         values = torch.as_tensor([validate.number(w, "a grey weight") for w in weights], dtype=torch.float64)
         if values.shape != (3,) or abs(values.sum().item() - 1) > 1e-3:
             raise RestoreError(f"the grey weights must be three numbers that sum to one, got {tuple(weights)}.")
@@ -58,6 +60,9 @@ class Colorization(Operator):
     def A_dagger(self, y: torch.Tensor) -> torch.Tensor:
         """Closed form: weights y / ||weights||^2."""
         return self.A_adjoint(y) / self.weights.square().sum().item()
+
+    def factors(self, image_shape):
+        return self.weights[None], None, None
 
     def image_shape(self, y: torch.Tensor) -> tuple[int, ...]:
         return (y.shape[0], 3, *y.shape[2:])

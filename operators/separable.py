@@ -1,22 +1,43 @@
-"""Separable linear maps X -> M_h X M_w^T: resizing and Gaussian blur as two small matrices."""
+"""Separable linear maps M_c x M_h x M_w (channels, rows, columns): resizing, Gaussian blur, loss of colour."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from operators.base import compute_dtype
+Factors = Sequence  # (channels, rows, columns): a matrix each, None for the identity
 
 
-def apply(rows: torch.Tensor, columns: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """rows @ x @ columns^T for x (B, C, H, W), rows (h, H), columns (w, W) -> (B, C, h, w), in x's dtype.
+def apply(factors: Factors, x: torch.Tensor) -> torch.Tensor:
+    """The Kronecker product of `factors` applied to x (B, C, H, W) -> (B, c, h, w), in x's dtype.
 
-    Autocast is switched off: it would round the data term to half precision.
+    Computed in the factors' dtype. Autocast is switched off: it would round the data term to half precision.
     """
+    channels, rows, columns = factors
+    known = [factor for factor in factors if factor is not None]
+    if not known:
+        return x
     with torch.autocast(x.device.type, enabled=False):
-        return torch.matmul(rows, torch.matmul(x.to(rows.dtype), columns.mT)).to(x.dtype)
+        result = x.to(known[0].dtype)
+        if columns is not None:
+            result = torch.matmul(result, columns.mT)
+        if rows is not None:
+            result = torch.matmul(rows, result)
+        if channels is not None:
+            result = torch.einsum("dc,bchw->bdhw", channels, result)
+        return result.to(x.dtype)
+
+
+def transposed(factors: Factors) -> Factors:
+    return tuple(None if factor is None else factor.mT for factor in factors)
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """Half precision images are measured in float32: a data term rounded to 8 bits is useless."""
+    return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
 
 
 def like(x: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ class SuperResolution(Operator):
     """
 
     name = "super_resolution"
+    has_reference = True
 
     def __init__(self, factor: int, *, method: str = "bicubic", noise=None, image_size=None, adjoint: str = "exact"):
         super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
@@ -39,19 +40,24 @@ class SuperResolution(Operator):
     def A(self, x: torch.Tensor) -> torch.Tensor:
         self._check_image(x)
         self._check_factor(*x.shape[2:])
-        return separable.apply(self._matrix(x.shape[2], x), self._matrix(x.shape[3], x), x)
+        return separable.apply(self._matrices(x.shape, x), x)
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        height, width = self.image_shape(y)[2:]
+        shape = self.image_shape(y)
         if self.adjoint == "reference":
             replicated = y.repeat_interleave(self.factor, dim=2).repeat_interleave(self.factor, dim=3)
-            return replicated[..., :height, :width]
-        return separable.apply(self._matrix(height, y).mT, self._matrix(width, y).mT, y)
+            return replicated[..., : shape[2], : shape[3]]
+        return separable.apply(separable.transposed(self._matrices(shape, y)), y)
 
     def A_dagger(self, y: torch.Tensor) -> torch.Tensor:
         """Closed form: the pseudo-inverse of a Kronecker product is the product of the pseudo-inverses."""
-        height, width = self.image_shape(y)[2:]
-        return separable.apply(self._pseudo_inverse(height, y), self._pseudo_inverse(width, y), y)
+        shape = self.image_shape(y)
+        return separable.apply((None, self._pseudo_inverse(shape[2], y), self._pseudo_inverse(shape[3], y)), y)
+
+    def factors(self, image_shape):
+        self._check_factor(*image_shape[1:])
+        rows, columns = (separable.downsampling_matrix(side, self.factor, self.method) for side in image_shape[1:])
+        return None, rows, columns
 
     def image_shape(self, y: torch.Tensor) -> tuple[int, ...]:
         validate.images(y, "the measurement")
@@ -72,11 +78,14 @@ class SuperResolution(Operator):
                 f"the factor {self.factor} is larger than the image ({height} x {width}); use a smaller factor."
             )
 
-    def _matrix(self, size: int, x: torch.Tensor) -> torch.Tensor:
-        def make():
-            return separable.downsampling_matrix(size, self.factor, self.method)
+    def _matrices(self, image_shape, x: torch.Tensor) -> separable.Factors:
+        def matrix(size):
+            def make():
+                return separable.downsampling_matrix(size, self.factor, self.method)
 
-        return self._buffer(("matrix", size), make, separable.like(x))
+            return self._buffer(("matrix", size), make, separable.like(x))
+
+        return None, matrix(image_shape[2]), matrix(image_shape[3])
 
     def _pseudo_inverse(self, size: int, y: torch.Tensor) -> torch.Tensor:
         def make():

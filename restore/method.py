@@ -10,11 +10,13 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from operators import RestoreError
-from operators.naming import check_known
+from operators.naming import check_known, nearest
 from restore import guidance as guidances
 from restore import samplers
 from restore.guidance import Guidance
 from restore.paths import configs_dir
+
+QUALITIES = ("fast", "balanced", "best")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def find(
     sampler: str | Callable | None = None,
     data: str | None = None,
     kind: str = "pixels",
+    quality: str | None = None,
 ) -> Method:
     """The first preset of configs/method that fits.
 
@@ -95,7 +98,12 @@ def find(
     A sampler without any preset file (a caller's own) has no settings but its own defaults.
     Raises RestoreError for an unknown sampler and where no preset fits.
     """
-    sampler = default_sampler(backbone, task, operator, kind) if sampler is None else sampler
+    if sampler is not None and quality is not None:
+        raise RestoreError(f"quality='{quality}' chooses the sampler; give either quality or sampler")
+    own = {}
+    if sampler is None:
+        own = default(backbone, task, operator, kind, quality or QUALITIES[1])
+        sampler = own["sampler"]
     name = samplers.name_of(sampler)
     samplers.find(sampler)
     entries = [entry for entry in _entries() if entry["sampler"] == name]
@@ -103,18 +111,20 @@ def find(
         fits = _matches(entry["backbone"], backbone) and any(_matches(entry["task"], n) for n in (task, operator))
         if fits and data in (None, entry.get("data", data)):
             wanted = {key: entry.get(key) for key in Method.__dataclass_fields__}
-            return Method.from_config({**wanted, "sampler": sampler})
+            return Method.from_config({**wanted, **own, "sampler": sampler})
     if entries:
         raise RestoreError(f"no preset of sampler {name} fits backbone {backbone} and task {task or operator}")
     return Method(sampler, source="no preset: the sampler's own defaults")
 
 
-def default_sampler(backbone: str, task: str | None, operator: str, kind: str) -> str:
-    """The sampler that is used where none is named."""
+def default(backbone: str, task: str | None, operator: str, kind: str, quality: str) -> dict[str, Any]:
+    """The sampler, and the steps and parameters where they differ from its preset's, when no sampler is named."""
+    if quality not in QUALITIES:
+        raise RestoreError(f"unknown quality '{quality}'; {nearest(quality, QUALITIES)}")
     for entry in _yaml("defaults")["defaults"]:
         fits = _matches(entry["backbone"], backbone) and any(_matches(entry["task"], n) for n in (task, operator))
-        if fits and _matches(entry["kind"], kind):
-            return entry["sampler"]
+        if fits and _matches(entry["kind"], kind) and _matches(entry.get("quality", "*"), quality):
+            return {key: entry[key] for key in ("sampler", "steps", "parameters") if key in entry}
     raise RestoreError(f"configs/method/defaults.yaml names no sampler for {backbone}")
 
 

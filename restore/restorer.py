@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 import operators
 from operators import RestoreError
@@ -19,42 +17,9 @@ from restore.backbones.sizes import Sized
 from restore.guidance import Guidance
 from restore.images import io
 from restore.method import Method
+from restore.restoration import Restoration, choose_device, explain_out_of_memory
 from restore.samplers.generate import generate
 from restore.samplers.noise import ImageNoise
-
-
-@dataclass
-class Restoration:
-    """The result of one call of a Restorer for B measurements and K samples each.
-
-    samples: (B, K, 3, H, W) in [-1, 1], clamped; sample k does not depend on K.
-    residual: ||y - A(x)||_2 of every sample, (B, K); residual_ratio: the same divided by
-        sigma_y sqrt(m), near 1 for a sample that explains y up to its noise; None when sigma_y is unknown.
-    nfe: network evaluations per sample, weak passes included. seconds: wall time of the call.
-    protocol: everything that determines the result, ready for JSON (see Restorer.protocol).
-    """
-
-    samples: torch.Tensor
-    residual: torch.Tensor
-    residual_ratio: torch.Tensor | None
-    nfe: int
-    seconds: float
-    protocol: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """The first sample of every measurement as PIL images."""
-        return [io.to_pil(x) for x in self.samples[:, 0]]
-
-    @property
-    def mean(self) -> torch.Tensor:
-        """Mean over the samples, (B, 3, H, W): the estimate of least squared error."""
-        return self.samples.mean(dim=1)
-
-    @property
-    def spread(self) -> torch.Tensor:
-        """Standard deviation over the samples per pixel, (B, 3, H, W); zero for a single sample."""
-        return self.samples.std(dim=1, correction=0)
 
 
 def load(
@@ -90,20 +55,6 @@ def load(
     return Restorer(backbone, found.name, overlap=overlap, max_windows=max_windows, checkpointing=checkpointing)
 
 
-def choose_device(device: str) -> torch.device:
-    """ "auto" or a torch device name. Raises RestoreError when this machine does not have it."""
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise RestoreError(f"device '{device}' is not available: {str(error).splitlines()[0]}") from None
-    return chosen
-
-
 class Restorer:
     """Restores measurements with a diffusion prior.
 
@@ -123,11 +74,25 @@ class Restorer:
         return Sized(self.backbone, height, width, **self.windows)
 
     def method(
-        self, operator: Any, *, task: str | None = None, sampler: Any = None, data: str | None = None, **changes: Any
+        self,
+        operator: Any,
+        *,
+        task: str | None = None,
+        sampler: Any = None,
+        data: str | None = None,
+        quality: str | None = None,
+        reference: bool = False,
+        parameters: Mapping[str, Any] | None = None,
+        **changes: Any,
     ) -> Method:
-        """The preset of (this backbone, task or operator, sampler), with `changes` as Method.changed takes them."""
+        """The preset of (this backbone, task or operator, sampler), with what a caller changes (Method.changed)."""
         name = getattr(operator, "name", type(operator).__name__)
-        return method.find(self.name, task, name, sampler, data, self.kind).changed(**changes)
+        found = method.find(self.name, task, name, sampler, data, self.kind, quality)
+        more = method.reference(found.sampler) if reference else {}
+        chosen = found.changed(parameters={**more, **(parameters or {})}, **changes)
+        if chosen.steps is None:
+            raise RestoreError(f"sampler {samplers.name_of(chosen.sampler)} has no preset here: give steps=N")
+        return chosen
 
     def default_layers(self) -> list[str]:
         """PAG's layers for this backbone: those of its first preset with PAG, else the middle block's."""
@@ -160,6 +125,7 @@ class Restorer:
         prompt: str | None = None,
         negative_prompt: str | None = None,
         data: str | None = None,
+        quality: str | None = None,
         reference: bool = False,
         callback: Callable[[dict], None] | None = None,
         **parameters: Any,
@@ -172,6 +138,7 @@ class Restorer:
         sampler (a name, "module:function" or a function), steps, guidance, parameters (zeta, ddim_eta, ...): what is
             not given comes from the preset of (backbone, task or operator, sampler); guidance=None is the plain
             sampler, task a name of configs/task.
+        quality: "fast", "balanced" or "best" in place of a sampler: each names one, with its steps.
         samples: posterior samples per measurement. seed, image_ids: noise is a function of (seed,
             image id, sample index); ids default to "0", "1", ...
         batch_size: samples computed together. With 1 (default) a result has the same bytes whatever
@@ -196,15 +163,19 @@ class Restorer:
             shape = operators.image_shape(operator, y)
             if shape[1] != 3:
                 raise RestoreError(f"the operator's images must be (B, 3, H, W), got {tuple(shape)}")
-            if reference:
-                found = method.find(self.name, task, getattr(operator, "name", ""), sampler, data, self.kind)
-                parameters = method.reference(found.sampler) | parameters
-                operator = operators.with_adjoint(operator, "reference")
             chosen = self.method(
-                operator, task=task, sampler=sampler, data=data, steps=steps, guidance=guidance, parameters=parameters
+                operator,
+                task=task,
+                sampler=sampler,
+                data=data,
+                quality=quality,
+                reference=reference,
+                steps=steps,
+                guidance=guidance,
+                parameters=parameters,
             )
-            if chosen.steps is None:
-                raise RestoreError(f"sampler {samplers.name_of(chosen.sampler)} has no preset here: give steps=N")
+            if reference:
+                operator = operators.with_adjoint(operator, "reference")
             prior = self.sized(*shape[-2:])
             condition = self._condition(condition, prompt, negative_prompt, prior)
             return self._restore(y, operator, prior, chosen, ids, samples, seed, batch_size, condition, callback)
@@ -359,18 +330,3 @@ def _watching(callback: Callable | None, used: dict, first: int, count: int, tot
             callback({**step, "first": first, "count": count, "total": total})
 
     return watch
-
-
-class explain_out_of_memory:
-    """Context manager that turns an allocation failure into a RestoreError naming what lowers the memory."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, traceback) -> None:
-        text = str(error)
-        failed = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if failed or (isinstance(error, RuntimeError) and "can't allocate memory" in text):
-            raise RestoreError(
-                "out of memory; use checkpointing=True, a smaller batch_size or max_windows, or precision='bf16'"
-            ) from error

@@ -3,50 +3,39 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import pickle
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from operators import RestoreError
+from operators.naming import check_known
 from restore.backbones import adm_weights
-from restore.backbones.base import AttentionLayer, Prediction
+from restore.backbones.base import PREDICTION_TYPES, AttentionLayer, Pixels, Prediction
 from restore.backbones.checkpointing import set_checkpointing
+from restore.backbones.schedule import Schedule
+from restore.backbones.weights import as_dtype, first_line, own_memory, read, read_json
 
 WEIGHTS, CONFIG, EXTRA = "diffusion_pytorch_model.safetensors", "config.json", "restore.json"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCHEDULER = "scheduler_config.json"
+# guided-diffusion's two schedules (Ho et al. 2020; Nichol & Dhariwal 2021, eq. 17) as diffusers describes them.
+SCHEDULES = {"linear": {"beta_schedule": "linear"}, "cosine": {"beta_schedule": "squaredcos_cap_v2"}}
+# Attention weights of diffusers before 0.15, as the DDPM checkpoints on the hub still have them.
+FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def noise_schedule(name: str = "linear", steps: int = 1000) -> torch.Tensor:
-    """alpha_bar of a training schedule, float64 (steps,).
-
-    linear: beta from 1e-4 to 0.02 (Ho et al. 2020), scaled by 1000/steps; cosine: Nichol & Dhariwal 2021, eq. 17.
-    """
-    if name == "linear":
-        betas = torch.linspace(0.1 / steps, 20.0 / steps, steps, dtype=torch.float64)
-    elif name == "cosine":
-        grid = torch.arange(steps + 1, dtype=torch.float64) / steps
-        f = torch.cos((grid + 0.008) / 1.008 * math.pi / 2) ** 2
-        betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-    else:
-        raise RestoreError(f"unknown noise schedule '{name}', expected 'linear' or 'cosine'")
-    return torch.cumprod(1 - betas, dim=0)
-
-
-class ADM:
+class ADM(Pixels):
     """A frozen UNet2DModel as a `Backbone` (see restore.backbones.base).
 
-    network: a UNet2DModel predicting eps, or eps and the learned-range v when it has twice as many output
-        channels as input channels.
-    schedule: training noise schedule, "linear" or "cosine".
+    network: a UNet2DModel; with twice as many output channels as input channels it predicts the learned-range
+        variance too.
+    schedule: the noise levels it was trained on, "linear", "cosine" or a diffusers scheduler's configuration.
+    prediction_type: "epsilon", "v_prediction" or "sample"; what the network outputs, in diffusers' words.
     null_class: index of the class that means "no class". guided-diffusion's class-conditional models have
         none, so null_condition is None; the one exception made unasked is a table of 1001 rows, read as
         ImageNet's 1000 classes and a null class 1000.
@@ -59,11 +48,14 @@ class ADM:
     checkpointing: keep only the blocks' inputs for backward and recompute the rest.
     """
 
+    encode_prompt = None
+
     def __init__(
         self,
         network: UNet2DModel,
         *,
-        schedule: str = "linear",
+        schedule: str | Mapping = "linear",
+        prediction_type: str = "epsilon",
         null_class: int | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
@@ -71,14 +63,19 @@ class ADM:
         checkpointing: bool = False,
     ):
         self.network = network.eval().requires_grad_(False).to(device=device)
-        self.dtype = _dtype(dtype)
+        self.dtype = as_dtype(dtype)
         if channels_last is None:
             channels_last = self.dtype != torch.float32 and self.device.type == "cuda"
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
         config = network.config
-        self.schedule = schedule
-        self.alphas_cumprod = noise_schedule(schedule)
+        if isinstance(schedule, str):
+            check_known([schedule], SCHEDULES, "unknown noise schedule")
+        check_known([prediction_type], PREDICTION_TYPES, "unknown prediction type")
+        self.trained_schedule, self.prediction_type = schedule, prediction_type
+        self.schedule = Schedule.from_config(SCHEDULES[schedule] if isinstance(schedule, str) else schedule)
+        if self.schedule.kind != "vp" or config.time_embedding_type != "positional":
+            raise RestoreError("the network is no DDPM: expected discrete, variance-preserving noise levels")
         self.channels = config.in_channels
         self.learned_variance = config.out_channels == 2 * config.in_channels
         if not self.learned_variance and config.out_channels != config.in_channels:
@@ -105,27 +102,27 @@ class ADM:
     def device(self) -> torch.device:
         return self.network.conv_in.weight.device
 
-    def predict(self, x_t: torch.Tensor, t: int, condition: torch.Tensor | int | None = None) -> Prediction:
-        """eps and v at x_t (B, C, H, W), both fp32 of that shape (v is None when the variance is not learned).
+    def predict(self, x_t: torch.Tensor, t: float, condition: torch.Tensor | int | None = None) -> Prediction:
+        """The prediction at x_t (B, C, H, W), fp32 of that shape (variance None when it is not learned).
 
-        t: index 0..999 of alphas_cumprod; a (B,) tensor gives every image its own. condition: class labels,
-        LongTensor (B,) or one for the whole batch; None only for an unconditional network or one with a null
-        class. Raises RestoreError for sizes not divisible by `multiple`, a bad t or missing or wrong labels.
+        t: 0..999, also between; a (B,) tensor gives every image its own. condition: class labels, LongTensor
+        (B,) or one for the whole batch; None only for an unconditional network or one with a null class.
+        Raises RestoreError for sizes not divisible by `multiple`, a bad t or missing or wrong labels.
         """
         if x_t.ndim != 4 or x_t.shape[1] != self.channels or any(side % self.multiple for side in x_t.shape[2:]):
             raise RestoreError(
                 f"x_t has shape {tuple(x_t.shape)}, expected (B, {self.channels}, H, W) with sides divisible by "
                 f"{self.multiple}"
             )
-        if isinstance(t, int) and not 0 <= t < len(self.alphas_cumprod):
-            raise RestoreError(f"t is {t}, expected 0 to {len(self.alphas_cumprod) - 1}")
+        alpha, sigma = self.schedule.levels(t, x_t)
+        # A tensor of floats: diffusers would truncate a number to an integer.
+        times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).reshape(-1)
         labels = self._labels(condition, len(x_t))
         low = self.dtype != torch.float32
         with torch.autocast(x_t.device.type, dtype=self.dtype) if low else nullcontext():
-            out = self.network(x_t, t, class_labels=labels, return_dict=False)[0].float()
-        if self.learned_variance:
-            return Prediction(*out.chunk(2, dim=1))
-        return Prediction(out)
+            out = self.network(x_t, times, class_labels=labels, return_dict=False)[0].float()
+        out, variance = out.chunk(2, dim=1) if self.learned_variance else (out, None)
+        return Prediction.of(PREDICTION_TYPES[self.prediction_type], out, x_t, alpha, sigma, variance)
 
     def _labels(self, condition, batch: int) -> torch.Tensor | None:
         if condition is None:
@@ -154,16 +151,18 @@ class ADM:
         head_channels: int | None = None,
         attention_order: str = "legacy",
         resolution: int | None = None,
-        schedule: str | None = None,
+        schedule: str | Mapping | None = None,
+        prediction_type: str | None = None,
         null_class: int | None = None,
         **options,
     ) -> ADM:
-        """A network from a guided-diffusion `.pt`/`.safetensors` file or a folder with a UNet2DModel.
+        """A network from a guided-diffusion `.pt`/`.safetensors` file, a folder with a UNet2DModel or a DDPMPipeline's.
 
         heads, head_channels, attention_order: what a guided-diffusion file does not tell (see
             adm_weights.head_counts; default 64 channels per head, "legacy" order); not for folders.
         resolution: trained side in pixels; default 8·2^(levels−1) for files (true of the published models).
-        schedule, null_class: default from the folder's restore.json, else "linear" and none.
+        schedule, prediction_type, null_class: default from the folder's scheduler_config.json or restore.json,
+            else "linear", "epsilon" and none.
         options: device, dtype, channels_last, checkpointing of the constructor.
         Weights of any stored precision load as fp32. Raises RestoreError for a missing, truncated or corrupt
         file, a pickle with code (never run), and weights that do not fit, with the first missing name.
@@ -172,14 +171,14 @@ class ADM:
         if source.is_dir():
             if heads is not None or head_channels is not None or attention_order != "legacy":
                 raise RestoreError(f"{source} is a converted model: its heads and attention order are already settled")
-            network, extra = _load_folder(source)
+            network, trained = _load_folder(source)
         else:
-            network, extra = _convert_file(source, heads, head_channels, attention_order), {}
+            network, trained = _convert_file(source, heads, head_channels, attention_order), {}
+        own_memory(network)
         if resolution is not None:
             network.register_to_config(sample_size=resolution)
-        schedule = schedule or extra.get("schedule", "linear")
-        null_class = extra.get("null_class") if null_class is None else null_class
-        return cls(network, schedule=schedule, null_class=null_class, **options)
+        given = {"schedule": schedule, "prediction_type": prediction_type, "null_class": null_class}
+        return cls(network, **trained | {key: value for key, value in given.items() if value is not None}, **options)
 
     def save(self, folder: str | Path, dtype: torch.dtype | str | None = None) -> None:
         """Write config.json, restore.json and safetensors weights (fp32, or `dtype`) that `load` reads back.
@@ -193,11 +192,12 @@ class ADM:
         extra = {
             "time_channels": self.network.time_embedding.linear_1.in_features,
             "heads": {str(channels): count for channels, count in sorted(heads.items())},
-            "schedule": self.schedule,
+            "schedule": self.trained_schedule,
+            "prediction_type": self.prediction_type,
             "null_class": self.null_class,
         }
         config = json.loads(self.network.to_json_string())
-        weights = {k: v.detach().cpu().to(_dtype(dtype)).contiguous() for k, v in self.network.state_dict().items()}
+        weights = {k: v.detach().cpu().to(as_dtype(dtype)).contiguous() for k, v in self.network.state_dict().items()}
         # Weights last: a folder whose writing was cut short has none under the final name.
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (folder / EXTRA).write_text(json.dumps(extra, indent=2) + "\n")
@@ -231,36 +231,8 @@ def attention_layers(network: UNet2DModel) -> dict[str, AttentionLayer]:
     return layers
 
 
-def _dtype(value: torch.dtype | str | None) -> torch.dtype:
-    dtype = DTYPES.get(value, value) if isinstance(value, str) else value or torch.float32
-    if dtype not in DTYPES.values():
-        raise RestoreError(f"dtype must be one of {', '.join(DTYPES)}, not {value}")
-    return dtype
-
-
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise RestoreError(f"there is no file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error) or "reduce" in str(error):
-            raise RestoreError(
-                f"{path} is refused: it is a pickle that asks to run code; expected a plain state dict of tensors"
-            ) from None
-        raise RestoreError(f"{path} is not a readable checkpoint: truncated, corrupt or of another format") from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError):
-        raise RestoreError(f"{path} is not a readable checkpoint: truncated, corrupt or of another format") from None
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise RestoreError(f"{path} holds no flat state dict of tensors, as guided-diffusion saves its models")
-    return state
-
-
 def _convert_file(path: Path, heads: int | None, head_channels: int | None, attention_order: str) -> UNet2DModel:
-    state = _read_weights(path)
+    state = _read_tensors(path)
     try:
         arch = adm_weights.infer_architecture({name: tuple(tensor.shape) for name, tensor in state.items()})
     except RestoreError as error:
@@ -273,21 +245,39 @@ def _convert_file(path: Path, heads: int | None, head_channels: int | None, atte
     return network
 
 
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    state = read(path)
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise RestoreError(f"{path} holds no flat state dict of tensors, as guided-diffusion saves its models")
+    return state
+
+
 def _load_folder(folder: Path) -> tuple[UNet2DModel, dict]:
-    extra = {}
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        if (folder / EXTRA).exists():
-            extra = json.loads((folder / EXTRA).read_text())
-    except FileNotFoundError:
-        raise RestoreError(f"{folder} is no model folder: it has no {CONFIG}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RestoreError(f"{folder} has a damaged {CONFIG} or {EXTRA}: {error}") from None
+    """The network, and what the folder says of its training (keyword arguments of ADM)."""
+    trained, index = {}, folder / "model_index.json"
+    if index.is_file():
+        parts = read_json(index)
+        if "UNet2DModel" not in (parts.get("unet") or []) or any(name in parts for name in ("vae", "vqvae")):
+            raise RestoreError(f"{folder} holds a {parts.get('_class_name')}, which is no diffusion model of pixels")
+    # Older pipelines on the hub keep the parts' files side by side.
+    for scheduler in (folder / "scheduler" / SCHEDULER, folder / SCHEDULER):
+        if scheduler.is_file() and not trained:
+            config = read_json(scheduler)
+            trained = {"schedule": config, "prediction_type": config.get("prediction_type", "epsilon")}
+    if index.is_file() and not trained:
+        raise RestoreError(f"{folder} has no {SCHEDULER}: the noise levels of its network are not known")
+    folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    if not (folder / CONFIG).is_file():
+        raise RestoreError(f"{folder} is no model folder: it has no {CONFIG}")
+    config, extra = read_json(folder / CONFIG), read_json(folder / EXTRA) if (folder / EXTRA).is_file() else {}
     if config.get("_class_name") != "UNet2DModel":
         raise RestoreError(f"{folder / CONFIG} describes a {config.get('_class_name')}, expected a UNet2DModel")
-    heads = {int(channels): count for channels, count in extra.get("heads", {}).items()}
-    network = adm_weights.build_network(config, extra.get("time_channels"), heads)
-    state = _read_weights(folder / WEIGHTS)
+    try:
+        heads = {int(channels): count for channels, count in extra.get("heads", {}).items()}
+        network = adm_weights.build_network(config, extra.get("time_channels"), heads)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise RestoreError(f"{folder / CONFIG} describes no network that can be built: {first_line(error)}") from None
+    state = {_present_name(name): tensor.float() for name, tensor in _read_tensors(folder / WEIGHTS).items()}
     targets = network.state_dict()
     missing = [name for name in targets if name not in state]
     unexpected = [name for name in state if name not in targets]
@@ -297,5 +287,11 @@ def _load_folder(folder: Path) -> tuple[UNet2DModel, dict]:
             f"the weights in {folder} do not fit its {CONFIG}: first missing {next(iter(missing), 'none')}, first "
             f"unexpected {next(iter(unexpected), 'none')}, first of another shape {next(iter(wrong), 'none')}"
         )
-    network.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True, assign=True)
-    return network, extra
+    network.load_state_dict(state, strict=True, assign=True)
+    return network, trained | {key: extra[key] for key in ("schedule", "prediction_type", "null_class") if key in extra}
+
+
+def _present_name(name: str) -> str:
+    stem, _, kind = name.rpartition(".")
+    path, _, layer = stem.rpartition(".")
+    return f"{path}.{FORMER_NAMES[layer]}.{kind}" if layer in FORMER_NAMES else name

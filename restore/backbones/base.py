@@ -20,6 +20,8 @@ CONVERSIONS = {
     "v": lambda out, x, a, s: ((a * out + s * x) / (a * a + s * s), (a * x - s * out) / (a * a + s * s)),
     "velocity": lambda out, x, a, s: ((x + a * out) / (a + s), (x - s * out) / (a + s)),
 }
+# diffusers' names for them, as in a scheduler_config.json.
+PREDICTION_TYPES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Prediction:
         kind: str,
         output: torch.Tensor,
         x_t: torch.Tensor,
-        alpha: float,
-        sigma: float,
+        alpha: float | torch.Tensor,
+        sigma: float | torch.Tensor,
         variance: torch.Tensor | None = None,
     ) -> Prediction:
         """From the output of a network that predicts `kind`: "eps", "x0", "v" or "velocity"."""

@@ -2,7 +2,7 @@
 
 Two passes over the same input that differ only inside some modules agree in everything computed before the
 first of those starts. `Trace` listens to one pass and finds the largest modules of that prefix; a `Tape` keeps
-their outputs during the strong pass and hands them out in the weak one, whose prefix is thus not computed
+their outputs during later strong passes and hands them out in the weak ones, whose prefix is thus not computed
 again. Nothing here knows an architecture, and nothing stays on the network outside the `with` blocks, so a
 backward that recomputes checkpointed blocks runs the true network.
 """
@@ -19,10 +19,13 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from operators import RestoreError
+from restore.backbones.replaced import replaced
 
 
 @dataclass
-class Call:
+class ModuleCall:
+    """One call of a module within a pass; start and end on a clock that ticks at every start and end."""
+
     module: nn.Module
     parent: int  # index of the enclosing call, -1 for the network itself
     start: int
@@ -31,67 +34,40 @@ class Call:
 
 @dataclass
 class Trace:
-    """The calls of one forward pass of `network`, in order of their start; passes: how often it was called."""
+    """The calls of one forward pass of `network`, in order of their start."""
 
     network: nn.Module
-    calls: list[Call] = field(default_factory=list)
-    passes: int = 0
+    calls: list[ModuleCall] = field(default_factory=list)
 
     @contextmanager
-    def listening(self, tapes: Iterable[Tape] = ()) -> Iterator[None]:
-        """Note the calls of the network's first pass within the block, and record it on `tapes`.
-
-        What a tape needs is not known before the pass is over, so every module's output is kept until an
-        enclosing module's replaces it. When the network is called several times (windows), or calls its modules
-        in a way that makes this too little, a tape stays empty this once.
-        """
-        tapes, stack, clock = list(tapes), [], 0
-        kept: dict[int, _Kept] = {}
-        waiting, snapshots = list(tapes), {}
+    def listening(self) -> Iterator[None]:
+        """Note the calls of the network's first pass within the block (it is called several times for windows)."""
+        stack, clock, passes = [], 0, 0
 
         def listen(module, forward):
             def run(*args, **kwargs):
-                nonlocal clock
-                self.passes += module is self.network
-                if self.passes > 1 or not (stack or module is self.network):
+                nonlocal clock, passes
+                passes += module is self.network
+                if passes > 1 or not (stack or module is self.network):
                     return forward(*args, **kwargs)
-                for tape in [tape for tape in waiting if module in tape.changed]:
-                    waiting.remove(tape)
-                    snapshots[tape] = dict(kept)
                 index = len(self.calls)
-                self.calls.append(Call(module, stack[-1] if stack else -1, clock))
+                self.calls.append(ModuleCall(module, stack[-1] if stack else -1, clock))
                 stack.append(index)
                 clock += 1
                 output = forward(*args, **kwargs)
                 stack.pop()
                 self.calls[index].end = clock
                 clock += 1
-                for inner in [number for number in kept if number > index or not waiting]:
-                    del kept[inner]
-                if waiting:
-                    kept[index] = _Kept(output)
                 return output
 
             return run
 
         try:
-            with _forwards_replaced(self.network.modules(), listen):
+            with replaced(self.network.modules(), listen):
                 yield
         except BaseException:
             self.calls.clear()
-            self.passes = 0
             raise
-        for tape in tapes:
-            tape.follow(self)
-            if self.passes == 1:
-                self._fill(tape, snapshots.get(tape, {}))
-
-    def _fill(self, tape: Tape, snapshot: dict[int, _Kept]) -> None:
-        for number, output in snapshot.items():
-            if self.calls[number].module in tape.queues:
-                tape.queues[self.calls[number].module].append(output)
-        if sum(map(len, tape.queues.values())) != sum(call.module in tape.queues for call in self.calls):
-            tape.clear()
 
     def prefix(self, changed: Iterable[nn.Module]) -> list[nn.Module]:
         """The largest modules that are finished before the first of `changed` starts.
@@ -114,7 +90,7 @@ class Trace:
                 outer[call.module] = None
         return [module for module in outer if module not in inner]
 
-    def _inside(self, call: Call, modules: set[nn.Module]) -> bool:
+    def _inside(self, call: ModuleCall, modules: set[nn.Module]) -> bool:
         while call.parent >= 0:
             call = self.calls[call.parent]
             if call.module in modules:
@@ -154,7 +130,7 @@ class Tape:
 
             return run
 
-        with _forwards_replaced(self.queues, record):
+        with replaced(self.queues, record):
             yield
 
     @contextmanager
@@ -173,7 +149,7 @@ class Tape:
             return run
 
         try:
-            with _forwards_replaced(self.queues, replay):
+            with replaced(self.queues, replay):
                 yield
             if self.recorded:
                 raise RuntimeError("the second pass called fewer modules than were recorded in the first")
@@ -213,20 +189,3 @@ class _Kept:
                 "use estimator(..., share_prefix=False)"
             )
         return self.value
-
-
-@contextmanager
-def _forwards_replaced(modules: Iterable[nn.Module], make) -> Iterator[None]:
-    """Give each module make(module, its forward) as forward for the duration of the block."""
-    originals = []
-    try:
-        for module in modules:
-            originals.append((module, module.__dict__.get("forward")))
-            module.forward = make(module, module.forward)
-        yield
-    finally:
-        for module, own in reversed(originals):
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own

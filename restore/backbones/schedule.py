@@ -71,10 +71,21 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
-        """The schedule a diffusers scheduler_config.json describes, its betas computed by diffusers itself.
+        """The schedule a diffusers scheduler_config.json describes.
 
-        Raises RestoreError for an unknown beta schedule and for zero terminal SNR.
+        Linear, scaled linear and cosine (Nichol & Dhariwal 2021, eq. 17) betas are computed in float64, others by
+        diffusers itself. {} is the linear schedule of Ho et al. 2020. Raises RestoreError for schedulers and beta
+        schedules that are not known, and for zero terminal SNR.
         """
+        try:
+            return cls._from_config(config)
+        except RestoreError:
+            raise
+        except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+            raise RestoreError(f"the scheduler's configuration does not describe noise levels: {error}") from None
+
+    @classmethod
+    def _from_config(cls, config: Mapping[str, Any]) -> Schedule:
         from diffusers import DDPMScheduler
 
         name = str(config.get("_class_name", ""))
@@ -82,19 +93,21 @@ class Schedule:
             return cls.flow(int(config.get("num_train_timesteps", 1000)), float(config.get("shift", 1.0)))
         if name.startswith("EDM"):
             return cls.edm(float(config.get("sigma_min", 0.002)), float(config.get("sigma_max", 80.0)))
-        steps, kind = int(config.get("num_train_timesteps", 1000)), config.get("beta_schedule", "linear")
-        start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
-        plain = config.get("trained_betas") is None and not config.get("rescale_betas_zero_snr")
-        if plain and kind in ("linear", "scaled_linear"):  # in float64, where diffusers' own tables are float32
-            power = 1 if kind == "linear" else 2
+        given, steps = config.get("trained_betas") is not None, int(config.get("num_train_timesteps", 1000))
+        if name and not given and "beta_schedule" not in config:
+            raise RestoreError(f"the noise levels of a {name} are not known; expected a scheduler with betas")
+        kind = None if given or config.get("rescale_betas_zero_snr") else config.get("beta_schedule", "linear")
+        if kind in ("linear", "scaled_linear"):
+            power, start, end = 1 + (kind != "linear"), config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
             betas = torch.linspace(start ** (1 / power), end ** (1 / power), steps, dtype=torch.float64) ** power
+        elif kind == "squaredcos_cap_v2":
+            grid = torch.arange(steps + 1, dtype=torch.float64) / steps
+            f = torch.cos((grid + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
         else:
             known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
             options = {key: config[key] for key in (*known, "rescale_betas_zero_snr") if key in config}
-            try:
-                betas = DDPMScheduler(**options).betas.double()
-            except (NotImplementedError, TypeError, ValueError) as error:
-                raise RestoreError(f"the scheduler's beta schedule is not supported: {error}") from None
+            betas = DDPMScheduler(**options).betas.double()
         return cls.vp(torch.cumprod(1 - betas, dim=0))
 
     def __len__(self) -> int:
@@ -133,6 +146,13 @@ class Schedule:
     def sigma(self, t: float) -> float:
         """The noise's standard deviation at t."""
         return self._pair(t)[1]
+
+    def levels(self, t: float | torch.Tensor, like: torch.Tensor) -> tuple[Any, Any]:
+        """(alpha, sigma) at t: floats, or tensors (B, 1, 1, 1) in the dtype of `like` for times (B,) of its images."""
+        if not isinstance(t, torch.Tensor) or t.numel() == 1:
+            return self._pair(float(t))
+        pairs = [self._pair(s) for s in t.tolist()]
+        return tuple(torch.tensor(column).to(like).view(-1, 1, 1, 1) for column in zip(*pairs, strict=True))
 
     def _pair(self, t: float) -> tuple[float, float]:
         if self.kind == "vp":

@@ -13,17 +13,20 @@ import torch
 from torch import nn
 
 from operators import RestoreError
-from restore.backbones.base import AttentionLayer, Prediction
+from operators.naming import check_known
+from restore.backbones.base import PREDICTION_TYPES, AttentionLayer, Prediction
 from restore.backbones.checkpointing import set_checkpointing
+from restore.backbones.schedule import Schedule
+from restore.backbones.weights import as_dtype
 
 
 class StableDiffusion:
     """A latent diffusion model with its autoencoder and the embedding of the empty prompt.
 
-    unet: UNet2DConditionModel. vae: AutoencoderKL. alphas_cumprod: alpha_bar, (T,).
+    unet: UNet2DConditionModel. vae: AutoencoderKL. schedule: the noise levels.
     null_condition: (1, tokens, width), what the text encoder makes of the empty prompt.
-    prediction_type: "epsilon" or "v_prediction" (Salimans & Ho 2022); `predict` returns eps either way.
-    encode_prompt: text -> (1, tokens, width), or None when the text encoder was not kept.
+    prediction_type: "epsilon", "v_prediction" (Salimans & Ho 2022) or "sample".
+    encode_prompt: text -> (1, tokens, width); None without a text encoder.
 
     x is a scaled latent (B, 4, h, w); `resolution`, `multiple` are in latent cells, of `downscale` pixels.
     Raises RestoreError when the parts do not belong together.
@@ -33,7 +36,7 @@ class StableDiffusion:
         self,
         unet: nn.Module,
         vae: nn.Module,
-        alphas_cumprod: torch.Tensor,
+        schedule: Schedule,
         null_condition: torch.Tensor,
         *,
         prediction_type: str = "epsilon",
@@ -45,7 +48,7 @@ class StableDiffusion:
         require_compatible(unet, vae, null_condition, prediction_type)
         self.network = unet.eval().requires_grad_(False)
         self.vae = vae.eval().requires_grad_(False)
-        self.alphas_cumprod = alphas_cumprod.double().cpu()
+        self.schedule = schedule
         self.null_condition = null_condition.detach()
         self.prediction_type = prediction_type
         self.encode_prompt = encode_prompt
@@ -75,7 +78,6 @@ class StableDiffusion:
         config: str | Path | None = None,
         revision: str | None = None,
         offline: bool = False,
-        keep_text_encoder: bool = False,
         vae_slicing: bool = False,
         vae_tiling: bool = False,
         checkpointing: bool = False,
@@ -87,26 +89,25 @@ class StableDiffusion:
             decoder's activations overflow float16.
         config: for a single file, the diffusers folder or hub id of the same architecture.
         offline: use only what is on this machine. revision: commit or branch of a hub id.
-        keep_text_encoder: keep it (on the CPU) for `encode_prompt`; else only the empty prompt's embedding.
         vae_slicing, vae_tiling: decode one image, one tile at a time. checkpointing: recompute
             activations in the backward pass, for about half the memory and a third more time.
-        Raises RestoreError for anything that is not a complete model of this family.
+        The text encoder is kept no longer than the empty prompt takes; `encode_prompt` reads it again (and keeps
+        it, on the CPU). Raises RestoreError for anything that is not a complete model of this family.
         """
         from restore.backbones import stable_diffusion_files as files
 
-        dtype = files.as_dtype(dtype)
+        dtype = as_dtype(dtype)
         if vae_dtype is None:
             vae_dtype = torch.float32 if dtype == torch.float16 else dtype
         parts = files.read(source, config=config, revision=revision, offline=offline)
-        encode_prompt = files.prompt_encoder(parts)
         return cls(
             # Module.to, because diffusers' own warns about modules to keep in float32 even where there are none.
             nn.Module.to(parts["unet"], device, dtype),
-            nn.Module.to(parts["vae"], device, files.as_dtype(vae_dtype)),
-            files.alphas_cumprod(parts["scheduler"]),
-            encode_prompt("").to(device),
+            nn.Module.to(parts["vae"], device, as_dtype(vae_dtype)),
+            Schedule.from_config(parts["scheduler"]),
+            files.embed("", parts["tokenizer"], parts["text_encoder"]).to(device),
             prediction_type=parts["scheduler"].get("prediction_type", "epsilon"),
-            encode_prompt=encode_prompt if keep_text_encoder else None,
+            encode_prompt=files.prompt_encoder(source, config=config, revision=revision, offline=offline),
             vae_slicing=vae_slicing,
             vae_tiling=vae_tiling,
             checkpointing=checkpointing,
@@ -123,22 +124,25 @@ class StableDiffusion:
         self.null_condition = self.null_condition.to(device)
         return self
 
-    def predict(self, x_t: torch.Tensor, t: int, condition: torch.Tensor | None = None) -> Prediction:
-        """eps for a latent x_t (B, 4, h, w), in the dtype of x_t.
+    def predict(self, x_t: torch.Tensor, t: float, condition: torch.Tensor | None = None) -> Prediction:
+        """The prediction for a latent x_t (B, 4, h, w), in the dtype of x_t.
 
-        condition: prompt embedding (1 or B, tokens, width); None is the empty prompt.
+        t: 0..T−1, also between; a (B,) tensor gives every latent its own. condition: prompt embedding (1 or B,
+        tokens, width); None is the empty prompt. Raises RestoreError for another condition and a t outside.
         """
         dtype = self.network.dtype
         text = self.null_condition if condition is None else condition
+        if not isinstance(text, torch.Tensor) or text.ndim != 3 or len(text) not in (1, len(x_t)):
+            raise RestoreError(
+                f"condition must be a prompt's embedding (1 or {len(x_t)}, tokens, width), as encode_prompt makes it"
+            )
+        alpha, sigma = self.schedule.levels(t, x_t)
+        times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).reshape(-1)
         text = text.to(x_t.device, dtype).expand(len(x_t), -1, -1)
         x = ScaledGradient.apply(x_t, 1 / HALF_SCALE) if dtype == torch.float16 else x_t
-        out = self.network(x.to(dtype), t, encoder_hidden_states=text, return_dict=False)[0].to(x_t.dtype)
+        out = self.network(x.to(dtype), times, encoder_hidden_states=text, return_dict=False)[0].to(x_t.dtype)
         out = ScaledGradient.apply(out, HALF_SCALE) if dtype == torch.float16 else out
-        if self.prediction_type == "v_prediction":
-            # v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, solved for eps.
-            alpha_bar = float(self.alphas_cumprod[t])
-            out = alpha_bar**0.5 * out + (1 - alpha_bar) ** 0.5 * x_t
-        return Prediction(out)
+        return Prediction.of(PREDICTION_TYPES[self.prediction_type], out, x_t, alpha, sigma)
 
     def encode(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Scaled latent (B, 4, H/downscale, W/downscale) of `image` (B, 3, H, W) in [-1, 1], differentiable.
@@ -256,10 +260,7 @@ def require_compatible(unet: nn.Module, vae: nn.Module, null_condition: torch.Te
             f"the text encoder's embeddings are {width} wide but the U-Net attends to {config.cross_attention_dim}: "
             "they belong to different models; take both from the same one"
         )
-    if prediction_type not in ("epsilon", "v_prediction"):
-        raise RestoreError(
-            f"prediction type {prediction_type!r} of the scheduler is not supported; expected epsilon or v_prediction"
-        )
+    check_known([prediction_type], PREDICTION_TYPES, "unknown prediction type")
 
 
 def _first(value):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from operators import RestoreError
+from restore.backbones import weights
+from restore.backbones.weights import first_line, own_memory, read_json
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 # Full-precision safetensors only: repositories also hold .bin pickles, fp16 copies and safety checkers.
@@ -26,21 +26,15 @@ HUB_FILES = [
     "vae/diffusion_pytorch_model.safetensors",
 ]
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def as_dtype(value: torch.dtype | str) -> torch.dtype:
-    """A floating-point dtype or its short name. Raises RestoreError for any other."""
-    dtype = DTYPES.get(value, value)
-    if dtype not in DTYPES.values():
-        raise RestoreError(f"precision {value!r} is not known; expected one of {', '.join(DTYPES)}")
-    return dtype
-
-
-def read(source: str | Path, *, config=None, revision: str | None = None, offline: bool = False) -> dict:
+def read(
+    source: str | Path, *, config=None, revision: str | None = None, offline: bool = False, text_only: bool = False
+) -> dict:
     """Parts of the model in float32 on the CPU: unet, vae, text_encoder, tokenizer; scheduler as its config.
 
-    Arguments as in `StableDiffusion.load`. Raises RestoreError with what is wrong and what to do.
+    Arguments as in `StableDiffusion.load`; text_only: only text_encoder and tokenizer.
+    Raises RestoreError with what is wrong and what to do.
     """
     path = Path(source).expanduser()
     name = str(source)
@@ -49,7 +43,9 @@ def read(source: str | Path, *, config=None, revision: str | None = None, offlin
             raise RestoreError(f"{source} does not exist; expected a diffusers folder, a checkpoint file or a hub id")
         path = download(name, revision=revision, offline=offline)
     with no_progress_bars():
-        return read_folder(path) if path.is_dir() else read_single_file(path, config=config, offline=offline)
+        if path.is_dir():
+            return read_folder(path, text_only)
+        return read_single_file(path, config=config, offline=offline, text_only=text_only)
 
 
 @contextmanager
@@ -78,30 +74,29 @@ def download(name: str, *, revision: str | None = None, offline: bool = False, f
         )
     except (OSError, ValueError) as error:
         # Not found, gated, no network, or offline and not cached: the client's own errors are several lines.
-        hint = "it is not in the local cache; run once without --offline" if offline else _first_line(error)
+        hint = "it is not in the local cache; load it once with offline=False" if offline else first_line(error)
         raise RestoreError(f"the model {name} could not be read from the Hugging Face hub: {hint}") from error
 
 
-def read_folder(folder: Path) -> dict:
+def read_folder(folder: Path, text_only: bool = False) -> dict:
     """Parts from a folder written by diffusers' `save_pretrained`. Raises RestoreError."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
     require_complete(folder)
-    parts = {
-        "unet": _weights(UNet2DConditionModel, folder, "unet"),
-        "vae": _weights(AutoencoderKL, folder, "vae"),
-        "text_encoder": _weights(CLIPTextModel, folder, "text_encoder"),
-        "scheduler": _json(folder / "scheduler" / "scheduler_config.json"),
-    }
+    parts = {"text_encoder": _weights(CLIPTextModel, folder, "text_encoder")}
     try:
         parts["tokenizer"] = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
-        raise RestoreError(f"the tokenizer in {folder} cannot be read: {_first_line(error)}") from error
+        raise RestoreError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
+    if not text_only:
+        parts["unet"] = _weights(UNet2DConditionModel, folder, "unet")
+        parts["vae"] = _weights(AutoencoderKL, folder, "vae")
+        parts["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
     return parts
 
 
-def read_single_file(path: Path, *, config=None, offline: bool = False) -> dict:
+def read_single_file(path: Path, *, config=None, offline: bool = False, text_only: bool = False) -> dict:
     """Parts from one file in the original layout, with diffusers' `from_single_file`.
 
     config: diffusers folder or hub id of the same architecture; None lets diffusers recognise it, which
@@ -111,73 +106,64 @@ def read_single_file(path: Path, *, config=None, offline: bool = False) -> dict:
 
     if path.suffix not in SINGLE_FILES:
         raise RestoreError(f"{path} is no checkpoint; expected one of {', '.join(SINGLE_FILES)} or a diffusers folder")
-    if path.suffix != ".safetensors":
-        require_plain_tensors(path)
+    require_checkpoint(path)
     if config is not None:
         folder = Path(config).expanduser()
         config = str(
             folder if folder.is_dir() else download(str(config), offline=offline, files=["*.json", "tokenizer/*"])
         )
+    skipped = {"unet": None, "vae": None} if text_only else {}
     try:
         pipe = StableDiffusionPipeline.from_single_file(
-            str(path), config=config, local_files_only=offline or config is not None, safety_checker=None
+            str(path), config=config, local_files_only=offline or config is not None, safety_checker=None, **skipped
         )
     except Exception as error:  # a foreign file fails anywhere in diffusers' conversion, with errors of any kind
         raise RestoreError(
-            f"{path} could not be read as a Stable Diffusion checkpoint ({_first_line(error)}); if it is one, name the "
+            f"{path} could not be read as a Stable Diffusion checkpoint ({first_line(error)}); if it is one, name the "
             "diffusers folder or hub id of its architecture with config="
         ) from error
-    parts = {name: getattr(pipe, name, None) for name in PARTS}
+    parts = {name: getattr(pipe, name, None) for name in PARTS if name not in skipped}
     missing = [name for name, part in parts.items() if part is None]
     if missing:
         raise RestoreError(f"{path} has no {', '.join(missing)}; expected a complete Stable Diffusion checkpoint")
     parts["scheduler"] = dict(pipe.scheduler.config)
-    return {name: part.float() if isinstance(part, torch.nn.Module) else part for name, part in parts.items()}
+    return {k: own_memory(part.float().eval()) if isinstance(part, torch.nn.Module) else part for k, part in parts.items()}
 
 
-def require_plain_tensors(path: Path) -> None:
-    """Refuse a pickle that would run code when it is opened. Raises RestoreError."""
-    try:
-        torch.load(path, map_location="meta", weights_only=True)
-    except pickle.UnpicklingError as error:
+def require_checkpoint(path: Path) -> None:
+    """Refuse a file that is no Stable Diffusion checkpoint in the original layout. Raises RestoreError."""
+    state = weights.read(path, "meta")
+    state = state.get("state_dict", state) if isinstance(state, Mapping) else {}
+    if not any(str(name).startswith("model.diffusion_model.") for name in state):
         raise RestoreError(
-            f"{path} is a pickle that holds more than tensors and could run code, so it is not opened; "
-            "use the .safetensors version of this checkpoint"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise RestoreError(f"{path} is damaged or no PyTorch checkpoint: {_first_line(error)}") from error
+            f"{path} could not be read as a Stable Diffusion checkpoint: it has no 'model.diffusion_model.' weights"
+        )
 
 
-def prompt_encoder(parts: dict) -> Callable[[str], torch.Tensor]:
-    """text -> embedding (1, tokens, width) in float32, as in diffusers' pipelines (last hidden state)."""
-    tokenizer, text_encoder = parts["tokenizer"], parts["text_encoder"].float().eval().requires_grad_(False)
+@torch.no_grad()
+def embed(text: str, tokenizer, text_encoder) -> torch.Tensor:
+    """Embedding (1, tokens, width) of a prompt in float32, as in diffusers' pipelines (last hidden state).
 
-    @torch.no_grad()
+    What exceeds the encoder's number of tokens (77) is cut off. Raises RestoreError when text is no string.
+    """
+    if not isinstance(text, str):
+        raise RestoreError(f"a prompt is a text, not a {type(text).__name__}")
+    length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+    tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    use_mask = getattr(text_encoder.config, "use_attention_mask", False)
+    return text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask if use_mask else None)[0]
+
+
+def prompt_encoder(source: str | Path, **where) -> Callable[[str], torch.Tensor]:
+    """text -> embedding (see `embed`) with the text encoder of `source`, read at the first call and kept."""
+    kept: dict = {}
+
     def encode(text: str) -> torch.Tensor:
-        length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
-        tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        use_mask = getattr(text_encoder.config, "use_attention_mask", False)
-        return text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask if use_mask else None)[0]
+        if not kept:
+            kept.update(read(source, text_only=True, **where))
+        return embed(text, kept["tokenizer"], kept["text_encoder"])
 
     return encode
-
-
-def alphas_cumprod(config: dict) -> torch.Tensor:
-    """alpha_bar (T,) in float64 from a diffusers scheduler configuration. Raises RestoreError."""
-    T = int(config.get("num_train_timesteps", 1000))
-    start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
-    schedule = config.get("beta_schedule", "linear")
-    if config.get("rescale_betas_zero_snr"):
-        raise RestoreError("schedules rescaled to zero terminal SNR are not supported: x0_hat is undefined at t = T")
-    if config.get("trained_betas") is not None:
-        betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
-    elif schedule == "scaled_linear":
-        betas = torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
-    elif schedule == "linear":
-        betas = torch.linspace(start, end, T, dtype=torch.float64)
-    else:
-        raise RestoreError(f"beta schedule {schedule!r} is not supported; expected scaled_linear or linear")
-    return torch.cumprod(1 - betas, dim=0)
 
 
 def require_complete(folder: Path) -> None:
@@ -187,7 +173,7 @@ def require_complete(folder: Path) -> None:
             f"{folder} is no diffusers model (it has no model_index.json); expected a folder as written by diffusers' "
             "save_pretrained, with unet, vae, text_encoder, tokenizer and scheduler"
         )
-    index = _json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     network = (index.get("unet") or [None, None])[1]
     if network != "UNet2DConditionModel":
         raise RestoreError(
@@ -213,22 +199,11 @@ def _weights(cls, folder: Path, part: str):
             folder, subfolder=part, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise RestoreError(f"the {part} in {folder} cannot be loaded: {_first_line(error)}") from error
+        raise RestoreError(f"the {part} in {folder} cannot be loaded: {first_line(error)}") from error
     bad = [k for k in info["missing_keys"] if "position_ids" not in k] + [str(k) for k in info["mismatched_keys"]]
     if bad:
         raise RestoreError(
             f"the {part} in {folder} does not fit its configuration: {len(bad)} weights are missing or of another "
             f"shape, first {sorted(bad)[0]}"
         )
-    return model.float()
-
-
-def _json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RestoreError(f"{path} cannot be read as JSON: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return own_memory(model.float().eval().requires_grad_(False))

@@ -1,7 +1,30 @@
-"""The score estimate: weak branches, and how strong and weak predictions are combined."""
+"""The score estimate: weak branch x scale(t) x combination."""
 
-from restore.guidance.base import CFG, PAG, Estimate, Guidance, estimator
+from restore.guidance.base import SCHEDULES, Estimate, Guidance, Term, estimator
+from restore.guidance.branches import BRANCHES, CFG, PAG, NullCondition, PerturbedAttention
+from restore.guidance.combine import APG, COMBINATIONS, Rescale
+from restore.guidance.config import build, chosen, describe
 from restore.guidance.layers import resolve
-from restore.guidance.targets import TARGETS
+from restore.guidance.targets import TARGETS, AttentionRecord
 
-__all__ = ["CFG", "PAG", "TARGETS", "Estimate", "Guidance", "estimator", "resolve"]
+__all__ = [
+    "APG",
+    "BRANCHES",
+    "CFG",
+    "COMBINATIONS",
+    "PAG",
+    "SCHEDULES",
+    "TARGETS",
+    "AttentionRecord",
+    "Estimate",
+    "Guidance",
+    "NullCondition",
+    "PerturbedAttention",
+    "Rescale",
+    "Term",
+    "build",
+    "chosen",
+    "describe",
+    "estimator",
+    "resolve",
+]

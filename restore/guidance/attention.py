@@ -1,116 +1,211 @@
-"""Spoils the attention of chosen layers for the duration of a `with` block, in any architecture.
+"""Changes or watches what chosen layers attend to for the duration of a `with` block, in any architecture.
 
-The module's own processor runs unchanged; only what `scaled_dot_product_attention` returns inside it is
-replaced. Norms, residuals, rotary embeddings and text streams stay the processor's business.
+The module runs unchanged, with its own processor; only what `scaled_dot_product_attention` returns inside it is
+replaced. Norms, residuals, rotary embeddings and text streams stay the processor's business. All of it concerns
+the calling thread alone.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from operators import RestoreError
 from restore.backbones.base import AttentionLayer
-from restore.guidance.targets import Draw, Target
+from restore.backbones.replaced import replaced
+from restore.guidance.targets import AttentionRecord, Draw, Target
+
+SCOPES = ("joint", "image")
+# Joint attention has image and text tokens in one sequence: whether its processor puts the image first.
+IMAGE_FIRST = {"JointAttnProcessor2_0": True, "FluxAttnProcessor": False}
 
 
 @dataclass(frozen=True)
-class Spoiled:
-    """One layer to spoil: which heads (None: all), by what target and how strongly (u of 0..1)."""
+class Perturbed:
+    """One layer to perturb: which heads (None: all), by what target and how strongly (u of 0..1).
+
+    scope: in joint attention "joint" is the map of all tokens; "image" that of the image tokens among themselves:
+    their outputs change, the text's do not.
+    """
 
     layer: AttentionLayer
     target: Target
     strength: float = 1.0
     heads: tuple[int, ...] | None = None
+    scope: str = "joint"
 
 
 @contextmanager
-def perturbed(spoiled: Sequence[Spoiled], draw: Draw) -> Iterator[None]:
+def perturbed(items: Sequence[Perturbed], draw: Draw | None, network: nn.Module | None = None) -> Iterator[set[str]]:
     """Within the block the given layers attend with the map (1 − u) A + u A' on the chosen heads.
 
-    draw(kind, shape) supplies the random targets' noise, in order of execution. The processors found on
-    entry are put back on leaving, whatever happened. Enter it around the weak pass alone: checkpointed
-    blocks recomputed by a later backward then see the true attention.
+    draw(kind, shape) supplies the random targets' noise, in order of execution. network: where the layers are; it
+    tells the grid of tokens. Enter it around the weak pass alone. Gives the paths of the layers that ran.
     """
-    originals = []
-    try:
-        for item in spoiled:
-            module = item.layer.module
-            originals.append((module, module.processor))
-            module.set_processor(_Processor(module.processor, item, draw))
+    ran: set[str] = set()
+
+    def attend(item: Perturbed):
+        def change(record: AttentionRecord, true: Callable[[], torch.Tensor]) -> torch.Tensor:
+            ran.add(item.layer.path)
+            return _mixed(item, replace(record, draw=draw), true)
+
+        return change
+
+    with _attending([item.layer for item in items], [attend(item) for item in items], network):
+        yield ran
+
+
+@contextmanager
+def observed(
+    layers: Sequence[AttentionLayer],
+    see: Callable[[AttentionLayer, AttentionRecord], None],
+    network: nn.Module | None = None,
+) -> Iterator[None]:
+    """Within the block see(layer, record) is called, without gradients, whenever one of the layers attends."""
+
+    def attend(layer: AttentionLayer):
+        def look(record: AttentionRecord, true: Callable[[], torch.Tensor]) -> torch.Tensor:
+            with torch.no_grad():
+                see(layer, replace(record, q=record.q.detach(), k=record.k.detach(), v=record.v.detach()))
+            return true()
+
+        return look
+
+    with _attending(layers, [attend(layer) for layer in layers], network):
         yield
-    finally:
-        for module, processor in reversed(originals):
-            module.set_processor(processor)
 
 
-class _Processor:
-    """Calls the base processor with attention intercepted."""
+@contextmanager
+def _attending(layers: Sequence[AttentionLayer], attends: Sequence[Callable], network: nn.Module | None):
+    """Each layer's attention is attends[i](record, true), where true() computes it as the network would."""
+    around = {} if network is None else {layer.module: _around(network, layer.module) for layer in layers}
+    sides: dict[nn.Module, tuple[int, int]] = {}  # of the feature map that each module around a layer last got
 
-    def __init__(self, base, item: Spoiled, draw: Draw):
-        self.base, self.item, self.draw = base, item, draw
+    def note(module, forward):
+        def run(*args, **kwargs):
+            maps = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim == 4]
+            sides[module] = tuple(maps[0].shape[-2:]) if maps else sides.pop(module, None)
+            return forward(*args, **kwargs)
 
-        # diffusers reads the signature of `processor.__call__` and drops the keyword arguments it does not name.
-        def call(*args, **kwargs):
-            return self(*args, **kwargs)
+        return run
 
-        call.__signature__ = inspect.signature(base.__call__)
-        self.__call__ = call
+    def intercept(layer, attend):
+        def make(module, forward):
+            def run(*args, **kwargs):
+                given = dict(zip(("hidden_states", "encoder_hidden_states"), args, strict=False)) | kwargs
+                hidden, text = given.get("hidden_states"), given.get("encoder_hidden_states")
+                if hidden is not None and hidden.ndim == 4:
+                    side = tuple(hidden.shape[-2:])
+                else:
+                    side = next((sides[m] for m in around.get(module, ()) if sides.get(m)), None)
+                with _Intercept(layer, attend, side, hidden, text) as mode:
+                    out = forward(*args, **kwargs)
+                if not mode.calls:
+                    raise RestoreError(
+                        f"the processor {type(module.processor).__name__} of {layer.path} does not use "
+                        "scaled_dot_product_attention, so its attention cannot be perturbed or observed; use diffusers' "
+                        "default processor (network.set_default_attn_processor(), no attention slicing)"
+                    )
+                return out
 
-    def __call__(self, *args, **kwargs):
-        with _Intercept(self.item, self.draw) as intercept:
-            out = self.base(*args, **kwargs)
-        if not intercept.calls:
-            raise RestoreError(
-                f"the processor {type(self.base).__name__} of {self.item.layer.path} does not use "
-                "scaled_dot_product_attention, so its attention cannot be perturbed; use diffusers' default processor "
-                "(network.set_default_attn_processor(), no attention slicing)"
-            )
-        return out
+            return run
+
+        return make
+
+    with ExitStack() as stack:
+        stack.enter_context(replaced(dict.fromkeys(m for outer in around.values() for m in outer), note))
+        for layer, attend in zip(layers, attends, strict=True):
+            stack.enter_context(replaced([layer.module], intercept(layer, attend)))
+        yield
+
+
+def _around(network: nn.Module, module: nn.Module) -> list[nn.Module]:
+    """The modules that enclose `module`, the innermost first."""
+    path = next((name for name, found in network.named_modules() if found is module), "")
+    parts = path.split(".") if path else []
+    return [network.get_submodule(".".join(parts[:n])) for n in reversed(range(len(parts)))]
 
 
 class _Intercept(TorchFunctionMode):
     """Replaces the result of scaled_dot_product_attention, in this thread only."""
 
-    def __init__(self, item: Spoiled, draw: Draw):
+    def __init__(self, layer, attend, side, hidden, text):
         super().__init__()
-        self.item, self.draw, self.calls = item, draw, 0
+        self.layer, self.attend, self.side, self.hidden, self.text, self.calls = layer, attend, side, hidden, text, 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         self.calls += 1
-        return _attend(self.item, self.draw, args, kwargs)
+        q, k, v, mask, scale = _arguments(*args, **kwargs)
+        if k.shape[1] != q.shape[1]:
+            raise RestoreError(f"{self.layer.path} shares keys between heads (grouped queries), which is not supported")
+        image = self._image(q.shape[-2])
+        tokens = q.shape[-2] if image is None else image.stop - image.start
+        record = AttentionRecord(q, k, v, mask, scale, None, _grid(self.side, tokens), image)
+        return self.attend(record, lambda: F.scaled_dot_product_attention(*args, **kwargs))
+
+    def _image(self, tokens: int) -> slice | None:
+        if self.text is None or self.hidden is None or self.hidden.ndim != 3:
+            return None
+        image, text = self.hidden.shape[1], self.text.shape[1]
+        name = type(self.layer.module.processor).__name__
+        if image + text != tokens:
+            return None
+        if name not in IMAGE_FIRST:
+            raise RestoreError(
+                f"{self.layer.path} attends to image and text jointly in a way that is not known ({name}); known: "
+                f"{', '.join(IMAGE_FIRST)}"
+            )
+        return slice(0, image) if IMAGE_FIRST[name] else slice(text, text + image)
 
 
-def _attend(item: Spoiled, draw: Draw, args: tuple, kwargs: dict) -> torch.Tensor:
-    q, k, v, mask, scale = _arguments(*args, **kwargs)
-    if k.shape[1] != q.shape[1]:
-        raise RestoreError(f"{item.layer.path} shares keys between heads (grouped queries), which is not supported")
-    if item.heads is None and item.strength == 1:
-        return _spoil(item, q, k, v, mask, scale, draw)
-    out = F.scaled_dot_product_attention(*args, **kwargs)
-    if item.heads is None:
-        return torch.lerp(out, _spoil(item, q, k, v, mask, scale, draw).to(out.dtype), item.strength)
-    heads = list(item.heads)
-    if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
-        mask = mask[:, heads]
-    spoilt = _spoil(item, q[:, heads], k[:, heads], v[:, heads], mask, scale, draw).to(out.dtype)
-    out = out.clone()
-    out[:, heads] = torch.lerp(out[:, heads], spoilt, item.strength)
+def _mixed(item: Perturbed, record: AttentionRecord, true: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The attention output under (1 − u) A + u A' on the chosen heads and tokens, under A elsewhere."""
+    rows = record.image if item.scope == "image" else None
+    if item.heads is None and rows is None:
+        if item.strength == 1:
+            return _under_target(item, record)
+        out = true()
+        return torch.lerp(out, _under_target(item, record).to(out.dtype), item.strength)
+    place = (
+        slice(None),
+        slice(None) if item.heads is None else list(item.heads),
+        slice(None) if rows is None else rows,
+    )
+    mask = record.mask
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.ndim)]
+        mask = mask[:, place[1] if mask.shape[1] > 1 else slice(None)]
+        mask = mask[:, :, place[2] if mask.shape[2] > 1 else slice(None)]
+        mask = mask[..., place[2] if mask.shape[3] > 1 else slice(None)]
+    part = replace(record, q=record.q[place], k=record.k[place], v=record.v[place], mask=mask)
+    out = true().clone()
+    weak = _under_target(item, part if rows is None else replace(part, image=None))
+    out[place] = torch.lerp(out[place], weak.to(out.dtype), item.strength)
     return out
 
 
-def _spoil(item: Spoiled, q, k, v, mask, scale, draw: Draw) -> torch.Tensor:
-    with torch.autocast(q.device.type, enabled=False):  # an explicit map is computed in fp32
-        return item.target(q, k, v, mask, scale, draw)
+def _under_target(item: Perturbed, record: AttentionRecord) -> torch.Tensor:
+    with torch.autocast(record.q.device.type, enabled=False):  # an explicit map is computed in fp32
+        return item.target(record)
+
+
+def _grid(side: tuple[int, int] | None, tokens: int) -> tuple[int, int] | None:
+    """(h, w) of tokens that are the pixels, or the square patches, of a feature map; None where they are neither."""
+    if side is None or side[0] * side[1] % tokens:
+        return None
+    patch = math.isqrt(side[0] * side[1] // tokens)
+    h, w = side[0] // patch, side[1] // patch
+    return (h, w) if h * w == tokens else None
 
 
 def _arguments(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):

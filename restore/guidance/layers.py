@@ -1,16 +1,19 @@
-"""Which attention layers a name means. Exact names only; a wrong one is an error that lists what exists."""
+"""Which attention layers and heads a name means. Exact names only; a wrong one is an error that lists what exists."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from operators import RestoreError
+from operators.naming import nearest
 from restore.backbones.base import AttentionLayer
 
 INNER = re.compile(r"\.transformer_blocks\.\d+\.attn1$")
 LOOSE = {"input_blocks.": "input", "middle_block.": "middle.", "output_blocks.": "output"}
+
+Heads = int | Sequence[int] | Mapping[str, Sequence[int]] | None
 
 
 def names(layer: AttentionLayer) -> set[str]:
@@ -34,34 +37,84 @@ def names(layer: AttentionLayer) -> set[str]:
 
 
 def resolve(layers: str | Iterable[str], attention: Mapping[str, AttentionLayer]) -> list[AttentionLayer]:
-    """The layers meant by `layers`, in order of execution, each once.
+    """The layers meant by `layers` (see `choose`), in order of execution, each once."""
+    return [layer for layer, _ in choose(layers, None, attention)]
 
-    layers: one name, several separated by commas, or a list of names; see `names`. A name is never matched
-    by part or pattern. Raises RestoreError when a name matches no layer, or more than one.
+
+def choose(
+    layers: str | Iterable[str], heads: Heads, attention: Mapping[str, AttentionLayer]
+) -> list[tuple[AttentionLayer, tuple[int, ...] | None]]:
+    """(layer, its heads) in order of execution, each layer once; heads None: all of them.
+
+    layers: names (see `names`), separated by commas or in a list, each with the heads it is about behind a
+        colon, or without for all: "i5:0,3,m1" is heads 0 and 3 of i5 and the whole of m1. A name is never
+        matched by part or pattern.
+    heads: in place of colons, indices for every layer or a mapping from layer name to indices.
+    Raises RestoreError when a name matches no layer, or more than one, and for heads that a layer has not.
     """
-    wanted = layers.split(",") if isinstance(layers, str) else list(layers)
-    if not all(isinstance(name, str) for name in wanted):
+    chosen: dict[str, Any] = {}
+    for name, own in parse(layers, attention):
+        if own is not None and heads is not None:
+            raise RestoreError(f"heads are given both in the layers, '{name}:...', and in heads={heads!r}; choose one")
+        path = find(name, attention).path
+        chosen[path] = None if own is None or chosen.get(path, ()) is None else [*chosen.get(path, ()), *own]
+    if isinstance(heads, Mapping):
+        for name, indices in heads.items():
+            path = find(name, attention).path
+            if path not in chosen:
+                raise RestoreError(f"heads are given for '{name}', which is not among the perturbed layers")
+            chosen[path] = indices
+    elif heads is not None:
+        chosen = dict.fromkeys(chosen, heads)
+    return [(layer, _heads(layer, chosen[path])) for path, layer in attention.items() if path in chosen]
+
+
+def parse(layers: str | Iterable[str], attention: Mapping[str, AttentionLayer]) -> list[tuple[str, list[int] | None]]:
+    """ "i5:0,3,m1" -> [("i5", [0, 3]), ("m1", None)]; a number behind a comma goes on with the heads before it."""
+    texts = [layers] if isinstance(layers, str) else list(layers)
+    if not all(isinstance(text, str) for text in texts):
         raise RestoreError(f"layers must be a name or a list of names, not {layers!r}")
-    wanted = [name.strip() for name in wanted if name.strip()]
+    wanted: list[tuple[str, list[int] | None]] = []
+    for text in texts:
+        heads: list[int] | None = None
+        for part in filter(None, (part.strip() for part in text.split(","))):
+            name, colon, number = (item.strip() for item in part.partition(":"))
+            if heads is not None and part.isdecimal():
+                heads.append(int(part))
+                continue
+            if colon and not number.isdecimal():
+                raise RestoreError(f"'{part}' is not a layer with a head, such as i5:0 or i5:0,3 for two of them")
+            heads = [int(number)] if colon else None
+            wanted.append((name, heads))
     if not wanted:
         raise RestoreError(f"no attention layer is named; this network has {_listing(attention)}")
-    known: dict[str, list[AttentionLayer]] = {}
-    for layer in attention.values():
-        for name in names(layer):
-            known.setdefault(name, []).append(layer)
-    chosen = set()
-    for name in wanted:
-        matches = known.get(name, [])
-        if len(matches) > 1:
-            raise RestoreError(
-                f"'{name}' names {len(matches)} attention layers; say which: {', '.join(m.path for m in matches)}"
-            )
-        if not matches:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise RestoreError(f"no attention layer is called '{name}'{hint} This network has {_listing(attention)}")
-        chosen.add(matches[0].path)
-    return [layer for path, layer in attention.items() if path in chosen]
+    return wanted
+
+
+def find(name: str, attention: Mapping[str, AttentionLayer]) -> AttentionLayer:
+    """The one layer of that name. Raises RestoreError when there is none, or more than one."""
+    matches = [layer for layer in attention.values() if name in names(layer)]
+    if len(matches) > 1:
+        raise RestoreError(
+            f"'{name}' names {len(matches)} attention layers; say which: {', '.join(m.path for m in matches)}"
+        )
+    if not matches:
+        hint = nearest(name, [known for layer in attention.values() for known in names(layer)])
+        hint = f"; {hint}" if hint.startswith("did") else "."
+        raise RestoreError(f"no attention layer is called '{name}'{hint} This network has {_listing(attention)}")
+    return matches[0]
+
+
+def _heads(layer: AttentionLayer, indices: int | Iterable[int] | None) -> tuple[int, ...] | None:
+    if indices is None:
+        return None
+    given = {indices} if isinstance(indices, int) else set(indices)
+    if not all(isinstance(index, int) for index in given):
+        raise RestoreError(f"heads are whole numbers, not {indices!r}")
+    chosen = tuple(sorted(given))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= layer.heads:
+        raise RestoreError(f"{layer.path} has heads 0..{layer.heads - 1}, not {list(chosen)}")
+    return chosen
 
 
 def _listing(attention: Mapping[str, AttentionLayer]) -> str:

@@ -1,38 +1,67 @@
 """What a perturbed attention map is replaced by.
 
-A target is a function (q, k, v, mask, scale, draw) -> (B, heads, tokens, d): the attention output under the
-spoilt map. q, k, v are (B, heads, tokens, d) after the module's own norms and rotary embedding; mask is the
-additive or boolean mask or None, scale the factor on q kᵀ (None: 1/sqrt(d)); draw(kind, shape) gives fp32
-noise, kind "uniform" on [0, 1) or "normal". Strength and choice of heads are the caller's business: every
-target is linear in the map it returns, so (1 − u) A + u A' is a lerp of the two outputs.
+A target is a function of one `AttentionRecord` that returns the attention output under the perturbed map, of q's
+shape (with v's width). Strength and choice of heads are the caller's business: every target is linear in the map
+it returns, so (1 − u) A + u A' is a lerp of the two outputs.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from operators import RestoreError
+from operators.naming import lookup
 
 Draw = Callable[[str, tuple[int, ...]], torch.Tensor]
-Target = Callable[..., torch.Tensor]
 
 
-def logits(q, k, mask, scale) -> torch.Tensor:
-    """The map before the softmax, (B, heads, queries, keys), in fp32 (fp64 where q is)."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    raw = (_wide(q) * scale) @ _wide(k).transpose(-2, -1)
-    if mask is None:
-        return raw
-    return raw.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else raw + mask.to(raw.dtype)
+@dataclass(frozen=True)
+class AttentionRecord:
+    """What one attention layer is about to compute: softmax(scale · q kᵀ + mask) v.
+
+    q, k, v: (B, heads, tokens, d) after the module's own norms and rotary embedding.
+    mask: additive or boolean, broadcastable to (B, heads, queries, keys), or None.
+    scale: the factor on q kᵀ; None: 1/sqrt(d).
+    draw: draw(kind, shape) gives fp32 noise, kind "uniform" on [0, 1) or "normal".
+    grid: (h, w), the rows and columns in which the image tokens lie, row by row; None where it is not known.
+    image: which tokens are the image's where text tokens attend with them (joint attention); None: all of them.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None = None
+    scale: float | None = None
+    draw: Draw | None = None
+    grid: tuple[int, int] | None = None
+    image: slice | None = None
+
+    def logits(self, q: torch.Tensor | None = None) -> torch.Tensor:
+        """The map before the softmax, (B, heads, queries, keys), in fp32 (fp64 where q is); of other queries q."""
+        q = self.q if q is None else q
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        raw = (_wide(q) * scale) @ _wide(self.k).transpose(-2, -1)
+        if self.mask is None:
+            return raw
+        if self.mask.dtype == torch.bool:
+            return raw.masked_fill(~self.mask, -math.inf)
+        return raw + self.mask.to(raw.dtype)
+
+    def map(self) -> torch.Tensor:
+        """A = softmax(logits), (B, heads, queries, keys)."""
+        return F.softmax(self.logits(), dim=-1)
+
+    def under(self, weights: torch.Tensor) -> torch.Tensor:
+        """The output under the map `weights`, in v's precision."""
+        return (weights @ self.v.to(weights.dtype)).to(self.v.dtype)
 
 
-def apply(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The map's output, in v's precision."""
-    return (weights @ v.to(weights.dtype)).to(v.dtype)
+Target = Callable[[AttentionRecord], torch.Tensor]
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -44,35 +73,34 @@ def _check_rate(rate: float) -> None:
         raise RestoreError(f"the share of entries to drop must lie in [0, 1), not {rate}")
 
 
-def identity(q, k, v, mask, scale, draw):
+def identity(a: AttentionRecord) -> torch.Tensor:
     """A' = I: every token attends to itself alone (PAG, Ahn et al. 2024, eq. 12)."""
-    if q.shape[-2] != k.shape[-2]:
-        raise RestoreError(
-            f"the identity map needs self-attention, but this layer has {q.shape[-2]} queries and {k.shape[-2]} keys"
-        )
-    return v
+    queries, keys = a.q.shape[-2], a.k.shape[-2]
+    if queries != keys:
+        raise RestoreError(f"the identity map needs self-attention, but it has {queries} queries and {keys} keys")
+    return a.v
 
 
-def uniform(q, k, v, mask, scale, draw):
+def uniform(a: AttentionRecord) -> torch.Tensor:
     """A' = 1/N: every token sees the mean value (of the keys the mask lets it see)."""
-    if mask is not None:
-        return apply(F.softmax(logits(torch.zeros_like(q), k, mask, scale), dim=-1), v)
-    return v.mean(dim=-2, keepdim=True).expand(*q.shape[:-1], v.shape[-1])
+    if a.mask is not None:
+        return a.under(F.softmax(a.logits(torch.zeros_like(a.q)), dim=-1))
+    return a.v.mean(dim=-2, keepdim=True).expand(*a.q.shape[:-1], a.v.shape[-1])
 
 
-def mean_query(q, k, v, mask, scale, draw):
+def mean_query(a: AttentionRecord) -> torch.Tensor:
     """Every query replaced by their mean: SEG (Hong 2024) at infinite blur."""
-    mean = q.mean(dim=-2, keepdim=True)
-    if mask is not None and mask.shape[-2] > 1:
-        mean = mean.expand_as(q)
-    out = apply(F.softmax(logits(mean, k, mask, scale), dim=-1), v)
-    return out.expand(*q.shape[:-1], v.shape[-1])
+    mean = a.q.mean(dim=-2, keepdim=True)
+    if a.mask is not None and a.mask.shape[-2] > 1:
+        mean = mean.expand_as(a.q)
+    out = a.under(F.softmax(a.logits(mean), dim=-1))
+    return out.expand(*a.q.shape[:-1], a.v.shape[-1])
 
 
-def maximum(q, k, v, mask, scale, draw):
+def maximum(a: AttentionRecord) -> torch.Tensor:
     """A' one-hot at the row's largest entry."""
-    best = logits(q, k, mask, scale).argmax(dim=-1, keepdim=True)
-    return v.gather(-2, best.expand(*best.shape[:-1], v.shape[-1]))
+    best = a.logits().argmax(dim=-1, keepdim=True)
+    return a.v.gather(-2, best.expand(*best.shape[:-1], a.v.shape[-1]))
 
 
 def temperature(tau: float) -> Target:
@@ -80,8 +108,8 @@ def temperature(tau: float) -> Target:
     if not tau > 0:
         raise RestoreError(f"temperature must be positive, not {tau}")
 
-    def target(q, k, v, mask, scale, draw):
-        return apply(F.softmax(logits(q, k, mask, scale) / tau, dim=-1), v)
+    def target(a: AttentionRecord) -> torch.Tensor:
+        return a.under(F.softmax(a.logits() / tau, dim=-1))
 
     return target
 
@@ -93,15 +121,15 @@ def random_mask(rate: float = 0.25, diagonal: bool = True) -> Target:
     """
     _check_rate(rate)
 
-    def target(q, k, v, mask, scale, draw):
-        raw = logits(q, k, mask, scale)
-        uniform_draw = draw("uniform", tuple(raw.shape)).to(raw.device)
+    def target(a: AttentionRecord) -> torch.Tensor:
+        raw = a.logits()
+        uniform_draw = a.draw("uniform", tuple(raw.shape)).to(raw.device)
         masked = uniform_draw < rate
         if diagonal:
             masked &= uniform_draw < uniform_draw.amax(dim=-1, keepdim=True)
         else:
             masked &= ~torch.eye(*raw.shape[-2:], dtype=torch.bool, device=raw.device)
-        return apply(F.softmax(raw.masked_fill(masked, -math.inf), dim=-1), v)
+        return a.under(F.softmax(raw.masked_fill(masked, -math.inf), dim=-1))
 
     return target
 
@@ -110,9 +138,9 @@ def random_drop(rate: float = 0.25) -> Target:
     """A share `rate` of the map's entries set to zero after the softmax, the rows not re-normalised."""
     _check_rate(rate)
 
-    def target(q, k, v, mask, scale, draw):
-        weights = F.softmax(logits(q, k, mask, scale), dim=-1)
-        return apply(weights * (draw("uniform", tuple(weights.shape)).to(weights.device) >= rate), v)
+    def target(a: AttentionRecord) -> torch.Tensor:
+        weights = a.map()
+        return a.under(weights * (a.draw("uniform", tuple(weights.shape)).to(weights.device) >= rate))
 
     return target
 
@@ -120,9 +148,9 @@ def random_drop(rate: float = 0.25) -> Target:
 def noise(sigma: float = 0.1) -> Target:
     """A' = A + sigma·N(0, 1), not re-normalised (PAG, Table 9)."""
 
-    def target(q, k, v, mask, scale, draw):
-        weights = F.softmax(logits(q, k, mask, scale), dim=-1)
-        return apply(weights + sigma * draw("normal", tuple(weights.shape)).to(weights), v)
+    def target(a: AttentionRecord) -> torch.Tensor:
+        weights = a.map()
+        return a.under(weights + sigma * a.draw("normal", tuple(weights.shape)).to(weights))
 
     return target
 
@@ -132,14 +160,14 @@ def blur(kernel: int = 5, sigma: float = 1.0) -> Target:
     if kernel < 1 or kernel % 2 == 0 or not sigma > 0:
         raise RestoreError(f"blur needs an odd kernel and a positive sigma, not {kernel} and {sigma}")
 
-    def target(q, k, v, mask, scale, draw):
-        weights = F.softmax(logits(q, k, mask, scale), dim=-1)
-        taps = torch.arange(kernel, device=q.device, dtype=weights.dtype) - kernel // 2
+    def target(a: AttentionRecord) -> torch.Tensor:
+        weights = a.map()
+        taps = torch.arange(kernel, device=weights.device, dtype=weights.dtype) - kernel // 2
         taps = torch.exp(-0.5 * (taps / sigma) ** 2)
         taps = taps / taps.sum()
         flat = F.pad(weights.flatten(0, 1).unsqueeze(1), (kernel // 2,) * 4, mode="reflect")
         flat = F.conv2d(F.conv2d(flat, taps.view(1, 1, -1, 1)), taps.view(1, 1, 1, -1))
-        return apply(flat.view(weights.shape), v)
+        return a.under(flat.view(weights.shape))
 
     return target
 
@@ -149,10 +177,10 @@ def average(kernel: int = 3) -> Target:
     if kernel < 1 or kernel % 2 == 0:
         raise RestoreError(f"the average needs an odd kernel, not {kernel}")
 
-    def target(q, k, v, mask, scale, draw):
-        weights = F.softmax(logits(q, k, mask, scale), dim=-1)
+    def target(a: AttentionRecord) -> torch.Tensor:
+        weights = a.map()
         pooled = F.avg_pool2d(weights.flatten(0, 1).unsqueeze(1), kernel, stride=1, padding=kernel // 2)
-        return apply(pooled.view(weights.shape), v)
+        return a.under(pooled.view(weights.shape))
 
     return target
 
@@ -173,9 +201,8 @@ TARGETS: dict[str, Target] = {
 
 
 def find(target: str | Target) -> Target:
-    """A target by its name in TARGETS (the paper's parameters), or the callable itself."""
-    if callable(target):
-        return target
-    if target not in TARGETS:
-        raise RestoreError(f"unknown perturbation '{target}', expected one of {', '.join(TARGETS)} or a function")
-    return TARGETS[target]
+    """A target by its name in TARGETS (the paper's parameters) or as "module:function", or the function itself.
+
+    Raises RestoreError for an unknown name.
+    """
+    return target if callable(target) else lookup(target, TARGETS, "perturbation")

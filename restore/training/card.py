@@ -29,7 +29,7 @@ def measure(config: DictConfig, weights: str | Path, folder: str | Path, samples
     training = _reduced(training_files, config.data.stored_size, size)
     held_out = _reduced(held_out_files, config.data.stored_size, size)
     restorer = load(weights)
-    network = restorer.backbone.inner.network
+    network = restorer.backbone.network
     alpha_bar = noise_schedule()
 
     model = held_out_loss(network, held_out, alpha_bar, restorer.device)

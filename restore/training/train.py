@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import logging
 import math
@@ -19,12 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from operators import RestoreError
+from operators.naming import nearest
 from restore import atomic
 from restore.backbones.adm import ADM, noise_schedule
+from restore.backbones.sizes import Sized
 from restore.images import grids, io
 from restore.samplers.generate import generate
 from restore.samplers.noise import ImageNoise
-from restore.samplers.steps import respace
 from restore.training import dataset
 from restore.training.losses import hybrid_loss
 
@@ -59,9 +59,8 @@ def held_out_loss(model, images: torch.Tensor, alpha_bar: torch.Tensor, device) 
 def sample_grid(backbone: ADM, path: Path, n: int = 16, steps: int = 50) -> None:
     """A grid of unconditional DDIM samples, always from the same noise, so that grids of one run can be compared."""
     noise = ImageNoise([(0, str(i), 0) for i in range(n)], backbone.device)
-    shape = (n, backbone.channels, backbone.resolution, backbone.resolution)
-    timesteps = respace(len(backbone.alphas_cumprod), steps)
-    write_grid(path, generate(backbone, x_T=noise(0, shape, "start"), timesteps=timesteps, noise=noise, ddim_eta=0.0))
+    prior = Sized(backbone, backbone.resolution, backbone.resolution)
+    write_grid(path, generate(prior, n, steps=steps, noise=noise, ddim_eta=0.0))
 
 
 def write_grid(path: Path, images: torch.Tensor) -> None:
@@ -80,9 +79,7 @@ def load_config(path: str | Path, settings: list[str]) -> DictConfig:
     for setting in settings:
         key = setting.split("=", 1)[0]
         if "=" not in setting or key not in _keys(config):
-            near = difflib.get_close_matches(key, _keys(config), n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise RestoreError(f"'{setting}' is not key=value with a key of {path}{hint}")
+            raise RestoreError(f"'{setting}' is not key=value with a key of {path}; {nearest(key, _keys(config))}")
     config = OmegaConf.merge(config, OmegaConf.from_dotlist(settings))
     missing = OmegaConf.missing_keys(config)
     if missing:

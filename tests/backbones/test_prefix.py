@@ -18,7 +18,7 @@ from operators import RestoreError
 from restore.backbones import adm_weights
 from restore.backbones.adm import ADM, attention_layers
 from restore.backbones.prefix import Tape, Trace
-from restore.guidance.attention import Spoiled, perturbed
+from restore.guidance.attention import Perturbed, perturbed
 from restore.guidance.targets import identity
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -51,8 +51,8 @@ def tape_before(changed, network, *args, **kwargs):
     return tape
 
 
-def spoiled(layers):
-    return [Spoiled(layer, identity) for layer in layers]
+def perturbed_all(layers):
+    return [Perturbed(layer, identity) for layer in layers]
 
 
 def no_draw(kind, shape):
@@ -115,15 +115,13 @@ def test_modules_used_again_are_not_taken():
 
 
 def weak_pass(model, layers, x, t=300):
-    with torch.no_grad(), perturbed(spoiled(layers), no_draw):
+    with torch.no_grad(), perturbed(perturbed_all(layers), no_draw):
         return model.predict(x, t).eps
 
 
 @pytest.mark.parametrize("short", ["i5", "i7", "m1", "o2"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("first", [False, True])
-def test_bit_equal_to_two_passes(short, checkpointing, first):
-    """In the pass that is listened to, and in later ones."""
+def test_bit_equal_to_two_passes(short, checkpointing):
     model = adm(checkpointing)
     before = state_of(model.network)
     layers = [layer for layer in model.attention.values() if layer.short == short]
@@ -134,12 +132,8 @@ def test_bit_equal_to_two_passes(short, checkpointing, first):
     weak_plain = weak_pass(model, layers, x)
     grad_plain = torch.autograd.grad(plain.eps.square().sum(), x_plain)[0]
 
-    tape = Tape([layers[0].module])
-    trace = Trace(model.network)
-    if not first:
-        with trace.listening([tape]):
-            model.predict(torch.zeros(1, 3, 16, 16), 1)
-    with trace.listening([tape]) if first else tape.recording():
+    tape = tape_before(layers[0].module, model.network, torch.zeros(1, 3, 16, 16), 1)
+    with tape.recording():
         shared = model.predict(x_shared, 300)
     assert tape.recorded and len(tape.queues) >= 6
     with tape.replaying():
@@ -229,10 +223,11 @@ def test_several_calls_of_the_network_in_one_pass(model):
     layers = [layer for layer in model.attention.values() if layer.short == "i7"]
     windows = torch.randn(3, 1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     expected = [weak_pass(model, layers, window) for window in windows]
-    tape = Tape([layers[0].module])
-    with Trace(model.network).listening([tape]):  # only the first call is listened to
+    tape, trace = Tape([layers[0].module]), Trace(model.network)
+    with trace.listening():  # only the first call is listened to
         for window in windows:
             model.predict(window, 300)
+    tape.follow(trace)
     assert model.network.down_blocks[2] in tape.queues and not tape.recorded
     with tape.recording():
         for window in windows:
@@ -262,7 +257,7 @@ def test_conditional_unet(tmp_path):
         path, module = "attn1", changed
 
     def weak():
-        with torch.no_grad(), perturbed([Spoiled(Layer, identity)], no_draw):
+        with torch.no_grad(), perturbed([Perturbed(Layer, identity)], no_draw):
             return network(x, 9, text).sample
 
     expected = weak()
@@ -318,25 +313,6 @@ def test_other_calls_than_recorded_are_errors(model):
         pass
 
 
-def test_listening_records_what_later_passes_record(model):
-    """Two layers: each tape holds the same modules and values whether it listens or records."""
-    x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(5))
-    changed = [[model.network.get_submodule(p)] for p in ("down_blocks.2.attentions.0", "up_blocks.0.attentions.1")]
-    heard, recorded = [Tape(c) for c in changed], [Tape(c) for c in changed]
-    trace = Trace(model.network)
-    with trace.listening(heard):
-        model.predict(x, 7)
-    for one, two in zip(heard, recorded, strict=True):
-        two.follow(trace)
-        with two.recording():
-            model.predict(x, 7)
-        assert list(one.queues) == list(two.queues)
-        for module in one.queues:
-            (a,), (b,) = one.queues[module], two.queues[module]
-            assert len(a.tensors) == len(b.tensors) >= 1
-            assert all(torch.equal(p, q) for (p, _), (q, _) in zip(a.tensors, b.tensors, strict=True))
-
-
 class Again(nn.Module):
     """`inner` is early, but what encloses it is called again after the changed layer."""
 
@@ -358,15 +334,13 @@ class Outer(nn.Module):
         return self.inner(x) if deep else x
 
 
-def test_listening_keeps_nothing_it_is_unsure_of():
+def test_what_encloses_the_prefix_and_runs_again_is_not_taken():
     torch.manual_seed(0)
     network, x = Again(), torch.randn(3, 2)
-    trace, tape = Trace(network), Tape([network.changed])
-    with trace.listening([tape]):
-        strong = network(x)
-    assert names(network, tape.queues) == ["inner"] and not tape.recorded
+    tape = tape_before(network.changed, network, x)
+    assert names(network, tape.queues) == ["inner"]
     with tape.recording():
-        network(x)
+        strong = network(x)
     with tape.replaying():
         assert torch.equal(network(x), strong)
 

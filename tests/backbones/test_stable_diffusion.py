@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from tiny_sd import SCHEDULER, UNET, seeded, tiny_unet, tiny_vae
 
 from operators import RestoreError
-from restore.backbones.base import LatentBackbone
+from restore.backbones.base import Backbone
+from restore.backbones.schedule import Schedule
 from restore.backbones.stable_diffusion import StableDiffusion, attention_layers
-from restore.backbones.stable_diffusion_files import alphas_cumprod
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SIDECAR = json.loads((GOLDEN / "sd_modules.json").read_text())
@@ -36,16 +36,16 @@ def golden(tensors):
         state = load_file(GOLDEN / "nets" / f"{name}.safetensors")
         net.load_state_dict({k: v.float() for k, v in state.items()})
         nets.append(net)
-    return StableDiffusion(*nets, alphas_cumprod(SCHEDULER), tensors["context"][:1])
+    return StableDiffusion(*nets, Schedule.from_config(SCHEDULER), tensors["context"][:1])
 
 
 def tiny(**options):
     unet, vae = options.pop("unet", None) or tiny_unet(), options.pop("vae", None) or tiny_vae()
-    return StableDiffusion(unet, vae, alphas_cumprod(SCHEDULER), torch.randn(1, 12, 16), **options)
+    return StableDiffusion(unet, vae, Schedule.from_config(SCHEDULER), torch.randn(1, 12, 16), **options)
 
 
 def test_protocol_and_sizes(golden):
-    assert isinstance(golden, LatentBackbone)
+    assert isinstance(golden, Backbone)
     assert (golden.channels, golden.resolution, golden.multiple, golden.downscale) == (4, 16, 8, 4)
     assert not any(p.requires_grad for p in golden.network.parameters())
     assert not golden.network.training and not golden.vae.training
@@ -126,17 +126,39 @@ def test_several_transformer_layers_get_distinct_names_and_cross_attention_none(
 def test_v_prediction_gives_the_same_eps_as_the_network_it_stands_for(golden, tensors):
     """A v-network made from the eps-network, v = (eps - sqrt(1-a) x_t) / sqrt(a), must give eps back."""
     t, z = 601, tensors["z"]
-    a = float(golden.alphas_cumprod[t])
+    a = float(golden.schedule.alphas_cumprod[t])
     eps = golden.predict(z, t).eps
     v = (eps - math.sqrt(1 - a) * z) / math.sqrt(a)
     as_v = StableDiffusion(
-        golden.network, golden.vae, golden.alphas_cumprod, golden.null_condition, prediction_type="v_prediction"
+        golden.network, golden.vae, golden.schedule, golden.null_condition, prediction_type="v_prediction"
     )
     handle = golden.network.register_forward_hook(lambda *_: (v,))
     try:
         assert relative(as_v.predict(z, t).eps, eps) < 1e-6
     finally:
         handle.remove()
+
+
+def test_a_condition_that_is_no_embedding_gets_a_sentence(golden, tensors):
+    for wrong in (3, torch.tensor([1, 2]), tensors["context"][:1].expand(3, -1, -1)):
+        with pytest.raises(RestoreError, match="embedding .1 or 2, tokens, width.*encode_prompt"):
+            golden.predict(tensors["z"], 401, wrong)
+
+
+def test_times_between_the_tables(golden, tensors):
+    z, context = tensors["z"], tensors["context"]
+    with torch.no_grad():
+        both = golden.predict(z, torch.tensor([400.5, 12.0]), context)
+        alone = [golden.predict(z[i : i + 1], t, context[i : i + 1]) for i, t in enumerate((400.5, 12))]
+        expected = golden.network(z[:1], 400.5, encoder_hidden_states=context[:1]).sample
+        below = golden.network(z[:1], 400, encoder_hidden_states=context[:1]).sample
+    assert relative(alone[0].eps, expected) < 1e-5 < 1e-3 < relative(below, expected)
+    for i, one in enumerate(alone):
+        assert relative(both.eps[i : i + 1], one.eps) < 1e-5 and relative(both.x0[i : i + 1], one.x0) < 1e-5
+    a, s = golden.schedule.alpha(400.5), golden.schedule.sigma(400.5)
+    assert relative(a * alone[0].x0 + s * alone[0].eps, z[:1]) < 1e-5
+    with pytest.raises(RestoreError, match="0 to 999"):
+        golden.predict(z, 999.5)
 
 
 def gradient(backbone, z):
@@ -148,7 +170,7 @@ def gradient(backbone, z):
 def test_checkpointing_changes_no_gradient():
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     null = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(2))
-    args = (alphas_cumprod(SCHEDULER), null)
+    args = (Schedule.from_config(SCHEDULER), null)
     plain = gradient(StableDiffusion(tiny_unet(), tiny_vae(), *args), z)
     calls = []
     checkpointed = StableDiffusion(tiny_unet(), tiny_vae(), *args, checkpointing=True)
@@ -174,7 +196,7 @@ def test_half_precision_keeps_the_sample_in_float32_and_small_gradients_alive():
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     null = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(2))
     backbones = [
-        StableDiffusion(tiny_unet().to(dtype), tiny_vae(), alphas_cumprod(SCHEDULER), null)
+        StableDiffusion(tiny_unet().to(dtype), tiny_vae(), Schedule.from_config(SCHEDULER), null)
         for dtype in (torch.float32, torch.float16, torch.bfloat16)
     ]
     gradients = []
@@ -206,24 +228,12 @@ def test_an_overflowing_vae_is_named():
         ({"unet": lambda: tiny_unet(in_channels=9)}, "takes 9 channels and predicts 4: it is an inpainting"),
         ({"unet": lambda: tiny_unet(cross_attention_dim=24)}, "embeddings are 16 wide but the U-Net attends to 24"),
         ({"unet": lambda: tiny_unet(class_embed_type="timestep")}, "more conditions than a prompt"),
-        ({"prediction_type": lambda: "sample"}, "prediction type 'sample'"),
+        ({"prediction_type": lambda: "samples"}, "prediction type 'samples'; did you mean 'sample'"),
     ],
 )
 def test_parts_that_do_not_belong_together(changes, sentence):
     with pytest.raises(RestoreError, match=sentence):
         tiny(**{k: make() for k, make in changes.items()})
-
-
-def test_schedules():
-    a = alphas_cumprod(SCHEDULER)
-    assert a.dtype == torch.float64 and len(a) == 1000
-    assert float(a[0]) == pytest.approx(0.99915, abs=1e-6) and float(a[-1]) == pytest.approx(0.00466, abs=1e-5)
-    trained = alphas_cumprod({"trained_betas": [0.1, 0.2]})
-    assert trained.tolist() == pytest.approx([0.9, 0.72])
-    with pytest.raises(RestoreError, match="squaredcos"):
-        alphas_cumprod({"beta_schedule": "squaredcos_cap_v2"})
-    with pytest.raises(RestoreError, match="zero terminal SNR"):
-        alphas_cumprod({**SCHEDULER, "rescale_betas_zero_snr": True})
 
 
 def test_tiny_weights_do_not_depend_on_what_ran_before():

@@ -6,7 +6,7 @@ from tiny_sd import SCHEDULER, tiny_unet, tiny_vae
 
 from operators import RestoreError
 from restore.backbones.stable_diffusion import StableDiffusion
-from restore.backbones.stable_diffusion_files import alphas_cumprod
+from restore.backbones.schedule import Schedule
 from restore.bench.cost import LiveBytes, psld_cost
 
 
@@ -71,7 +71,7 @@ def test_any_backbone_and_layers():
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
     )
-    backbone = StableDiffusion(unet, tiny_vae(), alphas_cumprod(SCHEDULER), torch.randn(1, 12, 16))
+    backbone = StableDiffusion(unet, tiny_vae(), Schedule.from_config(SCHEDULER), torch.randn(1, 12, 16))
     options = {"size": 32, "dtype": torch.float32, "tokens": 12}
     late = psld_cost(backbone, layers="o3", batch=2, **options)
     assert 0 < late.weak < 0.5 * late.weak_unshared

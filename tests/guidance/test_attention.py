@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import threading
 from pathlib import Path
@@ -16,10 +15,10 @@ from torch import nn
 
 from operators import RestoreError
 from restore.backbones.adm import ADM
-from restore.guidance import PAG, TARGETS, estimator
+from restore.guidance import PAG, TARGETS, AttentionRecord, estimator
 from restore.guidance import targets as T
-from restore.guidance.attention import Spoiled, perturbed
-from restore.guidance.base import seeded_draw
+from restore.guidance.attention import Perturbed, perturbed
+from restore.guidance.branches import seeded_draw
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = json.loads((GOLDEN / "pag_eps.json").read_text())["cases"]
@@ -65,7 +64,7 @@ def test_official_perturbed_predictions(model, golden, name):
         return draws.pop(0).view(shape)  # (batch * heads, tokens, tokens)
 
     guidance = PAG(1.0, case["layers"], target=OFFICIAL[name], noise=draw)
-    branch = guidance.bind(model)
+    branch = guidance.terms[0].branch.bind(model)
     with torch.no_grad():
         strong = model.predict(golden["x_t"], golden["t"], golden["y"])
         weak = branch.eps(golden["x_t"], golden["t"], golden["y"], strong)
@@ -75,7 +74,7 @@ def test_official_perturbed_predictions(model, golden, name):
 
 
 def explicit(q, k, v, target, draw=None):
-    """The output under the spoilt map, the map itself made in full and in its textbook form."""
+    """The output under the weak map, the map itself made in full and in its textbook form."""
     n = q.shape[-2]
     raw = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
     a = raw.softmax(-1)
@@ -118,12 +117,12 @@ def attend(item, q, k, v, draw, mask=None):
     """Run one attention through the interception, q, k, v given as they reach SDPA."""
 
     class Processor:
-        def __call__(self, attn, hidden_states):
+        def __call__(self, attn, hidden_states, **kwargs):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     item.layer.module.set_processor(Processor())
     with perturbed([item], draw):
-        return item.layer.module.processor(item.layer.module, None)
+        return item.layer.module(torch.zeros(1, 1, 32))
 
 
 class Layer:
@@ -149,12 +148,12 @@ def test_every_target_is_its_map(target, strength, heads):
         assert asked == kind and shape == (2, len(chosen), 9, 9)
         return noise[kind][:, chosen]
 
-    item = Spoiled(Layer(Attention(32, heads=4)), T.find(target), strength, heads)
+    item = Perturbed(Layer(Attention(32, heads=4)), T.find(target), strength, heads)
     out = attend(item, q, k, v, draw)
     a = (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1)
     mixed = a.clone()
-    spoilt = explicit(q, k, v, target, noise[kind])
-    mixed[:, chosen] = (1 - strength) * a[:, chosen] + strength * spoilt[:, chosen]
+    weak = explicit(q, k, v, target, noise[kind])
+    mixed[:, chosen] = (1 - strength) * a[:, chosen] + strength * weak[:, chosen]
     assert out.dtype == torch.float64
     assert relative(out, mixed @ v) < 1e-12
     if heads:
@@ -165,8 +164,8 @@ def test_strength_zero_is_the_true_attention_and_one_is_v():
     q, k, v = (torch.randn(1, 4, 6, 8) for _ in range(3))
     layer = Layer(Attention(32, heads=4))
     true = F.scaled_dot_product_attention(q, k, v)
-    assert torch.equal(attend(Spoiled(layer, T.identity, 0.0), q, k, v, no_draw), true)
-    assert torch.equal(attend(Spoiled(layer, T.identity, 1.0), q, k, v, no_draw), v)
+    assert torch.equal(attend(Perturbed(layer, T.identity, 0.0), q, k, v, no_draw), true)
+    assert torch.equal(attend(Perturbed(layer, T.identity, 1.0), q, k, v, no_draw), v)
 
 
 @pytest.mark.parametrize("target", ["uniform", "mean_query", "max", "temperature", "random_mask"])
@@ -181,13 +180,13 @@ def test_masked_keys_stay_masked(target, boolean):
     outs = []
     for value in (v, changed):
         draw = seeded_draw(0, 0)
-        outs.append(attend(Spoiled(Layer(Attention(32, heads=4)), T.find(target)), q, k, value, draw, mask))
+        outs.append(attend(Perturbed(Layer(Attention(32, heads=4)), T.find(target)), q, k, value, draw, mask))
     assert torch.equal(*outs)
 
 
 def test_a_fully_masked_row_keeps_one_entry():
     q, k, v = (torch.randn(1, 1, 5, 8) for _ in range(3))
-    out = T.random_mask(0.9)(q, k, v, None, None, lambda kind, shape: torch.rand(shape) * 0.5)
+    out = T.random_mask(0.9)(AttentionRecord(q, k, v, draw=lambda kind, shape: torch.rand(shape) * 0.5))
     rows = (out.unsqueeze(-2) - v.unsqueeze(-3)).abs().amax(-1)  # every row is one of the values
     assert torch.isfinite(out).all() and float(rows.amin(-1).max()) < 1e-6
 
@@ -195,32 +194,35 @@ def test_a_fully_masked_row_keeps_one_entry():
 def test_identity_needs_self_attention():
     q, k = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 5, 8)
     with pytest.raises(RestoreError, match="6 queries and 5 keys"):
-        attend(Spoiled(Layer(Attention(32, heads=4)), T.identity), q, k, k, no_draw)
+        attend(Perturbed(Layer(Attention(32, heads=4)), T.identity), q, k, k, no_draw)
 
 
-def test_processors_are_restored_and_act_only_inside(model, golden):
+def test_nothing_stays_and_it_acts_only_inside(model, golden):
     x, t, y = golden["x_t"], golden["t"], golden["y"]
-    before = [layer.module.processor for layer in model.attention.values()]
-    items = [Spoiled(layer, T.identity) for layer in model.attention.values()]
+
+    def state():
+        return [(dict(m.__dict__), m._forward_hooks.copy()) for m in model.network.modules()]
+
+    before = state()
+    items = [Perturbed(layer, T.identity) for layer in model.attention.values()]
     with torch.no_grad():
         strong = model.predict(x, t, y).eps
-        with perturbed(items, no_draw):
+        with perturbed(items, no_draw, model.network) as ran:
             assert not torch.equal(model.predict(x, t, y).eps, strong)
-        assert torch.equal(model.predict(x, t, y).eps, strong)
-    with pytest.raises(KeyError), perturbed(items, no_draw):
+        assert torch.equal(model.predict(x, t, y).eps, strong) and ran == set(model.attention)
+    with pytest.raises(KeyError), perturbed(items, no_draw, model.network):
         raise KeyError
-    assert [layer.module.processor for layer in model.attention.values()] == before
+    assert state() == before
 
     class Refuses(Attention):
-        def set_processor(self, processor):
-            if type(processor).__name__ == "_Processor":
+        def __setattr__(self, name, value):
+            if name == "forward":
                 raise KeyError
-            super().set_processor(processor)
+            super().__setattr__(name, value)
 
-    broken = Layer(Refuses(32, heads=4))
-    with pytest.raises(KeyError), perturbed([*items, Spoiled(broken, T.identity)], no_draw):
+    with pytest.raises(KeyError), perturbed([*items, Perturbed(Layer(Refuses(32, heads=4)), T.identity)], no_draw):
         pass
-    assert [layer.module.processor for layer in model.attention.values()] == before
+    assert state() == before
 
 
 def test_other_threads_see_the_true_attention():
@@ -228,7 +230,7 @@ def test_other_threads_see_the_true_attention():
     inside, outs = threading.Event(), []
 
     class Waits:
-        def __call__(self, attn):
+        def __call__(self, attn, hidden_states, **kwargs):
             thread = threading.Thread(target=lambda: outs.append(F.scaled_dot_product_attention(q, k, v)))
             thread.start()
             thread.join()
@@ -237,9 +239,9 @@ def test_other_threads_see_the_true_attention():
 
     module = Attention(32, heads=4)
     module.set_processor(Waits())
-    with perturbed([Spoiled(Layer(module), T.identity)], no_draw):
-        spoilt = module.processor(module)
-    assert inside.is_set() and torch.equal(spoilt, v)
+    with perturbed([Perturbed(Layer(module), T.identity)], no_draw):
+        weak = module(torch.zeros(1, 1, 32))
+    assert inside.is_set() and torch.equal(weak, v)
     assert torch.equal(outs[0], F.scaled_dot_product_attention(q, k, v))
 
 
@@ -257,7 +259,7 @@ def test_processors_without_sdpa_are_refused(model, golden, processor):
 
 
 def test_keyword_arguments_reach_the_processor():
-    """diffusers drops what the processor's signature does not name; the wrapper must show the base's."""
+    """diffusers reads the signature of the processor, which stays in its place."""
     seen = {}
 
     class Takes:
@@ -265,16 +267,15 @@ def test_keyword_arguments_reach_the_processor():
             seen["hint"] = hint
             return F.scaled_dot_product_attention(*[hidden_states[:, None]] * 3)[:, 0]
 
-    module, base = Attention(32, heads=4), Takes()
-    module.set_processor(base)
-    with perturbed([Spoiled(Layer(module), T.identity)], no_draw):
-        assert inspect.signature(module.processor.__call__) == inspect.signature(base.__call__)
+    module = Attention(32, heads=4)
+    module.set_processor(Takes())
+    with perturbed([Perturbed(Layer(module), T.identity)], no_draw):
         x = torch.randn(1, 5, 32)
         assert torch.equal(module(x, hint=7), x)
-    assert seen == {"hint": 7} and module.processor is base
+    assert seen == {"hint": 7}
 
 
-def test_processors_that_are_modules_are_restored_as_modules():
+def test_processors_that_are_modules_stay_modules():
     class Trained(nn.Module):
         def __init__(self):
             super().__init__()
@@ -286,7 +287,7 @@ def test_processors_that_are_modules_are_restored_as_modules():
     module, x = Attention(32, heads=4), torch.randn(1, 5, 32)
     module.set_processor(Trained())
     keys = list(module.state_dict())
-    with perturbed([Spoiled(Layer(module), T.identity)], no_draw):
+    with perturbed([Perturbed(Layer(module), T.identity)], no_draw):
         assert torch.equal(module(x), x)
     assert list(module.state_dict()) == keys and "processor.gain" in keys
 
@@ -295,7 +296,7 @@ def test_low_precision_maps_are_made_in_fp32(model, golden):
     """Under autocast the explicit maps must not be rounded to bf16."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 4, 64, 16, generator=generator).bfloat16() for _ in range(3))
-    item = Spoiled(Layer(Attention(64, heads=4)), T.temperature(1.0))
+    item = Perturbed(Layer(Attention(64, heads=4)), T.temperature(1.0))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = attend(item, q, k, v, no_draw)
     expected = (q.double() @ k.double().transpose(-2, -1) / 4).softmax(-1) @ v.double()

@@ -60,12 +60,12 @@ def inputs(batch=2, seed=0):
     return torch.randn(batch, 4, 8, 8, generator=generator), torch.randn(batch, 12, 16, generator=generator)
 
 
-def spoilt(unet, z, t, text, layers=MID, target="identity"):
+def weak_eps(unet, z, t, text, layers=MID, target="identity"):
     """The perturbed prediction, made here without `guided`."""
     from restore.guidance.pipelines import PipelineUnet
 
-    branch = PAG(1.0, layers=layers, target=target).bind(PipelineUnet(unet))
-    with torch.no_grad(), perturbed(branch.spoiled, None):
+    branch = PAG(1.0, layers=layers, target=target).terms[0].branch.bind(PipelineUnet(unet))
+    with torch.no_grad(), perturbed(branch.items, None):
         return unet(z, t, encoder_hidden_states=text).sample
 
 
@@ -78,7 +78,7 @@ def test_pipeline_formula_gives_equation_14(first, layers):
     null = torch.zeros_like(text)
     c = unet(z, 401, encoder_hidden_states=text).sample
     u = unet(z, 401, encoder_hidden_states=null).sample
-    weak = spoilt(unet, z, 401, text, layers)
+    weak = weak_eps(unet, z, 401, text, layers)
     expected = c + (g - 1) * (c - u) + s * (c - weak)
     order = [text, null] if first else [null, text]
     with guided(unet, PAG(s, layers=layers), conditional="first" if first else "second"):
@@ -95,7 +95,7 @@ def test_without_cfg_and_outside_the_block(pipe):
     unet = tiny_unet()
     z, text = inputs(2)
     plain = unet(z, 401, encoder_hidden_states=text).sample
-    expected = plain + 3.0 * (plain - spoilt(unet, z, 401, text))
+    expected = plain + 3.0 * (plain - weak_eps(unet, z, 401, text))
     with guided(unet, PAG(3.0, layers="m1")):
         assert relative(unet(z, 401, encoder_hidden_states=text).sample, expected) < 1e-5
         as_tuple = unet(z, torch.tensor(401), text, return_dict=False)
@@ -237,8 +237,8 @@ def test_x4_upscaler(tmp_path, guidance_scale):
             from restore.guidance.pipelines import PipelineUnet
 
             out = forward(x, t, encoder_hidden_states, class_labels=class_labels).sample
-            branch = PAG(1.0, layers="i5").bind(PipelineUnet(unet))
-            with perturbed(branch.spoiled, None):
+            branch = PAG(1.0, layers="i5").terms[0].branch.bind(PipelineUnet(unet))
+            with perturbed(branch.items, None):
                 weak = forward(x, t, encoder_hidden_states, class_labels=class_labels).sample
             shift = 2.0 * (out - weak)
             return (out + (shift.chunk(2)[1].repeat(2, 1, 1, 1) if guidance_scale > 1 else shift),)
@@ -265,7 +265,7 @@ def test_score_distillation_gradient():
     with torch.no_grad():
         c = unet(z_t, 401, encoder_hidden_states=text).sample
         u = unet(z_t, 401, encoder_hidden_states=null).sample
-        weak = spoilt(unet, z_t, 401, text)
+        weak = weak_eps(unet, z_t, 401, text)
     expected = (1 - a) * (c + (scale - 1) * (c - u) + s * (c - weak) - noise)
     assert relative(gradient, expected) < 1e-4
 

@@ -15,7 +15,7 @@ from restore import method
 from restore.backbones.base import LatentBackbone
 from restore.backbones.latent_size import ForImageSize
 from restore.backbones.stable_diffusion import StableDiffusion
-from restore.backbones.stable_diffusion_files import alphas_cumprod
+from restore.backbones.schedule import Schedule
 from restore.guidance import PAG
 from restore.guidance.layers import resolve
 from restore.images import resampling
@@ -27,7 +27,7 @@ CONFIG = OmegaConf.to_container(OmegaConf.load(Path(__file__).parents[2] / "conf
 
 def backbone():
     null = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(0))
-    return StableDiffusion(tiny_unet(), tiny_vae(), alphas_cumprod(SCHEDULER), null)
+    return StableDiffusion(tiny_unet(), tiny_vae(), Schedule.from_config(SCHEDULER), null)
 
 
 def test_enlarge_is_pillows_bicubic_and_reduce_is_antialiased():

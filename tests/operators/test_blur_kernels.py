@@ -71,7 +71,7 @@ def test_bad_kernels():
         (torch.zeros(3, 3), "sums to 0"),
         (torch.full((3, 3), float("nan")), "NaN"),
         (torch.ones(3), "2-D"),
-        (torch.ones(3, 3, 3), "2-D"),
+        (torch.ones(2, 2, 3, 3), "2-D"),
         (torch.ones(0, 3), "not empty"),
         ("motion.png", "2-D tensor or array, got str"),
         (None, "2-D"),

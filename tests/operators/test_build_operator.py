@@ -86,7 +86,7 @@ def test_mistakes():
             {"name": "super_resolutoin", "factor": 4},
             "unknown operator 'super_resolutoin'; did you mean 'super_resolution'",
         ),
-        ({"name": "xyz"}, "unknown operator 'xyz'; known are .*denoising"),
+        ({"name": "xyz"}, "unknown operator 'xyz'; known: .*denoising"),
         ({"name": "gaussian_blur", "sdt": 3.0}, "gaussian_blur has no option 'sdt'; did you mean 'std'"),
         ({"name": "super_resolution"}, "super_resolution needs the option 'factor'"),
         ({"name": "inpainting_box"}, "inpainting_box needs the option 'image_size'"),

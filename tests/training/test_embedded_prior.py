@@ -18,7 +18,7 @@ def test_the_mean_colour_of_the_noise_is_seen(t):
     backbone = restore.load("embedded").backbone
     photos = torch.cat([io.read_image(data_dir() / "photos" / name).pixels for name in PHOTOS])
     noise = torch.randn(16, *photos.shape, generator=torch.Generator().manual_seed(0))
-    a = float(backbone.alphas_cumprod[t])
+    a = backbone.schedule.alpha_bar(t)
     with torch.no_grad():
         errors = [backbone.predict(math.sqrt(a) * photos + math.sqrt(1 - a) * n, t).eps - n for n in noise]
     error = torch.stack(errors).mean(dim=(-2, -1)).square().mean()

@@ -69,7 +69,7 @@ def test_interrupted_training_equals_undisturbed_training(faces, tmp_path):
 
     # The result is a backbone, and training can start from it.
     restorer = restore.load(tmp_path / "whole" / "ema")
-    assert restorer.backbone.resolution == 16 and restorer.backbone.inner.learned_variance
+    assert restorer.backbone.resolution == 16 and restorer.backbone.learned_variance
     further = weights(train(config(faces, tmp_path / "further", "steps=1", f"init={tmp_path / 'whole' / 'ema'}")))
     assert max(float((further[name] - whole[name]).abs().max()) for name in whole) < 0.01
     # `model` describes the network, also where its weights come from elsewhere.

@@ -1,0 +1,78 @@
+"""Weights as they come from files: read without running code, in which precision, in whose memory."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from operators import RestoreError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def as_dtype(value: torch.dtype | str | None) -> torch.dtype:
+    """A dtype or its short name, float32 for None. Raises RestoreError for any other than DTYPES."""
+    dtype = DTYPES.get(value, value) if isinstance(value, str) else value or torch.float32
+    if dtype not in DTYPES.values():
+        raise RestoreError(f"the precision must be one of {', '.join(DTYPES)}, not {value!r}")
+    return dtype
+
+
+def own_memory(module: nn.Module) -> nn.Module:
+    """`module` with every parameter and buffer copied to memory of its own, where torch's allocator aligns to 64 bytes.
+
+    Tensors of a safetensors file lie where the file has them, at any byte; a matrix-vector product (a linear
+    layer at batch 1) then rounds differently on some CPUs, and a result would depend on the header's length.
+    """
+    for tensor in [*module.parameters(), *module.buffers()]:
+        tensor.data = tensor.data.clone()
+    return module
+
+
+def read(path: Path, device: str = "cpu") -> Any:
+    """What a .safetensors, .pt, .pth or .ckpt file holds; which of them it is, its first bytes tell.
+
+    device: "meta" for shapes without the values (pickles; safetensors are mapped and cost nothing either way).
+    Raises RestoreError for a missing, truncated or corrupt file and for a pickle with code, which is never run.
+    """
+    if not path.is_file():
+        raise RestoreError(f"there is no file {path}")
+    unreadable = f"{path} is not a readable checkpoint: truncated, corrupt or of another format"
+    try:
+        with path.open("rb") as handle:
+            if handle.read(9)[8:] == b"{":
+                return load_file(path)
+            handle.seek(0)
+            return torch.load(handle, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" in str(error) or "reduce" in str(error):
+            raise RestoreError(
+                f"{path} is refused: it is a pickle that asks to run code; use the .safetensors version of this "
+                "checkpoint or a plain state dict of tensors"
+            ) from None
+        raise RestoreError(unreadable) from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError):
+        raise RestoreError(unreadable) from None
+
+
+def read_json(path: Path) -> dict:
+    """Raises RestoreError when the file is missing or holds no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RestoreError(f"{path} cannot be read as JSON: {first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise RestoreError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, in short."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,116 @@
+"""How a strong prediction and weak ones become the guided one.
+
+A combination is a function (eps, weak) -> guided eps: eps (B, C, H, W) the strong prediction, weak a list of
+(scale, eps_weak), every eps in the same shape. One that needs more, the noise levels or a memory of the steps
+before, is an object with `bind(backbone)`, which gives the function of one run, called as (eps, weak, x_t, t).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from operators import RestoreError
+from operators.naming import lookup
+from restore.guidance.options import made, named
+
+Weak = list[tuple[float, torch.Tensor]]
+
+
+def weighted_sum(eps: torch.Tensor, weak: Weak) -> torch.Tensor:
+    """eps + sum_k s_k (eps − eps_weak_k) (PAG, Ahn et al. 2024, eq. 14)."""
+    guided = eps
+    for scale, eps_weak in weak:
+        guided = guided + scale * (eps - eps_weak)
+    return guided
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """The sum, brought back to the strong prediction's standard deviation (Lin et al. 2024, eqs. 14-16).
+
+    phi: share of the rescaled prediction in the result, 0 (the plain sum) to 1. Each image has its own deviation.
+    """
+
+    phi: float = 0.7
+
+    def __post_init__(self):
+        if not 0 <= self.phi <= 1:
+            raise RestoreError(f"phi of rescale must lie in [0, 1], not {self.phi}")
+
+    def __call__(self, eps: torch.Tensor, weak: Weak) -> torch.Tensor:
+        guided = weighted_sum(eps, weak)
+        dims = tuple(range(1, eps.ndim))
+        rescaled = guided * (eps.std(dims, keepdim=True) / guided.std(dims, keepdim=True))
+        return self.phi * rescaled + (1 - self.phi) * guided
+
+
+@dataclass(frozen=True)
+class APG:
+    """Adaptive projected guidance (Sadat et al. 2025, Alg. 1), on clean estimates, with norms of each image.
+
+    With D = x0_hat of the strong pass and the update d = D − D_weak (of several terms the mean, weighted by their
+    scales): d is averaged over the steps, shortened to a length of at most `threshold`, and its part along D,
+    which only adds contrast, is multiplied by eta; then D + s d.
+
+    eta: 0 drops the parallel part, 1 keeps it. momentum: factor on the mean of the steps before, negative in the
+    paper (−0.5 to −0.75); 0: none. threshold: of ||d||_2 over an image's values, or None (the paper takes 2.5 to
+    15 for latents, by model).
+    """
+
+    eta: float = 0.0
+    momentum: float = -0.5
+    threshold: float | None = None
+
+    def __post_init__(self):
+        if not abs(self.momentum) < 1:
+            raise RestoreError(f"the momentum of apg must lie between -1 and 1, not {self.momentum}")
+        if self.threshold is not None and not self.threshold > 0:
+            raise RestoreError(f"the threshold of apg must be positive or None, not {self.threshold}")
+
+    def bind(self, backbone) -> Callable[..., torch.Tensor]:
+        """The function of one run, which remembers its own steps alone."""
+        mean: torch.Tensor | None = None
+
+        def combine(eps: torch.Tensor, weak: Weak, x_t: torch.Tensor, t: float) -> torch.Tensor:
+            nonlocal mean
+            alpha, sigma = backbone.schedule.alpha(t), backbone.schedule.sigma(t)
+            total = sum(abs(scale) for scale, _ in weak)
+            d = sum((scale / total) * (eps_weak - eps) for scale, eps_weak in weak) * (sigma / alpha)
+            if self.momentum:
+                # Another number of images is another run.
+                mean = d if mean is None or mean.shape != d.shape else d + self.momentum * mean
+                d = mean
+            if self.threshold is not None:
+                d = d * (self.threshold / _norm(d)).clamp(max=1)
+            x0 = (x_t - sigma * eps) / alpha
+            along = x0 / _norm(x0)
+            parallel = (d * along).flatten(1).sum(1).view(-1, *[1] * (d.ndim - 1)) * along
+            return eps - (alpha / sigma) * total * (d - parallel + self.eta * parallel)
+
+        return combine
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    norm = torch.linalg.vector_norm(x.flatten(1), dim=1).clamp(min=torch.finfo(x.dtype).tiny)
+    return norm.view(-1, *[1] * (x.ndim - 1))
+
+
+COMBINATIONS: dict[str, Any] = {"sum": weighted_sum, "rescale": Rescale, "apg": APG}
+
+
+def find(combine: Any) -> Any:
+    """A combination from its name in COMBINATIONS or "module:attribute", a mapping {name: options}, or itself.
+
+    Raises RestoreError for an unknown name or option.
+    """
+    if not isinstance(combine, (str, Mapping)):
+        if callable(combine) or hasattr(combine, "bind"):
+            return combine
+        raise RestoreError(f"a combination is a name, a mapping or a function, not {combine!r}")
+    name, options = named(combine, "combination")
+    found = lookup(name, COMBINATIONS, "combination")
+    return made(found, options, f"combination {name}") if isinstance(found, type) or options else found

@@ -1,0 +1,75 @@
+"""What a call of a Restorer gives, and the machine it runs on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+
+from operators import RestoreError
+from restore.images import io
+
+
+@dataclass
+class Restoration:
+    """The result of one call of a Restorer for B measurements and K samples each.
+
+    samples: (B, K, 3, H, W) in [-1, 1], clamped; sample k does not depend on K.
+    residual: ||y - A(x)||_2 of every sample, (B, K); residual_ratio: the same divided by
+        sigma_y sqrt(m), near 1 for a sample that explains y up to its noise; None when sigma_y is unknown.
+    nfe: network evaluations per sample, weak passes included. seconds: wall time of the call.
+    protocol: everything that determines the result, ready for JSON (see Restorer.protocol).
+    """
+
+    samples: torch.Tensor
+    residual: torch.Tensor
+    residual_ratio: torch.Tensor | None
+    nfe: int
+    seconds: float
+    protocol: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The first sample of every measurement as PIL images."""
+        return [io.to_pil(x) for x in self.samples[:, 0]]
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean over the samples, (B, 3, H, W): the estimate of least squared error."""
+        return self.samples.mean(dim=1)
+
+    @property
+    def spread(self) -> torch.Tensor:
+        """Standard deviation over the samples per pixel, (B, 3, H, W); zero for a single sample."""
+        return self.samples.std(dim=1, correction=0)
+
+
+def choose_device(device: str) -> torch.device:
+    """ "auto" or a torch device name. Raises RestoreError when this machine does not have it."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise RestoreError(f"device '{device}' is not available: {str(error).splitlines()[0]}") from None
+    return chosen
+
+
+class explain_out_of_memory:
+    """Context manager that turns an allocation failure into a RestoreError naming what lowers the memory."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, traceback) -> None:
+        text = str(error)
+        failed = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if failed or (isinstance(error, RuntimeError) and "can't allocate memory" in text):
+            raise RestoreError(
+                "out of memory; use checkpointing=True, a smaller batch_size or max_windows, or precision='bf16'"
+            ) from error
