@@ -66,5 +66,17 @@ def latent_bank():
     return shared["noise.latent"], shared["context"]
 
 
+class Clipping:
+    """y = clip(gain x, -1, 1): a nonlinear operator with A and its noise alone."""
+
+    linear = False
+
+    def __init__(self, gain, noise=None):
+        self.gain, self.noise = gain, noise
+
+    def A(self, x):
+        return (self.gain * x).clamp(-1, 1)
+
+
 def _sidecar(name):
     return json.loads((GOLDEN / f"samplers_{name}.json").read_text())

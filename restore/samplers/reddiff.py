@@ -15,11 +15,11 @@ from restore.samplers.steps import require_finite
 
 # Weight of the prior at the noise-to-signal ratio q = sigma / alpha; the paper's choice is linear.
 WEIGHTINGS = {"linear": lambda q: q, "sqrt": lambda q: q**0.5, "square": lambda q: q * q, "constant": lambda q: 1.0}
-# Where the optimisation starts.
+# Where the optimisation starts, at x of this shape.
 STARTS = {
-    "dagger": lambda operator, y, shape: operator.A_dagger(y),
-    "adjoint": lambda operator, y, shape: operator.A_adjoint(y),
-    "zero": lambda operator, y, shape: y.new_zeros(shape),
+    "dagger": lambda prior, operator, y, shape: prior.encode(operator.A_dagger(y)),
+    "adjoint": lambda prior, operator, y, shape: prior.encode(operator.A_adjoint(y)),
+    "zero": lambda prior, operator, y, shape: y.new_zeros(shape),
 }
 
 
@@ -67,8 +67,7 @@ def reddiff(
     timesteps, shape = schedule.timesteps(steps), (len(y), *prior.shape)
     start = start or ("dagger" if getattr(operator, "linear", True) else "zero")
     with torch.no_grad():
-        image = lookup(start, STARTS, "start")(operator, y, (len(y), 3, prior.height, prior.width))
-        mu = prior.encode(image).clone().requires_grad_()
+        mu = lookup(start, STARTS, "start")(prior, operator, y, shape).clone().requires_grad_()
     adam = torch.optim.Adam([mu], lr=lr, betas=(0.9, 0.99))
     with estimator(prior, guidance) as estimate:
         for k, t in enumerate(timesteps):
