@@ -6,7 +6,7 @@ import inspect
 
 import torch
 
-from operators import proximal
+from operators import proximal, validate
 from operators.base import Operator
 from operators.errors import RestoreError
 
@@ -34,7 +34,16 @@ def image_shape(operator, y: torch.Tensor) -> tuple[int, int, int, int]:
     Raises RestoreError for an object that is no operator, and for a y that does not fit it.
     """
     if isinstance(operator, Operator):
-        return operator.image_shape(y)
+        validate.images(y, "the measurement")
+        shape = tuple(operator.image_shape(y))
+        with torch.no_grad():
+            measured = operator.A(torch.zeros(shape, dtype=y.dtype, device=y.device)).shape
+        if measured != y.shape:
+            raise RestoreError(
+                f"the measurement of shape {tuple(y.shape)} does not fit the operator: images of {shape} give "
+                f"{tuple(measured)}; pass the measurement of this operator, built for the original's size."
+            )
+        return shape
     _check(operator)
     try:
         with torch.no_grad():

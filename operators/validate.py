@@ -28,12 +28,9 @@ def number(value, name: str, low: float = -math.inf, high: float = math.inf) -> 
 
 
 def per_image(value, name: str, like: torch.Tensor) -> torch.Tensor:
-    """`value` >= 0 (infinity included) as a tensor (1,) or, one for each image of `like`, (B,)."""
-    values = (
-        value.reshape(-1)
-        if isinstance(value, torch.Tensor)
-        else torch.as_tensor([value if isinstance(value, numbers.Real) else math.nan], dtype=torch.float64)
-    )
+    """`value` >= 0 (infinity included) in float64 on the CPU: (1,) or, one for each image of `like`, (B,)."""
+    is_number = isinstance(value, (numbers.Real, torch.Tensor))
+    values = torch.as_tensor(value if is_number else math.nan, dtype=torch.float64, device="cpu").reshape(-1)
     if len(values) not in (1, len(like)) or not (values >= 0).all():
         raise RestoreError(f"{name} must be a number >= 0, or one for each of the {len(like)} images, got {value!r}.")
     return values
@@ -41,10 +38,9 @@ def per_image(value, name: str, like: torch.Tensor) -> torch.Tensor:
 
 def selected(values: torch.Tensor, rows, what: str) -> torch.Tensor:
     """values[rows] along the batch; rows: a list, tensor, slice or single one of indices 0 ... B - 1."""
-    if isinstance(rows, torch.Tensor):
-        rows = rows.cpu()
     try:
-        return values[torch.arange(len(values))[rows].reshape(-1)]
+        index = np.arange(len(values))[rows.cpu().numpy() if isinstance(rows, torch.Tensor) else rows]
+        return values[torch.from_numpy(index.reshape(-1))]
     except (IndexError, TypeError, ValueError, RuntimeError):
         raise RestoreError(f"there are {len(values)} {what}, of which {rows!r} cannot be taken.") from None
 

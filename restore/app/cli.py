@@ -2,63 +2,71 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Restore images with diffusion priors, training-free."
+from restore.app import models, research
+from restore.app.options import (
+    Backbone,
+    Device,
+    Guide,
+    Inputs,
+    KernelFile,
+    Layers,
+    MaskFile,
+    NegativePrompt,
+    Offline,
+    Out,
+    Overwrite,
+    PagScale,
+    Png,
+    Precision,
+    Progress,
+    Prompt,
+    Quality,
+    Seed,
+    Strength,
+    Target,
+    Task,
+    check_settings,
+    in_options,
+    parse_guidance,
+    parse_labels,
+    parse_steps,
+    report,
+    split_settings,
 )
-models_app = typer.Typer(no_args_is_help=True, help="Known checkpoints: list, show, pull, import.")
-app.add_typer(models_app, name="models")
 
-Inputs = Annotated[list[str], typer.Argument(help="Images, folders or globs, and key=value settings.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="A folder, or a file for a single image.")]
-Task = Annotated[str, typer.Option(help="sr4, sr8, inpaint, gaussian-blur, motion-blur, blur, denoise, colorize, ...")]
-MaskFile = Annotated[Path | None, typer.Option(help="Image of the known pixels (white) and the hole (black).")]
-KernelFile = Annotated[Path | None, typer.Option(help="Blur kernel: .npy, .txt or an image.")]
-Backbone = Annotated[str, typer.Option(help="A model of `restore models list`, a folder or a checkpoint file.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
-Seed = Annotated[int, typer.Option(help="All noise is a function of the seed and the image's name.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
-PagScale = Annotated[float | None, typer.Option(help="PAG scale s, 0 is off; default: the preset's.")]
-Layers = Annotated[str | None, typer.Option(help="PAG layers, e.g. i9 or input_blocks.9.1,m1.")]
+app = typer.Typer(
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Restore images with diffusion priors, training-free.",
+)
+app.add_typer(models.app, name="models")
 
 
-def split_settings(arguments: list[str]) -> tuple[list[str], dict]:
-    """Inputs and key=value settings of one list; a file whose name holds '=' counts as an input."""
-    from omegaconf import OmegaConf
+def _version(asked: bool) -> None:
+    if asked:
+        from restore.app.run import version
 
-    settings = [a for a in arguments if "=" in a and a.split("=", 1)[0].isidentifier() and not Path(a).exists()]
-    inputs = [a for a in arguments if a not in settings]
-    return inputs, OmegaConf.to_container(OmegaConf.from_dotlist(settings))
+        typer.echo(f"restore {version()}")
+        raise typer.Exit()
 
 
-class Progress:
-    """A tqdm bar over all sampling steps of a run, with the residual of the current one."""
-
-    def __init__(self, files: int) -> None:
-        self.files, self.bar = files, None
-
-    def __call__(self, step: dict) -> None:
-        from tqdm import tqdm
-
-        if self.bar is None:
-            self.bar = tqdm(total=self.files * step["steps"] * step["total"], unit="step", leave=False)
-        self.bar.update(step["count"])
-        if "residual" in step:
-            self.bar.set_postfix(residual=f"{float(step['residual'].mean()):.3g}", refresh=False)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
+) -> None:
+    pass
 
 
 @app.command()
 def run(
+    context: typer.Context,
     inputs: Inputs,
     task: Task,
     out: Out,
@@ -68,18 +76,24 @@ def run(
         bool, typer.Option("--degrade", help="Degrade clean images first, restore them, report PSNR and SSIM.")
     ] = False,
     backbone: Backbone = "embedded",
-    sampler: Annotated[str | None, typer.Option(help="dps or psld; default: the backbone's.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="dps, psld, ... or module:function; default: fits.")] = None,
+    quality: Quality = None,
     pag_scale: PagScale = None,
     layers: Layers = None,
+    target: Target = None,
+    strength: Strength = None,
+    guidance: Guide = None,
     steps: Annotated[str | None, typer.Option(help="Number of steps; default: the preset's.")] = None,
-    samples: Annotated[int, typer.Option(help="Posterior samples per image.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, help="Posterior samples per image.")] = 1,
     seed: Seed = 0,
-    batch_size: Annotated[int, typer.Option(help="Samples computed together.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples computed together.")] = 1,
     device: Device = "auto",
     precision: Precision = "fp32",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, about 30 % slower.")] = False,
-    max_windows: Annotated[int, typer.Option(help="Windows of a large photo per network call.")] = 16,
+    max_windows: Annotated[int, typer.Option(min=1, help="Windows of a large photo per network call.")] = 16,
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Less memory for large photos in latents.")] = False,
+    prompt: Prompt = None,
+    negative_prompt: NegativePrompt = None,
     data: Annotated[str | None, typer.Option(help="Presets published for ffhq or imagenet.")] = None,
     reference: Annotated[bool, typer.Option("--reference", help="Compute what the authors' PSLD code does.")] = False,
     solve_at: Annotated[
@@ -88,17 +102,24 @@ def run(
     resample: Annotated[
         str | None, typer.Option(help="With --solve-at: bicubic, or nearest as in PSLD's code.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo finished files.")] = False,
+    overwrite: Overwrite = False,
     save_trajectory: Annotated[bool, typer.Option("--save-trajectory", help="A strip of x0_hat through time.")] = False,
-    png: Annotated[bool, typer.Option("--png", help="Write PNG whatever the input's format.")] = False,
+    png: Png = False,
     offline: Offline = False,
 ) -> None:
     """Restore images: `restore run photo.png --task sr4 -o restored/`."""
     from restore import restorer
+    from restore.app import files, tasks
     from restore.app import run as work
     from restore.images.resampling import resampling
 
     names, settings = split_settings(inputs)
+    found = tasks.find_task(task, settings, mask=mask, kernel=kernel)
+    check_settings(settings, sampler, context.params)
+    guided = parse_guidance(guidance, pag_scale, layers, target, strength)
+    resampled = resampling(solve_at, resample, reference)
+    photos = files.find_photos(names, out, png=png)
+    files.check_outputs(photos, [photo.written(samples, degrade, save_trajectory) for photo in photos], overwrite)
     model = restorer.load(
         backbone,
         device=device,
@@ -108,33 +129,31 @@ def run(
         max_windows=max_windows,
         vae_tiling=vae_tiling,
     )
-    todo = work.plan(names, out, png=png)
-    progress = Progress(len(todo))
-    results = work.restore_files(
-        todo,
-        model,
-        work.task_config(task, settings, mask=mask, kernel=kernel),
-        parameters=settings,
-        degrade=degrade,
-        sampler=sampler,
-        pag_scale=pag_scale,
-        layers=layers,
-        steps=steps,
-        samples=samples,
-        seed=seed,
-        batch_size=batch_size,
-        data=data,
-        reference=reference,
-        resampled=resampling(solve_at, resample, reference),
-        overwrite=overwrite,
-        save_trajectory=save_trajectory,
-        callback=progress,
-    )
-    try:
-        for result in results:
-            typer.echo(result.line())
-    finally:
-        progress.close()
+    with Progress(len(photos)) as progress:
+        report(
+            work.restore_files(
+                photos,
+                model,
+                found,
+                parameters=settings,
+                degrade=degrade,
+                sampler=sampler,
+                quality=quality,
+                guidance=guided,
+                steps=parse_steps(steps),
+                samples=samples,
+                seed=seed,
+                batch_size=batch_size,
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                data=data,
+                reference=reference,
+                resampled=resampled,
+                overwrite=overwrite,
+                save_trajectory=save_trajectory,
+                callback=progress,
+            )
+        )
 
 
 @app.command()
@@ -145,64 +164,71 @@ def degrade(
     mask: MaskFile = None,
     kernel: KernelFile = None,
     seed: Seed = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo finished files.")] = False,
-    png: Annotated[bool, typer.Option("--png", help="Write PNG whatever the input's format.")] = False,
+    overwrite: Overwrite = False,
+    png: Png = False,
 ) -> None:
     """Degrade clean images: `restore degrade photo.png --task motion-blur -o blurred/`."""
+    import operators
+    from operators.naming import check_known
+    from restore.app import files, tasks
     from restore.app import run as work
 
     names, settings = split_settings(inputs)
-    todo = work.plan(names, out, png=png)
-    config = work.task_config(task, settings, mask=mask, kernel=kernel)
-    if settings:
-        from operators import RestoreError
-
-        raise RestoreError(f"task {task} has no setting '{next(iter(settings))}'")
-    for output in work.degrade_files(todo, config, seed=seed, overwrite=overwrite):
-        typer.echo(str(output))
+    found = tasks.find_task(task, settings, mask=mask, kernel=kernel)
+    check_known(settings, ["sigma", *operators.options(found.config["name"])], f"task {task} has no setting")
+    report(work.degrade_files(files.find_photos(names, out, png=png), found, seed=seed, overwrite=overwrite))
 
 
 @app.command()
 def generate(
     out: Out,
-    n: Annotated[int, typer.Option("-n", help="Number of images.")] = 4,
+    n: Annotated[int, typer.Option("-n", min=1, help="Number of images.")] = 4,
     backbone: Backbone = "embedded",
     pag_scale: Annotated[float, typer.Option(help="PAG scale s, 0 is off.")] = 0.0,
     layers: Layers = None,
     cfg_scale: Annotated[float, typer.Option(help="CFG scale w of the paper's Eq. 14, 0 is off.")] = 0.0,
+    guidance: Guide = None,
     labels: Annotated[str | None, typer.Option(help="Class labels, comma separated.")] = None,
+    prompt: Prompt = None,
+    negative_prompt: NegativePrompt = None,
     steps: Annotated[str, typer.Option(help="Number of steps, or ddimN with --ddim-eta.")] = "250",
     ddim_eta: Annotated[float | None, typer.Option(help="DDIM eta; default: DDPM.")] = None,
     seed: Seed = 0,
-    batch_size: Annotated[int, typer.Option(help="Images computed together.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images computed together.")] = 1,
     device: Device = "auto",
     precision: Precision = "fp32",
+    overwrite: Overwrite = False,
     offline: Offline = False,
 ) -> None:
     """Sample images from a prior: `restore generate -n 16 --pag-scale 1 -o samples/`."""
+    from operators import RestoreError
     from restore import restorer
     from restore.app import run as work
 
+    numbers = parse_labels(labels)
+    guided = None if guidance is None else parse_guidance(guidance, None, None, None, None)
+    if guidance is not None and (pag_scale or cfg_scale or layers):
+        raise RestoreError("give either guidance= or pag_scale=, layers= and cfg_scale=, not both")
     model = restorer.load(backbone, device=device, precision=precision, offline=offline)
-    progress = Progress(1)
-    try:
+    if guidance is None:
+        guided = work.generation_guidance(pag_scale, layers, cfg_scale, model)
+    with Progress(n) as progress:
         for output in work.generate_files(
             out,
             model,
             n=n,
-            pag_scale=pag_scale,
-            layers=layers,
-            cfg_scale=cfg_scale,
-            labels=None if labels is None else [int(x) for x in labels.split(",")],
-            steps=steps,
+            guidance=guided,
+            labels=numbers,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            steps=parse_steps(steps),
             ddim_eta=ddim_eta,
             seed=seed,
             batch_size=batch_size,
-            callback=progress,
+            overwrite=overwrite,
+            callback=lambda step: progress({**step, "total": 1}),
         ):
             typer.echo(str(output))
-    finally:
-        progress.close()
 
 
 @app.command()
@@ -214,11 +240,8 @@ def demo(
     """Restore the shipped photos under four degradations, with DPS and DPS+PAG, and draw a comparison."""
     from restore.app.demo import run_demo
 
-    progress = Progress(1)
-    try:
+    with Progress(1) as progress:
         summary = run_demo(out, steps=steps, device=device, callback=progress)
-    finally:
-        progress.close()
     typer.echo(summary)
 
 
@@ -228,7 +251,7 @@ def ui(
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 lets others on the network in.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port.")] = 7860,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 7860,
     device: Device = "auto",
     precision: Precision = "fp32",
     offline: Offline = False,
@@ -241,180 +264,23 @@ def ui(
     page.launch(server_name=host, server_port=port)
 
 
-@app.command()
-def train(
-    config: Annotated[Path, typer.Argument(help="configs/train/embedded.yaml or your own.")],
-    settings: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data.folder=faces/")] = None,
-    card: Annotated[Path | None, typer.Option(help="Do not train: write card.json and samples.png there.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="With --card: the folder of the weights.")] = None,
-) -> None:
-    """Train the embedded prior; continues where the last run stopped."""
-    import logging
-
-    from restore.training import load_config, train
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if card is not None:
-        from restore.training.card import measure, table
-
-        loaded = load_config(config, settings or [])
-        typer.echo(table(measure(loaded, weights or Path(loaded.out) / "ema", card)))
-        return
-    typer.echo(f"EMA weights in {train(load_config(config, settings or []))}")
+for verb in (research.train, research.profile, research.bench, research.report, research.evaluate):
+    app.command()(verb)
 
 
-@app.command()
-def profile(
-    settings: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. size=128 repeats=5")] = None,
-) -> None:
-    """Measure the cost of DPS and of PAG (naive, batched, shared prefix) and the memory of a step."""
-    from restore.bench.profile import profile as measure
-
-    _, options = split_settings(settings or [])
-    typer.echo(measure(**options))
-
-
-@app.command()
-def bench(
-    config: Annotated[Path, typer.Argument(help="configs/benchmark/*.yaml or your own.")],
-    settings: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data.folder=ffhq/ batch=8")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the jobs, their NFE, time and memory.")] = False,
-) -> None:
-    """Run a benchmark, or what is left of it after an interruption."""
-    from tqdm import tqdm
-
-    from restore.bench import run as work
-
-    if dry_run:
-        typer.echo("task | method | jobs | images | NFE | seconds | peak MB")
-        for line in work.plan(config, settings or []):
-            cost = [f"{value:.0f}" if value is not None else "-" for value in (line.seconds, line.peak_memory_mb)]
-            row = [line.task, line.method, line.jobs, line.images, line.nfe or "-", *cost]
-            typer.echo(" | ".join(str(value) for value in row))
-        return
-    with tqdm(unit="job") as bar:
-
-        def progress(state: dict) -> None:
-            if "done" in state:
-                bar.total, bar.n = state["total"], state["done"]
-                bar.set_postfix_str(state["job"])
-            else:
-                bar.set_postfix_str(f"measuring {state['measuring']}")
-
-        result = work.bench(config, settings or [], progress=progress)
-    typer.echo(f"{result.folder}: {result.done} jobs done, {result.kept} found finished")
-    typer.echo(f"restore report {result.folder}")
-
-
-@app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of benchmark runs.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default: the first run's.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Leave out pictures made from the data set.")] = False,
-) -> None:
-    """Write report.html and report.md about finished runs."""
-    from restore.report.write import report as write
-
-    written = write(runs, out, private=private)
-    for first, second, different in written.differences:
-        typer.echo(f"{first} and {second} are not in one table: {', '.join(different)} differ")
-    typer.echo(f"{written.html}\n{written.markdown}")
-
-
-@app.command()
-def evaluate(
-    results: Annotated[Path, typer.Argument(help="Folder of restored images.")],
-    reference: Annotated[Path, typer.Option(help="Folder of true images with the same names.")],
-    metrics: Annotated[str, typer.Option(help="psnr, ssim, lpips, fid, kid, is, pr; comma separated.")] = "psnr,ssim",
-    full_reference: Annotated[Path | None, typer.Option(help="A larger set for FID, reported apart.")] = None,
-    lpips_net: Annotated[str, typer.Option(help="alex or vgg.")] = "alex",
-    weights: Annotated[
-        list[str] | None, typer.Option(help="A metric's network: inception=FILE, vgg16=FILE or alexnet=FILE.")
-    ] = None,
-    device: Device = "auto",
-    allow_small: Annotated[bool, typer.Option("--allow-small", help="FID on few images.")] = False,
-    allow_incomplete: Annotated[bool, typer.Option("--allow-incomplete", help="Means over what there is.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file with everything.")] = None,
-) -> None:
-    """Compare a folder of results, from whatever program, with the truth."""
-    from restore import atomic
-    from restore.metrics.evaluate import evaluate as compare
-    from restore.metrics.weights import weight_files
-    from restore.restorer import choose_device
-
-    names = [name.strip() for name in metrics.split(",") if name.strip()]
-    done = compare(
-        results,
-        reference,
-        metrics=names,
-        full_reference=full_reference,
-        lpips_net=lpips_net,
-        weights=weight_files(weights or []),
-        device=str(choose_device(device)),
-        allow_small=allow_small,
-        allow_incomplete=allow_incomplete,
-    )
-    if out is not None:
-        atomic.write_json(out, done.to_dict())
-    typer.echo(f"{len(done.per_image)} of {done.expected} images compared")
-    for name, estimate in done.means.items():
-        typer.echo(f"{name} {estimate.mean:.4f}  [{estimate.low:.4f}, {estimate.high:.4f}]")
-    for name, value in done.set_values.items():
-        typer.echo(f"{name} {value:.4f}")
-    for kind in ("missing", "mismatched", "extra"):
-        names = getattr(done, kind)
-        if names:
-            typer.echo(f"{kind}: {len(names)}, e.g. {', '.join(names[:3])}")
-    for note in done.notes:
-        typer.echo(note)
-
-
-@models_app.command("list")
-def models_list() -> None:
-    """All known checkpoints and whether they are on this machine."""
-    from restore import zoo
-
-    for line in zoo.listing():
-        typer.echo(line)
-
-
-@models_app.command("show")
-def models_show(name: str) -> None:
-    """Source, licence, size and checksum of a checkpoint."""
-    from restore import zoo
-
-    typer.echo(zoo.describe(name))
-
-
-@models_app.command("pull")
-def models_pull(name: str, offline: Offline = False) -> None:
-    """Download a checkpoint into the cache, resuming an interrupted download."""
-    from restore import zoo
-
-    typer.echo(f"{name} is at {zoo.pull(name, offline=offline)}")
-
-
-@models_app.command("import")
-def models_import(name: str, file: Path) -> None:
-    """Verify a checkpoint fetched by hand and put it into the cache."""
-    from restore import zoo
-
-    typer.echo(f"{name} is at {zoo.import_file(name, file)}")
-
-
-@models_app.command("layers")
-def models_layers(name: str, offline: Offline = False) -> None:
-    """The self-attention layers of a backbone, under all their names."""
-    from restore import restorer
-
-    for line in restorer.load(name, device="cpu", offline=offline).layer_table():
-        typer.echo(line)
+def _options(arguments: list[str]) -> list[str]:
+    """Parameters of the command that these arguments call, where they are options of it."""
+    command: Any = typer.main.get_command(app)
+    for argument in arguments:
+        command = getattr(command, "commands", {}).get(argument, command)
+    return [item.name for item in command.params if any(name.startswith("--") for name in item.opts)]
 
 
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2."""
     from operators import RestoreError
 
+    sys.path.append(os.getcwd())  # where "module:attribute" finds one's own samplers and operators
     interrupted = "restore: interrupted; finished files are kept, run the same command to continue"
     try:
         code = app(standalone_mode=False)
@@ -422,7 +288,7 @@ def main() -> None:
             typer.echo(interrupted, err=True)
         sys.exit(code if isinstance(code, int) else 0)
     except RestoreError as error:
-        typer.echo(f"restore: {error}", err=True)
+        typer.echo(f"restore: {in_options(str(error), _options(sys.argv[1:]))}", err=True)
         sys.exit(2)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)

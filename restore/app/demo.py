@@ -8,14 +8,15 @@ from pathlib import Path
 
 import torch
 
-from restore import atomic, method
-from restore.app import files, run
+from restore import atomic
+from restore.app import files, run, tasks
 from restore.bench.baselines import baseline
+from restore.guidance import PAG
 from restore.images import grids, io
 from restore.metrics.single import psnr, ssim
 from restore.paths import data_dir
 from restore.restorer import load
-from restore.samplers.noise import derive_seed
+from restore.samplers.noise import measurement_generator
 
 TASKS = {
     "inpaint-box": "box inpainting",
@@ -48,19 +49,16 @@ def run_demo(
     ids = [Path(name).stem for name in PHOTOS]
     rows, row_titles, table, records = [], [], [], []
     for n, (task, title) in enumerate(TASKS.items()):
-        config = run.task_config(task, dict(OVERRIDES.get(task, {})))
-        operator = run.build_operator(config, *photos[0].size)
-        y = operator(x, [torch.Generator().manual_seed(derive_seed(seed, name, "degrade")) for name in ids])
-        _, base = baseline(y, operator, operator.noise.sigma)
-        estimates = {"baseline": base}
-        preset = method.find(restorer.name, operator.name, "dps")
-        pag = method.build_guidance(preset.guidance) or method.build_guidance(
-            {"pag": {"scale": 1.0, "layers": restorer.default_layers()}}
-        )
+        operator = tasks.find_task(task, dict(OVERRIDES.get(task, {}))).build(*photos[0].size)
+        y = operator(x, [measurement_generator(seed, name) for name in ids])
+        estimates = {"baseline": baseline(y, operator)}
+        preset = restorer.method(operator, task=task).guidance
+        pag = PAG(1.0, layers=restorer.default_layers()) if preset is None else preset
         for m, (label, guidance) in enumerate({"DPS": None, "DPS+PAG": pag}.items()):
             result = restorer(
                 y,
                 operator,
+                task=task,
                 guidance=guidance,
                 steps=steps,
                 seed=seed,
@@ -88,7 +86,7 @@ def run_demo(
         "Means over {} photos, sigma_y = 0.05 on [-1, 1], seed {}, {} steps; residual / noise is near 1 when a result"
     )
     note += " explains its measurement."
-    lines += ["", note.format(len(ids), seed, records[0]["protocol"]["steps"])]
+    lines += ["", note.format(len(ids), seed, records[0]["protocol"]["method"]["steps"])]
     atomic.write_bytes(out / "table.md", ("\n".join(lines) + "\n").encode())
     atomic.write_json(out / "demo.json", {"version": run.version(), "runs": records, "table": table})
     seconds = time.perf_counter() - started

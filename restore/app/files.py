@@ -1,16 +1,150 @@
-"""Which files to read and where their results go."""
+"""Which files to read, where their results go, and whose files those are.
+
+A file counts as this program's when the side-car beside it names it; any other file is never replaced unasked.
+"""
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from operators import RestoreError
 from restore import atomic
+from restore.images import io
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm", ".pgm")
 _WRITABLE = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix != ".gif")  # 256 colours hold no restored photo
+# Names that mean a picture and not a folder, though nothing of the kind is written.
+_FOREIGN = (".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".pdf", ".psd", ".dng")
+# Side-cars and pictures written beside a result are named after it with these endings.
+SIDECAR, DEGRADED, TRAJECTORY, MEAN, SPREAD = ".json", "-degraded", "-trajectory", "-mean", "-spread"
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One input file and the file its result goes to. The image id, and so its noise, is the input's stem."""
+
+    source: Path
+    target: Path
+
+    @property
+    def image_id(self) -> str:
+        return self.source.stem
+
+    @property
+    def sidecar(self) -> Path:
+        return self.target.with_suffix(SIDECAR)
+
+    def beside(self, ending: str, suffix: str | None = None) -> Path:
+        return self.target.with_name(f"{self.target.stem}{ending}{suffix or self.target.suffix}")
+
+    def written(self, samples: int = 1, degrade: bool = False, trajectory: bool = False) -> list[Path]:
+        """Every file that restoring it writes: the result, its companions and the side-car."""
+        paths = [self.target, self.sidecar]
+        paths += [self.beside(DEGRADED)] * degrade + [self.beside(TRAJECTORY, ".png")] * trajectory
+        if samples > 1:
+            paths += [self.beside(f"-sample{k}") for k in range(1, samples)]
+            paths += [self.beside(MEAN), self.beside(SPREAD, ".png")]
+        return paths
+
+
+def find_photos(inputs: Sequence[str | Path], out: str | Path, png: bool = False) -> list[Photo]:
+    """Photos for files, folders and globs. Raises RestoreError before anything runs: no match, two inputs with the
+    same output, an output folder that cannot be written, transparency into a format without."""
+    if not inputs:
+        raise RestoreError("no input image given")
+    sources = expand_inputs(inputs)
+    photos = [Photo(*pair) for pair in zip(sources, output_paths(sources, out, png=png), strict=True)]
+    if len(photos) == 1:  # in a folder the formats are kept, and so is what they hold
+        io.check_target(photos[0].source, photos[0].target)
+    return photos
+
+
+def check_outputs(photos: Sequence[Photo], written: Iterable[Sequence[Path]], overwrite: bool = False) -> None:
+    """Raises RestoreError where a run would lose a file: two photos write the same name (a.png's mean and a-mean.png),
+    a name is an input's, or, without `overwrite`, it is taken by a file that no side-car of this program names.
+
+    written: what each photo writes, see Photo.written.
+    """
+    sources = {photo.source.resolve(): photo.source for photo in photos}
+    writers: dict[str, Photo] = {}
+    for photo, paths in zip(photos, written, strict=True):
+        ours = set((read_sidecar(photo.sidecar) or {}).get("files", ()))
+        for path in paths:
+            other = writers.setdefault(str(path.resolve()).casefold(), photo)  # some file systems ignore case
+            if other is not photo:
+                raise RestoreError(
+                    f"{other.source} and {photo.source} would both write {path}: rename one or run them into different "
+                    "folders."
+                )
+            if path.resolve() in sources:
+                raise RestoreError(f"{photo.source} would overwrite the input {path}: choose another output folder.")
+            if path.exists() and not overwrite and (path.name not in ours or photo.target.name not in ours):
+                raise RestoreError(
+                    f"{path} is there already and {photo.sidecar.name} does not name it as a result of this program: "
+                    "give overwrite=True to replace it, or choose another output folder."
+                )
+
+
+def read_sidecar(path: Path) -> dict[str, Any] | None:
+    """The content of a side-car that this program wrote; None where there is none, or another file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) and isinstance(content.get("files"), list) else None
+
+
+def finished(photo: Photo, expected: Mapping[str, Any]) -> bool:
+    """Whether the result is there: complete, of the same input and settings, and readable.
+
+    expected: what its side-car must say, e.g. {"sha256": ..., "settings": {...}}. False where there is nothing, or what
+    an interruption left. Raises RestoreError, saying what differs, where there is another result.
+    """
+    sidecar = read_sidecar(photo.sidecar)
+    if sidecar is None or not sidecar.get("finished"):
+        return False
+    differing = differences(json.loads(json.dumps(expected)), sidecar)
+    if not differing:
+        try:
+            io.read_image(photo.target)
+        except RestoreError:
+            differing = ["it is not readable"]
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise RestoreError(
+            f"{photo.target} is another result ({'; '.join(differing[:3])}{more}): give overwrite=True to redo it, or "
+            "choose another output folder."
+        )
+    return True
+
+
+def differences(expected: Any, found: Any, name: str = "") -> list[str]:
+    """ "steps: 4, now 8" for everything in `expected` that `found` has otherwise; mappings are compared by key."""
+    if isinstance(expected, Mapping):
+        found = found if isinstance(found, Mapping) else {}
+        return [text for key in expected for text in differences(expected[key], found.get(key), str(key))]
+    if expected == found:
+        return []
+    return ["of another photo" if name == "sha256" else f"{name}: {_short(found)}, now {_short(expected)}"]
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content. Raises RestoreError when it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise RestoreError(f"Cannot read {path}: {atomic.reason(error)}.") from error
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def expand_inputs(paths: Iterable[str | Path]) -> list[Path]:
@@ -50,11 +184,11 @@ def output_paths(inputs: Iterable[str | Path], out: str | Path, png: bool = Fals
     """
     inputs, out = [Path(path) for path in inputs], Path(out)
     suffix = out.suffix.lower()
-    if suffix in IMAGE_SUFFIXES and not out.is_dir():
+    if suffix in _WRITABLE + _FOREIGN and not out.is_dir():
         if len(inputs) > 1:
             raise RestoreError(f"{len(inputs)} inputs cannot all go to the file {out}: name a folder instead.")
         if suffix not in _WRITABLE:
-            raise RestoreError(f"Cannot write {out}: a GIF holds 256 colours only; use .png.")
+            raise RestoreError(f"Cannot write {out}: the name must end in one of {' '.join(_WRITABLE)}.")
         targets = [out]
     else:
         targets = [out / f"{path.stem}{tag}{_result_suffix(path, png)}" for path in inputs]

@@ -3,158 +3,91 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.metadata
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
-import operators
 from operators import RestoreError
-from restore import atomic, method
+from restore import atomic
+from restore import guidance as guidances
 from restore.app import files
-from restore.guidance import CFG, PAG
+from restore.app.files import DEGRADED, MEAN, SIDECAR, SPREAD, TRAJECTORY, Photo
+from restore.app.tasks import Task, measured
+from restore.guidance import CFG, PAG, Guidance
 from restore.images import grids, io
 from restore.images.resampling import Resampled
-from restore.paths import configs_dir
-from restore.samplers.noise import derive_seed
+from restore.metrics.single import psnr, ssim
 
-# Side-cars and pictures written beside a result are named after it with these endings.
-SIDECAR, DEGRADED, TRAJECTORY = ".json", "-degraded", "-trajectory"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One input file and the file its result goes to. The image id, and so its noise, is the input's stem."""
-
-    source: Path
-    target: Path
-
-    @property
-    def sidecar(self) -> Path:
-        return self.target.with_suffix(SIDECAR)
-
-    def beside(self, ending: str, suffix: str | None = None) -> Path:
-        return self.target.with_name(f"{self.target.stem}{ending}{suffix or self.target.suffix}")
+# Of a Restorer's protocol: what makes a result another one. The rest (threads, batch size, ...) concerns rounding.
+_DECISIVE = ("backbone", "weights", "precision", "operator", "noise", "method")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened to one file: `numbers` holds residual_ratio, nfe, seconds, with --degrade psnr and ssim."""
+    """What happened to one photo. numbers: residual_ratio, nfe, seconds, with `degrade` psnr and ssim; error: the
+    sentence why there is no result."""
 
-    job: Job
-    skipped: bool
-    numbers: dict[str, Any]
+    photo: Photo
+    skipped: bool = False
+    numbers: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
 
     def line(self) -> str:
         if self.skipped:
-            return f"{self.job.target}  (finished before; --overwrite to redo)"
+            return f"{self.photo.target}  (finished before)"
         shown = {"psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.3f}", "residual_ratio": "residual/noise {:.2f}"}
+        shown["seconds"] = "{:.0f} s"
         parts = [text.format(self.numbers[key]) for key, text in shown.items() if self.numbers.get(key) is not None]
-        return "  ".join([str(self.job.target), *parts, f"{self.numbers['seconds']:.0f} s"])
+        return "  ".join([str(self.photo.target), *parts])
 
 
-def plan(inputs: Sequence[str], out: str | Path, png: bool = False) -> list[Job]:
-    """Jobs for files, folders and globs. Raises RestoreError before anything runs: no match, two inputs
-    with the same output, an output folder that cannot be written."""
-    if not inputs:
-        raise RestoreError("no input image given")
-    sources = files.expand_inputs(inputs)
-    return [Job(*pair) for pair in zip(sources, files.output_paths(sources, out, png=png), strict=True)]
+@dataclass(frozen=True)
+class ChangedPAG:
+    """The preset's guidance with these values of PAG in place of its own; None keeps the preset's."""
 
+    scale: float | None = None
+    layers: str | Sequence[str] | None = None
+    target: str | None = None
+    strength: float | None = None
 
-def task_config(task: str, settings: dict[str, Any], *, mask: Path | None = None, kernel: Path | None = None) -> dict:
-    """The operator configuration of a task, with `settings` that it knows taken out of the dictionary.
-
-    task: a file of configs/task, or sr2, sr3, ... for other factors. mask and kernel replace the
-    task's own. Raises RestoreError for an unknown task or a file that does not fit it.
-    """
-    folder = configs_dir() / "task"
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    name = task
-    if task.startswith("sr") and task[2:].isdigit() and task not in known:
-        name = "sr4"
-    elif task == "inpaint" and mask is None:
-        name = "inpaint-box"
-    elif task not in known:
-        near = difflib.get_close_matches(task, known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}, srN"
-        raise RestoreError(f"unknown task '{task}'; {hint}")
-    config = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"))
-    if name == "sr4":
-        config["factor"] = int(task[2:])
-    if mask is not None:
-        if not config["name"].startswith("inpainting"):
-            raise RestoreError(f"--mask does not apply to task {task}; it belongs to inpaint")
-        config = {"name": "inpainting_mask", "noise": config.get("noise"), "mask": Path(mask)}
-    if kernel is not None:
-        if "blur" not in config["name"]:
-            raise RestoreError(f"--kernel does not apply to task {task}; it belongs to blur")
-        config = {"name": "blur", "noise": config.get("noise"), "kernel": io.read_kernel(kernel)}
-    elif config["name"] == "blur":
-        raise RestoreError("task blur needs --kernel FILE")
-    if "sigma" in settings:  # the noise's standard deviation on [-1, 1]
-        sigma = settings.pop("sigma")
-        config["noise"] = {"name": "gaussian", "sigma": sigma} if sigma else None
-    for key in [key for key in settings if key in operators.options(config["name"])]:
-        config[key] = settings.pop(key)
-    return config
-
-
-def build_operator(config: dict, height: int, width: int):
-    """The operator for an image of this size; a mask given as a file is read and checked against it."""
-    config = dict(config)
-    if isinstance(config.get("mask"), Path):
-        config["mask"] = io.read_mask(config["mask"], (height, width))
-    return operators.build(config, image_size=(height, width))
-
-
-def _measurement(job: Job, config: dict, degrade: bool, seed: int, resampled: Resampled | None = None):
-    """(record, clean or None, operator, y): the input is the clean photo with `degrade`, else y itself."""
-    record = io.read_image(job.source)
-    height, width = record.size
-    if degrade:
-        clean = resampled.truth(record.pixels) if resampled else record.pixels
-        x = resampled.enlarged(clean, job.source.name) if resampled else clean
-        if resampled and isinstance(config.get("mask"), Path):
-            config = config | {"mask": resampled.enlarged_mask(io.read_mask(config["mask"], record.size))}
-        operator = build_operator(config, *x.shape[-2:])
-        generator = torch.Generator().manual_seed(derive_seed(seed, job.source.stem, "degrade"))
-        return record, clean, operator, operator(x, generator)
-    factor = config.get("factor", 1)
-    if config["name"] in ("inpainting_box", "inpainting_random"):
-        raise RestoreError(
-            f"{job.source.name}: inpainting a damaged photo needs --mask FILE (white: known pixels); "
-            "with --degrade the task cuts its own hole into a clean photo"
-        )
-    operator = build_operator(config, height * factor, width * factor)
-    y = record.pixels.mean(1, keepdim=True) if config["name"] == "colorization" else record.pixels
-    if config["name"] == "inpainting_mask":
-        y = operator.A(y)
-    if resampled:
-        operator = resampled.measuring(operator, (height * factor, width * factor), job.source.name)
-    return record, None, operator, y
+    def applied(self, preset: Guidance | None, layers: Sequence[str]) -> Guidance | None:
+        """layers: PAG's where the preset has no PAG. Other terms of the preset stay. RestoreError: see PAG."""
+        changes = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        terms = guidances.describe(preset) or []
+        ours = [term["pag"] for term in terms if "pag" in term]
+        if len(ours) > 1:
+            raise RestoreError("the preset has several PAG terms: say all of them by guidance=")
+        if not ours and self.scale is None:
+            raise RestoreError(f"{next(iter(changes))}= needs pag_scale=: the preset uses no PAG")
+        if ours:
+            ours[0].update(changes)
+        else:
+            terms.insert(0, {"pag": {"layers": list(layers), **changes}})
+        return guidances.build(terms)
 
 
 def restore_files(
-    jobs: Iterable[Job],
-    restorer,
-    config: dict,
+    photos: Iterable[Photo],
+    restorer: Any,
+    task: Task,
     *,
     parameters: dict[str, Any] | None = None,
     degrade: bool = False,
-    sampler: str | None = None,
-    pag_scale: float | None = None,
-    layers: str | None = None,
+    sampler: str | Callable | None = None,
+    quality: str | None = None,
+    guidance: Guidance | ChangedPAG | None | str = "preset",
     steps: int | str | None = None,
     samples: int = 1,
     seed: int = 0,
     batch_size: int = 1,
+    prompt: str | None = None,
+    negative_prompt: str | None = None,
     data: str | None = None,
     reference: bool = False,
     resampled: Resampled | None = None,
@@ -164,148 +97,205 @@ def restore_files(
 ) -> Iterator[Outcome]:
     """Restore one file after the other; each result is complete on the disk before the next begins.
 
-    config: from `task_config`. degrade: the inputs are clean; they are degraded first and the result
-    is compared with them. resampled: restore at another size and bring the result back (protocol512).
-    The other arguments are those of `Restorer`. Finished files (result and side-car exist) are skipped
-    unless `overwrite`. Writes NAME (first sample), NAME-sampleK, NAME-mean and NAME-spread with several
-    samples, NAME-degraded, NAME-trajectory.png and the side-car NAME.json.
-    Raises RestoreError; files finished before it are kept.
+    degrade: the inputs are clean; they are degraded first and the result is compared with them. resampled: restore at
+    another size and bring the result back. The other arguments are those of `Restorer`.
+    Writes NAME (first sample), NAME-sampleK, NAME-mean and NAME-spread with several samples, NAME-degraded,
+    NAME-trajectory.png and the side-car NAME.json. A photo counts as finished, and is skipped, when its side-car says
+    the same input and settings and the result is readable; another result is an error unless `overwrite`.
+    A photo that cannot be restored yields an Outcome with its error and the next one begins. Raises RestoreError
+    before the first where a file would be lost (see files.check_outputs), and where nothing can be written any more.
     """
-    for job in jobs:
-        if job.target.exists() and job.sidecar.exists() and not overwrite:
-            yield Outcome(job, True, {})
+    photos = list(photos)
+    files.check_outputs(photos, [photo.written(samples, degrade, save_trajectory) for photo in photos], overwrite)
+    for photo in photos:
+        started, frames = time.perf_counter(), []
+        try:
+            record, clean, operator, y = measured(photo, task, degrade, seed, resampled)
+            options = {"task": task.name, "sampler": sampler, "quality": quality, "data": data}
+            chosen, asked = guidance, {**options, "steps": steps, "reference": reference, "parameters": parameters}
+            if isinstance(guidance, ChangedPAG):
+                chosen = guidance.applied(restorer.method(operator, **asked).guidance, restorer.default_layers())
+            method = restorer.method(operator, **asked, guidance=chosen)
+            protocol = restorer.protocol(operator, method)
+            settings = {key: protocol[key] for key in _DECISIVE} | {
+                "task": task.describe(),
+                "degrade": degrade,
+                "image_id": photo.image_id,
+                "samples": samples,
+                "seed": seed,
+                "prompt": prompt,
+                "negative_prompt": negative_prompt,
+                "reference": reference,
+                "resampled": None if resampled is None else dataclasses.asdict(resampled),
+                "trajectory": save_trajectory,
+            }
+            expected = {"sha256": files.sha256(photo.source), "settings": settings}
+            if not overwrite and files.finished(photo, expected):
+                yield Outcome(photo, skipped=True)
+                continue
+            result = restorer(
+                y,
+                operator,
+                **options,
+                guidance=chosen,
+                steps=steps,
+                samples=samples,
+                seed=seed,
+                image_ids=[photo.image_id],
+                batch_size=batch_size,
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                reference=reference,
+                callback=_recording(callback, frames if save_trajectory else None),
+                **(parameters or {}),
+            )
+        except RestoreError as error:
+            yield Outcome(photo, error=str(error))
             continue
-        started = time.perf_counter()
-        record, clean, operator, y = _measurement(job, config, degrade, seed, resampled)
-        guidance = choose_guidance(restorer, operator.name, sampler, pag_scale, layers, data)
-        frames: list[torch.Tensor] = []
-        result = restorer(
-            y,
-            operator,
-            sampler=sampler,
-            guidance=guidance,
-            steps=steps,
-            samples=samples,
-            seed=seed,
-            image_ids=[job.source.stem],
-            batch_size=batch_size,
-            data=data,
-            reference=reference,
-            callback=_recording(callback, frames if save_trajectory else None),
-            **(parameters or {}),
-        )
         if resampled:
-            factor = 1 if degrade else config.get("factor", 1)
+            factor = 1 if degrade else task.factor
             own = tuple(side * factor for side in record.size)
             result = dataclasses.replace(result, samples=resampled.back(result.samples, own))
-            result.protocol["resampled"] = dataclasses.asdict(resampled)
-        colour = config["name"] == "colorization"
-        numbers = {
-            "residual_ratio": None if result.residual_ratio is None else float(result.residual_ratio[0, 0]),
-            "residual": float(result.residual[0, 0]),
-            "nfe": result.nfe,
-        }
-        if clean is not None:
-            from restore.metrics.single import psnr, ssim
-
-            numbers["psnr"] = float(psnr(result.samples[:, 0], clean))
-            if min(clean.shape[-2:]) >= 11:  # SSIM's window
-                numbers["ssim"] = float(ssim(result.samples[:, 0], clean))
-            shown = y if y.shape[1] == 3 else y.expand(-1, 3, -1, -1)
-            io.write_image(job.beside(DEGRADED), shown[0], like=record)
-        if samples > 1:
-            for k in range(1, samples):
-                io.write_image(job.beside(f"-sample{k}"), result.samples[0, k], like=record, colour=colour)
-            io.write_image(job.beside("-mean"), result.mean[0], like=record, colour=colour)
-            # Spread in units of the pixel range, white = 0.5: a fixed scale, so that maps can be compared.
-            io.write_image(job.beside("-spread", ".png"), (4 * result.spread[0].mean(0, True) - 1).expand(3, -1, -1))
-        if save_trajectory:
-            strip = grids.strip([io.to_pil(x) for x in frames])
-            io.write_image(job.beside(TRAJECTORY, ".png"), io.to_tensor(strip)[0])
-        io.write_image(job.target, result.samples[0, 0], like=record, colour=colour)
-        numbers["seconds"] = time.perf_counter() - started
+        numbers = _numbers(result, clean)
         sidecar = {
             "version": version(),
-            "input": job.source.name,
-            "task": {key: value if _plain(value) else repr(value) for key, value in config.items()},
-            "degraded_here": degrade,
-            "image_id": job.source.stem,
-            "protocol": result.protocol,
-            **numbers,
+            "finished": False,
+            "input": photo.source.name,
+            "files": [path.name for path in photo.written(samples, degrade, save_trajectory)],
+            **expected,
         }
-        atomic.write_json(job.sidecar, sidecar)
-        yield Outcome(job, False, numbers)
+        # The side-car comes first: what an interruption leaves is known as this program's and made again.
+        atomic.write_json(photo.sidecar, sidecar)
+        try:
+            _write_pictures(photo, record, result, y, degrade, frames)
+            numbers["seconds"] = time.perf_counter() - started
+            atomic.write_json(photo.sidecar, sidecar | {"finished": True, "protocol": result.protocol, **numbers})
+        except BaseException:
+            if not any(
+                (photo.target.parent / name).exists() for name in sidecar["files"] if name != photo.sidecar.name
+            ):
+                photo.sidecar.unlink(missing_ok=True)
+            raise
+        yield Outcome(photo, numbers=numbers)
 
 
-def choose_guidance(restorer, task: str, sampler: str | None, pag_scale: float | None, layers: str | None, data=None):
-    """The preset's guidance with the scale and layers given on the command line in place of its own."""
-    if pag_scale is None and layers is None:
-        return "preset"
-    preset = method.find(restorer.name, task, sampler or restorer.default_sampler, data)
-    pag = dict((preset.guidance or {}).get("pag") or {})
-    if pag_scale is not None:
-        pag["scale"] = pag_scale
-    if layers is not None:
-        pag["layers"] = layers
-    if not pag.get("layers"):
-        pag["layers"] = restorer.default_layers()
-    if pag.get("scale") is None:
-        raise RestoreError("--layers needs --pag-scale: the preset uses no PAG")
-    return PAG(**pag)
+def _numbers(result: Any, clean: torch.Tensor | None) -> dict[str, Any]:
+    numbers = {
+        "residual_ratio": None if result.residual_ratio is None else float(result.residual_ratio[0, 0]),
+        "residual": float(result.residual[0, 0]),
+        "nfe": result.nfe,
+    }
+    if clean is not None:
+        numbers["psnr"] = float(psnr(result.samples[:, 0], clean))
+        if min(clean.shape[-2:]) >= 11:  # SSIM's window
+            numbers["ssim"] = float(ssim(result.samples[:, 0], clean))
+    return {key: value if value is None or math.isfinite(value) else None for key, value in numbers.items()}
 
 
-def degrade_files(jobs: Iterable[Job], config: dict, *, seed: int = 0, overwrite: bool = False) -> Iterator[Path]:
-    """Write y = A(x) + n of every input, clamped and rounded to its format's depth."""
-    for job in jobs:
-        if overwrite or not job.target.exists():
-            record, _, _, y = _measurement(job, config, True, seed)
-            io.write_image(job.target, y[0] if y.shape[1] == 3 else y[0].expand(3, -1, -1), like=record)
-        yield job.target
+def _write_pictures(
+    photo: Photo, record: io.ImageRecord, result: Any, y: torch.Tensor, degrade: bool, frames: Sequence[torch.Tensor]
+) -> None:
+    """All pictures of one photo, the result last."""
+    samples = result.samples.shape[1]
+    like = {"like": record, "colour": y.shape[1] == 1}  # a grey photo keeps what colour was the task to find
+    if degrade:
+        io.write_image(photo.beside(DEGRADED), y[0].expand(3, -1, -1), like=record)
+    if samples > 1:
+        for k in range(1, samples):
+            io.write_image(photo.beside(f"-sample{k}"), result.samples[0, k], **like)
+        io.write_image(photo.beside(MEAN), result.mean[0], **like)
+        # Spread in units of the pixel range, white = 0.5: a fixed scale, so that maps can be compared.
+        io.write_image(photo.beside(SPREAD, ".png"), (4 * result.spread[0].mean(0, True) - 1).expand(3, -1, -1))
+    if frames:
+        strip = grids.strip([io.to_pil(x) for x in frames])
+        io.write_image(photo.beside(TRAJECTORY, ".png"), io.to_tensor(strip)[0])
+    io.write_image(photo.target, result.samples[0, 0], **like)
+
+
+def degrade_files(photos: Iterable[Photo], task: Task, *, seed: int = 0, overwrite: bool = False) -> Iterator[Outcome]:
+    """Write y = A(x) + n of every input, clamped and rounded to its format's depth.
+
+    A photo whose degraded version is there already, to the byte, is skipped; a file that is anything else is an error
+    unless `overwrite`. Errors of one photo are in its Outcome, as for `restore_files`.
+    """
+    photos = list(photos)
+    files.check_outputs(photos, [[photo.target] for photo in photos], overwrite=True)
+    for photo in photos:
+        try:
+            record, _, _, y = measured(photo, task, True, seed)
+            content = io.encoded(photo.target, y[0].expand(3, -1, -1), like=record)
+            there = photo.target.exists() and photo.target.read_bytes() == content
+            if photo.target.exists() and not there and not overwrite:
+                raise RestoreError(
+                    f"{photo.target} is there already and is another picture: overwrite=True replaces it"
+                )
+        except RestoreError as error:
+            yield Outcome(photo, error=str(error))
+            continue
+        if not there:
+            atomic.write_bytes(photo.target, content)
+        yield Outcome(photo)
 
 
 def generate_files(
     out: str | Path,
-    restorer,
+    restorer: Any,
     *,
     n: int,
-    pag_scale: float = 0.0,
-    layers: str | None = None,
-    cfg_scale: float = 0.0,
+    guidance: Guidance | None = None,
     labels: Sequence[int] | None = None,
+    prompt: str | None = None,
+    negative_prompt: str | None = None,
     steps: int | str = 250,
     ddim_eta: float | None = None,
     seed: int = 0,
     batch_size: int = 1,
+    overwrite: bool = False,
     callback: Callable[[dict], None] | None = None,
 ) -> Iterator[Path]:
-    """Samples of the prior as sample-0000.png, ... in the folder `out`, each with a side-car."""
-    terms = []
-    if pag_scale:
-        terms.append(PAG(pag_scale, layers=layers or restorer.default_layers()))
-    if cfg_scale:
-        terms.append(CFG(cfg_scale))
-    guidance = sum(terms[1:], terms[0]) if terms else None
-    if labels is not None and len(labels) == 1:
-        labels = list(labels) * n
+    """Samples of the prior as sample-0000.png, ... in the folder `out`, each with a side-car, as they come.
+
+    labels: one class, or one per image. The other arguments are those of Restorer.generate; sample i depends on
+    (seed, i) alone. Raises RestoreError where it would replace a file of somebody else's, unless `overwrite`.
+    """
+    if labels is not None and len(labels) not in (1, n):
+        raise RestoreError(f"{n} images need one class label or {n}, got {len(labels)}")
+    labels = None if labels is None else list(labels) * (n if len(labels) == 1 else 1)
     out = Path(out)
     files.writable_folder(out)
-    images = restorer.generate(
-        n,
-        guidance=guidance,
-        steps=steps,
-        seed=seed,
-        labels=labels,
-        ddim_eta=ddim_eta,
-        batch_size=batch_size,
-        callback=callback,
-    )
-    for i, image in enumerate(images):
-        path = out / f"sample-{i:04d}.png"
-        io.write_image(path, image)
-        protocol = {"version": version(), "backbone": restorer.name, "steps": steps, "ddim_eta": ddim_eta}
-        protocol |= {"seed": seed, "index": i, "guidance": None if guidance is None else repr(guidance)}
-        atomic.write_json(path.with_suffix(SIDECAR), protocol | {"label": None if labels is None else labels[i]})
-        yield path
+    paths = [out / f"sample-{i:04d}.png" for i in range(n)]
+    places = [Photo(path.with_suffix(""), path) for path in paths]
+    files.check_outputs(places, [place.written() for place in places], overwrite)
+    for first in range(0, n, batch_size):
+        count = min(batch_size, n - first)
+        images = restorer.generate(
+            count,
+            guidance=guidance,
+            steps=steps,
+            seed=seed,
+            labels=None if labels is None else labels[first : first + count],
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            ddim_eta=ddim_eta,
+            batch_size=batch_size,
+            first=first,
+            callback=callback,
+        )
+        for i, image in enumerate(images, first):
+            sidecar = {"version": version(), "files": [paths[i].name, paths[i].with_suffix(SIDECAR).name]}
+            sidecar |= {"backbone": restorer.name, "steps": steps, "ddim_eta": ddim_eta, "seed": seed, "index": i}
+            sidecar |= {"guidance": guidances.describe(guidance), "label": None if labels is None else labels[i]}
+            sidecar |= {"prompt": prompt, "negative_prompt": negative_prompt}
+            atomic.write_json(paths[i].with_suffix(SIDECAR), sidecar)
+            io.write_image(paths[i], image)
+            yield paths[i]
+
+
+def generation_guidance(scale: float, layers: str | None, cfg_scale: float, restorer: Any) -> Guidance | None:
+    """PAG and CFG where their scale is not 0; layers: None takes the backbone's."""
+    terms = [PAG(scale, layers=layers if layers is not None else restorer.default_layers())] if scale else []
+    terms += [CFG(cfg_scale)] if cfg_scale else []
+    return sum(terms[1:], terms[0]) if terms else None
 
 
 def version() -> str:
@@ -314,10 +304,6 @@ def version() -> str:
         return importlib.metadata.version("restore")
     except importlib.metadata.PackageNotFoundError:
         return "checkout"
-
-
-def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str, dict, list))
 
 
 def _recording(callback, frames: list | None):

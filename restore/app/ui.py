@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from operators import RestoreError
-from restore.app import run
+from restore.app import run, tasks
+from restore.app.files import DEGRADED, find_photos
+from restore.app.options import parse_steps
 from restore.paths import configs_dir
 
 
@@ -19,7 +21,7 @@ def restore_photo(
     mask: str | Path | None = None,
     degrade: bool = False,
     pag_scale: float | None = None,
-    steps: int | None = None,
+    steps: int | str | None = None,
     seed: int = 0,
     callback: Any = None,
 ) -> tuple[Path, Path | None, dict[str, Any]]:
@@ -30,16 +32,26 @@ def restore_photo(
     if not photo:
         raise RestoreError("choose a photo first")
     folder = Path(tempfile.mkdtemp(prefix="restore-"))
-    (job,) = run.plan([str(photo)], folder, png=True)
-    config = run.task_config(task, {}, mask=Path(mask) if mask else None)
-    options = {"degrade": degrade, "pag_scale": pag_scale, "steps": steps, "seed": seed, "callback": callback}
-    for _ in run.restore_files([job], restorer, config, **options):
-        pass
-    degraded = job.beside(run.DEGRADED)
-    return job.target, degraded if degraded.exists() else None, json.loads(job.sidecar.read_text())
+    (chosen,) = find_photos([str(photo)], folder, png=True)
+    found = tasks.find_task(task, mask=Path(mask) if mask else None)
+    guidance = "preset" if pag_scale is None else run.ChangedPAG(pag_scale)
+    options = {"degrade": degrade, "guidance": guidance, "steps": steps, "seed": seed, "callback": callback}
+    (outcome,) = run.restore_files([chosen], restorer, found, **options)
+    if outcome.error is not None:
+        raise RestoreError(outcome.error)
+    degraded = chosen.beside(DEGRADED)
+    return chosen.target, degraded if degraded.exists() else None, json.loads(chosen.sidecar.read_text())
 
 
-def tasks() -> list[str]:
+def number(text: str, what: str) -> float | None:
+    """What a person typed into a field; None where it was left empty. Raises RestoreError for what is no number."""
+    try:
+        return float(text) if text and text.strip() else None
+    except ValueError:
+        raise RestoreError(f"{what} must be a number, not {text!r}; leave it empty for the preset's") from None
+
+
+def offered() -> list[str]:
     """What the page offers: the tasks that need no kernel file, and sr2."""
     names = {path.stem for path in (configs_dir() / "task").glob("*.yaml")} - {"blur"}
     return sorted(names | {"inpaint", "sr2"})
@@ -52,12 +64,13 @@ def build(restorer: Any) -> Any:
     except ImportError:
         raise RestoreError("the browser page needs gradio; install restore[ui]") from None
 
-    def run(photo, task, mask, degrade, scale, steps, seed, progress=gr.Progress()):  # noqa: B008
+    def restore(photo, task, mask, degrade, scale, steps, seed, progress=gr.Progress()):  # noqa: B008
         def show(step: dict) -> None:
             progress((step["step"] + 1, step["steps"]), desc="sampling", unit="steps")
 
-        settings = {"pag_scale": scale, "steps": int(steps) if steps else None, "seed": int(seed or 0)}
         try:
+            settings = {"pag_scale": number(scale, "PAG scale"), "steps": parse_steps(steps.strip() or None)}
+            settings["seed"] = int(seed or 0)
             restored, degraded, sidecar = restore_photo(restorer, photo, task, mask, degrade, callback=show, **settings)
         except RestoreError as error:
             raise gr.Error(str(error)) from None
@@ -73,11 +86,12 @@ def build(restorer: Any) -> Any:
                 # The file as it was chosen: alpha, 16 bits and a mask's two values must not be lost.
                 untouched = {"type": "filepath", "image_mode": None, "format": "png"}
                 photo = gr.Image(label="Photo", **untouched)
-                task = gr.Dropdown(tasks(), value="sr4", label="Task")
+                task = gr.Dropdown(offered(), value="sr4", label="Task")
                 mask = gr.Image(label="Mask for inpainting: white is known, black is missing", **untouched)
                 degrade = gr.Checkbox(label="Degrade first")
-                scale = gr.Number(value=None, label="PAG scale s (empty: the preset's, 0: off)")
-                steps = gr.Number(value=None, precision=0, label="Steps (empty: the preset's)")
+                # Text: a number field that nobody touched posts 0, which would switch PAG off.
+                scale = gr.Textbox(label="PAG scale s (empty: the preset's, 0: off)")
+                steps = gr.Textbox(label="Steps (empty: the preset's)")
                 seed = gr.Number(value=0, precision=0, label="Seed")
                 button = gr.Button("Restore", variant="primary")
             with gr.Column():
@@ -85,5 +99,5 @@ def build(restorer: Any) -> Any:
                 degraded = gr.Image(type="filepath", format="png", label="Degraded")
                 protocol = gr.JSON(label="Side-car: protocol and numbers")
         inputs = [photo, task, mask, degrade, scale, steps, seed]
-        button.click(run, inputs, [restored, degraded, protocol], api_name="restore")
+        button.click(restore, inputs, [restored, degraded, protocol], api_name="restore")
     return page

@@ -129,7 +129,7 @@ class VariancePreserving:
 
     def __init__(self, inner: Backbone) -> None:
         self.inner = inner
-        self.schedule = Schedule(inner.schedule.ts, inner.schedule.ratios, "vp")
+        self.schedule = inner.schedule.variance_preserving()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +25,12 @@ NORMALISATIONS = {
     "ve": lambda r: (1.0, r),
     "flow": lambda r: (1 / (1 + r), r / (1 + r)),
 }
+# What is linear in t between the table's times, of a ratio, and back: its logarithm, or sigma where t is sigma's scale.
+LINEAR = {
+    "vp": (np.log, np.exp),
+    "ve": (lambda r: r, lambda sigma: sigma),
+    "flow": (lambda r: r / (1 + r), lambda sigma: sigma / (1 - sigma)),
+}
 
 
 class Schedule:
@@ -31,7 +38,7 @@ class Schedule:
 
     ts: times, ascending, in the units its network takes. ratios: sigma / alpha at each, ascending, positive.
     kind: "vp" (alpha² + sigma² = 1), "ve" (alpha = 1) or "flow" (alpha + sigma = 1).
-    Between the table's times log(sigma / alpha) is linear in t. All in float64.
+    Between the table's times log(sigma / alpha) is linear in t for "vp", sigma for the others. All in float64.
     """
 
     def __init__(self, ts: Sequence[float], ratios: Sequence[float], kind: str) -> None:
@@ -41,7 +48,7 @@ class Schedule:
         if not (np.all(np.diff(self.ts) > 0) and np.all(np.diff(self.ratios) > 0) and self.ratios[0] > 0):
             raise RestoreError("the noise ratios of a schedule must be positive and grow with its times")
         self.kind = kind
-        self._log_ratios = np.log(self.ratios)
+        self._linear, self._back = LINEAR[kind]
 
     @classmethod
     def vp(cls, alphas_cumprod: torch.Tensor) -> Schedule:
@@ -110,6 +117,12 @@ class Schedule:
             betas = DDPMScheduler(**options).betas.double()
         return cls.vp(torch.cumprod(1 - betas, dim=0))
 
+    def variance_preserving(self) -> Schedule:
+        """The same ratio at every t, normalised to alpha² + sigma² = 1."""
+        made = copy(self)
+        made.kind = "vp"
+        return made
+
     def __len__(self) -> int:
         return len(self.ts)
 
@@ -137,7 +150,7 @@ class Schedule:
         low, high = self.ts[0], self.ts[-1]
         if not low - 1e-6 <= t <= high + 1e-6:
             raise RestoreError(f"t is {t:g}, expected {low:g} to {high:g}")
-        return float(np.exp(np.interp(t, self.ts, self._log_ratios)))
+        return float(self._back(np.interp(t, self.ts, self._linear(self.ratios))))
 
     def alpha(self, t: float) -> float:
         """The signal's factor at t, which may lie between the table's times."""
@@ -162,17 +175,26 @@ class Schedule:
 
     def t(self, ratio: float) -> float:
         """The time at which sigma / alpha is `ratio`; the nearest trained one where it lies outside."""
-        return float(np.interp(math.log(max(ratio, 1e-12)), self._log_ratios, self.ts))
+        return float(np.interp(self._linear(max(ratio, 1e-12)), self._linear(self.ratios), self.ts))
 
     def timesteps(self, spec: int | str | Sequence[float]) -> list:
-        """Times to visit, descending: the spacings of `respace`, applied to the table; a list of times as it is.
+        """Times to visit, descending: the spacings of `respace`, applied to the table; a list of times, sorted.
 
         "karras:N": N ratios from the largest to the smallest trained, with rho = 7 (Karras et al. 2022, eq. 5).
         "log:N": N ratios evenly spaced in log. Both may fall between the table's times.
         Raises RestoreError for a spec that is none.
         """
         if not isinstance(spec, (int, str)):
-            return sorted(spec, reverse=True)
+            try:
+                times = sorted((float(t) for t in spec), reverse=True)
+                if len(set(times)) == len(times) > 0 and all(self.ts[0] <= t <= self.ts[-1] for t in times):
+                    return [int(t) if t.is_integer() else t for t in times]
+            except (TypeError, ValueError):
+                pass
+            raise RestoreError(
+                f"steps must be a number of steps, a text, or different times from {self.ts[0]:g} to {self.ts[-1]:g}, "
+                f"not {str(spec)[:100]}"
+            )
         name, _, count = str(spec).rpartition(":")
         if name:
             n = _count(count, 10**6, spec)

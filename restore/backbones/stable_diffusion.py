@@ -32,6 +32,8 @@ class StableDiffusion:
     Raises RestoreError when the parts do not belong together.
     """
 
+    bounded = False
+
     def __init__(
         self,
         unet: nn.Module,
@@ -136,7 +138,9 @@ class StableDiffusion:
             raise RestoreError(
                 f"condition must be a prompt's embedding (1 or {len(x_t)}, tokens, width), as encode_prompt makes it"
             )
-        alpha, sigma = self.schedule.levels(t, x_t)
+        # The PSLD code tells the network T of T times, a step beyond its table.
+        beyond = not isinstance(t, torch.Tensor) and t == self.schedule.time(len(self.schedule))
+        alpha, sigma = self.schedule.levels(self.schedule.ts[-1] if beyond else t, x_t)
         times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).reshape(-1)
         text = text.to(x_t.device, dtype).expand(len(x_t), -1, -1)
         x = ScaledGradient.apply(x_t, 1 / HALF_SCALE) if dtype == torch.float16 else x_t

@@ -127,7 +127,9 @@ def read_single_file(path: Path, *, config=None, offline: bool = False, text_onl
     if missing:
         raise RestoreError(f"{path} has no {', '.join(missing)}; expected a complete Stable Diffusion checkpoint")
     parts["scheduler"] = dict(pipe.scheduler.config)
-    return {k: own_memory(part.float().eval()) if isinstance(part, torch.nn.Module) else part for k, part in parts.items()}
+    return {
+        k: own_memory(part.float().eval()) if isinstance(part, torch.nn.Module) else part for k, part in parts.items()
+    }
 
 
 def require_checkpoint(path: Path) -> None:

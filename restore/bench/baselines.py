@@ -37,23 +37,25 @@ class _WithGradients:
         return transpose(self.A, y, (len(y), *self.shape[1:]))
 
 
-def wiener(y: torch.Tensor, operator: Any, sigma_y: float, gradient_std: float = 0.2) -> torch.Tensor:
+def wiener(y: torch.Tensor, operator: Any, gradient_std: float = 0.2) -> torch.Tensor:
     """The Wiener estimate for a prior with a 1/f^2 spectrum, for any linear operator; (B, 3, H, W).
 
     That prior is Gaussian with independent neighbour differences of standard deviation
     `gradient_std` (on [-1, 1]), so the estimate minimises
         ||y - A x||^2 / sigma_y^2 + ||grad x||^2 / gradient_std^2,
-    which is the Wiener filter where A is a convolution and harmonic filling where A is a mask.
+    which is the Wiener filter where A is a convolution and harmonic filling where A is a mask. sigma_y is the
+    operator's, at least 1e-3.
     """
-    ratio = max(sigma_y, 1e-3) / gradient_std
+    ratio = max(getattr(operator.noise, "sigma", 0.0) or 0.0, 1e-3) / gradient_std
     stacked = _WithGradients(operator, ratio, operator.A_adjoint(y).shape)
     measured = torch.zeros_like(stacked.A(operator.A_adjoint(y)))
     measured[..., : y[0].numel()] = y.flatten(1)[:, None, None]
     return operators.least_squares(stacked, measured, tolerance=1e-4, max_iterations=500).clamp(-1, 1)
 
 
-def baseline(y: torch.Tensor, operator: Any, sigma_y: float) -> tuple[str, torch.Tensor]:
-    """(name, estimate): bicubic for super-resolution, Wiener for the other linear operators."""
-    if getattr(operator, "name", "") == "super_resolution":
-        return "bicubic", bicubic(y, operator)
-    return "Wiener", wiener(y, operator, sigma_y)
+def baseline(y: torch.Tensor, operator: Any) -> torch.Tensor:
+    """Bicubic interpolation for super-resolution, Wiener for the other linear operators; (B, 3, H, W)."""
+    return (bicubic if getattr(operator, "name", "") == "super_resolution" else wiener)(y, operator)
+
+
+BASELINES = {"baseline": baseline, "pseudo_inverse": pseudo_inverse, "bicubic": bicubic, "wiener": wiener}

@@ -1,4 +1,4 @@
-"""What a configuration has to compute: fixed batches of images, one job each."""
+"""What a configuration has to compute: fixed batches of images."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 from operators import RestoreError
 from restore.bench import datasets
 from restore.bench.config import pairs
+from restore.images.folder import file_name
 
 
 @dataclass(frozen=True)
-class Job:
-    """One batch: `ids` of one task, by one method. Batches are cut from the list of images in order and never
+class Batch:
+    """`ids` of one task, by one method. Batches are cut from the list of images in order and never
     regrouped, so that a resumed run computes the same batches as an undisturbed one."""
 
     task: str
@@ -31,7 +32,7 @@ class Job:
 
     def rows(self, run: Path) -> list[Path]:
         """The files whose presence means that an image is done: they are written last."""
-        return [self.results(run) / "rows" / f"{datasets.file_name(i)}.json" for i in self.ids]
+        return [self.results(run) / "rows" / f"{file_name(i)}.json" for i in self.ids]
 
     def done(self, run: Path) -> bool:
         return all(path.exists() for path in self.rows(run))
@@ -70,15 +71,15 @@ def image_ids(config: Mapping[str, Any], task: str, images: datasets.ImageSet | 
     return [f"{i:06d}" for i in range(entry["count"])]
 
 
-def expand(config: Mapping[str, Any], images: datasets.ImageSet | None) -> list[Job]:
-    """All jobs, task by task and method by method."""
-    jobs = []
+def expand(config: Mapping[str, Any], images: datasets.ImageSet | None) -> list[Batch]:
+    """All batches, task by task and method by method."""
+    batches = []
     size = config["batch"]
     for task, method in pairs(config):
         ids = image_ids(config, task, images)
         for index, first in enumerate(range(0, len(ids), size)):
-            jobs.append(Job(task, method, index, tuple(ids[first : first + size])))
-    names = [datasets.file_name(i) for i in (images.ids if images is not None else [])]
+            batches.append(Batch(task, method, index, tuple(ids[first : first + size])))
+    names = [file_name(i) for i in (images.ids if images is not None else [])]
     if len(set(names)) != len(names):
         raise RestoreError("two images would be written to one file: folders become __ in names; rename one of them")
-    return jobs
+    return batches

@@ -1,4 +1,4 @@
-"""The same jobs on a Ray cluster (extra `cluster`): one worker per GPU or per share of the CPUs.
+"""The same batches on a Ray cluster (extra `cluster`): one worker per GPU or per share of the CPUs.
 
 All workers see the run's folder (a shared file system on several machines) and write results as the local engine
 does, so a run may be started with one engine and finished with the other.
@@ -13,23 +13,23 @@ from typing import Any
 
 from operators import RestoreError
 from restore.bench import datasets
-from restore.bench.batches import Job
+from restore.bench.batches import Batch
 
 MAX_FAILURES = 3
 
 
-def run_jobs(
-    jobs: Sequence[Job],
+def run_batches(
+    batches: Sequence[Batch],
     config: Mapping[str, Any],
     run: Path,
     images: datasets.ImageSet | None,
-    finished: Callable[[Job, dict[str, Any]], None],
+    finished: Callable[[Batch, dict[str, Any]], None],
 ) -> None:
-    """Compute `jobs` on every worker there is, each taking the next job when it is free.
+    """Compute `batches` on every worker there is, each taking the next one when it is free.
 
     config.workers: how many; None: one per GPU of the cluster, or per `worker.cpus` CPUs where there is none.
-    A job whose worker dies is given to another; the third death over the same job raises RestoreError, as does
-    a mistake that the job itself reports. finished: called with every job and its cost, in the order they end.
+    A batch whose worker dies is given to another; the third death over the same one raises RestoreError, as does
+    a mistake that the worker itself reports. finished: called with every batch and its cost, in the order they end.
     """
     try:
         import ray
@@ -46,7 +46,7 @@ def run_jobs(
         gpus = (1 if cluster.get("GPU", 0) else 0) if gpus is None else gpus
         cpus = config["worker"]["cpus"]
         fitting = int(cluster.get("GPU", 0) / gpus) if gpus else int(cluster.get("CPU", 1) / max(cpus, 1e-9))
-        number = min(config["workers"] or max(fitting, 1), len(jobs))
+        number = min(config["workers"] or max(fitting, 1), len(batches))
         if number > max(fitting, 1):
             raise RestoreError(f"workers={number} do not fit the cluster, which has room for {max(fitting, 1)}")
         actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(Worker)
@@ -54,7 +54,7 @@ def run_jobs(
         def start() -> Any:
             return actor.remote(config, run, images, "cuda" if gpus and config["device"] == "auto" else None)
 
-        _distribute(ray, deque(jobs), [start() for _ in range(number)], start, finished)
+        _distribute(ray, deque(batches), [start() for _ in range(number)], start, finished)
     finally:
         if started_here:
             ray.shutdown()
@@ -66,29 +66,29 @@ def _distribute(ray, waiting: deque, workers: list, start: Callable[[], Any], fi
 
     def give(worker: Any) -> None:
         if waiting:
-            job = waiting.popleft()
-            running[worker.run.remote(job)] = (worker, job)
+            batch = waiting.popleft()
+            running[worker.run.remote(batch)] = (worker, batch)
 
     for worker in workers:
         give(worker)
     while running:
         (ready, *_), _ = ray.wait(list(running), num_returns=1)
-        worker, job = running.pop(ready)
+        worker, batch = running.pop(ready)
         try:
             cost = ray.get(ready)
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, RestoreError) else None
-            raise RestoreError(str(cause) if cause else f"job {job.key} failed: {error}") from error
+            raise RestoreError(str(cause) if cause else f"batch {batch.key} failed: {error}") from error
         except ray.exceptions.RayError as error:
-            # The worker died (killed, out of memory, node lost): its job goes to a new one.
-            failures[job.key] = failures.get(job.key, 0) + 1
-            if failures[job.key] >= MAX_FAILURES:
+            # The worker died (killed, out of memory, node lost): its batch goes to a new one.
+            failures[batch.key] = failures.get(batch.key, 0) + 1
+            if failures[batch.key] >= MAX_FAILURES:
                 raise RestoreError(
-                    f"{MAX_FAILURES} workers died over job {job.key}, the last with {type(error).__name__};"
+                    f"{MAX_FAILURES} workers died over batch {batch.key}, the last with {type(error).__name__};"
                     " what is finished is kept: lower batch or give a worker more memory, and start again"
                 ) from error
-            waiting.appendleft(job)
+            waiting.appendleft(batch)
             give(start())
             continue
-        finished(job, cost)
+        finished(batch, cost)
         give(worker)

@@ -3,89 +3,32 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING as ABSENT
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
 from operators import RestoreError, factory
-from restore.method import build_guidance
-from restore.metrics.evaluate import split_metrics
+from operators.naming import check_known, lookup, nearest
+from restore import samplers
+from restore.bench.baselines import BASELINES
+from restore.bench.datasets import KNOWN_SETS
+from restore.bench.schema import Benchmark
+from restore.method import Method
+from restore.metrics import table
 from restore.paths import configs_dir
 
-KINDS = ("restoration", "generation", "text_to_image")
-SAMPLERS = {
-    "restoration": ("dps", "psld", "baseline", "pseudo_inverse", "bicubic", "wiener"),
-    "generation": ("ddpm", "ddim"),
-    "text_to_image": ("pipeline",),
-}
-# What a benchmark must state although the sampler has presets: a preset may be corrected in a later version.
-STATED = {"dps": ("zeta",), "psld": ("eta", "gamma")}
-BASELINES = ("baseline", "pseudo_inverse", "bicubic", "wiener")
-# Metrics beyond those of evaluate(): computed from rows, samples or costs of a run.
-RUN_METRICS = ("residual_ratio", "spread", "coverage", "lpips_pairs", "iterations_per_second", "peak_memory_mb")
-
-_OPEN = object()  # a mapping whose keys are checked by whoever receives it
-_EACH = object()  # a mapping from free names to the mapping given as the second element
-_REQUIRED = object()
-
-_METHOD = {"title": None, "sampler": _REQUIRED, "steps": None, "guidance": _OPEN, "parameters": _OPEN, "only": None}
-_METHOD |= {"per_task": _OPEN, "sweep": _OPEN, "note": None}
-_TASK = {"title": None, "operator": _OPEN, "per_image": False, "solve_at": None, "note": None}
-_TASK |= {
-    "resample": "bicubic",
-    "backbone": None,
-    "labels": None,
-    "prompts": None,
-    "negative_prompt": "",
-    "count": None,
-}
-SCHEMA: dict[str, Any] = {
-    "name": _REQUIRED,
-    "title": None,
-    "source": None,
-    "notes": [],
-    "kind": "restoration",
-    "out": None,
-    "engine": "local",
-    "workers": None,
-    "worker": {"cpus": 1, "gpus": None},
-    "device": "auto",
-    "threads": None,
-    "backbone": _REQUIRED,
-    "precision": "fp32",
-    "checkpointing": False,
-    "offline": False,
-    "seed": 0,
-    "samples": 1,
-    "batch": 1,
-    "data": {
-        "name": "folder",
-        "folder": None,
-        "names": None,
-        "split": None,
-        "size": None,
-        "every": 1,
-        "limit": None,
-        "stretch": False,
-    },
-    "tasks": (_EACH, _TASK),
-    "methods": (_EACH, _METHOD),
-    "metrics": {
-        "names": ["psnr", "ssim", "residual_ratio"],
-        "lpips_net": "alex",
-        "weights": _OPEN,
-        "pr_network": "vgg16",
-        "fid_layer": "2048",
-        "allow_small": False,
-        "reference": None,
-        "full_reference": None,
-        "group_by_prompt": False,
-        "pairs": 100,
-    },
-    "published": {"source": None, "titles": _OPEN, "values": _OPEN, "note": None},
-    "report": {"pictures": 6, "columns": None, "curve": None},
+# Each kind of benchmark with its methods; those of a restoration are also any sampler, "module:function" included.
+KINDS = {
+    "restoration": {**samplers.SAMPLERS, **BASELINES},
+    "generation": {"ddpm": (), "ddim": ("eta",)},  # restore.samplers.generate
+    "text_to_image": {"pipeline": ()},  # an unmodified diffusers pipeline
 }
 # What decides the bytes of a result; the rest may change between two sessions of one run.
 RESULT_KEYS = ("kind", "backbone", "precision", "seed", "samples", "batch", "data", "tasks", "methods", "threads")
@@ -96,33 +39,31 @@ def load_config(config: str | os.PathLike | Mapping[str, Any], overrides: Sequen
 
     config: a YAML file, the name of a shipped one (table8-ffhq) or a mapping. overrides: `key=value` with dots
     between levels, as on the command line.
-    Raises RestoreError for unknown keys (with the nearest known one), missing values and methods that cannot run.
+    Raises RestoreError for unknown keys (with the nearest known one), values of another type, missing values and
+    methods that cannot run.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
+    for setting in overrides:
+        if "=" not in setting:
+            raise RestoreError(f"{setting} is no setting; write key=value")
     try:
-        if isinstance(config, (str, os.PathLike)):
-            loaded = OmegaConf.load(_find(config))
-        else:
-            loaded = OmegaConf.create(copy.deepcopy(dict(config)))
-        bad = [o for o in overrides if "=" not in o]
-        if bad:
-            raise RestoreError(f"{bad[0]} is no setting; write key=value")
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        missing = sorted(OmegaConf.missing_keys(merged))
-        if missing:
-            raise RestoreError(f"the configuration leaves {missing[0]} open; give {missing[0]}=VALUE")
-        plain = OmegaConf.to_container(merged, resolve=True)
+        is_file = isinstance(config, (str, os.PathLike))
+        given = OmegaConf.load(_find(config)) if is_file else OmegaConf.create(copy.deepcopy(dict(config)))
+        given = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
+        for key in sorted(OmegaConf.missing_keys(given)):
+            raise RestoreError(f"the configuration leaves {key} open; give {key}=VALUE")
+        plain = OmegaConf.to_container(given, resolve=True)
+        if not isinstance(plain, dict):
+            raise RestoreError("the configuration must be a mapping of keys to values")
+        merged = OmegaConf.merge(OmegaConf.structured(Benchmark), _tidy(plain))
+        for key in sorted(OmegaConf.missing_keys(merged)):
+            raise RestoreError(f"the configuration lacks {key}")
+        complete = OmegaConf.to_container(merged)
     except OmegaConfBaseException as error:
-        raise RestoreError(f"the configuration cannot be read: {str(error).splitlines()[0]}") from error
+        raise RestoreError(_sentence(error)) from error
     except Exception as error:
         if type(error).__module__.startswith("yaml"):
             raise RestoreError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from error
         raise
-    if not isinstance(plain, dict):
-        raise RestoreError("the configuration must be a mapping of keys to values")
-    complete = _complete(plain, SCHEMA, "")
     complete["methods"] = dict(_expand_sweeps(complete["methods"]))
     _check(complete)
     return complete
@@ -137,42 +78,49 @@ def _find(config: str | os.PathLike) -> Path:
     raise RestoreError(f"the configuration {config} does not exist; {nearest(Path(config).stem, shipped)}")
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """`; did you mean x?` or the list of what there is."""
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(map(str, known))}"
-
-
-def _complete(given: Mapping[str, Any], schema: Mapping[str, Any], path: str) -> dict[str, Any]:
-    for key in given:
-        if key not in schema:
-            raise RestoreError(f"the configuration has no key {path}{key}; {nearest(key, list(schema))}")
-    result: dict[str, Any] = {}
-    for key, default in schema.items():
-        value, here = given.get(key), f"{path}{key}"
-        if default is _REQUIRED:
-            if value is None:
-                raise RestoreError(f"the configuration lacks {here}")
-        elif default is _OPEN:
-            if value is not None and not isinstance(value, dict):
-                raise RestoreError(f"{here} must be a mapping, not {value!r}")
-            # An absent guidance and an empty one are the same: none.
-            value = value or {}
-        elif isinstance(default, tuple) and default[0] is _EACH:
-            if not isinstance(value, dict) or not value:
-                raise RestoreError(f"the configuration lacks {here}: a mapping from names to settings")
-            for name, entry in value.items():
-                if entry is not None and not isinstance(entry, dict):
-                    raise RestoreError(f"{here}.{name} must be a mapping, not {entry!r}")
-            value = {str(name): _complete(entry or {}, default[1], f"{here}.{name}.") for name, entry in value.items()}
-        elif isinstance(default, dict):
-            if value is not None and not isinstance(value, dict):
-                raise RestoreError(f"{here} must be a mapping, not {value!r}")
-            value = _complete(value or {}, default, f"{here}.")
-        elif key not in given:
-            value = copy.copy(default)
-        result[key] = value
+def _tidy(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys given as nothing left out, names of tasks replaced by what they stand for; mappings where there must be."""
+    sections = {f.name: f.default_factory() for f in fields(Benchmark) if f.default_factory is not ABSENT}
+    result = {str(key): value for key, value in given.items() if value is not None}
+    for key, section in sections.items():
+        value = result.get(key, {} if key in ("tasks", "methods") else None)
+        if value is None or isinstance(section, list):
+            continue
+        if not isinstance(value, dict) or (key in ("tasks", "methods") and not value):
+            raise RestoreError(f"{key} must be a mapping, not {value!r}" if value else f"the configuration lacks {key}")
+        if is_dataclass(section):
+            result[key] = {k: v for k, v in value.items() if v is not None}
+            continue
+        for name, entry in value.items():
+            entry = {"operator": entry} if key == "tasks" and isinstance(entry, str) else entry or {}
+            if not isinstance(entry, dict):
+                raise RestoreError(f"{key}.{name} must be a mapping, not {entry!r}")
+            entry = {k: v for k, v in entry.items() if v is not None}
+            if isinstance(entry.get("operator"), str):
+                entry["operator"] = task_operator(entry["operator"])
+            value[name] = entry
+        result[key] = {str(name): entry for name, entry in value.items()}
     return result
+
+
+def task_operator(name: str) -> dict[str, Any]:
+    """The operator's mapping in configs/task/NAME.yaml. Raises RestoreError for an unknown name."""
+    files = {path.stem: path for path in sorted((configs_dir() / "task").glob("*.yaml"))}
+    check_known([name], files, "there is no task")
+    return OmegaConf.to_container(OmegaConf.load(files[name]))
+
+
+def _sentence(error: OmegaConfBaseException) -> str:
+    """What OmegaConf found, in one sentence with the key in dots."""
+    if isinstance(error, ConfigKeyError) and is_dataclass(error.object_type):
+        known = [f.name for f in fields(error.object_type)]
+        return f"the configuration has no key {error.full_key}; {nearest(error.key, known)}"
+    message = str(error.msg or error).splitlines()[0]
+    wrong = re.match(r"Value (.*?) (?:of type .* could not be converted to|is not a valid) (\w+)", message)
+    if not wrong:
+        return f"the configuration cannot be read: {f'{error.full_key}: ' if error.full_key else ''}{message}"
+    kinds = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
+    return f"{error.full_key}={wrong[1]} must be {kinds.get(wrong[2], wrong[2])}"
 
 
 def _set(mapping: dict[str, Any], dotted: str, value: Any) -> None:
@@ -225,6 +173,11 @@ def settings(config: Mapping[str, Any], method: str, task: str) -> dict[str, Any
     return result
 
 
+def method_of(chosen: Mapping[str, Any]) -> Method:
+    """What `settings` says as the record that a Restorer runs. Raises RestoreError for a guidance that is none."""
+    return Method.from_config({**chosen, "guidance": chosen["guidance"] or None})
+
+
 def pairs(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Every (task, method) that runs, in order."""
     return [
@@ -246,45 +199,60 @@ def result_part(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(config: dict[str, Any]) -> None:
     kind = config["kind"]
-    if kind not in KINDS:
-        raise RestoreError(f"kind={kind} is unknown; {nearest(kind, KINDS)}")
-    if config["engine"] not in ("local", "ray"):
-        raise RestoreError(f"engine={config['engine']} is unknown; there are local and ray")
+    check_known([kind], KINDS, "there is no kind of benchmark")
+    check_known([config["engine"]], ("local", "ray"), "there is no engine")
+    check_known([config["data"]["name"]], KNOWN_SETS, "there is no data set named")
     for key in ("batch", "samples"):
-        if not isinstance(config[key], int) or config[key] < 1:
+        if config[key] < 1:
             raise RestoreError(f"{key}={config[key]} must be a whole number of 1 or more")
     if kind == "restoration" and config["data"]["folder"] is None:
         raise RestoreError("the configuration leaves data.folder open; give data.folder=FOLDER")
     for name, task in config["tasks"].items():
-        if kind == "restoration" and not task["operator"]:
-            raise RestoreError(f"tasks.{name} lacks its operator, such as {{name: super_resolution, factor: 8}}")
-        if kind != "restoration" and not task["count"]:
-            raise RestoreError(f"tasks.{name} lacks count, the number of images to make")
         if kind == "restoration":
-            options = {k: v for k, v in task["operator"].items() if k != "noise"}
-            known = factory.OPERATORS
-            if options.get("name") not in known:
-                raise RestoreError(f"tasks.{name}.operator has no known name; {nearest(options.get('name'), known)}")
-    for name, method in config["methods"].items():
-        known = SAMPLERS[kind]
-        for task in [*(method["only"] or []), *method["per_task"]]:
-            if task not in config["tasks"]:
-                raise RestoreError(f"methods.{name} names task {task}; {nearest(task, list(config['tasks']))}")
+            if not isinstance(task["operator"], dict) or not task["operator"]:
+                raise RestoreError(f"tasks.{name} lacks its operator, such as {{name: super_resolution, factor: 8}}")
+            with _at(f"tasks.{name}"):
+                lookup(task["operator"].get("name"), factory.OPERATORS, "operator")
+                check_known([task["resample"]], ("bicubic", "nearest"), "there is no resampling")
+        elif not task["count"]:
+            raise RestoreError(f"tasks.{name} lacks count, the number of images to make")
+        elif kind == "generation" and task["prompts"]:
+            raise RestoreError(f"tasks.{name}.prompts are for kind=text_to_image")
+    for name, entry in config["methods"].items():
+        for task in [*(entry["only"] or []), *entry["per_task"]]:
+            check_known([task], config["tasks"], f"methods.{name} names the task")
         for task in config["tasks"]:
-            for key in method["per_task"].get(task) or {}:
-                if key not in ("steps", "guidance", "parameters"):
-                    raise RestoreError(
-                        f"methods.{name}.per_task.{task} can change steps, guidance, parameters, not {key}"
-                    )
-            chosen = settings(config, name, task)
-            if chosen["sampler"] not in known:
-                raise RestoreError(f"methods.{name}.sampler={chosen['sampler']}; {nearest(chosen['sampler'], known)}")
-            if chosen["sampler"] not in BASELINES and chosen["steps"] is None:
-                raise RestoreError(f"methods.{name} lacks steps: a benchmark states them, presets may change")
-            for parameter in STATED.get(chosen["sampler"], ()):
-                if parameter not in chosen["parameters"]:
-                    raise RestoreError(
-                        f"methods.{name} lacks parameters.{parameter} for task {task}; presets may change"
-                    )
-            build_guidance(chosen["guidance"])
-    split_metrics([m for m in config["metrics"]["names"] if m not in RUN_METRICS])
+            with _at(f"methods.{name}.per_task.{task}"):
+                changes = entry["per_task"].get(task) or {}
+                check_known(changes, ("steps", "guidance", "parameters"), "a task cannot change")
+            with _at(f"methods.{name}"):
+                _check_method(settings(config, name, task), kind)
+    table.rows(config["metrics"]["names"])
+
+
+def _check_method(chosen: dict[str, Any], kind: str) -> None:
+    found = chosen["sampler"]
+    if kind != "restoration":
+        check_known([found], KINDS[kind], "there is no sampler")
+        check_known(chosen["parameters"], KINDS[kind][found], f"{found} has no parameter")
+    else:
+        lookup(found, KINDS[kind], "sampler")
+    if found not in BASELINES and chosen["steps"] is None:
+        raise RestoreError("lacks steps: a benchmark states them, presets may change")
+    method = method_of(chosen)
+    if kind == "restoration" and found not in BASELINES:
+        samplers.check_parameters(found, method.parameters)
+
+
+class _at:
+    """Says where in the configuration a mistake was found."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, RestoreError):
+            raise RestoreError(f"{self.place}: {error}") from error

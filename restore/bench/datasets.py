@@ -13,14 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from operators import RestoreError
+from operators.naming import check_known
 from restore.images import io
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-# Files that live beside images without being meant as one; any other file in an image folder is reported.
-SIDECAR_SUFFIXES = (".json", ".jsonl", ".csv", ".txt", ".md", ".yaml", ".yml", ".log", ".html")
+from restore.images.folder import IMAGE_SUFFIXES, centre_crop, list_images, read_rgb
+from restore.images.resampling import stretched
 
 # The sets of the literature: their side and, where the paper that introduced the protocol names them, the files.
 KNOWN_SETS: dict[str, dict[str, Any]] = {
@@ -69,8 +67,8 @@ class ImageSet:
 
     def pixels(self, i: int) -> np.ndarray:
         """Image i as uint8 (H, W, 3), preprocessed."""
-        pixels = fit(read_rgb(self.paths[i]), self.size)
-        return stretched(pixels) if self.stretch else pixels
+        pixels = centre_crop(read_rgb(self.paths[i]), self.size)
+        return io.to_uint8(stretched(io.to_tensor(pixels)))[0] if self.stretch else pixels
 
     def tensor(self, i: int) -> torch.Tensor:
         """Image i as float32 (3, H, W) in [-1, 1]."""
@@ -88,61 +86,6 @@ class ImageSet:
             "first": self.ids[0],
             "last": self.ids[-1],
         }
-
-
-def read_rgb(path: str | os.PathLike) -> np.ndarray:
-    """A file as uint8 RGB (H, W, 3), upright, 16 bits rounded to 8. Raises RestoreError where it does not decode."""
-    return io.to_uint8(io.read_image(path).pixels[0])
-
-
-def fit(pixels: np.ndarray, size: int | None) -> np.ndarray:
-    """uint8 (H, W, 3) to (size, size, 3): shorter side by antialiased bicubic, then centre crop."""
-    height, width = pixels.shape[:2]
-    if size is None or (height, width) == (size, size):
-        return pixels
-    scale = size / min(height, width)
-    new = (max(size, round(width * scale)), max(size, round(height * scale)))
-    resized = np.asarray(Image.fromarray(pixels).resize(new, Image.Resampling.BICUBIC))
-    top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
-    return resized[top : top + size, left : left + size]
-
-
-def stretched(pixels: np.ndarray) -> np.ndarray:
-    """uint8 pixels with the darkest value at 0 and the brightest at 255; a constant image becomes 0."""
-    low, high = int(pixels.min()), int(pixels.max())
-    return np.rint((pixels.astype(np.float64) - low) * 255 / max(high - low, 1)).astype(np.uint8)
-
-
-def file_name(image_id: str) -> str:
-    """The id as one file stem: folders become "__", so that a results folder stays flat."""
-    return image_id.replace("/", "__")
-
-
-def list_images(folder: str | os.PathLike) -> tuple[dict[str, Path], list[str]]:
-    """All images below `folder` by id, sorted, and the names of other files found there.
-
-    Raises RestoreError for a missing or empty folder and for two files that would share an id.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise RestoreError(f"{folder} is not a folder; give the folder that holds the images")
-    found: dict[str, Path] = {}
-    ignored = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        relative = path.relative_to(folder)
-        if any(part.startswith(".") for part in relative.parts):
-            continue
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            if path.suffix.lower() not in SIDECAR_SUFFIXES:
-                ignored.append(relative.as_posix())
-            continue
-        key = relative.with_suffix("").as_posix()
-        if key in found:
-            raise RestoreError(f"{found[key].name} and {path.name} in {path.parent} share the name {key}; remove one")
-        found[key] = path
-    if not found:
-        raise RestoreError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}); give a folder with images")
-    return found, ignored
 
 
 def read_metadata(folder: Path) -> dict[str, dict[str, Any]]:
@@ -235,8 +178,7 @@ def load_dataset(
 
     Every file is decoded once, so missing and corrupt images are named here, all of them, in one RestoreError.
     """
-    if name not in KNOWN_SETS:
-        raise RestoreError(f"there is no data set named {name}; the known ones are {', '.join(KNOWN_SETS)}")
+    check_known([name], KNOWN_SETS, "there is no data set named")
     if every < 1 or (limit is not None and limit < 1) or (size is not None and size < 1):
         raise RestoreError(f"every={every}, limit={limit} and size={size} must be 1 or more (or absent)")
     known = KNOWN_SETS[name]

@@ -54,10 +54,15 @@ class MixturePrior(Pixels):
         self.evaluations += 1
         a, s = self.schedule.alpha(t), self.schedule.sigma(t)
         spread = a**2 * self.values + s**2  # (K, D), of x_t under each component
-        turned = torch.einsum("bkd,kde->bke", x_t.flatten(1).double()[:, None] - a * self.means, self.vectors)
-        log_p = self.weights.log() - 0.5 * (turned**2 / spread).sum(-1) - 0.5 * spread.log().sum(-1)
-        each = s * torch.einsum("bke,kde->bkd", turned / spread, self.vectors)
-        eps = (torch.softmax(log_p, dim=1)[..., None] * each).sum(1).view_as(x_t).to(x_t.dtype)
+        whiten = s * (self.vectors / spread[:, None]) @ self.vectors.mT
+        centred = x_t.flatten(1).double() - a * self.means[:, None]  # (K, B, D)
+        each = centred @ whiten
+        if len(each) == 1:
+            eps = each[0]
+        else:
+            log_p = self.weights.log() - 0.5 * spread.log().sum(-1) - 0.5 * (centred * each).sum(-1).T / s
+            eps = torch.einsum("bk,kbd->bd", torch.softmax(log_p, dim=1), each)
+        eps = eps.view_as(x_t).to(x_t.dtype)
         x0 = (x_t - s * eps) / a
         output = {"eps": eps, "x0": x0, "v": a * eps - s * x0, "velocity": eps - x0}[self.kind]
         return Prediction.of(self.kind, output, x_t, a, s)

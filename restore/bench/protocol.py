@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-PACKAGES = ("torch", "torchvision", "diffusers", "kornia", "numpy", "scipy", "pillow", "lpips", "torch-fidelity")
+from restore.versions import versions
+
 SIGMA_RANGE = "[-1, 1]"
 # Differences that leave numbers comparable: they name the circumstances of a run rather than what was measured.
 CIRCUMSTANCES = ("versions", "device")
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of everything that touches a number."""
-    found = {"python": platform.python_version()}
-    for package in ("restore", *PACKAGES):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def build_protocol(
@@ -60,7 +48,9 @@ def build_protocol(
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots; lists are values."""
+    """Nested mappings as one, keys joined by dots, lists of mappings by their index; other lists are values."""
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        value = dict(enumerate(value))
     if not isinstance(value, Mapping):
         return {prefix: value}
     flat: dict[str, Any] = {}

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from operators import RestoreError
 from restore import atomic
 from restore.bench import datasets
+from restore.bench.baselines import BASELINES
 from restore.bench.batches import image_ids
-from restore.bench.config import BASELINES, RUN_METRICS, pairs, settings
-from restore.metrics import evaluate, sets, single
+from restore.bench.config import method_of, pairs, settings
+from restore.images import io
+from restore.images.folder import content_hash, file_name, list_images, read_rgb
+from restore.metrics import evaluate, sets, table
 from restore.metrics.statistics import bootstrap
-from restore.metrics.weights import describe_weights
-
-PER_IMAGE = ("psnr", "ssim", "lpips", "residual_ratio", "spread", "coverage")
 
 
 def check_metrics(config: Mapping[str, Any], count: int) -> dict[str, Any]:
@@ -26,39 +30,38 @@ def check_metrics(config: Mapping[str, Any], count: int) -> dict[str, Any]:
 
     count: images per task. Returns the protocol's entry.
     """
-    wanted = config["metrics"]
-    paired, of_sets = evaluate.split_metrics([m for m in wanted["names"] if m not in RUN_METRICS])
+    wanted, options = config["metrics"], metric_options(config)
+    rows = table.rows(wanted["names"])
+    of_sets = table.rows(wanted["names"], "set")
     restoration = config["kind"] == "restoration"
-    if paired and not restoration:
-        raise RestoreError(f"{paired[0]} compares with a true image, which {config['kind']} has not; leave it out")
-    entry: dict[str, Any] = single.definitions(wanted["lpips_net"] if "lpips" in paired else None)
-    if not restoration:
-        entry.pop("psnr"), entry.pop("ssim")
-    if "lpips" in paired or "lpips_pairs" in wanted["names"]:
-        lpips = single.LPIPS(wanted["lpips_net"], wanted["weights"])
-        name = {"alex": "alexnet", "vgg": "vgg16"}[wanted["lpips_net"]]
-        entry["lpips_weights"] = describe_weights(name, lpips.path)
-    if "spread" in wanted["names"]:
-        entry["spread"] = single.SPREAD_DEFINITION
-    if "coverage" in wanted["names"]:
+    for name in () if restoration else table.rows(wanted["names"], "paired"):
+        raise RestoreError(f"{name} compares with a true image, which {config['kind']} has not; leave it out")
+    entry = table.check(table.ALWAYS | rows if restoration else rows, options)
+    table.paired_functions(rows, options)
+    if "coverage" in rows:
         k = config["samples"]
-        entry["coverage"] = f"{single.COVERAGE_DEFINITION}; {(k - 1) / (k + 1):.3f} for exact posterior samples"
+        entry["coverage"] += f"; {(k - 1) / (k + 1):.3f} for exact posterior samples"
     if of_sets:
-        entry["fidelity"] = sets.check(of_sets, weights=wanted["weights"], pr_network=wanted["pr_network"])
-        sets.refuse_few(count, "results", wanted["allow_small"])
-        binary = [m for m in of_sets if m != "is"]
+        sets.refuse_few(count, "results", options.allow_small)
+        binary = [name for name, row in of_sets.items() if not row.alone]
         if binary and not restoration and not wanted["reference"]:
             raise RestoreError(f"{binary[0]} needs a set to compare with; give metrics.reference=FOLDER")
-        if wanted["fid_layer"] != "2048":
-            entry["fid_layer"] = wanted["fid_layer"]
         if binary and restoration:
             entry["reference"] = f"the {count} true images"
         for key in ("reference", "full_reference"):
             if wanted[key] and binary:
-                files, _ = datasets.list_images(wanted[key])
-                sets.refuse_few(len(files), key, wanted["allow_small"])
-                entry[key] = {"count": len(files), "sha256": sets.content_hash(list(files.values()))}
+                files = _files(wanted[key])
+                sets.refuse_few(len(files), key, options.allow_small)
+                entry[key] = {"count": len(files), "sha256": content_hash(files)}
     return entry
+
+
+def metric_options(config: Mapping[str, Any]) -> table.Options:
+    return table.Options(**{f.name: config["metrics"][f.name] for f in dataclasses.fields(table.Options)})
+
+
+def _files(folder: str) -> list[Path]:
+    return list(list_images(folder)[0].values())
 
 
 def read_rows(run: Path, task: str, method: str, ids: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -66,8 +69,8 @@ def read_rows(run: Path, task: str, method: str, ids: Sequence[str]) -> tuple[li
     folder = run / "results" / task / method
     rows, missing = [], []
     for image_id in ids:
-        path = folder / "rows" / f"{datasets.file_name(image_id)}.json"
-        if path.exists() and (folder / f"{datasets.file_name(image_id)}.png").exists():
+        path = folder / "rows" / f"{file_name(image_id)}.json"
+        if path.exists() and (folder / f"{file_name(image_id)}.png").exists():
             rows.append(json.loads(path.read_text(encoding="utf-8")))
         else:
             missing.append(image_id)
@@ -83,11 +86,7 @@ def read_cost(run: Path, task: str, method: str) -> dict[str, Any]:
     images, seconds = sum(c["images"] for c in costs), sum(c["seconds"] for c in costs)
     writing = sum(c["seconds_writing"] for c in costs)
     peaks = [c["peak_memory_mb"] for c in costs if c["peak_memory_mb"] is not None]
-    steps = (
-        int(str(costs[0]["steps"]).removeprefix("ddim"))
-        if str(costs[0]["steps"] or "").removeprefix("ddim").isdigit()
-        else 0
-    )
+    steps = count_steps(costs[0]["steps"])
     return {
         "images": images,
         "seconds_per_image": seconds / images,
@@ -98,118 +97,118 @@ def read_cost(run: Path, task: str, method: str) -> dict[str, Any]:
         "peak_memory_mb": max(peaks) if peaks else None,
         "memory_of": costs[0]["memory_of"],
         "devices": sorted({c["device"] for c in costs}),
+        "protocols": [json.loads(text) for text in sorted({json.dumps(c["protocol"], sort_keys=True) for c in costs})],
     }
+
+
+def count_steps(spec: Any) -> int | None:
+    """How many steps "25", "ddim25" or "10,10,5" are; None where the sampler alone knows."""
+    parts = [part.removeprefix("ddim") for part in str(spec).rpartition(":")[2].split(",")]
+    return sum(map(int, parts)) if all(part.isdigit() for part in parts) else None
 
 
 def summarise(
     run: Path, config: Mapping[str, Any], images: datasets.ImageSet | None, device: str = "cpu",
-    progress: Callable[[str], None] | None = None, with_networks: bool = True,
+    progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Metrics of every (task, method) of a run, written to metrics.json and returned.
 
-    with_networks: compute LPIPS and the set metrics where they are not kept already; False reads what there is.
-    Incomplete cells carry `missing`; their means say over how many images they are, set metrics are left out.
+    What needs networks or files is computed where it is not kept already. Incomplete cells carry `missing`; their
+    means say over how many images they are, set metrics are left out.
     """
-    table: dict[str, Any] = {}
-    lpips: single.LPIPS | None = None
+    cells: dict[str, Any] = {}
+    rows_of = table.rows(config["metrics"]["names"], "paired", "set", "pairs")
+    later = {name: row for name, row in rows_of.items() if name not in table.ALWAYS}
+    functions: dict[str, Callable] | None = None
     for task, method in pairs(config):
         ids = image_ids(config, task, images)
         rows, missing = read_rows(run, task, method, ids)
         cell: dict[str, Any] = {"expected": len(ids), "done": len(rows), "missing": len(missing)}
         cell["cost"] = read_cost(run, task, method)
         kept = run / "metrics" / task / f"{method}.json"
-        key = _key(config, rows)
-        networks = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-        if networks.get("key") != key:
-            networks = {}
-            if with_networks and rows and needs_networks(config, method, task):
+        key = _key(config, later, rows)
+        found = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+        if found.get("key") != key:
+            found = {}
+            if rows and later:
                 if progress is not None:
                     progress(f"{task}, {method}")
-                if lpips is None and {"lpips", "lpips_pairs"} & set(config["metrics"]["names"]):
-                    lpips = single.LPIPS(config["metrics"]["lpips_net"], config["metrics"]["weights"], device)
-                networks = _networks(run, config, task, method, rows, not missing, lpips, device) | {"key": key}
+                if functions is None:
+                    functions = table.paired_functions(later, metric_options(config), device)
+                found = _from_files(run, config, task, method, rows, not missing, functions, device) | {"key": key}
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                atomic.write_json(kept, networks)
+                atomic.write_json(kept, found)
         for row in rows:
-            if row["image"] in networks.get("lpips", {}):
-                row["lpips"] = networks["lpips"][row["image"]]
-        cell["means"] = _means(rows)
-        cell["set_values"] = networks.get("set_values", {})
-        table.setdefault(task, {})[method] = cell
-    result = {"table": table, "metrics": config["metrics"]["names"]}
+            row.update(found.get("paired", {}).get(row["image"], {}))
+        cell["means"] = _means(rows, rows_of)
+        cell["set_values"] = found.get("set_values", {})
+        cells.setdefault(task, {})[method] = cell
+    own = {name: [r.label, r.better, r.digits, r.meaning] for name, r in rows_of.items() if ":" in name}
+    result = {"table": cells, "metrics": config["metrics"]["names"], "shown": own}
     atomic.write_json(run / "metrics.json", result)
     return result
 
 
-def needs_networks(config: Mapping[str, Any], method: str, task: str) -> bool:
-    names = set(config["metrics"]["names"])
-    return bool(names & {"lpips", "lpips_pairs", *sets.SET_METRICS})
-
-
-def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _means(rows: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]) -> dict[str, Any]:
     means = {}
-    for name in PER_IMAGE:
-        if not any(name in row for row in rows):
-            continue
+    for name in {**table.ALWAYS, **{n: r for n, r in table.METRICS.items() if r.kind == "samples"}, **asked}:
         values = [math.inf if row[name] is None else row[name] for row in rows if name in row]
-        estimate = bootstrap(values).to_dict()
-        means[name] = {k: v if isinstance(v, int) or math.isfinite(v) else None for k, v in estimate.items()}
+        if values:
+            estimate = bootstrap(values).to_dict()
+            means[name] = {k: v if isinstance(v, int) or math.isfinite(v) else None for k, v in estimate.items()}
     return means
 
 
-def _key(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+def _key(config: Mapping[str, Any], metrics: Mapping[str, table.Metric], rows: Sequence[Mapping[str, Any]]) -> str:
     """Changes when a result or the way it is measured does: what was computed before is then computed again."""
-    text = json.dumps([config["metrics"], [row["sha256"] for row in rows]], sort_keys=True)
+    own = [_source(row.function) for name, row in metrics.items() if ":" in name]
+    text = json.dumps([config["metrics"], own, [row["sha256"] for row in rows]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _networks(run, config, task, method, rows, complete, lpips, device) -> dict[str, Any]:
-    """LPIPS per image and the set metrics of one cell, from its PNG files."""
-    wanted = config["metrics"]
+def _source(function: Callable) -> str:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return repr(function)
+
+
+def _from_files(run, config, task, method, rows, complete, functions, device) -> dict[str, Any]:
+    """Paired metrics per image and the set metrics of one cell, from its PNG files."""
+    wanted, options = config["metrics"], metric_options(config)
     folder = run / "results" / task / method
-    files = {row["image"]: folder / f"{datasets.file_name(row['image'])}.png" for row in rows}
-    result: dict[str, Any] = {"lpips": {}, "set_values": {}}
-    paired, of_sets = evaluate.split_metrics([m for m in wanted["names"] if m not in RUN_METRICS])
+    files = {row["image"]: folder / f"{file_name(row['image'])}.png" for row in rows}
     truth = {key: run / "truth" / path.name for key, path in files.items()}
-    if "lpips" in paired:
-        triples = [(key, files[key], truth[key]) for key in files]
-        result["lpips"] = {row["image"]: row["lpips"] for row in evaluate.compare(triples, ["lpips"], lpips)}
-    if not complete:
-        return result
-    options = {"weights": wanted["weights"], "pr_network": wanted["pr_network"], "device": device}
-    options |= {
-        "fid_layer": wanted["fid_layer"],
-        "allow_small": wanted["allow_small"],
-        "cache": sets.default_cache(),
-    }
-    if wanted["group_by_prompt"]:
-        result["set_values"] = _per_prompt(files, wanted, of_sets, lpips, options)
-    elif of_sets:
+    result: dict[str, Any] = {"paired": {}, "set_values": {}}
+    if functions:
+        compared = evaluate.compare([(key, files[key], truth[key]) for key in files], functions)
+        for row in compared:  # JSON has no infinity
+            values = {name: row[name] if math.isfinite(row[name]) else None for name in functions}
+            result["paired"][row["image"]] = values
+    of_sets = table.rows(wanted["names"], "set")
+    if complete and wanted["group_by_prompt"]:
+        result["set_values"] = _per_prompt(files, wanted, of_sets, options, device)
+    elif complete and of_sets:
         reference = list(truth.values()) if config["kind"] == "restoration" else None
-        if wanted["reference"]:
-            reference = list(datasets.list_images(wanted["reference"])[0].values())
-        result["set_values"] = sets.set_metrics(list(files.values()), reference, of_sets, **options)
-        binary = [m for m in of_sets if m != "is"]
-        if wanted["full_reference"] and binary:
-            full = list(datasets.list_images(wanted["full_reference"])[0].values())
-            values = sets.set_metrics(list(files.values()), full, binary, **options)
-            result["set_values"] |= {f"full_{name}": value for name, value in values.items()}
+        reference = _files(wanted["reference"]) if wanted["reference"] else reference
+        full = _files(wanted["full_reference"]) if wanted["full_reference"] else None
+        where = {"device": device, "cache": sets.default_cache()}
+        result["set_values"] = evaluate.against_both(list(files.values()), reference, full, of_sets, options, **where)
     return result
 
 
-def _per_prompt(files, wanted, of_sets, lpips, options) -> dict[str, float]:
+def _per_prompt(files, wanted, of_sets, options, device) -> dict[str, float]:
     """Diversity as in PAG's Table 3: IS and LPIPS between pairs within each prompt, averaged over the prompts."""
     groups: dict[str, list[Path]] = {}
     for key, path in files.items():
         groups.setdefault(key.split("-")[0], []).append(path)
+    alone = {name: row for name, row in of_sets.items() if row.alone}
+    of_pairs = {n: r.function(options, device) for n, r in table.rows(wanted["names"], "pairs").items()}
     sums: dict[str, float] = {}
     for paths in groups.values():
-        values = sets.set_metrics(paths, None, ["is"], **options) if "is" in of_sets else {}
-        if lpips is not None and "lpips_pairs" in wanted["names"]:
-            import numpy as np
-
-            chosen = paths[: wanted["pairs"]]
-            values["lpips_pairs"] = lpips.pairwise(np.stack([datasets.read_rgb(path) for path in chosen]))
+        values = sets.set_metrics(paths, None, alone, options, device=device) if alone else {}
+        chosen = torch.stack([io.to_tensor(read_rgb(path))[0] for path in paths[: wanted["pairs"]]])
+        values |= {name: function.pairwise(chosen) for name, function in of_pairs.items()}
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value / len(groups)
     return sums
@@ -221,8 +220,10 @@ def methods_protocol(config: Mapping[str, Any]) -> dict[str, Any]:
     for task, method in pairs(config):
         chosen = settings(config, method, task)
         if chosen["sampler"] in BASELINES:
-            chosen = {"sampler": chosen["sampler"], "parameters": chosen["parameters"]}
-        result.setdefault(method, {})[task] = chosen
+            said = {"sampler": chosen["sampler"], "parameters": chosen["parameters"]}
+        else:
+            said = method_of(chosen).describe()
+        result.setdefault(method, {})[task] = {key: value for key, value in said.items() if key != "source"}
     # Said once where it is the same for every task.
     return {m: next(iter(v.values())) if len({json.dumps(x, sort_keys=True) for x in v.values()}) == 1 else v
             for m, v in result.items()}  # fmt: skip

@@ -16,17 +16,19 @@ import yaml
 from operators import RestoreError
 from restore import atomic
 from restore.bench import cluster, datasets, results
-from restore.bench.batches import Job, expand, image_ids, load_images
-from restore.bench.config import BASELINES, load_config, pairs, result_part, settings
+from restore.bench.baselines import BASELINES
+from restore.bench.batches import Batch, expand, image_ids, load_images
+from restore.bench.config import load_config, pairs, result_part, settings
 from restore.bench.protocol import build_protocol, differences, format_differences
 from restore.metrics.weights import sha256
 
-FORMAT = 1
+FORMAT = 2
+LEFTOVER = ".*.tmp"  # what a killed process was writing
 
 
 @dataclass
 class Bench:
-    """What bench() did. folder: of the run. done: jobs computed now; kept: found finished. table: metrics.json."""
+    """What bench() did. folder: of the run. done: batches computed now; kept: found finished. table: metrics.json."""
 
     folder: Path
     done: int
@@ -40,7 +42,7 @@ class Planned:
 
     task: str
     method: str
-    jobs: int
+    batches: int
     images: int
     nfe: int | None
     seconds: float | None
@@ -57,42 +59,42 @@ def bench(
 
     config: a YAML file or a mapping, see configs/benchmark; overrides: `key=value`. Results go to config.out,
     runs/<name> by default. Images whose row is there are not computed again; an interrupted batch is.
-    progress: called with {done, total, job, seconds} after each job and {measuring} before network metrics.
+    progress: called with {done, total, batch, seconds} after each batch and {measuring} before network metrics.
     Raises RestoreError before anything runs for bad configurations, missing images or weights, and for a folder
     that holds results of another configuration, with the difference.
     """
     checked = load_config(config, overrides)
     images = load_images(checked)
-    jobs = expand(checked, images)
+    batches = expand(checked, images)
     counts = [len(image_ids(checked, task, images)) for task in checked["tasks"]]
     metrics_entry = results.check_metrics(checked, min(counts))
     folder = Path(checked["out"] or Path("runs") / checked["name"])
     _claim(folder, checked, images, metrics_entry)
-    for leftover in folder.rglob(".*.tmp"):  # what a killed process was writing; one run has one driver at a time
+    for leftover in folder.rglob(LEFTOVER):  # one run has one driver at a time
         leftover.unlink(missing_ok=True)
-    waiting = [job for job in jobs if not job.done(folder)]
-    kept, total, done = len(jobs) - len(waiting), len(jobs), 0
+    waiting = [batch for batch in batches if not batch.done(folder)]
+    kept, total, done = len(batches) - len(waiting), len(batches), 0
 
-    def finished(job: Job, cost: Mapping[str, Any]) -> None:
+    def finished(batch: Batch, cost: Mapping[str, Any]) -> None:
         nonlocal done
         done += 1
         if progress is not None:
-            progress({"done": kept + done, "total": total, "job": job.key, "seconds": cost["seconds"]})
+            progress({"done": kept + done, "total": total, "batch": batch.key, "seconds": cost["seconds"]})
 
     if waiting and checked["engine"] == "ray":
-        cluster.run_jobs(waiting, checked, folder, images, finished)
+        cluster.run_batches(waiting, checked, folder, images, finished)
     elif waiting:
         from restore.bench.worker import Worker
 
         worker = Worker(checked, folder, images)
-        for job in waiting:
-            finished(job, worker.run(job))
+        for batch in waiting:
+            finished(batch, worker.run(batch))
     measuring = None if progress is None else lambda what: progress({"measuring": what})
     device = "cuda" if checked["device"] in ("auto", "cuda") and _cuda() else "cpu"
     return Bench(folder, done, kept, results.summarise(folder, checked, images, device, measuring))
 
 
-def plan(
+def dry_run(
     config: str | os.PathLike | Mapping[str, Any], overrides: Sequence[str] = (), *, measure: bool = True
 ) -> list[Planned]:
     """What `bench` would do, without doing it.
@@ -106,17 +108,17 @@ def plan(
 
     checked = load_config(config, overrides)
     images = load_images(checked)
-    jobs = expand(checked, images)
+    batches = expand(checked, images)
     results.check_metrics(checked, min(len(image_ids(checked, task, images)) for task in checked["tasks"]))
     folder = Path(checked["out"] or Path("runs") / checked["name"])
     lines = []
     with tempfile.TemporaryDirectory() as scratch:
         workers: dict[int, Any] = {}
         for task, method in pairs(checked):
-            mine = [job for job in jobs if (job.task, job.method) == (task, method)]
-            left = [job for job in mine if not job.done(folder)]
+            mine = [batch for batch in batches if (batch.task, batch.method) == (task, method)]
+            left = [batch for batch in mine if not batch.done(folder)]
             chosen = settings(checked, method, task)
-            steps = _steps(chosen["steps"])
+            steps = results.count_steps(chosen["steps"])
             seconds = memory = nfe = None
             if measure and left and steps is not None:
                 # The same batch with one step more: the difference is a step, the rest is fixed cost.
@@ -130,7 +132,7 @@ def plan(
                 step = max(costs[2]["seconds"] - costs[1]["seconds"], 0.0)
                 seconds = len(left) * (costs[1]["seconds"] + (steps - 1) * step)
                 memory, nfe = costs[2]["peak_memory_mb"], (costs[2]["nfe"] - costs[1]["nfe"]) * steps
-            lines.append(Planned(task, method, len(left), sum(len(j.ids) for j in left), nfe, seconds, memory))
+            lines.append(Planned(task, method, len(left), sum(len(batch.ids) for batch in left), nfe, seconds, memory))
     return lines
 
 
@@ -142,13 +144,6 @@ def _with_steps(config: Mapping[str, Any], n: int) -> dict[str, Any]:
             for entry in method["per_task"].values():
                 entry.pop("steps", None)
     return changed
-
-
-def _steps(spec: Any) -> int | None:
-    if spec is None:
-        return None
-    parts = [part.removeprefix("ddim") for part in str(spec).split(",")]
-    return sum(int(p) for p in parts) if all(p.isdigit() for p in parts) else None
 
 
 def _cuda() -> bool:
@@ -174,7 +169,7 @@ def _claim(folder: Path, config: Mapping[str, Any], images: datasets.ImageSet | 
                 " the new one, or undo the change to go on"
             )
         created = found["created"]
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(not path.match(LEFTOVER) for path in folder.iterdir()):
         raise RestoreError(f"{folder} is not empty and holds no benchmark; give another out=FOLDER")
     else:
         try:

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 import operators
 from operators import RestoreError
-from restore.bench import baselines
+from restore import guidance as guidances
+from restore.bench.baselines import BASELINES
+from restore.bench.config import method_of
 from restore.images.resampling import Resampled, enlarge
-from restore.method import build_guidance
-from restore.samplers.generate import generate
-from restore.samplers.noise import ImageNoise, derive_seed
-from restore.samplers.steps import respace
+from restore.samplers.noise import ImageNoise, derive_seed, measurement_generator
 
 
 @dataclass
-class Batch:
-    """samples (B, K, 3, H, W) in [-1, 1]; nfe per sample; residual_ratio (B,) and measurement where there are any."""
+class Estimates:
+    """samples (B, K, 3, H, W) in [-1, 1]; nfe per sample; residual_ratio (B,) and measurement where there are any;
+    protocol: the Restorer's, see Restorer.protocol."""
 
     samples: torch.Tensor
     nfe: int
     residual_ratio: torch.Tensor | None = None
     measurement: torch.Tensor | None = None
+    protocol: dict[str, Any] = field(default_factory=dict)
 
 
 def build_operator(task: Mapping[str, Any], size: tuple[int, int], image_id: str, seed: int) -> Any:
@@ -37,10 +38,26 @@ def build_operator(task: Mapping[str, Any], size: tuple[int, int], image_id: str
     return operators.build(mapping, image_size=size)
 
 
+def joined(each: Sequence[Any]) -> Any:
+    """One operator for a batch of images with masks or kernels of their own. RestoreError for other operators."""
+    first = each[0]
+    common = {"noise": first.noise, "image_size": first.image_size, "adjoint": first.adjoint}
+    if len(each) == 1:
+        return first
+    if isinstance(first, operators.Inpainting):
+        whole = operators.Inpainting(torch.cat([a.mask for a in each]), **common)
+    elif isinstance(first, operators.Blur):
+        whole = operators.Blur(torch.stack([a.kernel for a in each]), **common)
+    else:
+        raise RestoreError(f"operators of {first.name} cannot share a batch; give batch=1, or per_image=false")
+    whole.name = first.name  # by which presets are found
+    return whole
+
+
 def restore_batch(
     restorer: Any, x: torch.Tensor, ids: Sequence[str], task: Mapping[str, Any], method: Mapping[str, Any],
     *, seed: int, samples: int, device: torch.device,
-) -> Batch:  # fmt: skip
+) -> Estimates:  # fmt: skip
     """Degrade x (B, 3, H, W) and restore it. Each image's mask, kernel and noise follow from (seed, its id) alone.
 
     restorer: a Restorer, None for baselines.
@@ -50,94 +67,71 @@ def restore_batch(
     resampled = Resampled(side, task["resample"]) if side and side != own_size else None
     if resampled:
         x = enlarge(x, side, method=resampled.method)
-    each = [build_operator(task, tuple(x.shape[-2:]), i, seed) for i in ids]
-    generators = [torch.Generator().manual_seed(derive_seed(seed, i, "measurement")) for i in ids]
+    each = [build_operator(task, tuple(x.shape[-2:]), i, seed) for i in (ids if task["per_image"] else ids[:1])]
     # Image by image and on the CPU: the measurement has the same bytes in every batch and on every device.
-    y = torch.cat([a(x[i : i + 1], generators[i]) for i, a in enumerate(each)])
-    if not task["per_image"]:
-        groups = [(each[0], list(range(len(ids))))]
-    elif isinstance(each[0], operators.Inpainting) and samples == 1:
-        # One mask per image in one call; with several samples the Restorer repeats images, but not masks.
-        masks = torch.cat([a.mask for a in each])
-        groups = [(operators.Inpainting(masks, noise=each[0].noise), list(range(len(ids))))]
-    else:
-        groups = [(a, [i]) for i, a in enumerate(each)]
-    parts = []
-    for operator, rows in groups:
-        chosen = [ids[i] for i in rows]
-        parts.append(_restore(restorer, y[rows].to(device), operator, chosen, method, seed, samples))
-    result = torch.cat([part.samples.cpu() for part in parts])
-    ratios = [part.residual_ratio for part in parts]
-    if resampled:
-        result = resampled.back(result, (own_size, own_size))
-    return Batch(
-        samples=result,
-        nfe=parts[0].nfe,
-        residual_ratio=None if ratios[0] is None else torch.cat([r.cpu() for r in ratios]),
-        measurement=y,
+    y = torch.cat(
+        [each[min(b, len(each) - 1)](x[b : b + 1], measurement_generator(seed, i)) for b, i in enumerate(ids)]
     )
-
-
-def _restore(restorer, y, operator, ids, method, seed: int, samples: int) -> Batch:
-    sigma = getattr(operator.noise, "sigma", None)
-    if method["sampler"] in ("dps", "psld"):
-        result = restorer(
-            y, operator, sampler=method["sampler"], guidance=build_guidance(method["guidance"]), steps=method["steps"],
-            samples=samples, seed=seed, image_ids=ids, batch_size=len(ids) * samples, **method["parameters"],
-        )  # fmt: skip
-        ratio = result.residual_ratio
-        return Batch(result.samples, result.nfe, None if ratio is None else ratio[:, 0])
-    options = dict(method["parameters"])
-    if method["sampler"] == "baseline":
-        _, x = baselines.baseline(y, operator, sigma or 0.0)
-    elif method["sampler"] == "wiener":
-        x = baselines.wiener(y, operator, sigma or 0.0, **options)
+    operator = joined(each)
+    if restorer is None:
+        result = _baseline(y.to(device), operator, method)
     else:
-        x = {"pseudo_inverse": baselines.pseudo_inverse, "bicubic": baselines.bicubic}[method["sampler"]](y, operator)
-    ratio = None
+        chosen = method_of(method)
+        done = restorer(
+            y.to(device), operator, sampler=chosen.sampler, guidance=chosen.guidance, steps=chosen.steps,
+            samples=samples, seed=seed, image_ids=ids, batch_size=len(ids) * samples, **chosen.parameters,
+        )  # fmt: skip
+        ratio = None if done.residual_ratio is None else done.residual_ratio[:, 0].cpu()
+        result = Estimates(done.samples.cpu(), done.nfe, ratio, protocol=done.protocol)
+    if resampled:
+        result.samples = resampled.back(result.samples, (own_size, own_size))
+    result.measurement = y
+    return result
+
+
+def _baseline(y: torch.Tensor, operator: Any, method: Mapping[str, Any]) -> Estimates:
+    x = BASELINES[method["sampler"]](y, operator, **method["parameters"])
+    sigma, ratio = getattr(operator.noise, "sigma", None), None
     if sigma:
         residual = torch.linalg.vector_norm((y - operator.A(x)).flatten(1), dim=1)
-        ratio = residual / (float(sigma) * y[0].numel() ** 0.5)
+        ratio = (residual / (float(sigma) * y[0].numel() ** 0.5)).cpu()
     # A baseline is one estimate, whatever the number of samples asked of samplers.
-    return Batch(x[:, None], 0, ratio)
+    return Estimates(x[:, None].cpu(), 0, ratio)
 
 
 def generate_batch(
     restorer: Any, ids: Sequence[str], task: Mapping[str, Any], method: Mapping[str, Any], *, seed: int
-) -> Batch:
-    """Unconditional or class-conditional samples; each depends on (seed, its id) alone.
+) -> Estimates:
+    """Unconditional or class-conditional samples: those of Restorer.generate for the seed, from the id (a number) on.
 
     task.labels: None, a list of class indices to cycle through, or "uniform": drawn per image from its id.
     """
-    backbone, device = restorer.backbone, restorer.device
-    noise = ImageNoise([(seed, i, 0) for i in ids], device)
     labels = task["labels"]
-    condition = None
     if labels == "uniform":
-        number = getattr(backbone.inner, "classes", None)
+        number = getattr(restorer.backbone, "classes", None)
         if not number:
             raise RestoreError("labels=uniform needs a class-conditional backbone")
-        condition = torch.tensor([derive_seed(seed, i, "label") % number for i in ids], device=device)
+        labels = [derive_seed(seed, i, "label") % number for i in ids]
     elif isinstance(labels, list):
-        condition = torch.tensor([labels[int(i) % len(labels)] for i in ids], device=device)
+        labels = [labels[int(i) % len(labels)] for i in ids]
     elif labels is not None:
         raise RestoreError(f"labels={labels} must be a list of class indices, uniform, or absent")
     eta = method["parameters"].get("eta", 0.0) if method["sampler"] == "ddim" else None
-    before = backbone.evaluations
-    x = generate(
-        backbone,
-        x_T=noise(0, (len(ids), backbone.channels, backbone.resolution, backbone.resolution), "start"),
-        timesteps=respace(len(backbone.alphas_cumprod), method["steps"]),
-        noise=noise,
-        guidance=build_guidance(method["guidance"]),
-        condition=condition,
-        ddim_eta=eta,
-        clip=not restorer.latent,
-    )
-    if restorer.latent:
-        with torch.no_grad():
-            x = backbone.inner.decode(x)
-    return Batch(x.float().clamp(-1, 1).cpu()[:, None], backbone.evaluations - before)
+    chosen, calls = method_of(method), 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    hook = restorer.backbone.network.register_forward_pre_hook(count)
+    try:
+        x = restorer.generate(
+            len(ids), guidance=chosen.guidance, steps=chosen.steps, seed=seed, labels=labels, ddim_eta=eta,
+            batch_size=len(ids), first=int(ids[0]),
+        )  # fmt: skip
+    finally:
+        hook.remove()
+    return Estimates(x.cpu()[:, None], calls, protocol=restorer.protocol(None, chosen, seed=seed))
 
 
 def load_pipeline(name: str, *, device: torch.device, precision: str, offline: bool) -> Any:
@@ -165,26 +159,28 @@ def load_pipeline(name: str, *, device: torch.device, precision: str, offline: b
 def pipeline_batch(
     pipe: Any, ids: Sequence[str], prompts: Sequence[str], task: Mapping[str, Any], method: Mapping[str, Any],
     *, seed: int,
-) -> Batch:  # fmt: skip
+) -> Estimates:  # fmt: skip
     """Text-to-image by an unmodified diffusers pipeline under `restore.guided` (PAG paper, eq. 14).
 
     guidance.cfg.scale is w of eq. 14, diffusers' guidance_scale - 1.
     """
     from restore import guided
 
-    guidance = dict(method["guidance"])
-    cfg = guidance.pop("cfg", None) or {}
+    terms = method["guidance"]
+    terms = [{name: options} for name, options in terms.items()] if isinstance(terms, dict) else terms
+    cfg = sum((t.get("cfg") or t).get("scale", 0.0) for t in terms if "cfg" in (*t, t.get("name")))
+    others = [t for t in terms if "cfg" not in (*t, t.get("name"))]
     side = pipe.unet.config.sample_size
     shape = (len(ids), pipe.unet.config.in_channels, side, side)
     latents = ImageNoise([(seed, i, 0) for i in ids], pipe.device, pipe.unet.dtype)(0, shape, "start")
-    passes = 1 + bool(guidance) + (cfg.get("scale", 0.0) > 0)
-    with torch.no_grad(), guided(pipe, build_guidance(guidance)):
+    passes = 1 + len(others) + (cfg > 0)
+    with torch.no_grad(), guided(pipe, guidances.build(others or None)):
         images = pipe(
             prompt=list(prompts),
             negative_prompt=[task["negative_prompt"]] * len(ids),
             latents=latents,
             num_inference_steps=int(method["steps"]),
-            guidance_scale=1.0 + cfg.get("scale", 0.0),
+            guidance_scale=1.0 + cfg,
             output_type="pt",
         ).images
-    return Batch(images.float().mul(2).sub(1).clamp(-1, 1).cpu()[:, None], passes * int(method["steps"]))
+    return Estimates(images.float().mul(2).sub(1).clamp(-1, 1).cpu()[:, None], passes * int(method["steps"]))

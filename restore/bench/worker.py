@@ -1,4 +1,4 @@
-"""Computes jobs and writes what they give: one image and one row at a time, atomically."""
+"""Computes batches and writes what they give: one image and one row at a time, atomically."""
 
 from __future__ import annotations
 
@@ -20,11 +20,17 @@ from PIL import Image
 
 from restore import atomic
 from restore.bench import datasets, sampling
-from restore.bench.batches import Job, read_prompts
-from restore.bench.config import BASELINES, settings
+from restore.bench.baselines import BASELINES
+from restore.bench.batches import Batch, read_prompts
+from restore.bench.config import settings
+from restore.bench.sampling import Estimates
 from restore.images import io
+from restore.images.folder import file_name
 from restore.metrics import single
+from restore.metrics.table import ALWAYS
 
+# Of a Restorer's protocol, what the configuration does not say but the numbers may hang on.
+MEASURED_WITH = ("weights", "precision", "torch", "device", "threads")
 SPREAD_WHITE = 0.5  # the spread that is white in a spread map, on [-1, 1]: fixed, so that maps can be compared
 
 
@@ -40,7 +46,7 @@ def cpu_threads(number: int | None) -> Iterator[None]:
 
 
 class Worker:
-    """Runs the jobs of one configuration on one device, holding the backbone between them.
+    """Runs the batches of one configuration on one device, holding the backbone between them.
 
     config: as `load_config` returns it. run: the run's folder, which several workers may share. device: torch's
     name or "auto", config["device"] when None.
@@ -56,37 +62,38 @@ class Worker:
         self.index = {key: i for i, key in enumerate(images.ids)} if images is not None else {}
         self.loaded: tuple[str, Any] | None = None
 
-    def run(self, job: Job) -> dict[str, Any]:
-        """Compute and write one job; returns its cost (also written, under `cost`)."""
+    def run(self, batch: Batch) -> dict[str, Any]:
+        """Compute and write one batch; returns its cost (also written, under `cost`)."""
         with cpu_threads(self.config["threads"]):
-            return self._run(job)
+            return self._run(batch)
 
-    def _run(self, job: Job) -> dict[str, Any]:
-        method, task = settings(self.config, job.method, job.task), self.config["tasks"][job.task]
+    def _run(self, batch: Batch) -> dict[str, Any]:
+        method, task = settings(self.config, batch.method, batch.task), self.config["tasks"][batch.task]
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         # Loading the backbone is not part of the cost of a batch.
         model = None if method["sampler"] in BASELINES else self._model(task["backbone"] or self.config["backbone"])
         started = time.perf_counter()
-        batch = self._compute(job, task, method, model)
+        made = self._compute(batch, task, method, model)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         sampled = time.perf_counter()
-        self._write(job, batch)
+        self._write(batch, made)
         cost = {
-            "images": len(job.ids),
+            "images": len(batch.ids),
             "seconds": sampled - started,
             "seconds_writing": time.perf_counter() - sampled,
-            "nfe": batch.nfe,
+            "nfe": made.nfe,
             "steps": method["steps"],
             "peak_memory_mb": memory if math.isfinite(memory := self._peak_memory()) else None,
             "memory_of": "CUDA allocations" if self.device.type == "cuda" else "resident process",
             "worker": f"{platform.node()}:{os.getpid()}",
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
         }
-        folder = self.run_folder / "cost" / job.task / job.method
+        cost |= {"protocol": {key: made.protocol[key] for key in MEASURED_WITH if key in made.protocol}}
+        folder = self.run_folder / "cost" / batch.task / batch.method
         folder.mkdir(parents=True, exist_ok=True)
-        atomic.write_json(folder / f"{job.index:06d}.json", cost)
+        atomic.write_json(folder / f"{batch.index:06d}.json", cost)
         return cost
 
     def _model(self, name: str) -> Any:
@@ -103,23 +110,23 @@ class Worker:
                 self.loaded = (name, load(name, checkpointing=c["checkpointing"], **options))
         return self.loaded[1]
 
-    def _compute(self, job: Job, task: Mapping[str, Any], method: Mapping[str, Any], model: Any) -> sampling.Batch:
+    def _compute(self, batch: Batch, task: Mapping[str, Any], method: Mapping[str, Any], model: Any) -> Estimates:
         seed = self.config["seed"]
         if self.config["kind"] == "restoration":
-            x = torch.stack([self.images.tensor(self.index[i]) for i in job.ids])
+            x = torch.stack([self.images.tensor(self.index[i]) for i in batch.ids])
             options = {"seed": seed, "samples": self.config["samples"], "device": self.device}
-            return sampling.restore_batch(model, x, job.ids, task, method, **options)
+            return sampling.restore_batch(model, x, batch.ids, task, method, **options)
         if self.config["kind"] == "generation":
-            return sampling.generate_batch(model, job.ids, task, method, seed=seed)
-        return sampling.pipeline_batch(model, job.ids, self._prompts(job, task), task, method, seed=seed)
+            return sampling.generate_batch(model, batch.ids, task, method, seed=seed)
+        return sampling.pipeline_batch(model, batch.ids, self._prompts(batch, task), task, method, seed=seed)
 
-    def _prompts(self, job: Job, task: Mapping[str, Any]) -> list[str]:
+    def _prompts(self, batch: Batch, task: Mapping[str, Any]) -> list[str]:
         if not task["prompts"]:
-            return [""] * len(job.ids)
+            return [""] * len(batch.ids)
         prompts = read_prompts(task["prompts"])
         if self.config["metrics"]["group_by_prompt"]:
-            return [prompts[int(i.split("-")[0])] for i in job.ids]
-        return [prompts[int(i) % len(prompts)] for i in job.ids]
+            return [prompts[int(i.split("-")[0])] for i in batch.ids]
+        return [prompts[int(i) % len(prompts)] for i in batch.ids]
 
     def _peak_memory(self) -> float:
         if self.device.type == "cuda":
@@ -131,36 +138,34 @@ class Worker:
         # Kilobytes on Linux, bytes on macOS; the peak of the whole process so far.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
-    def _write(self, job: Job, batch: sampling.Batch) -> None:
+    def _write(self, batch: Batch, made: Estimates) -> None:
         """Pictures first, the row last: an image counts as done when its row is there."""
-        folder = job.results(self.run_folder)
+        folder = batch.results(self.run_folder)
         for name in ("rows", "samples", "spread"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        pixels = io.to_uint8(batch.samples.flatten(0, 1)).reshape(
-            *batch.samples.shape[:2], *batch.samples.shape[-2:], 3
-        )
-        several = batch.samples.shape[1] > 1
-        spreads = single.spread(batch.samples) if several else None
-        for b, image_id in enumerate(job.ids):
-            name = datasets.file_name(image_id)
-            row: dict[str, Any] = {"image": image_id, "nfe": batch.nfe}
+        pixels = io.to_uint8(made.samples.flatten(0, 1)).reshape(*made.samples.shape[:2], *made.samples.shape[-2:], 3)
+        several = made.samples.shape[1] > 1
+        spreads = single.spread(made.samples) if several else None
+        for b, image_id in enumerate(batch.ids):
+            name = file_name(image_id)
+            row: dict[str, Any] = {"image": image_id, "nfe": made.nfe}
             if self.images is not None:
                 truth = self.images.pixels(self.index[image_id])
                 self._once(self.run_folder / "truth" / f"{name}.png", truth)
-                self._once(self.run_folder / "measurements" / job.task / f"{name}.png", measurement_picture(batch, b))
-                quality = single.psnr_pixels(pixels[b, 0], truth)
-                row["psnr"] = quality if math.isfinite(quality) else None  # JSON has no infinity
-                row["ssim"] = single.ssim_pixels(pixels[b, 0], truth)
-            if batch.residual_ratio is not None:
-                row["residual_ratio"] = float(batch.residual_ratio[b])
+                self._once(self.run_folder / "measurements" / batch.task / f"{name}.png", measurement_picture(made, b))
+                for key, metric in ALWAYS.items():
+                    value = float(metric.function(made.samples[b, :1], io.to_tensor(truth)))
+                    row[key] = value if math.isfinite(value) else None  # JSON has no infinity
+            if made.residual_ratio is not None:
+                row["residual_ratio"] = float(made.residual_ratio[b])
             if several:
                 row["spread"] = float(spreads[b])
                 if self.images is not None:
-                    inside = single.coverage(batch.samples[b : b + 1], self.images.tensor(self.index[image_id])[None])
+                    inside = single.coverage(made.samples[b : b + 1], self.images.tensor(self.index[image_id])[None])
                     row["coverage"] = float(inside[0])
                 for k in range(1, pixels.shape[1]):
                     atomic.write_bytes(folder / "samples" / f"{name}-{k}.png", png(pixels[b, k]))
-                deviation = batch.samples[b].float().std(dim=0).mean(dim=0)
+                deviation = made.samples[b].float().std(dim=0).mean(dim=0)
                 grey = (deviation / SPREAD_WHITE * 255).clamp(0, 255).round().byte().numpy()
                 atomic.write_bytes(folder / "spread" / f"{name}.png", png(grey))
             content = png(pixels[b, 0])
@@ -182,7 +187,7 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def measurement_picture(batch: sampling.Batch, b: int) -> np.ndarray:
+def measurement_picture(made: Estimates, b: int) -> np.ndarray:
     """The measurement of image b as it can be shown: clamped, grey as grey, at its own size."""
-    y = batch.measurement[b : b + 1]
+    y = made.measurement[b : b + 1]
     return io.to_uint8(y if y.shape[1] == 3 else y.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1))[0]

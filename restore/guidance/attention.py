@@ -46,8 +46,9 @@ class Perturbed:
 def perturbed(items: Sequence[Perturbed], draw: Draw | None, network: nn.Module | None = None) -> Iterator[set[str]]:
     """Within the block the given layers attend with the map (1 − u) A + u A' on the chosen heads.
 
-    draw(kind, shape) supplies the random targets' noise, in order of execution. network: where the layers are; it
-    tells the grid of tokens. Enter it around the weak pass alone. Gives the paths of the layers that ran.
+    draw(kind, shape) supplies the random targets' noise, in order of execution. network: the one that has the
+    layers at their paths; it tells the grid of tokens. Enter it around the weak pass alone. Gives the paths of the
+    layers that ran.
     """
     ran: set[str] = set()
 
@@ -85,7 +86,7 @@ def observed(
 @contextmanager
 def _attending(layers: Sequence[AttentionLayer], attends: Sequence[Callable], network: nn.Module | None):
     """Each layer's attention is attends[i](record, true), where true() computes it as the network would."""
-    around = {} if network is None else {layer.module: _around(network, layer.module) for layer in layers}
+    around = {} if network is None else {layer.module: _around(network, layer) for layer in layers}
     sides: dict[nn.Module, tuple[int, int]] = {}  # of the feature map that each module around a layer last got
 
     def note(module, forward):
@@ -110,8 +111,8 @@ def _attending(layers: Sequence[AttentionLayer], attends: Sequence[Callable], ne
                 if not mode.calls:
                     raise RestoreError(
                         f"the processor {type(module.processor).__name__} of {layer.path} does not use "
-                        "scaled_dot_product_attention, so its attention cannot be perturbed or observed; use diffusers' "
-                        "default processor (network.set_default_attn_processor(), no attention slicing)"
+                        "scaled_dot_product_attention, so its attention cannot be perturbed or observed; use "
+                        "diffusers' default processor (network.set_default_attn_processor(), no attention slicing)"
                     )
                 return out
 
@@ -126,10 +127,9 @@ def _attending(layers: Sequence[AttentionLayer], attends: Sequence[Callable], ne
         yield
 
 
-def _around(network: nn.Module, module: nn.Module) -> list[nn.Module]:
-    """The modules that enclose `module`, the innermost first."""
-    path = next((name for name, found in network.named_modules() if found is module), "")
-    parts = path.split(".") if path else []
+def _around(network: nn.Module, layer: AttentionLayer) -> list[nn.Module]:
+    """The modules that enclose the layer, the innermost first."""
+    parts = layer.path.split(".")
     return [network.get_submodule(".".join(parts[:n])) for n in reversed(range(len(parts)))]
 
 

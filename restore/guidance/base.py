@@ -25,13 +25,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from operators import RestoreError
 from operators.naming import lookup
 from restore.backbones.base import Backbone, Prediction
 from restore.backbones.prefix import Tape, Trace
-from restore.backbones.replaced import replaced
+from restore.backbones.replaced import compiled, uncompiled
 from restore.guidance import combine as combinations
 
 # Factors on the scale by u = t / T, T the noisiest time (u falls from 1 to 0 in sampling), each of mean 1 over u, so
@@ -114,7 +113,7 @@ class Estimate:
         self.backbone = backbone
         terms = guidance.terms if guidance is not None else ()
         self.branches = [(term, term.branch.bind(backbone)) for term in terms if term.scale != 0]
-        self.trace = Trace(backbone.network)
+        self.trace, self.compiled = Trace(backbone.network), compiled(backbone.network) if self.branches else []
         self.tapes = [Tape(branch.modules) if share_prefix and branch.modules else None for _, branch in self.branches]
         self.combine = _bound(guidance.combine, backbone) if self.branches else None
         self.evaluations = 0
@@ -145,7 +144,7 @@ class Estimate:
             for scale, branch, tape in self._active(t):
                 with ExitStack() as stack:
                     if branch.modules:
-                        stack.enter_context(uncompiled(self.backbone.network))
+                        stack.enter_context(uncompiled(self.compiled))
                     if tape is not None and tape.recorded:
                         stack.enter_context(tape.replaying())
                     eps_weak = branch.eps(x_t, t, condition, strong)
@@ -170,7 +169,7 @@ class Estimate:
         watch = [branch.observing() for _, branch, _ in active if hasattr(branch, "observing")]
         with ExitStack() as stack:
             if tapes or watch:
-                stack.enter_context(uncompiled(self.backbone.network))
+                stack.enter_context(uncompiled(self.compiled))
             for context in watch:
                 stack.enter_context(context)
             if tapes and not self.trace.calls:
@@ -206,11 +205,6 @@ def estimator(backbone: Backbone, guidance: Guidance | None = None, *, share_pre
         yield estimate
     finally:
         estimate.close()
-
-
-def uncompiled(network: nn.Module):
-    """Within the block this thread runs a compiled network as it was written, because its modules are changed."""
-    return replaced([network], lambda module, forward: forward)
 
 
 def _bound(combine: Any, backbone: Backbone) -> Callable[..., torch.Tensor]:

@@ -82,5 +82,6 @@ def chosen(value: Any, preset: Guidance | None) -> Guidance | None:
     if isinstance(value, str) and value == "preset":
         return preset
     raise RestoreError(
-        f'guidance is None (no guidance), "preset" or a guidance such as restore.PAG(1.0, layers="i9"), not {plain(value)!r}'
+        'guidance is None (no guidance), "preset" or a guidance such as restore.PAG(1.0, layers="i9"), '
+        f"not {plain(value)!r}"
     )

@@ -15,7 +15,7 @@ from operators.naming import check_known
 
 
 def named(spec: Any, what: str) -> tuple[str, dict[str, Any]]:
-    """(name, options) of "name", {name: options} or {"name": name, ...options}. Raises RestoreError for anything else."""
+    """(name, options) of "name", {name: options} or {"name": name, ...options}. RestoreError for anything else."""
     if isinstance(spec, str):
         return spec, {}
     if isinstance(spec, Mapping) and "name" in spec:

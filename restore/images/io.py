@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from kornia.color import rgb_to_grayscale
 
 from operators import RestoreError
 from restore import atomic
@@ -27,7 +29,8 @@ _FORMATS |= {".png": "PNG", ".ppm": "PPM", ".pgm": "PPM"}
 _SAVE = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95, "method": 4}}
 _SAVE |= {"TIFF": {"compression": "tiff_adobe_deflate"}, "PNG": {"optimize": False}}
 _ORIENTATION, _EXIF_IFD, _EXIF_SIZES = 0x0112, 0x8769, (0xA002, 0xA003)
-_LUMA = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)  # ITU-R BT.601, as Pillow's "L"
+_OPAQUE = ("JPEG", "PPM")
+_LEVELS = {"bool": 1, "uint16": 65535}  # of the other integers 255
 _BROKEN = (
     OSError,
     SyntaxError,
@@ -67,7 +70,7 @@ class ImageRecord:
 
 
 @contextmanager
-def _explained(path: Path, kind: str, hint: str) -> Iterator[None]:
+def explained(path: Path, kind: str, hint: str) -> Iterator[None]:
     """Within the block, what the readers of files raise becomes one sentence."""
     try:
         yield
@@ -86,7 +89,7 @@ def read_image(path: str | Path) -> ImageRecord:
     truncated, animated or multi-page, or stored as 32-bit numbers.
     """
     path = Path(path)
-    with _explained(path, "image", "it may be truncated or of another type"), PIL.Image.open(path) as opened:
+    with explained(path, "image", "it may be truncated or of another type"), PIL.Image.open(path) as opened:
         frames = getattr(opened, "n_frames", 1) if opened.format != "MPO" else 1  # MPO: a phone's JPEG with extras
         if frames > 1:
             raise RestoreError(f"{path} holds {frames} frames or pages: extract the one to restore into its own file.")
@@ -120,14 +123,18 @@ def read_image(path: str | Path) -> ImageRecord:
 
 
 def write_image(path: str | Path, image: torch.Tensor, like: ImageRecord | None = None, colour: bool = False) -> None:
-    """Write `image`, (3, H, W) or (1, 3, H, W) in about [-1, 1] (clamped), in the format of `path`'s suffix.
+    """Write what `encoded` makes of this, atomically (see `atomic.writing`). RestoreError also for a full disk."""
+    atomic.write_bytes(path, encoded(path, image, like, colour))
+
+
+def encoded(path: str | Path, image: torch.Tensor, like: ImageRecord | None = None, colour: bool = False) -> bytes:
+    """The file of `image`, (3, H, W) or (1, 3, H, W) in about [-1, 1] (clamped), in the format of `path`'s suffix.
 
     like: the photo it was made from: greyscale, alpha (resized if the size changed), 16 bits, colour
     profile and EXIF are carried over as far as the format can hold them. colour=True keeps colours
-    although `like` was grey (colorization). JPEG and WebP are written at quality 95, JPEG without
-    chroma subsampling. Atomic (see `atomic.writing`).
-    Raises RestoreError for NaN or infinite pixels, an unknown suffix, alpha into a JPEG, more
-    pixels than the format can hold, a full disk.
+    although `like` was grey (colorization). JPEG and WebP are written at quality 95, JPEG without chroma subsampling.
+    Raises RestoreError for NaN or infinite pixels, an unknown suffix, alpha into a JPEG, more pixels than the format
+    can hold.
     """
     path = Path(path)
     image_format = _FORMATS.get(path.suffix.lower())
@@ -135,14 +142,12 @@ def write_image(path: str | Path, image: torch.Tensor, like: ImageRecord | None 
         raise RestoreError(f"Cannot write {path}: the name must end in one of {' '.join(_FORMATS)}.")
     samples = _checked(image)
     if like is not None and like.grey and not colour:
-        samples = (samples * _LUMA).sum(1, keepdim=True)
+        samples = rgb_to_grayscale(samples)  # ITU-R BT.601, as Pillow's "L"
     samples = (samples + 1) / 2
     alpha = like.alpha if like is not None else None
     if alpha is not None:
-        if image_format in ("JPEG", "PPM"):
-            raise RestoreError(
-                f"Cannot write {path}: {image_format} has no transparency and {like.path} has; write a PNG."
-            )
+        if image_format in _OPAQUE:
+            raise RestoreError(_no_alpha(path, like.path))
         if alpha.shape[-2:] != samples.shape[-2:]:
             alpha = F.interpolate(alpha, samples.shape[-2:], mode="bilinear", antialias=True)
         if image_format == "TIFF" and samples.shape[1] == 1:  # few programs open grey + alpha TIFF files
@@ -153,62 +158,97 @@ def write_image(path: str | Path, image: torch.Tensor, like: ImageRecord | None 
     icc = like.icc if like is not None and (not like.grey or not colour) else None  # a grey profile fits no RGB
     exif = like.exif if like is not None and image_format in ("JPEG", "PNG", "WEBP") else None
     if deep:
-        content = sixteen.png_bytes(array, icc, exif) if image_format == "PNG" else sixteen.tiff_bytes(array, icc)
-    else:
-        options = {"icc_profile": icc} if icc else {}
-        options |= {"exif": exif} if exif else {}
-        buffer = io.BytesIO()
-        picture = PIL.Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-        try:
-            picture.save(buffer, image_format, **_SAVE.get(image_format, {}), **options)
-        except (OSError, ValueError) as error:  # more pixels than the format can address
-            raise RestoreError(f"Cannot write {path} as {image_format}: {error}; write a PNG.") from error
-        content = buffer.getvalue()
-    atomic.write_bytes(path, content)
+        return sixteen.png_bytes(array, icc, exif) if image_format == "PNG" else sixteen.tiff_bytes(array, icc)
+    options = {"icc_profile": icc} if icc else {}
+    options |= {"exif": exif} if exif else {}
+    buffer = io.BytesIO()
+    picture = PIL.Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    try:
+        picture.save(buffer, image_format, **_SAVE.get(image_format, {}), **options)
+    except (OSError, ValueError) as error:  # more pixels than the format can address
+        raise RestoreError(f"Cannot write {path} as {image_format}: {error}; write a PNG.") from error
+    return buffer.getvalue()
 
 
-def to_tensor(image: PIL.Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) float32 in [-1, 1] from a PIL image, a numpy array or a tensor; grey becomes three channels.
+def check_target(source: Path, target: Path) -> None:
+    """Raises RestoreError where `target`'s format cannot hold the transparency of `source`; reads its header only."""
+    if _FORMATS.get(target.suffix.lower()) not in _OPAQUE:
+        return
+    with explained(source, "image", "it may be truncated or of another type"), PIL.Image.open(source) as opened:
+        if _transparent(opened):
+            raise RestoreError(_no_alpha(target, source))
 
-    PIL: any 8-bit mode, alpha dropped. numpy, (H, W), (H, W, C) or (B, H, W, C): uint8 counts 0..255,
-    uint16 0..65535, floats must lie in [0, 1]. torch, (C, H, W) or (B, C, H, W): uint8 counts 0..255,
-    floats are taken as [-1, 1] already (a noisy measurement may leave it). C is 1, 3 or 4 (alpha dropped).
-    Raises RestoreError for NaN, another shape or type, or values that cannot be on that range.
+
+def to_tensor(image: Any, *, channels: int | None = 3, largest: float = 8.0) -> torch.Tensor:
+    """(B, C, H, W) float32 in [-1, 1] from whatever an image may be; the one door for pixels that are no file's.
+
+    image: a PIL image of any 8-bit mode or 16-bit grey; a path; numpy (H, W), (H, W, C) or (B, H, W, C); torch
+        (C, H, W) or (B, C, H, W); or a list of these, all of one size. Integers count 0..255 (uint16: 0..65535,
+        bool: 0 and 1), floats of numpy lie in [0, 1], floats of torch in about [-1, 1].
+    channels: 3: grey is repeated, alpha dropped. 1: grey by the luma of ITU-R BT.601. None: a measurement, its channels
+        as they are (grey files and pictures have one, alpha is dropped; a float tensor may have any shape (B, ...)).
+    largest: a tensor beyond +-largest is refused as one on another range. Noise of sigma = 1 on an image crosses the
+        default of 8 once in 1e12 pixels; a picture on 0..255 stays below it only where it is all but black.
+    Raises RestoreError for NaN, another shape or type, nothing at all, and values that cannot be on that range.
     """
+    if isinstance(image, (list, tuple)):
+        return _stacked([to_tensor(item, channels=channels, largest=largest) for item in image])
+    if isinstance(image, (str, Path)):
+        record = read_image(image)
+        return with_channels(record.pixels[:, :1] if record.grey else record.pixels, channels)
     if isinstance(image, PIL.Image.Image):
         sixteen_bit = image.mode.startswith("I;16")
-        return to_tensor(
-            np.asarray(image).astype(np.uint16) if sixteen_bit else _eight_bit_samples(image, "The picture")
-        )
+        image = np.asarray(image).astype(np.uint16) if sixteen_bit else _eight_bit_samples(image, "The picture")
     if isinstance(image, np.ndarray):
-        if image.ndim == 2:
-            image = image[:, :, None]
+        image = image[:, :, None] if image.ndim == 2 else image
         if image.ndim not in (3, 4) or image.shape[-1] not in (1, 2, 3, 4):
             raise RestoreError(f"A numpy image must be (H, W), (H, W, C) or (B, H, W, C), not {image.shape}.")
-        scale = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0, np.dtype(bool): 1.0}.get(image.dtype)
-        if scale is None and image.dtype.kind != "f":
-            raise RestoreError(f"A numpy image must be uint8, uint16, bool or float, not {image.dtype}.")
-        if scale is None and not (image.min() >= -1e-6 and image.max() <= 1 + 1e-6):  # also catches NaN
+        if image.dtype.kind not in "biuf":
+            raise RestoreError(f"A numpy image must hold integers, booleans or floats, not {image.dtype}.")
+        values = torch.from_numpy(np.ascontiguousarray(image).astype(np.float32)).movedim(-1, -3)
+        whole = _LEVELS.get(str(image.dtype), 255) if image.dtype.kind != "f" else 1
+        if whole == 1 and values.numel() and not (values.min() >= -1e-6 and values.max() <= 1 + 1e-6):  # NaN too
             raise RestoreError(
-                f"A float numpy image must lie in [0, 1], this one spans {image.min():.4g} to {image.max():.4g}: "
-                "rescale it, or pass a torch tensor in [-1, 1]."
+                f"A float numpy image must lie in [0, 1], this one {_span(values)}: rescale it, or pass a torch tensor "
+                "in [-1, 1]."
             )
-        values = torch.from_numpy(np.ascontiguousarray(image).astype(np.float32)) / (scale or 1.0) * 2 - 1
-        return _three_channels(values.movedim(-1, -3))
-    if not isinstance(image, torch.Tensor):
+        values = values[..., : 1 if values.shape[-3] < 3 else 3, :, :]
+    elif isinstance(image, torch.Tensor):
+        if image.is_complex() or image.is_quantized:
+            raise RestoreError(f"An image tensor must hold integers, booleans or floats, not {image.dtype}.")
+        values, whole = image.detach().float(), _LEVELS.get(str(image.dtype).removeprefix("torch."), 255)
+        if image.is_floating_point():
+            if not torch.isfinite(values).all():
+                raise RestoreError("The image holds NaN or infinite pixels: find out which step made them.")
+            if values.numel() and values.abs().max() > largest:
+                raise RestoreError(
+                    f"A float tensor is taken as [-1, 1], this one {_span(values)}: divide 0..255 by 127.5 and "
+                    "subtract 1."
+                )
+            return with_channels(values, channels)
+    else:
         raise RestoreError(
-            f"An image must be a PIL image, a numpy array or a torch tensor, not {type(image).__name__}."
+            f"An image must be a PIL image, a path, a numpy array, a torch tensor or a list of them, "
+            f"not {type(image).__name__}."
         )
-    values = image.float() / 127.5 - 1 if image.dtype == torch.uint8 else image
-    if not values.is_floating_point():
-        raise RestoreError(f"An image tensor must be uint8 or float, not {image.dtype}.")
-    if not torch.isfinite(values).all():
-        raise RestoreError("The image holds NaN or infinite pixels: find out which step made them.")
-    if values.numel() and values.abs().max() > 16:  # far beyond any noise on [-1, 1]: surely 0..255
-        raise RestoreError(
-            f"A float tensor is taken as [-1, 1], not up to {values.abs().max():.4g}: divide by 127.5, subtract 1."
-        )
-    return _three_channels(values.float())
+    if values.numel() and not (values.min() >= -1e-6 and values.max() <= whole + 1e-6):
+        raise RestoreError(f"An image of integers counts 0..{whole}, this one {_span(values)}.")
+    return with_channels(values / whole * 2 - 1, channels)
+
+
+def with_channels(values: torch.Tensor, channels: int | None) -> torch.Tensor:
+    """(B, C, H, W) from (C, H, W) or (B, C, H, W) pixels, with as many channels as `to_tensor` says. RestoreError."""
+    values = values[None] if values.ndim == 3 and values.shape[0] in (1, 2, 3, 4) else values
+    if not values.numel():
+        raise RestoreError(f"There is no image in a batch of shape {tuple(values.shape)}.")
+    if channels is None:
+        return values
+    if values.ndim != 4 or values.shape[1] not in (1, 2, 3, 4):
+        raise RestoreError(f"An image must be (C, H, W) or (B, C, H, W) of 1 to 4 channels, not {tuple(values.shape)}.")
+    values = values[:, : 1 if values.shape[1] < 3 else 3]
+    if channels == 1:
+        return values if values.shape[1] == 1 else rgb_to_grayscale(values)
+    return values.expand(-1, 3, -1, -1).contiguous()
 
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:
@@ -223,72 +263,6 @@ def to_uint8(image: torch.Tensor) -> np.ndarray:
 def to_pil(image: torch.Tensor) -> PIL.Image.Image:
     """An RGB picture from one image tensor, (3, H, W) or (1, 3, H, W) in [-1, 1]: clamp and round."""
     return PIL.Image.fromarray(to_uint8(_checked(image)[0]))
-
-
-def read_mask(path: str | Path, size: tuple[int, int] | None = None, threshold: int | None = None) -> torch.Tensor:
-    """An inpainting mask (1, 1, H, W) float32: 1 (white, 255) where the pixel is known, 0 (black) where it is missing.
-
-    size: the photo's (height, width), which the mask must have. threshold: for a mask with grey edges,
-    count values above it (0 to 254) as white; without it any value but 0 and 255 is an error.
-    Raises RestoreError also for a mask with colours or transparency, or that is all white or all black.
-    """
-    record = read_image(path)
-    pixels = (record.pixels + 1) * 127.5
-    if record.alpha is not None and bool((record.alpha < 1).any()):
-        raise RestoreError(f"The mask {path} has transparent parts: save it as black (missing) and white (known).")
-    if not torch.equal(pixels[:, :1], pixels[:, 1:2]) or not torch.equal(pixels[:, :1], pixels[:, 2:]):
-        raise RestoreError(f"The mask {path} has colours: save it as black (missing) and white (known).")
-    if size is not None and record.size != tuple(size):
-        expected, found = (f"{width} x {height}" for height, width in (size, record.size))
-        raise RestoreError(
-            f"The mask {path} is {found} pixels and the photo is {expected}: they must be the same size."
-        )
-    mask = pixels[:, :1]
-    if threshold is None:
-        between = ((mask > 0.5) & (mask < 254.5)).double().mean().item()
-        if between:
-            raise RestoreError(
-                f"The mask {path} must be black (0: missing) and white (255: known) only, but {between:.2%} of it lies "
-                "between: draw it without soft edges and save it as PNG, or set a threshold."
-            )
-    mask = (mask > (127 if threshold is None else threshold)).float()
-    if mask.min() == mask.max():
-        what = "white: nothing is missing" if mask.max() else "black: no pixel is known"
-        raise RestoreError(f"The mask {path} is all {what}; paint what is to be restored black and the rest white.")
-    return mask
-
-
-def read_kernel(path: str | Path) -> torch.Tensor:
-    """A blur kernel (kh, kw) float64 from .npy, .txt, .csv (numbers as they are) or a grey picture.
-
-    Numbers must sum to one within 1e-3 and are not rescaled: a kernel that brightens is a mistake more
-    often than a wish. A picture's 8- or 16-bit grey values cannot sum to one, so they are divided by
-    their sum. Raises RestoreError for NaN, a wrong sum, more than two dimensions, an unreadable file.
-    """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    with _explained(path, "kernel", "expected .npy, .txt, .csv or a grey picture"):
-        if suffix == ".npy":
-            values = np.load(path, allow_pickle=False)
-        elif suffix in (".txt", ".csv"):
-            text = path.read_text(encoding="utf-8").replace(",", " ").replace(";", " ")
-            values = np.loadtxt(io.StringIO(text), ndmin=2)
-        else:
-            record = read_image(path)
-            if not record.grey and not torch.equal(record.pixels[:, 0], record.pixels[:, 1]):
-                raise RestoreError(f"The kernel picture {path} has colours: a kernel must be grey.")
-            values = record.pixels[0, 0].double().add(1).div(2).numpy()
-            if values.sum() == 0:
-                raise RestoreError(f"The kernel picture {path} is all black.")
-            values = values / values.sum()
-    if values.ndim != 2 or values.size == 0 or values.dtype.kind not in "fiu":
-        raise RestoreError(f"The kernel {path} must be a table of numbers, not {values.dtype} of shape {values.shape}.")
-    values = values.astype(np.float64)
-    if not np.isfinite(values).all():
-        raise RestoreError(f"The kernel {path} holds NaN or infinite values.")
-    if abs(values.sum() - 1) > 1e-3:
-        raise RestoreError(f"The kernel {path} sums to {values.sum():.6g} instead of 1: divide it by its sum.")
-    return torch.from_numpy(values)
 
 
 def upright(samples: np.ndarray, orientation: int) -> np.ndarray:
@@ -309,13 +283,21 @@ def _eight_bit_samples(image: PIL.Image.Image, path: str | Path) -> np.ndarray:
     """uint8 (H, W, C) with C = 1 grey, 2 grey + alpha, 3, 4; transparent palettes and colours become alpha."""
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise RestoreError(f"{path} stores 32-bit numbers with no agreed range: convert it to 8 or 16 bits a channel.")
-    transparent = image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info
+    transparent = _transparent(image)
     grey = image.mode in ("1", "L", "LA", "La")
     mode = ("LA" if transparent else "L") if grey else ("RGBA" if transparent else "RGB")
     if grey and transparent and image.mode not in ("LA", "La"):
         image = image.convert("RGBA")  # Pillow turns a transparent grey value into alpha only this way
     array = np.asarray(image.convert(mode))
     return array[:, :, None] if array.ndim == 2 else array
+
+
+def _transparent(image: PIL.Image.Image) -> bool:
+    return image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info
+
+
+def _no_alpha(target: Path, source: Path) -> str:
+    return f"Cannot write {target}: its format has no transparency and {source} has; write a PNG."
 
 
 def _upright_exif(exif: PIL.Image.Exif) -> bytes | None:
@@ -342,13 +324,18 @@ def _checked(image: torch.Tensor) -> torch.Tensor:
     return image.detach().float().cpu()
 
 
-def _three_channels(values: torch.Tensor) -> torch.Tensor:
-    values = values if values.ndim == 4 else values[None]
-    if values.ndim != 4 or values.shape[1] not in (1, 2, 3, 4) or 0 in values.shape:
-        raise RestoreError(
-            f"An image must have 1 to 4 channels and at least one pixel, not shape {tuple(values.shape)}."
-        )
-    return values[:, :3] if values.shape[1] >= 3 else values[:, :1].expand(-1, 3, -1, -1).contiguous()
+def _stacked(images: list[torch.Tensor]) -> torch.Tensor:
+    if not images:
+        raise RestoreError("There is no image in an empty list.")
+    shapes = {tuple(image.shape[1:]) for image in images}
+    if len(shapes) > 1:
+        sizes = " and ".join(" x ".join(map(str, shape)) for shape in sorted(shapes)[:2])
+        raise RestoreError(f"The images of one list must have one size, not {sizes}: pass them one by one.")
+    return torch.cat(images)
+
+
+def _span(values: torch.Tensor) -> str:
+    return f"spans {values.min():.4g} to {values.max():.4g}"
 
 
 def _quantise(unit: torch.Tensor, levels: int) -> np.ndarray:

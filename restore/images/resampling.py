@@ -17,6 +17,10 @@ import torch
 import torch.nn.functional as F
 
 from operators import Compose, Operator, RestoreError, SuperResolution
+from operators.naming import check_known
+
+METHODS = {"bicubic": {"mode": "bicubic", "antialias": True, "align_corners": False}, "nearest": {"mode": "nearest"}}
+"""How images are resized, as keywords of torch's `interpolate`: bicubic is antialiased, a = -0.5, as Pillow's."""
 
 REFERENCE = {"method": "nearest", "stretch": True}
 """The authors' resampling, as keywords of `enlarge` (and its method of `reduce`)."""
@@ -35,8 +39,8 @@ def stretched(image: torch.Tensor) -> torch.Tensor:
 def enlarge(image: torch.Tensor, size: int = 512, *, method: str = "bicubic", stretch: bool = False) -> torch.Tensor:
     """image (B, 3, H, W) in [-1, 1] at size x size; the overshoot of the bicubic filter is clamped.
 
-    method: "bicubic" (antialiased, a = -0.5, as Pillow's) or "nearest" (the authors').
-    stretch: see `stretched`, applied first. Raises RestoreError for an unknown method.
+    method: one of METHODS; "nearest" is the authors'. stretch: see `stretched`, applied first.
+    Raises RestoreError for an unknown method.
     """
     if stretch:
         image = stretched(image)
@@ -44,8 +48,7 @@ def enlarge(image: torch.Tensor, size: int = 512, *, method: str = "bicubic", st
 
 
 def reduce(image: torch.Tensor, size: int | tuple[int, int] = 256, *, method: str = "bicubic") -> torch.Tensor:
-    """A result (B, 3, H, W) at size x size, or (H, W), for the metrics; "bicubic" is antialiased, "nearest" is
-    the authors'."""
+    """A result (B, 3, H, W) at size x size, or (H, W), for the metrics; method: one of METHODS."""
     return _resize(image, size, method)
 
 
@@ -64,8 +67,8 @@ def measured_small(operator: Operator, factor: int = 2) -> Operator:
 class Resampled:
     """Restoring at another size than the photo's: either reading of the protocol.
 
-    side: the size, in pixels, at which the restoration runs. method: "bicubic" or "nearest"; stretch: the authors'
-    min-max scaling of clean images. A clean photo is enlarged and then degraded; a damaged one was measured at
+    side: the size, in pixels, at which the restoration runs. method: one of METHODS; stretch: the authors' min-max
+    scaling of clean images. A clean photo is enlarged and then degraded; a damaged one was measured at
     its own size and is restored at a whole multiple of it.
     """
 
@@ -73,12 +76,17 @@ class Resampled:
     method: str = "bicubic"
     stretch: bool = False
 
+    def __post_init__(self) -> None:
+        if self.side < 1:
+            raise RestoreError(f"solve_at={self.side} must be a number of pixels")
+        check_known([self.method], METHODS, "unknown resampling")
+
     def truth(self, clean: torch.Tensor) -> torch.Tensor:
         return stretched(clean) if self.stretch else clean
 
     def enlarged(self, clean: torch.Tensor, name: str) -> torch.Tensor:
         if clean.shape[-1] != clean.shape[-2]:
-            raise RestoreError(f"{name} is not square; --solve-at {self.side} needs a square photo with --degrade")
+            raise RestoreError(f"{name} is not square; solve_at={self.side} needs a square photo with degrade=True")
         return enlarge(clean, self.side, method=self.method)
 
     def enlarged_mask(self, mask: torch.Tensor) -> torch.Tensor:
@@ -88,7 +96,7 @@ class Resampled:
         factor, rest = divmod(self.side, max(size))
         if rest or factor < 1:
             raise RestoreError(
-                f"--solve-at {self.side} is no multiple of the longer side of {name}'s restoration, {max(size)}"
+                f"solve_at={self.side} is no multiple of the longer side of {name}'s restoration, {max(size)}"
             )
         return measured_small(operator, factor) if factor > 1 else operator
 
@@ -99,25 +107,15 @@ class Resampled:
 
 
 def resampling(side: int | None, method: str | None, reference: bool) -> Resampled | None:
-    """What --solve-at, --resample and --reference ask for; with `reference` the authors' method and stretching."""
+    """What solve_at, resample and reference ask for; with `reference` the authors' method and stretching."""
     if side is None:
         if method is not None:
-            raise RestoreError("--resample needs --solve-at: nothing is resampled without it")
+            raise RestoreError(f"resample={method} needs solve_at=: nothing is resampled without it")
         return None
-    if side < 1:
-        raise RestoreError(f"--solve-at must be a number of pixels, not {side}")
     chosen = dict(REFERENCE) if reference else {}
-    if method is not None:
-        chosen["method"] = method
-    if chosen.get("method", "bicubic") not in ("bicubic", "nearest"):
-        raise RestoreError(f"--resample {method} is not known; expected bicubic or nearest")
-    return Resampled(side, **chosen)
+    return Resampled(side, **chosen | ({} if method is None else {"method": method}))
 
 
 def _resize(image: torch.Tensor, size: int | tuple[int, int], method: str) -> torch.Tensor:
-    size = (size, size) if isinstance(size, int) else size
-    if method == "nearest":
-        return F.interpolate(image, size=size, mode="nearest")
-    if method == "bicubic":
-        return F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False)
-    raise RestoreError(f"resampling {method!r} is not known; expected bicubic or nearest")
+    check_known([method], METHODS, "unknown resampling")
+    return F.interpolate(image, size=size, **METHODS[method])

@@ -9,48 +9,61 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pooch
 import torch
 
 from operators import RestoreError
-from restore.bench.datasets import read_rgb
-from restore.metrics.weights import describe_weights, find_weights, sha256
+from restore import zoo
+from restore.images.folder import content_hash, read_rgb
+from restore.metrics.weights import find_weights, read_state, sha256
 
-SET_METRICS = ("fid", "kid", "is", "pr")
 MINIMUM_IMAGES = 1000
-# Features of precision and recall: VGG-16 as in Kynkaanniemi et al. 2019, or Inception as in ADM's evaluator.
-PR_NETWORKS = {"vgg16": ("vgg16", "fc2_relu"), "inception": ("inception-v3-compat", "2048")}
+KID_SUBSET = 1000
+VGG_MEANS = "relu5_3 mean"  # the layer of KID-VGG16
 
 
 def default_cache() -> Path:
-    """The folder of reference features: `statistics` in $RESTORE_CACHE or the platform's cache folder."""
-    chosen = os.environ.get("RESTORE_CACHE")
-    return (Path(chosen).expanduser() if chosen else Path(pooch.os_cache("restore"))) / "statistics"
+    """The folder of reference features: `statistics` in the cache of the package."""
+    return zoo.cache_dir() / "statistics"
 
 
-def content_hash(paths: Sequence[Path]) -> str:
-    """sha256 over the contents of the files, in order."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
-    return digest.hexdigest()
+def fid(results: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
+    """Frechet distance of two Gaussians fitted to features (N, C) (Heusel et al. 2017)."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    statistics = [fid_features_to_statistics(features) for features in (results, reference)]
+    return {"fid": fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]}
 
 
-class _Files(torch.utils.data.Dataset):
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = list(paths)
+def kid(results: torch.Tensor, reference: torch.Tensor, name: str = "kid") -> dict[str, float]:
+    """Squared MMD with the kernel (x.y / C + 1)^3 (Binkowski et al. 2018) over 100 subsets, their mean and std."""
+    from torch_fidelity.metric_kid import kid_features_to_metric
 
-    def __len__(self) -> int:
-        return len(self.paths)
+    size = min(KID_SUBSET, len(results), len(reference))
+    out = kid_features_to_metric(results, reference, kid_subset_size=size, verbose=False)
+    return {f"{name}{end}": out[f"kernel_inception_distance_{k}"] for end, k in (("", "mean"), ("_std", "std"))}
 
-    def __getitem__(self, i: int) -> torch.Tensor:
-        return torch.from_numpy(read_rgb(self.paths[i]).copy()).permute(2, 0, 1)
+
+def inception_score(results: torch.Tensor, reference: None = None) -> dict[str, float]:
+    """Inception Score (Salimans et al. 2016) over ten splits, of logits (N, 1008)."""
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    out = isc_features_to_metric(results, splits=min(10, len(results)))
+    return {"is": out["inception_score_mean"], "is_std": out["inception_score_std"]}
+
+
+def precision_recall(results: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
+    """Shares of either set within the other's 3-neighbour manifold (Kynkaanniemi et al. 2019)."""
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    if min(len(results), len(reference)) < 4:
+        raise RestoreError("precision and recall look at the 3 nearest neighbours and need 4 images or more")
+    out = prc_features_to_metric(results, reference, save_cpu_ram=True, verbose=False)
+    return {"precision": out["precision"], "recall": out["recall"]}
 
 
 def extract(
@@ -65,131 +78,122 @@ def extract(
 ) -> dict[str, torch.Tensor]:
     """Features of images of one size: layer name to float32 (N, C), on the CPU.
 
-    network: torch-fidelity's "inception-v3-compat" or "vgg16". cache: folder in which the result is kept under
-    the hash of the images, the weights, the network and the version of torch-fidelity.
+    network: "inception" or "vgg16", by torch-fidelity; VGG_MEANS is a layer of its own beside theirs. cache:
+    folder in which the result is kept under the hash of the images, the weights, the network and the version.
     """
     import safetensors.torch
-    from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
-    path = find_weights("inception" if network.startswith("inception") else network, weights)
-    layers = sorted(set(layers))
+    path, layers = find_weights(network, weights), sorted(set(layers))
     kept = None
     if cache is not None:
         key = [content_hash(paths), sha256(path), network, version("torch-fidelity"), *layers]
         kept = Path(cache) / (hashlib.sha256("\n".join(key).encode()).hexdigest() + ".safetensors")
         if kept.exists():
             return safetensors.torch.load_file(kept)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        extractor = create_feature_extractor(
-            network, layers, cuda=False, verbose=False, feature_extractor_weights_path=str(path)
-        ).to(device)
-    cuda = str(device).startswith("cuda")
-    try:
-        # No worker processes: decoding is cheap beside the network, and a library must not fork under its caller.
-        features = get_featuresdict_from_dataset(_Files(paths), extractor, batch_size, cuda, True, False)
-    except RuntimeError as error:
-        if "stack expects each tensor to be equal size" in str(error):
-            raise RestoreError(f"the images beside {paths[0]} have different sizes; bring them to one size") from error
-        raise
+    own = [layer for layer in layers if layer == VGG_MEANS]
+    theirs = [layer for layer in layers if layer != VGG_MEANS]
+    parts = []
+    if theirs:
+        parts.append((theirs, _fidelity_network(network, theirs, path).to(device)))
+    if own:
+        parts.append((own, _vgg_means(path, device)))
+    collected: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
+    # No worker processes: decoding is cheap beside the network, and a library must not fork under its caller.
+    for first in range(0, len(paths), batch_size):
+        pixels = [read_rgb(p) for p in paths[first : first + batch_size]]
+        if len({p.shape for p in pixels}) > 1:
+            raise RestoreError(f"the images beside {paths[0]} have different sizes; bring them to one size")
+        batch = torch.stack([torch.from_numpy(p.copy()).permute(2, 0, 1) for p in pixels]).to(device)
+        with torch.no_grad():
+            for names, model in parts:
+                for name, features in zip(names, model(batch), strict=True):
+                    collected[name].append(features.float().cpu())
+    result = {name: torch.cat(features).contiguous() for name, features in collected.items()}
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         temporary = kept.with_suffix(f".{os.getpid()}.tmp")
-        safetensors.torch.save_file({k: v.contiguous() for k, v in features.items()}, temporary)
+        safetensors.torch.save_file(result, temporary)
         os.replace(temporary, kept)
-    return features
+    return result
 
 
-def check(
-    metrics: Sequence[str],
-    *,
-    weights: Mapping[str, str | os.PathLike] | None = None,
-    pr_network: str = "vgg16",
-) -> dict[str, Any]:
-    """Fail now rather than after the run: names and weight files. Returns the protocol's entry."""
-    unknown = [m for m in metrics if m not in SET_METRICS]
-    if unknown:
-        raise RestoreError(f"there is no set metric {unknown[0]}; there are {', '.join(SET_METRICS)}")
-    if pr_network not in PR_NETWORKS:
-        raise RestoreError(f"precision and recall use the features of {' or '.join(PR_NETWORKS)}, not {pr_network}")
-    needed = set()
-    if {"fid", "kid", "is"} & set(metrics) or ("pr" in metrics and pr_network == "inception"):
-        needed.add("inception")
-    if "pr" in metrics and pr_network == "vgg16":
-        needed.add("vgg16")
-    entry: dict[str, Any] = {"implementation": f"torch-fidelity {version('torch-fidelity')}"}
-    for name in sorted(needed):
-        entry[name] = describe_weights(name, find_weights(name, weights))
-    if "pr" in metrics:
-        entry["precision_recall"] = f"{pr_network} features, k = 3"
-    return entry if needed else {}
+def _fidelity_network(network: str, layers: list[str], path: Path) -> torch.nn.Module:
+    from torch_fidelity import utils
+
+    name = {"inception": "inception-v3-compat"}.get(network, network)
+    options = {"cuda": False, "verbose": False, "feature_extractor_weights_path": str(path)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            return utils.create_feature_extractor(name, layers, **options)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise RestoreError(f"{path} does not fit {name}: {str(error).splitlines()[0]}") from error
 
 
-def refuse_few(n: int, what: str, allow_small: bool, minimum: int = MINIMUM_IMAGES) -> None:
+def _vgg_means(path: Path, device: str) -> Callable[[torch.Tensor], tuple[torch.Tensor]]:
+    """uint8 (B, 3, H, W) -> relu5_3 of VGG-16 averaged over the image, (B, 512); torchvision's convolutions."""
+    from torchvision.models.vgg import cfgs, make_layers
+
+    network = make_layers(cfgs["D"], batch_norm=False)[:30]
+    state = read_state(path)
+    wanted = {key: state.get(f"features.{key}") for key in network.state_dict()}
+    missing = [key for key, value in wanted.items() if value is None]
+    if missing:
+        raise RestoreError(f"{path} holds no complete VGG-16: features.{missing[0]} is not in it")
+    network.load_state_dict(wanted)
+    network.requires_grad_(False).eval().to(device)
+    mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(1, 3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225], device=device).view(1, 3, 1, 1)
+    return lambda pixels: (network((pixels.float() / 255 - mean) / std).mean(dim=(2, 3)),)
+
+
+def refuse_few(n: int, what: str, allow_small: bool, minimum: int | None = None) -> None:
     """FID's bias depends on the number of images and dominates it when they are few."""
+    minimum = MINIMUM_IMAGES if minimum is None else minimum
     if n < minimum and not allow_small:
         raise RestoreError(
             f"FID on {n} images ({what}) says little, at least {minimum} are needed; set allow_small=true to have it"
-            " anyway, marked as such, or leave fid, kid, is and pr out of the metrics"
+            " anyway, marked as such, or leave the metrics of sets out"
         )
 
 
 def set_metrics(
     results: Sequence[Path],
     reference: Sequence[Path] | None,
-    metrics: Sequence[str],
+    metrics: Mapping[str, Any],
+    options: Any,
     *,
-    weights: Mapping[str, str | os.PathLike] | None = None,
-    pr_network: str = "vgg16",
-    fid_layer: str = "2048",
-    kid_subset_size: int = 1000,
     device: str = "cpu",
     batch_size: int = 32,
-    allow_small: bool = False,
     cache: Path | None = None,
 ) -> dict[str, float]:
     """The chosen set metrics of `results` against `reference` (None if only "is" is asked for).
 
-    Returns fid; kid and kid_std; is and is_std; precision and recall. Values equal the torch-fidelity command
-    line's on the same files: input1 is `results`, input2 the reference, subsets of KID clipped to the set's size.
-    Raises RestoreError for sets below MINIMUM_IMAGES unless allow_small, and for missing weights.
+    metrics, options: rows of kind "set" and Options of metrics/table.py. Every image goes through a network once.
+    Values equal the torch-fidelity command line's on the same files: input1 is `results`, input2 the reference,
+    subsets of KID clipped to the set's size. Raises RestoreError for sets below MINIMUM_IMAGES unless
+    options.allow_small, and for missing weights.
     """
-    check(metrics, weights=weights, pr_network=pr_network)
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-    from torch_fidelity.metric_isc import isc_features_to_metric
-    from torch_fidelity.metric_kid import kid_features_to_metric
-    from torch_fidelity.metric_prc import prc_features_to_metric
-
-    binary = [m for m in metrics if m != "is"]
+    binary = {name for name, row in metrics.items() if not row.alone}
     if binary and not reference:
-        raise RestoreError(f"{', '.join(binary)} compare two sets of images; give a reference folder")
-    refuse_few(len(results), "results", allow_small)
+        raise RestoreError(f"{', '.join(sorted(binary))} compare two sets of images; give a reference folder")
+    refuse_few(len(results), "results", options.allow_small)
     if binary:
-        refuse_few(len(reference), "reference", allow_small)
-    options = {"weights": weights, "device": device, "batch_size": batch_size}
-    layers = [layer for m, layer in (("fid", fid_layer), ("kid", "2048"), ("is", "logits_unbiased")) if m in metrics]
+        refuse_few(len(reference), "reference", options.allow_small)
+    layers: dict[str, set[str]] = {}
+    shared: dict[str, set[str]] = {}
+    for name, row in metrics.items():
+        network, layer = row.network(options)
+        layers.setdefault(network, set()).add(layer)
+        if name in binary:
+            shared.setdefault(network, set()).add(layer)
+    common = {"weights": options.weights, "device": device, "batch_size": batch_size}
+    ours = {network: extract(results, network, sorted(of), **common) for network, of in layers.items()}
+    theirs = {net: extract(reference, net, sorted(of), cache=cache, **common) for net, of in shared.items()}
     values: dict[str, float] = {}
-    if layers:
-        ours = extract(results, "inception-v3-compat", layers, **options)
-        shared = [layer for layer in layers if layer != "logits_unbiased"]
-        theirs = extract(reference, "inception-v3-compat", shared, cache=cache, **options) if shared else {}
-    if "fid" in metrics:
-        statistics = [fid_features_to_statistics(features[fid_layer]) for features in (ours, theirs)]
-        values["fid"] = fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
-    if "kid" in metrics:
-        size = min(kid_subset_size, len(results), len(reference))
-        out = kid_features_to_metric(ours["2048"], theirs["2048"], kid_subset_size=size, verbose=False)
-        values["kid"], values["kid_std"] = (out[f"kernel_inception_distance_{k}"] for k in ("mean", "std"))
-    if "is" in metrics:
-        splits = min(10, len(results))
-        out = isc_features_to_metric(ours["logits_unbiased"], splits=splits)
-        values["is"], values["is_std"] = out["inception_score_mean"], out["inception_score_std"]
-    if "pr" in metrics:
-        if min(len(results), len(reference)) < 4:
-            raise RestoreError("precision and recall look at the 3 nearest neighbours and need 4 images or more")
-        network, layer = PR_NETWORKS[pr_network]
-        pair = [extract(results, network, [layer], **options)[layer]]
-        pair.append(extract(reference, network, [layer], cache=cache, **options)[layer])
-        out = prc_features_to_metric(*pair, save_cpu_ram=True, verbose=False)
-        values["precision"], values["recall"] = out["precision"], out["recall"]
-    return {name: float(np.float64(value)) for name, value in values.items()}
+    for name, row in metrics.items():
+        if name not in values:
+            network, layer = row.network(options)
+            values |= row.function(ours[network][layer], theirs[network][layer] if name in binary else None)
+    # Functions that give two metrics at once (precision and recall) may give one that was not asked for.
+    return {k: float(v) for k, v in values.items() if k in metrics or k.removesuffix("_std") in metrics}

@@ -1,4 +1,4 @@
-"""Metrics of one image, and of the samples drawn for it. Metrics of a set of images are in fidelity.py."""
+"""Metrics of one image, and of the samples drawn for it. Metrics of a set of images are in sets.py."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 
 from operators import RestoreError
+from operators.naming import check_known
 from restore.images.io import to_uint8
 from restore.metrics.weights import find_weights, read_state
 
@@ -101,6 +101,9 @@ def coverage(samples: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return inside.float().mean(dim=(1, 2, 3)).cpu()
 
 
+LPIPS_NETS = {"alex": "alexnet", "vgg": "vgg16"}  # and their names among the weights
+
+
 class LPIPS:
     """Learned perceptual distance (Zhang et al. 2018) by the `lpips` package, version 0.1, linear heads included.
 
@@ -111,9 +114,8 @@ class LPIPS:
     def __init__(
         self, net: str = "alex", weights: Mapping[str, str | os.PathLike] | None = None, device: str = "cpu"
     ) -> None:
-        if net not in ("alex", "vgg"):
-            raise RestoreError(f"LPIPS has the nets alex and vgg, not {net}")
-        path = find_weights({"alex": "alexnet", "vgg": "vgg16"}[net], weights)
+        check_known([net], LPIPS_NETS, "LPIPS has no net")
+        path = find_weights(LPIPS_NETS[net], weights)
         import lpips
 
         with warnings.catch_warnings():
@@ -122,39 +124,30 @@ class LPIPS:
             self.model = lpips.LPIPS(net=net, version="0.1", pnet_rand=True, verbose=False)
         # lpips slices torchvision's `features`, keeping each layer's index as the last part of its name.
         state = read_state(path)
-        trunk = {key: state["features." + key.split(".", 1)[1]] for key in self.model.net.state_dict()}
+        try:
+            trunk = {key: state["features." + key.split(".", 1)[1]] for key in self.model.net.state_dict()}
+        except KeyError as error:
+            raise RestoreError(f"{path} holds no complete {LPIPS_NETS[net]}: {error} is not in it") from error
         self.model.net.load_state_dict(trunk, strict=True)
         self.model.requires_grad_(False).eval().to(device)
-        self.net, self.path, self.device = net, path, device
+        self.net, self.device = net, device
 
     @torch.no_grad()
-    def __call__(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """uint8 (B, H, W, 3) pairs to (B,) distances, 0 for equal images."""
-        _pair(a, b)
-        x, y = (torch.from_numpy(np.ascontiguousarray(v)).permute(0, 3, 1, 2).float() / 127.5 - 1 for v in (a, b))
+    def __call__(self, image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) pairs in [-1, 1], rounded to 8 bits, to (B,) distances float64; 0 for equal images."""
+        pair = [torch.from_numpy(to_uint8(v)).permute(0, 3, 1, 2).float() / 127.5 - 1 for v in (image, truth)]
         try:
-            return self.model(x.to(self.device), y.to(self.device)).flatten().double().cpu().numpy()
+            return self.model(*(v.to(self.device) for v in pair)).flatten().double().cpu()
         except RuntimeError as error:
             if "too small" in str(error):
-                raise RestoreError(
-                    f"LPIPS ({self.net}) cannot be computed on images of {a.shape[1]} x {a.shape[2]}"
-                ) from error
+                size = " x ".join(map(str, image.shape[-2:]))
+                raise RestoreError(f"LPIPS ({self.net}) cannot be computed on images of {size}") from error
             raise
 
-    def pairwise(self, images: np.ndarray) -> float:
-        """Mean distance over all pairs of (N, H, W, 3) images: the diversity of PAG's Table 3 (100 give 4950)."""
+    def pairwise(self, images: torch.Tensor) -> float:
+        """Mean distance over all pairs of (N, 3, H, W): the diversity of PAG's Table 3 (100 images give 4950)."""
         if len(images) < 2:
             raise RestoreError("the diversity of a set needs at least two images")
-        first, second = np.triu_indices(len(images), k=1)
-        parts = [self(images[first[i : i + 16]], images[second[i : i + 16]]) for i in range(0, len(first), 16)]
-        return float(np.concatenate(parts).mean())
-
-
-def definitions(lpips_net: str | None = None) -> dict[str, Any]:
-    """What each number means, for the protocol."""
-    from importlib.metadata import version
-
-    result = {"psnr": PSNR_DEFINITION, "ssim": SSIM_DEFINITION}
-    if lpips_net:
-        result["lpips"] = f"lpips {version('lpips')}, net {lpips_net}, version 0.1, 8-bit images on [-1, 1]"
-    return result
+        first, second = torch.triu_indices(len(images), len(images), offset=1).split(1)
+        pairs = zip(first[0].split(16), second[0].split(16), strict=True)
+        return float(torch.cat([self(images[i], images[j]) for i, j in pairs]).mean())

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from operators import RestoreError
+from operators.naming import check_known
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ WEIGHTS = {
         91,
     ),
     "vgg16": WeightsFile(
-        "LPIPS (vgg) and precision/recall",
+        "LPIPS (vgg), KID-VGG16 and precision/recall",
         "vgg16-397923af.pth",
         "https://download.pytorch.org/models/vgg16-397923af.pth",
         "397923af",
@@ -86,9 +87,7 @@ def find_weights(name: str, weights: Mapping[str, str | os.PathLike] | None = No
         without an entry the file is looked for where PyTorch keeps its downloads.
     Raises RestoreError, saying which file to put where, when it is missing, damaged or another network's.
     """
-    unknown = sorted(set(weights or {}) - set(WEIGHTS))
-    if unknown:
-        raise RestoreError(f"metrics have no weights called {unknown[0]}; the names are {', '.join(WEIGHTS)}")
+    check_known(weights or {}, WEIGHTS, "metrics have no weights called")
     published = WEIGHTS[name]
     given = (weights or {}).get(name)
     path = Path(given).expanduser() if given else default_folder() / published.file
@@ -114,19 +113,27 @@ def weight_files(settings: Sequence[str]) -> dict[str, str]:
     for setting in settings:
         name, equals, file = setting.partition("=")
         if not equals or not file or name not in WEIGHTS:
-            raise RestoreError(f"--weights {setting} is not NAME=FILE with a name of {', '.join(WEIGHTS)}")
+            raise RestoreError(f"the weights '{setting}' are not NAME=FILE with a name of {', '.join(WEIGHTS)}")
         files[name] = file
     return files
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict, tensors only: a pickle that wants to run code is refused."""
+    """A state dict from a PyTorch or safetensors file, tensors only: a pickle that wants to run code is refused."""
+    broken = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError)
+    if path.suffix == ".safetensors":
+        import safetensors.torch
+
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise RestoreError(f"{path} is not a safetensors file: {error}") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError):
+    except broken:
         try:  # files older than PyTorch 1.6 cannot be mapped
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        except broken as error:
             raise RestoreError(f"{path} is not a file of PyTorch weights; download it again") from error
     if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise RestoreError(f"{path} is not a state dict of tensors; give the published weights file")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,21 +87,3 @@ def chart(data: Mapping[str, Any]) -> str:
 def data_uri(path: Path) -> str:
     """A PNG file as a data URI."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
-
-
-def picture_grid(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Path | None]]]) -> str:
-    """An HTML table of pictures; None leaves a cell empty. All are shown at one width, small ones with hard pixels."""
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
-    body = []
-    for name, paths in rows:
-        cells = [
-            f'<td><img src="{data_uri(p)}" alt="{html.escape(c)} of {html.escape(name)}"></td>'
-            if p is not None
-            else "<td></td>"
-            for c, p in zip(columns, paths, strict=True)
-        ]
-        body.append(f"<tr><th>{html.escape(name)}</th>{''.join(cells)}</tr>")
-    return (
-        f'<div class="scroll"><table class="pictures"><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )

@@ -5,48 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from operators import RestoreError
-from restore.bench.config import BASELINES
+from restore.bench.baselines import BASELINES
 from restore.bench.protocol import comparable
 from restore.bench.run import read_manifest
+from restore.metrics import table as metric_table
+from restore.metrics.table import Metric
 
-
-@dataclass(frozen=True)
-class Metric:
-    """How a number is shown. better: +1 larger is better, -1 smaller, 0 neither (near 1 for residual_ratio)."""
-
-    label: str
-    better: int
-    digits: int
-    meaning: str
-
-
-METRICS = {
-    "psnr": Metric("PSNR", 1, 2, "peak signal-to-noise ratio in dB"),
-    "ssim": Metric("SSIM", 1, 3, "structural similarity"),
-    "lpips": Metric("LPIPS", -1, 3, "perceptual distance to the truth"),
-    "fid": Metric("FID", -1, 2, "distance between the sets of results and true images"),
-    "full_fid": Metric("FID (full set)", -1, 2, "FID against the full reference set"),
-    "kid": Metric("KID", -1, 5, "kernel distance between the sets"),
-    "full_kid": Metric("KID (full set)", -1, 5, "KID against the full reference set"),
-    "is": Metric("IS", 1, 2, "Inception Score"),
-    "precision": Metric("Precision", 1, 3, "share of results that look like true images"),
-    "recall": Metric("Recall", 1, 3, "share of true images that the results cover"),
-    "lpips_pairs": Metric("LPIPS of pairs", 1, 3, "perceptual distance between samples of one prompt"),
-    "residual_ratio": Metric("Residual", 0, 3, "||y - A(x)|| divided by sigma_y sqrt(m): 1 explains y up to its noise"),
-    "spread": Metric("Spread", 0, 3, "standard deviation over the samples"),
-    "coverage": Metric("Coverage", 0, 3, "share of pixels whose truth lies within the samples"),
-    "iterations_per_second": Metric("Steps/s", 1, 2, "sampling steps per second"),
-    "peak_memory_mb": Metric("Memory MB", -1, 0, "peak memory"),
-}
 ARROWS = {1: "↑", -1: "↓", 0: ""}
 # (x, y) of the trade-off chart: the first whose metrics are there.
 TRADE_OFFS = (("lpips", "fid"), ("lpips", "psnr"), ("ssim", "psnr"), ("residual_ratio", "psnr"))
-_EXPANDED = {"pr": ("precision", "recall")}
 
 
 @dataclass(frozen=True)
@@ -79,10 +51,15 @@ class Run:
     protocol: dict[str, Any]
     table: dict[str, Any]
     created: str
+    own: dict[str, list] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
         return self.config["title"] or self.config["name"]
+
+    def metric(self, name: str) -> Metric:
+        """How a metric is shown; those from outside as the run recorded them."""
+        return Metric(*self.own[name]) if name in self.own else metric_table.shown(name)
 
 
 @dataclass
@@ -90,6 +67,7 @@ class Table:
     """Rows by method, columns by (task, metric)."""
 
     columns: list[tuple[str, str]]
+    metrics: dict[str, Metric]
     rows: list[tuple[str, dict[tuple[str, str], Cell]]] = field(default_factory=list)
 
 
@@ -100,22 +78,17 @@ def read_run(folder: str | Path) -> Run:
     path = folder / "metrics.json"
     if not path.is_file():
         raise RestoreError(f"{folder} has no metrics.json: the run has not finished; run the benchmark again to go on")
-    table = json.loads(path.read_text(encoding="utf-8"))["table"]
-    return Run(folder, manifest["config"], manifest["protocol"], table, manifest["created"])
+    found = json.loads(path.read_text(encoding="utf-8"))
+    shown = found.get("shown", {})
+    return Run(folder, manifest["config"], manifest["protocol"], found["table"], manifest["created"], shown)
 
 
 def shown_metrics(run: Run) -> list[str]:
     """Metrics that are columns, in the order of the configuration."""
     asked = run.config["report"]["columns"] or run.config["metrics"]["names"]
-    names = [name for metric in asked for name in _EXPANDED.get(metric, (metric,))]
-    extra = [
-        n
-        for cells in run.table.values()
-        for cell in cells.values()
-        for n in cell["set_values"]
-        if n.startswith("full_")
-    ]
-    return [name for name in dict.fromkeys([*names, *extra]) if name in METRICS]
+    asked = [each for name in asked for each in metric_table.TOGETHER.get(name, (name,))]
+    against = (n for cells in run.table.values() for cell in cells.values() for n in cell["set_values"])
+    return list(dict.fromkeys([*asked, *(name for name in against if name.startswith(metric_table.FULL))]))
 
 
 def cell_of(entry: Mapping[str, Any] | None, metric: str, published: float | None) -> Cell:
@@ -132,9 +105,7 @@ def cell_of(entry: Mapping[str, Any] | None, metric: str, published: float | Non
         if deviation is None:
             return Cell(value, **counts)
         return Cell(value, value - deviation, value + deviation, True, **counts)
-    if metric in ("iterations_per_second", "peak_memory_mb"):
-        return Cell(entry["cost"].get(metric), **counts)
-    return Cell(None, **counts)
+    return Cell(entry["cost"].get(metric), **counts)
 
 
 def method_title(run: Run, method: str) -> str:
@@ -160,7 +131,7 @@ def build_table(runs: Sequence[Run]) -> Table:
             columns += [(task, metric) for metric in shown_metrics(run) if (task, metric) not in columns]
     tasks = list(dict.fromkeys(task for task, _ in columns))
     columns.sort(key=lambda column: tasks.index(column[0]))
-    table = Table(columns)
+    table = Table(columns, {metric: run.metric(metric) for run in reversed(runs) for metric in shown_metrics(run)})
     for run in runs:
         values = run.config["published"]["values"]
         prefix = f"{run.title}: " if len(runs) > 1 else ""
@@ -177,7 +148,7 @@ def build_table(runs: Sequence[Run]) -> Table:
 def _mark_best(table: Table) -> None:
     """The best complete cell of every column that has a better and a worse, if there is something to compare."""
     for column in table.columns:
-        better = METRICS[column[1]].better
+        better = table.metrics[column[1]].better
         if not better:
             continue
         cells = [(row[column], i) for i, (_, row) in enumerate(table.rows)]
@@ -187,12 +158,12 @@ def _mark_best(table: Table) -> None:
         if len(complete) < 2:
             continue
         # Equal as printed is equal: a digit that nobody sees decides nothing.
-        digits = METRICS[column[1]].digits
+        digits = table.metrics[column[1]].digits
         top = max(round(value, digits) * better for value, _ in complete)
         for value, i in complete:
             if round(value, digits) * better == top:
                 cell = table.rows[i][1][column]
-                table.rows[i][1][column] = Cell(**{**cell.__dict__, "best": True})
+                table.rows[i][1][column] = replace(cell, best=True)
 
 
 def group_runs(runs: Sequence[Run]) -> tuple[list[list[Run]], list[tuple[Run, Run, dict[str, tuple]]]]:
@@ -219,7 +190,10 @@ def split(table: Table, limit: int = 10) -> list[Table]:
             parts[-1] += columns
         else:
             parts.append(columns)
-    return [Table(columns, [(title, {c: row[c] for c in columns}) for title, row in table.rows]) for columns in parts]
+    return [
+        Table(columns, table.metrics, [(title, {c: row[c] for c in columns}) for title, row in table.rows])
+        for columns in parts
+    ]
 
 
 def number(value: float | None, digits: int) -> str:
@@ -245,6 +219,10 @@ def curves(run: Run) -> list[dict[str, Any]]:
     pair = chosen or next((list(p) for p in TRADE_OFFS if set(p) <= set(shown)), None)
     inside = {name for members in families.values() for _, name in members}
     charts = []
+
+    def axis(metric: str) -> str:
+        return heading(run.metric(metric))
+
     for task, cells in run.table.items():
 
         def value(name: str, metric: str, cells=cells) -> float | None:
@@ -262,7 +240,14 @@ def curves(run: Run) -> list[dict[str, Any]]:
                 series.append(
                     {"name": f"{family_title(run, family)} (labels: scale s)", "line": True, "points": points}
                 )
-            charts.append({"title": task_title(run, task), "x": axis(pair[0]), "y": axis(pair[1]), "series": series})
+            charts.append(
+                {
+                    "title": task_title(run, task),
+                    "x": axis(pair[0]),
+                    "y": axis(pair[1]),
+                    "series": series,
+                }
+            )
             continue
         for metric in shown:
             series = []
@@ -270,7 +255,12 @@ def curves(run: Run) -> list[dict[str, Any]]:
                 points = [(scale, value(name, metric), "") for scale, name in sorted(members)]
                 series.append({"name": family_title(run, family), "line": True, "points": points})
             charts.append(
-                {"title": task_title(run, task), "x": "guidance scale s", "y": axis(metric), "series": series}
+                {
+                    "title": task_title(run, task),
+                    "x": "guidance scale s",
+                    "y": axis(metric),
+                    "series": series,
+                }
             )
     for chart in charts:
         for series in chart["series"]:
@@ -280,5 +270,6 @@ def curves(run: Run) -> list[dict[str, Any]]:
     return [chart for chart in charts if chart["series"]]
 
 
-def axis(metric: str) -> str:
-    return f"{METRICS[metric].label} {ARROWS[METRICS[metric].better]}".strip()
+def heading(metric: Metric) -> str:
+    """The label with the arrow that says which way is better."""
+    return f"{metric.label} {ARROWS[metric.better]}".strip()

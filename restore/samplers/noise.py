@@ -20,6 +20,11 @@ def derive_seed(*key) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+def measurement_generator(seed: int, image_id: str) -> torch.Generator:
+    """The generator of a measurement's noise: the same for an image wherever it is degraded."""
+    return torch.Generator().manual_seed(derive_seed(seed, image_id, "measurement"))
+
+
 class ImageNoise:
     """Standard normal noise for a batch, one independent stream per image.
 

@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 from torch.nn.functional import interpolate
 
 from restore import atomic
-from restore.backbones.adm import noise_schedule
 from restore.restorer import load
 from restore.training import dataset
 from restore.training.train import HELD_OUT_LEVELS, held_out_loss, write_grid
@@ -30,7 +29,7 @@ def measure(config: DictConfig, weights: str | Path, folder: str | Path, samples
     held_out = _reduced(held_out_files, config.data.stored_size, size)
     restorer = load(weights)
     network = restorer.backbone.network
-    alpha_bar = noise_schedule()
+    alpha_bar = restorer.backbone.schedule.alphas_cumprod
 
     model = held_out_loss(network, held_out, alpha_bar, restorer.device)
     images = restorer.generate(samples, steps=steps, batch_size=8).cpu()

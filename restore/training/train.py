@@ -20,7 +20,8 @@ from tqdm import tqdm
 from operators import RestoreError
 from operators.naming import nearest
 from restore import atomic
-from restore.backbones.adm import ADM, noise_schedule
+from restore.backbones.adm import ADM
+from restore.backbones.schedule import Schedule
 from restore.backbones.sizes import Sized
 from restore.images import grids, io
 from restore.samplers.generate import generate
@@ -163,7 +164,7 @@ def train(config: DictConfig) -> Path:
     model, optimizer = accelerator.prepare(model, optimizer)
     ema.to(device)
     forward = torch.compile(model) if config.compile else model
-    alpha_bar = noise_schedule()
+    alpha_bar = Schedule.from_config({}).alphas_cumprod  # DDPM's, as ADM is trained with
     started, last_log, recent = time.monotonic(), time.monotonic(), []
 
     def save(model) -> None:

@@ -2,7 +2,7 @@
 
 from restore.zoo.load import describe, listing, load_backbone
 from restore.zoo.registry import Model, model, models
-from restore.zoo.store import Located, by_hand, cache_dir, import_file, is_offline, locate, pull
+from restore.zoo.store import Located, by_hand, cache_dir, forget, import_file, is_offline, locate, pull
 
 __all__ = [
     "Located",
@@ -10,6 +10,7 @@ __all__ = [
     "by_hand",
     "cache_dir",
     "describe",
+    "forget",
     "import_file",
     "is_offline",
     "listing",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -10,13 +11,13 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import pooch
 import requests
 
 from operators import RestoreError
 from restore import atomic
 
 Progress = Callable[[int, "int | None"], None]  # bytes so far, bytes in all if known
+Accept = Callable[[Path], None]
 
 _BLOCK = 1 << 15  # bytes; what a broken connection loses of the block in flight is not on the disk
 _TIMEOUT = (10, 60)  # seconds to connect, seconds without a byte
@@ -39,6 +40,7 @@ def fetch(
     progress: Progress | None = None,
     patience: float = 1.0,
     attempts: int = 4,
+    accept: Accept = lambda path: None,
 ) -> str:
     """Download the first working of `urls` to `target` and return its SHA-256.
 
@@ -46,13 +48,14 @@ def fetch(
     attempt, here or in a later call, asks the server for the rest (HTTP Range with If-Range, RFC 9110
     sec. 13.1.5 and 14) and starts over when the server will not or its file has changed. `attempts` counts
     tries in a row that brought no new byte, `patience` seconds apart and doubling. The finished part is
-    checked against size, sha256 and its own file format and only then renamed to `target`.
+    checked against size, sha256, its own file format and `accept` (which raises RestoreError for a file that is
+    not wanted) and only then renamed to `target`.
     Raises RestoreError when no address delivers the right file (saying why, adding `by_hand`), on a full disk.
     """
     problems = []
     for url in urls:
         try:
-            return _fetch_one(url, target, size, sha256, progress, patience, attempts)
+            return _fetch_one(url, target, size, sha256, progress, patience, attempts, accept)
         except _Unusable as problem:
             problems.append(f"{url}: {problem}")
         except OSError as error:
@@ -74,12 +77,20 @@ def check(path: Path, size: int | None, sha256: str | None, name: str | None = N
     problem = damage(path)
     if problem:
         raise RestoreError(f"{name} {problem}: fetch it again.")
-    digest = pooch.file_hash(str(path), alg="sha256")
+    digest = _sha256(path)
     if sha256 is not None and digest != sha256:
         raise RestoreError(
             f"{name} is corrupted or another file: expected SHA-256 {sha256}, got {digest}; fetch it again."
         )
     return digest
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def damage(path: Path) -> str:
@@ -108,6 +119,7 @@ def _fetch_one(
     progress: Progress | None,
     patience: float,
     attempts: int,
+    accept: Accept,
 ) -> str:
     part, label = target.with_name(target.name + ".part"), target.with_name(target.name + ".part.json")
     failures, resumed = 0, part.exists() and part.stat().st_size > 0
@@ -125,6 +137,7 @@ def _fetch_one(
             continue
         try:
             digest = check(part, size, sha256, target.name)
+            accept(part)
         except RestoreError as problem:
             part.unlink()
             label.unlink(missing_ok=True)

@@ -29,31 +29,21 @@ def load_backbone(
     unknown names, weights that cannot be had and weights that do not fit; nothing is ever initialised at random.
     """
     # Imported here: `restore models list` must not wait for torch networks.
-    from restore.backbones.adm import ADM, DTYPES
+    from restore.backbones.adm import ADM
     from restore.backbones.stable_diffusion import StableDiffusion
+    from restore.backbones.weights import as_dtype
 
-    if precision not in DTYPES:
-        raise RestoreError(f"precision must be one of {', '.join(DTYPES)}, not '{precision}'")
-    found = locate(name)
-    path = found.path
-    if path is None or found.entry is not None:
-        path = pull(str(name), offline)
-    options = dict(found.options)
+    dtype, found = as_dtype(precision), locate(name)
+    if found.path is None or found.entry is not None:
+        pull(str(name), offline)
+        found = locate(name)  # only now does a hub id tell what kind of model it is
+    options = {**found.options, "device": device, "dtype": dtype, "checkpointing": checkpointing}
     if found.kind == "adm":
         if vae_slicing or vae_tiling:
             raise RestoreError(f"{name} works on pixels: it has no autoencoder to slice or tile")
-        options["heads"] = options.pop("num_heads", None)
-        options["head_channels"] = options.pop("num_head_channels", None)
-        if found.entry is not None:
-            options["resolution"] = found.entry.resolution
-        if path.is_dir():  # converted: these are settled in its config
-            options = {key: options[key] for key in ("resolution",) if key in options}
-        backbone = ADM.load(path, device=device, dtype=precision, checkpointing=checkpointing, **options)
-    else:
-        dtype = DTYPES[precision]
-        options |= {"checkpointing": checkpointing, "vae_slicing": vae_slicing, "vae_tiling": vae_tiling}
-        backbone = StableDiffusion.load(path, device=device, dtype=dtype, offline=is_offline(offline), **options)
-    return found, backbone
+        return found, ADM.load(found.path, **options)
+    options |= {"vae_slicing": vae_slicing, "vae_tiling": vae_tiling, "offline": is_offline(offline)}
+    return found, StableDiffusion.load(found.path, **options)
 
 
 def describe(name: str) -> str:

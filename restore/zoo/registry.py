@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -13,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from operators import RestoreError
+from operators.naming import check_known, nearest
 from restore.paths import configs_dir, data_dir
 
 KINDS = ("adm", "stable-diffusion")
@@ -79,6 +79,11 @@ class Model:
     def class_conditional(self) -> bool:
         return self.classes is not None
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Keyword arguments of the loader."""
+        return {**(self.options or {}), **({"resolution": self.resolution} if self.kind == "adm" else {})}
+
 
 def models(folder: Path | None = None) -> dict[str, Model]:
     """All registered models by name, sorted; from `folder` instead of the shipped configs/model if given.
@@ -89,17 +94,11 @@ def models(folder: Path | None = None) -> dict[str, Model]:
 
 
 def model(name: str, folder: Path | None = None) -> Model:
-    """The entry called `name`; RestoreError with the nearest names when there is none."""
+    """The entry called `name`; RestoreError with the nearest name when there is none."""
     known = models(folder)
     if name not in known:
-        raise RestoreError(f"There is no model called {name!r}{nearest(name, known)}")
+        raise RestoreError(f"There is no model called {name!r}; {nearest(name, known)}")
     return known[name]
-
-
-def nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
-    """The end of an error sentence: the most similar known names, or all of them."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else f"; known are {', '.join(known)}."
 
 
 def _read(path: Path) -> Model:
@@ -119,8 +118,7 @@ def _read(path: Path) -> Model:
         if values.get(key) is not None:
             values[key] = _record(record, values[key], path, f"{key}.")
     entry = _record(Model, values, path, "")
-    if entry.kind not in KINDS:
-        raise RestoreError(f"{path}: kind is {entry.kind!r}{nearest(entry.kind, list(KINDS))}")
+    check_known([entry.kind], KINDS, f"{path}: unknown kind")
     if entry.name != path.stem:
         raise RestoreError(f"{path}: the name {entry.name!r} must be the file's.")
     if sum(source is not None for source in (entry.folder, entry.download, entry.hub)) != 1:
@@ -134,10 +132,8 @@ def _read(path: Path) -> Model:
 def _record(record: type, values: Any, path: Path, prefix: str) -> Any:
     if not isinstance(values, dict):
         raise RestoreError(f"{path}: {prefix.rstrip('.')} must hold keys, not a {type(values).__name__}.")
-    known = [item.name for item in fields(record)]
-    for key in values:
-        if key not in known:
-            raise RestoreError(f"{path}: unknown key {prefix}{key}{nearest(str(key), known)}")
+    known = [prefix + item.name for item in fields(record)]
+    check_known([f"{prefix}{key}" for key in values], known, f"{path}: unknown key")
     try:
         return record(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
     except TypeError as error:

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import pooch
 
 from operators import RestoreError
+from operators.naming import nearest
 from restore import atomic
 from restore.zoo import download, registry
 from restore.zoo.registry import Hub, Model
 
 # Of a hub pipeline outside the registry: no second copies in other precisions and formats.
-_PIPELINE_FILES = ("model_index.json", "*/*.json", "*/*.txt", "*/*model.safetensors")
+_PIPELINE_FILES = ("*.json", "*.txt", "*model.safetensors")
 _WEIGHT_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 
 
@@ -42,12 +42,12 @@ class Located:
 
 
 def cache_dir() -> Path:
-    """The folder of downloaded weights: $RESTORE_CACHE, else the platform's cache folder for `restore`.
+    """The folder of downloaded weights: $RESTORE_CACHE, else `restore` in $XDG_CACHE_HOME or ~/.cache.
 
     Hub models are not in it but in the Hugging Face cache ($HF_HOME), shared with other programs.
     """
     chosen = os.environ.get("RESTORE_CACHE")
-    return Path(chosen).expanduser() if chosen else Path(pooch.os_cache("restore"))
+    return Path(chosen or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "restore").expanduser()
 
 
 def is_offline(offline: bool | None = None) -> bool:
@@ -63,7 +63,8 @@ def locate(name_or_path: str | Path) -> Located:
     """Resolve a registered name, a model folder, a weight file or a hub id `owner/name`, without the network.
 
     A registered name wins over a file of that name (write ./name for the file). A folder is a diffusers
-    pipeline (model_index.json) or a UNet2DModel (config.json); .ckpt files and safetensors with a
+    pipeline (model_index.json), of pixels ("adm") where its network is a UNet2DModel, or such a network alone
+    (config.json); of a hub id that is not here yet the kind is a guess; .ckpt files and safetensors with a
     `model.diffusion_model.` prefix are Stable Diffusion, other .pt, .pth and .safetensors files ADM.
     Raises RestoreError for anything else, with the nearest registered names.
     """
@@ -71,7 +72,7 @@ def locate(name_or_path: str | Path) -> Located:
     known = registry.models()
     if name in known:
         entry = known[name]
-        return Located(name, entry.kind, _present(entry), entry.hub, dict(entry.options or {}), entry)
+        return Located(name, entry.kind, _present(entry), entry.hub, entry.loading, entry)
     if path.is_dir():
         return Located(name, _kind_of_folder(path), path)
     if path.is_file():
@@ -84,10 +85,11 @@ def locate(name_or_path: str | Path) -> Located:
         and name[0] not in "./~"
     ):
         hub = Hub(name, files=_PIPELINE_FILES)
-        return Located(name, "stable-diffusion", _snapshot(hub, offline=True), hub)
+        folder = _snapshot(hub, offline=True)
+        return Located(name, "stable-diffusion" if folder is None else _kind_of_folder(folder), folder, hub)
     if path.suffix in _WEIGHT_SUFFIXES or len(owner_and_name) > 1:
         raise RestoreError(f"There is no file or folder {name}.")
-    raise RestoreError(f"There is no model, file or folder called {name!r}{registry.nearest(name, known)}")
+    raise RestoreError(f"There is no model, file or folder called {name!r}; {nearest(name, known)}")
 
 
 def pull(
@@ -97,11 +99,11 @@ def pull(
 
     What is there already is kept (after checking its SHA-256 unless verify=False; a damaged file is
     fetched again); a cut download continues where it stopped. Two processes pulling the same model
-    download it once. Where the registry knows no checksum, the first one seen is recorded beside the
-    file and verified from then on. offline=True (default: $RESTORE_OFFLINE) never uses the network.
-    progress(bytes_so_far, bytes_in_all_or_None) is called while downloading a single file; for hub models
-    the hub client shows its own bars. A file whose publisher replaced it is refused like a corrupted one:
-    delete FILE.json beside it to accept the new content.
+    download it once. Where the registry knows no checksum, the network is built from the file once; its
+    checksum is then recorded beside it and verified from then on, so that a file whose publisher replaced it
+    is refused like a corrupted one (see `forget`). offline=True (default: $RESTORE_OFFLINE) never uses the
+    network. progress(bytes_so_far, bytes_in_all_or_None) is called while downloading a single file; for hub
+    models the hub client shows its own bars.
     Raises RestoreError when the model is not there and cannot be fetched, naming the file, where it is
     published and where to put it.
     """
@@ -126,9 +128,10 @@ def import_file(name: str, path: str | Path) -> Path:
     """Verify a weight file fetched by hand and copy it into the cache as the registered model `name`.
 
     Size and SHA-256 are compared with the registry's or, if it has none, with those recorded at an
-    earlier download; the first time they are recorded. Returns the file in the cache.
-    Raises RestoreError for an unreadable, truncated or different file (saying expected and actual), a
-    model that is no single file, and a full disk; the cache is unchanged then.
+    earlier download; the first time they are recorded, once the network has been built from the file.
+    Returns the file in the cache. Raises RestoreError for an unreadable, truncated or different file (saying
+    expected and actual), one that is not this kind of model, a model that is no single file, and a full
+    disk; the cache is unchanged then.
     """
     entry, path = registry.model(name), Path(path).expanduser()
     if entry.download is None:
@@ -139,13 +142,25 @@ def import_file(name: str, path: str | Path) -> Path:
         raise RestoreError(f"There is no file {path}.")
     target = _target(entry)
     with _locked(target):
-        size, sha256 = _expected(entry)
-        digest = download.check(path, size, sha256, str(path))
+        digest = _check(entry, path)
         if not (target.exists() and target.samefile(path)):
             with path.open("rb") as source, atomic.writing(target) as copy:
                 shutil.copyfileobj(source, copy, 1 << 20)
         _record(entry, digest, f"imported from {path.name}")
     return target
+
+
+def forget(name: str) -> None:
+    """Drop the checksum recorded when the file of the registered model `name` was first seen.
+
+    For a file that is rightly another one than before; the weights in the cache stay until one replaces them.
+    Raises RestoreError when none is recorded.
+    """
+    entry = registry.model(name)
+    record = _record_path(_target(entry)) if entry.download is not None else None
+    if record is None or not record.exists():
+        raise RestoreError(f"No checksum of {name} is recorded on this machine; there is nothing to forget.")
+    record.unlink()
 
 
 def by_hand(entry: Model) -> str:
@@ -163,10 +178,9 @@ def _pull_file(entry: Model, offline: bool, verify: bool, progress: download.Pro
             f"{entry.name} needs the file {target}, which is not there, and the run is offline. {by_hand(entry)}"
         )
     with _locked(target):
-        size, sha256 = _expected(entry)
         if target.exists():
             try:
-                digest = download.check(target, size, sha256, str(target)) if verify else None
+                digest = _check(entry, target) if verify else None
                 if digest and _recorded(target) is None:  # put there by hand
                     _record(entry, digest, "found in the cache")
                 return target
@@ -174,10 +188,43 @@ def _pull_file(entry: Model, offline: bool, verify: bool, progress: download.Pro
                 if offline:
                     raise RestoreError(f"{error} The run is offline. {by_hand(entry)}") from error
         first_time = _recorded(target) is None
-        digest = download.fetch(source.urls, target, size, sha256, by_hand(entry), progress)
+        help = by_hand(entry) + _first_use(entry)
+        digest = download.fetch(
+            source.urls, target, *_expected(entry), help, progress, accept=lambda part: _require_model(entry, part)
+        )
         if first_time:
             _record(entry, digest, "downloaded")
     return target
+
+
+def _check(entry: Model, path: Path) -> str:
+    """The SHA-256 of `path` after everything that can be asked of it; RestoreError otherwise."""
+    try:
+        digest = download.check(path, *_expected(entry), str(path))
+    except RestoreError as error:
+        raise RestoreError(f"{error}{_first_use(entry)}") from error
+    _require_model(entry, path)
+    return digest
+
+
+def _require_model(entry: Model, path: Path) -> None:
+    """Build the network from a file whose checksum nobody knows yet: no photo or web page is kept as weights."""
+    if _expected(entry)[1] is not None:
+        return
+    if entry.kind == "adm":
+        from restore.backbones.adm import ADM
+
+        ADM.load(path, **entry.loading)
+    else:
+        from restore.backbones.stable_diffusion_files import require_checkpoint
+
+        require_checkpoint(path)
+
+
+def _first_use(entry: Model) -> str:
+    if entry.download.sha256 or _recorded(_target(entry)) is None:
+        return ""
+    return f" The checksum is that of the first file seen here; `restore models forget {entry.name}` drops it."
 
 
 def _target(entry: Model) -> Path:
@@ -200,7 +247,7 @@ def _expected(entry: Model) -> tuple[int | None, str | None]:
 
 
 def _recorded(target: Path) -> dict[str, Any] | None:
-    path = target.with_name(target.name + ".json")
+    path = _record_path(target)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -209,11 +256,15 @@ def _recorded(target: Path) -> dict[str, Any] | None:
         raise RestoreError(f"{path} is damaged ({error}): delete it and pull the model again.") from error
 
 
+def _record_path(target: Path) -> Path:
+    return target.with_name(target.name + ".json")
+
+
 def _record(entry: Model, sha256: str, how: str) -> None:
     target = _target(entry)
     known = "registry" if entry.download.sha256 else "first use"
     content = {"sha256": sha256, "size": target.stat().st_size, "checksum_from": known, "how": how}
-    atomic.write_json(target.with_name(target.name + ".json"), content)
+    atomic.write_json(_record_path(target), content)
 
 
 def _locked(target: Path) -> filelock.BaseFileLock:
@@ -251,17 +302,14 @@ def _snapshot(hub: Hub, offline: bool) -> Path | None:
 
 
 def _kind_of_folder(folder: Path) -> str:
-    if (folder / "model_index.json").is_file():
-        return "stable-diffusion"
-    config = folder / "config.json"
-    try:
-        name = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
-    except FileNotFoundError:
-        name = None
-    except (OSError, ValueError, AttributeError) as error:
-        raise RestoreError(f"{config} is not a model configuration: {error}") from error
-    if name == "UNet2DModel":
-        return "adm"
+    for name, key in (("model_index.json", "unet"), ("config.json", "_class_name")):
+        if (folder / name).is_file():
+            try:
+                network = str(json.loads((folder / name).read_text(encoding="utf-8")).get(key))
+            except (OSError, ValueError, AttributeError) as error:
+                raise RestoreError(f"{folder / name} is not a model configuration: {error}") from error
+            if "UNet2DModel" in network or key == "unet":
+                return "adm" if "UNet2DModel" in network else "stable-diffusion"
     raise RestoreError(
         f"{folder} is no model folder: expected model_index.json (a diffusers pipeline) or the config.json "
         "of a UNet2DModel."

@@ -42,16 +42,17 @@ def test_restore_a_damaged_photo(command, tmp_path):
     result = tmp_path / damaged.name
     assert Image.open(result).size == (64, 64)
     sidecar = json.loads((tmp_path / "astronaut-face-64-scratched.json").read_text())
-    assert sidecar["protocol"]["seed"] == 0 and sidecar["protocol"]["steps"] == "4" and sidecar["nfe"] >= 4
+    assert sidecar["protocol"]["seed"] == 0 and sidecar["protocol"]["method"]["steps"] == 4 and sidecar["nfe"] >= 4
     assert sidecar["residual_ratio"] > 0 and sidecar["seconds"] > 0 and sidecar["version"]
     assert (tmp_path / "astronaut-face-64-scratched-trajectory.png").exists()
 
     # A second call skips the finished file, --overwrite repeats it with the same bytes.
     before = result.read_bytes()
     changed = result.stat().st_mtime_ns
-    code, out, _ = command("run", damaged, "--task", "inpaint", "--mask", MASK, "--steps", 4, "-o", tmp_path)
+    again = ("run", damaged, "--task", "inpaint", "--mask", MASK, "--steps", 4, "-o", tmp_path, "--save-trajectory")
+    code, out, err = command(*again)
     assert code == 0 and "finished before" in out and result.stat().st_mtime_ns == changed
-    command("run", damaged, "--task", "inpaint", "--mask", MASK, "--steps", 4, "-o", tmp_path, "--overwrite")
+    command(*again, "--overwrite")
     assert result.read_bytes() == before and result.stat().st_mtime_ns != changed
 
 
@@ -131,8 +132,8 @@ def test_user_kernel_and_settings(command, tmp_path):
     )
     assert code == 0, err
     sidecar = json.loads((tmp_path / "out" / f"{FACE.stem}.json").read_text())
-    assert sidecar["protocol"]["parameters"]["zeta"] == 0.7
-    assert sidecar["task"]["noise"] == {"name": "gaussian", "sigma": 0.1}
+    assert sidecar["protocol"]["method"]["parameters"]["zeta"] == 0.7
+    assert sidecar["settings"]["task"]["noise"] == {"name": "gaussian", "sigma": 0.1}
 
 
 def test_degrade_and_models(command, tmp_path):
@@ -155,7 +156,7 @@ def mistakes(folder):
     """name -> (arguments, what the one sentence must contain)."""
     (folder / "text.png").write_text("no image")
     (folder / "cut.png").write_bytes(FACE.read_bytes()[:900])
-    Image.new("L", (32, 32), 255).save(folder / "small-mask.png")
+    Image.fromarray(np.eye(32, dtype=np.uint8) * 255).save(folder / "small-mask.png")
     Image.new("L", (64, 64), 0).save(folder / "nothing-known.png")
     np.save(folder / "heavy.npy", np.ones((3, 3)))
     np.save(folder / "nan.npy", np.full((3, 3), np.nan))
@@ -164,6 +165,7 @@ def mistakes(folder):
     np.save(folder / "large.npy", large)
     torch.save(Hostile(), folder / "hostile.pt")
     torch.save({"weight": torch.zeros(3)}, folder / "wrong.pt")
+    Image.new("RGBA", (8, 8), (9, 9, 9, 9)).save(folder / "alpha.png")
     (folder / "twin").mkdir()
     shutil.copy(FACE, folder / "twin" / "a.png")
     Image.open(FACE).save(folder / "twin" / "a.jpg")
@@ -184,12 +186,36 @@ def mistakes(folder):
         "kernel large": ([*face, "--task", "blur", "--kernel", folder / "large.npy", *out], "201"),
         "kernel forgotten": ([*face, "--task", "blur", *out], "--kernel"),
         "layer": ([*face, *sr, "--pag-scale", 1, "--layers", "i99", *out], "i99"),
-        "zero steps": ([*face, "--task", "sr4", "--steps", 0, *out], "steps=0"),
-        "negative steps": ([*face, "--task", "sr4", "--steps=-5", *out], "steps=-5"),
+        "zero steps": ([*face, "--task", "sr4", "--steps", 0, *out], "--steps 0"),
+        "negative steps": ([*face, "--task", "sr4", "--steps=-5", *out], "--steps -5"),
         "setting": ([*face, *sr, "zetta=1", *out], "did you mean 'zeta'"),
         "samples": ([*face, *sr, "--samples", 0, *out], "samples"),
         "sampler": ([*face, *sr, "--sampler", "ddrm", *out], "unknown sampler"),
-        "wrong sampler": ([*face, *sr, "--sampler", "psld", *out], "pixel backbone"),
+        "quality": ([*face, *sr, "--quality", "bets", *out], "did you mean 'best'"),
+        "quality and sampler": ([*face, *sr, "--quality", "best", "--sampler", "dps", *out], "either"),
+        "own sampler": ([*face, *sr, "--sampler", "nowhere:sampler", *out], "nowhere"),
+        "text as a number": ([*face, *sr, "zeta=abc", *out], "zeta must be a finite number, not 'abc'"),
+        "no number": ([*face, *sr, "zeta=nan", *out], "zeta must be a finite number"),
+        "a list": ([*face, *sr, "zeta=[1,2]", *out], "zeta must be a finite number"),
+        "an open list": ([*face, *sr, "zeta=[1,2", *out], "zeta"),
+        "option as setting": ([*face, *sr, "samples=3", *out], "but an option: --samples 3"),
+        "seed as setting": ([*face, *sr, "seed=3", *out], "but an option: --seed 3"),
+        "callback": ([*face, *sr, "callback=1", *out], "'callback'"),
+        "no layers": ([*face, *sr, "--layers", "", *out], "--layers names no attention layer"),
+        "layers and guidance": ([*face, *sr, "--layers", "m1", "--guidance", "{}", *out], "--guidance or --pag-scale"),
+        "guidance": ([*face, *sr, "--guidance", "{pagg: {scale: 1}}", *out], "pagg"),
+        "guidance file": ([*face, *sr, "--guidance", folder / "none.yaml", *out], "none.yaml"),
+        "guidance text": ([*face, *sr, "--guidance", "{pag: [", *out], "not readable YAML"),
+        "strength": ([*face, *sr, "--strength", 2, *out], "strength"),
+        "task file": ([*face, "--task", folder / "none.yaml", *out], "none.yaml"),
+        "task without operator": ([*face, "--task", "{noise: null}", *out], "operator's name"),
+        "task module": ([*face, "--task", "nowhere:Operator", *out], "nowhere"),
+        "alpha into jpeg": (["run", folder / "alpha.png", *sr, "-o", folder / "a.jpg"], "no transparency"),
+        "heic": ([*face, *sr, "-o", folder / "a.heic"], "must end in"),
+        "labels": (["generate", "--labels", "abc", *out], "--labels abc must be class numbers"),
+        "port": (["ui", "--port", 99999999], "--port"),
+        "profile": (["profile", "foo=1"], "foo"),
+        "windows": ([*face, *sr, "--max-windows", 0, *out], "--max-windows"),
         "backbone": ([*face, *sr, "--backbone", "embeded", *out], "embedded"),
         "pickle": ([*face, *sr, "--backbone", folder / "hostile.pt", *out], "code"),
         "wrong checkpoint": ([*face, *sr, "--backbone", folder / "wrong.pt", *out], "wrong.pt"),
@@ -228,27 +254,33 @@ def test_unwritable_folder_and_full_disk(command, tmp_path, monkeypatch):
 
 
 def test_out_of_memory_names_what_lowers_it(command, tmp_path, monkeypatch):
-    from restore import restorer
+    from restore import samplers
 
-    def exhausted(*arguments, **options):
+    def exhausted(*arguments, zeta=1, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(restorer, "dps", exhausted)
-    monkeypatch.setattr(restorer.Restorer, "_sample", exhausted)
+    monkeypatch.setitem(samplers.SAMPLERS, "dps", exhausted)
     code, _, err = command("run", FACE, "--task", "sr4", "--steps", 2, "-o", tmp_path)
     assert code == 2 and "--checkpointing" in err and "--batch-size" in err
 
 
-def test_interrupt_leaves_no_half_written_file(command, tmp_path, monkeypatch):
-    def interrupt(*arguments, **options):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("writes", [0, 1])
+def test_interrupt_leaves_no_half_written_file(command, tmp_path, monkeypatch, writes):
+    """Ctrl-C before the side-car's first version, and between the result and its last one."""
+    original, done = run.atomic.write_json, []
 
-    original = run.atomic.write_json
+    def interrupt(*arguments, **options):
+        if len(done) == writes:
+            raise KeyboardInterrupt
+        done.append(original(*arguments, **options))
+
     monkeypatch.setattr(run.atomic, "write_json", interrupt)
     code, _, err = command("run", FACE, "--task", "sr4", "--steps", 2, "-o", tmp_path)
     assert code == 130 and "same command" in err
     assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]
-    # Without its side-car the image does not count as finished and is made again.
+    assert (tmp_path / FACE.name).exists() == bool(writes)
+    # Without its finished side-car the image does not count as finished and is made again.
     monkeypatch.setattr(run.atomic, "write_json", original)
-    code, out, _ = command("run", FACE, "--task", "sr4", "--steps", 2, "-o", tmp_path)
-    assert code == 0 and "finished before" not in out and (tmp_path / f"{FACE.stem}.json").exists()
+    code, out, err = command("run", FACE, "--task", "sr4", "--steps", 2, "-o", tmp_path)
+    assert code == 0 and "finished before" not in out, err
+    assert json.loads((tmp_path / f"{FACE.stem}.json").read_text())["finished"]

@@ -14,7 +14,7 @@ import restore
 from restore.app import cli
 from restore.images import io, resampling
 from restore.paths import data_dir
-from restore.samplers.noise import derive_seed
+from restore.samplers.noise import measurement_generator
 
 
 def run(monkeypatch, capsys, *command):
@@ -41,8 +41,8 @@ def test_psld_on_a_photo_of_any_size(tmp_path, monkeypatch, capsys, options, exp
     code, error = run(monkeypatch, capsys, *command, *options, "-o", tmp_path / "out")
     assert code == 0, error
     assert Image.open(tmp_path / "out" / "photo.png").size == (40, 27)
-    protocol = json.loads((tmp_path / "out" / "photo.json").read_text())["protocol"]
-    assert protocol["sampler"] == "psld" and expected.items() <= protocol["parameters"].items()
+    method = json.loads((tmp_path / "out" / "photo.json").read_text())["protocol"]["method"]
+    assert method["sampler"] == "psld" and expected.items() <= method["parameters"].items()
 
 
 @pytest.mark.parametrize("reference", [False, True])
@@ -56,12 +56,12 @@ def test_a_clean_photo_measured_and_solved_at_another_size(tmp_path, monkeypatch
     assert code == 0, error
     sidecar = json.loads((tmp_path / "out" / "photo.json").read_text())
     method = "nearest" if reference else "bicubic"
-    assert sidecar["protocol"]["resampled"] == {"side": 32, "method": method, "stretch": reference}
+    assert sidecar["settings"]["resampled"] == {"side": 32, "method": method, "stretch": reference}
 
     noise = operators.GaussianNoise(0.05)
     A = operators.SuperResolution(4, noise=noise)
     x = resampling.enlarge(io.read_image(photo).pixels, 32, method=method, stretch=reference)
-    y = A(x, torch.Generator().manual_seed(derive_seed(0, "photo", "degrade")))
+    y = A(x, measurement_generator(0, "photo"))
     result = restore.load(folder)(y, A, steps=2, image_ids=["photo"], reference=reference)
     small = resampling.reduce(result.samples[:, 0], 16, method=method).clamp(-1, 1)
     written = np.asarray(Image.open(tmp_path / "out" / "photo.png"))
@@ -84,7 +84,7 @@ def test_a_damaged_photo_solved_at_another_size(tmp_path, monkeypatch, capsys):
 
     Image.open(photo).resize((16, 16)).save(tmp_path / "square.png")
     Image.fromarray(np.vstack([hole, hole[:4]])).save(mask)
-    command[0] = tmp_path / "square.png"
+    command[0] = tmp_path / "square.png"  # (the mask has changed too)
     code, error = run(monkeypatch, capsys, *command, "--degrade", "--solve-at", "32", "-o", tmp_path / "out")
     assert code == 0, error
 
@@ -93,9 +93,9 @@ def test_a_damaged_photo_solved_at_another_size(tmp_path, monkeypatch, capsys):
     "options, message",
     [
         (["--solve-at", "50"], "50 is no multiple of the longer side"),
-        (["--solve-at", "0"], "must be a number of pixels"),
-        (["--resample", "nearest"], "needs --solve-at"),
-        (["--solve-at", "32", "--resample", "lanczos"], "expected bicubic or nearest"),
+        (["--solve-at", "0"], "--solve-at 0 must be a number of pixels"),
+        (["--resample", "nearest"], "--resample nearest needs --solve-at"),
+        (["--solve-at", "32", "--resample", "lanczos"], "unknown resampling 'lanczos'"),
         (["--solve-at", "32", "--degrade"], "photo.png is not square"),
     ],
 )
@@ -111,13 +111,13 @@ def test_impossible_sizes(tmp_path, monkeypatch, capsys, options, message):
 def test_photos_beyond_the_trained_size_run_in_windows(tmp_path):
     """A latent of 18 x 13 cells with a network trained at 8 x 8: several windows a step, guidance included."""
     restorer = restore.load(tiny_sd.save_folder(tmp_path / "model"))
-    calls, predict = [], restorer.backbone.inner.predict
+    calls, predict = [], restorer.backbone.predict
 
     def counted(z, t, condition=None):
         calls.append(tuple(z.shape))
         return predict(z, t, condition)
 
-    restorer.backbone.inner.predict = counted
+    restorer.backbone.predict = counted
     A = operators.Denoising(noise=operators.GaussianNoise(0.05))
     y = torch.randn(1, 3, 72, 50, generator=torch.Generator().manual_seed(0)).tanh()
     result = restorer(y, A, steps=2, guidance=restore.PAG(1.0, layers="m1"))
@@ -127,7 +127,7 @@ def test_photos_beyond_the_trained_size_run_in_windows(tmp_path):
 
 def test_the_autoencoders_options_reach_it(tmp_path):
     folder = tiny_sd.save_folder(tmp_path / "model")
-    vae = restore.load(folder, vae_slicing=True, vae_tiling=True).backbone.inner.vae
-    assert vae.use_slicing and vae.use_tiling and not restore.load(folder).backbone.inner.vae.use_tiling
+    vae = restore.load(folder, vae_slicing=True, vae_tiling=True).backbone.vae
+    assert vae.use_slicing and vae.use_tiling and not restore.load(folder).backbone.vae.use_tiling
     with pytest.raises(restore.RestoreError, match="embedded works on pixels"):
         restore.load("embedded", vae_tiling=True)

@@ -5,7 +5,6 @@ import torch
 from tiny_sd import SCHEDULER, tiny_unet, tiny_vae
 
 import operators
-from restore.backbones.adm import noise_schedule
 from restore.backbones.base import Backbone, Pixels, Prediction
 from restore.backbones.schedule import Schedule
 from restore.backbones.sizes import Sized, blend_weights, window_starts
@@ -22,7 +21,7 @@ def relative(a, b):
 class Position(Pixels):
     """A 'network' whose output tells which pixel it saw: any error of cutting or blending shows."""
 
-    network, schedule, attention, null_condition = torch.nn.Identity(), Schedule.vp(noise_schedule()), {}, None
+    network, schedule, attention, null_condition = torch.nn.Identity(), Schedule.from_config({}), {}, None
     channels, resolution, multiple = 3, 16, 4
 
     def predict(self, x_t, t, condition=None):

@@ -85,9 +85,7 @@ def test_half_precision_leaves_the_vae_in_float32(folder, latent):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_single_file_is_the_same_model(folder, tmp_path, latent, suffix):
-    single = StableDiffusion.load(
-        save_single_file(tmp_path / f"model{suffix}", folder), config=folder, offline=True
-    )
+    single = StableDiffusion.load(save_single_file(tmp_path / f"model{suffix}", folder), config=folder, offline=True)
     backbone = StableDiffusion.load(folder)
     assert relative(single.predict(latent, 401).eps, backbone.predict(latent, 401).eps) < 1e-6
     assert relative(single.decode(latent), backbone.decode(latent)) < 1e-6

@@ -42,8 +42,8 @@ def test_ray_gives_the_bytes_of_the_local_engine_although_a_worker_is_killed(con
     killed = []
 
     def kill_the_first(event):
-        if "job" in event and not killed:
-            cost = json.loads((Path(config["out"]) / f"cost/{event['job']}.json").read_text())
+        if "batch" in event and not killed:
+            cost = json.loads((Path(config["out"]) / f"cost/{event['batch']}.json").read_text())
             killed.append(int(cost["worker"].rsplit(":", 1)[1]))
             os.kill(killed[0], signal.SIGKILL)
 
@@ -59,8 +59,8 @@ def test_ray_gives_the_bytes_of_the_local_engine_although_a_worker_is_killed(con
 @pytest.mark.slow
 def test_mistakes_in_a_worker_and_too_many_workers_are_said(config):
     pytest.importorskip("ray")
-    with pytest.raises(RestoreError, match="no parameter 'zetta'; did you mean 'zeta'"):
-        bench(config, ["engine=ray", "workers=1", "methods.dps.parameters.zetta=1"])
+    with pytest.raises(RestoreError, match="no attention layer is called 'i77'"):
+        bench(config, ["engine=ray", "workers=1", "methods.dps.guidance.pag={scale: 1.0, layers: [i77]}"])
     with pytest.raises(RestoreError, match="do not fit the cluster"):
         bench(config, [f"out={config['out']}-2", "engine=ray", "workers=12", "worker.cpus=1000"])
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
 
 import pytest
 
@@ -69,21 +71,35 @@ def test_overrides_and_words_that_do_not_matter():
 @pytest.mark.parametrize(
     "config, message",
     [
-        (changed("bacth", 2), r"no key bacth; did you mean batch\?"),
-        (changed("data", "folders", "x"), r"no key data\.folders; did you mean folder\?"),
-        (changed("methods", "dps", "step", 4), r"no key methods\.dps\.step; did you mean steps\?"),
-        (changed("methods", "dps", "sampler", "dsp"), r"sampler=dsp; did you mean dps\?"),
-        (changed("methods", "dps", "parameters", {}), r"lacks parameters\.zeta"),
+        (changed("bacth", 2), r"no key bacth; did you mean 'batch'\?"),
+        (changed("data", "folders", "x"), r"no key data\.folders; did you mean 'folder'\?"),
+        (changed("methods", "dps", "step", 4), r"no key methods\.dps\.step; did you mean 'steps'\?"),
+        (changed("methods", "dps", "sampler", "dsp"), r"methods\.dps: unknown sampler 'dsp'; did you mean 'dps'\?"),
+        (changed("methods", "dps", "parameters", {}), r"methods\.dps: sampler dps needs the parameter 'zeta'"),
+        (changed("methods", "dps", "parameters", {"zetta": 1}), "no parameter 'zetta'; did you mean 'zeta'"),
         (changed("methods", "dps", "steps", None), "lacks steps"),
-        (changed("methods", "dps", "guidance", {"pga": {}}), "unknown guidance 'pga'"),
-        (changed("methods", "bicubic", "only", ["srr"]), r"task srr; did you mean sr\?"),
-        (changed("tasks", "sr", "operator", {"name": "super_resolutoin"}), r"did you mean super_resolution\?"),
+        (changed("methods", "dps", "guidance", {"pga": {}}), r"methods\.dps: .*'pga'; did you mean 'pag'"),
+        (changed("methods", "bicubic", "only", ["srr"]), r"the task 'srr'; did you mean 'sr'\?"),
+        (changed("methods", "dps", "per_task", {"sr": {"sampler": "psld"}}), r"per_task\.sr: a task cannot change"),
+        (changed("methods", "bicubic", None), r"lacks methods\.bicubic\.sampler"),
+        (
+            changed("tasks", "sr", "operator", {"name": "super_resolutoin"}),
+            "tasks.sr: .*did you mean 'super_resolution'",
+        ),
+        (changed("tasks", "sr", "resample", "bilinear"), "no resampling 'bilinear'"),
+        (changed("tasks", "sr", "sr44"), "there is no task 'sr44'; did you mean 'sr4'"),
         (changed("data", "folder", None), r"data\.folder open"),
         (changed("data", "folder", "???"), r"leaves data\.folder open"),
-        (changed("metrics", {"names": ["psrn"]}), "no metric psrn"),
+        (changed("data", "name", "ffhq"), "data set named 'ffhq'; did you mean 'ffhq-256'"),
+        (changed("metrics", {"names": ["psrn"]}), "unknown metric 'psrn'; did you mean 'psnr'"),
         (changed("batch", 0), "batch=0"),
-        (changed("kind", "restauration"), r"did you mean restoration\?"),
+        (changed("seed", "abc"), "seed='abc' must be a whole number"),
+        (changed("data", "size", "big"), r"data\.size='big' must be a whole number"),
+        (changed("checkpointing", "perhaps"), "checkpointing='perhaps' must be true or false"),
+        (changed("kind", "restauration"), r"did you mean 'restoration'\?"),
         (changed("methods", {}), "lacks methods"),
+        (changed("backbone", None), "lacks backbone"),
+        (changed("data", 4), "data must be a mapping"),
         (changed("tasks", "sr", 4), r"tasks\.sr must be a mapping"),
     ],
 )
@@ -92,8 +108,25 @@ def test_mistakes_are_named(config, message):
         load_config(config)
 
 
+def test_tasks_by_name_and_samplers_from_outside(monkeypatch):
+    config = load_config(changed("tasks", {"sr": "sr4", "blur": {"operator": "gaussian-blur", "title": "Blur"}}))
+    assert config["tasks"]["sr"]["operator"]["factor"] == 4 and config["tasks"]["blur"]["title"] == "Blur"
+    assert config["tasks"]["blur"]["operator"]["name"] == "gaussian_blur"
+
+    def walk(prior, operator, y, *, noise, steps, stride, length=1.0, guidance=None, condition=None, callback=None):
+        raise NotImplementedError
+
+    monkeypatch.setitem(sys.modules, "my_samplers", types.SimpleNamespace(walk=walk))
+    mine = {"sampler": "my_samplers:walk", "steps": 3, "parameters": {"stride": 2}}
+    assert load_config(changed("methods", {"mine": mine}))["methods"]["mine"]["sampler"] == "my_samplers:walk"
+    with pytest.raises(RestoreError, match="needs the parameter 'stride'"):
+        load_config(changed("methods", {"mine": mine | {"parameters": {"length": 2.0}}}))
+    with pytest.raises(RestoreError, match="'my_samplers:run' cannot be imported"):
+        load_config(changed("methods", {"mine": mine | {"sampler": "my_samplers:run"}}))
+
+
 def test_files_that_are_no_configuration(tmp_path):
-    with pytest.raises(RestoreError, match="does not exist; did you mean table9"):
+    with pytest.raises(RestoreError, match="does not exist; did you mean 'table9'"):
         load_config(tmp_path / "tabel9.yaml")
     assert load_config("table9", ["metrics.reference=x"])["name"] == "table9"
     (tmp_path / "bad.yaml").write_text("a: [1, 2\nb: }")

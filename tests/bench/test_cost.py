@@ -5,8 +5,8 @@ import torch
 from tiny_sd import SCHEDULER, tiny_unet, tiny_vae
 
 from operators import RestoreError
-from restore.backbones.stable_diffusion import StableDiffusion
 from restore.backbones.schedule import Schedule
+from restore.backbones.stable_diffusion import StableDiffusion
 from restore.bench.cost import LiveBytes, psld_cost
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from operators import RestoreError
 from restore.bench import datasets
+from restore.images.folder import centre_crop, read_rgb
 
 
 def test_ffhq_takes_exactly_the_first_thousand_and_names_what_is_missing(tmp_path, smooth_images, write_images):
@@ -37,13 +38,13 @@ def test_imagenet_needs_its_list_and_follows_its_order(tmp_path, smooth_images, 
 def test_resizing_is_antialiased_and_centred():
     stripes = np.zeros((100, 300, 3), np.uint8)
     stripes[:, ::2] = 255
-    small = datasets.fit(stripes, 25)
+    small = centre_crop(stripes, 25)
     assert small.shape == (25, 25, 3)
     # Without antialiasing, one-pixel stripes would stay black and white.
     assert abs(int(small.mean()) - 127) < 3 and small[5:-5, 5:-5].std() < 12
     ramp = np.repeat(np.arange(300, dtype=np.uint16)[None, :, None] * 255 // 299, 100, 0).astype(np.uint8).repeat(3, 2)
-    assert datasets.fit(ramp, 100)[:, :, 0].mean() == pytest.approx(127.0, abs=1.0)
-    assert datasets.fit(ramp, None) is ramp
+    assert centre_crop(ramp, 100)[:, :, 0].mean() == pytest.approx(127.0, abs=1.0)
+    assert centre_crop(ramp, None) is ramp
 
 
 def test_the_digest_follows_content_order_and_size(tmp_path, smooth_images, write_images):
@@ -53,7 +54,7 @@ def test_the_digest_follows_content_order_and_size(tmp_path, smooth_images, writ
     assert datasets.load_dataset(tmp_path, size=16).digest != base
     assert datasets.load_dataset(tmp_path, limit=2).digest != base
     assert datasets.load_dataset(tmp_path, names=["00001", "00000", "00002"]).digest != base
-    pixels = datasets.read_rgb(paths[0]).copy()
+    pixels = read_rgb(paths[0]).copy()
     pixels[0, 0, 0] ^= 1
     Image.fromarray(pixels).save(paths[0])
     assert datasets.load_dataset(tmp_path).digest != base
@@ -89,7 +90,7 @@ def test_folders_that_cannot_be_used(tmp_path, smooth_images, write_images):
     Image.open(tmp_path / "a.png").save(tmp_path / "a.jpg")
     with pytest.raises(RestoreError, match="share the name a"):
         datasets.load_dataset(tmp_path)
-    with pytest.raises(RestoreError, match="no data set named celeba"):
+    with pytest.raises(RestoreError, match="no data set named 'celeba'"):
         datasets.load_dataset(tmp_path, name="celeba")
     with pytest.raises(RestoreError, match="limit=0"):
         datasets.load_dataset(tmp_path, limit=0)
@@ -100,10 +101,10 @@ def test_orientation_sixteen_bits_and_alpha(tmp_path, smooth_images):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     Image.fromarray(np.rot90(upright, 1).copy()).save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(datasets.read_rgb(tmp_path / "turned.png"), upright)
+    assert np.array_equal(read_rgb(tmp_path / "turned.png"), upright)
     grey = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
     Image.fromarray(grey).save(tmp_path / "grey.png")
-    assert np.array_equal(datasets.read_rgb(tmp_path / "grey.png")[..., 1].ravel(), np.arange(256))
+    assert np.array_equal(read_rgb(tmp_path / "grey.png")[..., 1].ravel(), np.arange(256))
 
 
 def test_stretching_is_part_of_the_set_and_of_its_hash(tmp_path, write_images):
@@ -116,4 +117,5 @@ def test_stretching_is_part_of_the_set_and_of_its_hash(tmp_path, write_images):
     assert values[0, 0, 0] == 0 and values[4, 4, 1] == 255 and values[7, 7, 2] == 102
     assert stretched.tensor(0).min() == -1 and stretched.tensor(0).max() == 1
     assert "stretched" in stretched.describe()["preprocessing"] != plain.describe()["preprocessing"]
-    assert not datasets.stretched(np.full((4, 4, 3), 9, np.uint8)).any()
+    write_images(tmp_path / "flat", [np.full((4, 4, 3), 9, np.uint8)], ["b"])
+    assert not datasets.load_dataset(tmp_path / "flat", stretch=True).pixels(0).any()

@@ -16,7 +16,7 @@ import torch
 import restore.restorer  # noqa: F401  (imported before forking, or every child would spend seconds on it)
 from operators import RestoreError
 from restore import atomic
-from restore.bench.run import bench, plan
+from restore.bench.run import bench, dry_run
 
 NOISE = {"name": "gaussian", "sigma": 0.05}
 
@@ -96,7 +96,7 @@ def test_results_do_not_depend_on_the_batch_or_on_other_methods(config):
 def _child(config, log):
     torch.set_num_threads(1)
     with open(log, "a") as file:
-        bench(config, progress=lambda event: (file.write(event.get("job", "") + "\n"), file.flush()))
+        bench(config, progress=lambda event: (file.write(event.get("batch", "") + "\n"), file.flush()))
 
 
 def test_twenty_kills_change_nothing_and_repeat_at_most_a_batch_each(config, tmp_path):
@@ -154,6 +154,7 @@ def test_run_folders_that_cannot_be_used(config, tmp_path):
         bench(config)
     assert (run / "thesis.txt").read_text() == "mine"
     (run / "thesis.txt").unlink()
+    (run / ".run.json.1-ab.tmp").write_text("{")  # of a run that was killed while it wrote its first file
     bench(config)
     manifest = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(manifest | {"format": 0}))
@@ -203,10 +204,10 @@ def test_incomplete_results_are_counted(config):
 
 
 def test_a_dry_run_computes_nothing_and_counts_everything(config):
-    lines = {(line.task, line.method): line for line in plan(config)}
+    lines = {(line.task, line.method): line for line in dry_run(config)}
     assert not Path(config["out"]).exists() and len(lines) == 8
     pag = lines["sr", "pag_scale=2.0"]
-    assert (pag.jobs, pag.images, pag.nfe) == (3, 5, 8) and pag.seconds > 0 and pag.peak_memory_mb > 0
+    assert (pag.batches, pag.images, pag.nfe) == (3, 5, 8) and pag.seconds > 0 and pag.peak_memory_mb > 0
     assert lines["sr", "dps"].nfe == 4 and lines["sr", "base"].seconds is None
 
 
@@ -223,7 +224,7 @@ def test_several_samples_give_spread_and_coverage(config):
     first = contents(run)["results/sr/dps/00001.png"]
     bench(config, [f"out={run}-single", "data.limit=2"])
     # Sample 0 does not depend on how many are drawn (up to rounding between batch sizes).
-    from restore.bench.datasets import read_rgb
+    from restore.images.folder import read_rgb
 
     single = read_rgb(Path(f"{run}-single") / "results/sr/dps/00001.png").astype(int)
     assert abs(single - read_rgb(run / "results/sr/dps/00001.png").astype(int)).max() <= 1 and len(first) > 0

@@ -8,6 +8,7 @@ from torch import nn
 from operators import RestoreError
 from restore.backbones.base import AttentionLayer
 from restore.guidance import resolve
+from restore.guidance.layers import choose
 
 
 def layer(path, paper, short):
@@ -110,3 +111,46 @@ def test_not_a_name(names):
 def test_a_network_without_attention():
     with pytest.raises(RestoreError, match="no attention layers"):
         resolve("m1", {})
+
+
+@pytest.mark.parametrize(
+    "text, heads",
+    [
+        ("i9:0,3", {"i9": (0, 3)}),
+        ("i9:0,3,m1", {"i9": (0, 3), "m1": None}),
+        ("i9:0,3,m1:2", {"i9": (0, 3), "m1": (2,)}),
+        (" o3 , i9 : 7 , 1 ", {"i9": (1, 7), "o3": None}),
+        (["m1:2,2", "input_blocks.9.1:0"], {"i9": (0,), "m1": (2,)}),
+        ("i9:0,i9:3", {"i9": (0, 3)}),
+        ("i9:0,i9", {"i9": None}),
+        ("i9,i9:0", {"i9": None}),
+    ],
+)
+def test_heads_behind_a_colon(text, heads):
+    assert {item.short: chosen for item, chosen in choose(text, None, FFHQ)} == heads
+    assert shorts(text) == list(heads)
+
+
+def test_heads_beside_the_layers():
+    assert [chosen for _, chosen in choose("i9,m1", [3, 0], FFHQ)] == [(0, 3)] * 2
+    assert [chosen for _, chosen in choose("i9,m1", {"m1": 5}, FFHQ)] == [None, (5,)]
+
+
+@pytest.mark.parametrize(
+    "text, heads, match",
+    [
+        ("i9:8", None, r"has heads 0\.\.7, not \[8\]"),
+        ("i9:x", None, "'i9:x' is not a layer with a head"),
+        ("i9:", None, "'i9:' is not a layer with a head"),
+        ("i9:-1", None, "is not a layer with a head"),
+        ("i9,3", None, "no attention layer is called '3'"),
+        ("i99:0", None, "no attention layer is called 'i99'"),
+        (":0", None, "no attention layer is called ''"),
+        ("i9:0", [1], "heads are given both"),
+        ("i9", "0", "whole numbers"),
+        ("i9", {"m1": [0]}, "not among the perturbed layers"),
+    ],
+)
+def test_bad_heads(text, heads, match):
+    with pytest.raises(RestoreError, match=match):
+        choose(text, heads, FFHQ)

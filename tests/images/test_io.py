@@ -15,7 +15,7 @@ import torch
 from operators import RestoreError
 from restore import atomic, paths
 from restore.app import files
-from restore.images import grids, io, sixteen
+from restore.images import grids, io, masks, sixteen
 
 
 def photo(height=13, width=17, channels=3, seed=0, top=256):
@@ -224,26 +224,6 @@ def test_bad_pixels_are_refused_and_leave_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_to_tensor_knows_ranges_and_layouts():
-    array = photo()
-    expected = torch.from_numpy(array).permute(2, 0, 1)[None].float() / 127.5 - 1
-    for image in (array, PIL.Image.fromarray(array), array / 255.0, torch.from_numpy(array).permute(2, 0, 1), expected):
-        assert torch.allclose(io.to_tensor(image), expected, atol=1e-6)
-    assert torch.equal(io.to_tensor(np.stack([array, array])), expected.expand(2, -1, -1, -1))
-    assert torch.equal(io.to_tensor(array[..., 0]), expected[:, :1].expand(-1, 3, -1, -1))
-    assert io.to_tensor(array > 100).unique().tolist() == [-1, 1]
-    for wrong in (
-        array * 1.0,
-        array / 127.5 - 1.0,
-        np.full((2, 2, 3), np.nan),
-        expected * 127.5,
-        array.astype(np.int64),
-        "a",
-    ):
-        with pytest.raises(RestoreError):
-            io.to_tensor(wrong)
-
-
 def test_full_disk_and_interruption_leave_the_old_file(tmp_path):
     target = tmp_path / "a.bin"
     atomic.write_bytes(target, b"old")
@@ -290,7 +270,7 @@ def test_masks(tmp_path):
 
     def read(array, **options):
         PIL.Image.fromarray(array).save(tmp_path / "m.png")
-        return io.read_mask(tmp_path / "m.png", **options)
+        return masks.read_mask(tmp_path / "m.png", **options)
 
     mask = read(hole, size=(6, 9))
     assert mask.shape == (1, 1, 6, 9) and mask.sum() == 54 - 6 and mask[0, 0, 1, 2] == 0 and mask[0, 0, 0, 0] == 1
@@ -318,7 +298,7 @@ def test_kernels(tmp_path):
     np.savetxt(tmp_path / "k.csv", kernel, delimiter=",")
     PIL.Image.fromarray((kernel * 400).astype(np.uint8)).save(tmp_path / "k.png")
     for name in ("k.npy", "k.txt", "k.csv", "k.png"):
-        assert np.allclose(io.read_kernel(tmp_path / name).numpy(), kernel, rtol=1e-6, atol=1e-7), name
+        assert np.allclose(masks.read_kernel(tmp_path / name).numpy(), kernel, rtol=1e-6, atol=1e-7), name
     for bad, message in (
         (kernel * 2, "sums to 2"),
         (np.where(kernel == 0, np.nan, kernel), "NaN"),
@@ -327,12 +307,12 @@ def test_kernels(tmp_path):
     ):
         np.save(tmp_path / "bad.npy", bad)
         with pytest.raises(RestoreError, match=message):
-            io.read_kernel(tmp_path / "bad.npy")
+            masks.read_kernel(tmp_path / "bad.npy")
     PIL.Image.fromarray(np.zeros((3, 3), np.uint8)).save(tmp_path / "black.png")
     (tmp_path / "words.txt").write_text("no numbers")
     for name in ("black.png", "words.txt", "missing.npy", "missing.png"):
         with pytest.raises(RestoreError, match=name):
-            io.read_kernel(tmp_path / name)
+            masks.read_kernel(tmp_path / name)
 
 
 def test_inputs_and_outputs(tmp_path):
@@ -399,6 +379,6 @@ def test_shipped_files_are_found_and_usable():
     assert len(photos) >= 8 and (paths.configs_dir() / "model").is_dir()
     for path in photos:
         assert io.read_image(path).bits == 8
-    mask = io.read_mask(paths.data_dir() / "masks" / "chelsea-scratches.png", size=(300, 451))
+    mask = masks.read_mask(paths.data_dir() / "masks" / "chelsea-scratches.png", size=(300, 451))
     assert 0.8 < mask.mean() < 0.99
-    assert io.read_mask(paths.data_dir() / "masks" / "box-64.png", (64, 64)).sum() == 64 * 64 - 24 * 24
+    assert masks.read_mask(paths.data_dir() / "masks" / "box-64.png", (64, 64)).sum() == 64 * 64 - 24 * 24

@@ -10,7 +10,7 @@ import pytest
 from operators import RestoreError
 from restore.app import cli
 from restore.bench import protocol
-from restore.metrics import sets, single
+from restore.metrics import sets, single, table
 from restore.metrics.evaluate import evaluate
 from restore.metrics.statistics import bootstrap, paired_difference
 
@@ -55,7 +55,7 @@ def test_folders_without_a_common_name_and_unknown_metrics(pair, tmp_path, smoot
     write_images(tmp_path / "others", smooth_images(2, 32, 5), ["x", "y"])
     with pytest.raises(RestoreError, match="cannot be compared one by one"):
         evaluate(tmp_path / "others", tmp_path / "truth", metrics=["psnr"])
-    with pytest.raises(RestoreError, match="no metric psrn; the metrics are psnr"):
+    with pytest.raises(RestoreError, match="unknown metric 'psrn'; did you mean 'psnr'"):
         evaluate(tmp_path / "results", tmp_path / "truth", metrics=["psrn"])
 
 
@@ -63,7 +63,7 @@ def test_a_full_reference_is_named_apart(pair, tmp_path, inception_weights, monk
     write_images(tmp_path / "full", smooth_images(9, 32, 7))
     asked = []
 
-    def record(results, reference, names, **options):
+    def record(results, reference, names, options, **where):
         asked.append((len(results), len(reference), tuple(names)))
         return {name: float(len(reference)) for name in names}
 
@@ -133,4 +133,39 @@ def test_the_command_takes_files_of_weights(pair, tmp_path, inception_weights, h
     assert f"fid {expected.set_values['fid']:.4f}" in text.out and "6 of 6 images compared" in text.out
     for wrong in (["--weights", "alexnet"], ["--weights", "resnet=x.pth"]):
         code, text = run(*options, *wrong)
-        assert code == 2 and "is not NAME=FILE" in text.err
+        assert code == 2 and "not NAME=FILE" in text.err
+
+
+def mean_absolute_error(result, truth):
+    """Mean absolute difference on [-1, 1]."""
+    return (result - truth).abs().mean(dim=(1, 2, 3))
+
+
+def scalar(result, truth):
+    return (result - truth).mean()
+
+
+mean_absolute_error.better = -1
+
+
+def test_a_metric_from_outside(pair, tmp_path, monkeypatch, capsys):
+    """`module:function`, from Python and the command line; test_run.py has it in YAML."""
+    monkeypatch.setitem(sys.modules, "my_metrics", sys.modules[__name__])
+    truth, results = pair
+    name = "my_metrics:mean_absolute_error"
+    found = evaluate(tmp_path / "results", tmp_path / "truth", metrics=["psnr", name], batch_size=4)
+    by_hand = np.abs(results.astype(float) - truth).mean() / 127.5
+    assert found.means[name].mean == pytest.approx(by_hand, rel=1e-5) and found.means[name].n == 6
+    assert found.protocol["metrics"][name] == "Mean absolute difference on [-1, 1]."
+    assert (table.find(name).label, table.find(name).better) == ("mean_absolute_error", -1)
+    command = ["restore", "evaluate", tmp_path / "results", "--reference", tmp_path / "truth", "--metrics", name]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0 and f"{name} {by_hand:.4f}" in capsys.readouterr().out
+    with pytest.raises(RestoreError, match=r"returned \(\) for 6 images; it must return \(B,\)"):
+        evaluate(tmp_path / "results", tmp_path / "truth", metrics=["my_metrics:scalar"])
+    with pytest.raises(RestoreError, match="cannot be imported"):
+        evaluate(tmp_path / "results", tmp_path / "truth", metrics=["my_metrics:nothing"])
+    with pytest.raises(RestoreError, match="coverage is measured by `restore bench`"):
+        evaluate(tmp_path / "results", tmp_path / "truth", metrics=["coverage"])

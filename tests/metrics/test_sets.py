@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from scipy.ndimage import gaussian_filter
 
 from operators import RestoreError
+from restore.images.folder import read_rgb
 from restore.metrics import sets
+from restore.metrics.table import Options, check, load_lpips, rows
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +52,10 @@ def test_set_metrics_equal_the_command_line_of_torch_fidelity(
     command.main()
     printed = json.loads(capsys.readouterr().out)
 
-    options = {"weights": {"inception": inception_weights}, "pr_network": "inception", "allow_small": True}
-    options["fid_layer"] = layer
-    ours = sets.set_metrics(results, reference, sets.SET_METRICS, cache=tmp_path, **options)
+    options = Options(
+        weights={"inception": inception_weights}, pr_network="inception", fid_layer=layer, allow_small=True
+    )
+    ours = sets.set_metrics(results, reference, rows(["fid", "kid", "is", "pr"]), options, cache=tmp_path)
     names = {
         "fid": "frechet_inception_distance",
         "kid": "kernel_inception_distance_mean",
@@ -64,12 +72,12 @@ def test_set_metrics_equal_the_command_line_of_torch_fidelity(
     assert 0 < ours["precision"] <= 1 and 0 < ours["recall"] <= 1 and ours["precision"] != ours["recall"]
 
     # The cached reference gives the same numbers without the reference being read again.
-    # KID, precision and recall read the same features, as FID does by default: they are kept once.
-    assert len(list(tmp_path.glob("*.safetensors"))) == (1 if layer == "2048" else 2)
+    # One pass through the network serves all of them, so one file holds their features.
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
     monkeypatch.setattr(sets, "MINIMUM_IMAGES", 2)
     monkeypatch.setattr("torch_fidelity.utils.create_feature_extractor", None)
     features = sets.extract(
-        reference, "inception-v3-compat", ["2048", layer], weights={"inception": inception_weights}, cache=tmp_path
+        reference, "inception", ["2048", layer], weights={"inception": inception_weights}, cache=tmp_path
     )
     assert features["2048"].shape == (10, 2048)
 
@@ -77,12 +85,12 @@ def test_set_metrics_equal_the_command_line_of_torch_fidelity(
 def test_the_cache_is_keyed_by_content_and_weights(folders, inception_weights, tmp_path):
     _, results, reference = folders
     options = {"weights": {"inception": inception_weights}, "cache": tmp_path}
-    first = sets.extract(reference[:2], "inception-v3-compat", ["64"], **options)
-    sets.extract(results[10:12], "inception-v3-compat", ["64"], **options)
+    first = sets.extract(reference[:2], "inception", ["64"], **options)
+    sets.extract(results[10:12], "inception", ["64"], **options)
     state = torch.load(inception_weights, weights_only=True)
     other = tmp_path / "other.pth"
     torch.save({k: v * 1.1 if v.dim() == 4 else v for k, v in state.items()}, other)
-    changed = sets.extract(reference[:2], "inception-v3-compat", ["64"], weights={"inception": other}, cache=tmp_path)
+    changed = sets.extract(reference[:2], "inception", ["64"], weights={"inception": other}, cache=tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
     assert not torch.allclose(first["64"], changed["64"], rtol=1e-2)
 
@@ -90,19 +98,82 @@ def test_the_cache_is_keyed_by_content_and_weights(folders, inception_weights, t
 def test_small_sets_are_refused_unless_allowed(folders, inception_weights):
     _, results, reference = folders
     with pytest.raises(RestoreError, match=r"FID on 20 images.*allow_small=true"):
-        sets.set_metrics(results, reference, ["fid"], weights={"inception": inception_weights})
+        sets.set_metrics(results, reference, rows(["fid"]), Options(weights={"inception": inception_weights}))
 
 
 def test_bad_requests_are_refused_before_any_work(tmp_path, monkeypatch, folders, inception_weights):
-    with pytest.raises(RestoreError, match="no set metric fud"):
-        sets.check(["fud"])
-    with pytest.raises(RestoreError, match="not resnet"):
-        sets.check(["pr"], pr_network="resnet")
+    with pytest.raises(RestoreError, match="unknown metric 'fud'; did you mean 'fid'"):
+        rows(["fud"])
+    with pytest.raises(RestoreError, match="no network 'resnet'"):
+        check(rows(["pr"]), Options(pr_network="resnet"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(RestoreError, match=r"weights-inception-2015-12-05-6726825d\.pth \(91 MB\)"):
-        sets.check(["fid"])
+        check(rows(["fid"]), Options())
+    options = Options(weights={"inception": inception_weights}, allow_small=True)
     with pytest.raises(RestoreError, match="reference folder"):
-        sets.set_metrics(folders[1], None, ["fid"], weights={"inception": inception_weights}, allow_small=True)
-    assert sets.check([]) == {}
-    entry = sets.check(["fid"], weights={"inception": inception_weights})
-    assert entry["inception"]["published"] is False and len(entry["inception"]["sha256"]) == 64
+        sets.set_metrics(folders[1], None, rows(["fid"]), options)
+    assert check({}, Options()) == {}
+    entry = check(rows(["fid"]), options)["weights"]["inception"]
+    assert entry["published"] is False and len(entry["sha256"]) == 64
+
+
+@pytest.fixture(scope="module")
+def vgg16_features(tmp_path_factory):
+    """torchvision's layout (`features.N.*`), random weights that keep the signal's size, as safetensors."""
+    from torchvision.models.vgg import cfgs, make_layers
+
+    torch.manual_seed(5)
+    network = make_layers(cfgs["D"], batch_norm=False)
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    path = tmp_path_factory.mktemp("vgg") / "vgg16-features.safetensors"
+    safetensors.torch.save_file({f"features.{k}": v for k, v in network.state_dict().items()}, path)
+    return path, network.eval()
+
+
+def test_kid_vgg16_is_the_unbiased_mmd_of_averaged_features(folders, vgg16_features):
+    """By hand: the same convolutions, the mean over places, the cubic kernel, all pairs but an image with itself."""
+    _, results, reference = folders
+    path, network = vgg16_features
+    options = Options(weights={"vgg16": path}, allow_small=True)
+    values = sets.set_metrics(results[:10], reference, rows(["kid_vgg16"]), options)
+
+    def features(paths):
+        x = torch.stack([torch.from_numpy(read_rgb(p).copy()) for p in paths]).permute(0, 3, 1, 2) / 255
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        with torch.no_grad():
+            return network[:30]((x - mean.view(3, 1, 1)) / std.view(3, 1, 1)).mean(dim=(2, 3)).double()
+
+    a, b = features(results[:10]), features(reference)
+    n, kernel = 10, lambda u, v: (u @ v.T / 512 + 1) ** 3
+    within = sum((k.sum() - k.diagonal().sum()) / (n * (n - 1)) for k in (kernel(a, a), kernel(b, b)))
+    assert values["kid_vgg16"] == pytest.approx(float(within - 2 * kernel(a, b).mean()), rel=1e-4)
+    assert values["kid_vgg16"] > 0 and values["kid_vgg16_std"] == pytest.approx(0, abs=1e-6)
+
+
+def test_kid_vgg16_sees_a_blur_with_the_real_network(tmp_path, write_images):
+    path = Path(os.environ.get("RESTORE_TEST_WEIGHTS", "/nowhere")) / "vgg16-features.safetensors"
+    if not path.is_file():
+        pytest.skip("set RESTORE_TEST_WEIGHTS to a folder with vgg16-features.safetensors")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (24, 64, 64, 3)).astype(np.uint8)
+    sharp, other = write_images(tmp_path / "a", images[:12]), write_images(tmp_path / "b", images[12:])
+    blurred = write_images(tmp_path / "c", np.stack([gaussian_filter(i, (2, 2, 0)) for i in images[12:]]))
+    options = Options(weights={"vgg16": path}, allow_small=True)
+    same, worse = (sets.set_metrics(s, sharp, rows(["kid_vgg16"]), options)["kid_vgg16"] for s in (other, blurred))
+    assert worse > 20 * abs(same)
+
+
+def test_files_of_weights_that_are_incomplete_are_named(tmp_path, vgg16_features, folders):
+    state = safetensors.torch.load_file(vgg16_features[0])
+    del state["features.28.weight"]
+    safetensors.torch.save_file(state, tmp_path / "half.safetensors")
+    options = Options(weights={"vgg16": tmp_path / "half.safetensors"}, allow_small=True, lpips_net="vgg")
+    with pytest.raises(RestoreError, match=r"no complete VGG-16: features\.28\.weight"):
+        sets.set_metrics(folders[1], folders[2], rows(["kid_vgg16"]), options)
+    with pytest.raises(RestoreError, match=r"features\.28\.weight' is not in it"):
+        load_lpips(options)
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    with pytest.raises(RestoreError, match="not a safetensors file"):
+        check(rows(["kid_vgg16"]), Options(weights={"vgg16": tmp_path / "broken.safetensors"}))

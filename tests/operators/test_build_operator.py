@@ -115,3 +115,98 @@ def test_mistakes():
 def test_operators_do_not_import_restore():
     for path in (Path(operators.__file__).parent).glob("*.py"):
         assert "import restore" not in path.read_text() and "from restore" not in path.read_text()
+
+
+class Mirror(operators.Operator):
+    """A user's operator, written in a file of the user's."""
+
+    name = "mirror"
+
+    def __init__(self, gain=1.0, *, noise=None, image_size=None):
+        super().__init__(noise=noise, image_size=image_size)
+        self.gain = gain
+
+    def A(self, x):
+        return self.gain * x.flip(3)
+
+
+class Half:
+    """Another library's: no noise, no sizes."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def A(self, x):
+        return self.factor * x
+
+    A_adjoint = A
+
+
+def twice(**options):
+    return Mirror(2.0, **options)
+
+
+not_a_maker = 3
+
+
+@pytest.fixture
+def module(monkeypatch):
+    import sys
+    import types
+
+    mine = types.ModuleType("my_operators")
+    mine.Mirror, mine.Half, mine.twice, mine.not_a_maker, mine.made = Mirror, Half, twice, not_a_maker, Mirror()
+    monkeypatch.setitem(sys.modules, "my_operators", mine)
+    return "my_operators"
+
+
+def test_a_users_operator_from_yaml(module, tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        f"name: {module}:Mirror\ngain: 3.0\nnoise: {{name: gaussian, sigma: 0.05}}\nimage_size: [5, 6]\n"
+    )
+    x = torch.rand(1, 3, 5, 6)
+    operator = operators.build(OmegaConf.load(tmp_path / "mine.yaml"))
+    assert isinstance(operator, Mirror) and operator.noise.sigma == 0.05 and operator.image_size == (5, 6)
+    assert torch.equal(operator.A(x), 3 * x.flip(3)) and operators.options(f"{module}:Mirror") == ["gain"]
+    half = operators.build(
+        {"name": f"{module}:Half", "factor": 0.5, "noise": {"name": "gaussian", "sigma": 0.1}}, image_size=9
+    )
+    assert torch.equal(half.A(x), 0.5 * x) and half.noise.sigma == 0.1
+    made = operators.build({"name": f"{module}:twice", "noise": {"name": "gaussian", "sigma": 0.1}})
+    assert torch.equal(made.A(x), 2 * x.flip(3)) and made.noise.sigma == 0.1
+    chain = operators.build(
+        {"name": "compose", "operators": [{"name": f"{module}:Mirror"}, {"name": "denoising"}]}, image_size=(5, 6)
+    )
+    assert torch.equal(chain.A(x), x.flip(3))
+    for mapping, message in [
+        ({"name": f"{module}:Mirror", "gian": 2}, "has no option 'gian'; did you mean 'gain'"),
+        ({"name": f"{module}:Half"}, "needs the option 'factor'"),
+        ({"name": f"{module}:Miror"}, "cannot be imported"),
+        ({"name": "my_operator:Mirror"}, "cannot be imported"),
+        ({"name": f"{module}:not_a_maker"}, "must be a class or function that makes an operator"),
+        ({"name": f"{module}:made"}, "must be a class or function that makes an operator"),
+        ({"name": "colorization", "adjoint": "reference"}, "no colorization"),
+    ]:
+        with pytest.raises(operators.RestoreError, match=message):
+            operators.build(mapping)
+
+
+def test_every_operator_lists_its_options():
+    """From the signatures: no second list that could disagree."""
+    expected = {
+        "inpainting_box": ["size", "margin", "top", "left", "seed"],
+        "inpainting_random": ["fraction", "seed"],
+        "inpainting_mask": ["mask"],
+        "super_resolution": ["factor", "method"],
+        "gaussian_blur": ["kernel_size", "std", "border"],
+        "motion_blur": ["kernel_size", "intensity", "seed", "border"],
+        "blur": ["kernel", "normalize", "border"],
+        "denoising": [],
+        "colorization": ["weights"],
+        "clipping": ["gain"],
+        "phase_retrieval": ["oversample"],
+        "compose": ["operators"],
+    }
+    assert {name: operators.options(name) for name in operators.factory.OPERATORS} == expected
+    with pytest.raises(operators.RestoreError, match="did you mean 'blur'"):
+        operators.options("blurr")

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import restore
-from restore.backbones.adm import noise_schedule
+from restore.backbones.schedule import Schedule
 from restore.paths import configs_dir
 from restore.training import load_config, train
 from restore.training.dataset import augment, batch_indices, split
@@ -127,7 +127,7 @@ def test_augmentation_is_small_bounded_and_seeded():
 def test_loss_against_its_definition():
     """The variational term equals a KL divergence computed by torch.distributions."""
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
-    assert torch.allclose(alpha_bar, noise_schedule("linear"))
+    assert torch.allclose(alpha_bar, Schedule.from_config({}).alphas_cumprod)
     g = torch.Generator().manual_seed(0)
     x0 = torch.rand(2, 3, 4, 4, generator=g) * 1.6 - 0.8
     eps, eps_hat, v = (torch.randn(2, 3, 4, 4, generator=g) for _ in range(3))

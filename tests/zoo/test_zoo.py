@@ -17,6 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from operators import RestoreError
 from restore import zoo
@@ -28,6 +31,14 @@ def archive(size=300_000, seed=0):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as file:
         file.writestr("archive/data.pkl", np.random.default_rng(seed).bytes(size))
+    return buffer.getvalue()
+
+
+def weights(**changes):
+    """Bytes of a guided-diffusion checkpoint, as its authors save it."""
+    state = load_file(Path(__file__).parents[1] / "golden" / "nets" / "adm_c.safetensors")
+    buffer = io.BytesIO()
+    torch.save(state | changes, buffer)
     return buffer.getvalue()
 
 
@@ -119,6 +130,7 @@ def register(tmp_path, monkeypatch):
     def add(name="small", sha256=None, size=None, urls=("http://127.0.0.1:9/weights.pt",)):
         entry = {"kind": "adm", "title": "t", "page": "p", "licence": "MIT", "resolution": 64}
         entry["download"] = {"file": "weights.pt", "urls": list(urls), "size": size, "sha256": sha256}
+        entry["options"] = {"head_channels": 16, "attention_order": "new"}
         (root / "model" / f"{name}.yaml").write_text(json.dumps(entry))
 
     return add
@@ -232,18 +244,22 @@ def test_pull_caches_verifies_and_heals(cache, register):
 
 
 def test_an_unknown_checksum_is_recorded_and_then_verified(cache, register):
-    content = archive()
+    content = weights()
     with serving(content) as server:
         register(urls=[server.url])
         path = zoo.pull("small")
         record = json.loads((cache / "small" / "weights.pt.json").read_text())
         assert record["sha256"] == sha(content) and record["checksum_from"] == "first use"
         path.unlink()
-        server.content = archive(seed=1)
-        with pytest.raises(RestoreError, match=sha(content)):
+        server.content = weights(**{"out.2.bias": torch.ones(6).half()})
+        with pytest.raises(RestoreError, match=f"{sha(content)}.*restore models forget small"):
             zoo.pull("small")
-        (cache / "small" / "weights.pt.json").unlink()
+        zoo.forget("small")
         assert zoo.pull("small").read_bytes() == server.content
+        zoo.forget("small")
+        with pytest.raises(RestoreError, match="nothing to forget"):
+            zoo.forget("small")
+        assert zoo.locate("small").path == path  # the weights themselves stay
 
 
 def test_two_processes_download_once(cache, register, tmp_path):
@@ -261,7 +277,7 @@ def test_two_processes_download_once(cache, register, tmp_path):
 
 
 def test_offline_never_asks_the_network(cache, register, monkeypatch):
-    with serving(archive()) as server:
+    with serving(weights()) as server:
         register(urls=[server.url])
         for offline, variable in ((True, ""), (None, "1")):
             monkeypatch.setenv("RESTORE_OFFLINE", variable)
@@ -273,7 +289,7 @@ def test_offline_never_asks_the_network(cache, register, monkeypatch):
 
 
 def test_a_file_fetched_by_hand_is_verified_and_copied(cache, register, tmp_path):
-    content = archive()
+    content = weights()
     good, bad, short = (tmp_path / name for name in ("good.pt", "bad.pt", "short.pt"))
     good.write_bytes(content)
     bad.write_bytes(content[:1000] + b"?" + content[1001:])
@@ -293,15 +309,72 @@ def test_a_file_fetched_by_hand_is_verified_and_copied(cache, register, tmp_path
     path = zoo.import_file("small", good)
     assert path.read_bytes() == content and zoo.pull("small", offline=True) == path and good.exists()
     zoo.import_file("unknown", good)
-    with pytest.raises(RestoreError, match="expected SHA-256"):
+    with pytest.raises(RestoreError, match="expected SHA-256.*restore models forget unknown"):
         zoo.import_file("unknown", bad)  # another file than the first time
     assert zoo.import_file("small", path) == path and path.read_bytes() == content
 
 
+class Code:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["RESTORE_TEST_PAYLOAD"],)
+
+
+def other_files(folder):
+    """What people have at hand instead of a checkpoint, and what the refusal says."""
+    Image.new("RGB", (32, 32)).save(folder / "photo.png")
+    (folder / "page.pt").write_text("Please log in to continue.\n<html></html>")
+    torch.save({"time_embed.0.weight": torch.zeros(1), "hook": Code()}, folder / "code.pt")
+    torch.save({"conv.weight": torch.zeros(1)}, folder / "other.pt")
+    state = torch.load(io.BytesIO(weights()))
+    torch.save({name: state[name] for name in state if name != "out.2.bias"}, folder / "incomplete.pt")
+    return {
+        "photo.png": "not a readable checkpoint",
+        "page.pt": "not a readable checkpoint",
+        "code.pt": "asks to run code",
+        "other.pt": "not a guided-diffusion U-Net",
+        "incomplete.pt": "1 tensors missing",
+    }
+
+
+def test_only_what_is_a_model_is_kept(cache, register, tmp_path, monkeypatch):
+    monkeypatch.setenv("RESTORE_TEST_PAYLOAD", str(tmp_path / "ran"))
+    (tmp_path / "files").mkdir()
+    with serving(b"") as server:
+        register(urls=[server.url])
+        for file, message in other_files(tmp_path / "files").items():
+            with pytest.raises(RestoreError, match=message):
+                zoo.import_file("small", tmp_path / "files" / file)
+            server.content = (tmp_path / "files" / file).read_bytes()
+            with pytest.raises(RestoreError, match=f"{message}.*models import small"):
+                zoo.pull("small")
+            assert zoo.locate("small").path is None
+            (cache / "small" / "weights.pt").write_bytes(server.content)  # put there by hand
+            with pytest.raises(RestoreError, match=f"{message}.*offline"):
+                zoo.pull("small", offline=True)
+            (cache / "small" / "weights.pt").unlink()
+            assert not (cache / "small" / "weights.pt.json").exists()
+        assert not (tmp_path / "ran").exists()
+        server.content = weights()
+        found, backbone = zoo.load_backbone("small")
+    assert found.path.read_bytes() == weights() and backbone.resolution == 64
+
+
+def test_a_stable_diffusion_file_is_looked_into(cache, register, tmp_path):
+    register()
+    path = registry.configs_dir() / "model" / "small.yaml"
+    path.write_text(path.read_text().replace('"adm"', '"stable-diffusion"'))
+    (tmp_path / "adm.pt").write_bytes(weights())
+    with pytest.raises(RestoreError, match="Stable Diffusion.*model.diffusion_model"):
+        zoo.import_file("small", tmp_path / "adm.pt")
+    torch.save({"state_dict": {"model.diffusion_model.out.0.weight": torch.zeros(1)}}, tmp_path / "sd.pt")
+    assert zoo.import_file("small", tmp_path / "sd.pt").exists()
+
+
 def test_what_a_name_or_path_means(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    pipeline, network = tmp_path / "pipeline", tmp_path / "network"
+    pipeline, network, ddpm = tmp_path / "pipeline", tmp_path / "network", tmp_path / "ddpm"
     for folder, file, text in (
+        (ddpm, "model_index.json", '{"unet": ["diffusers", "UNet2DModel"]}'),
         (pipeline, "model_index.json", "{}"),
         (network, "config.json", '{"_class_name": "UNet2DModel"}'),
     ):
@@ -313,7 +386,7 @@ def test_what_a_name_or_path_means(cache, tmp_path, monkeypatch):
         path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
     (tmp_path / "c.pt").write_bytes(archive(100))
     (tmp_path / "d.ckpt").write_bytes(archive(100))
-    expected = {pipeline: "stable-diffusion", network: "adm", adm: "adm", sd: "stable-diffusion"}
+    expected = {pipeline: "stable-diffusion", network: "adm", ddpm: "adm", adm: "adm", sd: "stable-diffusion"}
     expected |= {tmp_path / "c.pt": "adm", tmp_path / "d.ckpt": "stable-diffusion"}
     for path, kind in expected.items():
         found = zoo.locate(str(path))
@@ -322,7 +395,7 @@ def test_what_a_name_or_path_means(cache, tmp_path, monkeypatch):
     assert (found.kind, found.path, found.hub.repo) == ("stable-diffusion", None, "nobody/nothing")
     adm.write_bytes(adm.read_bytes()[:10])
     for wrong, message in (
-        ("adm-ffhq-265", "did you mean adm-ffhq-256"),
+        ("adm-ffhq-265", "did you mean 'adm-ffhq-256'"),
         (str(tmp_path / "x.pt"), "no file or folder"),
         (str(tmp_path), "no model folder"),
         (str(adm), "cut off"),
@@ -355,11 +428,14 @@ def test_every_shipped_entry_is_complete():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"licens": "MIT"}, "unknown key licens; did you mean licence"),
-        ({"download": {"file": "a", "urls": [], "sha": "0"}}, "unknown key download.sha; did you mean sha256"),
+        ({"licens": "MIT"}, "unknown key 'licens'; did you mean 'licence'"),
+        (
+            {"download": {"file": "a", "urls": [], "sha": "0"}},
+            "key 'download.sha'; did you mean 'download.sha256'",
+        ),
         ({"download": {"file": "a", "urls": [], "sha256": "12"}}, "64 hexadecimal"),
         ({"download": {"file": "a"}}, "download.urls is missing"),
-        ({"kind": "amd"}, "did you mean adm"),
+        ({"kind": "amd"}, "unknown kind 'amd'; did you mean 'adm'"),
         ({"folder": "x"}, "exactly one"),
         ({"title": None}, None),
     ],

@@ -1,0 +1,62 @@
+"""`restore models`: the known checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from restore.app.options import Offline
+
+app = typer.Typer(no_args_is_help=True, help="Known checkpoints: list, show, pull, import, forget, layers.")
+
+
+@app.command("list")
+def models_list() -> None:
+    """All known checkpoints and whether they are on this machine."""
+    from restore import zoo
+
+    for line in zoo.listing():
+        typer.echo(line)
+
+
+@app.command("show")
+def models_show(name: str) -> None:
+    """Source, licence, size and checksum of a checkpoint."""
+    from restore import zoo
+
+    typer.echo(zoo.describe(name))
+
+
+@app.command("pull")
+def models_pull(name: str, offline: Offline = False) -> None:
+    """Download a checkpoint into the cache, resuming an interrupted download."""
+    from restore import zoo
+
+    typer.echo(f"{name} is at {zoo.pull(name, offline=offline)}")
+
+
+@app.command("import")
+def models_import(name: str, file: Path) -> None:
+    """Verify a checkpoint fetched by hand and put it into the cache."""
+    from restore import zoo
+
+    typer.echo(f"{name} is at {zoo.import_file(name, file)}")
+
+
+@app.command("forget")
+def models_forget(name: str) -> None:
+    """Forget the checksum kept of the first file seen of a checkpoint, so that another one is accepted."""
+    from restore import zoo
+
+    zoo.forget(name)
+    typer.echo(f"the checksum of {name} is forgotten")
+
+
+@app.command("layers")
+def models_layers(name: str, offline: Offline = False) -> None:
+    """The self-attention layers of a backbone, under all their names."""
+    from restore import restorer
+
+    for line in restorer.load(name, device="cpu", offline=offline).layer_table():
+        typer.echo(line)

@@ -1,0 +1,140 @@
+"""The verbs of experiments: train, profile, bench, report, evaluate. Each calls one public function and prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from restore.app.options import Device, split_settings
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="configs/train/embedded.yaml or your own.")],
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data.folder=faces/")] = None,
+    card: Annotated[Path | None, typer.Option(help="Do not train: write card.json and samples.png there.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="With --card: the folder of the weights.")] = None,
+) -> None:
+    """Train the embedded prior; continues where the last run stopped."""
+    import logging
+
+    from restore.training import load_config, train
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if card is not None:
+        from restore.training.card import measure, table
+
+        loaded = load_config(config, settings or [])
+        typer.echo(table(measure(loaded, weights or Path(loaded.out) / "ema", card)))
+        return
+    typer.echo(f"EMA weights in {train(load_config(config, settings or []))}")
+
+
+def profile(
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. size=128 repeats=5")] = None,
+) -> None:
+    """Measure the cost of DPS and of PAG (naive, batched, shared prefix) and the memory of a step."""
+    import inspect
+
+    from operators import RestoreError
+    from operators.naming import check_known
+    from restore.bench.profile import profile as measure
+
+    others, options = split_settings(settings or [])
+    if others:
+        raise RestoreError(f"profile takes settings such as size=128, not {others[0]}")
+    check_known(options, inspect.signature(measure).parameters, "profile has no setting")
+    typer.echo(measure(**options))
+
+
+def bench(
+    config: Annotated[Path, typer.Argument(help="configs/benchmark/*.yaml or your own.")],
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data.folder=ffhq/ batch=8")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batches, their NFE, time and memory.")] = False,
+) -> None:
+    """Run a benchmark, or what is left of it after an interruption."""
+    from tqdm import tqdm
+
+    from restore.bench import run as work
+
+    if dry_run:
+        typer.echo("task | method | batches | images | NFE | seconds | peak MB")
+        for line in work.dry_run(config, settings or []):
+            cost = [f"{value:.0f}" if value is not None else "-" for value in (line.seconds, line.peak_memory_mb)]
+            row = [line.task, line.method, line.batches, line.images, line.nfe or "-", *cost]
+            typer.echo(" | ".join(str(value) for value in row))
+        return
+    with tqdm(unit="batch") as bar:
+
+        def progress(state: dict) -> None:
+            if "done" in state:
+                bar.total, bar.n = state["total"], state["done"]
+                bar.set_postfix_str(state["batch"])
+            else:
+                bar.set_postfix_str(f"measuring {state['measuring']}")
+
+        result = work.bench(config, settings or [], progress=progress)
+    typer.echo(f"{result.folder}: {result.done} batches done, {result.kept} found finished")
+    typer.echo(f"restore report {result.folder}")
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of benchmark runs.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default: the first run's.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Leave out pictures made from the data set.")] = False,
+) -> None:
+    """Write report.html and report.md about finished runs."""
+    from restore.report.write import report as write
+
+    written = write(runs, out, private=private)
+    for first, second, different in written.differences:
+        typer.echo(f"{first} and {second} are not in one table: {', '.join(different)} differ")
+    typer.echo(f"{written.html}\n{written.markdown}")
+
+
+def evaluate(
+    results: Annotated[Path, typer.Argument(help="Folder of restored images.")],
+    reference: Annotated[Path, typer.Option(help="Folder of true images with the same names.")],
+    metrics: Annotated[str, typer.Option(help="psnr, ssim, lpips, fid, kid, is, pr; comma separated.")] = "psnr,ssim",
+    full_reference: Annotated[Path | None, typer.Option(help="A larger set for FID, reported apart.")] = None,
+    lpips_net: Annotated[str, typer.Option(help="alex or vgg.")] = "alex",
+    weights: Annotated[
+        list[str] | None, typer.Option(help="A metric's network: inception=FILE, vgg16=FILE or alexnet=FILE.")
+    ] = None,
+    device: Device = "auto",
+    allow_small: Annotated[bool, typer.Option("--allow-small", help="FID on few images.")] = False,
+    allow_incomplete: Annotated[bool, typer.Option("--allow-incomplete", help="Means over what there is.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file with everything.")] = None,
+) -> None:
+    """Compare a folder of results, from whatever program, with the truth."""
+    from restore import atomic
+    from restore.metrics.evaluate import evaluate as compare
+    from restore.metrics.weights import weight_files
+    from restore.restorer import choose_device
+
+    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    done = compare(
+        results,
+        reference,
+        metrics=names,
+        full_reference=full_reference,
+        lpips_net=lpips_net,
+        weights=weight_files(weights or []),
+        device=str(choose_device(device)),
+        allow_small=allow_small,
+        allow_incomplete=allow_incomplete,
+    )
+    if out is not None:
+        atomic.write_json(out, done.to_dict())
+    typer.echo(f"{len(done.per_image)} of {done.expected} images compared")
+    for name, estimate in done.means.items():
+        typer.echo(f"{name} {estimate.mean:.4f}  [{estimate.low:.4f}, {estimate.high:.4f}]")
+    for name, value in done.set_values.items():
+        typer.echo(f"{name} {value:.4f}")
+    for kind in ("missing", "mismatched", "extra"):
+        names = getattr(done, kind)
+        if names:
+            typer.echo(f"{kind}: {len(names)}, e.g. {', '.join(names[:3])}")
+    for note in done.notes:
+        typer.echo(note)

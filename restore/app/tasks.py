@@ -1,0 +1,151 @@
+"""Tasks: an operator's configuration by name, from a file, or for a mask or kernel of the user's; and measurements."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import operators
+from operators import RestoreError
+from operators.naming import nearest
+from restore.app.files import Photo, sha256
+from restore.images import io, masks
+from restore.images.resampling import Resampled
+from restore.paths import configs_dir
+from restore.samplers.noise import measurement_generator
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is restored. name: looks presets up. config: as operators.build takes it; its mask may be a path."""
+
+    name: str
+    config: dict[str, Any]
+
+    @property
+    def factor(self) -> int:
+        """How many times larger than the photo its restoration is."""
+        return self.config.get("factor", 1)
+
+    def build(self, height: int, width: int) -> Any:
+        """The operator for an image of this size; a mask given as a file is read and checked against it."""
+        config = dict(self.config)
+        if isinstance(config.get("mask"), Path):
+            config["mask"] = masks.read_mask(config["mask"], (height, width))
+        return operators.build(config, image_size=(height, width))
+
+    def describe(self) -> dict[str, Any]:
+        """The configuration, ready for JSON: files and arrays by the hash of their content."""
+        return {"task": self.name, **{key: _described(value) for key, value in self.config.items()}}
+
+
+def find_task(
+    task: str, settings: dict[str, Any] | None = None, *, mask: Path | None = None, kernel: Path | None = None
+) -> Task:
+    """A task with the `settings` that its operator knows, which are taken out of the dictionary.
+
+    task: a file of configs/task; sr2, sr3, ... for other factors; a YAML file of one's own, or its text between
+    braces; "module:attribute", an operator of one's own. mask and kernel replace the task's own.
+    Raises RestoreError for an unknown task or a file that does not fit it.
+    """
+    known = {path.stem: path for path in sorted((configs_dir() / "task").glob("*.yaml"))}
+    settings = {} if settings is None else settings
+    name, factor = task, None
+    if task.startswith("sr") and task[2:].isdecimal() and task not in known:
+        task, factor = "sr4", int(task[2:])
+    if task == "inpaint" and mask is None:
+        task = "inpaint-box"
+    if task in known or _is_yaml(task):
+        config = read_yaml(known.get(task, task), "task")
+        name = name if task in known else str(config.get("name")) if "{" in task else Path(task).stem
+    elif ":" in task:
+        config = {"name": task}
+    else:
+        raise RestoreError(f"unknown task '{task}'; {nearest(task, [*known, 'srN'])} (or a YAML file)")
+    if not isinstance(config, dict) or "name" not in config:
+        raise RestoreError(f"task {task} lacks its operator's name, such as {{name: gaussian_blur}}")
+    if factor is not None:
+        config["factor"] = factor
+    kind = str(config["name"])
+    if mask is not None:
+        if not kind.startswith("inpainting"):
+            raise RestoreError(f"mask={mask} does not apply to task {name}; it belongs to inpaint")
+        config = {"name": "inpainting_mask", "noise": config.get("noise"), "mask": Path(mask)}
+        masks.read_mask(mask)
+    if kernel is not None:
+        if "blur" not in kind:
+            raise RestoreError(f"kernel={kernel} does not apply to task {name}; it belongs to blur")
+        config = {"name": "blur", "noise": config.get("noise"), "kernel": masks.read_kernel(kernel)}
+    elif kind == "blur" and "kernel" not in config:
+        raise RestoreError("task blur needs kernel=FILE")
+    if "sigma" in settings:  # the noise's standard deviation on [-1, 1]
+        sigma = settings.pop("sigma")
+        config["noise"] = {"name": "gaussian", "sigma": sigma} if sigma else None
+    for key in [key for key in settings if key in operators.options(config["name"])]:
+        config[key] = settings.pop(key)
+    operators.build_noise(config.get("noise"))
+    return Task(name, config)
+
+
+def read_yaml(source: str | Path, what: str) -> Any:
+    """The mapping or list of a YAML file, or of YAML text between braces or brackets. Raises RestoreError."""
+    text = str(source)
+    try:
+        loaded = OmegaConf.create(text) if text.lstrip()[:1] in ("{", "[") else OmegaConf.load(text)
+        return OmegaConf.to_container(loaded, resolve=True)
+    except FileNotFoundError:
+        raise RestoreError(f"There is no file {text}.") from None
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, AttributeError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RestoreError(f"the {what} {text} is not readable YAML: {reason}") from None
+
+
+def measured(
+    photo: Photo, task: Task, degrade: bool, seed: int, resampled: Resampled | None = None
+) -> tuple[io.ImageRecord, torch.Tensor | None, Any, torch.Tensor]:
+    """(record, clean or None, operator, y): the input is the clean photo with `degrade`, else y itself."""
+    record = io.read_image(photo.source)
+    height, width = record.size
+    if degrade:
+        clean = resampled.truth(record.pixels) if resampled else record.pixels
+        x = resampled.enlarged(clean, photo.source.name) if resampled else clean
+        if resampled and isinstance(task.config.get("mask"), Path):
+            mask = resampled.enlarged_mask(masks.read_mask(task.config["mask"], record.size))
+            task = Task(task.name, task.config | {"mask": mask})
+        operator = task.build(*x.shape[-2:])
+        return record, clean, operator, operator(x, measurement_generator(seed, photo.image_id))
+    if task.config["name"] in ("inpainting_box", "inpainting_random"):
+        raise RestoreError(
+            f"{photo.source.name}: inpainting a damaged photo needs mask=FILE (white: known pixels); "
+            "with degrade=True the task cuts its own hole into a clean photo"
+        )
+    size = (height * task.factor, width * task.factor)
+    operator = task.build(*size)
+    with torch.no_grad():
+        channels = operator.A(torch.zeros(1, 3, *size)).shape[1]
+        y = io.to_tensor(record.pixels, channels=1) if channels == 1 else record.pixels
+        if task.config["name"] == "inpainting_mask":
+            y = operator.A(y)
+    if resampled:
+        operator = resampled.measuring(operator, size, photo.source.name)
+    return record, None, operator, y
+
+
+def _is_yaml(task: str) -> bool:
+    return task.lower().endswith((".yaml", ".yml")) or task.lstrip().startswith("{")
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Path):
+        return {"file": value.name, "sha256": sha256(value)}
+    if isinstance(value, torch.Tensor):
+        content = value.detach().cpu().contiguous().numpy().tobytes()
+        return {"shape": list(value.shape), "sha256": hashlib.sha256(content).hexdigest()}
+    return value if isinstance(value, (type(None), bool, int, float, str, list, dict)) else repr(value)

@@ -1,0 +1,78 @@
+"""Masks and blur kernels given as files."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from operators import RestoreError
+from restore.images.io import explained, read_image
+
+
+def read_mask(path: str | Path, size: tuple[int, int] | None = None, threshold: int | None = None) -> torch.Tensor:
+    """An inpainting mask (1, 1, H, W) float32: 1 (white, 255) where the pixel is known, 0 (black) where it is missing.
+
+    size: the photo's (height, width), which the mask must have. threshold: for a mask with grey edges,
+    count values above it (0 to 254) as white; without it any value but 0 and 255 is an error.
+    Raises RestoreError also for a mask with colours or transparency, or that is all white or all black.
+    """
+    record = read_image(path)
+    pixels = (record.pixels + 1) * 127.5
+    if record.alpha is not None and bool((record.alpha < 1).any()):
+        raise RestoreError(f"The mask {path} has transparent parts: save it as black (missing) and white (known).")
+    if not torch.equal(pixels[:, :1], pixels[:, 1:2]) or not torch.equal(pixels[:, :1], pixels[:, 2:]):
+        raise RestoreError(f"The mask {path} has colours: save it as black (missing) and white (known).")
+    if size is not None and record.size != tuple(size):
+        expected, found = (f"{width} x {height}" for height, width in (size, record.size))
+        raise RestoreError(
+            f"The mask {path} is {found} pixels and the photo is {expected}: they must be the same size."
+        )
+    mask = pixels[:, :1]
+    if threshold is None:
+        between = ((mask > 0.5) & (mask < 254.5)).double().mean().item()
+        if between:
+            raise RestoreError(
+                f"The mask {path} must be black (0: missing) and white (255: known) only, but {between:.2%} of it lies "
+                "between: draw it without soft edges and save it as PNG, or set a threshold."
+            )
+    mask = (mask > (127 if threshold is None else threshold)).float()
+    if mask.min() == mask.max():
+        what = "white: nothing is missing" if mask.max() else "black: no pixel is known"
+        raise RestoreError(f"The mask {path} is all {what}; paint what is to be restored black and the rest white.")
+    return mask
+
+
+def read_kernel(path: str | Path) -> torch.Tensor:
+    """A blur kernel (kh, kw) float64 from .npy, .txt, .csv (numbers as they are) or a grey picture.
+
+    Numbers must sum to one within 1e-3 and are not rescaled: a kernel that brightens is a mistake more
+    often than a wish. A picture's 8- or 16-bit grey values cannot sum to one, so they are divided by
+    their sum. Raises RestoreError for NaN, a wrong sum, more than two dimensions, an unreadable file.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    with explained(path, "kernel", "expected .npy, .txt, .csv or a grey picture"):
+        if suffix == ".npy":
+            values = np.load(path, allow_pickle=False)
+        elif suffix in (".txt", ".csv"):
+            text = path.read_text(encoding="utf-8").replace(",", " ").replace(";", " ")
+            values = np.loadtxt(io.StringIO(text), ndmin=2)
+        else:
+            record = read_image(path)
+            if not record.grey and not torch.equal(record.pixels[:, 0], record.pixels[:, 1]):
+                raise RestoreError(f"The kernel picture {path} has colours: a kernel must be grey.")
+            values = record.pixels[0, 0].double().add(1).div(2).numpy()
+            if values.sum() == 0:
+                raise RestoreError(f"The kernel picture {path} is all black.")
+            values = values / values.sum()
+    if values.ndim != 2 or values.size == 0 or values.dtype.kind not in "fiu":
+        raise RestoreError(f"The kernel {path} must be a table of numbers, not {values.dtype} of shape {values.shape}.")
+    values = values.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise RestoreError(f"The kernel {path} holds NaN or infinite values.")
+    if abs(values.sum() - 1) > 1e-3:
+        raise RestoreError(f"The kernel {path} sums to {values.sum():.6g} instead of 1: divide it by its sum.")
+    return torch.from_numpy(values)

@@ -1,0 +1,181 @@
+"""Files are never lost: nobody else's is replaced, and "finished before" is said only of the same result."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from operators import RestoreError
+from restore.app import cli, files
+from restore.paths import data_dir
+
+FACE = data_dir() / "photos" / "astronaut-face-64.png"
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A 16-pixel photo: restored in a moment."""
+    Image.open(FACE).resize((16, 16)).save(tmp_path / "a.png")
+    return tmp_path / "a.png"
+
+
+@pytest.fixture
+def restore(monkeypatch, capsys, photo, tmp_path):
+    """restore(*arguments) -> (exit code, stdout, stderr) of a denoising of `photo` into tmp_path/out."""
+
+    def run(*arguments, inputs=(photo,), verb="run", out=tmp_path / "out"):
+        steps = [] if verb == "degrade" or "--steps" in arguments else ["--steps", 2]
+        command = [verb, *inputs, "--task", "denoise", *steps, *arguments, "-o", out]
+        monkeypatch.setattr(sys, "argv", ["restore", *map(str, command)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err.split("\r")[-1].strip()
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.json"])
+def test_a_file_of_somebody_elses_is_kept(restore, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    theirs = tmp_path / "out" / name
+    theirs.write_text('{"mine": 1}')
+    code, out, err = restore()
+    assert code == 2 and name in err and "--overwrite" in err and len(err.splitlines()) == 1
+    assert theirs.read_text() == '{"mine": 1}' and list((tmp_path / "out").iterdir()) == [theirs]
+    code, _, err = restore("--overwrite")
+    assert code == 0 and json.loads((tmp_path / "out" / "a.json").read_text())["finished"], err
+
+
+def test_a_companion_of_somebody_elses_is_kept(restore, tmp_path):
+    assert restore()[0] == 0
+    theirs = tmp_path / "out" / "a-mean.png"
+    theirs.write_text("mine")
+    code, _, err = restore("--samples", 2)
+    assert code == 2 and "a-mean.png" in err and theirs.read_text() == "mine"
+
+
+def test_finished_means_the_same_input_settings_and_a_readable_result(restore, photo, tmp_path):
+    result, sidecar = tmp_path / "out" / "a.png", tmp_path / "out" / "a.json"
+    assert restore()[0] == 0
+    before = result.read_bytes()
+    code, out, _ = restore()
+    assert code == 0 and "finished before" in out
+
+    for arguments, difference in (
+        (["--steps", 3], "steps: 2, now 3"),
+        (["--seed", 1], "seed: 0, now 1"),
+        (["--pag-scale", 0], "scale"),
+        (["sigma=0.1"], "sigma: 0.05, now 0.1"),
+        (["zeta=0.5"], "zeta: 5.0, now 0.5"),
+        (["--samples", 2], "samples: 1, now 2"),
+    ):
+        code, out, err = restore(*arguments)
+        assert code == 2 and difference in err and "--overwrite" in err and not out, (arguments, err)
+        assert len(err.splitlines()) == 1 and result.read_bytes() == before
+
+    Image.fromarray(np.asarray(Image.open(photo))[::-1]).save(photo)  # another photo of the same name
+    code, _, err = restore()
+    assert code == 2 and "of another photo" in err and result.read_bytes() == before
+    code, _, err = restore("--overwrite")
+    assert code == 0 and result.read_bytes() != before
+
+    result.write_bytes(b"")
+    code, _, err = restore()
+    assert code == 2 and "not readable" in err
+    assert restore("--overwrite")[0] == 0
+    sidecar.write_text('{"version"')  # a broken side-car is nobody's
+    code, _, err = restore()
+    assert code == 2 and "a.json does not name it" in err
+
+
+def test_what_an_interruption_left_is_made_again(restore, tmp_path):
+    assert restore()[0] == 0
+    result, sidecar = tmp_path / "out" / "a.png", tmp_path / "out" / "a.json"
+    before = result.read_bytes()
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"finished": False}))
+    result.write_bytes(before[:100])
+    code, out, err = restore()
+    assert code == 0 and "finished before" not in out and result.read_bytes() == before, err
+
+
+def test_companions_that_would_overwrite_results_are_found_before_the_start(restore, photo, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.png", "a-mean.png", "a-degraded.png"):
+        shutil.copy(photo, folder / name)
+    for arguments, name in ((["--samples", 2], "a-mean.png"), (["--degrade"], "a-degraded.png")):
+        code, out, err = restore(*arguments, inputs=[folder])
+        assert code == 2 and name in err and "both write" in err and not out
+        assert not list((tmp_path / "out").iterdir())
+    # A companion onto the input itself.
+    code, _, err = restore("--samples", 2, "--overwrite", inputs=[folder / "a-mean.png"], out=folder / "a.bmp")
+    assert code == 0, err  # a-mean.bmp is another file
+    code, _, err = restore("--samples", 2, "--overwrite", inputs=[folder / "a-mean.png"], out=folder / "a.png")
+    assert code == 2 and "overwrite the input" in err
+    assert restore(inputs=[folder / "a.png", folder / "a-mean.png"])[0] == 0  # no companions, no collision
+
+
+def test_a_folder_goes_on_after_a_bad_image(restore, photo, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.png", "c.png"):
+        shutil.copy(photo, folder / name)
+    (folder / "b.png").write_bytes(photo.read_bytes()[:300])
+    code, out, err = restore(inputs=[folder])
+    assert code == 2 and "1 of 3 files" in err and "b.png" in err
+    assert (tmp_path / "out" / "a.png").exists() and (tmp_path / "out" / "c.png").exists() and "c.png" in out
+    code, out, err = restore(inputs=[folder])  # again: the others are finished, the bad one is named again
+    assert code == 2 and out.count("finished before") == 2 and "b.png" in err
+
+
+def test_cheap_checks_come_before_the_model(restore, photo, tmp_path, monkeypatch):
+    from restore import restorer
+
+    def load(*arguments, **options):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(restorer, "load", load)
+    Image.new("RGBA", (8, 8), (9, 9, 9, 9)).save(tmp_path / "alpha.png")
+    (tmp_path / "mask.png").write_text("no mask")
+    (tmp_path / "file").touch()
+    for arguments, options, message in (
+        (["--task", "denoisee"], {}, "unknown task"),
+        (["zetta=1"], {}, "zeta"),
+        (["--layers", ""], {}, "--layers"),
+        (["--strength", "3"], {}, "strength"),
+        (["--sampler", "ddx"], {}, "unknown sampler"),
+        (["--resample", "nearest"], {}, "--solve-at"),
+        (["--task", "inpaint", "--mask", tmp_path / "mask.png"], {}, "mask.png"),
+        (["--task", "blur", "--kernel", tmp_path / "none.npy"], {}, "none.npy"),
+        ([], {"out": tmp_path / "file" / "out"}, "output folder"),
+        ([], {"inputs": [tmp_path / "alpha.png"], "out": tmp_path / "b.jpg"}, "no transparency"),
+    ):
+        code, _, err = restore(*arguments, **options)
+        assert code == 2 and message in err, (arguments, err)
+
+
+def test_degraded_files_are_compared_to_the_byte(restore, photo, tmp_path):
+    degraded = tmp_path / "out" / "a.png"
+    assert restore(verb="degrade")[0] == 0
+    before = degraded.read_bytes()
+    assert restore(verb="degrade")[0] == 0 and degraded.read_bytes() == before
+    code, _, err = restore("--seed", 1, verb="degrade")
+    assert code == 2 and "another picture" in err and degraded.read_bytes() == before
+    assert restore("--seed", 1, "--overwrite", verb="degrade")[0] == 0 and degraded.read_bytes() != before
+
+
+def test_differences_are_said_by_their_innermost_name():
+    expected = {"sha256": "b", "settings": {"seed": 1, "task": {"noise": {"sigma": 0.1}}}}
+    found = {"sha256": "a", "settings": {"seed": 1, "task": {"noise": None}}, "version": "x"}
+    assert files.differences(expected, found) == ["of another photo", "sigma: null, now 0.1"]
+    assert files.differences(found, found) == []
+
+
+def test_names_that_differ_in_case_only_collide(tmp_path):
+    photos = [files.Photo(tmp_path / name, tmp_path / "out" / name) for name in ("a.png", "A.png")]
+    with pytest.raises(RestoreError, match="both write"):
+        files.check_outputs(photos, [photo.written() for photo in photos])

@@ -1,0 +1,189 @@
+"""What is typed: settings, samplers, tasks and guidance of one's own; and messages in the command line's words."""
+
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import operators
+from operators import RestoreError
+from restore.app import cli, options, run, tasks
+from restore.guidance import CFG, PAG
+from restore.paths import data_dir
+
+FACE = data_dir() / "photos" / "astronaut-face-64.png"
+
+OWN = '''
+import torch
+import operators
+
+
+class Darker(operators.Operator):
+    """y = gain x"""
+
+    name = "darker"
+
+    def __init__(self, gain=0.5, **options):
+        super().__init__(**options)
+        self.gain = gain
+
+    def A(self, x):
+        return self.gain * x
+
+
+def mean_of_y(prior, operator, y, *, noise, steps, guidance=None, condition=None, callback=None, weight: float = 1.0):
+    """Not a posterior sampler; its results are known."""
+    return weight * operator.A_adjoint(y)
+'''
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """command(*arguments) -> (exit code, stdout, stderr), in a folder that holds own_things.py."""
+    (tmp_path / "own_things.py").write_text(OWN)
+    Image.open(FACE).resize((16, 16)).save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "own_things", raising=False)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["restore", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err.split("\r")[-1].strip()
+
+    return call
+
+
+def sidecar(tmp_path):
+    return json.loads((tmp_path / "out" / "a.json").read_text())
+
+
+def test_a_sampler_and_an_operator_of_ones_own(command, tmp_path):
+    """A task is one YAML file anywhere; sampler and operator are module:attribute."""
+    (tmp_path / "dark.yaml").write_text("name: own_things:Darker\ngain: 0.25\nnoise: {name: gaussian, sigma: 0.01}\n")
+    arguments = ["a.png", "--sampler", "own_things:mean_of_y", "--steps", 1, "-o", "out", "--overwrite"]
+    code, _, err = command("run", *arguments, "--task", "dark.yaml", "weight=2", "gain=0.5")
+    assert code == 0, err
+    assert sidecar(tmp_path)["protocol"]["method"]["sampler"] == "own_things:mean_of_y"
+    assert sidecar(tmp_path)["protocol"]["method"]["parameters"] == {"weight": 2}
+    assert sidecar(tmp_path)["settings"]["task"]["task"] == "dark"
+    assert sidecar(tmp_path)["settings"]["task"]["gain"] == 0.5
+    assert Image.open("out/a.png").tobytes() == Image.open("a.png").tobytes()  # 2 · 0.5 · y
+    for task in ("own_things:Darker", "{name: own_things:Darker}"):
+        code, _, err = command("run", *arguments, "--task", task)
+        assert code == 0, err
+    code, _, err = command("run", *arguments, "--task", "dark.yaml", "weigth=2")
+    assert code == 2 and "did you mean 'weight'" in err
+
+
+def test_the_preset_keeps_its_other_terms_when_pag_is_changed():
+    changed = run.ChangedPAG(scale=3.0, layers="i5:0,3", strength=0.5).applied(CFG(2.0) + PAG(1.0, layers="i5"), [])
+    assert changed == CFG(2.0) + PAG(3.0, layers="i5:0,3", strength=0.5)
+    assert run.ChangedPAG(layers="m1").applied(PAG(1.5, layers="i5"), []) == PAG(1.5, layers="m1")
+    assert run.ChangedPAG(scale=2.0).applied(CFG(1.0), ["m1"]) == PAG(2.0, layers=["m1"]) + CFG(1.0)
+    assert run.ChangedPAG(scale=2.0).applied(None, ["m1"]) == PAG(2.0, layers=["m1"])
+    with pytest.raises(RestoreError, match="layers= needs pag_scale="):
+        run.ChangedPAG(layers="m1").applied(None, ["m1"])
+    with pytest.raises(RestoreError, match="several PAG terms"):
+        run.ChangedPAG(scale=1.0).applied(PAG(1.0, layers="i5") + PAG(1.0, layers="m1"), [])
+
+
+def test_guidance_as_yaml_and_from_a_file(command, tmp_path):
+    (tmp_path / "guidance.yaml").write_text("pag: {scale: 2, layers: m1, strength: 0.5}\n")
+    arguments = ["run", "a.png", "--task", "denoise", "--steps", 2, "-o", "out", "--overwrite"]
+    for text in ("guidance.yaml", "{pag: {scale: 2, layers: m1, strength: 0.5}}"):
+        code, _, err = command(*arguments, "--guidance", text)
+        assert code == 0, err
+        (term,) = sidecar(tmp_path)["protocol"]["method"]["guidance"]
+        assert term["pag"]["scale"] == 2 and term["pag"]["strength"] == 0.5
+    code, _, err = command(*arguments, "--pag-scale", 2, "--layers", "m1", "--target", "uniform", "--strength", 0.5)
+    assert code == 0, err
+    (term,) = sidecar(tmp_path)["protocol"]["method"]["guidance"]
+    assert term["pag"]["target"] == "uniform" and term["pag"]["strength"] == 0.5
+    code, _, err = command(*arguments, "--guidance", "{}")
+    assert code == 0 and sidecar(tmp_path)["protocol"]["method"]["guidance"] is None, err
+
+
+def test_steps_are_parsed_once():
+    assert [options.parse_steps(text) for text in ("1000", "-5", "ddim50", None)] == [1000, -5, "ddim50", None]
+
+
+@pytest.mark.parametrize(
+    "message, spoken",
+    [
+        ("solve_at=50 is no multiple", "--solve-at 50 is no multiple"),
+        ("needs mask=FILE (white); with degrade=True the", "needs --mask FILE (white); with --degrade the"),
+        ("use checkpointing=True, a smaller batch_size or", "use --checkpointing, a smaller --batch-size or"),
+        ("or precision='bf16'", "or --precision bf16"),
+        ('or precision="bf16".', "or --precision bf16."),
+        ("zeta=3 and /tmp/mask=1/seed=2.png stay", "zeta=3 and /tmp/mask=1/seed=2.png stay"),
+        ("write a mask or a batch", "write a mask or a batch"),
+        ("resample=nearest needs solve_at=: nothing", "--resample nearest needs --solve-at: nothing"),
+    ],
+)
+def test_messages_name_options(message, spoken):
+    names = cli._options(["run", "photo.png"])
+    assert options.in_options(message, names) == spoken.rstrip(".") + ("." if message.endswith(".") else "")
+
+
+def test_no_message_of_the_library_names_an_option():
+    """The library speaks of parameters. Headings of tables and style sheets are no options."""
+    root = data_dir().parent
+    found = [
+        f"{path.relative_to(root)}:{number}"
+        for folder in ("restore", "operators")
+        for path in (root / folder).rglob("*.py")
+        if "app" not in path.parts and path.name != "style.py"
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if any(f"{mark}--{letter}" in line for mark in " \"'(" for letter in "abcdefghijklmnopqrstuvwxyz")
+        and "`restore " not in line
+    ]
+    assert not found
+
+
+def test_version_help_and_completion(command):
+    code, out, _ = command("--version")
+    assert code == 0 and out.startswith("restore ")
+    for flag in ("-h", "--help"):
+        code, out, _ = command("run", flag)
+        assert code == 0 and "--solve-at" in out
+    code, out, _ = command("--help")
+    assert "--install-completion" in out
+
+
+def test_a_task_is_found_by_name_factor_file_and_text(tmp_path):
+    settings = {"sigma": 0.1, "zeta": 2.0}
+    found = tasks.find_task("sr2", settings)
+    assert (found.name, found.factor, settings) == ("sr2", 2, {"zeta": 2.0})
+    assert found.config["noise"] == {"name": "gaussian", "sigma": 0.1}
+    (tmp_path / "mine.yaml").write_text("name: gaussian_blur\nstd: 2.0\nkernel_size: 9\n")
+    mine = tasks.find_task(str(tmp_path / "mine.yaml"))
+    assert mine.name == "mine" and isinstance(mine.build(32, 32), operators.GaussianBlur)
+    assert tasks.find_task("{name: denoising, noise: null}").build(8, 8).noise is None
+    for text, message in (
+        ("- name\n- b\n", "operator's name"),
+        ("std: 2\n", "operator's name"),
+        ("name: [\n", "not readable"),
+        ("\x00\x01", "not readable"),
+    ):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(RestoreError, match=message) as caught:
+            tasks.find_task(str(tmp_path / "bad.yaml"))
+        assert len(str(caught.value).splitlines()) == 1
+    (tmp_path / "binary.yaml").write_bytes(bytes(range(256)))
+    with pytest.raises(RestoreError, match="not readable"):
+        tasks.find_task(str(tmp_path / "binary.yaml"))
+
+
+def test_a_grey_measurement_is_asked_for_by_the_operator(tmp_path):
+    """y has one channel where A(x) has: colorization of a photo that was saved in colour."""
+    from restore.app.files import find_photos
+
+    Image.open(FACE).save(tmp_path / "a.png")
+    photos = find_photos([tmp_path / "a.png"], tmp_path / "out")
+    record, _, operator, y = tasks.measured(photos[0], tasks.find_task("colorize"), False, 0)
+    assert y.shape == (1, 1, 64, 64) and torch.allclose(y, operator.A(record.pixels), atol=1e-6)

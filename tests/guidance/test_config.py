@@ -1,0 +1,140 @@
+"""Guidance from plain data and back, parts of a user's own module included; what is refused, and how."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import own_guidance
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import restore
+from operators import RestoreError
+from restore.backbones.adm import ADM
+from restore.guidance import APG, CFG, PAG, Guidance, Rescale, Term, build, chosen, describe, estimator
+from restore.guidance.combine import weighted_sum
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+OWN = {
+    "pag": "{scale: 1.5, layers: [m1], target: 'own_guidance:reversed_values', schedule: 'own_guidance:late'}",
+    "own": "{name: 'own_guidance:Attended', scale: 2.0, by: 0.25}",
+}
+
+
+def test_a_mapping_and_a_list():
+    pag = {"scale": 1.0, "layers": ["i9"], "strength": 0.5}
+    assert build({"pag": pag, "cfg": {"scale": 2.0}}) == PAG(1.0, ["i9"], strength=0.5) + CFG(2.0)
+    several = [{"pag": pag}, {"name": "pag", "scale": 3.0, "layers": "m1:0", "interval": [800, 200]}]
+    assert build(several) == PAG(1.0, ["i9"], strength=0.5) + PAG(3.0, "m1:0", interval=(800, 200))
+    assert build(None) is None and build({}) is None and build([]) is None
+    assert build({"name": "cfg", "scale": 1}) == CFG(1)
+    assert build({"cfg": {"scale": 1}, "combine": {"apg": {"eta": 0.5}}}).combine == APG(eta=0.5)
+    assert build([{"cfg": {"scale": 1}}, {"combine": "rescale"}]).combine == Rescale()
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        PAG(1.0, "i9"),
+        PAG(1.0, ["i9", "m1:0,1"], heads=None, target="blur", strength=0.3, interval=(900, 100), noise=4),
+        PAG(2, "i5,m1", heads={"i5": [0, 2], "m1": [1]}, schedule="cosine", scope="image"),
+        CFG(2.0, schedule="own_guidance:late") + PAG(0.0, "m1", target="own_guidance:reversed_values"),
+        Guidance(CFG(1.0).terms, APG(momentum=0.0, threshold=5.0)),
+        Guidance(CFG(1.0).terms + PAG(1.0, "m1").terms, {"rescale": {"phi": 0.2}}),
+        Guidance((Term(own_guidance.Attended(0.1), 3.0),), own_guidance.furthest),
+    ],
+)
+def test_describe_is_the_inverse_of_build(guidance):
+    text = json.dumps(describe(guidance))
+    assert build(json.loads(text)) == guidance
+    assert describe(build(json.loads(text))) == describe(guidance)
+
+
+def test_what_is_described():
+    assert describe(None) is None
+    assert describe(PAG(1.0, "i9")) == [{"pag": {"scale": 1.0, "layers": "i9"}}]
+    guidance = PAG(1.0, "i9", target=own_guidance.reversed_values, schedule=own_guidance.late)
+    assert describe(guidance)[0]["pag"]["target"] == "own_guidance:reversed_values"
+    assert build(describe(guidance)) != guidance  # a name in place of the function, of the same effect
+    one, other = (describe(CFG(1.0, null=torch.full((1, 2), value)))[0]["cfg"]["null"] for value in (0.0, 1.0))
+    assert one.startswith("tensor (1, 2) float32 sha256 ") and one != other
+
+
+def test_parts_of_a_users_module_act_from_yaml():
+    """The same numbers as with the functions themselves, and as computed by hand."""
+    model = ADM.load(GOLDEN / "nets/adm_a.safetensors", head_channels=16)
+    text = f"[{{pag: {OWN['pag']}}}, {OWN['own']}, {{combine: 'own_guidance:furthest'}}]"
+    configured = build(OmegaConf.to_container(OmegaConf.create(text)))
+    terms = PAG(1.5, "m1", target=own_guidance.reversed_values, schedule=own_guidance.late).terms
+    given = Guidance((*terms, Term(own_guidance.Attended(0.25), 2.0)), own_guidance.furthest)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for t in (700, 300):
+        with torch.no_grad(), estimator(model, configured) as a, estimator(model, given) as b:
+            strong, eps = a(x, t)
+            assert torch.equal(eps, b(x, t)[1])
+            branches = [branch for _, branch in a.branches]
+            weak = [branch.eps(x, t, None, strong) for branch in branches]
+        scales = [3.0, 2.0] if t == 300 else [0.0, 2.0]
+        assert a.evaluations == (3 if t == 300 else 2)
+        options = [(s, w) for s, w in zip(scales, weak, strict=True) if s]
+        assert torch.equal(eps, own_guidance.furthest(strong.eps, options)) and not torch.equal(eps, strong.eps)
+
+
+@pytest.mark.parametrize(
+    "config, match",
+    [
+        ({"pga": {}}, "unknown guidance 'pga'; did you mean 'pag'"),
+        (
+            {"pag": {"scale": 1, "layers": "m1", "strenght": 1}},
+            "guidance.pag has no option 'strenght'; did you mean 'str",
+        ),
+        ({"pag": {"layers": "m1"}}, "guidance.pag needs the option 'scale'"),
+        ({"pag": {"scale": 1}}, "guidance.pag needs the option 'layers'"),
+        ({"pag": None}, "guidance.pag needs the option 'scale'"),
+        ({"pag": 3.0}, "a guidance term is a name, "),
+        ({"pag": {"scale": "a", "layers": "m1"}}, "finite number, not a"),
+        (
+            {"pag": {"scale": 1, "layers": "m1", "schedule": "cosin"}},
+            "unknown guidance schedule 'cosin'; did you mean 'cos",
+        ),
+        ({"pag": {"scale": 1, "layers": "m1", "scope": "text"}}, "no scope 'text'; known: joint, image"),
+        (
+            {"pag": {"scale": 1, "layers": "m1", "target": "own_guidance:none"}},
+            "'own_guidance:none' cannot be imported",
+        ),
+        ({"cfg": {"scale": 1, "interval": "all"}}, "t_high >= t_low"),
+        ({"cfg": {"scale": 1}, "combine": "agp"}, "unknown combination 'agp'; did you mean 'apg'"),
+        ({"cfg": {"scale": 1}, "combine": {"apg": {"nu": 1}}}, "combination apg has no option 'nu'"),
+        ({"cfg": {"scale": 1}, "combine": {"rescale": {"phi": 2}}}, r"phi of rescale must lie in \[0, 1\]"),
+        ({"cfg": {"scale": 1}, "combine": 3}, "a combination is a name, a mapping or a function, not 3"),
+        ({"no_module_of_mine:x": {"scale": 1}}, "cannot be imported"),
+        ("pag", "a mapping such as"),
+        (["pag"], "needs the option 'scale'"),
+    ],
+)
+def test_mistakes(config, match):
+    with pytest.raises(RestoreError, match=match) as error:
+        build(config)
+    assert "\n" not in str(error.value)
+
+
+def test_the_guidance_argument():
+    preset, other = PAG(1.0, "m1"), CFG(1.0)
+    assert chosen(None, preset) is None and chosen(other, preset) is other and chosen("preset", preset) is preset
+    assert chosen("preset", None) is None
+    for value in ("none", "off", "pag", {}, {"pag": {"scale": 1.0}}, 3.0, False, PAG):
+        with pytest.raises(restore.RestoreError, match='"preset"'):
+            chosen(value, preset)
+
+
+def test_sums_of_combinations():
+    apg, rescale = Guidance(CFG(1.0).terms, "apg"), Guidance(CFG(2.0).terms, "rescale")
+    assert (apg + PAG(1.0, "m1")).combine == APG() and (PAG(1.0, "m1") + apg).combine == APG()
+    assert (apg + Guidance(CFG(3.0).terms, "apg")).combine == APG()
+    assert (PAG(1.0, "m1") + CFG(1.0)).combine is weighted_sum
+    with pytest.raises(RestoreError, match="two combinations meet"):
+        apg + rescale
+    with pytest.raises(RestoreError, match="Term"):
+        Guidance((CFG(1.0),))

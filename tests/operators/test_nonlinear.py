@@ -1,0 +1,96 @@
+"""Clipping and phase retrieval: what they compute, and one sentence for what only linear operators have."""
+
+import pytest
+import torch
+
+import operators
+
+
+def image(size=(24, 17), dtype=torch.float64):
+    return 2 * torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype) - 1
+
+
+OPERATORS = {
+    "clipping": operators.Clipping,
+    "phase_retrieval": operators.PhaseRetrieval,
+    "compose": lambda: operators.Clipping() @ operators.GaussianBlur(5, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_nothing_linear_is_offered(name):
+    operator, x = OPERATORS[name](), image()
+    y = operator.A(x)
+    assert not operator.linear and operators.Denoising().linear
+    asked = [
+        ("A_adjoint", lambda: operator.A_adjoint(y)),
+        ("A_dagger", lambda: operator.A_dagger(y)),
+        ("prox_l2", lambda: operators.prox_l2(operator, x, y, 1.0)),
+        ("regularised_inverse", lambda: operators.regularised_inverse(operator, y, 1.0)),
+        ("svd", lambda: operators.svd(operator, x.shape)),
+        ("A_adjoint", lambda: operators.check(operator, x.shape)),
+    ]
+    for what, ask in asked:
+        with pytest.raises(
+            operators.RestoreError, match=f"is not linear, so it has no {what}; .* such as DPS"
+        ) as raised:
+            ask()
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_shapes_and_precisions(name, dtype):
+    operator, x = OPERATORS[name](), image(dtype=dtype)
+    y = operator.A(x)
+    assert y.dtype == dtype and operators.image_shape(operator, y) == tuple(x.shape)
+    assert ((y - operator.A(x.double())).norm() / y.double().norm()).item() < (
+        1e-2 if dtype == torch.bfloat16 else 1e-6
+    )
+    noisy = operators.build({"name": "clipping", "noise": {"name": "gaussian", "sigma": 0.1}})(x)
+    assert noisy.shape == x.shape and noisy.max() > 1  # the noise comes after the saturation
+
+
+@pytest.mark.parametrize("name", ["clipping", "phase_retrieval"])
+def test_gradient(name):
+    """As DPS takes it, against finite differences."""
+    operator, x = OPERATORS[name](), image((6, 5))
+    x = x * 0.99 + 0.003  # no pixel on the edge of saturation
+    assert torch.autograd.gradcheck(operator.A, x.requires_grad_(), eps=1e-7, atol=1e-5)
+    zero = torch.zeros_like(x).requires_grad_()
+    (gradient,) = torch.autograd.grad(operator.A(zero).sum(), zero)
+    assert torch.isfinite(gradient).all()  # also where the magnitude is 0
+
+
+def test_clipping():
+    x = torch.tensor([-1.0, -0.6, -0.2, 0.0, 0.4, 0.5, 0.9]).view(1, 1, 1, -1)
+    expected = torch.tensor([-1.0, -1.0, -0.4, 0.0, 0.8, 1.0, 1.0]).view(1, 1, 1, -1)
+    assert torch.allclose(operators.Clipping(2.0).A(x), expected)
+    assert operators.options("clipping") == ["gain"]
+    for gain in (0.0, -1.0, float("inf"), "high"):
+        with pytest.raises(operators.RestoreError, match="gain"):
+            operators.Clipping(gain)
+
+
+@pytest.mark.parametrize("size", [(256, 256), (33, 20), (64, 41)], ids=str)
+def test_phase_retrieval(size):
+    """DPS pads 256 to 384; energy is kept; a half turn and a sign are invisible; the middle is the sum."""
+    operator, x = operators.PhaseRetrieval(), image(size)
+    y = operator.A(x)
+    assert y.shape[2:] == tuple(side + 2 * int(side / 4) for side in size)
+    assert abs(y.square().sum() - x.square().sum()) < 1e-9 * x.square().sum()
+    assert torch.allclose(operator.A(-x), y) and torch.allclose(operator.A(x.flip((2, 3))), y)
+    height, width = y.shape[2:]
+    centre = y[..., height // 2, width // 2]
+    assert torch.allclose(centre, x.sum((2, 3)).abs() / (height * width) ** 0.5)
+    rows, columns = (height - size[0]) // 2, (width - size[1]) // 2
+    larger = torch.nn.functional.pad(x, (columns, columns, rows, rows))
+    assert torch.allclose(operators.PhaseRetrieval(0.0).A(larger), y)
+    assert operators.image_shape(operator, y) == tuple(x.shape)
+
+
+def test_phase_retrieval_refuses():
+    with pytest.raises(operators.RestoreError, match="no image has a measurement of 4 pixels a side"):
+        operators.image_shape(operators.PhaseRetrieval(), image((4, 24)))
+    with pytest.raises(operators.RestoreError, match="oversample"):
+        operators.PhaseRetrieval(-1.0)
