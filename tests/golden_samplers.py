@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 from tiny_sd import SCHEDULER
