@@ -154,7 +154,7 @@ class Restorer:
         that do not fit, non-finite input or samples, and memory that does not suffice.
         """
         with torch.inference_mode(False), torch.enable_grad():
-            y = io.to_tensor(y, channels=None).to(self.device)
+            y = self._measurement(y, operator).to(self.device)
             if samples < 1 or batch_size < 1:
                 raise RestoreError("samples and batch_size must be at least 1")
             ids = [str(i) for i in range(len(y))] if image_ids is None else [str(i) for i in image_ids]
@@ -179,6 +179,15 @@ class Restorer:
             prior = self.sized(*shape[-2:])
             condition = self._condition(condition, prompt, negative_prompt, prior)
             return self._restore(y, operator, prior, chosen, ids, samples, seed, batch_size, condition, callback)
+
+    def _measurement(self, y: Any, operator: Any) -> torch.Tensor:
+        """y as a tensor. A grey picture counts as colour where the operator's images would be grey otherwise; numbers
+        far outside of [-1, 1] are refused where y is a picture, not where it is another kind of measurement."""
+        if isinstance(y, torch.Tensor) and y.is_floating_point() and y.dim() not in (3, 4):
+            return y.float()
+        picture = isinstance(operator, operators.Operator) and operator.linear
+        y = io.to_tensor(y, channels=None, largest=8.0 if picture else float("inf"))
+        return y.expand(-1, 3, -1, -1) if operators.image_shape(operator, y)[1] == 1 else y
 
     def _restore(
         self, y, operator, prior, chosen: Method, ids, samples, seed, batch_size, condition, callback

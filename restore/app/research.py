@@ -96,7 +96,9 @@ def report(
 def evaluate(
     results: Annotated[Path, typer.Argument(help="Folder of restored images.")],
     reference: Annotated[Path, typer.Option(help="Folder of true images with the same names.")],
-    metrics: Annotated[str, typer.Option(help="psnr, ssim, lpips, fid, kid, is, pr; comma separated.")] = "psnr,ssim",
+    metrics: Annotated[
+        str, typer.Option(help="psnr, ssim, lpips, fid, kid, kid_vgg16, is, pr or module:function; comma separated.")
+    ] = "psnr,ssim",
     full_reference: Annotated[Path | None, typer.Option(help="A larger set for FID, reported apart.")] = None,
     lpips_net: Annotated[str, typer.Option(help="alex or vgg.")] = "alex",
     weights: Annotated[

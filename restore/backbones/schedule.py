@@ -71,8 +71,9 @@ class Schedule:
 
     @classmethod
     def flow(cls, steps: int = 1000, shift: float = 1.0) -> Schedule:
-        """Flow matching, sigma from 1/steps to nearly 1, shifted as SD3's; t = steps · sigma."""
-        base = np.arange(1, steps) / steps
+        """Flow matching, `steps` levels of sigma from 1/steps to 1 − 1/(2 steps) (at 1 nothing of x_0 is left),
+        shifted as SD3's; t = steps · sigma."""
+        base = np.append(np.arange(1, steps), steps - 0.5) / steps
         sigma = shift * base / (1 + (shift - 1) * base)
         return cls(steps * sigma, sigma / (1 - sigma), "flow")
 

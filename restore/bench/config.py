@@ -6,6 +6,7 @@ import copy
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING as ABSENT
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -244,15 +245,10 @@ def _check_method(chosen: dict[str, Any], kind: str) -> None:
         samplers.check_parameters(found, method.parameters)
 
 
-class _at:
+@contextmanager
+def _at(place: str) -> Iterator[None]:
     """Says where in the configuration a mistake was found."""
-
-    def __init__(self, place: str) -> None:
-        self.place = place
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, RestoreError):
-            raise RestoreError(f"{self.place}: {error}") from error
+    try:
+        yield
+    except RestoreError as error:
+        raise RestoreError(f"{place}: {error}") from error

@@ -15,13 +15,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+import operators
+from restore.backbones.schedule import Schedule
+from restore.backbones.sizes import Sized
 from restore.backbones.stable_diffusion import StableDiffusion
-from restore.guidance import PAG, estimator
+from restore.guidance import PAG
+from restore.samplers.psld import psld
 
 SD15_UNET = {"sample_size": 64, "cross_attention_dim": 768}  # otherwise UNet2DConditionModel's defaults
 SD15_VAE = {
@@ -95,24 +100,19 @@ def psld_cost(
     cost is left out. Raises RestoreError for unknown layers.
     """
     configs = (SD15_UNET, SD15_VAE) if backbone is None else (backbone.network.config, backbone.vae.config)
-    vae_dtype = vae_dtype or dtype
-    guidance = PAG(1.0, layers=layers)
-    with FakeTensorMode():
-        model = _fake_model(*configs, dtype, vae_dtype, tokens)
-        side = model.resolution if size is None else size // model.downscale
-        z = torch.randn(batch, model.channels, side, side, requires_grad=True)
-        guided, plain = _flops(model, z, guidance), _flops(model, z, None)
-        weak_unshared = _weak_unshared(model, z, guidance)
-        peak, peak_pag = _peak(model, z, None), _peak(model, z, guidance)
-        model = _fake_model(*configs, dtype, vae_dtype, tokens, checkpointing=True)
-        peak_checkpointing = _peak(model, z, guidance)
+    dtypes = (dtype, vae_dtype or dtype)
+    schedule, guidance = Schedule.from_config({}), PAG(1.0, layers=layers)
+    with FakeTensorMode(allow_non_fake_inputs=True), _OnlyShapes():
+        model = _fake_model(*configs, *dtypes, tokens, schedule)
+        side = size or model.resolution * model.downscale
+        (_, plain), (first, guided) = _flops(model, side, batch, None), _flops(model, side, batch, guidance)
+        peak, peak_pag = _peak(model, side, batch, None), _peak(model, side, batch, guidance)
+        model = _fake_model(*configs, *dtypes, tokens, schedule, checkpointing=True)
+        peak_checkpointing = _peak(model, side, batch, guidance)
     return StepCost(
-        unet=plain["score"],
-        decoder=plain["decoder"],
-        encoder=plain["encoder"],
-        backward=plain["backward"],
+        **{name: plain[name] for name in ("unet", "decoder", "encoder", "backward")},
         weak=guided["weak"],
-        weak_unshared=weak_unshared,
+        weak_unshared=first["weak"],  # the sampler's first step learns what the passes have in common
         parameters=sum(p.numel() * p.element_size() for p in _weights(model)),
         peak=peak,
         peak_pag=peak_pag,
@@ -120,7 +120,19 @@ def psld_cost(
     )
 
 
-def _fake_model(unet_config, vae_config, dtype, vae_dtype, tokens: int, checkpointing=False) -> StableDiffusion:
+class _OnlyShapes(TorchFunctionMode):
+    """Among fake tensors: real ones (a schedule's) stay real, and a question about values is answered with yes."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        tensors = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+        fake = any(isinstance(v, FakeTensor) for v in tensors)
+        if function is torch.Tensor.__bool__ and fake:
+            return True
+        with unset_fake_temporarily() if (tensors and not fake) or function is torch.tensor else nullcontext():
+            return function(*args, **(kwargs or {}))
+
+
+def _fake_model(unet_config, vae_config, dtype, vae_dtype, tokens: int, schedule, checkpointing=False):
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     with _default_dtype(dtype):
@@ -128,52 +140,53 @@ def _fake_model(unet_config, vae_config, dtype, vae_dtype, tokens: int, checkpoi
     with _default_dtype(vae_dtype):
         vae = AutoencoderKL.from_config(dict(vae_config))
     text = torch.randn(1, tokens, unet.config.cross_attention_dim)
-    return StableDiffusion(unet, vae, torch.ones(1000), text, checkpointing=checkpointing)
+    return StableDiffusion(unet, vae, schedule, text, checkpointing=checkpointing)
 
 
-def _step(model: StableDiffusion, z: torch.Tensor, guidance, score, decoder, encoder, backward, weak) -> None:
-    """psld's second step without the operator and the update, each part within its context manager."""
-    vae = model.vae
-    with estimator(model, guidance) as estimate:
-        if guidance is not None:
-            with torch.no_grad():
-                estimate(z, 1)  # the first step learns what the two passes share
-        with score:
-            strong = estimate.strong(z, 1)
-        with decoder:
-            z0_hat = z - strong.eps
-            x0_hat = vae.decode(z0_hat.to(vae.dtype), return_dict=False)[0].to(z.dtype)
-        with encoder:
-            encoded = vae.encode(x0_hat.to(vae.dtype)).latent_dist.mean.to(z.dtype)
-        with backward:
-            torch.autograd.grad(x0_hat.norm() + (z0_hat - encoded).norm(), z)
-        with weak:
-            estimate.guided(strong, z, 1)
+def _two_steps(prior: Sized, batch: int, guidance, callback=None) -> None:
+    y = torch.randn(batch, 3, prior.height, prior.width)
+    options = {"steps": [501, 500], "eta": 1.0, "gamma": 0.1, "guidance": guidance, "callback": callback}
+    psld(prior, operators.Denoising(), y, noise=lambda k, shape, kind: torch.randn(shape), **options)
 
 
-def _flops(model: StableDiffusion, z: torch.Tensor, guidance) -> dict[str, int]:
-    counters = {name: _counter() for name in ("score", "decoder", "encoder", "backward", "weak")}
-    _step(model, z, guidance, **counters)
-    return {name: counter.get_total_flops() for name, counter in counters.items()}
+def _flops(model: StableDiffusion, side: int, batch: int, guidance) -> list[dict[str, int]]:
+    """FLOP of the parts of psld's first two steps; backward is what is left."""
+    prior, counts, steps = Sized(model, side, side), {}, []
+    start = 0
+
+    def counted(name: str, function):
+        def call(x, *args):
+            before = counter.get_total_flops()
+            out = function(x.view_as(x), *args)  # the counter's hooks want no leaf as a module's input
+            part = "weak" if name == "unet" and not torch.is_grad_enabled() else name
+            counts[part] = counts.get(part, 0) + counter.get_total_flops() - before
+            return out
+
+        return call
+
+    def end(step: dict) -> None:
+        nonlocal start
+        total = counter.get_total_flops()
+        steps.append({**counts, "backward": total - start - sum(counts.values())})
+        counts.clear()
+        start = total
+
+    for name, method in (("unet", "predict"), ("decoder", "decode"), ("encoder", "encode")):
+        setattr(prior, method, counted(name, getattr(prior, method)))
+    with _counter() as counter:
+        _two_steps(prior, batch, guidance, end)
+    return steps
 
 
-def _peak(model: StableDiffusion, z: torch.Tensor, guidance) -> int:
+def _peak(model: StableDiffusion, side: int, batch: int, guidance) -> int:
     # Not in one run with _flops: its counter keeps tensors of recomputed blocks alive.
-    with LiveBytes(known=[*_weights(model), z]) as live:
-        _step(model, z, guidance, *[nullcontext()] * 5)
+    with LiveBytes(known=_weights(model)) as live:
+        _two_steps(Sized(model, side, side), batch, guidance)
     return live.peak
 
 
 def _weights(model: StableDiffusion) -> list[nn.Parameter]:
     return [*model.network.parameters(), *model.vae.parameters()]
-
-
-def _weak_unshared(model: StableDiffusion, z: torch.Tensor, guidance) -> int:
-    with _counter() as both, torch.no_grad(), estimator(model, guidance, share_prefix=False) as estimate:
-        estimate(z, 1)
-    with _counter() as one, torch.no_grad():
-        model.predict(z, 1)
-    return both.get_total_flops() - one.get_total_flops()
 
 
 def _counter() -> FlopCounterMode:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,6 @@ class ImageSet:
     paths: the files, in the same order.
     size: every image is brought to size x size (PREPROCESSING), or left as it is when None.
     digest: sha256 over ids and file contents in order, hexadecimal: equal only for equal sets.
-    annotations: columns of a metadata file (`label`, `text`, ...) or class folders, one mapping per image.
     shapes: (height, width) after preprocessing, one per image.
     stretch: each image's darkest value goes to 0 and its brightest to 255 after that (PSLD's code does it).
     """
@@ -58,8 +57,6 @@ class ImageSet:
     size: int | None
     digest: str
     shapes: tuple[tuple[int, int], ...]
-    annotations: tuple[dict[str, Any], ...] = field(default=(), repr=False)
-    ignored: tuple[str, ...] = ()
     stretch: bool = False
 
     def __len__(self) -> int:
@@ -88,25 +85,17 @@ class ImageSet:
         }
 
 
-def read_metadata(folder: Path) -> dict[str, dict[str, Any]]:
-    """Annotations of a Hugging Face image folder by id: metadata.jsonl or .csv with `file_name`, else class folders."""
+def metadata_names(folder: Path) -> list[str]:
+    """The ids that metadata.jsonl or .csv of a Hugging Face image folder lists; [] where there is none."""
     for source in (folder / "metadata.jsonl", folder / "metadata.csv"):
-        if not source.exists():
-            continue
-        with open(source, newline="", encoding="utf-8") as file:
-            rows = (
-                [json.loads(line) for line in file if line.strip()]
-                if source.suffix == ".jsonl"
-                else csv.DictReader(file)
-            )
-            rows = [dict(row) for row in rows]
-        if not rows or "file_name" not in rows[0]:
-            raise RestoreError(f"{source} has no column `file_name`; Hugging Face image folders need one")
-        return {
-            Path(row["file_name"]).with_suffix("").as_posix(): {k: v for k, v in row.items() if k != "file_name"}
-            for row in rows
-        }
-    return {}
+        if source.exists():
+            with open(source, newline="", encoding="utf-8") as file:
+                read = csv.DictReader(file) if source.suffix == ".csv" else map(json.loads, filter(str.strip, file))
+                rows = list(read)
+            if not rows or "file_name" not in rows[0]:
+                raise RestoreError(f"{source} has no column `file_name`; Hugging Face image folders need one")
+            return [Path(row["file_name"]).with_suffix("").as_posix() for row in rows]
+    return []
 
 
 def _read_names(names: str | os.PathLike | Sequence[str] | None) -> list[str] | None:
@@ -171,7 +160,7 @@ def load_dataset(
     folder: where the images are, at any depth.
     name: "ffhq-256" (files 00000-00999), "imagenet-256" (needs `names`) or "folder".
     names: a text file with one image name a line, or a sequence of names; suffixes are optional.
-    split: subfolder of a Hugging Face image folder ("train", "test"), with its metadata file or class folders.
+    split: subfolder of a Hugging Face image folder ("train", "test"), its metadata file giving the order.
     size: side in pixels that every image is brought to; the named sets have their own.
     every, limit: keep every n-th image, then at most `limit`.
     stretch: see ImageSet.
@@ -183,9 +172,8 @@ def load_dataset(
         raise RestoreError(f"every={every}, limit={limit} and size={size} must be 1 or more (or absent)")
     known = KNOWN_SETS[name]
     root = Path(folder) / split if split else Path(folder)
-    found, ignored = list_images(root)
-    metadata = read_metadata(root)
-    wanted = _read_names(names) or known["names"] or (list(metadata) if metadata else None)
+    found, _ = list_images(root)
+    wanted = _read_names(names) or known["names"] or metadata_names(root) or None
     if name == "imagenet-256" and names is None:
         raise RestoreError(
             "imagenet-256 needs names=FILE, a text file with one image name a line: papers use different 1k lists"
@@ -215,7 +203,6 @@ def load_dataset(
         digest.update(f"size {size} {PREPROCESSING}".encode())
     if stretch:
         digest.update(STRETCHING.encode())
-    annotations = tuple(metadata.get(key, {"label": key.split("/")[0]} if split and "/" in key else {}) for key in ids)
     return ImageSet(
         name=name,
         root=root,
@@ -224,7 +211,5 @@ def load_dataset(
         size=size,
         digest=digest.hexdigest(),
         shapes=tuple(shapes),
-        annotations=annotations,
-        ignored=tuple(ignored),
         stretch=stretch,
     )

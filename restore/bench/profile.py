@@ -12,7 +12,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,12 @@ from torch.overrides import TorchFunctionMode
 import operators
 from operators import RestoreError
 from restore.backbones.adm import ADM
+from restore.backbones.base import Prediction
+from restore.backbones.sizes import Sized
 from restore.bench.cost import psld_cost
-from restore.guidance import PAG, estimator
+from restore.guidance import PAG
 from restore.samplers.dps import dps
-from restore.samplers.steps import Diffusion, respace
+from restore.samplers.steps import Diffusion
 
 FFHQ = {
     "sample_size": 256,
@@ -45,7 +48,8 @@ FFHQ = {
     "norm_eps": 1e-5,
 }
 LAYER = "input_blocks.9.1"
-ZETA, T, PAG_SCALE = 1.0, 500, 1.0
+ZETA, PAG_SCALE = 1.0, 1.0
+TIMES = (501, 500)  # two steps: in the first nothing is shared yet, the second is measured
 
 
 def ffhq_backbone(device: str = "cpu", checkpointing: bool = False) -> ADM:
@@ -54,107 +58,106 @@ def ffhq_backbone(device: str = "cpu", checkpointing: bool = False) -> ADM:
 
 
 class Bench:
-    """One DPS step at t = 500 on a random problem (SR x8), in the variants that are compared."""
+    """Two DPS steps on a random problem (SR x8), in the variants that are compared. Each variant returns the seconds
+    of its second step and x after it."""
 
     def __init__(self, backbone: ADM, size: int, batch: int) -> None:
         g = torch.Generator().manual_seed(0)
         device = backbone.device
         self.backbone, self.operator = backbone, operators.SuperResolution(8)
-        self.x_t = torch.randn(batch, 3, size, size, generator=g).to(device)
+        self.x_T = torch.randn(batch, 3, size, size, generator=g).to(device)
         self.y = self.operator.A(torch.randn(batch, 3, size, size, generator=g).to(device).tanh())
         self.n = torch.randn(batch, 3, size, size, generator=g).to(device)
-        self.diffusion = Diffusion(backbone.alphas_cumprod, respace(1000, 1000))
 
-    def sampler(self, guidance) -> float:
-        """One step of the package's own loop."""
-        started = time.perf_counter()
-        dps(
-            self.backbone,
-            self.operator,
+    def sampler(self, guidance, prior=None, operator=None, callback=lambda step: None) -> torch.Tensor:
+        """The package's own loop."""
+        return dps(
+            prior or Sized(self.backbone, *self.x_T.shape[-2:]),
+            operator or self.operator,
             self.y,
-            x_T=self.x_t,
-            timesteps=[T],
+            noise=lambda k, shape, kind: self.x_T if kind == "start" else self.n,
+            steps=list(TIMES),
             zeta=ZETA,
+            scale_zeta=False,
             guidance=guidance,
-            noise=lambda k, shape, kind: self.n,
+            callback=callback,
         )
-        synchronize(self.x_t.device)
-        return time.perf_counter() - started
 
-    def package(self) -> float:
-        return self.sampler(None)
+    def package(self, guidance=None) -> tuple[float, torch.Tensor]:
+        marks: list[float] = []
+        x = self.sampler(guidance, callback=lambda step: marks.append(self.now()))
+        return marks[1] - marks[0], x
 
-    def shared(self) -> float:
-        return self.sampler(PAG(PAG_SCALE, layers=LAYER))
+    def shared(self) -> tuple[float, torch.Tensor]:
+        return self.package(PAG(PAG_SCALE, layers=LAYER))
 
-    def written_out(self, weak: Callable | None = None) -> float:
-        """The same step as a script would write it around the same network: no class, no protocol."""
-        started = time.perf_counter()
-        x_t = self.x_t.detach().requires_grad_()
-        eps, v = self.backbone.network(x_t, T, return_dict=False)[0].chunk(2, dim=1)
-        eps_guided = eps.detach()
-        if weak is not None:
-            eps_guided = eps_guided + PAG_SCALE * (eps_guided - weak(x_t.detach()))
-        self._finish(x_t, eps, v, eps_guided)
-        return time.perf_counter() - started
+    def written_out(self, pag: str = "") -> tuple[float, torch.Tensor]:
+        """The same steps as a script would write them around the same network: no class, no protocol.
 
-    def two_passes(self) -> float:
-        """PAG with two full passes."""
-        with IdentityAttention(self.backbone, LAYER) as identity:
+        pag: "", "two passes", or "batched": both branches in one batch, which drags the weak one through the graph.
+        """
+        diffusion = Diffusion(self.backbone.schedule, TIMES)
+        network, identity = self.backbone.network, IdentityAttention(self.backbone, LAYER, pag == "batched")
+        x_t, marks = self.x_T, []
+        for i in (1, 0):
+            t = diffusion.timesteps[i]
+            x_t = x_t.detach().requires_grad_()
+            with identity if pag == "batched" else nullcontext():
+                out = network(torch.cat([x_t, x_t]) if pag == "batched" else x_t, t, return_dict=False)[0]
+            eps, v = out[: len(x_t)].chunk(2, dim=1)
+            difference = self.y - self.operator.A(diffusion.x0(x_t, eps, i))
+            (grad,) = torch.autograd.grad(torch.linalg.vector_norm(difference.flatten(1), dim=1).sum(), x_t)
+            with torch.no_grad():
+                if pag == "two passes":
+                    with identity:
+                        out = torch.cat([out, network(x_t, t, return_dict=False)[0]])
+                weak = out[len(x_t) :, :3] if pag else eps
+                x_t = diffusion.step(x_t, eps + PAG_SCALE * (eps - weak), v, i, self.n) - ZETA * grad
+            marks.append(self.now())
+        identity.remove()
+        return marks[1] - marks[0], x_t
 
-            def weak(x_t):
-                with torch.no_grad(), identity:
-                    return self.backbone.network(x_t, T, return_dict=False)[0].chunk(2, dim=1)[0]
+    def two_passes(self) -> tuple[float, torch.Tensor]:
+        return self.written_out("two passes")
 
-            return self.written_out(weak)
-
-    def batched(self) -> float:
-        """PAG with both branches in one batch, which drags the weak one through the graph."""
-        started = time.perf_counter()
-        x_t = self.x_t.detach().requires_grad_()
-        with IdentityAttention(self.backbone, LAYER, second_half_only=True) as identity, identity:
-            out = self.backbone.network(torch.cat([x_t, x_t]), T, return_dict=False)[0]
-        strong, weak = out.chunk(2)
-        eps, v = strong.chunk(2, dim=1)
-        eps_guided = eps.detach() + PAG_SCALE * (eps - weak[:, :3]).detach()
-        self._finish(x_t, eps, v, eps_guided)
-        return time.perf_counter() - started
-
-    def _finish(self, x_t, eps, v, eps_guided) -> None:
-        x0_hat = self.diffusion.x0(x_t, eps, T)
-        norm = torch.linalg.vector_norm(self.y - self.operator.A(x0_hat))
-        (grad,) = torch.autograd.grad(norm, x_t)
-        with torch.no_grad():
-            self.diffusion.step(x_t.detach(), eps_guided, v.detach(), T, self.n) - ZETA * grad
-        synchronize(self.x_t.device)
+    def batched(self) -> tuple[float, torch.Tensor]:
+        return self.written_out("batched")
 
     def phases(self) -> dict[str, float]:
-        """Seconds of the parts of a DPS+PAG step."""
-        marks = [time.perf_counter()]
+        """Seconds of the parts of the package's DPS+PAG step: what passes between its calls of prior and operator."""
+        prior, last, seconds = Sized(self.backbone, *self.x_T.shape[-2:]), self.now(), {}
 
-        def mark() -> None:
-            synchronize(self.x_t.device)
-            marks.append(time.perf_counter())
+        def close(name: str) -> None:
+            nonlocal last
+            now = self.now()
+            seconds[name], last = seconds.get(name, 0.0) + now - last, now
 
-        with estimator(self.backbone, PAG(PAG_SCALE, layers=LAYER)) as estimate:
-            with torch.no_grad():
-                estimate(self.x_t, T)  # the first step learns what the two passes share
-            marks[0] = time.perf_counter()
-            x_t = self.x_t.detach().requires_grad_()
-            strong = estimate.strong(x_t, T)
-            mark()
-            x0_hat = self.diffusion.x0(x_t, strong.eps, T)
-            norm = torch.linalg.vector_norm(self.y - self.operator.A(x0_hat))
-            mark()
-            (grad,) = torch.autograd.grad(norm, x_t)
-            mark()
-            eps = estimate.guided(strong, x_t, T)
-            mark()
-            with torch.no_grad():
-                self.diffusion.step(x_t.detach(), eps, strong.variance.detach(), T, self.n) - ZETA * grad
-            mark()
-        names = ("strong pass", "operator", "backward", "weak pass", "update")
-        return {name: b - a for name, a, b in zip(names, marks, marks[1:], strict=False)}
+        def predict(*args, inner=prior.predict) -> Prediction:
+            strong = torch.is_grad_enabled()
+            if not strong:
+                close("backward")
+            found = inner(*args)
+            close("strong pass" if strong else "weak pass")
+            return found
+
+        def measure(x: torch.Tensor) -> torch.Tensor:
+            y = self.operator.A(x)
+            close("operator")
+            return y
+
+        def end(step: dict) -> None:
+            close("update")
+            if step["step"] == 0:
+                seconds.clear()
+
+        prior.predict = predict
+        self.sampler(PAG(PAG_SCALE, layers=LAYER), prior, SimpleNamespace(A=measure), end)
+        return seconds
+
+    def now(self) -> float:
+        if self.x_T.device.type == "cuda":
+            torch.cuda.synchronize(self.x_T.device)
+        return time.perf_counter()
 
 
 class IdentityAttention(TorchFunctionMode):
@@ -169,10 +172,9 @@ class IdentityAttention(TorchFunctionMode):
             self.module.register_forward_hook(lambda *_: setattr(self, "inside", False)),
         ]
 
-    def __exit__(self, *error):
+    def remove(self) -> None:
         for hook in self.hooks:
             hook.remove()
-        return super().__exit__(*error)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -180,11 +182,6 @@ class IdentityAttention(TorchFunctionMode):
             value = args[2]
             return torch.cat([out[: len(out) // 2], value[len(value) // 2 :]]) if self.half else value
         return out
-
-
-def synchronize(device: torch.device) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 VARIANTS = {
@@ -217,7 +214,7 @@ def profile(
     phases: list[dict[str, float]] = []
     for round_ in range(repeats + 1):
         for name, variant in VARIANTS.items():
-            seconds = variant(bench)
+            seconds, _ = variant(bench)
             if round_:
                 times[name].append(seconds)
         if round_:
@@ -259,14 +256,9 @@ def psld_table() -> list[str]:
     return lines
 
 
-MEMORY = {
-    "DPS": ("package", False),
-    "DPS, checkpointing": ("package", True),
-    "DPS+PAG, two passes": ("two_passes", False),
-    "DPS+PAG, batched": ("batched", False),
-    "DPS+PAG, shared prefix": ("shared", False),
-    "DPS+PAG, shared prefix, checkpointing": ("shared", True),
-}
+# Variant and whether activations are computed again in the backward pass.
+MEMORY = [("DPS", False), ("DPS", True), ("DPS+PAG, two passes", False), ("DPS+PAG, batched", False)]
+MEMORY += [("DPS+PAG, shared prefix", False), ("DPS+PAG, shared prefix", True)]
 
 
 def memory_table(size: int, device: str) -> list[str]:
@@ -274,7 +266,8 @@ def memory_table(size: int, device: str) -> list[str]:
     lines = [f"peak memory of a step above the loaded model, {size} px, batch 1", ""]
     lines += ["variant | MiB | against DPS", "---|---|---"]
     plain = None
-    for name, (variant, checkpointing) in MEMORY.items():
+    for variant, checkpointing in MEMORY:
+        name = variant + (", checkpointing" if checkpointing else "")
         code = "from restore.bench.profile import peak_memory as p; "
         code += f"print(p({variant!r}, {size}, {checkpointing}, {device!r}))"
         # With a low threshold every tensor has its own mapping, and the peak is that of the tensors, not of
@@ -294,16 +287,16 @@ def peak_memory(variant: str, size: int, checkpointing: bool, device: str) -> fl
     """MiB by which one step raises the peak of this process (of the device, with CUDA)."""
     bench = Bench(ffhq_backbone(device, checkpointing), size, 1)
     gc.collect()
-    run = getattr(bench, variant)
+    run = VARIANTS[variant]
     if torch.device(device).type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        run()
+        run(bench)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     before = _status("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets the high-water mark
-    run()
+    run(bench)
     return (_status("VmHWM") - before) / 1024
 
 

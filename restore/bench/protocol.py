@@ -5,46 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from restore.versions import versions
-
-SIGMA_RANGE = "[-1, 1]"
 # Differences that leave numbers comparable: they name the circumstances of a run rather than what was measured.
 CIRCUMSTANCES = ("versions", "device")
-
-
-def build_protocol(
-    *,
-    images: Mapping[str, Any] | None,
-    backbone: Mapping[str, Any],
-    seed: int,
-    samples: int,
-    tasks: Mapping[str, Mapping[str, Any]],
-    methods: Mapping[str, Mapping[str, Any]],
-    metrics: Mapping[str, Any],
-    precision: str,
-    device: str,
-) -> dict[str, Any]:
-    """The protocol block of a run, JSON-compatible.
-
-    images: ImageSet.describe(), or None for generation. backbone: name and sha256 of its weights.
-    tasks: per task its operator, noise and `sigma_y` (standard deviation on [-1, 1]).
-    methods: per method sampler, guidance, steps, parameters and `nfe` per image. metrics: definitions, LPIPS net,
-    FID implementation and weights, reference set and count.
-    """
-    return {
-        "images": dict(images) if images is not None else None,
-        "backbone": dict(backbone),
-        "seed": seed,
-        "samples": samples,
-        "sigma_range": SIGMA_RANGE,
-        "tasks": {k: dict(v) for k, v in tasks.items()},
-        "methods": {k: dict(v) for k, v in methods.items()},
-        "metrics": dict(metrics),
-        "precision": precision,
-        "device": device,
-        "output": "8-bit PNG, clamped and rounded; nothing of the ground truth is pasted in; sample 0 is the result",
-        "versions": versions(),
-    }
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -19,8 +19,10 @@ from restore.bench import cluster, datasets, results
 from restore.bench.baselines import BASELINES
 from restore.bench.batches import Batch, expand, image_ids, load_images
 from restore.bench.config import load_config, pairs, result_part, settings
-from restore.bench.protocol import build_protocol, differences, format_differences
+from restore.bench.protocol import differences, format_differences
 from restore.metrics.weights import sha256
+from restore.restoration import choose_device
+from restore.versions import versions
 
 FORMAT = 2
 LEFTOVER = ".*.tmp"  # what a killed process was writing
@@ -90,7 +92,7 @@ def bench(
         for batch in waiting:
             finished(batch, worker.run(batch))
     measuring = None if progress is None else lambda what: progress({"measuring": what})
-    device = "cuda" if checked["device"] in ("auto", "cuda") and _cuda() else "cpu"
+    device = str(choose_device(checked["device"])).replace("mps", "cpu")
     return Bench(folder, done, kept, results.summarise(folder, checked, images, device, measuring))
 
 
@@ -146,12 +148,6 @@ def _with_steps(config: Mapping[str, Any], n: int) -> dict[str, Any]:
     return changed
 
 
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def _claim(folder: Path, config: Mapping[str, Any], images: datasets.ImageSet | None, metrics_entry: dict) -> None:
     """Make the run's folder, or make sure that it holds the same run. Raises RestoreError otherwise."""
     identity = {"config": result_part(config), "images": images.digest if images is not None else None}
@@ -179,20 +175,20 @@ def _claim(folder: Path, config: Mapping[str, Any], images: datasets.ImageSet | 
                 f"the run folder {folder} cannot be made: {atomic.reason(error)}; give out=FOLDER"
             ) from error
         created = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    device = (
-        "cuda" if config["device"] in ("auto", "cuda") and _cuda() else str(config["device"]).replace("auto", "cpu")
-    )
-    protocol = build_protocol(
-        images=images.describe() if images is not None else None,
-        backbone=identity["backbone"],
-        seed=config["seed"],
-        samples=config["samples"],
-        tasks=tasks_protocol(config),
-        methods=results.methods_protocol(config),
-        metrics=metrics_entry,
-        precision=config["precision"],
-        device=device,
-    )
+    protocol = {
+        "images": images.describe() if images is not None else None,
+        "backbone": identity["backbone"],
+        "seed": config["seed"],
+        "samples": config["samples"],
+        "sigma_range": "[-1, 1]",
+        "tasks": tasks_protocol(config),
+        "methods": results.methods_protocol(config),
+        "metrics": metrics_entry,
+        "precision": config["precision"],
+        "device": choose_device(config["device"]).type,
+        "output": "8-bit PNG, clamped and rounded; nothing of the ground truth is pasted in; sample 0 is the result",
+        "versions": versions(),
+    }
     content = {"format": FORMAT, "created": created, "identity": identity, "protocol": protocol, "config": config}
     atomic.write_json(manifest, json.loads(json.dumps(content, default=str)))
     atomic.write_bytes(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False).encode())

@@ -28,6 +28,7 @@ from restore.images import io
 from restore.images.folder import file_name
 from restore.metrics import single
 from restore.metrics.table import ALWAYS
+from restore.restoration import choose_device
 
 # Of a Restorer's protocol, what the configuration does not say but the numbers may hang on.
 MEASURED_WITH = ("weights", "precision", "torch", "device", "threads")
@@ -55,8 +56,6 @@ class Worker:
     def __init__(
         self, config: Mapping[str, Any], run: Path, images: datasets.ImageSet | None, device: str | None = None
     ) -> None:
-        from restore.restorer import choose_device
-
         self.config, self.run_folder, self.images = config, Path(run), images
         self.device = choose_device(device or config["device"])
         self.index = {key: i for i, key in enumerate(images.ids)} if images is not None else {}

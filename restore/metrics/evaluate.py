@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -46,22 +47,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON: infinite values (the PSNR of an exact result) and NaN become None."""
-        return _finite(self._fields())
-
-    def _fields(self) -> dict[str, Any]:
-        return {
-            "complete": self.complete,
-            "expected": self.expected,
-            "compared": len(self.per_image),
-            "missing": self.missing,
-            "mismatched": self.mismatched,
-            "extra": self.extra,
-            "means": {name: estimate.to_dict() for name, estimate in self.means.items()},
-            "set_values": self.set_values,
-            "notes": self.notes,
-            "protocol": self.protocol,
-            "per_image": self.per_image,
-        }
+        return _finite({"complete": self.complete, "compared": len(self.per_image), **dataclasses.asdict(self)})
 
 
 def _finite(value: Any) -> Any:

@@ -72,16 +72,6 @@ def _per_image(metric: Callable, image: torch.Tensor, truth: torch.Tensor) -> to
     return torch.tensor(values, dtype=torch.float64)
 
 
-def residual_ratio(residual: torch.Tensor, sigma_y: float, m: int) -> torch.Tensor:
-    """||y - A(x)||_2 / (sigma_y sqrt(m)) per image: 1 where x explains y up to its noise.
-
-    residual: (B,) Euclidean norms; sigma_y on [-1, 1]; m the number of measured values of one image.
-    """
-    if sigma_y <= 0:
-        raise RestoreError(f"the residual is measured against the noise, so sigma_y must be positive, not {sigma_y}")
-    return residual / (sigma_y * math.sqrt(m))
-
-
 def spread(samples: torch.Tensor) -> torch.Tensor:
     """(B, K, 3, H, W) samples to (B,): see SPREAD_DEFINITION. NaN for K = 1, where it is unknown."""
     if samples.shape[1] < 2:

@@ -40,10 +40,3 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> Estimate:
     indices = np.random.default_rng(seed).integers(0, array.size, (RESAMPLES, array.size), dtype=np.int32)
     low, high = np.quantile(array[indices].mean(axis=1), [0.025, 0.975])
     return Estimate(float(array.mean()), float(low), float(high), int(array.size))
-
-
-def paired_difference(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Estimate:
-    """Mean of a - b image by image: far tighter than comparing two intervals, as both saw the same images."""
-    if len(a) != len(b):
-        raise ValueError(f"paired values must come from the same images, but there are {len(a)} and {len(b)}")
-    return bootstrap(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64), seed)

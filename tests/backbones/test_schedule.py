@@ -100,6 +100,7 @@ def test_flow_and_edm_configurations():
     theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
     ours = Schedule.from_config(saved(theirs))
     for t in theirs.timesteps[[2, 300, 700, 998]].tolist():  # diffusers: t = 1000 sigma
+        assert len(ours) == len(ours.timesteps(1000)) == 1000
         assert ours.sigma(t) == pytest.approx(t / 1000, rel=1e-6) and ours.alpha(t) == pytest.approx(
             1 - t / 1000, rel=1e-4
         )

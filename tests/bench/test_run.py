@@ -7,16 +7,24 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-import restore.restorer  # noqa: F401  (imported before forking, or every child would spend seconds on it)
+import operators
+import restore
+import restore.restorer  # imported before forking, or every child would spend seconds on it
 from operators import RestoreError
 from restore import atomic
 from restore.bench.run import bench, dry_run
+from restore.images import io
+from restore.images.folder import read_rgb
+from restore.report.write import report
+from restore.samplers.noise import measurement_generator
 
 NOISE = {"name": "gaussian", "sigma": 0.05}
 
@@ -224,8 +232,6 @@ def test_several_samples_give_spread_and_coverage(config):
     first = contents(run)["results/sr/dps/00001.png"]
     bench(config, [f"out={run}-single", "data.limit=2"])
     # Sample 0 does not depend on how many are drawn (up to rounding between batch sizes).
-    from restore.images.folder import read_rgb
-
     single = read_rgb(Path(f"{run}-single") / "results/sr/dps/00001.png").astype(int)
     assert abs(single - read_rgb(run / "results/sr/dps/00001.png").astype(int)).max() <= 1 and len(first) > 0
 
@@ -236,3 +242,82 @@ def test_little_time_is_spent_on_anything_but_sampling(config, smooth_images, wr
     config["methods"] = {"dps": dict(config["methods"]["dps"], steps=100)}
     table = bench(config, ["data.limit=2", "tasks.box.per_image=false"]).table["table"]
     assert table["sr"]["dps"]["cost"]["overhead"] < 0.1 and time.perf_counter() - started < 60
+
+
+def brightness_error(result, truth):
+    """Difference of the mean brightness on [-1, 1]."""
+    return (result.mean(dim=(1, 2, 3)) - truth.mean(dim=(1, 2, 3))).abs()
+
+
+def copy_back(prior, operator, y, *, noise, steps, weight, guidance=None, condition=None, callback=None):
+    """A "sampler" of one line: A^T y and some noise."""
+    return weight * operator.A_adjoint(y) + 0.01 * noise(0, (len(y), 3, 16, 16), "start")
+
+
+def test_a_metric_and_a_sampler_from_outside(config, monkeypatch, tmp_path):
+    """From a YAML file by `module:function`, without editing the package; both are in the report."""
+    monkeypatch.setitem(sys.modules, "outside", sys.modules[__name__])
+    method = {"sampler": "outside:copy_back", "steps": 1, "parameters": {"weight": 1.0}}
+    config["methods"] = {"mine": method, "base": {"sampler": "baseline"}}
+    config["metrics"] = {"names": ["psnr", "outside:brightness_error"]}
+    OmegaConf.save(OmegaConf.create(config), tmp_path / "mine.yaml")
+    table = bench(tmp_path / "mine.yaml").table["table"]
+    cell = table["sr"]["mine"]
+    run = Path(config["out"])
+    pair = [read_rgb(run / part / "00002.png").astype(float) / 127.5 - 1 for part in ("results/sr/mine", "truth")]
+    rows = json.loads((run / "metrics/sr/mine.json").read_text())["paired"]
+    assert rows["00002"]["outside:brightness_error"] == pytest.approx(abs(pair[0].mean() - pair[1].mean()), rel=1e-4)
+    assert cell["means"]["outside:brightness_error"]["n"] == 5 and cell["means"]["psnr"]["mean"] > 5
+    monkeypatch.delitem(sys.modules, "outside")  # a report needs what the run wrote, not the module
+    text = report([run]).markdown.read_text()
+    assert "brightness_error" in text and "Difference of the mean brightness" in report([run]).html.read_text()
+    assert "| methods.mine.sampler | outside:copy_back |" in text
+
+
+def test_generation_is_the_restorers_own(config):
+    """One seed, one noise: the images of `restore generate`, whatever the batches; counted in network passes."""
+    config |= {"kind": "generation", "tasks": {"uncond": {"count": 3}}, "metrics": {"names": ["peak_memory_mb"]}}
+    pag = {"pag": {"scale": 1.0, "layers": ["m1"]}}
+    config["methods"] = {"ddim": {"sampler": "ddim", "steps": "ddim4", "parameters": {"eta": 0.5}, "guidance": pag}}
+    cell = bench(config, ["seed=5"]).table["table"]["uncond"]["ddim"]
+    assert cell["cost"]["nfe"] == 8 and cell["cost"]["iterations_per_second"] > 0
+    torch.set_num_threads(1)
+    restorer = restore.load(config["backbone"], device="cpu")
+    options = {"guidance": restore.PAG(1.0, layers="m1"), "steps": "ddim4", "seed": 5, "ddim_eta": 0.5}
+    expected = io.to_uint8(restorer.generate(3, batch_size=2, **options))
+    for i in range(3):
+        written = read_rgb(Path(config["out"]) / f"results/uncond/ddim/00000{i}.png")
+        assert abs(written.astype(int) - expected[i]).max() <= 1 and written.std() > 5
+
+
+def test_what_a_run_was_computed_with_is_kept(config):
+    config["methods"] = {"dps": config["methods"]["dps"]}
+    table = bench(config, ["data.limit=2"]).table["table"]
+    (ran,) = table["sr"]["dps"]["cost"]["protocols"]
+    assert ran["threads"] == 1 and ran["precision"] == "float32" and ran["torch"] == torch.__version__
+    assert len(ran["weights"]) == 12 and "ran_with.0.weights" in report([config["out"]]).markdown.read_text()
+
+
+def test_measurements_are_those_of_the_command_line(config, tmp_path):
+    config["methods"] = {"base": {"sampler": "baseline"}}
+    bench(config, ["seed=3"])
+    clean = io.read_image(Path(config["data"]["folder"]) / "00001.png").pixels
+    operator = operators.SuperResolution(4, noise=operators.GaussianNoise(0.05))
+    y = io.to_uint8(operator(clean, measurement_generator(3, "00001")))[0]
+    assert (read_rgb(Path(config["out"]) / "measurements/sr/00001.png") == y).all()
+
+
+def test_kernels_of_their_own_share_a_batch(config):
+    blur = {"name": "motion_blur", "kernel_size": 7, "noise": NOISE}
+    config |= {"tasks": {"motion": {"per_image": True, "operator": blur}}, "methods": {"dps": config["methods"]["dps"]}}
+    bench(config)
+    bench(config, [f"out={config['out']}-1", "batch=1"])
+    for i in range(5):
+        name = f"motion/dps/rows/0000{i}.json"
+        rows = [json.loads((Path(config["out"] + end) / "results" / name).read_text()) for end in ("", "-1")]
+        assert rows[0]["psnr"] == pytest.approx(rows[1]["psnr"], rel=1e-3)
+        pair = [Path(config["out"] + end) / f"measurements/motion/0000{i}.png" for end in ("", "-1")]
+        assert pair[0].read_bytes() == pair[1].read_bytes()
+    config["tasks"]["motion"]["operator"] = {"name": "denoising", "noise": NOISE}
+    with pytest.raises(RestoreError, match="seed"):
+        bench(config, [f"out={config['out']}-2"])

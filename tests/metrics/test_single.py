@@ -62,14 +62,6 @@ def test_metrics_refuse_other_shapes_types_and_tiny_images():
         single.ssim_pixels(picture(10, 30), picture(10, 30))
 
 
-def test_residual_ratio_of_pure_noise_is_one():
-    noise = 0.05 * torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    ratio = single.residual_ratio(noise.flatten(1).norm(dim=1), 0.05, 3 * 64 * 64)
-    assert torch.allclose(ratio, torch.ones(4), rtol=0.03)
-    with pytest.raises(RestoreError, match="positive"):
-        single.residual_ratio(torch.ones(1), 0.0, 10)
-
-
 def test_spread_and_coverage_of_exchangeable_samples():
     k = 4
     draws = torch.randn(2, k + 1, 3, 96, 96, generator=torch.Generator().manual_seed(0)) * 0.3
