@@ -92,8 +92,8 @@ def find(
     """The first preset of configs/method that fits.
 
     backbone, task, operator: names (task: of configs/task, operator: an operator's `name`); an entry's `backbone`
-        and `task` are a name, a list of names or "*", and its task may name either. sampler: None takes the one
-        that configs/method/defaults.yaml names for this backbone and kind ("pixels" or "latents").
+        and `task` are a name, a list of names or "*", and its task may name either. kind: "pixels" or "latents", for
+        entries that name one. sampler: None takes the one that configs/method/defaults.yaml names for both.
     data: "ffhq" or "imagenet", where settings were published for both with one backbone; None takes the first.
     A sampler without any preset file (a caller's own) has no settings but its own defaults.
     Raises RestoreError for an unknown sampler and where no preset fits.
@@ -109,7 +109,7 @@ def find(
     entries = [entry for entry in _entries() if entry["sampler"] == name]
     for entry in entries:
         fits = _matches(entry["backbone"], backbone) and any(_matches(entry["task"], n) for n in (task, operator))
-        if fits and data in (None, entry.get("data", data)):
+        if fits and _matches(entry.get("kind", "*"), kind) and data in (None, entry.get("data", data)):
             wanted = {key: entry.get(key) for key in Method.__dataclass_fields__}
             return Method.from_config({**wanted, **own, "sampler": sampler})
     if entries:

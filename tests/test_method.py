@@ -19,6 +19,10 @@ def test_published_presets():
     assert sd.changed(guidance=None).parameters == {"eta": 1.0, "gamma": 0.1}
     assert sd.changed().parameters == {"eta": 0.15, "gamma": 0.015} and sd.changed().guidance == sd.guidance
     assert method.find("someone's.pt", None, "inpainting", "dps").parameters == {"zeta": 0.5}
+    daps = method.find("someone's.pt", "inpaint-random", "inpainting", "daps")
+    assert daps.steps == 200 and daps.parameters["lr"] == 1e-4
+    daps = method.find("sd-1.5", None, "inpainting", "daps", kind="latents")
+    assert daps.parameters["latent_clamp"] == 1 and daps.parameters["lr"] == 1.11e-6 and daps.parameters["tau"] == 0.01
     for file in (configs_dir() / "method").glob("*.yaml"):
         assert all(entry["source"] for entry in method._entries()), file
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from operators import RestoreError
 from operators.naming import check_known, lookup
+from restore.samplers.daps import daps
 from restore.samplers.ddnm import ddnm
 from restore.samplers.ddrm import ddrm
 from restore.samplers.diffpir import diffpir
@@ -21,8 +22,11 @@ from restore.samplers.dps import dps
 from restore.samplers.pigdm import pigdm
 from restore.samplers.pnpdm import pnpdm
 from restore.samplers.psld import psld
+from restore.samplers.reddiff import reddiff
+from restore.samplers.resample import resample
 
 SAMPLERS: dict[str, Callable] = {
+    "daps": daps,
     "ddnm": ddnm,
     "ddrm": ddrm,
     "diffpir": diffpir,
@@ -30,6 +34,8 @@ SAMPLERS: dict[str, Callable] = {
     "pigdm": pigdm,
     "pnpdm": pnpdm,
     "psld": psld,
+    "reddiff": reddiff,
+    "resample": resample,
 }
 
 _CONTRACT = ("prior", "operator", "y", "noise", "steps", "guidance", "condition", "callback")

@@ -35,7 +35,7 @@ class ImageNoise:
         self.keys, self.device, self.dtype = list(keys), torch.device(device), dtype
 
     def __call__(self, k: int, shape: Sequence[int], kind: str = "latent") -> torch.Tensor:
-        """Noise of `shape` (B, ...) for step k; kinds are "start", "latent", "measurement", "posterior"."""
+        """Noise of `shape` (B, ...) for step k; kind: what it is for, "start", "latent" or a sampler's own."""
         if shape[0] != len(self.keys):
             raise ValueError(f"noise for {len(self.keys)} images was asked for a batch of {shape[0]}")
         draws = []
