@@ -134,7 +134,7 @@ def test_clipping_is_undone_with_the_prior(conditional):
     """A nonlinear operator, for which DAPS needs A alone: saturated pixels come from the prior's correlations."""
     prior = problems()["Gaussian"]
     truth = prior.sample(40, torch.Generator().manual_seed(5))
-    operator = Clipping(4.0, GaussianNoise(0.05))
+    operator = Clipping(4.0, noise=GaussianNoise(0.05))
     y = operator.A(truth) + 0.05 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(6)).double()
     saturated = operator.A(truth).abs() == 1
     assert 0.2 < saturated.double().mean() < 0.8

@@ -74,7 +74,7 @@ def test_clipping_is_undone_with_the_prior():
     """A nonlinear operator, for which RED-diff needs A alone: saturated pixels come from the prior's correlations."""
     prior = problems()["Gaussian"]
     truth = prior.sample(40, torch.Generator().manual_seed(5))
-    operator, seen = Clipping(4.0, GaussianNoise(0.05)), []
+    operator, seen = Clipping(4.0, noise=GaussianNoise(0.05)), []
     y = operator.A(truth) + 0.05 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(6)).double()
     saturated = operator.A(truth).abs() == 1
     x = reddiff(prior, operator, y, noise=batch_noise(), steps=300, lr=0.05, lam=1.0, callback=seen.append)
