@@ -33,13 +33,21 @@ def train(
 
 def profile(
     settings: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. size=128 repeats=5")] = None,
+    library: Annotated[str | None, typer.Option("--against", help="deepinv: its samplers beside ours.")] = None,
 ) -> None:
     """Measure the cost of DPS and of PAG (naive, batched, shared prefix) and the memory of a step."""
     import inspect
 
     from operators import RestoreError
     from operators.naming import check_known
-    from restore.bench.profile import profile as measure
+
+    if library is None:
+        from restore.bench.profile import profile as measure
+    else:
+        from restore.bench.against import LIBRARIES
+        from operators.naming import lookup
+
+        measure = lookup(library, LIBRARIES, "library")
 
     others, options = split_settings(settings or [])
     if others:

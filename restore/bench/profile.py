@@ -12,8 +12,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -270,33 +272,41 @@ def memory_table(size: int, device: str) -> list[str]:
         name = variant + (", checkpointing" if checkpointing else "")
         code = "from restore.bench.profile import peak_memory as p; "
         code += f"print(p({variant!r}, {size}, {checkpointing}, {device!r}))"
-        # With a low threshold every tensor has its own mapping, and the peak is that of the tensors, not of
-        # what glibc's arenas keep.
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if done.returncode:
-            raise RestoreError(f"measuring {name} failed: {done.stderr.strip().splitlines()[-1]}")
-        mebibytes = float(done.stdout.split()[-1])
+        mebibytes = in_own_process(code, name)
         plain = plain or mebibytes
         lines.append(f"{name} | {mebibytes:.0f} | {mebibytes / plain:.2f}")
     return lines
 
 
+def in_own_process(code: str, name: str) -> float:
+    """The last number that `code` prints in a fresh Python. Raises RestoreError, with `name`, where it fails."""
+    # With a low threshold every tensor has its own mapping, and the peak is that of the tensors, not of
+    # what glibc's arenas keep.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise RestoreError(f"measuring {name} failed: {done.stderr.strip().splitlines()[-1]}")
+    return float(done.stdout.split()[-1])
+
+
 def peak_memory(variant: str, size: int, checkpointing: bool, device: str) -> float:
-    """MiB by which one step raises the peak of this process (of the device, with CUDA)."""
+    """MiB by which one step of a variant raises the peak of this process (of the device, with CUDA)."""
     bench = Bench(ffhq_backbone(device, checkpointing), size, 1)
+    return rise(lambda: VARIANTS[variant](bench), device)
+
+
+def rise(run: Callable[[], Any], device: torch.device | str) -> float:
+    """MiB by which `run` raises the peak of this process (of the device, with CUDA)."""
     gc.collect()
-    run = VARIANTS[variant]
     if torch.device(device).type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        run(bench)
+        run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     before = _status("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets the high-water mark
-    run(bench)
+    run()
     return (_status("VmHWM") - before) / 1024
 
 
