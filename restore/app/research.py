@@ -44,8 +44,8 @@ def profile(
     if library is None:
         from restore.bench.profile import profile as measure
     else:
-        from restore.bench.against import LIBRARIES
         from operators.naming import lookup
+        from restore.bench.against import LIBRARIES
 
         measure = lookup(library, LIBRARIES, "library")
 

@@ -181,7 +181,7 @@ def against_deepinv(
     repeats: int = 5,
     samples: int = 4,
     memory: bool = True,
-    weight: float = 30.0,
+    weight: float = 100.0,
     device: str = "cpu",
 ) -> str:
     """A Markdown table: seconds of a step, peak memory and fidelity of both, with ratios ours / theirs.
@@ -189,7 +189,7 @@ def against_deepinv(
     evaluations, dps_evaluations: of the images that are compared, the same on both sides. repeats: rounds of timing;
     each runs every sampler of both once for `evaluations`, after a round of warm-up. samples: images of different
     seeds whose PSNR and SSIM are averaged. memory: measure it too, each sampler in a process of its own.
-    weight: of the gradient in their DPS. Raises RestoreError where deepinv is not installed.
+    weight: of the gradient in their DPS; of 3, 10, 30, 100 the best for SR x4 at 40 evaluations. Raises RestoreError where deepinv is not installed.
     """
     try:
         import deepinv

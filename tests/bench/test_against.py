@@ -1,0 +1,73 @@
+"""deepinv's samplers on our prior, with the real library."""
+
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("deepinv")
+
+from operators import RestoreError
+from restore import load
+from restore.app.research import profile
+from restore.bench.against import ROWS, TASKS, Contest, against_deepinv, as_denoiser
+from restore.metrics.single import psnr
+
+
+@pytest.fixture(scope="module")
+def restorer():
+    return load("embedded", device="cpu", offline=True)
+
+
+@pytest.fixture(params=TASKS)
+def contest(request, restorer):
+    made = Contest(request.param, restorer)
+    yield made
+    made.close()
+
+
+def test_both_solve_the_same_problem(contest):
+    """Their physics, on [0, 1], is our operator: in A and in its proximal step."""
+    physics, x = contest.physics(), (contest.truth + 1) / 2
+    y = contest.operator.A(x.flip(3))
+    assert torch.allclose(physics.A(x), contest.operator.A(x), atol=1e-5)
+    assert torch.allclose(physics.prox_l2(x, y, 7.0), contest.operator.prox_l2(x, y, 7.0), atol=1e-5)
+
+
+def test_the_prior_denoises_as_theirs(contest):
+    """D(x + sigma n, sigma) on [0, 1] is nearer to x than what it was given, by far, and the identity at sigma 0."""
+    denoise, x = as_denoiser(contest.prior), (contest.truth + 1) / 2
+    noisy = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (denoise(noisy, 0.1) - x).square().mean() < (noisy - x).square().mean() / 5
+        assert torch.allclose(denoise(noisy, torch.zeros(1)), noisy, atol=1e-5)
+
+
+def test_both_restore(contest):
+    """In as many calls as were asked for, both come nearer to the truth than mid-grey."""
+    grey = float(psnr(torch.zeros_like(contest.truth), contest.truth))
+    for side in contest.both("diffpir", 1.0):
+        seconds, image = contest.timed(side, 10, 0)
+        assert len(seconds) == 9 and min(seconds) > 0
+        assert image.shape == contest.truth.shape and float(psnr(image, contest.truth)) > grey + 5
+
+
+def test_the_table_has_every_row():
+    text = against_deepinv(evaluations=3, dps_evaluations=3, repeats=1, samples=1, memory=False)
+    head, *table = [line.split(" | ") for line in text.splitlines() if " | " in line]
+    assert [tuple(row[:2]) for row in table] == ROWS
+    for row in table:
+        assert len(row) == len(head) and all(float(cell) > 0 for cell in row[2:])
+    assert all(f"- {sampler}: theirs" in text for _, sampler in ROWS)
+    with pytest.raises(RestoreError, match="at least two evaluations"):
+        against_deepinv(evaluations=1)
+
+
+def test_what_is_not_there_is_said_in_a_sentence(monkeypatch):
+    with pytest.raises(RestoreError, match="did you mean 'deepinv'"):
+        profile([], library="deepin")
+    with pytest.raises(RestoreError, match="no setting 'sizes'"):
+        profile(["sizes=3"], library="deepinv")
+    monkeypatch.setitem(sys.modules, "deepinv", None)
+    with pytest.raises(RestoreError, match="deepinv is not installed"):
+        against_deepinv()
