@@ -189,7 +189,8 @@ def against_deepinv(
     evaluations, dps_evaluations: of the images that are compared, the same on both sides. repeats: rounds of timing;
     each runs every sampler of both once for `evaluations`, after a round of warm-up. samples: images of different
     seeds whose PSNR and SSIM are averaged. memory: measure it too, each sampler in a process of its own.
-    weight: of the gradient in their DPS; of 3, 10, 30, 100 the best for SR x4 at 40 evaluations. Raises RestoreError where deepinv is not installed.
+    weight: of the gradient in their DPS; of 3, 10, 30 and 100 the last was best for SR x4 at 40 evaluations.
+    Raises RestoreError where deepinv is not installed.
     """
     try:
         import deepinv
