@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from golden_samplers import operator_of
+from golden_samplers import operator_of, wide
 from safetensors.torch import load_file
 from tiny_sd import SCHEDULER
 
@@ -22,7 +22,7 @@ def cases(*names):
 
 def arrange(name, case):
     """(tensors, the side-car's hyper-parameters, operator)."""
-    stored = load_file(GOLDEN / f"samplers_{name}.safetensors")
+    stored = wide(load_file(GOLDEN / f"samplers_{name}.safetensors"))
     tensors = {key.split(".", 1)[1]: value for key, value in stored.items() if key.startswith(case + ".")}
     config = _sidecar(name)["cases"][case]
     sigma = next(value for key, value in config.items() if key.startswith("sigma_y"))
@@ -36,19 +36,19 @@ def sd_prior():
     for cls, name in ((UNet2DConditionModel, "sd_unet"), (AutoencoderKL, "sd_vae")):
         net = cls.from_config(json.loads((GOLDEN / "nets" / f"{name}_config.json").read_text()))
         net.load_state_dict({k: v.float() for k, v in load_file(GOLDEN / "nets" / f"{name}.safetensors").items()})
-        nets.append(net)
-    null = load_file(GOLDEN / "psld_pag_loop.safetensors")["uncond_context"]
+        nets.append(net.double())
+    null = load_file(GOLDEN / "psld_pag_loop.safetensors")["uncond_context"].double()
     return Sized(StableDiffusion(*nets, Schedule.from_config(SCHEDULER), null), 64, 64)
 
 
 def noise_bank():
-    return load_file(GOLDEN / "noise_bank.safetensors")["noise"]
+    return load_file(GOLDEN / "noise_bank.safetensors")["noise"].double()
 
 
 def latent_bank():
     """(draws, context)"""
     shared = load_file(GOLDEN / "psld_loop.safetensors")
-    return shared["noise.latent"], shared["context"]
+    return shared["noise.latent"].double(), shared["context"].double()
 
 
 def _sidecar(name):

@@ -1,4 +1,7 @@
-"""Trajectories of the official samplers (tests/golden/samplers_*), and how to walk along them with ours."""
+"""Trajectories of the official samplers (tests/golden/samplers_*), and how to walk along them with ours.
+
+All in float64: it is the algorithms that are compared, and the result does not depend on a machine's rounding.
+"""
 
 import json
 from pathlib import Path
@@ -19,11 +22,11 @@ class Case:
 
     def __init__(self, name: str, case: str):
         self.name, self.config = case, json.loads((GOLDEN / f"samplers_{name}.json").read_text())["cases"][case]
-        tensors = load_file(GOLDEN / f"samplers_{name}.safetensors")
+        tensors = wide(load_file(GOLDEN / f"samplers_{name}.safetensors"))
         self.tensors = {k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(case + ".")}
         sigma = [value for key, value in self.config.items() if key.startswith("sigma_y_in_[-1,1]")][0]
         self.operator = operator_of(self.config["operator"], self.tensors, operators.GaussianNoise(sigma))
-        self.bank = load_file(GOLDEN / "noise_bank.safetensors")["noise"]
+        self.bank = load_file(GOLDEN / "noise_bank.safetensors")["noise"].double()
 
     def __getitem__(self, key):
         return self.config[key]
@@ -53,8 +56,15 @@ def operator_of(config: dict, tensors: dict, noise) -> operators.Operator:
     return operators.GaussianBlur(config["kernel_size"], config["std"], border=config["border"], noise=noise)
 
 
-def network() -> Sized:
-    return Sized(ADM.load(GOLDEN / "nets" / "adm_a.safetensors", head_channels=16), 32, 32)
+def network(double: bool = True) -> Sized:
+    adm = ADM.load(GOLDEN / "nets" / "adm_a.safetensors", head_channels=16)
+    if double:
+        adm.network.double()
+    return Sized(adm, 32, 32)
+
+
+def wide(tensors: dict) -> dict:
+    return {key: value.double() if value.is_floating_point() else value for key, value in tensors.items()}
 
 
 def walk(sampler, prior, case: Case, steps, start: torch.Tensor, first: int = 0, **own) -> list[dict]:

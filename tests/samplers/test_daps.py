@@ -163,7 +163,7 @@ FEW = {"steps": 3, "ode_steps": 2, "mcmc_steps": 2}
 
 @pytest.fixture(scope="module")
 def adm():
-    return adm_prior()
+    return adm_prior(double=False)
 
 
 def test_scale_zero_is_plain_daps_and_guidance_acts(adm):

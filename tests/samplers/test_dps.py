@@ -111,19 +111,20 @@ def test_teacher_forced_steps(backbone, bank, name, case):
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_batch_equals_single_images(backbone, guided):
+def test_batch_equals_single_images(double, guided):
+    """To rounding; in float64, where rounding is far from the differences that mixed up images would make."""
     guidance = PAG(1.5, layers="m1") if guided else None
     operator = operators.SuperResolution(4)
-    y = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.3
+    y = (torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.3).double()
     keys = [(0, f"image{i}", 0) for i in range(8)]
 
     def restore_images(y, keys):
         options = {"steps": 5, "zeta": 0.5, "scale_zeta": False, "guidance": guidance}
-        return dps(backbone, operator, y, noise=ImageNoise(keys), **options)
+        return dps(double, operator, y, noise=ImageNoise(keys, dtype=torch.float64), **options)
 
     together = restore_images(y, keys)
     for i in range(8):
-        assert relative(restore_images(y[i : i + 1], keys[i : i + 1]), together[i : i + 1]) < 1e-5
+        assert relative(restore_images(y[i : i + 1], keys[i : i + 1]), together[i : i + 1]) < 1e-9
     assert relative(together[:1], together[1:2]) > 0.1
 
 

@@ -23,7 +23,7 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def prior():
-    return network()
+    return network(double=False)
 
 
 @pytest.fixture(scope="module")
