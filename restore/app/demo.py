@@ -40,7 +40,7 @@ def run_demo(
     steps: int | None = None,
     device: str = "auto",
     seed: int = 0,
-    weights: Mapping[str, str] | None = None,
+    weights: Mapping[str, str | Path] | None = None,
     callback: Callable | None = None,
 ) -> str:
     """Restore the shipped 64x64 faces under four tasks; returns the summary that the command prints.
@@ -126,7 +126,7 @@ def _pag(restorer: Restorer) -> Guidance:
     return PAG(1.0, layers=restorer.default_layers())
 
 
-def _lpips(weights: Mapping[str, str] | None) -> LPIPS | None:
+def _lpips(weights: Mapping[str, str | Path] | None) -> LPIPS | None:
     """LPIPS with AlexNet, or None where its weights are neither given nor where PyTorch keeps them."""
     try:
         return LPIPS("alex", weights)
