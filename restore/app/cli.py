@@ -235,13 +235,15 @@ def generate(
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("demo-output"),
     steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the preset's.")] = None,
+    weights: Annotated[list[str] | None, typer.Option(help="For LPIPS in the table: alexnet=FILE.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Restore the shipped photos under four degradations, with DPS and DPS+PAG, and draw a comparison."""
+    """Restore the shipped faces under four degradations, by DPS and the best sampler, without and with PAG."""
     from restore.app.demo import run_demo
+    from restore.metrics.weights import weight_files
 
     with Progress(1) as progress:
-        summary = run_demo(out, steps=steps, device=device, callback=progress)
+        summary = run_demo(out, steps=steps, device=device, weights=weight_files(weights or []), callback=progress)
     typer.echo(summary)
 
 
