@@ -91,7 +91,7 @@ class Published:
 
 @dataclass
 class Report:
-    """pictures: rows of a picture grid. columns: metrics; curve: over sweeps, the first metric across, each other up."""
+    """pictures: rows of a picture grid. columns: metrics; curve: over sweeps, the first metric across, others up."""
 
     pictures: int = 6
     columns: list[str] | None = None

@@ -18,8 +18,8 @@ from restore.metrics.weights import describe_weights, find_weights
 class Options:
     """What metrics leave open. lpips_net: alex or vgg. weights: own files, see weights.find_weights. pr_network:
     vgg16 (Kynkaanniemi et al. 2019) or inception (ADM's evaluator). fid_layer: of Inception. allow_small: permit
-    set metrics below sets.MINIMUM_IMAGES. lpips_enlarge: LPIPS sees images this many times larger (bicubic); at 64 pixels
-    AlexNet's last layers would have 3 x 3 places."""
+    set metrics below sets.MINIMUM_IMAGES. lpips_enlarge: LPIPS sees images this many times larger (bicubic); at 64
+    pixels AlexNet's last layers would have 3 x 3 places."""
 
     lpips_net: str = "alex"
     weights: dict[str, str] = field(default_factory=dict)
