@@ -88,12 +88,14 @@ def find(
     data: str | None = None,
     kind: str = "pixels",
     quality: str | None = None,
+    linear: bool = True,
 ) -> Method:
     """The first preset of configs/method that fits.
 
     backbone, task, operator: names (task: of configs/task, operator: an operator's `name`); an entry's `backbone`
         and `task` are a name, a list of names or "*", and its task may name either. kind: "pixels" or "latents", for
-        entries that name one. sampler: None takes the one that configs/method/defaults.yaml names for both.
+        entries that name one. sampler: None takes the one that configs/method/defaults.yaml names for both. linear:
+        that y = A x + n is linear and Gaussian, which most of those samplers need.
     data: "ffhq" or "imagenet", where settings were published for both with one backbone; None takes the first.
     A sampler without any preset file (a caller's own) has no settings but its own defaults.
     Raises RestoreError for an unknown sampler and where no preset fits.
@@ -102,7 +104,7 @@ def find(
         raise RestoreError(f"quality='{quality}' chooses the sampler; give either quality or sampler")
     own = {}
     if sampler is None:
-        own = default(backbone, task, operator, kind, quality or QUALITIES[1])
+        own = default(backbone, task, operator, kind, quality or QUALITIES[1], linear)
         sampler = own["sampler"]
     name = samplers.name_of(sampler)
     samplers.find(sampler)
@@ -117,13 +119,16 @@ def find(
     return Method(sampler, source="no preset: the sampler's own defaults")
 
 
-def default(backbone: str, task: str | None, operator: str, kind: str, quality: str) -> dict[str, Any]:
+def default(
+    backbone: str, task: str | None, operator: str, kind: str, quality: str, linear: bool = True
+) -> dict[str, Any]:
     """The sampler, and the steps and parameters where they differ from its preset's, when no sampler is named."""
     if quality not in QUALITIES:
         raise RestoreError(f"unknown quality '{quality}'; {nearest(quality, QUALITIES)}")
     for entry in _yaml("defaults")["defaults"]:
         fits = _matches(entry["backbone"], backbone) and any(_matches(entry["task"], n) for n in (task, operator))
-        if fits and _matches(entry["kind"], kind) and _matches(entry.get("quality", "*"), quality):
+        fits = fits and _matches(entry["kind"], kind) and linear >= entry.get("linear", False)
+        if fits and _matches(entry.get("quality", "*"), quality):
             return {key: entry[key] for key in ("sampler", "steps", "parameters") if key in entry}
     raise RestoreError(f"configs/method/defaults.yaml names no sampler for {backbone}")
 

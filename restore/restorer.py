@@ -20,6 +20,7 @@ from restore.method import Method
 from restore.restoration import Restoration, choose_device, explain_out_of_memory
 from restore.samplers.generate import generate
 from restore.samplers.noise import ImageNoise
+from restore.samplers.steps import linear_gaussian
 
 
 def load(
@@ -87,7 +88,8 @@ class Restorer:
     ) -> Method:
         """The preset of (this backbone, task or operator, sampler), with what a caller changes (Method.changed)."""
         name = getattr(operator, "name", type(operator).__name__)
-        found = method.find(self.name, task, name, sampler, data, self.kind, quality)
+        linear = linear_gaussian(operator)
+        found = method.find(self.name, task, name, sampler, data, self.kind, quality, linear)
         more = method.reference(found.sampler) if reference else {}
         chosen = found.changed(parameters={**more, **(parameters or {})}, **changes)
         if chosen.steps is None:

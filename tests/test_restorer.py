@@ -10,7 +10,9 @@ from PIL import Image
 
 import operators
 import restore
+from restore.bench.baselines import baseline
 from restore.images import io
+from restore.metrics.single import psnr
 from restore.paths import data_dir
 
 FACE = data_dir() / "photos" / "astronaut-face-64.png"
@@ -51,6 +53,27 @@ def test_no_hyper_parameter_is_needed(restorer, face):
     result = restorer(y, A, steps=25)
     assert result.protocol["method"]["source"]
     assert float((result.samples[:, 0] - face).square().mean()) < 0.5 * float((y - face).square().mean())
+
+
+def test_the_default_beats_the_linear_filters_on_the_shipped_face(restorer, face):
+    """A prior that adds nothing would end at the baseline."""
+    sigma = operators.GaussianNoise(0.05)
+    for A, task, margin in (
+        (operators.GaussianBlur(15, 1.5, noise=sigma), "gaussian-blur", 1.0),
+        (operators.SuperResolution(4, noise=sigma), "sr4", 1.0),
+    ):
+        y = A(face, torch.Generator().manual_seed(0))
+        result = restorer(y, A, task=task, quality="fast")
+        gained = psnr(result.samples[:, 0], face) - psnr(baseline(y, A), face)
+        assert float(gained) > margin, f"{task}: {float(gained):.2f} dB"
+        assert 0.5 < float(result.residual_ratio) < 1.2
+
+
+def test_defaults_apply_where_they_can(restorer):
+    """Samplers for linear operators with Gaussian noise are not chosen for others."""
+    linear, poisson = operators.SuperResolution(4), operators.SuperResolution(4, noise=operators.PoissonNoise(1.0))
+    assert restorer.method(linear).sampler == "diffpir" and restorer.method(linear).guidance is None
+    assert restorer.method(poisson).sampler == restorer.method(operators.Clipping()).sampler == "dps"
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -136,7 +136,8 @@ def _set(mapping: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _value_name(value: Any) -> str:
-    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+    name = "+".join(map(str, value)) if isinstance(value, list) else str(value)
+    return name.replace(":", "-")  # it becomes a folder's
 
 
 def _expand_sweeps(methods: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:

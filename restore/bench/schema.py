@@ -91,7 +91,7 @@ class Published:
 
 @dataclass
 class Report:
-    """pictures: rows of a picture grid. columns: metrics; curve: two of them, against each other over a sweep."""
+    """pictures: rows of a picture grid. columns: metrics; curve: over sweeps, the first metric across, others up."""
 
     pictures: int = 6
     columns: list[str] | None = None

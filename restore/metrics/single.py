@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 
 from operators import RestoreError
@@ -98,12 +99,19 @@ class LPIPS:
     """Learned perceptual distance (Zhang et al. 2018) by the `lpips` package, version 0.1, linear heads included.
 
     net: "alex" or "vgg". weights: see `weights.find_weights`; the backbone file is checked on construction and
-    nothing is ever downloaded or left at random values.
+    nothing is ever downloaded or left at random values. enlarge: images are brought to this many times their size
+    first, by bicubic interpolation.
     """
 
     def __init__(
-        self, net: str = "alex", weights: Mapping[str, str | os.PathLike] | None = None, device: str = "cpu"
+        self,
+        net: str = "alex",
+        weights: Mapping[str, str | os.PathLike] | None = None,
+        device: str = "cpu",
+        enlarge: int = 1,
     ) -> None:
+        if enlarge < 1:
+            raise RestoreError(f"lpips_enlarge={enlarge} must be a whole number of 1 or more")
         check_known([net], LPIPS_NETS, "LPIPS has no net")
         path = find_weights(LPIPS_NETS[net], weights)
         import lpips
@@ -120,12 +128,14 @@ class LPIPS:
             raise RestoreError(f"{path} holds no complete {LPIPS_NETS[net]}: {error} is not in it") from error
         self.model.net.load_state_dict(trunk, strict=True)
         self.model.requires_grad_(False).eval().to(device)
-        self.net, self.device = net, device
+        self.net, self.device, self.enlarge = net, device, enlarge
 
     @torch.no_grad()
     def __call__(self, image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) pairs in [-1, 1], rounded to 8 bits, to (B,) distances float64; 0 for equal images."""
         pair = [torch.from_numpy(to_uint8(v)).permute(0, 3, 1, 2).float() / 127.5 - 1 for v in (image, truth)]
+        if self.enlarge > 1:
+            pair = [F.interpolate(v, scale_factor=self.enlarge, mode="bicubic").clamp(-1, 1) for v in pair]
         try:
             return self.model(*(v.to(self.device) for v in pair)).flatten().double().cpu()
         except RuntimeError as error:

@@ -18,13 +18,15 @@ from restore.metrics.weights import describe_weights, find_weights
 class Options:
     """What metrics leave open. lpips_net: alex or vgg. weights: own files, see weights.find_weights. pr_network:
     vgg16 (Kynkaanniemi et al. 2019) or inception (ADM's evaluator). fid_layer: of Inception. allow_small: permit
-    set metrics below sets.MINIMUM_IMAGES."""
+    set metrics below sets.MINIMUM_IMAGES. lpips_enlarge: LPIPS sees images this many times larger (bicubic); at 64
+    pixels AlexNet's last layers would have 3 x 3 places."""
 
     lpips_net: str = "alex"
     weights: dict[str, str] = field(default_factory=dict)
     pr_network: str = "vgg16"
     fid_layer: str = "2048"
     allow_small: bool = False
+    lpips_enlarge: int = 1
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Metric:
 
 def _lpips_network(options: Options) -> tuple[str, str]:
     check_known([options.lpips_net], single.LPIPS_NETS, "LPIPS has no net")
-    return single.LPIPS_NETS[options.lpips_net], "lpips 0.1"
+    larger = f" of images enlarged x{options.lpips_enlarge}" if options.lpips_enlarge != 1 else ""
+    return single.LPIPS_NETS[options.lpips_net], f"lpips 0.1{larger}"
 
 
 def _pr_network(options: Options) -> tuple[str, str]:
@@ -61,7 +64,7 @@ def _pr_network(options: Options) -> tuple[str, str]:
 
 
 def load_lpips(options: Options, device: str = "cpu") -> single.LPIPS:
-    return single.LPIPS(options.lpips_net, options.weights, device)
+    return single.LPIPS(options.lpips_net, options.weights, device, options.lpips_enlarge)
 
 
 def _inception(layer: str) -> Callable[[Options], tuple[str, str]]:
@@ -96,6 +99,7 @@ METRICS = {
     ),
     "spread": Metric("Spread", 0, 3, single.SPREAD_DEFINITION, "samples"),
     "coverage": Metric("Coverage", 0, 3, single.COVERAGE_DEFINITION, "samples"),
+    "seconds_per_image": Metric("Seconds/image", -1, 3, "seconds of sampling per image", "cost"),
     "iterations_per_second": Metric("Steps/s", 1, 2, "sampling steps per second", "cost"),
     "peak_memory_mb": Metric("Memory MB", -1, 0, "peak memory", "cost"),
 }  # fmt: skip

@@ -67,7 +67,8 @@ def chart(data: Mapping[str, Any]) -> str:
         places = [(px(x), py(y), label) for x, y, label in series["points"]]
         if series["line"] and len(places) > 1:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in places)
-            out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
+            dash = ' stroke-dasharray="5 3"' if i >= len(COLOURS) else ""  # the colours begin again
+            out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"{dash}/>')
         for x, y, label in places:
             if series["line"]:
                 out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.4" fill="{colour}"/>')

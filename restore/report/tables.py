@@ -203,20 +203,26 @@ def number(value: float | None, digits: int) -> str:
 
 
 def curves(run: Run) -> list[dict[str, Any]]:
-    """Charts over a swept guidance scale, as data for figures.chart.
+    """Charts over a swept guidance scale or number of steps, as data for figures.chart.
 
-    With FID and LPIPS (else two of PSNR, LPIPS, SSIM, residual): one trade-off per task, a line over the scale,
-    the methods outside the sweep as single points. Otherwise one chart per metric against the scale.
+    Where the configuration's report names a curve: its first metric across and every other one up, a chart each per
+    task; else, over a scale, the first of TRADE_OFFS that was measured. A line per sweep, labelled with the scale or
+    the network evaluations, and the methods outside of sweeps as single points. Without any of these, one chart per
+    metric against the scale.
     """
     families: dict[str, list[tuple[float, str]]] = {}
+    chosen = run.config["report"]["curve"]
     for name, method in run.config["methods"].items():
-        if isinstance(method["swept"].get("scale"), (int, float)):
-            families.setdefault(method["family"], []).append((float(method["swept"]["scale"]), name))
+        swept = method["swept"]
+        if isinstance(swept.get("scale"), (int, float)):
+            families.setdefault(method["family"], []).append((float(swept["scale"]), name))
+        elif chosen and "steps" in swept:
+            families.setdefault(method["family"], []).append((len(families.get(method["family"], [])), name))
     if not families:
         return []
     shown = shown_metrics(run)
-    chosen = run.config["report"]["curve"]
-    pair = chosen or next((list(p) for p in TRADE_OFFS if set(p) <= set(shown)), None)
+    trade_off = next((p for p in TRADE_OFFS if set(p) <= set(shown)), None)
+    pairs = [(chosen[0], up) for up in chosen[1:]] if chosen else [trade_off] if trade_off else []
     inside = {name for members in families.values() for _, name in members}
     charts = []
 
@@ -228,39 +234,30 @@ def curves(run: Run) -> list[dict[str, Any]]:
         def value(name: str, metric: str, cells=cells) -> float | None:
             return cell_of(cells.get(name), metric, None).value
 
-        if pair:
+        def label(name: str, scale: float, cells=cells) -> str:
+            return f"{scale:g}" if "scale" in run.config["methods"][name]["swept"] else str(cells[name]["cost"]["nfe"])
+
+        for across, up in pairs:
             series = []
             # Without the baselines: far from every sampler, they would squeeze the curve into a point.
             others = [n for n in cells if n not in inside and run.config["methods"][n]["sampler"] not in BASELINES]
             for name in others:
-                point = (value(name, pair[0]), value(name, pair[1]), "")
+                point = (value(name, across), value(name, up), "")
                 series.append({"name": method_title(run, name), "line": False, "points": [point]})
             for family, members in families.items():
-                points = [(value(n, pair[0]), value(n, pair[1]), f"{s:g}") for s, n in sorted(members)]
-                series.append(
-                    {"name": f"{family_title(run, family)} (labels: scale s)", "line": True, "points": points}
-                )
-            charts.append(
-                {
-                    "title": task_title(run, task),
-                    "x": axis(pair[0]),
-                    "y": axis(pair[1]),
-                    "series": series,
-                }
-            )
-            continue
-        for metric in shown:
+                members = [(s, n) for s, n in sorted(members) if n in cells]
+                points = [(value(n, across), value(n, up), label(n, s)) for s, n in members]
+                scaled = members and "scale" in run.config["methods"][members[0][1]]["swept"]
+                said = " (labels: scale s)" if scaled else ""
+                series.append({"name": family_title(run, family) + said, "line": True, "points": points})
+            charts.append({"title": task_title(run, task), "x": axis(across), "y": axis(up), "series": series})
+        for metric in [] if pairs else shown:
             series = []
             for family, members in families.items():
                 points = [(scale, value(name, metric), "") for scale, name in sorted(members)]
                 series.append({"name": family_title(run, family), "line": True, "points": points})
             charts.append(
-                {
-                    "title": task_title(run, task),
-                    "x": "guidance scale s",
-                    "y": axis(metric),
-                    "series": series,
-                }
+                {"title": task_title(run, task), "x": "guidance scale s", "y": axis(metric), "series": series}
             )
     for chart in charts:
         for series in chart["series"]:

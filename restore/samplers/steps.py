@@ -105,6 +105,12 @@ def levels(schedule: Schedule, steps) -> list[tuple[float | None, float, float]]
     return [*visited, (None, 1.0, 0.0)]
 
 
+def linear_gaussian(operator) -> bool:
+    """Whether y = A x + n with a linear A and Gaussian n, or none."""
+    noise = getattr(operator, "noise", None)
+    return getattr(operator, "linear", True) and (noise is None or getattr(noise, "sigma", None) is not None)
+
+
 def require_linear_gaussian(sampler: str, prior, operator, sigma_y: float | None) -> float:
     """sigma_y of y = A x + sigma_y n: the given one, else that of the operator's noise, 0 where it has none.
 

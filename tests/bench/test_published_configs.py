@@ -18,7 +18,7 @@ from restore.zoo import load_backbone
 FOLDER = configs_dir() / "benchmark"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 # One of each kind in every run of the tests; the others with `-m slow`.
-QUICK = ("embedded", "table2", "table4-ffhq", "table8-ffhq", "table9")
+QUICK = ("embedded", "samplers", "table2", "table4-ffhq", "table8-ffhq", "table9")
 RUNS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 
 
@@ -81,6 +81,20 @@ def shrink(name: str, world) -> dict:
     for method in config.methods.values():
         if method.get("steps"):
             method.steps = "ddim2" if str(method.steps).startswith("ddim") else 2
+    if name == "samplers":  # one number of steps and two tasks of each
+        config.tasks = {key: config.tasks[key] for key in ("box", "gaussian")}
+        for method in config.methods.values():
+            if "sweep" in method:
+                method.sweep = {
+                    "steps": [
+                        {"quad": "quad:2", "karr": "karras:2", "ddim": "ddim2"}.get(str(method.sweep.steps[0])[:4], 2)
+                    ]
+                }
+            method.per_task = {key: value for key, value in method.get("per_task", {}).items() if key in config.tasks}
+            if "only" in method:
+                method.only = list(config.tasks)
+            if "iterations" in method.get("parameters", {}):
+                method.parameters.iterations = 2
     if name == "table10":  # 63 combinations differ in nothing but names, which load_config has checked
         method = config.methods.pag
         method.sweep = {"guidance.pag.layers": [["i14"], ["i16", "o3"], ["i14", "i16", "i17", "m1", "o2", "o3"]]}
@@ -111,7 +125,7 @@ def test_configuration_runs_from_end_to_end(name, world):
             assert files[0] and any(a.read_bytes() != b.read_bytes() for a, b in zip(*files, strict=True))
     written = report([done.folder])
     text = written.markdown.read_text()
-    assert "published" in text or name in ("table5-imagenet", "table7-imagenet", "embedded")
+    assert "published" in text or name in ("table5-imagenet", "table7-imagenet", "embedded", "samplers")
 
 
 @pytest.mark.parametrize("name", NAMES)

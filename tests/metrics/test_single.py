@@ -100,6 +100,9 @@ def test_lpips_equals_the_package_with_the_same_weights(hub, monkeypatch, tmp_pa
     expected = package(*tensors).flatten().detach()
     assert ours(*tensors).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
     assert expected.min() > 1e-4 and ours(tensors[1], tensors[1]).max() == 0
+    larger = [torch.nn.functional.interpolate(v, scale_factor=2, mode="bicubic").clamp(-1, 1) for v in tensors]
+    enlarged = package(*larger).flatten().detach().tolist()
+    assert single.LPIPS(net, enlarge=2)(*tensors).tolist() == pytest.approx(enlarged, rel=1e-5) != expected.tolist()
     pairs = torch.cat([tensors[1], tensors[0][:1]])
     by_hand = np.mean([ours(pairs[[i]], pairs[[j]]).item() for i, j in ((0, 1), (0, 2), (1, 2))])
     assert ours.pairwise(pairs) == pytest.approx(by_hand, rel=1e-5)
@@ -113,6 +116,8 @@ def test_missing_weights_say_which_file_goes_where(tmp_path, monkeypatch):
     assert "https://download.pytorch.org/models/vgg16-397923af.pth" in str(error.value)
     with pytest.raises(RestoreError, match="no net 'squeeze'; known: alex, vgg"):
         single.LPIPS("squeeze")
+    with pytest.raises(RestoreError, match="lpips_enlarge=0"):
+        single.LPIPS("alex", enlarge=0)
 
 
 def test_damaged_foreign_and_dangerous_weights_are_refused(tmp_path):

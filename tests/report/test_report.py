@@ -86,6 +86,24 @@ def test_one_run(config):
     assert "| images.sha256 |" in text and "| tasks.sr.sigma_y | 0.05 |" in text
 
 
+def test_quality_per_second_over_a_sweep_of_steps(config):
+    """One chart per metric, a line per method from few to many evaluations, each point with their number."""
+    plain = config["methods"]["dps"]
+    config["methods"] = {"dps": {**plain, "sweep": {"steps": ["ddim2", "ddim5"]}}, "pag": config["methods"]["pag"]}
+    config["methods"]["pag"].update(sweep={"steps": [1, 2]}, guidance={"pag": {"layers": ["m1"], "scale": 1.0}})
+    config["report"] = {"curve": ["seconds_per_image", "psnr", "ssim"]}
+    bench(config)
+    charts = tables.curves(tables.read_run(config["out"]))
+    assert [(chart["x"], chart["y"]) for chart in charts] == [
+        ("Seconds/image ↓", "PSNR ↑"),
+        ("Seconds/image ↓", "SSIM ↑"),
+    ]
+    lines = {line["name"]: [point[2] for point in line["points"]] for line in charts[0]["series"]}
+    assert lines == {"DPS": ["2", "5"], "DPS + PAG": ["2", "4"]}
+    assert all(point[0] > 0 for chart in charts for line in chart["series"] for point in line["points"])
+    assert report([config["out"]]).html.read_text().count("<polyline") == 4
+
+
 def test_incomplete_cells_say_so_and_are_never_best(config):
     from restore.bench import results
     from restore.bench.batches import load_images
