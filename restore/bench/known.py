@@ -2,7 +2,7 @@
 
 `python -m restore.bench.known docs/known-posteriors.md` measures the tables of that page anew (without a file it prints
 them): every sampler on two Gaussians and on a Gaussian mixture, against exact posterior samples (problems of the kind
-that Cardoso et al. 2023 and arXiv 2503.03007 propose). About ten minutes on two cores.
+that Cardoso et al. 2023 and arXiv 2503.03007 propose). About five minutes.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _holes() -> torch.Tensor:
 
 
 def tasks(sigma: float) -> dict[str, operators.Operator]:
-    """Half of the pixels, their 2 x 2 means, a blur; with Gaussian noise."""
+    """Ten of sixteen pixels, 2 x 2 means, a blur; with Gaussian noise."""
     noise = operators.GaussianNoise(sigma)
     return {
         "inpainting": operators.Inpainting(_holes(), noise=noise),
