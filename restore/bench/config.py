@@ -125,9 +125,13 @@ def _sentence(error: OmegaConfBaseException) -> str:
 
 
 def _set(mapping: dict[str, Any], dotted: str, value: Any) -> None:
+    """mapping[a][b] = value for "a.b"; an entry of a list by its number (guidance.0.pag.scale)."""
     *parents, last = dotted.split(".")
     for parent in parents:
-        mapping = mapping.setdefault(parent, {})
+        key = int(parent) if isinstance(mapping, list) else parent
+        if isinstance(mapping, dict) and mapping.get(key) is None:
+            mapping[key] = {}
+        mapping = mapping[key]
     mapping[last] = value
 
 

@@ -166,7 +166,7 @@ def pipeline_batch(
     """
     from restore import guided
 
-    terms = method["guidance"]
+    terms = method["guidance"] or []
     terms = [{name: options} for name, options in terms.items()] if isinstance(terms, dict) else terms
     cfg = sum((t.get("cfg") or t).get("scale", 0.0) for t in terms if "cfg" in (*t, t.get("name")))
     others = [t for t in terms if "cfg" not in (*t, t.get("name"))]

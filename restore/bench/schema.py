@@ -51,7 +51,7 @@ class Entry:
     sampler: str = MISSING
     title: str | None = None
     steps: Any = None
-    guidance: Any = field(default_factory=dict)
+    guidance: Any = None
     parameters: dict[str, Any] = field(default_factory=dict)
     only: list[str] | None = None
     per_task: dict[str, Any] = field(default_factory=dict)

@@ -190,7 +190,7 @@ def mistakes(folder):
         "negative steps": ([*face, "--task", "sr4", "--steps=-5", *out], "--steps -5"),
         "setting": ([*face, *sr, "zetta=1", *out], "did you mean 'zeta'"),
         "samples": ([*face, *sr, "--samples", 0, *out], "samples"),
-        "sampler": ([*face, *sr, "--sampler", "ddrm", *out], "unknown sampler"),
+        "sampler": ([*face, *sr, "--sampler", "ddrn", *out], "unknown sampler"),
         "quality": ([*face, *sr, "--quality", "bets", *out], "did you mean 'best'"),
         "quality and sampler": ([*face, *sr, "--quality", "best", "--sampler", "dps", *out], "either"),
         "own sampler": ([*face, *sr, "--sampler", "nowhere:sampler", *out], "nowhere"),

@@ -150,6 +150,6 @@ def test_layers_exist_in_the_network_they_are_meant_for(name, stand_ins):
         folder = stand_ins[backbone.removesuffix("-cond")]
         if folder not in networks:
             networks[folder] = load_backbone(folder)[1]
-        pag = settings(config, method, task)["guidance"].get("pag")
+        pag = (settings(config, method, task)["guidance"] or {}).get("pag")
         if pag:
             assert len(resolve(pag["layers"], networks[folder].attention)) == len(pag["layers"])

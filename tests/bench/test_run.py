@@ -7,13 +7,11 @@ import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 import operators
 import restore
@@ -242,36 +240,6 @@ def test_little_time_is_spent_on_anything_but_sampling(config, smooth_images, wr
     config["methods"] = {"dps": dict(config["methods"]["dps"], steps=100)}
     table = bench(config, ["data.limit=2", "tasks.box.per_image=false"]).table["table"]
     assert table["sr"]["dps"]["cost"]["overhead"] < 0.1 and time.perf_counter() - started < 60
-
-
-def brightness_error(result, truth):
-    """Difference of the mean brightness on [-1, 1]."""
-    return (result.mean(dim=(1, 2, 3)) - truth.mean(dim=(1, 2, 3))).abs()
-
-
-def copy_back(prior, operator, y, *, noise, steps, weight, guidance=None, condition=None, callback=None):
-    """A "sampler" of one line: A^T y and some noise."""
-    return weight * operator.A_adjoint(y) + 0.01 * noise(0, (len(y), 3, 16, 16), "start")
-
-
-def test_a_metric_and_a_sampler_from_outside(config, monkeypatch, tmp_path):
-    """From a YAML file by `module:function`, without editing the package; both are in the report."""
-    monkeypatch.setitem(sys.modules, "outside", sys.modules[__name__])
-    method = {"sampler": "outside:copy_back", "steps": 1, "parameters": {"weight": 1.0}}
-    config["methods"] = {"mine": method, "base": {"sampler": "baseline"}}
-    config["metrics"] = {"names": ["psnr", "outside:brightness_error"]}
-    OmegaConf.save(OmegaConf.create(config), tmp_path / "mine.yaml")
-    table = bench(tmp_path / "mine.yaml").table["table"]
-    cell = table["sr"]["mine"]
-    run = Path(config["out"])
-    pair = [read_rgb(run / part / "00002.png").astype(float) / 127.5 - 1 for part in ("results/sr/mine", "truth")]
-    rows = json.loads((run / "metrics/sr/mine.json").read_text())["paired"]
-    assert rows["00002"]["outside:brightness_error"] == pytest.approx(abs(pair[0].mean() - pair[1].mean()), rel=1e-4)
-    assert cell["means"]["outside:brightness_error"]["n"] == 5 and cell["means"]["psnr"]["mean"] > 5
-    monkeypatch.delitem(sys.modules, "outside")  # a report needs what the run wrote, not the module
-    text = report([run]).markdown.read_text()
-    assert "brightness_error" in text and "Difference of the mean brightness" in report([run]).html.read_text()
-    assert "| methods.mine.sampler | outside:copy_back |" in text
 
 
 def test_generation_is_the_restorers_own(config):

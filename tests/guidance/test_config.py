@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import own_guidance
+import own
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -18,8 +18,8 @@ from restore.guidance.combine import weighted_sum
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 OWN = {
-    "pag": "{scale: 1.5, layers: [m1], target: 'own_guidance:reversed_values', schedule: 'own_guidance:late'}",
-    "own": "{name: 'own_guidance:Attended', scale: 2.0, by: 0.25}",
+    "pag": "{scale: 1.5, layers: [m1], target: 'own:reversed_values', schedule: 'own:late'}",
+    "own": "{name: 'own:Attended', scale: 2.0, by: 0.25}",
 }
 
 
@@ -40,10 +40,10 @@ def test_a_mapping_and_a_list():
         PAG(1.0, "i9"),
         PAG(1.0, ["i9", "m1:0,1"], heads=None, target="blur", strength=0.3, interval=(900, 100), noise=4),
         PAG(2, "i5,m1", heads={"i5": [0, 2], "m1": [1]}, schedule="cosine", scope="image"),
-        CFG(2.0, schedule="own_guidance:late") + PAG(0.0, "m1", target="own_guidance:reversed_values"),
+        CFG(2.0, schedule="own:late") + PAG(0.0, "m1", target="own:reversed_values"),
         Guidance(CFG(1.0).terms, APG(momentum=0.0, threshold=5.0)),
         Guidance(CFG(1.0).terms + PAG(1.0, "m1").terms, {"rescale": {"phi": 0.2}}),
-        Guidance((Term(own_guidance.Attended(0.1), 3.0),), own_guidance.furthest),
+        Guidance((Term(own.Attended(0.1), 3.0),), own.furthest),
     ],
 )
 def test_describe_is_the_inverse_of_build(guidance):
@@ -55,8 +55,8 @@ def test_describe_is_the_inverse_of_build(guidance):
 def test_what_is_described():
     assert describe(None) is None
     assert describe(PAG(1.0, "i9")) == [{"pag": {"scale": 1.0, "layers": "i9"}}]
-    guidance = PAG(1.0, "i9", target=own_guidance.reversed_values, schedule=own_guidance.late)
-    assert describe(guidance)[0]["pag"]["target"] == "own_guidance:reversed_values"
+    guidance = PAG(1.0, "i9", target=own.reversed_values, schedule=own.late)
+    assert describe(guidance)[0]["pag"]["target"] == "own:reversed_values"
     assert build(describe(guidance)) != guidance  # a name in place of the function, of the same effect
     one, other = (describe(CFG(1.0, null=torch.full((1, 2), value)))[0]["cfg"]["null"] for value in (0.0, 1.0))
     assert one.startswith("tensor (1, 2) float32 sha256 ") and one != other
@@ -65,10 +65,10 @@ def test_what_is_described():
 def test_parts_of_a_users_module_act_from_yaml():
     """The same numbers as with the functions themselves, and as computed by hand."""
     model = ADM.load(GOLDEN / "nets/adm_a.safetensors", head_channels=16)
-    text = f"[{{pag: {OWN['pag']}}}, {OWN['own']}, {{combine: 'own_guidance:furthest'}}]"
+    text = f"[{{pag: {OWN['pag']}}}, {OWN['own']}, {{combine: 'own:furthest'}}]"
     configured = build(OmegaConf.to_container(OmegaConf.create(text)))
-    terms = PAG(1.5, "m1", target=own_guidance.reversed_values, schedule=own_guidance.late).terms
-    given = Guidance((*terms, Term(own_guidance.Attended(0.25), 2.0)), own_guidance.furthest)
+    terms = PAG(1.5, "m1", target=own.reversed_values, schedule=own.late).terms
+    given = Guidance((*terms, Term(own.Attended(0.25), 2.0)), own.furthest)
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     for t in (700, 300):
         with torch.no_grad(), estimator(model, configured) as a, estimator(model, given) as b:
@@ -79,7 +79,7 @@ def test_parts_of_a_users_module_act_from_yaml():
         scales = [3.0, 2.0] if t == 300 else [0.0, 2.0]
         assert a.evaluations == (3 if t == 300 else 2)
         options = [(s, w) for s, w in zip(scales, weak, strict=True) if s]
-        assert torch.equal(eps, own_guidance.furthest(strong.eps, options)) and not torch.equal(eps, strong.eps)
+        assert torch.equal(eps, own.furthest(strong.eps, options)) and not torch.equal(eps, strong.eps)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_parts_of_a_users_module_act_from_yaml():
         ),
         ({"pag": {"scale": 1, "layers": "m1", "scope": "text"}}, "no scope 'text'; known: joint, image"),
         (
-            {"pag": {"scale": 1, "layers": "m1", "target": "own_guidance:none"}},
-            "'own_guidance:none' cannot be imported",
+            {"pag": {"scale": 1, "layers": "m1", "target": "own:none"}},
+            "'own:none' cannot be imported",
         ),
         ({"cfg": {"scale": 1, "interval": "all"}}, "t_high >= t_low"),
         ({"cfg": {"scale": 1}, "combine": "agp"}, "unknown combination 'agp'; did you mean 'apg'"),

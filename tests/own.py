@@ -1,4 +1,4 @@
-"""What a user might bring from a module of their own: a target, a schedule, a combination, a weak branch."""
+"""What a user might bring from a module of their own: a sampler, an operator, a metric, a weak branch and its parts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,37 @@ from dataclasses import dataclass
 
 import torch
 
+from operators import Operator
+from restore.guidance import estimator
 from restore.guidance.attention import observed
+
+
+def one_step(prior, operator, y, *, noise, steps, guidance=None, condition=None, callback=None, gain=1.0):
+    """A sampler: the prior's guided estimate of A^T y, as if that were the image at the middle noise level."""
+    t = prior.schedule.timesteps(3)[1]
+    alpha, sigma = prior.schedule.alpha(t), prior.schedule.sigma(t)
+    x_t = alpha * gain * operator.A_adjoint(y) + sigma * noise(0, (len(y), *prior.shape), "start")
+    with torch.no_grad(), estimator(prior, guidance) as estimate:
+        _, eps = estimate(x_t, t, condition)
+    return prior.decode((x_t - sigma * eps) / alpha)
+
+
+class Mirrored(Operator):
+    """An operator: the picture and its mirror image, averaged."""
+
+    name = "mirrored"
+
+    def __init__(self, share: float = 0.5, *, noise=None, image_size=None, adjoint="exact"):
+        super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
+        self.share = share
+
+    def A(self, x):
+        return (1 - self.share) * x + self.share * x.flip(-1)
+
+
+def brightness_error(result, truth):
+    """Difference of the mean brightness on [-1, 1]."""
+    return (result.mean(dim=(1, 2, 3)) - truth.mean(dim=(1, 2, 3))).abs()
 
 
 def reversed_values(a):
