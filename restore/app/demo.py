@@ -52,13 +52,14 @@ def run_demo(
         operator = tasks.find_task(task, dict(OVERRIDES.get(task, {}))).build(*photos[0].size)
         y = operator(x, [measurement_generator(seed, name) for name in ids])
         estimates = {"baseline": baseline(y, operator)}
-        preset = restorer.method(operator, task=task).guidance
+        preset = restorer.method(operator, task=task, sampler="dps").guidance
         pag = PAG(1.0, layers=restorer.default_layers()) if preset is None else preset
         for m, (label, guidance) in enumerate({"DPS": None, "DPS+PAG": pag}.items()):
             result = restorer(
                 y,
                 operator,
                 task=task,
+                sampler="dps",
                 guidance=guidance,
                 steps=steps,
                 seed=seed,
