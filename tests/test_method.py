@@ -62,3 +62,18 @@ def test_presets_of_a_task_come_before_those_of_its_operator(monkeypatch):
     monkeypatch.setattr(method, "_entries", lambda: entries)
     found = [method.find("x", task, "super_resolution", "dps").steps for task in ("sr8", "sr4", None)]
     assert found == [8, 4, 4] and method.find("x", "blur", "gaussian_blur", "dps").steps == 1
+
+
+def test_defaults_name_a_sampler_for_every_quality():
+    """Without a sampler: DiffPIR for linear operators in pixels, DPS for others, PSLD on latents; never guided."""
+    for backbone in ("embedded", "someone's.pt"):
+        found = {q: method.find(backbone, "sr4", "super_resolution", quality=q) for q in method.QUALITIES}
+        assert [m.sampler for m in found.values()] == ["diffpir"] * 3 and not any(m.guidance for m in found.values())
+        steps = [int(str(m.steps).removeprefix("quad:")) for m in found.values()]
+        assert steps == sorted(steps) and steps[0] < steps[-1] <= 100
+        assert method.find(backbone, "sr4", "super_resolution") == found["balanced"]
+        assert method.find(backbone, None, "phase_retrieval", linear=False).sampler == "dps"
+    assert method.find("sd-1.5", None, "inpainting", kind="latents", quality="fast").sampler == "psld"
+    assert method.find("embedded", None, "inpainting", "dps").guidance.terms[0].scale == 1.0  # PAG, one word away
+    with pytest.raises(restore.RestoreError, match="did you mean 'fast'"):
+        method.find("embedded", None, "inpainting", quality="fsat")

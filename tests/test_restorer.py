@@ -206,7 +206,7 @@ def test_conditions_that_are_refused(restorer, face):
     y = A.A(face)
     for arguments, message in [
         ({"zetta": 1}, "did you mean 'zeta'"),
-        ({"data_norm": "l1"}, "unknown data_norm"),
+        ({"sampler": "dps", "data_norm": "l1"}, "unknown data_norm"),
         ({"guidance": "none"}, "guidance"),
         ({"guidance": {}}, "guidance"),
         ({"guidance": 2.0}, "guidance"),

@@ -259,7 +259,7 @@ def test_out_of_memory_names_what_lowers_it(command, tmp_path, monkeypatch):
     def exhausted(*arguments, zeta=1, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setitem(samplers.SAMPLERS, "dps", exhausted)
+    monkeypatch.setitem(samplers.SAMPLERS, "diffpir", exhausted)
     code, _, err = command("run", FACE, "--task", "sr4", "--steps", 2, "-o", tmp_path)
     assert code == 2 and "--checkpointing" in err and "--batch-size" in err
 

@@ -68,9 +68,9 @@ def test_finished_means_the_same_input_settings_and_a_readable_result(restore, p
     for arguments, difference in (
         (["--steps", 3], "steps: 2, now 3"),
         (["--seed", 1], "seed: 0, now 1"),
-        (["--pag-scale", 0], "scale"),
+        (["--pag-scale", 1], "guidance"),
         (["sigma=0.1"], "sigma: 0.05, now 0.1"),
-        (["zeta=0.5"], "zeta: 5.0, now 0.5"),
+        (["zeta=0.5"], "zeta: 1.0, now 0.5"),
         (["--samples", 2], "samples: 1, now 2"),
     ):
         code, out, err = restore(*arguments)
