@@ -125,7 +125,7 @@ def test_configuration_runs_from_end_to_end(name, world):
             assert files[0] and any(a.read_bytes() != b.read_bytes() for a, b in zip(*files, strict=True))
     written = report([done.folder])
     text = written.markdown.read_text()
-    assert "published" in text or name in ("table5-imagenet", "table7-imagenet", "embedded", "samplers")
+    assert "published" in text or name in ("table5-imagenet", "table7-imagenet", "defaults", "embedded", "samplers")
 
 
 @pytest.mark.parametrize("name", NAMES)
