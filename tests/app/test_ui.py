@@ -53,8 +53,10 @@ def restore_photo_pixels():
     return io.read_image(PHOTO).pixels
 
 
-def test_the_page_answers_and_reports_mistakes(restorer):
+def test_the_page_answers_and_reports_mistakes(restorer, monkeypatch):
     import gradio_client
+
+    from restore import method
 
     page = ui.build(restorer)
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True)
@@ -74,7 +76,8 @@ def test_the_page_answers_and_reports_mistakes(restorer):
         assert Image.open(restored).size == (64, 64) and degraded is None and sidecar["residual_ratio"] > 0
         with pytest.raises(Exception, match="needs mask=FILE"):
             client.predict(photo, "inpaint", None, False, "0", "2", 0, api_name="/restore")
-        # Fields that nobody touched: the preset's PAG and, where steps are left out too, its steps.
+        # A field that nobody touched: the preset's PAG, where the default has one, as DPS has.
+        monkeypatch.setattr(method, "default", lambda *_: {"sampler": "dps"})
         _, _, sidecar = client.predict(photo, "sr4", None, True, "", "2", 0, api_name="/restore")
         assert sidecar["protocol"]["method"]["guidance"][0]["pag"]["scale"] == 1.0
         with pytest.raises(Exception, match="PAG scale must be a number, not 'much'"):
