@@ -156,13 +156,12 @@ class Restorer:
         that do not fit, non-finite input or samples, and memory that does not suffice.
         """
         with torch.inference_mode(False), torch.enable_grad():
-            y = self._measurement(y, operator).to(self.device)
+            y, shape = self._measurement(y, operator)
             if samples < 1 or batch_size < 1:
                 raise RestoreError("samples and batch_size must be at least 1")
             ids = [str(i) for i in range(len(y))] if image_ids is None else [str(i) for i in image_ids]
             if len(ids) != len(y) or len(set(ids)) != len(ids):
                 raise RestoreError(f"{len(y)} measurements need {len(y)} different image_ids, got {ids}")
-            shape = operators.image_shape(operator, y)
             if shape[1] != 3:
                 raise RestoreError(f"the operator's images must be (B, 3, H, W), got {tuple(shape)}")
             chosen = self.method(
@@ -182,14 +181,22 @@ class Restorer:
             condition = self._condition(condition, prompt, negative_prompt, prior)
             return self._restore(y, operator, prior, chosen, ids, samples, seed, batch_size, condition, callback)
 
-    def _measurement(self, y: Any, operator: Any) -> torch.Tensor:
-        """y as a tensor. A grey picture counts as colour where the operator's images would be grey otherwise; numbers
-        far outside of [-1, 1] are refused where y is a picture, not where it is another kind of measurement."""
+    def _measurement(self, y: Any, operator: Any) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """y on the network's device, and its images' shape. A grey picture counts as colour where its images would be grey;
+        numbers far outside of [-1, 1] are refused where y is a picture, not for other kinds of measurement."""
         if isinstance(y, torch.Tensor) and y.is_floating_point() and y.dim() not in (3, 4):
-            return y.float()
-        picture = isinstance(operator, operators.Operator) and operator.linear
-        y = io.to_tensor(y, channels=None, largest=8.0 if picture else float("inf"))
-        return y.expand(-1, 3, -1, -1) if operators.image_shape(operator, y)[1] == 1 else y
+            if not torch.isfinite(y).all():
+                raise RestoreError("the measurement holds NaN or infinite values")
+            y = y.float()
+        else:
+            picture = isinstance(operator, operators.Operator) and operator.linear
+            y = io.to_tensor(y, channels=None, largest=8.0 if picture else float("inf"))
+        y = y.to(self.device)
+        shape = operators.image_shape(operator, y)
+        if shape[1] != 1:
+            return y, shape
+        y = y.expand(-1, 3, -1, -1)
+        return y, operators.image_shape(operator, y)
 
     def _restore(
         self, y, operator, prior, chosen: Method, ids, samples, seed, batch_size, condition, callback

@@ -184,6 +184,22 @@ def test_every_form_of_image_is_the_same_measurement(restorer, tmp_path):
     assert restorer([photo, photo], A, steps=2).samples.shape[0] == 2
 
 
+def test_a_measurement_that_is_no_picture(restorer, face):
+    """A vector, for an object with A and A_adjoint alone; NaN in it is refused as in pictures."""
+
+    class Flat:
+        def A(self, x):
+            return 100 * x.flatten(1)
+
+        def A_adjoint(self, y):
+            return 100 * y.view(-1, 3, 64, 64)
+
+    y = Flat().A(face)
+    assert restorer(y, Flat(), sampler="dps", steps=2, zeta=0.01).samples.shape == (1, 1, 3, 64, 64)
+    with pytest.raises(restore.RestoreError, match="NaN"):
+        restorer(y.index_fill(1, torch.tensor([5]), float("nan")), Flat(), sampler="dps", steps=2, zeta=0.01)
+
+
 def test_deepinv_physics_is_an_operator(restorer, face):
     dinv = pytest.importorskip("deepinv")
     physics = dinv.physics.Inpainting(
