@@ -182,7 +182,7 @@ class Restorer:
             return self._restore(y, operator, prior, chosen, ids, samples, seed, batch_size, condition, callback)
 
     def _measurement(self, y: Any, operator: Any) -> tuple[torch.Tensor, tuple[int, ...]]:
-        """y on the network's device, and its images' shape. A grey picture counts as colour where its images would be grey;
+        """y on the network's device, its images' shape. A grey picture counts as colour where its images would be grey;
         numbers far outside of [-1, 1] are refused where y is a picture, not for other kinds of measurement."""
         if isinstance(y, torch.Tensor) and y.is_floating_point() and y.dim() not in (3, 4):
             if not torch.isfinite(y).all():
