@@ -72,13 +72,17 @@ def image_ids(config: Mapping[str, Any], task: str, images: datasets.ImageSet | 
 
 
 def expand(config: Mapping[str, Any], images: datasets.ImageSet | None) -> list[Batch]:
-    """All batches, task by task and method by method."""
+    """All batches. The first of every task and method comes before the second of any, so that an interrupted run
+    compares all methods on the same first images; where tasks have different backbones, one backbone after the other.
+    """
     batches = []
     size = config["batch"]
     for task, method in pairs(config):
         ids = image_ids(config, task, images)
         for index, first in enumerate(range(0, len(ids), size)):
             batches.append(Batch(task, method, index, tuple(ids[first : first + size])))
+    backbones = list(dict.fromkeys(task["backbone"] for task in config["tasks"].values()))
+    batches.sort(key=lambda batch: (backbones.index(config["tasks"][batch.task]["backbone"]), batch.index))
     names = [file_name(i) for i in (images.ids if images is not None else [])]
     if len(set(names)) != len(names):
         raise RestoreError("two images would be written to one file: folders become __ in names; rename one of them")

@@ -85,11 +85,13 @@ def read_cost(run: Path, task: str, method: str) -> dict[str, Any]:
         return {}
     images, seconds = sum(c["images"] for c in costs), sum(c["seconds"] for c in costs)
     writing = sum(c["seconds_writing"] for c in costs)
+    cpu = [c["cpu_seconds"] for c in costs if "cpu_seconds" in c]  # runs of earlier versions have none
     peaks = [c["peak_memory_mb"] for c in costs if c["peak_memory_mb"] is not None]
     steps = count_steps(costs[0]["steps"])
     return {
         "images": images,
         "seconds_per_image": seconds / images,
+        "cpu_seconds_per_image": sum(cpu) / images if len(cpu) == len(costs) else None,
         "overhead": writing / (seconds + writing),
         "nfe": costs[0]["nfe"],
         # One batch advances all its images by one step, so iterations are counted per batch (PAG, Table 6).

@@ -72,15 +72,16 @@ class Worker:
             torch.cuda.reset_peak_memory_stats(self.device)
         # Loading the backbone is not part of the cost of a batch.
         model = None if method["sampler"] in BASELINES else self._model(task["backbone"] or self.config["backbone"])
-        started = time.perf_counter()
+        started, started_cpu = time.perf_counter(), time.process_time()
         made = self._compute(batch, task, method, model)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        sampled = time.perf_counter()
+        sampled, sampled_cpu = time.perf_counter(), time.process_time()
         self._write(batch, made)
         cost = {
             "images": len(batch.ids),
             "seconds": sampled - started,
+            "cpu_seconds": sampled_cpu - started_cpu,
             "seconds_writing": time.perf_counter() - sampled,
             "nfe": made.nfe,
             "steps": method["steps"],

@@ -217,6 +217,38 @@ def test_a_dry_run_computes_nothing_and_counts_everything(config):
     assert lines["sr", "dps"].nfe == 4 and lines["sr", "base"].seconds is None
 
 
+def test_an_interrupted_run_has_the_same_first_images_of_every_method(config):
+    from restore.bench.batches import expand, load_images
+    from restore.bench.config import load_config
+
+    checked = load_config(config)
+    batches = expand(checked, load_images(checked))
+    cells = len({(batch.task, batch.method) for batch in batches})
+    assert [batch.index for batch in batches] == [0] * cells + [1] * cells + [2] * cells
+    config["tasks"]["box"]["backbone"] = config["backbone"] + "/."  # another name: loading in turns would cost more
+    checked = load_config(config)
+    assert [batch.task for batch in expand(checked, load_images(checked))] == ["sr"] * (3 * 4) + ["box"] * (3 * 4)
+
+
+def test_processor_seconds_do_not_count_waiting(config):
+    from restore.bench import worker
+    from restore.bench.batches import expand, load_images
+    from restore.bench.config import load_config
+    from restore.bench.results import read_cost
+
+    class Slow(worker.Worker):
+        def _compute(self, *args):
+            time.sleep(0.5)
+            return super()._compute(*args)
+
+    checked = load_config(config)
+    images = load_images(checked)
+    run = Path(config["out"])
+    Slow(checked, run, images).run(next(b for b in expand(checked, images) if b.method == "dps"))
+    cost = read_cost(run, "sr", "dps")
+    assert 0 < cost["cpu_seconds_per_image"] <= cost["seconds_per_image"] - 0.2
+
+
 def test_several_samples_give_spread_and_coverage(config):
     config["methods"] = {"dps": config["methods"]["dps"]}
     table = bench(config, ["samples=2", "data.limit=2", "metrics.names=[psnr,spread,coverage]"]).table["table"]
