@@ -101,7 +101,7 @@ METRICS = {
     "coverage": Metric("Coverage", 0, 3, single.COVERAGE_DEFINITION, "samples"),
     "seconds_per_image": Metric("Seconds/image", -1, 3, "seconds of sampling per image", "cost"),
     "cpu_seconds_per_image": Metric(
-        "CPU s/image", -1, 3, "processor seconds of sampling per image, all threads: other programs do not count", "cost"
+        "CPU s/image", -1, 3, "processor seconds of sampling per image, of all threads; waiting does not count", "cost"
     ),
     "iterations_per_second": Metric("Steps/s", 1, 2, "sampling steps per second", "cost"),
     "peak_memory_mb": Metric("Memory MB", -1, 0, "peak memory", "cost"),
