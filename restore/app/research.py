@@ -1,9 +1,9 @@
-"""The verbs of experiments: train, profile, bench, report, evaluate. Each calls one public function and prints."""
+"""The verbs of experiments: train, profile, bench, heads, report, evaluate. Each calls one public function and prints."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -74,17 +74,44 @@ def bench(
             typer.echo(" | ".join(str(value) for value in row))
         return
     with tqdm(unit="batch") as bar:
-
-        def progress(state: dict) -> None:
-            if "done" in state:
-                bar.total, bar.n = state["total"], state["done"]
-                bar.set_postfix_str(state["batch"])
-            else:
-                bar.set_postfix_str(f"measuring {state['measuring']}")
-
-        result = work.bench(config, settings or [], progress=progress)
+        result = work.bench(config, settings or [], progress=lambda state: _show(bar, state))
     typer.echo(f"{result.folder}: {result.done} batches done, {result.kept} found finished")
     typer.echo(f"restore report {result.folder}")
+
+
+def heads(
+    config: Annotated[Path, typer.Argument(help="configs/search/*.yaml or your own.")],
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. calibration.folder=faces/")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print candidates, evaluations, NFE and time.")] = False,
+) -> None:
+    """Search for the attention heads whose perturbation helps (HeadHunter), or go on with a search."""
+    from tqdm import tqdm
+
+    from restore import search
+
+    if dry_run:
+        plan = search.plan(config, settings or [])
+        typer.echo(f"{plan.candidates} heads")
+        for part, sets, images in zip(("calibration", "test"), (plan.calibration, plan.test), plan.images, strict=True):
+            typer.echo(f"{part}: {sets} evaluations (a set of heads on a task) of {images} images")
+        if plan.seconds is not None:
+            typer.echo(f"about {plan.nfe} network evaluations of an image, {plan.seconds / 60:.0f} minutes")
+        return
+    with tqdm(unit="batch") as bar:
+        found = search.heads(config, settings or [], progress=lambda state: _show(bar, state))
+    typer.echo(f"{' '.join(found.table['best']['heads'])} is the best set on the calibration images")
+    typer.echo(f"{found.folder / 'guidance.yaml'}\n{found.folder / 'report.html'}\n{found.folder / 'report.md'}")
+
+
+def _show(bar: Any, state: dict) -> None:
+    """What a benchmark says of its progress, on a tqdm bar."""
+    if "phase" in state:
+        bar.set_description_str(state["phase"], refresh=False)
+    if "done" in state:
+        bar.total, bar.n = state["total"], state["done"]
+        bar.set_postfix_str(state["batch"])
+    else:
+        bar.set_postfix_str(f"measuring {state['measuring']}")
 
 
 def report(
