@@ -116,7 +116,8 @@ def heat_map(data: Mapping[str, Any]) -> str:
             out.append("</g>")
     y = TOP + high * len(rows) + 14
     out += [f'<text x="{left + wide * (j + 0.5) - 1}" y="{y}" text-anchor="middle">{j}</text>' for j in range(columns)]
-    out.append(f'<text x="{left + wide * columns / 2}" y="{y + 18}" text-anchor="middle">{html.escape(data["x"])}</text>')
+    middle = left + wide * columns / 2
+    out.append(f'<text x="{middle}" y="{y + 18}" text-anchor="middle">{html.escape(data["x"])}</text>')
     return "\n".join([*out, "</svg>"])
 
 

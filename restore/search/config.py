@@ -80,11 +80,12 @@ def load_config(config: str | os.PathLike | Mapping[str, Any], overrides: Sequen
             raise RestoreError(f"{key}={search[key]} must be a whole number of 1 or more")
     for key in ("guidance", "title", "sweep"):
         if key in search["method"]:
-            raise RestoreError(f"the method of a search has no {key}: guidance stands beside it, the rest is not varied")
+            raise RestoreError(f"the method of a search has no {key}; its guidance stands beside it")
     searched_term(search["guidance"])
     objective = Objective.build(search["objective"], plain.get("kind", "restoration"), search["clip"])
     if search["halving"] and objective.of_sets:
-        raise RestoreError(f"halving ranks on some of the images, which {objective.of_sets[0]}, of a set, cannot; choose one")
+        name = objective.of_sets[0]
+        raise RestoreError(f"halving ranks on some of the images, but {name} is of all of them; leave one of both out")
     return search
 
 
@@ -146,9 +147,9 @@ def all_heads(attention: Mapping[str, AttentionLayer], layers: Sequence[str] | N
 def benchmark(
     search: Mapping[str, Any], part: str, methods: Mapping[str, Any], metrics: Sequence[str], out: Any
 ) -> dict[str, Any]:
-    """The configuration, not yet checked, of the benchmark that runs `methods` (name to guidance and title) on one half of the images.
+    """The configuration, not yet checked, of a benchmark on one half of the images, "calibration" or "test".
 
-    part: "calibration" or "test".
+    methods: name to guidance and title. metrics: the names of those to measure.
     """
     rest, images = copy.deepcopy(dict(search["rest"])), dict(search[part])
     count, prompts = images.pop("count"), images.pop("prompts")

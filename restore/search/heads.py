@@ -96,9 +96,8 @@ def heads(
     found["test"] = hunt.test(chosen, curve, best["size"], layers[0]["name"])
     guidance = guidance_on(hunt.search["guidance"], chosen[: best["size"]])
     atomic.write_json(hunt.folder / "search.json", found)
-    change = best["change"]["mean"]
-    said = f"# heads of {hunt.search['name']}, chosen on the calibration images: {found['objective']} {best['cost']:.5g},"
-    said += f" {change:+.3g} against no guidance\n"
+    said = f"# {found['name']}: chosen on the calibration images by {found['objective']}, {best['cost']:.5g} with it,"
+    said += f" {found['none']['cost']:.5g} without\n"
     atomic.write_bytes(hunt.folder / "guidance.yaml", (said + yaml.safe_dump(guidance, sort_keys=False)).encode())
     found = json.loads(json.dumps(found))
     write(hunt.folder, found, hunt.search)
@@ -134,7 +133,8 @@ class Hunt:
         self.pool = self._pool()
         self.layers = list(dict.fromkeys(layer for layer, _ in self.pool))
         if search["top"] * search["rounds"] > len(self.pool):
-            raise RestoreError(f"{search['rounds']} rounds of top={search['top']} need more than {len(self.pool)} heads")
+            wanted = f"rounds={search['rounds']} of top={search['top']}"
+            raise RestoreError(f"{wanted} take more heads than the {len(self.pool)} there are")
 
     def _pool(self) -> list[Head]:
         from restore.restorer import load
@@ -163,7 +163,9 @@ class Hunt:
     def guided(self, chosen: Sequence[Any], title: str | None = None) -> dict[str, Any]:
         return {"guidance": guidance_on(self.search["guidance"], chosen), "title": title}
 
-    def run(self, part: str, where: str, methods: Mapping[str, Any], only: Callable[[Batch], bool] | None = None) -> Any:
+    def run(
+        self, part: str, where: str, methods: Mapping[str, Any], only: Callable[[Batch], bool] | None = None
+    ) -> dict[str, Any]:
         """One benchmark, or what is left of it: its checked configuration."""
         metrics = self.metrics if part == "test" else self.objective.metrics
         config = benchmark(self.search, part, methods, metrics, self.folder / where)
@@ -171,8 +173,11 @@ class Hunt:
         benchmarks.bench(config, progress=report, only=only)
         return load_config(config)
 
-    def cells(self, part: str, where: str, method: str, config: Mapping[str, Any]) -> list[Cell]:
-        ids = [(task, tuple(image_ids(config, task, self.images[part]))) for task in config["tasks"]]
+    def cells(
+        self, part: str, where: str, method: str, config: Mapping[str, Any], first: int | None = None
+    ) -> list[Cell]:
+        """Its cells, one of each task, of the first so many images."""
+        ids = [(task, tuple(image_ids(config, task, self.images[part])[:first])) for task in config["tasks"]]
         return [Cell(self.folder / where, config, task, method, of) for task, of in ids]
 
     def score(self, part: str, where: str, method: str, config: Any, none: Any = None) -> dict[str, Any]:
@@ -221,15 +226,17 @@ class Hunt:
         if batches < 2:
             raise RestoreError(f"halving needs several batches of images: give batch= less than {count}")
         while True:
+            waits = {n: limit if n in left else 0 for n in names}
             config = self.run(
-                "calibration", where, methods, lambda b: b.method not in names or (b.method in left and b.index < limit)
+                "calibration", where, methods, lambda b, until=waits: b.index < until.get(b.method, batches)
             )
             if limit >= batches:
                 return config
-            scored = {n: self.score("calibration", where, n, config)["cost"] for n in left}
+            seen = min(limit * c["batch"], count)
+            # Of these images alone: a search that goes on finds more, and must choose as it did before.
+            scored = {n: cost(self.objective, self.cells("calibration", where, n, config, seen))[0] for n in left}
             ranked = sorted(left, key=scored.__getitem__)
             keep = ranked[: max(self.search["top"], math.ceil(len(left) / 2))]
-            seen = min(limit * c["batch"], count)
             dropped = [list(names[n]) for n in ranked[len(keep) :]]
             skipped.append({"images": seen, "of": count, "heads": dropped})
             left = [n for n in left if n in keep]
@@ -294,9 +301,7 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def plan(
-    config: str | os.PathLike | Mapping[str, Any], overrides: Sequence[str] = (), *, measure: bool = True
-) -> Plan:
+def plan(config: str | os.PathLike | Mapping[str, Any], overrides: Sequence[str] = (), *, measure: bool = True) -> Plan:
     """How many evaluations a search takes, without halving; with `measure` their cost, extrapolated from two steps
     without guidance and with the first and the last head."""
     hunt = Hunt(configs.load_config(config, overrides))
@@ -305,9 +310,7 @@ def plan(
     sizes = len(hunt.sizes(search["top"] * search["rounds"]))
     calibration = sum(len(pool) - n for n in taken) + len(hunt.layers) + 1 + sizes
     test = sizes + 2
-    images = tuple(
-        len(image_ids(c, next(iter(c["tasks"])), hunt.images[part])) for part, c in hunt.checked.items()
-    )
+    images = tuple(len(image_ids(c, next(iter(c["tasks"])), hunt.images[part])) for part, c in hunt.checked.items())
     nfe = seconds = None
     if measure:
         methods = {"none": {"guidance": None}, "first": hunt.guided(pool[:1]), "last": hunt.guided(pool[-1:])}

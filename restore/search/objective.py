@@ -66,8 +66,8 @@ class Objective:
                 raise RestoreError(f"{name} has no better and worse; give objective={{{name}: WEIGHT}} to minimise it")
             weight = float(-better or 1) if single else weight
             if not isinstance(weight, (int, float)) or isinstance(weight, bool) or weight * better > 0 or not weight:
-                sign = "negative" if better > 0 else "positive"
-                raise RestoreError(f"the weight of {name} in the objective, which is minimised, must be {sign}, not {weight}")
+                sign = "negative" if better > 0 else "positive" if better else "a number"
+                raise RestoreError(f"an objective is minimised: the weight of {name} must be {sign}, not {weight}")
             weights[name] = float(weight)
         return cls(weights, own)
 

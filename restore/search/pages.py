@@ -75,8 +75,8 @@ def said(found: Mapping[str, Any], search: Mapping[str, Any]) -> list[str]:
     rounds = f"{search['rounds']} round{'s' * (search['rounds'] > 1)} of {search['top']}"
     return [
         f"Objective: {found['objective']}, minimised, the mean over tasks; {len(found['pool'])} heads, {rounds}.",
-        f"Heads, layers and the size of the set were chosen on the calibration images: {parts['calibration']}. The table"
-        f" at the top is of the test images, none of which is among them: {parts['test']}.",
+        f"Heads, layers and the size of the set were chosen on the calibration images: {parts['calibration']}. The"
+        f" numbers of the test are of {parts['test']}, none of them among those.",
     ]
 
 
