@@ -28,6 +28,7 @@ from restore.bench.batches import read_prompts
 from restore.images import io
 from restore.images.folder import file_name, list_images, read_rgb
 from restore.metrics import sets, table
+from restore.restoration import choose_device
 from restore.search import prompted
 
 KERNEL_DISTANCES = ("kid", "kid_vgg16")
@@ -130,7 +131,8 @@ def per_image(cell: Cell, name: str, function: Callable | None = None) -> tuple[
     network, layer = table.find(name).network(options)
     reference = cell.config["metrics"]["reference"]
     theirs = list(list_images(reference)[0].values()) if reference else cell.truth()
-    where = {"weights": options.weights, "cache": cell.run / "features"}
+    device = str(choose_device(cell.config["device"])).replace("mps", "cpu")
+    where = {"weights": options.weights, "cache": cell.run / "features", "device": device}
     x, y = (sets.extract(files, network, [layer], **where)[layer] for files in (cell.files, theirs))
     each = kernel_shares(x.double().numpy(), y.double().numpy(), together=reference is None)
     # The package's own value may be over subsets of large sets.

@@ -11,6 +11,7 @@ import torch
 
 from operators import RestoreError
 from restore.images import io
+from restore.restoration import choose_device
 from restore.zoo.store import is_offline
 
 
@@ -41,10 +42,10 @@ class ClipScore:
             text = {"padding": True, "truncation": True, "return_tensors": "pt"}
             inputs = processor(text=list(prompts[part]), images=images, **text)
             with torch.no_grad():
-                out = model(**inputs)
+                out = model(**inputs.to(model.device))
             cosine = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds)
             values.append(model.logit_scale.exp() * cosine if self.scaled else 100 * cosine.clamp(min=0))
-        return torch.cat(values)
+        return torch.cat(values).cpu()
 
 
 SCORES = {
@@ -63,6 +64,8 @@ def _load(model: str, processor: str) -> tuple[Any, Any]:
         # Nothing may be left at random, which transformers only warns about.
         if info["missing_keys"]:
             raise RestoreError(f"{model} holds no CLIP model: {sorted(info['missing_keys'])[0]} is not in it")
-        return network.eval().requires_grad_(False), CLIPProcessor.from_pretrained(processor, **where)
+        return network.eval().requires_grad_(False).to(choose_device("auto")), CLIPProcessor.from_pretrained(
+            processor, **where
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise RestoreError(f"the CLIP model {model} cannot be loaded: {str(error).splitlines()[0]}") from error
