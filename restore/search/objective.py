@@ -82,7 +82,8 @@ class Objective:
         return [name for name in self.metrics if table.find(name).kind == "set"]
 
     def __str__(self) -> str:
-        return " + ".join(f"{w:g} {name}" for name, w in self.weights.items()).replace("+ -", "- ")
+        terms = [f"{w:+g} {name}".replace("+1 ", "+").replace("-1 ", "-") for name, w in self.weights.items()]
+        return " ".join(terms).removeprefix("+")
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def test_a_search_in_text_to_image(clip, tmp_path):
         "test": {"count": 2, "prompts": str(tmp_path / "others.txt")},
     }
     found = heads(config)
-    assert found.table["objective"] == "-1 pick_score"
+    assert found.table["objective"] == "-pick_score"
     assert found.guidance[1] == {"cfg": {"scale": 2.0}} and found.guidance[0]["pag"]["layers"][0].startswith("m1:")
     costs = [entry["cost"] for entry in found.table["rounds"][0]["ranking"]]
     assert costs == sorted(costs) and len(set(costs)) > 1
