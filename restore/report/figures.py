@@ -92,7 +92,7 @@ def heat_map(data: Mapping[str, Any]) -> str:
     columns = max(len(cells) for _, cells in rows)
     top = max((abs(cell[0]) for _, cells in rows for cell in cells if cell), default=0) or 1
     wide, high, left = 58 if columns <= 16 else 22, 22, 20 + 7 * max(len(name) for name, _ in rows)
-    width, height = left + wide * columns + 8, TOP + high * len(rows) + 40
+    width, height = max(left + wide * columns + 8, WIDTH), TOP + high * len(rows) + 40
     out = [
         f'<svg class="chart" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img"'
         f' aria-label="{html.escape(data["title"])}">',
