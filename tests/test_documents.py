@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -49,3 +50,15 @@ def test_links_lead_somewhere(page):
     targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
     missing = [target for target in targets if target and not (page.parent / target).exists()]
     assert not missing
+
+
+def test_site_is_built_without_a_warning(tmp_path):
+    """Every page is in the menu, every link and anchor exists, every name in the API pages is documented."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    api = (tmp_path / "site" / "api" / "samplers" / "index.html").read_text(encoding="utf-8")
+    pages = {path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md")}
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert not [page for page in pages if page.as_posix() not in menu]
+    assert "restore.samplers.diffpir.diffpir" in api and "Zhu et al. 2023" in api
