@@ -297,3 +297,17 @@ def test_a_plan_counts_what_a_search_computes(config):
     }
     assert planned.test == cells.pop("test") and planned.calibration == sum(cells.values())
     assert (planned.candidates, planned.images) == (len(found.table["pool"]), (4, 3))
+
+
+def test_the_shipped_search_is_of_every_head_and_states_the_halves():
+    with pytest.raises(RestoreError, match="leaves calibration.folder open"):
+        configs.load_config("embedded")
+    search = configs.load_config("embedded", ["calibration.folder=faces", "test.folder=ffhq"])
+    pool = configs.all_heads(load("embedded", device="cpu").backbone.attention, search["layers"])
+    assert len(pool) == 28 and len({layer for layer, _ in pool}) == 7
+    methods = {"one": {"guidance": configs.guidance_on(search["guidance"], pool[:3])}}
+    for part, count in (("calibration", 16), ("test", 64)):
+        checked = load_config(configs.benchmark(search, part, methods, ["psnr"], "nowhere"))
+        assert checked["data"]["limit"] == count and set(checked["tasks"]) == {"box", "sr4"}
+        assert settings(checked, "one", "box")["parameters"] == {"lam": 3.0, "zeta": 1.0}
+        assert settings(checked, "one", "sr4")["guidance"] == [{"pag": {"scale": 1.0, "layers": ["i5:0,1,2"]}}]
