@@ -10,8 +10,8 @@ from operators import separable, validate
 from operators.errors import RestoreError
 
 MAX_ITERATIONS = 200
-# What a step of a sampler needs of conjugate gradients. Motion deblurring of 16 held-out faces, 50 steps of DiffPIR: the
-# same PSNR to 0.001 dB and LPIPS to 0.0001 as with 1e-5 and 200, in half the time of the whole.
+# What a step of a sampler needs of conjugate gradients. Motion deblurring of 16 held-out faces, 50 steps of DiffPIR:
+# the same PSNR to 0.001 dB and LPIPS to 0.0001 as with 1e-5 and 200, in half the time of the whole.
 ROUGH = (1e-3, 25)
 
 
