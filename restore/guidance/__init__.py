@@ -6,6 +6,7 @@ from restore.guidance.combine import APG, COMBINATIONS, Rescale
 from restore.guidance.config import build, chosen, describe
 from restore.guidance.layers import resolve
 from restore.guidance.sag import SAG, SelfAttention
+from restore.guidance.signals import watched
 from restore.guidance.targets import TARGETS, AttentionRecord
 from restore.guidance.tpg import TPG, ShuffledTokens
 from restore.guidance.tsg import TSG, PerturbedTime
@@ -41,4 +42,5 @@ __all__ = [
     "describe",
     "estimator",
     "resolve",
+    "watched",
 ]

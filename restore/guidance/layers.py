@@ -171,6 +171,22 @@ def _heads(layer: AttentionLayer, indices: int | Iterable[int] | None) -> tuple[
     return chosen
 
 
+def table(
+    attention: Mapping[str, AttentionLayer], resolution: int, layers: str | Iterable[str] | None = None
+) -> list[str]:
+    """One line per layer: short name, paper's name, diffusers path, heads, width, side at that resolution.
+
+    layers: only those that this selects, with the heads that it selects.
+    """
+    every = [(layer, None) for layer in attention.values()]
+    lines = [f"{'short':6} {'paper':18} {'diffusers path':60} heads      width  side"]
+    for layer, heads in every if layers is None else choose(layers, None, attention):
+        named = f"0..{layer.heads - 1}" if heads is None else ",".join(map(str, heads))
+        side = resolution // layer.downsampling
+        lines.append(f"{layer.short:6} {layer.paper:18} {layer.path:60} {named:9}  {layer.channels:5}  {side:4}")
+    return lines
+
+
 def _checked_heads(name: str, strengths: Mapping[Any, float]) -> dict[int, float]:
     if not strengths or not all(str(head).isdecimal() for head in strengths):
         raise RestoreError(f"the strengths of {name} are one number, or one for each head such as {{0: 0.5, 3: 1}}")
