@@ -38,7 +38,7 @@ class Trajectory:
         """|eps − eps_weak|, averaged over the channels: a row for each term that was ever on, the means below.
 
         described: the guidance as restore.guidance.describe says it. Each row has its own scale, from black for 0 to
-        white for the largest value in it; a cell is empty where the term was off.
+        white for the largest value in it, in square roots; a cell is empty where the term was off.
         """
         rows = [list(row) for row in zip(*(signals for _, _, signals in self.steps), strict=True)]
         names = [next(iter(term.items())) for term in described if "combine" not in term]
@@ -48,17 +48,13 @@ class Trajectory:
             if largest is None:
                 continue
             cells = [None if signal is None else _grey(signal, largest) for signal in row]
-            titles.append(
-                f"{name} {options.get('scale', ''):g}\n{_short(options.get('layers', ''))}\nwhite: {largest:.2g}"
-            )
+            layers = options.get("layers", ())
+            layers = layers if isinstance(layers, str) else ", ".join(layers)
+            titles.append("\n".join(filter(None, [f"{name} {options['scale']:g}", layers, f"white: {largest:.2g}"])))
             pictures.append(cells)
             captions.append(["" if signal is None else f"{float(signal.mean()):.3g}" for signal in row])
         return grids.comparison_grid(pictures, [f"t = {t:g}" for t, _, _ in self.steps], titles, captions, cell=128)
 
 
 def _grey(signal: torch.Tensor, largest: float) -> torch.Tensor:
-    return (2 * signal / max(largest, 1e-12) - 1).expand(3, *signal.shape)
-
-
-def _short(layers: str | Sequence[str]) -> str:
-    return layers if isinstance(layers, str) else ", ".join(layers)
+    return (2 * (signal / max(largest, 1e-12)).sqrt() - 1).expand(3, *signal.shape)

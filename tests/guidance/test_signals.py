@@ -81,7 +81,8 @@ def test_every_sampler_can_be_pictured(restorer, name):
     y = operator.A(torch.zeros(1, 3, 16, 16))
     trajectory, guidance = Trajectory(), PAG(1.0, "m1") + TSG(0.5) + PAG(1.0, "m1", interval=(-1, -1))
     try:
-        restorer(y, operator, sampler=name, steps=3, guidance=guidance, callback=trajectory)
+        few = {"iterations": 2} if name == "pnpdm" else {}
+        restorer(y, operator, sampler=name, steps=3, guidance=guidance, callback=trajectory, **few)
     except restore.RestoreError as error:
         assert "latent" in str(error) or "decoded" in str(error), error
         return
@@ -95,7 +96,7 @@ def test_every_sampler_can_be_pictured(restorer, name):
 
 
 def test_the_picture_shows_the_signal():
-    """Each row from black, 0, to white, its largest value."""
+    """Each row from black, 0, to white, its largest value, in square roots."""
     trajectory = Trajectory()
     for k, largest in enumerate((0.5, 2.0)):
         signal = torch.linspace(0, largest, 64).view(1, 1, 8, 8)
@@ -106,5 +107,5 @@ def test_the_picture_shows_the_signal():
     assert picture.width > 2 * 128 and picture.height > 2 * 128
     # Each of a cell's 64 values fills 16 x 16 pixels: the first step reaches a quarter of its row's largest, 0.5 of 2;
     # three cells begin with 0, and the fourth is empty.
-    assert 256 <= int((greys == 64).sum()) < 2 * 256
+    assert 256 <= int((abs(greys - 127.5) < 1).sum()) < 4 * 256
     assert 3 * 256 <= int((greys == 0).sum()) < 4 * 256
