@@ -98,14 +98,14 @@ def test_every_sampler_can_be_pictured(restorer, name):
 def test_the_picture_shows_the_signal():
     """Each row from black, 0, to white, its largest value, in square roots."""
     trajectory = Trajectory()
-    for k, largest in enumerate((0.5, 2.0)):
+    for k, largest in enumerate((0.9, 2.0)):
         signal = torch.linspace(0, largest, 64).view(1, 1, 8, 8)
         step = {"step": k, "steps": 2, "t": 10 - k, "first": 0, "x0_hat": torch.zeros(1, 3, 8, 8)}
         trajectory({**step, "signals": [signal, None if k == 0 else 10 * signal]})
     picture = trajectory.guidance(describe(PAG(2.0, ["i5", "m1"]) + TSG(1.0)))
     greys = np.asarray(picture.convert("L")).astype(int)
     assert picture.width > 2 * 128 and picture.height > 2 * 128
-    # Each of a cell's 64 values fills 16 x 16 pixels: the first step reaches a quarter of its row's largest, 0.5 of 2;
-    # three cells begin with 0, and the fourth is empty.
-    assert 256 <= int((abs(greys - 127.5) < 1).sum()) < 4 * 256
+    # Each of a cell's 64 values fills 16 x 16 pixels: the first step reaches 0.9 of its row's largest, 2, and no other
+    # value is as grey; three cells begin with 0, and the fourth is empty.
+    assert int((greys == round(255 * 0.45**0.5)).sum()) in range(256, 300)
     assert 3 * 256 <= int((greys == 0).sum()) < 4 * 256
