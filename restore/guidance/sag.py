@@ -24,7 +24,8 @@ class SelfAttention:
     token gets more attention from all queries, on the mean of the heads, than `threshold` (an even map gives 1).
 
     layers: the one self-attention layer that is watched in the strong pass; "i5:0,3" for the mean of two heads.
-    sigma, taps: of the Gaussian blur, in cells of x; None: the paper's 9 and 31 in pixels, 1 and 9 in latents.
+    sigma, taps: of the Gaussian blur, in cells of x; None: 9 and 31 in pixels (the
+        code of PAG's comparison), 1 and 9 in latents (diffusers).
     """
 
     layers: str = "m1"
