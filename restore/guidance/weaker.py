@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,10 @@ class WeakerModel:
 
     model: Any
     loaded: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        if isinstance(self.model, Path):
+            object.__setattr__(self, "model", str(self.model))
 
     def bind(self, backbone: Backbone) -> WeakerPass:
         """Raises RestoreError for a model that does not load, or is of other images or another kind of noise."""

@@ -270,7 +270,7 @@ def test_autoguidance(model, x, tiny_adm):
         assert abs(t - 250) > 10
         expected = other.predict(x, t).eps
         assert relative(weak_of(Autoguidance(1.0, other), model, x, 250), expected) < 1e-12
-    guidance = Autoguidance(1.0, str(tiny_adm))
+    guidance = Autoguidance(1.0, tiny_adm)  # a folder
     with estimator(model, guidance) as a, estimator(model, guidance) as b:
         assert a.branches[0][1].weak is b.branches[0][1].weak  # read from the disk once
     assert build(describe(guidance)) == guidance
