@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from operators import RestoreError
+from restore.guidance import Guidance, watched
 from restore.images import io
 
 
@@ -73,3 +75,18 @@ class explain_out_of_memory:
             raise RestoreError(
                 "out of memory; use checkpointing=True, a smaller batch_size or max_windows, or precision='bf16'"
             ) from error
+
+
+def watching(
+    callback: Callable | None, guidance: Guidance | None, used: dict, first: int, count: int, total: int
+) -> tuple[Guidance | None, Callable[[dict], None]]:
+    """(guidance, callback) for a sampler: what it used is kept, each step passed on with its place and `signals`."""
+    seen: dict[int, torch.Tensor] = {}
+
+    def watch(step: dict) -> None:
+        used.update(step.get("used", {}))
+        if callback is not None:
+            more = {} if guidance is None else {"signals": [seen.pop(k, None) for k in range(len(guidance.terms))]}
+            callback({**step, **more, "first": first, "count": count, "total": total})
+
+    return guidance if guidance is None or callback is None else watched(guidance, seen), watch
