@@ -28,14 +28,6 @@ OPTIONAL = {"sd3": ("text_encoder_3", "tokenizer_3")}
 TOKENIZERS = {"T5EncoderModel": "T5TokenizerFast"}  # of the others: CLIPTokenizer
 
 
-def kind_of(index: dict) -> str | None:
-    """The kind of model that a model_index.json describes, None for none of KINDS."""
-    found = (index.get("transformer") or [None, None])[1]
-    pipeline = index.get("_class_name")
-    # diffusers' DiT was a Transformer2DModel when the published folders were written.
-    return next((k for k, (cls, own, _) in KINDS.items() if found == cls or (own == pipeline and found)), None)
-
-
 def read_folder(source: str | Path, kind: str, dtype: torch.dtype, vae: nn.Module | None = None) -> dict:
     """transformer in `dtype` and vae as stored, on the CPU; scheduler as its configuration. Raises RestoreError.
 
@@ -50,7 +42,9 @@ def read_folder(source: str | Path, kind: str, dtype: torch.dtype, vae: nn.Modul
             "save_pretrained, with transformer, vae and scheduler"
         )
     index = read_json(folder / "model_index.json")
-    if kind_of(index) != kind:
+    # diffusers' DiT was a Transformer2DModel when the published folders were written.
+    found = (index.get("transformer") or [None, None])[1]
+    if KINDS[kind][0] != found and (index.get("_class_name") != KINDS[kind][1] or found != "Transformer2DModel"):
         raise RestoreError(f"{folder} holds a {index.get('_class_name', 'model')}, not a {KINDS[kind][1]}")
     needed = ["transformer", "scheduler"] + ["vae"] * (vae is None)
     missing = [name for name in needed if not (folder / name).is_dir()]

@@ -70,6 +70,7 @@ class StableDiffusion(Latents):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | str = torch.float32,
         vae_dtype: torch.dtype | str | None = None,
+        vae: nn.Module | None = None,
         config: str | Path | None = None,
         revision: str | None = None,
         offline: bool = False,
@@ -81,7 +82,7 @@ class StableDiffusion(Latents):
 
         dtype: precision of the U-Net: a torch dtype or "fp32", "bf16", "fp16". vae_dtype: of the
             autoencoder; by default the same, except that with float16 it stays float32, because the
-            decoder's activations overflow float16.
+            decoder's activations overflow float16. vae: an autoencoder in place of the model's.
         config: for a single file, the diffusers folder or hub id of the same architecture.
         offline: use only what is on this machine. revision: commit or branch of a hub id.
         vae_slicing, vae_tiling: decode one image, one tile at a time. checkpointing: recompute
@@ -98,7 +99,7 @@ class StableDiffusion(Latents):
         return cls(
             # Module.to, because diffusers' own warns about modules to keep in float32 even where there are none.
             nn.Module.to(parts["unet"], device, dtype),
-            nn.Module.to(parts["vae"], device, as_dtype(vae_dtype)),
+            nn.Module.to(parts["vae"] if vae is None else vae, device, as_dtype(vae_dtype)),
             Schedule.from_config(parts["scheduler"]),
             files.embed("", parts["tokenizer"], parts["text_encoder"]).to(device),
             prediction_type=parts["scheduler"].get("prediction_type", "epsilon"),
