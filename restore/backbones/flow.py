@@ -61,7 +61,8 @@ class FlowTransformer(Latents):
         if "FlowMatch" not in str(scheduler.get("_class_name", "FlowMatch")):
             raise RestoreError(f"the scheduler is a {scheduler['_class_name']}, expected one of flow matching")
         self.network = network.eval().requires_grad_(False)
-        self.scheduler = dict(scheduler)
+        self.scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler}
+        self.times = int(self.scheduler.get("num_train_timesteps", 1000))
         self.null_condition = None if null_condition is None else null_condition.detach()
         self.encode_prompt = encode_prompt
         self.attention = attention_layers(network)
@@ -118,18 +119,20 @@ class FlowTransformer(Latents):
     def predict(self, x_t: torch.Tensor, t: float, condition: torch.Tensor | None = None) -> Prediction:
         """The prediction for a latent x_t (B, C, h, w), in the dtype of x_t.
 
-        t: 1000 sigma, also between the schedule's; a (B,) tensor gives every latent its own. condition: see the
+        t: 1000 sigma, any from 0 to 1000, in the network's arithmetic whatever its schedule's shift; a (B,) tensor gives every latent its own. condition: see the
         class; None is the empty prompt. Raises RestoreError for a side that the patches do not divide, another
         condition and a t outside.
         """
         require_shape(x_t, self.channels, self.multiple)
-        alpha, sigma = self.schedule.levels(t, x_t)
         times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).reshape(-1).expand(len(x_t))
+        sigma = t / self.times if not isinstance(t, torch.Tensor) or t.numel() == 1 else (t / self.times).view(-1, 1, 1, 1)
+        if not 0 <= float(times.min()) <= float(times.max()) <= self.times:
+            raise RestoreError(f"t is {t}, expected 0 to {self.times}")
         text, pooled = self._text(condition, x_t)
         out = scaled_gradients(
             lambda x: self._velocity(x, times, text, pooled), x_t, self.network.dtype
         )
-        return Prediction.of("velocity", out, x_t, alpha, sigma)
+        return Prediction.of("velocity", out, x_t, 1 - sigma, sigma)
 
     def _text(self, condition: torch.Tensor | None, x_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         condition = self.null_condition if condition is None else condition
