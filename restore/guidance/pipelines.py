@@ -114,7 +114,8 @@ class NetworkCall:
 
 
 class PipelineNetwork:
-    """The network of a pipeline with the part of the Backbone protocol that guidance needs; `condition` is a NetworkCall.
+    """The network of a pipeline with the part of the Backbone protocol that guidance needs; `condition` is a
+    NetworkCall.
 
     x_t and predictions are those of the rows with the prompt; the strong pass computes the whole batch.
     """

@@ -64,8 +64,8 @@ def locate(name_or_path: str | Path) -> Located:
 
     A registered name wins over a file of that name (write ./name for the file). A folder is a diffusers
     pipeline (model_index.json), of pixels ("adm") where its network is a UNet2DModel, or such a network or an
-    autoencoder alone (config.json); of a hub id that is not here yet the kind is a guess; .ckpt files and safetensors with a
-    `model.diffusion_model.` prefix are Stable Diffusion, other .pt, .pth and .safetensors files ADM.
+    autoencoder alone (config.json); of a hub id that is not here yet the kind is a guess; .ckpt files and safetensors
+    with a `model.diffusion_model.` prefix are Stable Diffusion, other .pt, .pth and .safetensors files ADM.
     Raises RestoreError for anything else, with the nearest registered names.
     """
     name, path = str(name_or_path), Path(name_or_path).expanduser()
