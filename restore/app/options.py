@@ -34,6 +34,7 @@ Strength = Annotated[str | None, typer.Option(help="u of (1-u) A + u A' in [0, 1
 Guide = Annotated[str | None, typer.Option("--guidance", help="YAML, or its file: {pag: {scale: 1, layers: i9}}.")]
 Quality = Annotated[str | None, typer.Option(help="fast, balanced or best: sampler and steps in one word.")]
 Quality = Annotated[str | None, typer.Option(help="fast, balanced or best: sampler and steps in one word.")]
+Vae = Annotated[str | None, typer.Option(help="tiny: the small autoencoder of a latent backbone; or a name, a folder.")]
 Prompt = Annotated[str | None, typer.Option(help="Text for a text-conditional backbone.")]
 NegativePrompt = Annotated[str | None, typer.Option(help="Text for the weak branch of CFG.")]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from operators import RestoreError
-from restore.backbones.base import Backbone, Prediction, VariancePreserving, variance_preserving
+from restore.backbones.base import Backbone, Prediction, Renormalised
 from restore.backbones.sizes import Sized
 from restore.guidance.base import Guidance, Term, require_prior
 
@@ -117,21 +117,21 @@ class WeakerPass:
         if not self.same_times:
             t = self.weak.schedule.t(self.backbone.schedule.ratio(min(t, self.backbone.schedule.ts[-1])))
         eps = self.weak.predict(x_t, t, condition).eps
-        sized = self.backbone.inner if isinstance(self.backbone, VariancePreserving) else self.backbone
+        sized = self.backbone.inner if isinstance(self.backbone, Renormalised) else self.backbone
         if isinstance(sized, Sized):  # where a run's evaluations are counted
             sized.evaluations += 1
         return eps
 
 
 def _bare(backbone: Backbone) -> Backbone:
-    while isinstance(backbone, (VariancePreserving, Sized)):
+    while isinstance(backbone, (Renormalised, Sized)):
         backbone = backbone.inner
     return backbone
 
 
 def _seen_as(backbone: Backbone, weak: Backbone, window: int | None = None, overlap: float | None = None) -> Backbone:
     """`weak` with the image size and the normalisation of noise that `backbone` has; on windows of that side in x."""
-    sized = backbone.inner if isinstance(backbone, VariancePreserving) else backbone
+    sized = backbone.inner if isinstance(backbone, Renormalised) else backbone
     if isinstance(sized, Sized):
         options = {"overlap": sized.overlap if overlap is None else overlap, "max_windows": sized.max_windows}
         weak = Sized(weak, sized.height, sized.width, **options)
@@ -139,4 +139,4 @@ def _seen_as(backbone: Backbone, weak: Backbone, window: int | None = None, over
         weak = Sized(weak, weak.resolution, weak.resolution, overlap=overlap)
     if window is not None:
         weak.resolution = window
-    return variance_preserving(weak) if isinstance(backbone, VariancePreserving) else weak
+    return Renormalised(weak, backbone.schedule.kind) if isinstance(backbone, Renormalised) else weak

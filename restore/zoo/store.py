@@ -28,7 +28,7 @@ _WEIGHT_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 class Located:
     """Where a model is and how to load it.
 
-    kind: "adm" or "stable-diffusion". path: the weight file or the model folder; None when it is not on
+    kind: one of registry.KINDS. path: the weight file or the model folder; None when it is not on
     this machine yet. hub: the hub folder it would come from. options: keyword arguments of the loader.
     entry: its registry entry, None for the user's own file or folder.
     """
@@ -63,9 +63,9 @@ def locate(name_or_path: str | Path) -> Located:
     """Resolve a registered name, a model folder, a weight file or a hub id `owner/name`, without the network.
 
     A registered name wins over a file of that name (write ./name for the file). A folder is a diffusers
-    pipeline (model_index.json), of pixels ("adm") where its network is a UNet2DModel, or such a network alone
-    (config.json); of a hub id that is not here yet the kind is a guess; .ckpt files and safetensors with a
-    `model.diffusion_model.` prefix are Stable Diffusion, other .pt, .pth and .safetensors files ADM.
+    pipeline (model_index.json), of pixels ("adm") where its network is a UNet2DModel, or such a network or an
+    autoencoder alone (config.json); of a hub id that is not here yet the kind is a guess; .ckpt files and safetensors
+    with a `model.diffusion_model.` prefix are Stable Diffusion, other .pt, .pth and .safetensors files ADM.
     Raises RestoreError for anything else, with the nearest registered names.
     """
     name, path = str(name_or_path), Path(name_or_path).expanduser()
@@ -302,17 +302,18 @@ def _snapshot(hub: Hub, offline: bool) -> Path | None:
 
 
 def _kind_of_folder(folder: Path) -> str:
-    for name, key in (("model_index.json", "unet"), ("config.json", "_class_name")):
+    for name in ("model_index.json", "config.json"):
         if (folder / name).is_file():
             try:
-                network = str(json.loads((folder / name).read_text(encoding="utf-8")).get(key))
+                content = json.loads((folder / name).read_text(encoding="utf-8"))
+                kind = registry.kind_of(content)
             except (OSError, ValueError, AttributeError) as error:
                 raise RestoreError(f"{folder / name} is not a model configuration: {error}") from error
-            if "UNet2DModel" in network or key == "unet":
-                return "adm" if "UNet2DModel" in network else "stable-diffusion"
+            if kind is not None or name == "model_index.json":
+                return kind or "stable-diffusion"  # whose loader says what else it is
     raise RestoreError(
         f"{folder} is no model folder: expected model_index.json (a diffusers pipeline) or the config.json "
-        "of a UNet2DModel."
+        "of a UNet2DModel or an autoencoder."
     )
 
 
