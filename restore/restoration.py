@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,3 +74,21 @@ class explain_out_of_memory:
             raise RestoreError(
                 "out of memory; use checkpointing=True, a smaller batch_size or max_windows, or precision='bf16'"
             ) from error
+
+
+def rows_of(condition: Any, rows: list[int]) -> Any:
+    """The conditions of these images; one that serves all of them is passed on."""
+    if not isinstance(condition, torch.Tensor) or condition.dim() == 0 or len(condition) == 1:
+        return condition
+    return condition[rows]
+
+
+def watching(callback: Callable | None, used: dict, first: int, count: int, total: int) -> Callable[[dict], None]:
+    """Keeps what the sampler says it used, and passes each step on with its place in the whole."""
+
+    def watch(step: dict) -> None:
+        used.update(step.get("used", {}))
+        if callback is not None:
+            callback({**step, "first": first, "count": count, "total": total})
+
+    return watch

@@ -30,6 +30,7 @@ def load_backbone(
     """
     # Imported here: `restore models list` must not wait for torch networks.
     from restore.backbones.adm import ADM
+    from restore.backbones.latent import LatentDiffusion
     from restore.backbones.stable_diffusion import StableDiffusion
     from restore.backbones.weights import as_dtype
 
@@ -42,8 +43,10 @@ def load_backbone(
         if vae_slicing or vae_tiling:
             raise RestoreError(f"{name} works on pixels: it has no autoencoder to slice or tile")
         return found, ADM.load(found.path, **options)
-    options |= {"vae_slicing": vae_slicing, "vae_tiling": vae_tiling, "offline": is_offline(offline)}
-    return found, StableDiffusion.load(found.path, **options)
+    options |= {"vae_slicing": vae_slicing, "vae_tiling": vae_tiling}
+    if found.kind == "latent":
+        return found, LatentDiffusion.load(found.path, **options)
+    return found, StableDiffusion.load(found.path, **options, offline=is_offline(offline))
 
 
 def describe(name: str) -> str:

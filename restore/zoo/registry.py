@@ -15,7 +15,7 @@ from operators import RestoreError
 from operators.naming import check_known, nearest
 from restore.paths import configs_dir, data_dir
 
-KINDS = ("adm", "stable-diffusion")
+KINDS = ("adm", "latent", "stable-diffusion")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Guidance:
 class Model:
     """An entry of the registry. Exactly one of `folder` (shipped, below data/), `download`, `hub` is set.
 
-    kind: "adm" or "stable-diffusion". resolution: pixels per side it was trained at.
+    kind: of KINDS. resolution: pixels per side it was trained at.
     options: keyword arguments of the loader that cannot be read off the weights. notes: what a user should know.
     """
 

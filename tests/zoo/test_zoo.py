@@ -416,7 +416,7 @@ def test_every_shipped_entry_is_complete():
     for entry in entries.values():
         assert entry.licence and entry.title and entry.resolution in (64, 128, 256, 512)
         if entry.download:
-            assert entry.download.file.endswith(".pt") and all(
+            assert entry.download.file.endswith((".pt", ".ckpt")) and all(
                 url.startswith("https://") for url in entry.download.urls
             )
             assert entry.options["attention_order"] in ("legacy", "new")
