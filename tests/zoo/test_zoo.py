@@ -419,7 +419,7 @@ def test_every_shipped_entry_is_complete():
             assert entry.download.file.endswith((".pt", ".ckpt")) and all(
                 url.startswith("https://") for url in entry.download.urls
             )
-            assert entry.options["attention_order"] in ("legacy", "new")
+            assert entry.kind == "latent" or entry.options["attention_order"] in ("legacy", "new")
             assert "restore models import" in zoo.by_hand(entry)
     assert entries["adm-imagenet-256"].download.size > 4 * entries["adm-imagenet-256"].parameters
     assert entries["adm-imagenet-256-cond"].class_conditional and not entries["adm-ffhq-256"].class_conditional
