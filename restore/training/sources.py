@@ -162,7 +162,7 @@ def encode_all(config: DictConfig, vae, device: torch.device, batch: int = 64) -
             n = torch.randn(posterior.mean.shape, generator=generator, device=device)
             found.append((posterior.mean + posterior.std * n).half().cpu())
     held_out = [vae.encode(chunk.to(device)).latent_dist.mean.cpu() for chunk in _floats(images.held_out, size, batch)]
-    return {"training": torch.cat(found), "held_out": torch.cat(held_out)}
+    return {"training": torch.cat(found).contiguous(), "held_out": torch.cat(held_out).contiguous()}
 
 
 def _floats(images: torch.Tensor, size: int, batch: int):
