@@ -193,7 +193,7 @@ class ADM(Pixels):
         if resolution is not None:
             network.register_to_config(sample_size=resolution)
         given = {"schedule": schedule, "prediction_type": prediction_type, "null_class": null_class}
-        return cls(network, **trained | {key: value for key, value in given.items() if value is not None}, **options)
+        return cls(network, **trained | {key: value for key, value in given.items() if value is not None} | options)
 
     def save(self, folder: str | Path, dtype: torch.dtype | str | None = None) -> None:
         """Write config.json, restore.json and safetensors weights (fp32, or `dtype`) that `load` reads back.

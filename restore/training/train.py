@@ -156,6 +156,7 @@ def train(config: DictConfig) -> Path:
         # Everything random in a step is drawn from a generator seeded by the step itself.
         number = step * world + rank
         generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + number)
+        torch.manual_seed(config.seed * 1_000_003 + number)  # dropout's
         for group in optimizer.param_groups:
             group["lr"] = config.optimizer.lr * min(1.0, (step + 1) / config.optimizer.warmup_steps)
         loss, logged, pair = kind.loss(forward, number, generator)

@@ -38,7 +38,6 @@ TINY = {
         "data.stored_size=32", "data.copies=3", "model.sample_size=16", "model.in_channels=4", "model.out_channels=4",
         "model.block_out_channels=[16,32]", "model.down_block_types=[AttnDownBlock2D,AttnDownBlock2D]",
         "model.up_block_types=[AttnUpBlock2D,AttnUpBlock2D]", "model.attention_head_dim=8", "model.norm_num_groups=4",
-        "model.dropout=0",
     ],
     "prior-v2": [
         "model.block_out_channels=[16,32]", "model.down_block_types=[ResnetDownsampleBlock2D,AttnDownBlock2D]",
