@@ -17,7 +17,7 @@ from restore.backbones.sizes import Sized
 from restore.guidance import Guidance
 from restore.images import io
 from restore.method import Method
-from restore.restoration import Restoration, choose_device, explain_out_of_memory, rows_of, watching
+from restore.restoration import Restoration, choose_device, class_index, explain_out_of_memory, rows_of, watching
 from restore.samplers.generate import generate
 from restore.samplers.noise import ImageNoise
 from restore.samplers.steps import linear_gaussian
@@ -279,9 +279,10 @@ class Restorer:
 
     def _classes(self, labels: Sequence[int | str]) -> torch.Tensor:
         """The classes of these numbers or names (n,). Raises RestoreError where the backbone has none of them."""
-        if getattr(self.backbone, "classes", None) is None:
+        classes, names = (getattr(self.backbone, name, None) for name in ("classes", "labels"))
+        if classes is None:
             raise RestoreError(f"backbone {self.name} has no classes: it takes no label")
-        return torch.tensor([self.backbone.class_index(label) for label in labels], device=self.device)
+        return torch.tensor([class_index(label, classes, names or ()) for label in labels], device=self.device)
 
     def _condition(self, condition, prompt, negative_prompt, prior: Sized):
         """The condition of the strong pass; `negative_prompt` becomes the null condition of this call's prior."""

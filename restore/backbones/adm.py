@@ -130,15 +130,6 @@ class ADM(Pixels):
         out, variance = out.chunk(2, dim=1) if self.learned_variance else (out, None)
         return Prediction.of(PREDICTION_TYPES[self.prediction_type], out, x_t, alpha, sigma, variance)
 
-    def class_index(self, label: int | str) -> int:
-        """The class of that number or name. Raises RestoreError when there is none."""
-        if isinstance(label, str) and not label.isdecimal():
-            check_known([label], self.labels, "the network has no class called")
-            return self.labels.index(label)
-        if not 0 <= int(label) < (self.classes or 0):
-            raise RestoreError(f"there is no class {label}: the network has {self.classes or 'none'}")
-        return int(label)
-
     def _labels(self, condition, batch: int) -> torch.Tensor | None:
         if condition is None:
             condition = self.null_condition

@@ -149,7 +149,7 @@ def test_a_prior_with_classes_learns_and_restores(classes):
     assert torch.isfinite(both.samples).all()
     with pytest.raises(restore.RestoreError, match="no class called: 'fase'.*did you mean 'face'|did you mean 'face'"):
         restorer(y, A, label="fase", **options)
-    with pytest.raises(restore.RestoreError, match="no class 3: the network has 3"):
+    with pytest.raises(restore.RestoreError, match="no class 3: the backbone has 3"):
         restorer.generate(1, labels=[3], steps=2)
     with pytest.raises(restore.RestoreError, match="either a label or another condition"):
         restorer(y, A, label="face", condition=torch.tensor([0]), **options)
