@@ -34,13 +34,15 @@ def load(
     max_windows: int = 16,
     vae_slicing: bool = False,
     vae_tiling: bool = False,
+    vae: str | Path | None = None,
 ) -> Restorer:
     """A Restorer for a model of `restore models list`, a diffusers folder or a checkpoint file.
 
     device: "auto" (CUDA, else MPS, else CPU) or torch's name. precision: "fp32", "bf16" or "fp16" of the
     network's arithmetic. offline: never download. checkpointing: less memory, more time. overlap,
     max_windows: see Sized. vae_slicing, vae_tiling: decode one image, one tile at a time (latent models; a
-    tile's borders are blended, so the result differs a little). Raises RestoreError for an unknown name or
+    tile's borders are blended, so the result differs a little). vae: "tiny" for the distilled autoencoder of a latent
+    model (TAESD), or the name or folder of another one. Raises RestoreError for an unknown name or
     weights that do not load.
     """
     with torch.inference_mode(False):  # weights made in inference mode could never be differentiated through
@@ -52,6 +54,7 @@ def load(
             checkpointing=checkpointing,
             vae_slicing=vae_slicing,
             vae_tiling=vae_tiling,
+            vae=vae,
         )
     return Restorer(backbone, found.name, overlap=overlap, max_windows=max_windows, checkpointing=checkpointing)
 
@@ -252,6 +255,7 @@ class Restorer:
         return {
             "backbone": self.name,
             "weights": self.weights_hash(),
+            **({"autoencoder": type(self.backbone.vae).__name__} if self.kind == "latents" else {}),
             "precision": str(dtype).removeprefix("torch."),
             "operator": repr(operator),
             "noise": repr(noise) if noise is not None else None,

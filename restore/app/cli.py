@@ -33,6 +33,7 @@ from restore.app.options import (
     Strength,
     Target,
     Task,
+    Vae,
     check_settings,
     in_options,
     parse_guidance,
@@ -94,6 +95,7 @@ def run(
     max_windows: Annotated[int, typer.Option(min=1, help="Windows of a large photo per network call.")] = 16,
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Less memory for large photos in latents.")] = False,
     label: Label = None,
+    vae: Vae = None,
     prompt: Prompt = None,
     negative_prompt: NegativePrompt = None,
     data: Annotated[str | None, typer.Option(help="Presets published for ffhq or imagenet.")] = None,
@@ -130,6 +132,7 @@ def run(
         checkpointing=checkpointing,
         max_windows=max_windows,
         vae_tiling=vae_tiling,
+        vae=vae,
     )
     with Progress(len(photos)) as progress:
         report(
@@ -200,6 +203,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Images computed together.")] = 1,
     device: Device = "auto",
     precision: Precision = "fp32",
+    vae: Vae = None,
     overwrite: Overwrite = False,
     offline: Offline = False,
 ) -> None:
@@ -212,7 +216,7 @@ def generate(
     guided = None if guidance is None else parse_guidance(guidance, None, None, None, None)
     if guidance is not None and (pag_scale or cfg_scale or layers):
         raise RestoreError("give either guidance= or pag_scale=, layers= and cfg_scale=, not both")
-    model = restorer.load(backbone, device=device, precision=precision, offline=offline)
+    model = restorer.load(backbone, device=device, precision=precision, offline=offline, vae=vae)
     if guidance is None:
         guided = work.generation_guidance(pag_scale, layers, cfg_scale, model)
     with Progress(n) as progress:

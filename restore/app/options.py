@@ -34,6 +34,7 @@ Strength = Annotated[float | None, typer.Option(help="u of (1-u) A + u A' in [0,
 Guide = Annotated[str | None, typer.Option("--guidance", help="YAML, or its file: {pag: {scale: 1, layers: i9}}.")]
 Quality = Annotated[str | None, typer.Option(help="fast, balanced or best: sampler and steps in one word.")]
 Label = Annotated[str | None, typer.Option(help="Class, by name or number, for a class-conditional backbone.")]
+Vae = Annotated[str | None, typer.Option(help="tiny: the small autoencoder of a latent backbone; or a name, a folder.")]
 Prompt = Annotated[str | None, typer.Option(help="Text for a text-conditional backbone.")]
 NegativePrompt = Annotated[str | None, typer.Option(help="Text for the weak branch of CFG.")]
 

@@ -141,12 +141,7 @@ class ADM(Pixels):
             raise RestoreError(
                 f"this network is class-conditional: pass condition=labels, a LongTensor (B,) of 0..{self.classes - 1}"
             )
-        labels = torch.as_tensor(condition)
-        if labels.is_floating_point() or labels.ndim > 1 or labels.numel() not in (1, batch):
-            raise RestoreError(f"condition must be integer class labels, one for the batch or {batch}, one per image")
-        if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
-            raise RestoreError(f"class labels must lie in 0..{self.classes - 1}")
-        return labels.to(self.device, torch.long).reshape(-1).expand(batch)
+        return class_labels(condition, batch, self.classes).to(self.device)
 
     @classmethod
     def load(
@@ -215,6 +210,16 @@ def save_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
     """The weights file of a diffusers folder, under its name once it is complete."""
     save_file(dict(weights), folder / (WEIGHTS + ".tmp"), metadata={"format": "pt"})
     os.replace(folder / (WEIGHTS + ".tmp"), folder / WEIGHTS)
+
+
+def class_labels(condition: torch.Tensor | int, batch: int, classes: int) -> torch.Tensor:
+    """Class labels as a LongTensor (batch,), one serving all. Raises RestoreError for what is none of 0..classes−1."""
+    labels = torch.as_tensor(condition)
+    if labels.is_floating_point() or labels.ndim > 1 or labels.numel() not in (1, batch):
+        raise RestoreError(f"condition must be integer class labels, one for the batch or {batch}, one per image")
+    if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise RestoreError(f"class labels must lie in 0..{classes - 1}")
+    return labels.to(torch.long).reshape(-1).expand(batch)
 
 
 def attention_layers(network: UNet2DModel) -> dict[str, AttentionLayer]:

@@ -121,24 +121,34 @@ class Pixels:
         return z
 
 
-class VariancePreserving:
-    """Any backbone seen as a variance-preserving one: x / sqrt(alpha² + sigma²), the same eps, x0 and times.
+# What alpha and sigma are divided by to be of this kind.
+NORMS = {"vp": lambda a, s: (a**2 + s**2) ** 0.5, "ve": lambda a, s: a, "flow": lambda a, s: a + s}
 
-    So samplers whose steps are written with alpha_bar run on EDM and flow-matching priors too.
+
+class Renormalised:
+    """Any backbone seen as one of another kind ("vp", "ve", "flow"): x in another scale, the same eps, x0 and times.
+
+    So samplers whose steps are written with alpha_bar run on EDM and flow-matching priors too, and those written for
+    flow matching on all others.
     """
 
-    def __init__(self, inner: Backbone) -> None:
+    def __init__(self, inner: Backbone, kind: str) -> None:
         self.inner = inner
-        self.schedule = inner.schedule.variance_preserving()
+        self.schedule = inner.schedule.normalised(kind)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
     def predict(self, x_t: torch.Tensor, t: float, condition: Any = None) -> Prediction:
-        scale = (self.inner.schedule.alpha(t) ** 2 + self.inner.schedule.sigma(t) ** 2) ** 0.5
+        scale = NORMS[self.schedule.kind](self.inner.schedule.alpha(t), self.inner.schedule.sigma(t))
         return self.inner.predict(x_t * scale, t, condition)
 
 
 def variance_preserving(prior: Backbone) -> Backbone:
     """`prior` itself where its noise levels already are variance preserving, else the change of variables."""
-    return prior if prior.schedule.kind == "vp" else VariancePreserving(prior)
+    return prior if prior.schedule.kind == "vp" else Renormalised(prior, "vp")
+
+
+def flow_matching(prior: Backbone) -> Backbone:
+    """`prior` itself where its noise levels are flow matching's (alpha + sigma = 1), else the change of variables."""
+    return prior if prior.schedule.kind == "flow" else Renormalised(prior, "flow")

@@ -78,27 +78,29 @@ class Schedule:
         return cls(steps * sigma, sigma / (1 - sigma), "flow")
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Schedule:
+    def from_config(cls, config: Mapping[str, Any], tokens: int | None = None) -> Schedule:
         """The schedule a diffusers scheduler_config.json describes.
 
+        tokens: of the image, for flow matching with dynamic shifting (FLUX.1-dev; Esser et al. 2024, sec. 5.3.2: the
+        more tokens, the more steps in the noise); None: as many as the configuration's largest image has.
         Linear, scaled linear and cosine (Nichol & Dhariwal 2021, eq. 17) betas are computed in float64, others by
         diffusers itself. {} is the linear schedule of Ho et al. 2020. Raises RestoreError for schedulers and beta
         schedules that are not known, and for zero terminal SNR.
         """
         try:
-            return cls._from_config(config)
+            return cls._from_config(config, tokens)
         except RestoreError:
             raise
         except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
             raise RestoreError(f"the scheduler's configuration does not describe noise levels: {error}") from None
 
     @classmethod
-    def _from_config(cls, config: Mapping[str, Any]) -> Schedule:
+    def _from_config(cls, config: Mapping[str, Any], tokens: int | None) -> Schedule:
         from diffusers import DDPMScheduler
 
         name = str(config.get("_class_name", ""))
         if "FlowMatch" in name:
-            return cls.flow(int(config.get("num_train_timesteps", 1000)), float(config.get("shift", 1.0)))
+            return cls.flow(int(config.get("num_train_timesteps", 1000)), _shift(config, tokens))
         if name.startswith("EDM"):
             return cls.edm(float(config.get("sigma_min", 0.002)), float(config.get("sigma_max", 80.0)))
         given, steps = config.get("trained_betas") is not None, int(config.get("num_train_timesteps", 1000))
@@ -118,10 +120,10 @@ class Schedule:
             betas = DDPMScheduler(**options).betas.double()
         return cls.vp(torch.cumprod(1 - betas, dim=0))
 
-    def variance_preserving(self) -> Schedule:
-        """The same ratio at every t, normalised to alpha² + sigma² = 1."""
+    def normalised(self, kind: str) -> Schedule:
+        """The same ratio at every t, normalised as "vp", "ve" or "flow" schedules are."""
         made = copy(self)
-        made.kind = "vp"
+        made.kind = kind
         return made
 
     def __len__(self) -> int:
@@ -130,7 +132,7 @@ class Schedule:
     @cached_property
     def alphas_cumprod(self) -> torch.Tensor:
         """alpha_bar = alpha² / (alpha² + sigma²) at the table's times, float64 (T,): every schedule seen as a
-        variance-preserving one, which x / sqrt(alpha² + sigma²) makes of it (see `VariancePreserving`)."""
+        variance-preserving one, which x / sqrt(alpha² + sigma²) makes of it (see `Renormalised`)."""
         return torch.from_numpy(1 / (1 + self.ratios**2))
 
     def time(self, index: int) -> float:
@@ -206,6 +208,16 @@ class Schedule:
             grid = lookup(name, _SPACINGS, "spacing of timesteps")(self.ratios[0], self.ratios[-1], n)
             return [self.t(float(ratio)) for ratio in grid]
         return [self.time(i) for i in reversed(respace(len(self), spec))]
+
+
+def _shift(config: Mapping[str, Any], tokens: int | None) -> float:
+    """Of flow matching's levels: fixed, or e^mu with mu linear in the number of tokens (diffusers' calculate_shift)."""
+    if not config.get("use_dynamic_shifting"):
+        return float(config.get("shift", 1.0))
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = low + (high - low) * ((many if tokens is None else tokens) - few) / (many - few)
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
 
 def _karras(low: float, high: float, n: int) -> np.ndarray:

@@ -70,6 +70,8 @@ class Sized:
         step = 1 if self.downscale == 1 else self.downscale * self.multiple
         sides = (math.ceil(side / step) * step // self.downscale for side in (height, width))
         self.shape = (self.channels, *sides)
+        if hasattr(backbone, "sized_schedule"):  # its noise levels depend on the number of tokens
+            self.schedule = backbone.sized_schedule(*self.shape[1:])
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Image (B, 3, height, width) of x_0 (B, *shape)."""

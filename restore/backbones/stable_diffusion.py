@@ -14,16 +14,16 @@ from torch import nn
 
 from operators import RestoreError
 from operators.naming import check_known
+from restore.backbones.autoencoder import Latents
 from restore.backbones.base import PREDICTION_TYPES, AttentionLayer, Prediction
-from restore.backbones.checkpointing import set_checkpointing
 from restore.backbones.schedule import Schedule
 from restore.backbones.weights import as_dtype
 
 
-class StableDiffusion:
+class StableDiffusion(Latents):
     """A latent diffusion model with its autoencoder and the embedding of the empty prompt.
 
-    unet: UNet2DConditionModel. vae: AutoencoderKL. schedule: the noise levels.
+    unet: UNet2DConditionModel. vae: AutoencoderKL or AutoencoderTiny. schedule: the noise levels.
     null_condition: (1, tokens, width), what the text encoder makes of the empty prompt.
     prediction_type: "epsilon", "v_prediction" (Salimans & Ho 2022) or "sample".
     encode_prompt: text -> (1, tokens, width); None without a text encoder.
@@ -32,7 +32,7 @@ class StableDiffusion:
     Raises RestoreError when the parts do not belong together.
     """
 
-    bounded = False
+    tiny_vae = "taesd"
 
     def __init__(
         self,
@@ -47,9 +47,8 @@ class StableDiffusion:
         vae_tiling: bool = False,
         checkpointing: bool = False,
     ) -> None:
-        require_compatible(unet, vae, null_condition, prediction_type)
+        require_compatible(unet, null_condition, prediction_type)
         self.network = unet.eval().requires_grad_(False)
-        self.vae = vae.eval().requires_grad_(False)
         self.schedule = schedule
         self.null_condition = null_condition.detach()
         self.prediction_type = prediction_type
@@ -59,15 +58,9 @@ class StableDiffusion:
         self.resolution = _first(unet.config.sample_size)
         # The U-Net halves its input at every level but the last.
         self.multiple = 2 ** (len(unet.config.block_out_channels) - 1)
-        self.downscale = 2 ** (len(vae.config.block_out_channels) - 1)
-        if vae_slicing:
-            vae.enable_slicing()
-        if vae_tiling:
-            vae.enable_tiling()
+        self.use_vae(vae, slicing=vae_slicing, tiling=vae_tiling, checkpointing=checkpointing)
         if checkpointing:
             unet.enable_gradient_checkpointing()
-            # diffusers recomputes a whole level of the autoencoder at once; per unit the peak is a sixth lower.
-            set_checkpointing(vae, True)
 
     @classmethod
     def load(
@@ -77,6 +70,7 @@ class StableDiffusion:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | str = torch.float32,
         vae_dtype: torch.dtype | str | None = None,
+        vae: nn.Module | None = None,
         config: str | Path | None = None,
         revision: str | None = None,
         offline: bool = False,
@@ -88,7 +82,7 @@ class StableDiffusion:
 
         dtype: precision of the U-Net: a torch dtype or "fp32", "bf16", "fp16". vae_dtype: of the
             autoencoder; by default the same, except that with float16 it stays float32, because the
-            decoder's activations overflow float16.
+            decoder's activations overflow float16. vae: an autoencoder in place of the model's.
         config: for a single file, the diffusers folder or hub id of the same architecture.
         offline: use only what is on this machine. revision: commit or branch of a hub id.
         vae_slicing, vae_tiling: decode one image, one tile at a time. checkpointing: recompute
@@ -105,7 +99,7 @@ class StableDiffusion:
         return cls(
             # Module.to, because diffusers' own warns about modules to keep in float32 even where there are none.
             nn.Module.to(parts["unet"], device, dtype),
-            nn.Module.to(parts["vae"], device, as_dtype(vae_dtype)),
+            nn.Module.to(parts["vae"] if vae is None else vae, device, as_dtype(vae_dtype)),
             Schedule.from_config(parts["scheduler"]),
             files.embed("", parts["tokenizer"], parts["text_encoder"]).to(device),
             prediction_type=parts["scheduler"].get("prediction_type", "epsilon"),
@@ -114,10 +108,6 @@ class StableDiffusion:
             vae_tiling=vae_tiling,
             checkpointing=checkpointing,
         )
-
-    @property
-    def device(self) -> torch.device:
-        return self.network.device
 
     def to(self, device: torch.device | str) -> StableDiffusion:
         """Move to `device`; returns self."""
@@ -143,40 +133,10 @@ class StableDiffusion:
         alpha, sigma = self.schedule.levels(self.schedule.ts[-1] if beyond else t, x_t)
         times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).reshape(-1)
         text = text.to(x_t.device, dtype).expand(len(x_t), -1, -1)
-        x = ScaledGradient.apply(x_t, 1 / HALF_SCALE) if dtype == torch.float16 else x_t
-        out = self.network(x.to(dtype), times, encoder_hidden_states=text, return_dict=False)[0].to(x_t.dtype)
-        out = ScaledGradient.apply(out, HALF_SCALE) if dtype == torch.float16 else out
+        out = scaled_gradients(
+            lambda x: self.network(x, times, encoder_hidden_states=text, return_dict=False)[0], x_t, dtype
+        )
         return Prediction.of(PREDICTION_TYPES[self.prediction_type], out, x_t, alpha, sigma)
-
-    def encode(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Scaled latent (B, 4, H/downscale, W/downscale) of `image` (B, 3, H, W) in [-1, 1], differentiable.
-
-        The posterior's mean, or mean + std * noise. Raises RestoreError when the encoder overflows.
-        """
-        posterior = self.vae.encode(image.to(self.vae.dtype)).latent_dist
-        mean, std = posterior.mean.to(image.dtype), posterior.std.to(image.dtype)
-        z = mean if noise is None else mean + std * noise
-        self._require_finite(z, image, "encoder")
-        return (z - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
-
-    def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Image (B, 3, H, W), about [-1, 1] and not clamped, of a scaled latent; differentiable.
-
-        Raises RestoreError when the decoder overflows.
-        """
-        latent = z / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        image = self.vae.decode(latent.to(self.vae.dtype), return_dict=False)[0].to(z.dtype)
-        self._require_finite(image, z, "decoder")
-        return image
-
-    def _require_finite(self, output: torch.Tensor, given: torch.Tensor, part: str) -> None:
-        # A non-finite input is the sampler's divergence, not an overflow here: it is reported there.
-        if not torch.isfinite(output).all() and torch.isfinite(given).all():
-            name = str(self.vae.dtype).removeprefix("torch.")
-            raise RestoreError(
-                f"the VAE's {part} overflowed in {name} (NaN or infinite values): keep the VAE in float32 or bfloat16 "
-                "(vae_dtype), whatever the precision of the U-Net"
-            )
 
 
 HALF_SCALE = 2.0**10
@@ -194,6 +154,14 @@ class ScaledGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad * ctx.factor, None
+
+
+def scaled_gradients(network, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """network(x) computed in `dtype`, result in x's; float16's gradients are scaled on their way (see HALF_SCALE)."""
+    if dtype != torch.float16:
+        return network(x.to(dtype)).to(x.dtype)
+    out = network(ScaledGradient.apply(x, 1 / HALF_SCALE).to(dtype)).to(x.dtype)
+    return ScaledGradient.apply(out, HALF_SCALE)
 
 
 def attention_layers(unet: nn.Module) -> dict[str, AttentionLayer]:
@@ -240,18 +208,13 @@ def attention_layers(unet: nn.Module) -> dict[str, AttentionLayer]:
     return layers
 
 
-def require_compatible(unet: nn.Module, vae: nn.Module, null_condition: torch.Tensor, prediction_type: str) -> None:
+def require_compatible(unet: nn.Module, null_condition: torch.Tensor, prediction_type: str) -> None:
     """Refuse parts that do not make a plain text-to-image latent model. Raises RestoreError."""
     config = unet.config
     if config.in_channels != config.out_channels:
         raise RestoreError(
             f"the U-Net takes {config.in_channels} channels and predicts {config.out_channels}: it is an inpainting or "
             "upscaling model, which needs more than a latent; use a text-to-image model such as Stable Diffusion 1.5"
-        )
-    if vae.config.latent_channels != config.in_channels:
-        raise RestoreError(
-            f"the VAE makes latents of {vae.config.latent_channels} channels but the U-Net takes {config.in_channels}: "
-            "they belong to different models; take both from the same one"
         )
     if config.addition_embed_type is not None or config.class_embed_type is not None:
         raise RestoreError(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from operators import RestoreError
 from restore.backbones import weights
@@ -84,14 +85,14 @@ def read_folder(folder: Path, text_only: bool = False) -> dict:
     from transformers import CLIPTextModel, CLIPTokenizer
 
     require_complete(folder)
-    parts = {"text_encoder": _weights(CLIPTextModel, folder, "text_encoder")}
+    parts = {"text_encoder": network(CLIPTextModel, folder, "text_encoder")}
     try:
         parts["tokenizer"] = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         raise RestoreError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
     if not text_only:
-        parts["unet"] = _weights(UNet2DConditionModel, folder, "unet")
-        parts["vae"] = _weights(AutoencoderKL, folder, "vae")
+        parts["unet"] = network(UNet2DConditionModel, folder, "unet")
+        parts["vae"] = network(AutoencoderKL, folder, "vae")
         parts["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
     return parts
 
@@ -194,18 +195,22 @@ def require_complete(folder: Path) -> None:
         raise RestoreError(f"{folder} is incomplete: it has no {', '.join(missing)}")
 
 
-def _weights(cls, folder: Path, part: str):
-    """One network, every weight filled from the file: a missing one would be random. Raises RestoreError."""
+def network(cls, folder: Path, part: str, dtype: torch.dtype = torch.float32, pickles: bool = False):
+    """One network of a diffusers folder ("" of one alone), every weight filled from the file: a missing one would be
+    random. pickles: where there are no safetensors, a .bin too, whose code is never run. Raises RestoreError."""
+    name, where = part or "network", {"subfolder": part} if part else {}
+    if cls.__module__.startswith("diffusers"):
+        where["torch_dtype"] = dtype  # not by way of float32, which would take twice the memory
     try:
         model, info = cls.from_pretrained(
-            folder, subfolder=part, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder, **where, use_safetensors=None if pickles else True, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise RestoreError(f"the {part} in {folder} cannot be loaded: {first_line(error)}") from error
+        raise RestoreError(f"the {name} in {folder} cannot be loaded: {first_line(error)}") from error
     bad = [k for k in info["missing_keys"] if "position_ids" not in k] + [str(k) for k in info["mismatched_keys"]]
     if bad:
         raise RestoreError(
-            f"the {part} in {folder} does not fit its configuration: {len(bad)} weights are missing or of another "
+            f"the {name} in {folder} does not fit its configuration: {len(bad)} weights are missing or of another "
             f"shape, first {sorted(bad)[0]}"
         )
-    return own_memory(model.float().eval().requires_grad_(False))
+    return own_memory(nn.Module.to(model, dtype).eval().requires_grad_(False))

@@ -87,12 +87,14 @@ def observed(
 def _attending(layers: Sequence[AttentionLayer], attends: Sequence[Callable], network: nn.Module | None):
     """Each layer's attention is attends[i](record, true), where true() computes it as the network would."""
     around = {} if network is None else {layer.module: _around(network, layer) for layer in layers}
-    sides: dict[nn.Module, tuple[int, int]] = {}  # of the feature map that each module around a layer last got
+    # Of what each module around a layer last got: the feature map's sides, and the tokens of (image, text).
+    sides: dict[nn.Module, tuple[int, int] | None] = {}
+    tokens: dict[nn.Module, tuple[int, int] | None] = {}
 
     def note(module, forward):
         def run(*args, **kwargs):
-            maps = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim == 4]
-            sides[module] = tuple(maps[0].shape[-2:]) if maps else sides.pop(module, None)
+            given = _named(args, kwargs)
+            sides[module], tokens[module] = _sides(given), _tokens(given)
             return forward(*args, **kwargs)
 
         return run
@@ -100,13 +102,11 @@ def _attending(layers: Sequence[AttentionLayer], attends: Sequence[Callable], ne
     def intercept(layer, attend):
         def make(module, forward):
             def run(*args, **kwargs):
-                given = dict(zip(("hidden_states", "encoder_hidden_states"), args, strict=False)) | kwargs
-                hidden, text = given.get("hidden_states"), given.get("encoder_hidden_states")
-                if hidden is not None and hidden.ndim == 4:
-                    side = tuple(hidden.shape[-2:])
-                else:
-                    side = next((sides[m] for m in around.get(module, ()) if sides.get(m)), None)
-                with _Intercept(layer, attend, side, hidden, text) as mode:
+                given, outer = _named(args, kwargs), around.get(module, ())
+                side = _sides(given) or next((sides[m] for m in outer if sides.get(m)), None)
+                # A single block of FLUX gets image and text as one sequence: only what is around it tells them apart.
+                joint = [found for found in (_tokens(given), *(tokens.get(m) for m in outer)) if found]
+                with _Intercept(layer, attend, side, joint) as mode:
                     out = forward(*args, **kwargs)
                 if not mode.calls:
                     raise RestoreError(
@@ -136,9 +136,9 @@ def _around(network: nn.Module, layer: AttentionLayer) -> list[nn.Module]:
 class _Intercept(TorchFunctionMode):
     """Replaces the result of scaled_dot_product_attention, in this thread only."""
 
-    def __init__(self, layer, attend, side, hidden, text):
+    def __init__(self, layer, attend, side, joint):
         super().__init__()
-        self.layer, self.attend, self.side, self.hidden, self.text, self.calls = layer, attend, side, hidden, text, 0
+        self.layer, self.attend, self.side, self.joint, self.calls = layer, attend, side, joint, 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -154,18 +154,38 @@ class _Intercept(TorchFunctionMode):
         return self.attend(record, lambda: F.scaled_dot_product_attention(*args, **kwargs))
 
     def _image(self, tokens: int) -> slice | None:
-        if self.text is None or self.hidden is None or self.hidden.ndim != 3:
+        image, text = next((pair for pair in self.joint if sum(pair) == tokens), (tokens, 0))
+        if not text:
             return None
-        image, text = self.hidden.shape[1], self.text.shape[1]
         name = type(self.layer.module.processor).__name__
-        if image + text != tokens:
-            return None
         if name not in IMAGE_FIRST:
             raise RestoreError(
                 f"{self.layer.path} attends to image and text jointly in a way that is not known ({name}); known: "
                 f"{', '.join(IMAGE_FIRST)}"
             )
         return slice(0, image) if IMAGE_FIRST[name] else slice(text, text + image)
+
+
+def _named(args: tuple, kwargs: dict) -> dict:
+    """The arguments of a block or an attention module, or of the network, by name where it matters."""
+    return dict(zip(("hidden_states", "encoder_hidden_states"), args, strict=False)) | kwargs
+
+
+def _sides(given: dict) -> tuple[int, int] | None:
+    """(h, w) of the feature map among the arguments, or of FLUX's packed latent, whose positions are told apart."""
+    if isinstance(given.get("img_ids"), torch.Tensor):
+        h, w = (given["img_ids"].reshape(-1, 3)[:, 1:].amax(0) + 1).tolist()
+        return int(h), int(w)
+    maps = [value for value in given.values() if isinstance(value, torch.Tensor) and value.ndim == 4]
+    return tuple(maps[0].shape[-2:]) if maps else None
+
+
+def _tokens(given: dict) -> tuple[int, int] | None:
+    """The numbers of tokens of the image and of the text among the arguments."""
+    pair = [given.get(name) for name in ("hidden_states", "encoder_hidden_states")]
+    if not all(isinstance(value, torch.Tensor) and value.ndim == 3 for value in pair):
+        return None
+    return pair[0].shape[1], pair[1].shape[1]
 
 
 def _mixed(item: Perturbed, record: AttentionRecord, true: Callable[[], torch.Tensor]) -> torch.Tensor:

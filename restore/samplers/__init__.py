@@ -19,6 +19,7 @@ from restore.samplers.ddnm import ddnm
 from restore.samplers.ddrm import ddrm
 from restore.samplers.diffpir import diffpir
 from restore.samplers.dps import dps
+from restore.samplers.flowdps import flowdps
 from restore.samplers.pigdm import pigdm
 from restore.samplers.pnpdm import pnpdm
 from restore.samplers.psld import psld
@@ -31,6 +32,7 @@ SAMPLERS: dict[str, Callable] = {
     "ddrm": ddrm,
     "diffpir": diffpir,
     "dps": dps,
+    "flowdps": flowdps,
     "pigdm": pigdm,
     "pnpdm": pnpdm,
     "psld": psld,

@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from operators import RestoreError
-from restore.backbones.latent import load_autoencoder, save_autoencoder
+from restore.backbones.autoencoder import load_vae
+from restore.backbones.latent import save_autoencoder
 from restore.metrics.single import LPIPS, LPIPS_NETS, psnr
 from restore.training.diffusion import write_grid
 from restore.training.sources import Pixels
@@ -102,7 +103,7 @@ def build_autoencoder(config: DictConfig) -> AutoencoderKL:
     model = AutoencoderKL(**OmegaConf.to_container(config.model))
     if config.init is None:
         return model
-    start = load_autoencoder(config.init).state_dict()
+    start = load_vae(config.init).state_dict()
     if {k: v.shape for k, v in start.items()} != {k: v.shape for k, v in model.state_dict().items()}:
         raise RestoreError(f"the weights in init={config.init} do not have the shapes that `model` describes")
     model.load_state_dict(start)

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 
 from restore import atomic
-from restore.backbones.latent import load_autoencoder
+from restore.backbones.autoencoder import load_vae
 from restore.restorer import Restorer, load
 from restore.training import autoencoder, dataset
 from restore.training.diffusion import HELD_OUT_LEVELS, Diffusion, write_grid
@@ -42,7 +42,7 @@ def measure(config: DictConfig, weights: str | Path, folder: str | Path, samples
             result["scaling_factor"] = restorer.backbone.vae.config.scaling_factor
             result["reconstruction"] = _reconstructions(config, restorer.backbone.vae, device)
     else:
-        vae = load_autoencoder(weights).to(device)
+        vae = load_vae(weights).to(device)
         kind.model.vae = vae
         kind.picture(kind.model, folder / "pairs.png")
         result = {"parameters": _count(vae), "reconstruction": _reconstructions(config, vae, device)}

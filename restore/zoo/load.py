@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from operators import RestoreError
 from restore.zoo.registry import models
-from restore.zoo.store import is_offline, locate, pull
+from restore.zoo.store import Located, is_offline, locate, pull
 
 if TYPE_CHECKING:
     import torch
@@ -22,31 +22,57 @@ def load_backbone(
     checkpointing: bool = False,
     vae_slicing: bool = False,
     vae_tiling: bool = False,
+    vae: str | Path | None = None,
 ):
     """(Located, backbone) for a registered model, a folder, a weight file or a hub id; downloads what is missing.
 
-    precision: "fp32", "bf16" or "fp16". vae_slicing, vae_tiling: see StableDiffusion.load. Raises RestoreError for
-    unknown names, weights that cannot be had and weights that do not fit; nothing is ever initialised at random.
+    precision: "fp32", "bf16" or "fp16". vae_slicing, vae_tiling: see StableDiffusion.load. vae: an autoencoder in place
+    of the model's: "tiny" for the distilled one of its latents (TAESD), or a registered name, a folder, a hub id.
+    Raises RestoreError for unknown names, weights that cannot be had and weights that do not fit; nothing is ever
+    initialised at random.
     """
     # Imported here: `restore models list` must not wait for torch networks.
     from restore.backbones.adm import ADM
+    from restore.backbones.flow import SD3, DiT, Flux
     from restore.backbones.latent import LatentDiffusion
     from restore.backbones.stable_diffusion import StableDiffusion
     from restore.backbones.weights import as_dtype
 
-    dtype, found = as_dtype(precision), locate(name)
+    dtype, found = as_dtype(precision), _fetched(name, offline)
+    options = {**found.options, "device": device, "dtype": dtype, "checkpointing": checkpointing}
+    if found.kind == "autoencoder":
+        raise RestoreError(f"{name} is an autoencoder, no prior: it goes with a latent model, vae={str(name)!r}")
+    if found.kind == "adm":
+        if vae_slicing or vae_tiling or vae is not None:
+            raise RestoreError(f"{name} works on pixels: it has no autoencoder to slice, tile or replace")
+        return found, ADM.load(found.path, **options)
+    options |= {"vae_slicing": vae_slicing, "vae_tiling": vae_tiling}
+    kinds = {"latent": LatentDiffusion, "stable-diffusion": StableDiffusion, "sd3": SD3, "flux": Flux, "dit": DiT}
+    cls = kinds[found.kind]
+    if vae is not None:
+        if vae == "tiny" and cls is LatentDiffusion:
+            raise RestoreError(f"{name} has no tiny autoencoder of its own; give vae= a name or a folder")
+        options["vae"] = _autoencoder(cls.tiny_vae if vae == "tiny" else vae, offline)
+    if cls is StableDiffusion:
+        options["offline"] = is_offline(offline)
+    return found, cls.load(found.path, **options)
+
+
+def _fetched(name: str | Path, offline: bool | None) -> Located:
+    found = locate(name)
     if found.path is None or found.entry is not None:
         pull(str(name), offline)
         found = locate(name)  # only now does a hub id tell what kind of model it is
-    options = {**found.options, "device": device, "dtype": dtype, "checkpointing": checkpointing}
-    if found.kind == "adm":
-        if vae_slicing or vae_tiling:
-            raise RestoreError(f"{name} works on pixels: it has no autoencoder to slice or tile")
-        return found, ADM.load(found.path, **options)
-    options |= {"vae_slicing": vae_slicing, "vae_tiling": vae_tiling}
-    if found.kind == "latent":
-        return found, LatentDiffusion.load(found.path, **options)
-    return found, StableDiffusion.load(found.path, **options, offline=is_offline(offline))
+    return found
+
+
+def _autoencoder(name: str | Path, offline: bool | None):
+    from restore.backbones.autoencoder import load_vae
+
+    found = _fetched(name, offline)
+    if found.kind != "autoencoder":
+        raise RestoreError(f"vae={str(name)!r} is a model of kind {found.kind}, expected an autoencoder, such as taesd")
+    return load_vae(found.path)
 
 
 def describe(name: str) -> str:
@@ -80,5 +106,5 @@ def listing() -> list[str]:
     lines = [f"{'name':24} {'kind':17} {'px':>5}  here  licence"]
     for name, entry in models().items():
         here = "yes" if locate(name).path is not None else "no"
-        lines.append(f"{name:24} {entry.kind:17} {entry.resolution:5}  {here:4}  {entry.licence.split('.')[0]}")
+        lines.append(f"{name:24} {entry.kind:17} {entry.resolution:5}  {here:4}  {entry.licence.split('. ')[0]}")
     return lines

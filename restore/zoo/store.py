@@ -65,7 +65,7 @@ def locate(name_or_path: str | Path) -> Located:
 
     A registered name wins over a file of that name (write ./name for the file). A folder is a diffusers
     pipeline (model_index.json), of pixels ("adm") or latents ("latent") where its network is a UNet2DModel, or such a
-    network alone (config.json); of a hub id that is not here yet the kind is a guess; files with a
+    network or an autoencoder alone (config.json); of a hub id that is not here yet the kind is a guess; files with a
     `model.diffusion_model.` prefix are latent-diffusion, without conditioning ("latent") or with (Stable Diffusion),
     other .pt, .pth and .safetensors files ADM.
     Raises RestoreError for anything else, with the nearest registered names.
@@ -308,20 +308,18 @@ def _snapshot(hub: Hub, offline: bool) -> Path | None:
 
 
 def _kind_of_folder(folder: Path) -> str:
-    for name, key in (("model_index.json", "unet"), ("config.json", "_class_name")):
+    for name in ("model_index.json", "config.json"):
         if (folder / name).is_file():
             try:
-                config = json.loads((folder / name).read_text(encoding="utf-8"))
-                network, latent = str(config.get(key)), any(part in config for part in ("vqvae", "vae"))
+                content = json.loads((folder / name).read_text(encoding="utf-8"))
+                kind = registry.kind_of(content)
             except (OSError, ValueError, AttributeError) as error:
                 raise RestoreError(f"{folder / name} is not a model configuration: {error}") from error
-            if "UNet2DModel" in network:
-                return "latent" if latent else "adm"
-            if key == "unet":
-                return "stable-diffusion"
+            if kind is not None or name == "model_index.json":
+                return kind or "stable-diffusion"  # whose loader says what else it is
     raise RestoreError(
         f"{folder} is no model folder: expected model_index.json (a diffusers pipeline) or the config.json "
-        "of a UNet2DModel."
+        "of a UNet2DModel or an autoencoder."
     )
 
 

@@ -224,7 +224,7 @@ def test_an_overflowing_vae_is_named():
 @pytest.mark.parametrize(
     "changes,sentence",
     [
-        ({"vae": lambda: tiny_vae(latent_channels=8)}, "VAE makes latents of 8 channels but the U-Net takes 4"),
+        ({"vae": lambda: tiny_vae(latent_channels=8)}, "VAE makes latents of 8 channels but the network takes 4"),
         ({"unet": lambda: tiny_unet(in_channels=9)}, "takes 9 channels and predicts 4: it is an inpainting"),
         ({"unet": lambda: tiny_unet(cross_attention_dim=24)}, "embeddings are 16 wide but the U-Net attends to 24"),
         ({"unet": lambda: tiny_unet(class_embed_type="timestep")}, "more conditions than a prompt"),

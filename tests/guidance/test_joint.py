@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny_flow
 import torch
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttention
@@ -12,6 +13,7 @@ from torch import nn
 from operators import RestoreError
 from restore.backbones.adm import ADM
 from restore.backbones.base import AttentionLayer
+from restore.backbones.flow import attention_layers
 from restore.guidance import PAG
 from restore.guidance.attention import Perturbed, perturbed
 from restore.guidance.pipelines import PipelineUnet
@@ -179,3 +181,130 @@ def test_grid_of_patches_and_image_tokens(size, grid):
     n = grid[0] * grid[1]
     told = records(Backbone, "b0", torch.zeros(1, 4, *size), torch.zeros(1, TEXT, WIDTH))
     assert told == [(grid, slice(0, n), n + TEXT)]
+
+
+class Explicit:
+    """A processor that makes every map in full and exchanges the chosen ones by the identity: what the perturbed
+    networks are compared with. order: of the tokens, with their numbers; of them `rows` are exchanged."""
+
+    def __init__(self, heads, rows, text_first=False):
+        self.heads, self.rows, self.text_first = heads, rows, text_first
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **unused
+    ):
+        def split(x):
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        def normed(x, name):
+            norm = getattr(attn, name, None)
+            return x if norm is None else norm(x)
+
+        text, n = encoder_hidden_states, hidden_states.shape[1]
+        q, k, v = (split(to(hidden_states)) for to in (attn.to_q, attn.to_k, attn.to_v))
+        q, k = normed(q, "norm_q"), normed(k, "norm_k")
+        if text is not None:
+            tq, tk, tv = (split(to(text)) for to in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
+            tq, tk = normed(tq, "norm_added_q"), normed(tk, "norm_added_k")
+            pairs = ((q, tq), (k, tk), (v, tv))
+            q, k, v = (torch.cat([b, a] if self.text_first else [a, b], dim=2) for a, b in pairs)
+        if image_rotary_emb is not None:
+            q, k = (turned(x, *image_rotary_emb) for x in (q, k))
+        maps = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
+        for h in self.heads:
+            for i in self.rows:
+                maps[:, h, i] = torch.eye(maps.shape[-1])[i]
+        out = (maps @ v).transpose(1, 2).flatten(2)
+        if text is None:
+            return attn.to_out[0](out) if hasattr(attn, "to_out") else out
+        first = text.shape[1] if self.text_first else 0
+        image_out, text_out = out[:, first : first + n], out[:, :first] if self.text_first else out[:, n:]
+        return attn.to_out[0](image_out), text_out if attn.context_pre_only else attn.to_add_out(text_out)
+
+
+GRID = (2, 3)
+CASES = [  # (network, layer, number of text tokens in its sequence, whether they come first)
+    ("sd3", "b0", TEXT, False),
+    ("sd3", "b1", TEXT, False),
+    ("sd3.5", "b0", TEXT, False),
+    ("sd3.5", "b0.2", 0, False),
+    ("flux", "b1", TEXT, True),
+    ("flux", "b2", TEXT, True),
+    ("flux", "b3", TEXT, True),
+    ("dit", "b1", 0, False),
+]
+
+
+def network_of(name):
+    """(a tiny network, what to call it with on an image of GRID tokens)."""
+    g = torch.Generator().manual_seed(3)
+    h, w = (4, 4) if name == "dit" else (2 * side for side in GRID)
+    x = torch.randn(2, 4, h, w, generator=g)
+    text = torch.randn(2, TEXT, tiny_flow.TEXT, generator=g)
+    pooled = torch.randn(2, tiny_flow.POOLED, generator=g)
+    time = torch.tensor([300.0, 700.0])
+    if name == "dit":
+        return tiny_flow.tiny_dit(), {"hidden_states": x, "timestep": time, "class_labels": torch.tensor([1, 2])}
+    given = {"encoder_hidden_states": text, "pooled_projections": pooled, "timestep": time}
+    if name != "flux":
+        return tiny_flow.tiny_sd3(name == "sd3.5"), {"hidden_states": x, **given}
+    ids = torch.tensor([[0, i, j] for i in range(GRID[0]) for j in range(GRID[1])]).float()
+    packed = {"hidden_states": nn.functional.pixel_unshuffle(x, 2).flatten(2).mT, "img_ids": ids}
+    return tiny_flow.tiny_flux(), {**given, **packed, "timestep": time / 1000, "txt_ids": torch.zeros(TEXT, 3)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, short, text, text_first", CASES)
+@pytest.mark.parametrize("scope", ["joint", "image"])
+@pytest.mark.parametrize("head", [None, 2])
+def test_identity_in_whole_networks(name, short, text, text_first, scope, head):
+    """A whole layer, or one head, of SD3, SD3.5, FLUX (double and single blocks) and DiT."""
+    network, given = network_of(name)
+    layer = next(layer for layer in attention_layers(network).values() if layer.short == short)
+    true = network(**given).sample
+    image = 4 if name == "dit" else GRID[0] * GRID[1]
+    first = text if text_first else 0
+    rows = range(image + text) if scope == "joint" else range(first, first + image)
+    processor = layer.module.processor
+    layer.module.set_processor(Explicit((), rows, text_first))
+    assert relative(network(**given).sample, true) < 1e-5
+    layer.module.set_processor(Explicit(range(HEADS) if head is None else [head], rows, text_first))
+    expected = network(**given).sample
+    layer.module.set_processor(processor)
+    item = Perturbed(layer, identity, 1.0, None if head is None else (head,), scope)
+    with perturbed([item], None, network):
+        got = network(**given).sample
+    assert relative(got, expected) < 1e-5
+    assert relative(got, true) > 1e-3
+    assert layer.module.processor is processor and torch.equal(network(**given).sample, true)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sd3.5", "flux", "dit"])
+def test_what_targets_are_told_in_whole_networks_and_the_way_back(name):
+    """Grid and image tokens of every layer; an exception leaves every processor and forward as it was."""
+    network, given = network_of(name)
+    layers, told = attention_layers(network), []
+    processors = [layer.module.processor for layer in layers.values()]
+
+    def target(a):
+        told.append((a.grid, a.image))
+        if len(told) == len(layers):
+            raise KeyError("of the target")
+        return a.v
+
+    class Backbone:
+        attention = layers
+
+    Backbone.network = network
+    true = network(**given).sample
+    branch = PAG(1.0, list(layers), target=target).terms[0].branch.bind(Backbone)
+    with pytest.raises(KeyError), perturbed(branch.items, None, network):
+        network(**given)
+    assert [layer.module.processor for layer in layers.values()] == processors
+    assert not any("forward" in module.__dict__ for module in network.modules())
+    assert torch.equal(network(**given).sample, true)
+    n = GRID[0] * GRID[1]
+    image = {"dit": None, "flux": slice(TEXT, TEXT + n), "sd3.5": slice(0, n)}[name]
+    grid = (2, 2) if name == "dit" else GRID
+    assert told == [(grid, None if layer.short == "b0.2" else image) for layer in layers.values()]

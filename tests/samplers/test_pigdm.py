@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from restore.backbones.base import VariancePreserving
+from restore.backbones.base import Renormalised
 from restore.backbones.schedule import Schedule
 from restore.samplers.pigdm import pigdm
 
@@ -58,7 +58,7 @@ def continuous(prior, sigmas):
     """The prior with InverseBench's times: sigma^2 = exp(19.9 u^2 / 2 + 0.1 u) - 1, t = 999 u, exact at `sigmas`."""
     logs = np.log1p(np.asarray(sorted(set(sigmas))) ** 2)
     u = (-0.1 + np.sqrt(0.01 + 2 * 19.9 * logs)) / 19.9
-    twin = VariancePreserving(prior)
+    twin = Renormalised(prior, "vp")
     twin.schedule = Schedule(999 * u, sorted(set(sigmas)), "vp")
     return twin
 

@@ -16,7 +16,7 @@ from scipy.ndimage import gaussian_filter
 import operators
 import restore
 from restore.backbones.adm import ADM
-from restore.backbones.latent import load_autoencoder
+from restore.backbones.autoencoder import load_vae
 from restore.guidance import CFG, PAG
 from restore.paths import configs_dir, data_dir
 from restore.training import dataset, load_config, train
@@ -107,7 +107,7 @@ def test_an_autoencoder_learns_and_is_one_of_diffusers(autoencoder, folders):
     psnrs = [row["reconstruction"]["psnr"] for row in rows(out / "held_out.jsonl")]
     assert psnrs[-1] > psnrs[0] + 0.5 and (out / "samples" / "0000024.png").is_file()
     vae = AutoencoderKL.from_pretrained(folder)
-    assert torch.equal(vae.decoder.conv_in.weight, load_autoencoder(folder).decoder.conv_in.weight)
+    assert torch.equal(vae.decoder.conv_in.weight, load_vae(folder).decoder.conv_in.weight)
 
 
 def test_a_latent_prior_learns_and_restores(latent, autoencoder):
@@ -119,7 +119,7 @@ def test_a_latent_prior_learns_and_restores(latent, autoencoder):
     vae = restorer.backbone.vae
     assert vae.config.scaling_factor == pytest.approx(1 / float(cache["training"].float().std()))
     # The autoencoder inside is the one it was trained with, and diffusers' pipeline reads the whole.
-    given = load_autoencoder(autoencoder[0]).state_dict()
+    given = load_vae(autoencoder[0]).state_dict()
     assert all(torch.equal(tensor, given[name]) for name, tensor in vae.state_dict().items())
     assert LDMPipeline.from_pretrained(folder).scheduler.config.prediction_type == "v_prediction"
     A = operators.SuperResolution(2, noise=operators.GaussianNoise(0.05))

@@ -414,7 +414,7 @@ def test_every_shipped_entry_is_complete():
     entries = zoo.models()
     assert {"embedded", "adm-ffhq-256", "adm-imagenet-256", "adm-imagenet-512", "sd-1.5"} <= set(entries)
     for entry in entries.values():
-        assert entry.licence and entry.title and entry.resolution in (64, 128, 256, 512)
+        assert entry.licence and entry.title and entry.resolution in (64, 128, 256, 512, 1024)
         if entry.download:
             assert entry.download.file.endswith((".pt", ".ckpt")) and all(
                 url.startswith("https://") for url in entry.download.urls
