@@ -160,12 +160,14 @@ def test_sizes_pad_to_cells_and_windows(folders):
         assert prior.predict(z, 401).eps.shape == z.shape
 
 
-def test_low_precision_stays_close(folders, image):
-    model, low = (LatentDiffusion.load(folders["AutoencoderKL"], dtype=d) for d in ("fp32", "bf16"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_low_precision_stays_close(folders, image, kind):
+    model, low = (LatentDiffusion.load(folders[kind], dtype=d) for d in ("fp32", "bf16"))
     z = model.encode(image)
     assert 0 < relative(low.predict(z, 401).eps, model.predict(z, 401).eps) < 0.05
     assert 0 < relative(low.decode(z), model.decode(z)) < 0.05 and low.decode(z).dtype == torch.float32
-    half = LatentDiffusion.load(folders["AutoencoderKL"], dtype="fp16")
+    assert 0 < relative(low.encode(image), z) < 0.05
+    half = LatentDiffusion.load(folders[kind], dtype="fp16")
     assert half.vae_dtype == torch.float32 and torch.equal(half.decode(z), model.decode(z))
 
 
