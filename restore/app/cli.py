@@ -273,7 +273,7 @@ def ui(
     page.launch(server_name=host, server_port=port)
 
 
-for verb in (research.train, research.profile, research.bench, research.report, research.evaluate):
+for verb in (research.train, research.profile, research.bench, research.heads, research.report, research.evaluate):
     app.command()(verb)
 
 
