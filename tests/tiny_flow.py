@@ -18,8 +18,14 @@ from diffusers import (
 )
 from tiny_sd import VOCABULARY, seeded, tiny_tokenizer, tiny_vae
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-from transformers import T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 WIDTH, HEADS, TEXT, POOLED = 32, 4, 32, 24
 SHIFTED = {"shift": 3.0}
@@ -125,7 +131,12 @@ def t5():
 
 
 def t5_tokenizer() -> T5TokenizerFast:
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -1.0) for letter in "▁abcdefghijklmnopqrstuvwxyz")]
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *((letter, -1.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"),
+    ]
     made = Tokenizer(models.Unigram(pieces, unk_id=2))
     made.pre_tokenizer = pre_tokenizers.Metaspace()
     made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])

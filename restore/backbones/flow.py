@@ -119,19 +119,18 @@ class FlowTransformer(Latents):
     def predict(self, x_t: torch.Tensor, t: float, condition: torch.Tensor | None = None) -> Prediction:
         """The prediction for a latent x_t (B, C, h, w), in the dtype of x_t.
 
-        t: 1000 sigma, any from 0 to 1000, in the network's arithmetic whatever its schedule's shift; a (B,) tensor gives every latent its own. condition: see the
-        class; None is the empty prompt. Raises RestoreError for a side that the patches do not divide, another
-        condition and a t outside.
+        t: 1000 sigma, any from 0 to 1000 whatever the schedule's shift; a (B,) tensor gives every latent its own.
+        condition: see the class; None is the empty prompt. Raises RestoreError for a side that the patches do not
+        divide, another condition and a t outside.
         """
         require_shape(x_t, self.channels, self.multiple)
         times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).reshape(-1).expand(len(x_t))
-        sigma = t / self.times if not isinstance(t, torch.Tensor) or t.numel() == 1 else (t / self.times).view(-1, 1, 1, 1)
+        own = isinstance(t, torch.Tensor) and t.numel() > 1
+        sigma = t.to(x_t).view(-1, 1, 1, 1) / self.times if own else float(t) / self.times
         if not 0 <= float(times.min()) <= float(times.max()) <= self.times:
             raise RestoreError(f"t is {t}, expected 0 to {self.times}")
         text, pooled = self._text(condition, x_t)
-        out = scaled_gradients(
-            lambda x: self._velocity(x, times, text, pooled), x_t, self.network.dtype
-        )
+        out = scaled_gradients(lambda x: self._velocity(x, times, text, pooled), x_t, self.network.dtype)
         return Prediction.of("velocity", out, x_t, 1 - sigma, sigma)
 
     def _text(self, condition: torch.Tensor | None, x_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -38,6 +38,8 @@ SD15_VAE = {
     "sample_size": 512,
 }
 
+TAESD = {"num_decoder_blocks": (3, 3, 3, 1)}  # AutoencoderTiny's defaults
+
 
 @dataclass(frozen=True)
 class StepCost:
@@ -92,14 +94,17 @@ def psld_cost(
     dtype: torch.dtype = torch.bfloat16,
     vae_dtype: torch.dtype | None = None,
     tokens: int = 77,
+    tiny_vae: bool = False,
 ) -> StepCost:
     """Cost of a step of PSLD with the backbone's architecture (None: Stable Diffusion 1.5).
 
     size: side of the image in pixels, by default the trained one. layers: PAG's. dtype: of the U-Net and,
-    unless vae_dtype says otherwise, the autoencoder. tokens: length of the prompt. The operator's own
-    cost is left out. Raises RestoreError for unknown layers.
+    unless vae_dtype says otherwise, the autoencoder. tokens: length of the prompt. tiny_vae: with
+    TAESD in place of the autoencoder. The operator's own cost is left out. Raises RestoreError for unknown layers.
     """
     configs = (SD15_UNET, SD15_VAE) if backbone is None else (backbone.network.config, backbone.vae.config)
+    if tiny_vae:
+        configs = (configs[0], TAESD)
     dtypes = (dtype, vae_dtype or dtype)
     schedule, guidance = Schedule.from_config({}), PAG(1.0, layers=layers)
     with FakeTensorMode(allow_non_fake_inputs=True), _OnlyShapes():
@@ -133,12 +138,13 @@ class _OnlyShapes(TorchFunctionMode):
 
 
 def _fake_model(unet_config, vae_config, dtype, vae_dtype, tokens: int, schedule, checkpointing=False):
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 
     with _default_dtype(dtype):
         unet = UNet2DConditionModel.from_config(dict(unet_config))
     with _default_dtype(vae_dtype):
-        vae = AutoencoderKL.from_config(dict(vae_config))
+        tiny = "num_decoder_blocks" in vae_config
+        vae = (AutoencoderTiny if tiny else AutoencoderKL).from_config(dict(vae_config))
     text = torch.randn(1, tokens, unet.config.cross_attention_dim)
     return StableDiffusion(unet, vae, schedule, text, checkpointing=checkpointing)
 

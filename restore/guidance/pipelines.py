@@ -1,7 +1,7 @@
 """Guidance inside an unmodified diffusers pipeline.
 
-A pipeline calls its U-Net once a step and does the rest itself: prompts, ControlNet residuals, masks,
-classifier-free guidance. So it is enough that this one call returns the guided prediction.
+A pipeline calls its network, a U-Net or a transformer, once a step and does the rest itself: prompts, ControlNet
+residuals, masks, classifier-free guidance. So it is enough that this one call returns the guided prediction.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ from restore.guidance.base import Estimate, Guidance
 from restore.guidance.branches import NullCondition
 
 PARTS = ("auto", "all", "second", "first")
+# The rows with the prompt where a pipeline puts the same latents twice into the batch, if not the second half. FLUX's
+# never does: it calls its network twice (true_cfg_scale), with the prompt first.
+WITH_PROMPT = {"FluxTransformer2DModel": "all", "DiTTransformer2DModel": "first"}
 
 
 @contextmanager
 def guided(pipe: Any, guidance: Guidance | None, *, conditional: str = "auto") -> Iterator[Any]:
-    """Within the block `pipe` (a diffusers pipeline, or a U-Net alone) predicts with `guidance`.
+    """Within the block `pipe` (a diffusers pipeline, or its U-Net or transformer alone) predicts with `guidance`.
 
         with guided(pipe, PAG(scale=3.0, layers="m1")):
             image = pipe("a cat", guidance_scale=7.5).images[0]
@@ -40,62 +43,68 @@ def guided(pipe: Any, guidance: Guidance | None, *, conditional: str = "auto") -
 
         c + w (c - u) + s (c - c_weak),   w = g - 1                      (PAG, Ahn et al. 2024, eq. 14).
 
-    Combining predictions with weights that add up to 1 is the same for eps, v and x0, so any prediction type
-    and scheduler will do.
+    Combining predictions with weights that add up to 1 is the same for eps, v, x0 and velocities, so any prediction
+    type and scheduler will do. Times of the guidance's interval and schedule run to the scheduler's number of training
+    steps, FLUX's too.
 
-    conditional: which images of the U-Net's batch have the prompt: "all", the "second" half (diffusers), the
-        "first" half (threestudio), or "auto": the second half where the pipeline does classifier-free
-        guidance, else all. For a U-Net alone "auto" is "all".
+    conditional: which images of the network's batch have the prompt: "all", the "second" half (diffusers), the
+        "first" half (threestudio, DiT), or "auto": what the pipeline does where it does classifier-free guidance,
+        else all. For a network alone "auto" is "all".
     Gradients of the output, where enabled, are those of the unperturbed prediction. Threads that call the
     pipeline within the block are guided independently of each other.
-    Raises RestoreError for a pipeline without a U-Net, unknown layers, CFG terms (use the pipeline's
+    Raises RestoreError for a pipeline without a network that is known, unknown layers, CFG terms (use the pipeline's
     guidance_scale), combinations that need noise levels, and batches whose layout "auto" does not recognise.
     """
     if conditional not in PARTS:
         raise RestoreError(f"conditional={conditional!r} is not known; {nearest(conditional, PARTS)}")
-    unet = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "unet", None)
-    if unet is None or not hasattr(unet, "down_blocks"):
-        raise RestoreError(f"{type(pipe).__name__} has no U-Net to guide; expected a diffusers pipeline with a `unet`")
+    network = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    if network is None or not any(hasattr(network, name) for name in ("down_blocks", "transformer_blocks")):
+        raise RestoreError(
+            f"{type(pipe).__name__} has no U-Net and no transformer to guide; expected a diffusers pipeline with one"
+        )
     if any(isinstance(term.branch, NullCondition) for term in (guidance.terms if guidance is not None else ())):
         raise RestoreError(
             "inside a pipeline classifier-free guidance is the pipeline's: pass it guidance_scale = w + 1"
         )
     if guidance is not None and hasattr(guidance.combine, "bind"):
         raise RestoreError(
-            f"the combination {guidance.combine} needs noise levels and a clean estimate, which a U-Net inside a "
-            "pipeline does not tell; use sum or rescale"
+            f"the combination {guidance.combine} needs noise levels and a clean estimate, which a network inside "
+            "a pipeline does not tell; use sum or rescale"
         )
-    adapter = PipelineUnet(unet, pipe)
+    adapter = PipelineNetwork(network, pipe)
     Estimate(adapter, guidance)  # what is wrong with it is said here, not within the pipeline's call
     own = threading.local()
 
-    def guide(unet, inner):
+    def guide(network, inner):
         def forward(*args, **kwargs):
             if not hasattr(own, "estimate"):
-                own.estimate = Estimate(adapter, guidance)
-            estimate, x = own.estimate, args[0] if args else kwargs["sample"]
-            call = UnetCall(args, kwargs, conditional_rows(pipe, x, conditional), estimate.tapes)
-            before = estimate.evaluations
-            # The U-Net is itself again, so that its passes are not guided in turn.
-            with replaced([unet], lambda *_: inner):
-                strong, eps = estimate(x[call.rows], timestep_of(args, kwargs), call)
-            output = call.output
+                own.estimate, own.last = Estimate(adapter, guidance), None
+            estimate, x, t = own.estimate, latent_of(args, kwargs), timestep_of(network, args, kwargs)
+            if own.last is not None and own.last[0] is x and own.last[1] == t and is_flux(network):
+                # FLUX's pass without the prompt: shifted as the one with it, so that their difference is not.
+                with replaced([network], lambda *_: inner):
+                    return _shifted(network(*args, **kwargs), own.last[2])
+            call = NetworkCall(args, kwargs, conditional_rows(pipe, network, x, conditional), estimate.tapes)
+            before, own.last = estimate.evaluations, None
+            # The network is itself again, so that its passes are not guided in turn.
+            with replaced([network], lambda *_: inner):
+                strong, eps = estimate(x[call.rows], t, call)
             if estimate.evaluations == before + 1:
-                return output
+                return call.output
             # The same shift in both halves, so that the pipeline's u + g (c - u) is shifted by it once.
             shift = eps - strong.eps.detach()
-            guided = _sample(output) + torch.cat([shift] * (len(x) // len(shift)))
-            return (guided, *output[1:]) if isinstance(output, tuple) else type(output)(sample=guided)
+            own.last = (x, t, shift)
+            return _shifted(call.output, torch.cat([shift] * (len(x) // len(shift))))
 
         return forward
 
-    with replaced([unet], guide, everywhere=True):
+    with replaced([network], guide, everywhere=True):
         yield pipe
 
 
 @dataclass
-class UnetCall:
-    """One call of the U-Net by the pipeline: its arguments, the rows with the prompt, what the strong pass gave."""
+class NetworkCall:
+    """One call of the network by the pipeline: its arguments, the rows with the prompt, what the strong pass gave."""
 
     args: tuple
     kwargs: dict
@@ -104,28 +113,31 @@ class UnetCall:
     output: Any = None
 
 
-class PipelineUnet:
-    """The U-Net of a pipeline with the part of the Backbone protocol that guidance needs; `condition` is a UnetCall.
+class PipelineNetwork:
+    """The network of a pipeline with the part of the Backbone protocol that guidance needs; `condition` is a
+    NetworkCall.
 
     x_t and predictions are those of the rows with the prompt; the strong pass computes the whole batch.
     """
 
     null_condition = None
 
-    def __init__(self, unet: nn.Module, pipe: Any = None) -> None:
-        self.network, self.pipe = unet, pipe
-        self.attention = attention_layers(unet)
+    def __init__(self, network: nn.Module, pipe: Any = None) -> None:
+        self.network, self.pipe = network, pipe
+        self.attention = attention_layers(network)
 
     @property
     def schedule(self) -> Schedule | None:
-        """The pipeline's noise levels; None for a U-Net alone."""
+        """The pipeline's noise levels; None for a network alone."""
         scheduler = getattr(self.pipe, "scheduler", None)
-        return None if scheduler is None else Schedule.from_config(scheduler.config)
+        if scheduler is None:
+            return None
+        return Schedule.from_config({"_class_name": type(scheduler).__name__, **scheduler.config})
 
-    def predict(self, x_t: torch.Tensor, t: float, condition: UnetCall) -> Prediction:
+    def predict(self, x_t: torch.Tensor, t: float, condition: NetworkCall) -> Prediction:
         """The first prediction of a call is the strong one; later ones are weak and made on its rows alone."""
         call = condition
-        x = call.args[0] if call.args else call.kwargs["sample"]
+        x = latent_of(call.args, call.kwargs)
 
         def part(value):
             batched = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == len(x)
@@ -141,22 +153,34 @@ class PipelineUnet:
         if args:
             args = (x_t, *args[1:])
         else:
-            kwargs["sample"] = x_t
+            kwargs["sample" if "sample" in kwargs else "hidden_states"] = x_t
         return Prediction(_sample(self.network(*args, **kwargs)))
 
 
-def attention_layers(unet: nn.Module) -> dict:
-    """Self-attention layers of a diffusers U-Net under the names of its backbone."""
+def attention_layers(network: nn.Module) -> dict:
+    """Self-attention layers of a diffusers U-Net or transformer under the names of its backbone."""
     from diffusers import UNet2DModel
 
-    if isinstance(getattr(unet, "_orig_mod", unet), UNet2DModel):
+    network = getattr(network, "_orig_mod", network)
+    if isinstance(network, UNet2DModel):
         from restore.backbones.adm import attention_layers as layers
+    elif hasattr(network, "transformer_blocks"):
+        from restore.backbones.flow import attention_layers as layers
     else:
         from restore.backbones.stable_diffusion import attention_layers as layers
-    return layers(unet)
+    return layers(network)
 
 
-def conditional_rows(pipe: Any, x: torch.Tensor, conditional: str) -> slice:
+def is_flux(network: nn.Module) -> bool:
+    return type(getattr(network, "_orig_mod", network)).__name__ == "FluxTransformer2DModel"
+
+
+def latent_of(args: tuple, kwargs: dict) -> torch.Tensor:
+    """x of a call of the network: the first argument, called sample by U-Nets and hidden_states by transformers."""
+    return args[0] if args else kwargs["sample"] if "sample" in kwargs else kwargs["hidden_states"]
+
+
+def conditional_rows(pipe: Any, network: nn.Module, x: torch.Tensor, conditional: str) -> slice:
     """The images of the batch x that have the prompt. Raises RestoreError when "auto" cannot tell."""
     half = len(x) // 2
     if conditional == "auto":
@@ -170,7 +194,8 @@ def conditional_rows(pipe: Any, x: torch.Tensor, conditional: str) -> slice:
                 "the pipeline does classifier-free guidance, but its batch is not [without, with prompt]; name the "
                 "part with the prompt: guided(..., conditional='second'), 'first' or 'all'"
             )
-        conditional = "second" if doubled and says is not False else "all"
+        usual = WITH_PROMPT.get(type(getattr(network, "_orig_mod", network)).__name__, "second")
+        conditional = usual if doubled and says is not False else "all"
     if conditional == "all":
         return slice(None)
     if len(x) % 2:
@@ -178,11 +203,19 @@ def conditional_rows(pipe: Any, x: torch.Tensor, conditional: str) -> slice:
     return slice(half, None) if conditional == "second" else slice(0, half)
 
 
-def timestep_of(args: tuple, kwargs: dict) -> float:
-    """The timestep of a U-Net call; the pipeline's may be a number or a tensor, alike for the whole batch."""
-    t = args[1] if len(args) > 1 else kwargs["timestep"]
-    return float(t.flatten()[0]) if isinstance(t, torch.Tensor) else float(t)
+def timestep_of(network: nn.Module, args: tuple, kwargs: dict) -> float:
+    """The timestep of a call; the pipeline's may be a number or a tensor, alike for the whole batch. FLUX counts from 0
+    to 1, its scheduler to 1000."""
+    t = kwargs["timestep"] if "timestep" in kwargs else args[1]
+    t = float(t.flatten()[0]) if isinstance(t, torch.Tensor) else float(t)
+    return 1000 * t if is_flux(network) else t
 
 
 def _sample(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output.sample
+
+
+def _shifted(output: Any, shift: torch.Tensor) -> Any:
+    """The network's output, a tuple or an object, with `shift` added to its prediction."""
+    moved = _sample(output) + shift
+    return (moved, *output[1:]) if isinstance(output, tuple) else type(output)(sample=moved)

@@ -1,4 +1,4 @@
-"""Flow-Driven Posterior Sampling (FlowDPS, arXiv 2503.08136) and FlowChef (arXiv 2412.00100), with guided velocities."""
+"""Flow-Driven Posterior Sampling (FlowDPS, arXiv 2503.08136) and FlowChef (arXiv 2412.00100), guided velocities."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def flowdps(
                 z0_y = (z0_y - step_size * gradient).detach()
                 first = (x0_hat.detach(), torch.linalg.vector_norm(r.detach(), dim=1)) if first is None else first
 
-            # Transition, with the guided velocity: what guidance adds to eps it takes, sigma / alpha times, from z0_hat.
+            # Transition, guided: what guidance adds to eps it takes, sigma / alpha times, from z0_hat.
             shift, moved = eps - strong.eps, z0_y - z0_hat
             z0 = z0_hat - sigma / (1 - sigma) * shift
             if rule == "flowdps":

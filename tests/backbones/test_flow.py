@@ -198,7 +198,7 @@ def test_layers_are_listed_in_order_of_execution(folders):
     for name in ("sd3.5", "flux", "dit"):
         prior, ran = loaded(folders, name), []
         for path, layer in prior.attention.items():
-            layer.module.register_forward_hook(lambda *_, path=path: ran.append(path))
+            layer.module.register_forward_hook(lambda *_, path=path, ran=ran: ran.append(path))
         prior.predict(latents(), 300)
         assert ran == list(prior.attention)
 
@@ -232,7 +232,9 @@ def test_any_sampler_on_any_size(folders, name, sampler, size):
 
 def test_generation(folders):
     for name, options in (("sd3", {"prompt": "a cat"}), ("flux", {}), ("dit", {"labels": [1, 2]})):
-        images = restore.Restorer(loaded(folders, name)).generate(2, steps=3, ddim_eta=0.0, guidance=PAG(1.0, "b0"), **options)
+        images = restore.Restorer(loaded(folders, name)).generate(
+            2, steps=3, ddim_eta=0.0, guidance=PAG(1.0, "b0"), **options
+        )
         assert images.shape == (2, 3, 32, 32)
 
 

@@ -64,6 +64,16 @@ def test_memory_with_checkpointing(sd15):
     assert sd15.peak_checkpointing > 3 * 256 * 512 * 512 * 2
 
 
+@pytest.mark.slow
+def test_a_tiny_autoencoder_takes_the_decoder_and_the_encoder_away(sd15):
+    """What docs/transformers.md states: a step of PSLD at 512 pixels has a quarter of the arithmetic and memory."""
+    tiny = psld_cost(tiny_vae=True)
+    assert tiny.unet == sd15.unet
+    assert tiny.decoder < sd15.decoder / 15 and tiny.encoder < sd15.encoder / 9
+    assert sd15.total / tiny.total == pytest.approx(3.95, abs=0.05)
+    assert sd15.peak / tiny.peak == pytest.approx(4.05, abs=0.1)
+
+
 def test_any_backbone_and_layers():
     unet = tiny_unet(
         block_out_channels=(16, 16),

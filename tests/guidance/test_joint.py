@@ -16,7 +16,7 @@ from restore.backbones.base import AttentionLayer
 from restore.backbones.flow import attention_layers
 from restore.guidance import PAG
 from restore.guidance.attention import Perturbed, perturbed
-from restore.guidance.pipelines import PipelineUnet
+from restore.guidance.pipelines import PipelineNetwork
 from restore.guidance.targets import identity, mean_query, uniform
 
 IMAGE, TEXT, HEADS, WIDTH = 6, 4, 4, 32
@@ -154,7 +154,7 @@ def test_grid_of_transformer_blocks():
     """Their tokens are a list; the rows and columns are those of the feature map around them."""
     unet = tiny_unet()
     text = torch.zeros(1, 12, 16)
-    told = records(PipelineUnet(unet), "i1,i5,m1,o8", torch.zeros(1, 4, 8, 16), 1, encoder_hidden_states=text)
+    told = records(PipelineNetwork(unet), "i1,i5,m1,o8", torch.zeros(1, 4, 8, 16), 1, encoder_hidden_states=text)
     assert told == [((8, 16), None, 128), ((4, 8), None, 32), ((2, 4), None, 8), ((8, 16), None, 128)]
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tiny_flow
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -13,14 +14,17 @@ from diffusers import (
     StableDiffusionPAGInpaintPipeline,
     StableDiffusionPAGPipeline,
     StableDiffusionUpscalePipeline,
+    StableDiffusionXLPAGPipeline,
+    StableDiffusionXLPipeline,
 )
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from PIL import Image
-from tiny_sd import SCHEDULER, tiny_controlnet, tiny_pipeline, tiny_unet
+from tiny_sd import SCHEDULER, tiny_controlnet, tiny_pipeline, tiny_text_encoder, tiny_tokenizer, tiny_unet, tiny_vae
 
 from operators import RestoreError
 from restore.guidance import CFG, PAG
 from restore.guidance.attention import perturbed
-from restore.guidance.pipelines import guided
+from restore.guidance.pipelines import PipelineNetwork, guided
 
 MID = "mid_block.attentions.0.transformer_blocks.0.attn1"
 
@@ -62,9 +66,7 @@ def inputs(batch=2, seed=0):
 
 def weak_eps(unet, z, t, text, layers=MID, target="identity"):
     """The perturbed prediction, made here without `guided`."""
-    from restore.guidance.pipelines import PipelineUnet
-
-    branch = PAG(1.0, layers=layers, target=target).terms[0].branch.bind(PipelineUnet(unet))
+    branch = PAG(1.0, layers=layers, target=target).terms[0].branch.bind(PipelineNetwork(unet))
     with torch.no_grad(), perturbed(branch.items, None):
         return unet(z, t, encoder_hidden_states=text).sample
 
@@ -234,10 +236,8 @@ def test_x4_upscaler(tmp_path, guidance_scale):
 
     def by_hand(x, t, *, encoder_hidden_states, class_labels, **kwargs):
         with torch.no_grad():
-            from restore.guidance.pipelines import PipelineUnet
-
             out = forward(x, t, encoder_hidden_states, class_labels=class_labels).sample
-            branch = PAG(1.0, layers="i5").terms[0].branch.bind(PipelineUnet(unet))
+            branch = PAG(1.0, layers="i5").terms[0].branch.bind(PipelineNetwork(unet))
             with perturbed(branch.items, None):
                 weak = forward(x, t, encoder_hidden_states, class_labels=class_labels).sample
             shift = 2.0 * (out - weak)
@@ -289,7 +289,7 @@ def test_mistakes(pipe):
         pass
     with pytest.raises(RestoreError, match="no attention layer is called 'i99'"), guided(pipe, PAG(1.0, layers="i99")):
         pass
-    with pytest.raises(RestoreError, match="has no U-Net"), guided(object(), PAG(1.0, layers="m1")):
+    with pytest.raises(RestoreError, match="has no U-Net and no transformer"), guided(object(), PAG(1.0, layers="m1")):
         pass
     with pytest.raises(RestoreError, match="conditional='last'"), guided(pipe, None, conditional="last"):
         pass
@@ -299,3 +299,147 @@ def test_mistakes(pipe):
     sample(pipe, guidance_scale=5.0)
     with pytest.raises(RestoreError, match="conditional='second'"), guided(pipe, PAG(1.0, layers="m1")):
         pipe.unet(z, 401, encoder_hidden_states=text)
+
+
+def by_hand(network, layers, scale, *, cfg="second", **unused):
+    """A forward of the network with equation 14 written out: two whole passes, the second perturbed."""
+    forward = type(network).forward
+
+    @torch.no_grad()
+    def run(*args, **kwargs):
+        out = forward(network, *args, **kwargs)[0]
+        branch = PAG(1.0, layers=layers, **unused).terms[0].branch.bind(PipelineNetwork(network))
+        with perturbed(branch.items, None, network):
+            weak = forward(network, *args, **kwargs)[0]
+        shift = scale * (out - weak)
+        if cfg != "all":
+            shift = torch.cat([shift.chunk(2)[cfg == "second"]] * 2)
+        return (out + shift,) if not kwargs.get("return_dict", True) else Transformer2DModelOutput(sample=out + shift)
+
+    return run
+
+
+@pytest.mark.parametrize("dual", [False, True])
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+@pytest.mark.parametrize("scope", ["joint", "image"])
+def test_stable_diffusion_3(tmp_path, dual, guidance_scale, scope):
+    pipe = quiet(tiny_flow.sd3_pipeline(tmp_path, dual))
+    size = {"height": 32, "width": 48, "max_sequence_length": 8}
+    options = {**size, "guidance_scale": guidance_scale}
+    plain = sample(pipe, **options)
+    with guided(pipe, PAG(2.0, layers="b1:0,3", scope=scope)):
+        ours = sample(pipe, **options)
+    cfg = "second" if guidance_scale > 1 else "all"
+    pipe.transformer.forward = by_hand(pipe.transformer, "b1:0,3", 2.0, cfg=cfg, scope=scope)
+    expected = sample(pipe, **options)
+    del pipe.transformer.forward
+    assert relative(ours, expected) < 1e-5 and relative(ours, plain) > 1e-3
+    assert torch.equal(sample(pipe, **options), plain)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("layers", ["b0", "b3"])
+def test_flux(tmp_path, distilled, layers):
+    pipe = quiet(tiny_flow.flux_pipeline(tmp_path, distilled))
+    options = {"height": 32, "width": 48, "max_sequence_length": 8, "guidance_scale": 3.5}
+    plain = sample(pipe, **options)
+    with guided(pipe, PAG(2.0, layers=layers, scope="image")):
+        ours = sample(pipe, **options)
+    with guided(pipe, PAG(2.0, layers=layers, interval=(1000, 999.5))):
+        first = sample(pipe, **options)  # the first step alone: times run to 1000
+    with guided(pipe, PAG(2.0, layers=layers, interval=(0.9, 0))):
+        assert torch.equal(sample(pipe, **options), plain)
+    pipe.transformer.forward = by_hand(pipe.transformer, layers, 2.0, cfg="all", scope="image")
+    expected = sample(pipe, **options)
+    assert relative(ours, expected) < 1e-5 and relative(ours, plain) > 1e-3
+    assert relative(first, plain) > 1e-4 and relative(first, ours) > 1e-4
+
+
+def test_flux_with_true_cfg(tmp_path):
+    """The pass without the prompt gets the shift of the one with it: u + g (c − u) + s (c − c_weak)."""
+    pipe, calls = quiet(tiny_flow.flux_pipeline(tmp_path)), []
+    options = {"height": 32, "width": 32, "max_sequence_length": 8, "true_cfg_scale": 4.0, "negative_prompt": "a dog"}
+    with guided(pipe, PAG(2.0, layers="b1")):
+        ours = sample(pipe, **options)
+    alone = by_hand(pipe.transformer, "b1", 2.0, cfg="all")
+
+    def run(*args, **kwargs):
+        calls.append(kwargs["hidden_states"])
+        if len(calls) % 2:
+            run.shift = alone(*args, **kwargs)[0] - type(pipe.transformer).forward(pipe.transformer, *args, **kwargs)[0]
+        return (type(pipe.transformer).forward(pipe.transformer, *args, **kwargs)[0] + run.shift,)
+
+    pipe.transformer.forward = run
+    assert relative(ours, sample(pipe, **options)) < 1e-5 and len(calls) == 8
+
+
+def test_dit():
+    pipe = quiet(tiny_flow.dit_pipeline())
+
+    def sampled():
+        g = torch.Generator().manual_seed(0)
+        out = pipe([1, 2], guidance_scale=4.0, num_inference_steps=3, generator=g, output_type="pt")
+        return out.images
+
+    network = pipe.transformer  # the pipeline's null class is 1000, the tiny one's 10
+    forward = type(network).forward
+
+    def renamed(*args, class_labels, **kwargs):
+        return forward(network, *args, class_labels=class_labels.clamp(max=10), **kwargs)
+
+    network.forward = renamed
+    plain = sampled()
+    with guided(pipe, PAG(2.0, layers="b1")):
+        ours = sampled()
+    alone = by_hand(network, "b1", 2.0, cfg="first")
+    network.forward = lambda *args, class_labels, **kwargs: alone(
+        *args, class_labels=class_labels.clamp(max=10), **kwargs
+    )
+    assert relative(ours, sampled()) < 1e-4 and relative(ours, plain) > 1e-3
+
+
+def sdxl(folder, cls, **more):
+    """A tiny SDXL: two transformer layers to a block, two text encoders, sizes as further conditions."""
+    unet = tiny_unet(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(16, 32),
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 8,
+        cross_attention_dim=16 + 8,
+    )
+    tokenizer = tiny_tokenizer(folder)
+    return quiet(
+        cls(
+            vae=tiny_vae(),
+            text_encoder=tiny_text_encoder(),
+            text_encoder_2=tiny_flow.clip(8, 22, True),
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer,
+            unet=unet,
+            scheduler=EulerDiscreteScheduler(**SDXL),
+            add_watermarker=False,
+            **more,
+        )
+    )
+
+
+SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_sdxl(tmp_path, guidance_scale):
+    """Against diffusers' own PAG for it."""
+    pipe = sdxl(tmp_path, StableDiffusionXLPipeline)
+    official = sdxl(tmp_path, StableDiffusionXLPAGPipeline, pag_applied_layers=["mid"])
+    options = {"height": 32, "width": 32, "guidance_scale": guidance_scale}
+    with guided(pipe, PAG(3.0, layers="m1.0,m1.1")):
+        ours = sample(pipe, **options)
+    assert relative(ours, sample(official, pag_scale=3.0, **options)) < 1e-4
+    assert relative(ours, sample(pipe, **options)) > 1e-3
+    with guided(pipe, PAG(3.0, layers="m1.1:2", schedule="linear")):
+        assert relative(sample(pipe, **options), ours) > 1e-4
