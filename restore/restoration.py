@@ -11,6 +11,7 @@ from PIL import Image
 
 from operators import RestoreError
 from operators.naming import check_known
+from restore.guidance import Guidance, watched
 from restore.images import io
 
 
@@ -94,12 +95,16 @@ def rows_of(condition: Any, rows: list[int]) -> Any:
     return condition[rows]
 
 
-def watching(callback: Callable | None, used: dict, first: int, count: int, total: int) -> Callable[[dict], None]:
-    """Keeps what the sampler says it used, and passes each step on with its place in the whole."""
+def watching(
+    callback: Callable | None, guidance: Guidance | None, used: dict, first: int, count: int, total: int
+) -> tuple[Guidance | None, Callable[[dict], None]]:
+    """(guidance, callback) for a sampler: what it used is kept, each step passed on with its place and `signals`."""
+    seen: dict[int, torch.Tensor] = {}
 
     def watch(step: dict) -> None:
         used.update(step.get("used", {}))
         if callback is not None:
-            callback({**step, "first": first, "count": count, "total": total})
+            more = {} if guidance is None else {"signals": [seen.pop(k, None) for k in range(len(guidance.terms))]}
+            callback({**step, **more, "first": first, "count": count, "total": total})
 
-    return watch
+    return guidance if guidance is None or callback is None else watched(guidance, seen), watch

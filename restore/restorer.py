@@ -15,6 +15,7 @@ from operators import RestoreError
 from restore import method, samplers, zoo
 from restore.backbones.sizes import Sized
 from restore.guidance import Guidance
+from restore.guidance.layers import table
 from restore.images import io
 from restore.method import Method
 from restore.restoration import Restoration, choose_device, class_index, explain_out_of_memory, rows_of, watching
@@ -104,14 +105,12 @@ class Restorer:
         layers = method.default_layers(self.name)
         return layers or [path for path in self.backbone.attention if path.startswith("mid_block")][:1]
 
-    def layer_table(self) -> list[str]:
-        """One line per self-attention layer: short name, paper's name, diffusers path, heads, resolution."""
-        lines = [f"{'short':6} {'paper':18} {'diffusers path':60} heads  width  side"]
-        for layer in self.backbone.attention.values():
-            side = self.backbone.resolution // layer.downsampling
-            row = f"{layer.short:6} {layer.paper:18} {layer.path:60} {layer.heads:5}  {layer.channels:5}  {side:4}"
-            lines.append(row)
-        return lines
+    def layer_table(self, layers: str | Sequence[str] | None = None) -> list[str]:
+        """One line per self-attention layer: short name, paper's name, diffusers path, heads, resolution.
+
+        layers: only what this choice selects (as guidance takes it, "i5:0,3,m1"), with the heads it selects.
+        """
+        return table(self.backbone.attention, self.backbone.resolution, layers)
 
     def __call__(
         self,
@@ -156,7 +155,9 @@ class Restorer:
         data: "ffhq" or "imagenet", where presets were published for both with one backbone.
         reference: compute what the sampler's authors' code does, beyond the paper (PSLD: noise on the
             predicted measurement, sampled encoding, shifted indices, approximate transposes).
-        callback: receives the sampler's dict plus `first`, `count` and `total` (samples).
+        callback: receives the sampler's dict plus `first`, `count` and `total` (samples), and, where there is guidance,
+            `signals`: for each term the step's last |eps − eps_weak|, averaged over the channels, (B, 1, h, w) as x_t,
+            or None where it was off.
         Works inside torch.no_grad() and torch.inference_mode(). Raises RestoreError for unknown parameters, sizes
         that do not fit, non-finite input or samples, and memory that does not suffice.
         """
@@ -216,6 +217,7 @@ class Restorer:
         for first in range(0, len(items), batch_size):
             chunk = items[first : first + batch_size]
             rows = [b for b, _ in chunk]
+            guidance, watch = watching(callback, chosen.guidance, used, first, len(chunk), len(items))
             with explain_out_of_memory():
                 x = function(
                     prior,
@@ -223,9 +225,9 @@ class Restorer:
                     y[rows],
                     noise=ImageNoise([(seed, ids[b], k) for b, k in chunk], self.device),
                     steps=chosen.steps,
-                    guidance=chosen.guidance,
+                    guidance=guidance,
                     condition=rows_of(condition, rows),
-                    callback=watching(callback, used, first, len(chunk), len(items)),
+                    callback=watch,
                     **chosen.parameters,
                 )
             results.append(x.detach().float())
@@ -333,16 +335,17 @@ class Restorer:
             guidance = method.guidances.chosen(guidance, None)
             for start in range(0, n, batch_size):
                 rows = list(range(start, min(start + batch_size, n)))
+                own, watch = watching(callback, guidance, {}, start, len(rows), n)
                 with explain_out_of_memory():
                     x = generate(
                         prior,
                         len(rows),
                         noise=ImageNoise([(seed, "generate", first + i) for i in rows], self.device),
                         steps=steps,
-                        guidance=guidance,
+                        guidance=own,
                         condition=rows_of(condition, rows),
                         ddim_eta=ddim_eta,
-                        callback=watching(callback, {}, start, len(rows), n),
+                        callback=watch,
                     )
                 results.append(x.float().clamp(-1, 1))
         return torch.cat(results)

@@ -11,8 +11,13 @@ import types
 from pathlib import Path
 
 import pytest
+import yaml
 
+import restore
 from restore.app import cli
+from restore.app.options import parse_guidance
+from restore.app.run import ChangedPAG
+from restore.guidance import build, estimator
 from restore.paths import data_dir
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +55,29 @@ def test_links_lead_somewhere(page):
     targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
     missing = [target for target in targets if target and not (page.parent / target).exists()]
     assert not missing
+
+
+def test_guidance_of_the_guidance_page_is_understood():
+    """Its YAML and its commands, bound to the shipped prior where they are for it."""
+    text = (ROOT / "docs" / "guidance.md").read_text(encoding="utf-8")
+    backbone = restore.load("embedded").backbone
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    for block in blocks:
+        guidance = build(yaml.safe_load(block)["guidance"])
+        if "cfg" not in block:
+            with estimator(backbone, guidance):
+                pass
+    commands = [line for _, block in BLOCK.findall(text) for line in block.splitlines() if line.startswith("restore ")]
+    for line in commands:
+        words = shlex.split(line)
+        given = {name: words[words.index(name) + 1] for name in words if name.startswith("--") and name != "--degrade"}
+        pag = [given.get(name) for name in ("--layers", "--target", "--strength")]
+        guidance = parse_guidance(given.get("--guidance"), 1.0 if "--pag-scale" in given else None, *pag)
+        if isinstance(guidance, ChangedPAG):
+            guidance = guidance.applied(None, [])
+        with estimator(backbone, None if "--backbone" in given else guidance):
+            pass
+    assert len(blocks) >= 10 and len(commands) >= 11
 
 
 def test_site_is_built_without_a_warning(tmp_path):

@@ -38,6 +38,7 @@ from restore.app.options import (
     in_options,
     parse_guidance,
     parse_labels,
+    parse_pag,
     parse_steps,
     report,
     split_settings,
@@ -107,7 +108,9 @@ def run(
         str | None, typer.Option(help="With --solve-at: bicubic, or nearest as in PSLD's code.")
     ] = None,
     overwrite: Overwrite = False,
-    save_trajectory: Annotated[bool, typer.Option("--save-trajectory", help="A strip of x0_hat through time.")] = False,
+    save_trajectory: Annotated[
+        bool, typer.Option("--save-trajectory", help="Pictures of x0_hat and guidance through time.")
+    ] = False,
     png: Png = False,
     offline: Offline = False,
 ) -> None:
@@ -192,6 +195,8 @@ def generate(
     backbone: Backbone = "embedded",
     pag_scale: Annotated[float, typer.Option(help="PAG scale s, 0 is off.")] = 0.0,
     layers: Layers = None,
+    target: Target = None,
+    strength: Strength = None,
     cfg_scale: Annotated[float, typer.Option(help="CFG scale w of the paper's Eq. 14, 0 is off.")] = 0.0,
     guidance: Guide = None,
     labels: Annotated[str | None, typer.Option(help="Classes, by name or number, comma separated.")] = None,
@@ -214,11 +219,12 @@ def generate(
 
     numbers = parse_labels(labels)
     guided = None if guidance is None else parse_guidance(guidance, None, None, None, None)
-    if guidance is not None and (pag_scale or cfg_scale or layers):
-        raise RestoreError("give either guidance= or pag_scale=, layers= and cfg_scale=, not both")
+    if guidance is not None and (pag_scale or cfg_scale or layers or target or strength):
+        raise RestoreError("give either guidance= or pag_scale=, layers=, target=, strength= and cfg_scale=, not both")
+    pag = parse_pag(target, strength)
     model = restorer.load(backbone, device=device, precision=precision, offline=offline, vae=vae)
     if guidance is None:
-        guided = work.generation_guidance(pag_scale, layers, cfg_scale, model)
+        guided = work.generation_guidance(pag_scale, layers, cfg_scale, model, *pag)
     with Progress(n) as progress:
         for output in work.generate_files(
             out,

@@ -23,6 +23,7 @@ _WRITABLE = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix != ".gif")  # 25
 _FOREIGN = (".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".pdf", ".psd", ".dng")
 # Side-cars and pictures written beside a result are named after it with these endings.
 SIDECAR, DEGRADED, TRAJECTORY, MEAN, SPREAD = ".json", "-degraded", "-trajectory", "-mean", "-spread"
+SIGNALS = "-guidance"
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ class Photo:
         return self.target.with_name(f"{self.target.stem}{ending}{suffix or self.target.suffix}")
 
     def written(self, samples: int = 1, degrade: bool = False, trajectory: bool = False) -> list[Path]:
-        """Every file that restoring it writes: the result, its companions and the side-car."""
+        """Every file that restoring it may write: the result, its companions and the side-car."""
         paths = [self.target, self.sidecar]
-        paths += [self.beside(DEGRADED)] * degrade + [self.beside(TRAJECTORY, ".png")] * trajectory
+        paths += [self.beside(DEGRADED)] * degrade
+        paths += [self.beside(TRAJECTORY, ".png"), self.beside(SIGNALS, ".png")] * trajectory
         if samples > 1:
             paths += [self.beside(f"-sample{k}") for k in range(1, samples)]
             paths += [self.beside(MEAN), self.beside(SPREAD, ".png")]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from restore.app.options import Offline
+from restore.app.options import Layers, Offline
 
 app = typer.Typer(no_args_is_help=True, help="Known checkpoints: list, show, pull, import, forget, layers.")
 
@@ -54,9 +54,9 @@ def models_forget(name: str) -> None:
 
 
 @app.command("layers")
-def models_layers(name: str, offline: Offline = False) -> None:
-    """The self-attention layers of a backbone, under all their names."""
+def models_layers(name: str, layers: Layers = None, offline: Offline = False) -> None:
+    """The self-attention layers and heads of a backbone, under all their names; with --layers what that selects."""
     from restore import restorer
 
-    for line in restorer.load(name, device="cpu", offline=offline).layer_table():
+    for line in restorer.load(name, device="cpu", offline=offline).layer_table(layers):
         typer.echo(line)

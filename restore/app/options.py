@@ -29,8 +29,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo finished file
 Png = Annotated[bool, typer.Option("--png", help="Write PNG whatever the input's format.")]
 PagScale = Annotated[float | None, typer.Option(help="PAG scale s, 0 is off; default: the preset's.")]
 Layers = Annotated[str | None, typer.Option(help="PAG layers, e.g. i9 or input_blocks.9.1,m1; i5:0,3 for heads.")]
-Target = Annotated[str | None, typer.Option(help="What PAG makes of the attention maps: identity, ...")]
-Strength = Annotated[float | None, typer.Option(help="u of (1-u) A + u A' in [0, 1]; SoftPAG below 1.")]
+Target = Annotated[str | None, typer.Option(help="What PAG makes of the maps: identity, ..., '{seg: {sigma: 4}}'.")]
+Strength = Annotated[str | None, typer.Option(help="u of (1-u) A + u A' in [0, 1]; by head: '{i5: {0: 0.5, 3: 1}}'.")]
 Guide = Annotated[str | None, typer.Option("--guidance", help="YAML, or its file: {pag: {scale: 1, layers: i9}}.")]
 Quality = Annotated[str | None, typer.Option(help="fast, balanced or best: sampler and steps in one word.")]
 Label = Annotated[str | None, typer.Option(help="Class, by name or number, for a class-conditional backbone.")]
@@ -96,8 +96,26 @@ def parse_labels(labels: str | None) -> list[str] | None:
     return found
 
 
+def parse_pag(target: str | None, strength: str | None) -> tuple[Any, Any]:
+    """Target and strength as PAG takes them: a name, a number, or YAML between braces. Raises RestoreError."""
+    from restore.app.tasks import read_yaml
+
+    def value(text: str | None, what: str) -> Any:
+        return read_yaml(text, what) if text is not None and text.lstrip().startswith("{") else text
+
+    strength = value(strength, "strength")
+    if isinstance(strength, str):
+        try:
+            strength = float(strength)
+        except ValueError:
+            raise RestoreError(
+                f"strength={strength!r} must be a number, or for each head such as {{i5: {{0: 0.5, 3: 1}}}}"
+            ) from None
+    return value(target, "target"), strength
+
+
 def parse_guidance(
-    guidance: str | None, scale: float | None, layers: str | None, target: str | None, strength: float | None
+    guidance: str | None, scale: float | None, layers: str | None, target: str | None, strength: str | None
 ) -> Any:
     """What --guidance or the options of PAG ask for, as run.restore_files takes it; checked as far as it can be
     without a network. Raises RestoreError."""
@@ -106,7 +124,7 @@ def parse_guidance(
     from restore.app.tasks import read_yaml
     from restore.guidance import PAG
 
-    change = ChangedPAG(scale, layers, target, strength)
+    change = ChangedPAG(scale, layers, *parse_pag(target, strength))
     given = change != ChangedPAG()
     if guidance is not None:
         if given:

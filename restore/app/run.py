@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from operators import RestoreError
 from restore import atomic
 from restore import guidance as guidances
 from restore.app import files
-from restore.app.files import DEGRADED, MEAN, SIDECAR, SPREAD, TRAJECTORY, Photo
+from restore.app.files import DEGRADED, MEAN, SIDECAR, SIGNALS, SPREAD, TRAJECTORY, Photo
 from restore.app.tasks import Task, measured
+from restore.app.trajectory import Trajectory
 from restore.guidance import CFG, PAG, Guidance
-from restore.images import grids, io
+from restore.guidance.layers import Strength
+from restore.images import io
 from restore.images.resampling import Resampled
 from restore.metrics.single import psnr, ssim
 
@@ -53,8 +55,8 @@ class ChangedPAG:
 
     scale: float | None = None
     layers: str | Sequence[str] | None = None
-    target: str | None = None
-    strength: float | None = None
+    target: str | Mapping[str, Any] | None = None
+    strength: Strength | None = None
 
     def applied(self, preset: Guidance | None, layers: Sequence[str]) -> Guidance | None:
         """layers: PAG's where the preset has no PAG. Other terms of the preset stay. RestoreError: see PAG."""
@@ -101,15 +103,16 @@ def restore_files(
     degrade: the inputs are clean; they are degraded first and the result is compared with them. resampled: restore at
     another size and bring the result back. The other arguments are those of `Restorer`.
     Writes NAME (first sample), NAME-sampleK, NAME-mean and NAME-spread with several samples, NAME-degraded,
-    NAME-trajectory.png and the side-car NAME.json. A photo counts as finished, and is skipped, when its side-car says
-    the same input and settings and the result is readable; another result is an error unless `overwrite`.
+    NAME-trajectory.png, NAME-guidance.png (where there is guidance) and the side-car NAME.json. A photo counts as
+    finished, and is skipped, when its side-car says the same input and settings and the result is readable; another
+    result is an error unless `overwrite`.
     A photo that cannot be restored yields an Outcome with its error and the next one begins. Raises RestoreError
     before the first where a file would be lost (see files.check_outputs), and where nothing can be written any more.
     """
     photos = list(photos)
     files.check_outputs(photos, [photo.written(samples, degrade, save_trajectory) for photo in photos], overwrite)
     for photo in photos:
-        started, frames = time.perf_counter(), []
+        started, trajectory = time.perf_counter(), Trajectory(callback) if save_trajectory else None
         try:
             record, clean, operator, y = measured(photo, task, degrade, seed, resampled)
             options = {"task": task.name, "sampler": sampler, "quality": quality, "data": data}
@@ -149,7 +152,7 @@ def restore_files(
                 prompt=prompt,
                 negative_prompt=negative_prompt,
                 reference=reference,
-                callback=_recording(callback, frames if save_trajectory else None),
+                callback=trajectory or callback,
                 **(parameters or {}),
             )
         except RestoreError as error:
@@ -160,17 +163,20 @@ def restore_files(
             own = tuple(side * factor for side in record.size)
             result = dataclasses.replace(result, samples=resampled.back(result.samples, own))
         numbers = _numbers(result, clean)
+        written = [path.name for path in photo.written(samples, degrade, save_trajectory)]
+        if trajectory is not None and not trajectory.guided:
+            written.remove(photo.beside(SIGNALS, ".png").name)
         sidecar = {
             "version": version(),
             "finished": False,
             "input": photo.source.name,
-            "files": [path.name for path in photo.written(samples, degrade, save_trajectory)],
+            "files": written,
             **expected,
         }
         # The side-car comes first: what an interruption leaves is known as this program's and made again.
         atomic.write_json(photo.sidecar, sidecar)
         try:
-            _write_pictures(photo, record, result, y, degrade, frames)
+            _write_pictures(photo, record, result, y, degrade, trajectory)
             numbers["seconds"] = time.perf_counter() - started
             atomic.write_json(photo.sidecar, sidecar | {"finished": True, "protocol": result.protocol, **numbers})
         except BaseException:
@@ -196,7 +202,12 @@ def _numbers(result: Any, clean: torch.Tensor | None) -> dict[str, Any]:
 
 
 def _write_pictures(
-    photo: Photo, record: io.ImageRecord, result: Any, y: torch.Tensor, degrade: bool, frames: Sequence[torch.Tensor]
+    photo: Photo,
+    record: io.ImageRecord,
+    result: Any,
+    y: torch.Tensor,
+    degrade: bool,
+    trajectory: Trajectory | None,
 ) -> None:
     """All pictures of one photo, the result last."""
     samples = result.samples.shape[1]
@@ -209,9 +220,12 @@ def _write_pictures(
         io.write_image(photo.beside(MEAN), result.mean[0], **like)
         # Spread in units of the pixel range, white = 0.5: a fixed scale, so that maps can be compared.
         io.write_image(photo.beside(SPREAD, ".png"), (4 * result.spread[0].mean(0, True) - 1).expand(3, -1, -1))
-    if frames:
-        strip = grids.strip([io.to_pil(x) for x in frames])
-        io.write_image(photo.beside(TRAJECTORY, ".png"), io.to_tensor(strip)[0])
+    if trajectory is not None and trajectory.steps:
+        pictures = {TRAJECTORY: trajectory.estimates()}
+        if trajectory.guided:
+            pictures[SIGNALS] = trajectory.guidance(result.protocol["method"]["guidance"])
+        for ending, picture in pictures.items():
+            io.write_image(photo.beside(ending, ".png"), io.to_tensor(picture)[0])
     io.write_image(photo.target, result.samples[0, 0], **like)
 
 
@@ -294,9 +308,18 @@ def generate_files(
             yield paths[i]
 
 
-def generation_guidance(scale: float, layers: str | None, cfg_scale: float, restorer: Any) -> Guidance | None:
-    """PAG and CFG where their scale is not 0; layers: None takes the backbone's."""
-    terms = [PAG(scale, layers=layers if layers is not None else restorer.default_layers())] if scale else []
+def generation_guidance(
+    scale: float, layers: str | None, cfg_scale: float, restorer: Any, target: Any = None, strength: Any = None
+) -> Guidance | None:
+    """PAG and CFG where their scale is not 0; layers: None takes the backbone's. Raises RestoreError."""
+    own = {
+        key: value
+        for key, value in {"layers": layers, "target": target, "strength": strength}.items()
+        if value is not None
+    }
+    if own and not scale:
+        raise RestoreError(f"{next(iter(own))}= needs pag_scale=")
+    terms = [PAG(scale, **{"layers": restorer.default_layers(), **own})] if scale else []
     terms += [CFG(cfg_scale)] if cfg_scale else []
     return sum(terms[1:], terms[0]) if terms else None
 
@@ -307,18 +330,3 @@ def version() -> str:
         return importlib.metadata.version("restore")
     except importlib.metadata.PackageNotFoundError:
         return "checkout"
-
-
-def _recording(callback, frames: list | None):
-    """A callback that also keeps ten x0_hat of the first sample, evenly spread over the steps."""
-    if frames is None:
-        return callback
-
-    def record(step: dict) -> None:
-        every = max(1, step["steps"] // 10)
-        if step["first"] == 0 and (step["step"] % every == 0 or step["step"] == step["steps"] - 1):
-            frames.append(step["x0_hat"][0].float().cpu())
-        if callback is not None:
-            callback(step)
-
-    return record

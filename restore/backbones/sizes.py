@@ -8,6 +8,7 @@ MultiDiffusion (Bar-Tal et al. 2023); the iterate itself is never cut, so there 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -94,13 +95,36 @@ class Sized:
         crop = (..., slice(0, height), slice(0, width))
         return Prediction(*(None if part is None else part[crop] for part in (found.eps, found.variance, found.x0)))
 
-    def _windows(self, x: torch.Tensor, t: float, condition: Any) -> Prediction:
-        height, width = x.shape[-2:]
+    def assembled(self, maps: Sequence[torch.Tensor], x_t: torch.Tensor) -> torch.Tensor:
+        """One map (B, C, h, w) of x_t's size out of what was seen in the network's calls of one `predict` at x_t.
+
+        maps: (images of a call, C, any size) of each call, in order; enlarged to the call's input by nearest neighbour
+        and, where that is a window, blended like the predictions.
+        """
+        height, width = (_up(side, self.multiple) for side in x_t.shape[-2:])
+        if max(height, width) <= max(self.resolution, self.multiple):
+            canvas = F.interpolate(maps[0], (height, width))
+        else:
+            side_y, side_x, tops, lefts, weights_y, weights_x = self._layout(height, width, maps[0])
+            places = [(i, j) for i in range(len(tops)) for j in range(len(lefts))]
+            pieces = F.interpolate(torch.cat(list(maps)), (side_y, side_x)).split(len(x_t))
+            canvas = maps[0].new_zeros(*pieces[0].shape[:2], height, width)
+            for (i, j), piece in zip(places, pieces, strict=True):
+                weight = weights_y[i][:, None] * weights_x[j][None, :]
+                canvas[..., tops[i] : tops[i] + side_y, lefts[j] : lefts[j] + side_x] += piece * weight
+        return canvas[..., : x_t.shape[-2], : x_t.shape[-1]]
+
+    def _layout(self, height: int, width: int, like: torch.Tensor) -> tuple:
+        """Height and width of the windows, where they start, and their weights."""
         side_y, side_x = min(self.resolution, height), min(self.resolution, width)
         tops = window_starts(height, side_y, int(side_y * self.overlap))
         lefts = window_starts(width, side_x, int(side_x * self.overlap))
-        weights_y = blend_weights(tops, side_y, height).to(x)
-        weights_x = blend_weights(lefts, side_x, width).to(x)
+        weights = (blend_weights(tops, side_y, height).to(like), blend_weights(lefts, side_x, width).to(like))
+        return side_y, side_x, tops, lefts, *weights
+
+    def _windows(self, x: torch.Tensor, t: float, condition: Any) -> Prediction:
+        height, width = x.shape[-2:]
+        side_y, side_x, tops, lefts, weights_y, weights_x = self._layout(height, width, x)
         places = [(i, j) for i in range(len(tops)) for j in range(len(lefts))]
         per_call = max(1, self.max_windows // len(x))
 

@@ -207,6 +207,12 @@ def estimator(backbone: Backbone, guidance: Guidance | None = None, *, share_pre
         estimate.close()
 
 
+def require_prior(backbone: Backbone, what: str) -> None:
+    """Raises RestoreError for the network of a diffusers pipeline, which knows neither images nor clean estimates."""
+    if not hasattr(backbone, "downscale"):
+        raise RestoreError(f"{what} needs clean estimates, which a network inside a pipeline does not tell; use pag")
+
+
 def _bound(combine: Any, backbone: Backbone) -> Callable[..., torch.Tensor]:
     if hasattr(combine, "bind"):
         return combine.bind(backbone)

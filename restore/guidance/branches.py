@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from operators import RestoreError
@@ -14,9 +13,13 @@ from operators.naming import check_known, lookup
 from restore.backbones.base import Backbone, Prediction
 from restore.guidance.attention import SCOPES, Perturbed, perturbed
 from restore.guidance.base import Guidance, Term
-from restore.guidance.layers import Heads, choose
+from restore.guidance.layers import Heads, Strength, checked, choose, require_ran, strengths
 from restore.guidance.options import frozen
-from restore.guidance.targets import Draw, Target, find
+from restore.guidance.sag import SelfAttention
+from restore.guidance.targets import Draw, Target, find, seeded_draw
+from restore.guidance.tpg import ShuffledTokens
+from restore.guidance.tsg import PerturbedTime
+from restore.guidance.weaker import SmallWindows, WeakerModel
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,10 @@ class PerturbedAttention:
     layers: names as restore.guidance.layers.choose takes them ("i9", "input_blocks.9.1", a diffusers path; several
         separated by commas or in a list; "i5:0,3" for two heads of one).
     heads: only these heads: indices for every layer, or a mapping from layer name to indices; None: all.
-    target: what the map becomes, a name in restore.guidance.targets.TARGETS ("identity" is PAG), a function of an
-        AttentionRecord or its "module:function".
-    strength: u of (1 − u) A + u A', in [0, 1] (SoftPAG below 1).
+    target: what the map becomes, a name in restore.guidance.targets.TARGETS ("identity" is PAG), {name: options} such
+        as {"seg": {"sigma": 4}}, a function of an AttentionRecord or its "module:function".
+    strength: u of (1 − u) A + u A', in [0, 1] (SoftPAG below 1); or one for each of the chosen layers or heads,
+        {"i5": {0: 0.5, 3: 1.0}, "m1": 0.3}.
     noise: of the random targets: a seed (the draw then depends on seed, t and layer alone, and is shared by the
         images of a batch) or a function (kind, shape) -> tensor, kind "uniform" or "normal", or its name.
     scope: where image and text tokens attend jointly, "joint" perturbs the map of all, "image" that of the image.
@@ -36,16 +40,15 @@ class PerturbedAttention:
 
     layers: str | Sequence[str]
     heads: Heads = None
-    target: str | Target = "identity"
-    strength: float = 1.0
+    target: str | Mapping[str, Any] | Target = "identity"
+    strength: Strength = 1.0
     noise: int | str | Draw = 0
     scope: str = "joint"
 
     def __post_init__(self):
         find(self.target)
         check_known([self.scope], SCOPES, "a perturbation has no scope")
-        if not 0 <= self.strength <= 1:
-            raise RestoreError(f"the strength of a perturbation must lie in [0, 1], not {self.strength}")
+        object.__setattr__(self, "strength", checked(self.strength))
         for name in ("layers", "heads"):
             object.__setattr__(self, name, frozen(getattr(self, name)))
 
@@ -53,7 +56,8 @@ class PerturbedAttention:
         """Raises RestoreError for a layer or head that the backbone does not have."""
         target = find(self.target)
         chosen = choose(self.layers, self.heads, backbone.attention)
-        items = [Perturbed(layer, target, self.strength, heads, self.scope) for layer, heads in chosen]
+        groups = strengths(chosen, self.strength, backbone.attention)
+        items = [Perturbed(layer, target, u, heads, self.scope) for layer, heads, u in groups]
         noise = lookup(self.noise, {}, "noise") if isinstance(self.noise, str) else self.noise
         return PerturbedPass(backbone, items, noise)
 
@@ -78,15 +82,23 @@ class NullCondition:
         return NullPass(backbone, self.null)
 
 
-BRANCHES = {"pag": PerturbedAttention, "cfg": NullCondition}
+BRANCHES = {
+    "pag": PerturbedAttention,
+    "cfg": NullCondition,
+    "sag": SelfAttention,
+    "tpg": ShuffledTokens,
+    "tsg": PerturbedTime,
+    "autoguidance": WeakerModel,
+    "swg": SmallWindows,
+}
 
 
 def PAG(
     scale: float,
     layers: str | Sequence[str],
     heads: Heads = None,
-    target: str | Target = "identity",
-    strength: float = 1.0,
+    target: str | Mapping[str, Any] | Target = "identity",
+    strength: Strength = 1.0,
     interval: tuple[float, float] | None = None,
     noise: int | str | Draw = 0,
     schedule: Any = "constant",
@@ -119,12 +131,7 @@ class PerturbedPass:
         draw = self.noise if callable(self.noise) else seeded_draw(self.noise, t)
         with perturbed(self.items, draw, self.backbone.network) as ran:
             eps = self.backbone.predict(x_t, t, condition).eps
-        missed = [item.layer.path for item in self.items if item.layer.path not in ran]
-        if missed:
-            raise RestoreError(
-                f"the attention layer {missed[0]} did not run in the perturbed pass, so guidance would do nothing; "
-                "its network was replaced, or compiled in a way that cannot be changed: load it anew"
-            )
+        require_ran([item.layer.path for item in self.items], ran)
         return eps
 
 
@@ -141,20 +148,3 @@ class NullPass:
             return None
         null = self.backbone.null_condition if self.null is None else self.null
         return self.backbone.predict(x_t, t, null).eps
-
-
-def seeded_draw(seed: int, t: float) -> Draw:
-    """Noise that depends on seed, time and the number of the draw alone: one draw for all images of a batch."""
-    count = 0
-
-    def draw(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
-        nonlocal count
-        # Whole times as they are; for a time between them the bits of the fraction are added.
-        time = [int(t)] if t == int(t) else [int(t), int(np.float64(t).view(np.uint64))]
-        state = np.random.SeedSequence([seed, *time, count]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(state) >> 1)
-        count += 1
-        sample = torch.rand if kind == "uniform" else torch.randn
-        return sample(shape[1:], generator=generator).expand(shape)
-
-    return draw

@@ -14,6 +14,7 @@ INNER = re.compile(r"\.transformer_blocks\.\d+\.attn1$")
 LOOSE = {"input_blocks.": "input", "middle_block.": "middle.", "output_blocks.": "output"}
 
 Heads = int | Sequence[int] | Mapping[str, Sequence[int]] | None
+Strength = float | Mapping[str, float | Mapping[int, float]]
 
 
 def names(layer: AttentionLayer) -> set[str]:
@@ -69,6 +70,59 @@ def choose(
     return [(layer, _heads(layer, chosen[path])) for path, layer in attention.items() if path in chosen]
 
 
+def checked(strength: Strength) -> Strength:
+    """A strength u in [0, 1], one for each layer {"i5": u}, or for each head {"i5": {0: u, 3: u}}. RestoreError."""
+    if isinstance(strength, Mapping):
+        return {
+            str(name): _checked_heads(name, u) if isinstance(u, Mapping) else checked(u) for name, u in strength.items()
+        }
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
+        raise RestoreError(f"the strength of a perturbation must lie in [0, 1], not {strength!r}")
+    return strength
+
+
+def strengths(
+    chosen: Sequence[tuple[AttentionLayer, tuple[int, ...] | None]],
+    strength: Strength,
+    attention: Mapping[str, AttentionLayer],
+) -> list[tuple[AttentionLayer, tuple[int, ...] | None, float]]:
+    """(layer, heads, u) for what `choose` gives: a layer's heads in groups of one u each.
+
+    Raises RestoreError where a mapping does not say u for exactly the chosen layers and heads.
+    """
+    if not isinstance(strength, Mapping):
+        return [(layer, heads, strength) for layer, heads in chosen]
+    given = {find(name, attention).path: u for name, u in strength.items()}
+    groups: list[tuple[AttentionLayer, tuple[int, ...] | None, float]] = []
+    for layer, heads in chosen:
+        u = given.pop(layer.path, None)
+        if u is None:
+            raise RestoreError(f"the strengths {strength} say nothing of the perturbed layer {layer.path}")
+        if not isinstance(u, Mapping):
+            groups.append((layer, heads, u))
+            continue
+        heads = tuple(range(layer.heads)) if heads is None else heads
+        if sorted(u) != list(heads):
+            raise RestoreError(
+                f"strengths are given for heads {sorted(u)} of {layer.path}, but {list(heads)} are chosen"
+            )
+        groups += [(layer, tuple(head for head in heads if u[head] == value), value) for value in sorted({*u.values()})]
+    if given:
+        raise RestoreError(f"a strength is given for {next(iter(given))}, which is not among the perturbed layers")
+    return groups
+
+
+def require_ran(paths: Iterable[str], ran: Iterable[str]) -> None:
+    """Raises RestoreError for the first path of a layer that did not run in a pass which needed it."""
+    ran = set(ran)
+    missed = [path for path in paths if path not in ran]
+    if missed:
+        raise RestoreError(
+            f"the attention layer {missed[0]} did not run in the perturbed pass, so guidance would do nothing; "
+            "its network was replaced, or compiled in a way that cannot be changed: load it anew"
+        )
+
+
 def parse(layers: str | Iterable[str], attention: Mapping[str, AttentionLayer]) -> list[tuple[str, list[int] | None]]:
     """ "i5:0,3,m1" -> [("i5", [0, 3]), ("m1", None)]; a number behind a comma goes on with the heads before it."""
     texts = [layers] if isinstance(layers, str) else list(layers)
@@ -115,6 +169,28 @@ def _heads(layer: AttentionLayer, indices: int | Iterable[int] | None) -> tuple[
     if not chosen or chosen[0] < 0 or chosen[-1] >= layer.heads:
         raise RestoreError(f"{layer.path} has heads 0..{layer.heads - 1}, not {list(chosen)}")
     return chosen
+
+
+def table(
+    attention: Mapping[str, AttentionLayer], resolution: int, layers: str | Iterable[str] | None = None
+) -> list[str]:
+    """One line per layer: short name, paper's name, diffusers path, heads, width, side at that resolution.
+
+    layers: only those that this selects, with the heads that it selects.
+    """
+    every = [(layer, None) for layer in attention.values()]
+    lines = [f"{'short':6} {'paper':18} {'diffusers path':60} heads      width  side"]
+    for layer, heads in every if layers is None else choose(layers, None, attention):
+        named = f"0..{layer.heads - 1}" if heads is None else ",".join(map(str, heads))
+        side = resolution // layer.downsampling
+        lines.append(f"{layer.short:6} {layer.paper:18} {layer.path:60} {named:9}  {layer.channels:5}  {side:4}")
+    return lines
+
+
+def _checked_heads(name: str, strengths: Mapping[Any, float]) -> dict[int, float]:
+    if not strengths or not all(str(head).isdecimal() for head in strengths):
+        raise RestoreError(f"the strengths of {name} are one number, or one for each head such as {{0: 0.5, 3: 1}}")
+    return {int(head): checked(u) for head, u in strengths.items()}
 
 
 def _listing(attention: Mapping[str, AttentionLayer]) -> str:

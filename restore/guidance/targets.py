@@ -8,14 +8,17 @@ it returns, so (1 − u) A + u A' is a lerp of the two outputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from operators import RestoreError
 from operators.naming import lookup
+from restore.guidance.options import made, named
 
 Draw = Callable[[str, tuple[int, ...]], torch.Tensor]
 
@@ -97,6 +100,33 @@ def mean_query(a: AttentionRecord) -> torch.Tensor:
     return out.expand(*a.q.shape[:-1], a.v.shape[-1])
 
 
+def seg(sigma: float = math.inf) -> Target:
+    """Every query replaced by its neighbours' Gaussian mean on the grid of image tokens (SEG, Hong 2024).
+
+    sigma: of the blur, in tokens, reflected at the border; infinite: mean_query. The kernel reaches 3 sigma, and half
+        the grid's side at most, as the authors'. Queries of text tokens stay.
+    """
+    if not sigma > 0:
+        raise RestoreError(f"seg needs a positive sigma, not {sigma}")
+    if sigma == math.inf:
+        return mean_query
+    taps = math.ceil(6 * sigma) + 1 - math.ceil(6 * sigma) % 2
+
+    def target(a: AttentionRecord) -> torch.Tensor:
+        if a.grid is None:
+            raise RestoreError(
+                "seg blurs on the grid of image tokens, which is not known in this layer; use mean_query"
+            )
+        rows = slice(None) if a.image is None else a.image
+        q = _wide(a.q).clone()
+        image = q[..., rows, :].transpose(-2, -1).unflatten(-1, a.grid)
+        blurred = gaussian_blur(image, [min(taps, side | 1) for side in a.grid], sigma)
+        q[..., rows, :] = blurred.flatten(-2).transpose(-2, -1)
+        return a.under(F.softmax(a.logits(q), dim=-1))
+
+    return target
+
+
 def maximum(a: AttentionRecord) -> torch.Tensor:
     """A' one-hot at the row's largest entry."""
     best = a.logits().argmax(dim=-1, keepdim=True)
@@ -161,13 +191,7 @@ def blur(kernel: int = 5, sigma: float = 1.0) -> Target:
         raise RestoreError(f"blur needs an odd kernel and a positive sigma, not {kernel} and {sigma}")
 
     def target(a: AttentionRecord) -> torch.Tensor:
-        weights = a.map()
-        taps = torch.arange(kernel, device=weights.device, dtype=weights.dtype) - kernel // 2
-        taps = torch.exp(-0.5 * (taps / sigma) ** 2)
-        taps = taps / taps.sum()
-        flat = F.pad(weights.flatten(0, 1).unsqueeze(1), (kernel // 2,) * 4, mode="reflect")
-        flat = F.conv2d(F.conv2d(flat, taps.view(1, 1, -1, 1)), taps.view(1, 1, 1, -1))
-        return a.under(flat.view(weights.shape))
+        return a.under(gaussian_blur(a.map(), (kernel, kernel), sigma))
 
     return target
 
@@ -185,10 +209,43 @@ def average(kernel: int = 3) -> Target:
     return target
 
 
+def gaussian_blur(x: torch.Tensor, taps: Sequence[int], sigma: float) -> torch.Tensor:
+    """x (..., h, w) under a separable Gaussian of (odd) `taps` rows and columns, reflected at the border."""
+
+    def kernel(count: int) -> torch.Tensor:
+        at = torch.arange(count, device=x.device, dtype=x.dtype) - count // 2
+        weights = torch.exp(-0.5 * (at / sigma) ** 2)
+        return weights / weights.sum()
+
+    rows, columns = taps
+    border = (columns // 2, columns // 2, rows // 2, rows // 2)
+    flat = F.pad(x.reshape(-1, 1, *x.shape[-2:]), border, mode="reflect")
+    flat = F.conv2d(F.conv2d(flat, kernel(rows).view(1, 1, -1, 1)), kernel(columns).view(1, 1, 1, -1))
+    return flat.view(x.shape)
+
+
+def seeded_draw(seed: int, t: float) -> Draw:
+    """Noise that depends on seed, time and the number of the draw alone: one draw for all images of a batch."""
+    count = 0
+
+    def draw(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
+        nonlocal count
+        # Whole times as they are; for a time between them the bits of the fraction are added.
+        time = [int(t)] if t == int(t) else [int(t), int(np.float64(t).view(np.uint64))]
+        state = np.random.SeedSequence([seed, *time, count]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(state) >> 1)
+        count += 1
+        sample = torch.rand if kind == "uniform" else torch.randn
+        return sample(shape[1:], generator=generator).expand(shape)
+
+    return draw
+
+
 TARGETS: dict[str, Target] = {
     "identity": identity,
     "uniform": uniform,
     "mean_query": mean_query,
+    "seg": seg(),
     "max": maximum,
     "temperature": temperature(2.0),
     "random_mask": random_mask(),
@@ -200,9 +257,25 @@ TARGETS: dict[str, Target] = {
 }
 
 
-def find(target: str | Target) -> Target:
-    """A target by its name in TARGETS (the paper's parameters) or as "module:function", or the function itself.
+# Those with options of their own, as {name: options}.
+FAMILIES: dict[str, Callable[..., Target]] = {
+    "seg": seg,
+    "temperature": temperature,
+    "random_mask": random_mask,
+    "random_drop": random_drop,
+    "noise": noise,
+    "blur": blur,
+    "average": average,
+}
 
-    Raises RestoreError for an unknown name.
+
+def find(target: str | Mapping[str, Any] | Target) -> Target:
+    """A target by its name in TARGETS (the paper's parameters), {name: options} of FAMILIES, "module:function", or the
+    function itself.
+
+    Raises RestoreError for an unknown name or option.
     """
+    if isinstance(target, Mapping):
+        name, options = named(target, "perturbation")
+        return made(lookup(name, FAMILIES, "perturbation with options"), options, f"perturbation {name}")
     return target if callable(target) else lookup(target, TARGETS, "perturbation")

@@ -9,6 +9,7 @@ from PIL import Image
 
 import operators
 from operators import RestoreError
+from restore import guidance as guidances
 from restore.app import cli, options, run, tasks
 from restore.guidance import CFG, PAG
 from restore.paths import data_dir
@@ -106,6 +107,59 @@ def test_guidance_as_yaml_and_from_a_file(command, tmp_path):
     assert term["pag"]["target"] == "uniform" and term["pag"]["strength"] == 0.5
     code, _, err = command(*arguments, "--guidance", "{}")
     assert code == 0 and sidecar(tmp_path)["protocol"]["method"]["guidance"] is None, err
+
+
+def test_heads_with_their_strengths_and_targets_with_options(command, tmp_path):
+    """The same guidance by options, as YAML, and from Python; another weak branch beside it."""
+    arguments = ["run", "a.png", "--task", "denoise", "--steps", 2, "-o", "out", "--overwrite"]
+    strength, target = "{m1: {0: 0.5, 3: 1.0}}", "{seg: {sigma: 2}}"
+    by_options = ["--pag-scale", 2, "--layers", "m1:0,3", "--strength", strength, "--target", target]
+    code, _, err = command(*arguments, *by_options)
+    assert code == 0, err
+    described = sidecar(tmp_path)["protocol"]["method"]["guidance"]
+    expected = PAG(2, "m1:0,3", strength={"m1": {0: 0.5, 3: 1.0}}, target={"seg": {"sigma": 2}})
+    assert described == guidances.describe(expected)
+    ours = (tmp_path / "out" / "a.png").read_bytes()
+    yaml = f"[{{pag: {{scale: 2, layers: 'm1:0,3', strength: {strength}, target: {target}}}}}]"
+    code, _, err = command(*arguments, "--guidance", yaml)
+    assert code == 0 and (tmp_path / "out" / "a.png").read_bytes() == ours, err
+    code, _, err = command(*arguments, "--guidance", "[{sag: {scale: 0.5}}, {tpg: {scale: 1, layers: o0}}]")
+    assert code == 0 and sidecar(tmp_path)["nfe"] == 3 * 2, err
+    assert [next(iter(term)) for term in sidecar(tmp_path)["protocol"]["method"]["guidance"]] == ["sag", "tpg"]
+
+    arguments = ["generate", "-n", 1, "--steps", 2, "-o", "samples", "--overwrite"]
+    code, _, err = command(*arguments, *by_options)
+    assert code == 0, err
+    assert json.loads((tmp_path / "samples" / "sample-0000.json").read_text())["guidance"] == described
+    for wrong, message in (
+        (["--strength", "half", "--pag-scale", 1], "--strength half must be a number"),
+        (["--strength", "{m1: {0: 2}}", "--pag-scale", 1], "must lie in [0, 1], not 2"),
+        (["--strength", "{m1: {0: 1}}", "--pag-scale", 1, "--layers", "m1:0,3"], "but [0, 3] are chosen"),
+        (["--strength", "0.5"], "--strength needs --pag-scale"),
+        (["--target", "{sge: {sigma: 2}}", "--pag-scale", 1], "did you mean 'seg'"),
+    ):
+        code, _, err = command(*arguments, *wrong)
+        assert code == 2 and message in err and len(err.splitlines()) == 1, err
+
+
+def test_pictures_of_a_trajectory(command, tmp_path):
+    arguments = ["run", "a.png", "--task", "denoise", "--steps", 3, "-o", "out", "--overwrite", "--save-trajectory"]
+    code, _, err = command(*arguments, "--guidance", "[{pag: {scale: 1, layers: m1}}, {tsg: {scale: 1}}]")
+    assert code == 0, err
+    one = Image.open(tmp_path / "out" / "a-guidance.png")
+    assert one.height > 2 * 128 and one.width > 3 * 128
+    assert sidecar(tmp_path)["files"] == ["a.png", "a.json", "a-trajectory.png", "a-guidance.png"]
+    code, _, err = command(*arguments, "--guidance", "{}")
+    assert code == 0 and sidecar(tmp_path)["files"] == ["a.png", "a.json", "a-trajectory.png"], err
+
+
+def test_layers_and_heads_are_listed(command):
+    code, out, _ = command("models", "layers", "embedded")
+    assert code == 0 and out.count("0..3") == 7
+    code, out, _ = command("models", "layers", "embedded", "--layers", "i5:0,3,m1")
+    assert code == 0 and [line.split()[3] for line in out.splitlines()[1:]] == ["0,3", "0..3"]
+    code, _, err = command("models", "layers", "embedded", "--layers", "i5:4")
+    assert code == 2 and "has heads 0..3" in err
 
 
 def test_steps_are_parsed_once():

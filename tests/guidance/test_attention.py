@@ -83,7 +83,7 @@ def explicit(q, k, v, target, draw=None):
         a = eye.expand_as(a)
     elif target == "uniform":
         a = torch.full_like(a, 1 / n)
-    elif target == "mean_query":
+    elif target in ("mean_query", "seg"):
         a = (q.mean(-2, keepdim=True) @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1).expand_as(a)
     elif target == "max":
         a = F.one_hot(a.argmax(-1), n).to(a)

@@ -85,7 +85,7 @@ def test_parts_of_a_users_module_act_from_yaml():
 @pytest.mark.parametrize(
     "config, match",
     [
-        ({"pga": {}}, "unknown guidance 'pga'; did you mean 'pag'"),
+        ({"pagg": {}}, "unknown guidance 'pagg'; did you mean 'pag'"),
         (
             {"pag": {"scale": 1, "layers": "m1", "strenght": 1}},
             "guidance.pag has no option 'strenght'; did you mean 'str",
