@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from operators import RestoreError
+from operators.naming import check_known
 from restore.guidance import Guidance, watched
 from restore.images import io
 
@@ -75,6 +76,23 @@ class explain_out_of_memory:
             raise RestoreError(
                 "out of memory; use checkpointing=True, a smaller batch_size or max_windows, or precision='bf16'"
             ) from error
+
+
+def class_index(label: int | str, classes: int, names: Sequence[str]) -> int:
+    """The class of that number or name. Raises RestoreError when there is none."""
+    if isinstance(label, str) and not label.isdecimal():
+        check_known([label], names, "the backbone has no class called")
+        return list(names).index(label)
+    if not 0 <= int(label) < classes:
+        raise RestoreError(f"there is no class {label}: the backbone has {classes}")
+    return int(label)
+
+
+def rows_of(condition: Any, rows: list[int]) -> Any:
+    """The conditions of these images; one that serves all of them is passed on."""
+    if not isinstance(condition, torch.Tensor) or condition.dim() == 0 or len(condition) == 1:
+        return condition
+    return condition[rows]
 
 
 def watching(

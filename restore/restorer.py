@@ -18,7 +18,7 @@ from restore.guidance import Guidance
 from restore.guidance.layers import table
 from restore.images import io
 from restore.method import Method
-from restore.restoration import Restoration, choose_device, explain_out_of_memory, watching
+from restore.restoration import Restoration, choose_device, class_index, explain_out_of_memory, rows_of, watching
 from restore.samplers.generate import generate
 from restore.samplers.noise import ImageNoise
 from restore.samplers.steps import linear_gaussian
@@ -126,6 +126,7 @@ class Restorer:
         image_ids: Sequence[str] | None = None,
         batch_size: int = 1,
         condition: torch.Tensor | None = None,
+        label: int | str | None = None,
         prompt: str | None = None,
         negative_prompt: str | None = None,
         data: str | None = None,
@@ -148,8 +149,9 @@ class Restorer:
         batch_size: samples computed together. With 1 (default) a result has the same bytes whatever
             else is computed; larger batches are equal to rounding, which DPS can magnify where a pixel
             crosses the clamp of x0_hat, and faster on a GPU.
-        condition: class labels (B,), or embeddings (B or 1, tokens, width). prompt, negative_prompt: text in its
-            place, and in place of the empty prompt of CFG's weak branch, for backbones with a text encoder.
+        condition: class labels (B,), or embeddings (B or 1, tokens, width). In its place, label: one class, by its
+            number or name; prompt, negative_prompt: text, and text in place of the empty prompt of CFG's weak branch,
+            for backbones with a text encoder.
         data: "ffhq" or "imagenet", where presets were published for both with one backbone.
         reference: compute what the sampler's authors' code does, beyond the paper (PSLD: noise on the
             predicted measurement, sampled encoding, shifted indices, approximate transposes).
@@ -182,6 +184,9 @@ class Restorer:
             if reference:
                 operator = operators.with_adjoint(operator, "reference")
             prior = self.sized(*shape[-2:])
+            if label is not None and (condition is not None or prompt is not None):
+                raise RestoreError("give either a label or another condition, not both")
+            condition = condition if label is None else self._classes([label])
             condition = self._condition(condition, prompt, negative_prompt, prior)
             return self._restore(y, operator, prior, chosen, ids, samples, seed, batch_size, condition, callback)
 
@@ -221,7 +226,7 @@ class Restorer:
                     noise=ImageNoise([(seed, ids[b], k) for b, k in chunk], self.device),
                     steps=chosen.steps,
                     guidance=guidance,
-                    condition=_rows(condition, rows),
+                    condition=rows_of(condition, rows),
                     callback=watch,
                     **chosen.parameters,
                 )
@@ -278,6 +283,13 @@ class Restorer:
             self._weights_hash = digest.hexdigest()
         return self._weights_hash
 
+    def _classes(self, labels: Sequence[int | str]) -> torch.Tensor:
+        """The classes of these numbers or names (n,). Raises RestoreError where the backbone has none of them."""
+        classes, names = (getattr(self.backbone, name, None) for name in ("classes", "labels"))
+        if classes is None:
+            raise RestoreError(f"backbone {self.name} has no classes: it takes no label")
+        return torch.tensor([class_index(label, classes, names or ()) for label in labels], device=self.device)
+
     def _condition(self, condition, prompt, negative_prompt, prior: Sized):
         """The condition of the strong pass; `negative_prompt` becomes the null condition of this call's prior."""
         encode = getattr(self.backbone, "encode_prompt", None)
@@ -297,7 +309,7 @@ class Restorer:
         steps: int | str = 250,
         seed: int = 0,
         size: tuple[int, int] | None = None,
-        labels: Sequence[int] | None = None,
+        labels: Sequence[int | str] | None = None,
         prompt: str | None = None,
         negative_prompt: str | None = None,
         ddim_eta: float | None = None,
@@ -308,7 +320,7 @@ class Restorer:
         """n samples of the prior (with `labels` or a prompt, of its conditional) (n, 3, H, W) in [-1, 1].
 
         Sample i depends on (seed, first + i) alone. size: (H, W) in pixels, the trained resolution by default.
-        labels: one class per image. The other arguments are those of a restoration.
+        labels: one class per image, by number or name. The other arguments are those of a restoration.
         """
         if n < 1 or batch_size < 1:
             raise RestoreError("the number of images and batch_size must be at least 1")
@@ -318,7 +330,7 @@ class Restorer:
         results = []
         with torch.inference_mode(False):
             prior = self.sized(*(size or (side, side)))
-            given = None if labels is None else torch.tensor(list(labels), device=self.device)
+            given = None if labels is None else self._classes(labels)
             condition = self._condition(given, prompt, negative_prompt, prior)
             guidance = method.guidances.chosen(guidance, None)
             for start in range(0, n, batch_size):
@@ -331,16 +343,9 @@ class Restorer:
                         noise=ImageNoise([(seed, "generate", first + i) for i in rows], self.device),
                         steps=steps,
                         guidance=own,
-                        condition=_rows(condition, rows),
+                        condition=rows_of(condition, rows),
                         ddim_eta=ddim_eta,
                         callback=watch,
                     )
                 results.append(x.float().clamp(-1, 1))
         return torch.cat(results)
-
-
-def _rows(condition: Any, rows: list[int]) -> Any:
-    """The conditions of these images; one that serves all of them is passed on."""
-    if not isinstance(condition, torch.Tensor) or condition.dim() == 0 or len(condition) == 1:
-        return condition
-    return condition[rows]

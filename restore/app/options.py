@@ -33,7 +33,7 @@ Target = Annotated[str | None, typer.Option(help="What PAG makes of the maps: id
 Strength = Annotated[str | None, typer.Option(help="u of (1-u) A + u A' in [0, 1]; by head: '{i5: {0: 0.5, 3: 1}}'.")]
 Guide = Annotated[str | None, typer.Option("--guidance", help="YAML, or its file: {pag: {scale: 1, layers: i9}}.")]
 Quality = Annotated[str | None, typer.Option(help="fast, balanced or best: sampler and steps in one word.")]
-Quality = Annotated[str | None, typer.Option(help="fast, balanced or best: sampler and steps in one word.")]
+Label = Annotated[str | None, typer.Option(help="Class, by name or number, for a class-conditional backbone.")]
 Vae = Annotated[str | None, typer.Option(help="tiny: the small autoencoder of a latent backbone; or a name, a folder.")]
 Prompt = Annotated[str | None, typer.Option(help="Text for a text-conditional backbone.")]
 NegativePrompt = Annotated[str | None, typer.Option(help="Text for the weak branch of CFG.")]
@@ -86,16 +86,13 @@ def parse_steps(steps: str | None) -> int | str | None:
     return int(steps) if steps is not None and re.fullmatch(r"[+-]?[0-9]+", steps.strip()) else steps
 
 
-def parse_labels(labels: str | None) -> list[int] | None:
-    """Class labels, comma separated. Raises RestoreError for what is no number."""
+def parse_labels(labels: str | None) -> list[str] | None:
+    """Class numbers or names, comma separated. Raises RestoreError where one is empty or a negative number."""
     if labels is None:
         return None
-    try:
-        found = [int(label) for label in labels.split(",")]
-    except ValueError:
-        raise RestoreError(f"labels={labels!r} must be class numbers, comma separated, such as 207,360") from None
-    if min(found) < 0:
-        raise RestoreError(f"labels={labels!r} must be class numbers from 0")
+    found = [label.strip() for label in labels.split(",")]
+    if not all(found) or any(label.startswith("-") for label in found):
+        raise RestoreError(f"labels={labels!r} must be class numbers from 0 or names, comma separated, such as 207,360")
     return found
 
 

@@ -13,12 +13,12 @@ from restore.app.options import Device, split_settings
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="configs/train/embedded.yaml or your own.")],
+    config: Annotated[Path, typer.Argument(help="configs/train/*.yaml or your own.")],
     settings: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data.folder=faces/")] = None,
-    card: Annotated[Path | None, typer.Option(help="Do not train: write card.json and samples.png there.")] = None,
+    card: Annotated[Path | None, typer.Option(help="Do not train: write card.json and a picture there.")] = None,
     weights: Annotated[Path | None, typer.Option(help="With --card: the folder of the weights.")] = None,
 ) -> None:
-    """Train the embedded prior; continues where the last run stopped."""
+    """Train a prior of pixels, an autoencoder or a prior of latents; continues where the last run stopped."""
     import logging
 
     from restore.training import load_config, train

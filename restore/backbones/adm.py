@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -22,9 +22,11 @@ from restore.backbones.schedule import Schedule
 from restore.backbones.weights import as_dtype, first_line, own_memory, read, read_json
 
 WEIGHTS, CONFIG, EXTRA = "diffusion_pytorch_model.safetensors", "config.json", "restore.json"
+PICKLED = "diffusion_pytorch_model.bin"  # all that the oldest folders on the hub have
 SCHEDULER = "scheduler_config.json"
 # guided-diffusion's two schedules (Ho et al. 2020; Nichol & Dhariwal 2021, eq. 17) as diffusers describes them.
 SCHEDULES = {"linear": {"beta_schedule": "linear"}, "cosine": {"beta_schedule": "squaredcos_cap_v2"}}
+TRAINED = ("schedule", "prediction_type", "null_class", "labels")  # what restore.json says for the constructor
 # Attention weights of diffusers before 0.15, as the DDPM checkpoints on the hub still have them.
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -39,6 +41,7 @@ class ADM(Pixels):
     null_class: index of the class that means "no class". guided-diffusion's class-conditional models have
         none, so null_condition is None; the one exception made unasked is a table of 1001 rows, read as
         ImageNet's 1000 classes and a null class 1000.
+    labels: names of the first classes, in their order; none where classes have numbers alone.
     dtype: torch.float32 (None), bfloat16 or float16, or "fp32", "bf16", "fp16": precision of the network's
         arithmetic by autocast; weights stay fp32 and eps is returned in fp32.
     channels_last: memory format of the weights; None: only in low precision on a GPU, where convolutions are
@@ -57,6 +60,7 @@ class ADM(Pixels):
         schedule: str | Mapping = "linear",
         prediction_type: str = "epsilon",
         null_class: int | None = None,
+        labels: Sequence[str] = (),
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         channels_last: bool | None = None,
@@ -92,7 +96,9 @@ class ADM(Pixels):
             null_class = 1000
         if null_class is not None and not 0 <= null_class < (self.classes or 0):
             raise RestoreError(f"null_class {null_class} is not one of the network's {self.classes or 0} classes")
-        self.null_class = null_class
+        if len(labels) > (self.classes or 0):
+            raise RestoreError(f"{len(labels)} labels are too many for the network's {self.classes or 0} classes")
+        self.null_class, self.labels = null_class, tuple(labels)
         self.null_condition = None if null_class is None else torch.tensor([null_class])
         self.attention = attention_layers(network)
         self.checkpointing = checkpointing
@@ -173,7 +179,7 @@ class ADM(Pixels):
         if resolution is not None:
             network.register_to_config(sample_size=resolution)
         given = {"schedule": schedule, "prediction_type": prediction_type, "null_class": null_class}
-        return cls(network, **trained | {key: value for key, value in given.items() if value is not None}, **options)
+        return cls(network, **trained | {key: value for key, value in given.items() if value is not None} | options)
 
     def save(self, folder: str | Path, dtype: torch.dtype | str | None = None) -> None:
         """Write config.json, restore.json and safetensors weights (fp32, or `dtype`) that `load` reads back.
@@ -190,14 +196,20 @@ class ADM(Pixels):
             "schedule": self.trained_schedule,
             "prediction_type": self.prediction_type,
             "null_class": self.null_class,
+            **({"labels": list(self.labels)} if self.labels else {}),
         }
         config = json.loads(self.network.to_json_string())
         weights = {k: v.detach().cpu().to(as_dtype(dtype)).contiguous() for k, v in self.network.state_dict().items()}
         # Weights last: a folder whose writing was cut short has none under the final name.
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (folder / EXTRA).write_text(json.dumps(extra, indent=2) + "\n")
-        save_file(weights, folder / (WEIGHTS + ".tmp"), metadata={"format": "pt"})
-        os.replace(folder / (WEIGHTS + ".tmp"), folder / WEIGHTS)
+        save_weights(folder, weights)
+
+
+def save_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """The weights file of a diffusers folder, under its name once it is complete."""
+    save_file(dict(weights), folder / (WEIGHTS + ".tmp"), metadata={"format": "pt"})
+    os.replace(folder / (WEIGHTS + ".tmp"), folder / WEIGHTS)
 
 
 def class_labels(condition: torch.Tensor | int, batch: int, classes: int) -> torch.Tensor:
@@ -237,7 +249,17 @@ def attention_layers(network: UNet2DModel) -> dict[str, AttentionLayer]:
 
 
 def _convert_file(path: Path, heads: int | None, head_channels: int | None, attention_order: str) -> UNet2DModel:
-    state = _read_tensors(path)
+    return convert_state(_read_tensors(path), path, heads, head_channels, attention_order)
+
+
+def convert_state(
+    state: Mapping[str, torch.Tensor],
+    path: Path,
+    heads: int | None = None,
+    head_channels: int | None = None,
+    attention_order: str = "legacy",
+) -> UNet2DModel:
+    """The network of a guided-diffusion state dict, all of whose tensors are used. path: for errors."""
     try:
         arch = adm_weights.infer_architecture({name: tuple(tensor.shape) for name, tensor in state.items()})
     except RestoreError as error:
@@ -271,7 +293,15 @@ def _load_folder(folder: Path) -> tuple[UNet2DModel, dict]:
             trained = {"schedule": config, "prediction_type": config.get("prediction_type", "epsilon")}
     if index.is_file() and not trained:
         raise RestoreError(f"{folder} has no {SCHEDULER}: the noise levels of its network are not known")
-    folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    network, more = load_network(folder / "unet" if (folder / "unet").is_dir() else folder)
+    return network, trained | more
+
+
+def load_network(folder: Path) -> tuple[UNet2DModel, dict]:
+    """The UNet2DModel in the diffusers folder of its own, and what restore.json there says (keywords of ADM).
+
+    Every weight is filled from the file and every tensor used; else RestoreError with the first that is not.
+    """
     if not (folder / CONFIG).is_file():
         raise RestoreError(f"{folder} is no model folder: it has no {CONFIG}")
     config, extra = read_json(folder / CONFIG), read_json(folder / EXTRA) if (folder / EXTRA).is_file() else {}
@@ -282,7 +312,9 @@ def _load_folder(folder: Path) -> tuple[UNet2DModel, dict]:
         network = adm_weights.build_network(config, extra.get("time_channels"), heads)
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise RestoreError(f"{folder / CONFIG} describes no network that can be built: {first_line(error)}") from None
-    state = {_present_name(name): tensor.float() for name, tensor in _read_tensors(folder / WEIGHTS).items()}
+    pickled = (folder / PICKLED).is_file() and not (folder / WEIGHTS).is_file()
+    found = _read_tensors(folder / (PICKLED if pickled else WEIGHTS))
+    state = {_present_name(name): tensor.float() for name, tensor in found.items()}
     targets = network.state_dict()
     missing = [name for name in targets if name not in state]
     unexpected = [name for name in state if name not in targets]
@@ -293,7 +325,7 @@ def _load_folder(folder: Path) -> tuple[UNet2DModel, dict]:
             f"unexpected {next(iter(unexpected), 'none')}, first of another shape {next(iter(wrong), 'none')}"
         )
     network.load_state_dict(state, strict=True, assign=True)
-    return network, trained | {key: extra[key] for key in ("schedule", "prediction_type", "null_class") if key in extra}
+    return network, {key: extra[key] for key in TRAINED if key in extra}
 
 
 def _present_name(name: str) -> str:

@@ -12,15 +12,17 @@ from restore.backbones.checkpointing import set_checkpointing
 from restore.backbones.stable_diffusion_files import network, no_progress_bars
 from restore.backbones.weights import read_json
 
-AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
 
 
 class Latents:
-    """A backbone with `vae`, an AutoencoderKL or an AutoencoderTiny, and `network`; see restore.backbones.base.
+    """A backbone with `vae`, one of AUTOENCODERS, and `network`; see restore.backbones.base.
 
     A latent x is scaled: (z − shift_factor) scaling_factor of what an AutoencoderKL makes of an image. An
     AutoencoderTiny was trained on scaled latents, and its own factors say so (1 and 0): the same x stands for the
-    same image with either. Its encoder has no posterior: the mean alone, whatever the noise.
+    same image with either. A VQModel encodes without quantising and quantises as the first step of decoding, as in LDM;
+    gradients pass the quantisation straight through, as if it were not there. Neither has a posterior: `encode` gives
+    the latent itself, whatever the noise.
     """
 
     bounded = False
@@ -30,15 +32,19 @@ class Latents:
     ) -> None:
         """Make `vae` the autoencoder of this backbone; see StableDiffusion.load for the options.
 
-        Raises RestoreError for one of another number of channels, and for tiling of an AutoencoderTiny.
+        Raises RestoreError for one of another number of channels, and for slices and tiles of one that has none.
         """
-        if vae.config.latent_channels != self.channels:
+        # A codebook may have another width than the encoder.
+        channels = getattr(vae.config, "vq_embed_dim", None) or vae.config.latent_channels
+        if channels != self.channels:
             raise RestoreError(
-                f"the VAE makes latents of {vae.config.latent_channels} channels but the network takes "
+                f"the VAE makes latents of {channels} channels but the network takes "
                 f"{self.channels}: they belong to different models; take both from the same one"
             )
         self.vae = vae.eval().requires_grad_(False)
         self.downscale = 2 ** (len(vae.config.block_out_channels) - 1)
+        if (slicing or tiling) and type(vae).__name__ == "VQModel":
+            raise RestoreError("vae_slicing, vae_tiling: diffusers decodes a VQModel in one piece alone")
         if tiling and is_tiny(vae):
             raise RestoreError("vae_tiling=True: a tiny autoencoder needs no tiles, and diffusers' would break it")
         if slicing:
@@ -59,23 +65,27 @@ class Latents:
         The posterior's mean, or mean + std * noise. Raises RestoreError when the encoder overflows.
         """
         found = self.vae.encode(image.to(self.vae.dtype))
-        if is_tiny(self.vae):
+        if hasattr(found, "latents"):
             z = found.latents.to(image.dtype)
         else:
             mean, std = found.latent_dist.mean.to(image.dtype), found.latent_dist.std.to(image.dtype)
             z = mean if noise is None else mean + std * noise
         self._require_finite(z, image, "encoder")
-        return (z - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+        return (z - self._shift) * self.vae.config.scaling_factor
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Image (B, 3, H, W), about [-1, 1] and not clamped, of a scaled latent; differentiable.
 
         Raises RestoreError when the decoder overflows.
         """
-        latent = z / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        latent = z / self.vae.config.scaling_factor + self._shift
         image = self.vae.decode(latent.to(self.vae.dtype), return_dict=False)[0].to(z.dtype)
         self._require_finite(image, z, "decoder")
         return image
+
+    @property
+    def _shift(self) -> float:
+        return getattr(self.vae.config, "shift_factor", None) or 0.0
 
     def _require_finite(self, output: torch.Tensor, given: torch.Tensor, part: str) -> None:
         # A non-finite input is the sampler's divergence, not an overflow here: it is reported there.
@@ -93,16 +103,21 @@ def is_tiny(vae: nn.Module) -> bool:
 
 
 def load_vae(folder: str | Path, pickles: bool = False) -> nn.Module:
-    """The autoencoder in a diffusers folder, AutoencoderKL or AutoencoderTiny by its config.json, float32 on the CPU.
+    """The autoencoder in a diffusers folder, which of AUTOENCODERS its config.json says, float32 on the CPU.
 
-    pickles: see stable_diffusion_files.network. Raises RestoreError for anything else and for weights that are
-    missing or do not fit.
+    A VQModel whose config.json states no scaling_factor has 1, as it was trained (LDM scaled none of its quantised
+    models), not diffusers' later default of 0.18215. pickles: see stable_diffusion_files.network. Raises RestoreError
+    for anything else and for weights that are missing or do not fit.
     """
     import diffusers
 
     folder = Path(folder).expanduser()
-    name = read_json(folder / "config.json").get("_class_name")
+    config = read_json(folder / "config.json")
+    name = config.get("_class_name")
     if name not in AUTOENCODERS:
         raise RestoreError(f"{folder} holds no autoencoder but a {name}; expected one of {', '.join(AUTOENCODERS)}")
     with no_progress_bars():
-        return network(getattr(diffusers, name), folder, "", pickles=pickles)
+        vae = network(getattr(diffusers, name), folder, "", pickles=pickles)
+    if name == "VQModel" and "scaling_factor" not in config:
+        vae.register_to_config(scaling_factor=1.0)
+    return vae

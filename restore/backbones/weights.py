@@ -16,6 +16,14 @@ from operators import RestoreError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+# What training programs leave beside the weights (latent-diffusion's own files have the first): read as an empty
+# object, so that nothing of it runs.
+HARMLESS = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",)
+
+
+class Named:
+    """Stands for an object of HARMLESS."""
+
 
 def as_dtype(value: torch.dtype | str | None) -> torch.dtype:
     """A dtype or its short name, float32 for None. Raises RestoreError for any other than DTYPES."""
@@ -50,7 +58,8 @@ def read(path: Path, device: str = "cpu") -> Any:
             if handle.read(9)[8:] == b"{":
                 return load_file(path)
             handle.seek(0)
-            return torch.load(handle, map_location=device, weights_only=True)
+            with torch.serialization.safe_globals([(Named, name) for name in HARMLESS]):
+                return torch.load(handle, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or "reduce" in str(error):
             raise RestoreError(

@@ -79,7 +79,8 @@ def restore_batch(
         chosen = method_of(method)
         done = restorer(
             y.to(device), operator, sampler=chosen.sampler, guidance=chosen.guidance, steps=chosen.steps,
-            samples=samples, seed=seed, image_ids=ids, batch_size=len(ids) * samples, **chosen.parameters,
+            samples=samples, seed=seed, image_ids=ids, batch_size=len(ids) * samples, label=_one_label(task["labels"]),
+            **chosen.parameters,
         )  # fmt: skip
         ratio = None if done.residual_ratio is None else done.residual_ratio[:, 0].cpu()
         result = Estimates(done.samples.cpu(), done.nfe, ratio, protocol=done.protocol)
@@ -99,23 +100,30 @@ def _baseline(y: torch.Tensor, operator: Any, method: Mapping[str, Any]) -> Esti
     return Estimates(x[:, None].cpu(), 0, ratio)
 
 
+def _one_label(labels: Any) -> int | str | None:
+    if isinstance(labels, list) or labels == "uniform":
+        raise RestoreError(f"labels={labels}: a restoration takes one class, by name or index, for all its images")
+    return labels
+
+
 def generate_batch(
     restorer: Any, ids: Sequence[str], task: Mapping[str, Any], method: Mapping[str, Any], *, seed: int
 ) -> Estimates:
     """Unconditional or class-conditional samples: those of Restorer.generate for the seed, from the id (a number) on.
 
-    task.labels: None, a list of class indices to cycle through, or "uniform": drawn per image from its id.
+    task.labels: None, a class by name or index, a list of them to cycle through, or "uniform": drawn per image from
+    its id, the null class left out.
     """
     labels = task["labels"]
     if labels == "uniform":
-        number = getattr(restorer.backbone, "classes", None)
-        if not number:
+        classes, null = (getattr(restorer.backbone, name, None) for name in ("classes", "null_class"))
+        known = [i for i in range(classes or 0) if i != null]
+        if not known:
             raise RestoreError("labels=uniform needs a class-conditional backbone")
-        labels = [derive_seed(seed, i, "label") % number for i in ids]
-    elif isinstance(labels, list):
-        labels = [labels[int(i) % len(labels)] for i in ids]
+        labels = [known[derive_seed(seed, i, "label") % len(known)] for i in ids]
     elif labels is not None:
-        raise RestoreError(f"labels={labels} must be a list of class indices, uniform, or absent")
+        cycle = labels if isinstance(labels, list) else [labels]
+        labels = [cycle[int(i) % len(cycle)] for i in ids]
     eta = method["parameters"].get("eta", 0.0) if method["sampler"] == "ddim" else None
     chosen, calls = method_of(method), 0
 

@@ -27,8 +27,9 @@ class Data:
 @dataclass
 class Task:
     """What is measured, or made. operator: a mapping for operators.build, or a name of configs/task; per_image: with
-    a random mask or kernel of its own for every image. solve_at, resample: see images/resampling. labels: class
-    indices, or uniform. prompts: a file with one a line; count: images to make."""
+    a random mask or kernel of its own for every image. solve_at, resample: see images/resampling. labels: a
+    class by name or index; for generation also a list to cycle through, or uniform. prompts: a file with one a line;
+    count: images to make."""
 
     title: str | None = None
     operator: Any = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What is measured of a trained prior for its model card: `restore train CONFIG --card FOLDER`."""
+"""What is measured of a trained network for its model card: `restore train CONFIG --card FOLDER`."""
 
 from __future__ import annotations
 
@@ -7,56 +7,96 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
-from torch.nn.functional import interpolate
 
 from restore import atomic
-from restore.restorer import load
-from restore.training import dataset
-from restore.training.train import HELD_OUT_LEVELS, held_out_loss, write_grid
+from restore.backbones.autoencoder import load_vae
+from restore.restorer import Restorer, load
+from restore.training import autoencoder, dataset
+from restore.training.diffusion import HELD_OUT_LEVELS, Diffusion, write_grid
+from restore.training.train import build
 
 
 def measure(config: DictConfig, weights: str | Path, folder: str | Path, samples: int = 16, steps: int = 250) -> dict:
-    """Write `folder`/card.json and `folder`/samples.png about the model in `weights`; returns what card.json holds.
+    """Write `folder`/card.json and a picture about the model in `weights`; returns what card.json holds.
 
-    card.json: parameters; held-out mean squared error of eps per timestep against two baselines; distances
-    of unconditional samples and of held-out faces to their nearest training image, root mean squared on
-    [-1, 1], mirrored images included. A prior that memorises has samples much nearer than held-out faces.
+    Diffusion models: parameters; held-out mean squared error of eps per timestep (per class, with and without the
+    label) against two baselines; distances of `samples` samples and of held-out images to their nearest training
+    image, root mean squared on [-1, 1], mirrored images included; samples.png. A prior that memorises has samples much
+    nearer than held-out images. Where there is an autoencoder: PSNR and, where lpips.weights are given, LPIPS of
+    reconstructions, held-out ones and those of `card.folders`; of an autoencoder alone pairs.png too.
     """
-    folder = Path(folder)
-    size = config.model.sample_size
-    training_files, held_out_files = dataset.split(dataset.list_images(config.data.folder), config.data.held_out_every)
-    training = _reduced(training_files, config.data.stored_size, size)
-    held_out = _reduced(held_out_files, config.data.stored_size, size)
-    restorer = load(weights)
-    network = restorer.backbone.network
-    alpha_bar = restorer.backbone.schedule.alphas_cumprod
-
-    model = held_out_loss(network, held_out, alpha_bar, restorer.device)
-    images = restorer.generate(samples, steps=steps, batch_size=8).cpu()
-    write_grid(folder / "samples.png", images)
-    result = {
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "training_images": len(training),
-        "held_out_images": len(held_out),
-        "held_out_eps_mse": {
-            "t": list(HELD_OUT_LEVELS),
-            "noise_to_signal": [float(((1 - alpha_bar[t]) / alpha_bar[t]).sqrt()) for t in HELD_OUT_LEVELS],
-            "mean image": [trivial_loss(training, held_out, float(alpha_bar[t])) for t in HELD_OUT_LEVELS],
-            "Wiener filter": [wiener_loss(training, held_out, float(alpha_bar[t])) for t in HELD_OUT_LEVELS],
-            "model": [model[t] for t in HELD_OUT_LEVELS],
-        },
-        "nearest_training_image": {
-            "samples": nearest(images, training),
-            "held-out faces": nearest(held_out[:: max(1, len(held_out) // 32)], training),
-        },
-        "samples": {"number": samples, "steps": steps, "sampler": "DDPM"},
-    }
+    folder, device = Path(folder), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind = build(config, device)
+    if isinstance(kind, Diffusion):
+        restorer = load(weights, device=str(device))
+        network = restorer.backbone.network
+        result = {
+            "parameters": _count(network),
+            "training_images": len(kind.source.training_images),
+            "held_out_images": {label or "all": len(x0) for label, x0 in kind.source.held_out.items()},
+            "held_out_eps_mse": _denoising(kind, network),
+            **_samples(kind, restorer, folder, samples, steps),
+        }
+        if config.kind == "latents":
+            result["autoencoder_parameters"] = _count(restorer.backbone.vae)
+            result["scaling_factor"] = restorer.backbone.vae.config.scaling_factor
+            result["reconstruction"] = _reconstructions(config, restorer.backbone.vae, device)
+    else:
+        vae = load_vae(weights).to(device)
+        kind.model.vae = vae
+        kind.picture(kind.model, folder / "pairs.png")
+        result = {"parameters": _count(vae), "reconstruction": _reconstructions(config, vae, device)}
     atomic.write_json(folder / "card.json", result)
     return result
 
 
-def _reduced(files: list[Path], stored_size: int, size: int) -> torch.Tensor:
-    return interpolate(dataset.load(files, stored_size).float() / 127.5 - 1, size=(size, size), mode="area")
+def _count(network: torch.nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def _denoising(kind: Diffusion, network: torch.nn.Module) -> dict:
+    """Errors at HELD_OUT_LEVELS: the baselines of each class, and the model."""
+    alpha_bar = kind.alpha_bar
+    found = {
+        "t": list(HELD_OUT_LEVELS),
+        "noise_to_signal": [float(((1 - alpha_bar[t]) / alpha_bar[t]).sqrt()) for t in HELD_OUT_LEVELS],
+    }
+    errors = kind.held_out(network)["eps_mse"]
+    for label, held_out in kind.source.held_out.items():
+        training = kind.source.training_x0(label)
+        of = f", {label}" if label else ""
+        for name, baseline in (("mean image", trivial_loss), ("Wiener filter", wiener_loss)):
+            found[name + of] = [baseline(training, held_out, float(alpha_bar[t])) for t in HELD_OUT_LEVELS]
+    for label, row in errors.items() if kind.source.labels else [("", errors)]:
+        found["model" + (f", {label}" if label else "")] = [row[t] for t in HELD_OUT_LEVELS]
+    return found
+
+
+def _samples(kind: Diffusion, restorer: Restorer, folder: Path, n: int, steps: int) -> dict:
+    classes = len(kind.source.labels)
+    labels = [i % classes for i in range(n)] if classes else None
+    images = restorer.generate(n, steps=steps, labels=labels, batch_size=8).cpu()
+    write_grid(folder / "samples.png", images)
+    training, held_out = kind.source.training_images, kind.source.held_out_images
+    return {
+        "nearest_training_image": {
+            "samples": nearest(images, training),
+            "held-out images": nearest(held_out[:: max(1, len(held_out) // 32)], training),
+        },
+        "samples": {"number": n, "steps": steps, "sampler": "DDPM"},
+    }
+
+
+def _reconstructions(config: DictConfig, vae: torch.nn.Module, device: torch.device) -> dict[str, dict[str, float]]:
+    """Of held-out images and of each folder of `card.folders`, at most card.limit each, at the trained size."""
+    lpips, size = autoencoder.load_lpips(config, device), config.data.stored_size
+    sets = {"held-out images": dataset.split(dataset.list_images(config.data.folder), config.data.held_out_every)[1]}
+    sets |= {Path(path).name: dataset.list_images(path) for path in config.card.folders}
+    found = {}
+    for name, files in sets.items():
+        images = dataset.reduced(dataset.load(files[: config.card.limit], size), size)
+        found[name] = {"images": len(images), **autoencoder.measure(vae, images, device, lpips)}
+    return found
 
 
 def trivial_loss(training: torch.Tensor, held_out: torch.Tensor, a: float) -> float:
@@ -85,11 +125,17 @@ def nearest(images: torch.Tensor, training: torch.Tensor) -> dict[str, float]:
 
 
 def table(card: dict) -> str:
-    """The held-out errors of card.json as a Markdown table."""
-    losses = card["held_out_eps_mse"]
-    lines = ["t | noise / signal | mean image | Wiener filter | this model", "---|---|---|---|---"]
-    for i, t in enumerate(losses["t"]):
-        values = [losses[name][i] for name in ("mean image", "Wiener filter", "model")]
-        cells = [str(t), f"{losses['noise_to_signal'][i]:.2f}", *(f"{value:.4f}" for value in values)]
-        lines.append(" | ".join(cells))
-    return "\n".join(lines)
+    """What card.json measured, as Markdown: held-out errors by noise level, reconstructions."""
+    lines = []
+    if "held_out_eps_mse" in card:
+        losses = dict(card["held_out_eps_mse"])
+        levels, ratios = losses.pop("t"), losses.pop("noise_to_signal")
+        lines += [" | ".join(["t", "noise / signal", *losses]), " | ".join(["---"] * (2 + len(losses)))]
+        for i, t in enumerate(levels):
+            lines.append(" | ".join([str(t), f"{ratios[i]:.2f}", *(f"{values[i]:.5f}" for values in losses.values())]))
+    if "reconstruction" in card:
+        rows = card["reconstruction"]
+        names = list(next(iter(rows.values())))
+        lines += ["", " | ".join(["reconstruction", *names]), " | ".join(["---"] * (1 + len(names)))]
+        lines += [" | ".join([name, *(f"{row[key]:.4g}" for key in names)]) for name, row in rows.items()]
+    return "\n".join(lines).strip()

@@ -11,7 +11,7 @@ def _expand(values: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 def hybrid_loss(
     eps_hat: torch.Tensor,
-    v: torch.Tensor,
+    v: torch.Tensor | None,
     x0: torch.Tensor,
     eps: torch.Tensor,
     t: torch.Tensor,
@@ -27,12 +27,14 @@ def hybrid_loss(
     1/SNR times the noise error would otherwise be lost in the mean. The variational
     term is L_{t-1} of Nichol & Dhariwal 2021, eq. 15-16, in bits per dimension, with the predicted
     mean held fixed so that it trains the variance channel only; at t = 0 the Gaussian negative
-    log-likelihood of x0 stands for the discretised one.
+    log-likelihood of x0 stands for the discretised one. Without v, where no variance is learned, it is 0.
     """
     snr = alpha_bar / (1 - alpha_bar)
     weight = ((snr_gamma / snr).clamp(max=1) + (1 / snr).clamp(max=high_noise_weight))[t].float()
     simple = ((eps_hat - eps) ** 2).mean(dim=(1, 2, 3))
 
+    if v is None:
+        return (weight * simple).mean(), simple.new_zeros(())
     previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
     beta = 1 - alpha_bar / previous
     posterior_variance = beta * (1 - previous) / (1 - alpha_bar)

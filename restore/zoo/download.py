@@ -65,7 +65,8 @@ def fetch(
             raise RestoreError(
                 f"Cannot write {target}: {atomic.reason(error)}; the part that arrived is kept, run the same again."
             ) from error
-    raise RestoreError(f"{target.name} could not be downloaded ({'; '.join(problems)}). {by_hand}".strip())
+    why = f" ({'; '.join(problems)})" if problems else ", no address offers the file itself"
+    raise RestoreError(f"{target.name} could not be downloaded{why}. {by_hand}".strip())
 
 
 def check(path: Path, size: int | None, sha256: str | None, name: str | None = None) -> str:

@@ -34,6 +34,7 @@ def load_backbone(
     # Imported here: `restore models list` must not wait for torch networks.
     from restore.backbones.adm import ADM
     from restore.backbones.flow import SD3, DiT, Flux
+    from restore.backbones.latent import LatentDiffusion
     from restore.backbones.stable_diffusion import StableDiffusion
     from restore.backbones.weights import as_dtype
 
@@ -46,8 +47,11 @@ def load_backbone(
             raise RestoreError(f"{name} works on pixels: it has no autoencoder to slice, tile or replace")
         return found, ADM.load(found.path, **options)
     options |= {"vae_slicing": vae_slicing, "vae_tiling": vae_tiling}
-    cls = {"stable-diffusion": StableDiffusion, "sd3": SD3, "flux": Flux, "dit": DiT}[found.kind]
+    kinds = {"latent": LatentDiffusion, "stable-diffusion": StableDiffusion, "sd3": SD3, "flux": Flux, "dit": DiT}
+    cls = kinds[found.kind]
     if vae is not None:
+        if vae == "tiny" and cls is LatentDiffusion:
+            raise RestoreError(f"{name} has no tiny autoencoder of its own; give vae= a name or a folder")
         options["vae"] = _autoencoder(cls.tiny_vae if vae == "tiny" else vae, offline)
     if cls is StableDiffusion:
         options["offline"] = is_offline(offline)

@@ -15,12 +15,13 @@ from operators import RestoreError
 from operators.naming import check_known, nearest
 from restore.paths import configs_dir, data_dir
 
-KINDS = ("adm", "stable-diffusion", "sd3", "flux", "dit", "autoencoder")
+KINDS = ("adm", "latent", "stable-diffusion", "sd3", "flux", "dit", "autoencoder")
 
 # The kind by how the class of a pipeline, its transformer or a network alone begins.
 CLASSES = {
     "UNet2DModel": "adm",
     "Autoencoder": "autoencoder",
+    "VQModel": "autoencoder",
     "SD3Transformer": "sd3",
     "FluxTransformer": "flux",
     "DiT": "dit",
@@ -153,7 +154,8 @@ def _record(record: type, values: Any, path: Path, prefix: str) -> Any:
 def kind_of(content: Mapping[str, Any]) -> str | None:
     """The kind of model that a diffusers model_index.json or config.json describes; None for what is not known."""
     if "unet" in content:
-        return "adm" if "UNet2DModel" in str(content["unet"]) else "stable-diffusion"
+        latent = any(part in content for part in ("vqvae", "vae"))
+        return ("latent" if latent else "adm") if "UNet2DModel" in str(content["unet"]) else "stable-diffusion"
     names = [str(content.get("_class_name")), str((content.get("transformer") or ["", ""])[1])]
     # DiT comes last: its transformer had a general name when the published folders were written.
     return next((kind for part, kind in CLASSES.items() if any(name.startswith(part) for name in names)), None)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import struct
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,9 +64,10 @@ def locate(name_or_path: str | Path) -> Located:
     """Resolve a registered name, a model folder, a weight file or a hub id `owner/name`, without the network.
 
     A registered name wins over a file of that name (write ./name for the file). A folder is a diffusers
-    pipeline (model_index.json), of pixels ("adm") where its network is a UNet2DModel, or such a network or an
-    autoencoder alone (config.json); of a hub id that is not here yet the kind is a guess; .ckpt files and safetensors
-    with a `model.diffusion_model.` prefix are Stable Diffusion, other .pt, .pth and .safetensors files ADM.
+    pipeline (model_index.json), of pixels ("adm") or latents ("latent") where its network is a UNet2DModel, or such a
+    network or an autoencoder alone (config.json); of a hub id that is not here yet the kind is a guess; files with a
+    `model.diffusion_model.` prefix are latent-diffusion, without conditioning ("latent") or with (Stable Diffusion),
+    other .pt, .pth and .safetensors files ADM.
     Raises RestoreError for anything else, with the nearest registered names.
     """
     name, path = str(name_or_path), Path(name_or_path).expanduser()
@@ -215,6 +217,10 @@ def _require_model(entry: Model, path: Path) -> None:
         from restore.backbones.adm import ADM
 
         ADM.load(path, **entry.loading)
+    elif entry.kind == "latent":
+        from restore.backbones.latent import LatentDiffusion
+
+        LatentDiffusion.load(path, **entry.loading)
     else:
         from restore.backbones.stable_diffusion_files import require_checkpoint
 
@@ -321,12 +327,22 @@ def _kind_of_file(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix not in _WEIGHT_SUFFIXES:
         raise RestoreError(f"{path} is no weight file: expected one ending in {' '.join(_WEIGHT_SUFFIXES)}.")
-    problem = download.damage(path)
-    if problem:
+    if problem := download.damage(path):
         raise RestoreError(f"{path} {problem}.")
-    if suffix == ".safetensors":
-        with path.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            names = handle.read(length)
-        return "stable-diffusion" if b'"model.diffusion_model.' in names else "adm"
+    names = _names(path)
+    if b"model.diffusion_model." in names:
+        return "latent" if b"first_stage_model." in names and b"cond_stage_model." not in names else "stable-diffusion"
     return "stable-diffusion" if suffix == ".ckpt" else "adm"
+
+
+def _names(path: Path) -> bytes:
+    """The part of a weight file that holds the names of its tensors, unread; b"" where that is no separate part."""
+    if zipfile.is_zipfile(path):  # torch.save
+        with zipfile.ZipFile(path) as archive:
+            inside = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            return archive.read(inside[0]) if inside else b""
+    if path.suffix.lower() != ".safetensors":
+        return b""
+    with path.open("rb") as handle:
+        (length,) = struct.unpack("<Q", handle.read(8))
+        return handle.read(length)

@@ -212,7 +212,7 @@ def mistakes(folder):
         "task module": ([*face, "--task", "nowhere:Operator", *out], "nowhere"),
         "alpha into jpeg": (["run", folder / "alpha.png", *sr, "-o", folder / "a.jpg"], "no transparency"),
         "heic": ([*face, *sr, "-o", folder / "a.heic"], "must end in"),
-        "labels": (["generate", "--labels", "abc", *out], "--labels abc must be class numbers"),
+        "labels": (["generate", "--labels", "3,,4", *out], "--labels 3,,4 must be class numbers"),
         "port": (["ui", "--port", 99999999], "--port"),
         "profile": (["profile", "foo=1"], "foo"),
         "windows": ([*face, *sr, "--max-windows", 0, *out], "--max-windows"),

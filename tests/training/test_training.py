@@ -13,8 +13,8 @@ from restore.backbones.schedule import Schedule
 from restore.paths import configs_dir
 from restore.training import load_config, train
 from restore.training.dataset import augment, batch_indices, split
+from restore.training.diffusion import build_model
 from restore.training.losses import hybrid_loss
-from restore.training.train import build_model
 
 TINY = [
     "model.block_out_channels=[32,32]",

@@ -416,10 +416,10 @@ def test_every_shipped_entry_is_complete():
     for entry in entries.values():
         assert entry.licence and entry.title and entry.resolution in (64, 128, 256, 512, 1024)
         if entry.download:
-            assert entry.download.file.endswith(".pt") and all(
+            assert entry.download.file.endswith((".pt", ".ckpt")) and all(
                 url.startswith("https://") for url in entry.download.urls
             )
-            assert entry.options["attention_order"] in ("legacy", "new")
+            assert entry.kind == "latent" or entry.options["attention_order"] in ("legacy", "new")
             assert "restore models import" in zoo.by_hand(entry)
     assert entries["adm-imagenet-256"].download.size > 4 * entries["adm-imagenet-256"].parameters
     assert entries["adm-imagenet-256-cond"].class_conditional and not entries["adm-ffhq-256"].class_conditional

@@ -1,0 +1,152 @@
+"""A diffusion model as something to train: its network, its loss, what is measured and kept of it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DModel
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from operators import RestoreError
+from restore.backbones.adm import CONFIG, load_network
+from restore.backbones.base import CONVERSIONS, PREDICTION_TYPES
+from restore.backbones.schedule import Schedule
+from restore.backbones.sizes import Sized
+from restore.images import grids, io
+from restore.samplers.generate import generate
+from restore.samplers.noise import ImageNoise
+from restore.training.losses import hybrid_loss
+from restore.training.sources import Latents, Pixels
+
+HELD_OUT_LEVELS = (10, 50, 100, 200, 300, 450, 600, 800)
+SOURCES = {"pixels": Pixels, "latents": Latents}
+
+
+class Diffusion:
+    """A UNet2DModel on the x_0 of a source; predicts what `config.prediction_type` says, perhaps with its variance."""
+
+    adversary, starts = None, 0
+
+    def __init__(self, config: DictConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.source = SOURCES[config.kind](config, device)
+        self.model = build_model(config, len(self.source.labels))
+        self.schedule = OmegaConf.to_container(config.schedule)
+        self.alpha_bar = Schedule.from_config(self.schedule).alphas_cumprod
+        self.description = {"labels": list(self.source.labels)} if self.source.labels else {}
+
+    def loss(self, forward, step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict, None]:
+        """The weighted loss of batch `step`, and its parts to be logged. forward: the model, perhaps compiled."""
+        config, device = self.config, self.device
+        alpha_bar = self.alpha_bar.to(device)
+        x0, labels = self.source.batch(step, generator)
+        eps = torch.randn(x0.shape, generator=generator, device=device)
+        # Stratified timesteps: one per equal slice of the range, which lowers the gradient's variance.
+        n = len(x0)
+        slots = (torch.arange(n, device=device) + torch.rand(n, generator=generator, device=device)) / n
+        t = (slots * len(alpha_bar)).long()
+        given = {}
+        if labels is not None:
+            dropped = torch.rand(n, generator=generator, device=device) < config.label_dropout
+            given["class_labels"] = torch.where(dropped, len(self.source.labels), labels)
+        a = alpha_bar[t].float().view(-1, 1, 1, 1)
+        x_t = (a.sqrt() * x0 + (1 - a).sqrt() * eps).contiguous(memory_format=torch.channels_last)
+        out = forward(x_t, t, return_dict=False, **given)[0].float()
+        eps_hat, v = self.split(out, x_t, a.sqrt(), (1 - a).sqrt())
+        simple, vlb = hybrid_loss(
+            eps_hat, v, x0, eps, t, alpha_bar, snr_gamma=config.snr_gamma, high_noise_weight=config.high_noise_weight
+        )
+        logged = {"eps_loss": simple.detach()} | ({} if v is None else {"vlb_bits": vlb.detach()})
+        return simple + config.vlb_weight * vlb, logged, None
+
+    def split(self, out: torch.Tensor, x_t: torch.Tensor, alpha, sigma) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The network's output as predicted noise and, where it is learned, the raw variance."""
+        out, v = out.chunk(2, dim=1) if out.shape[1] == 2 * x_t.shape[1] else (out, None)
+        return CONVERSIONS[PREDICTION_TYPES[self.config.prediction_type]](out, x_t, alpha, sigma)[0], v
+
+    def held_out(self, model: nn.Module) -> dict:
+        """Mean squared errors of the predicted noise per timestep; with classes per label, with and without it."""
+        found = {}
+        for label, x0 in self.source.held_out.items():
+            if not self.source.labels:
+                return {"eps_mse": self.errors(model, x0)}
+            none = len(self.source.labels)
+            if label:
+                found[label] = self.errors(model, x0, self.source.labels.index(label))
+            found[f"{label or 'others'} without label"] = self.errors(model, x0, none)
+        return {"eps_mse": found}
+
+    @torch.no_grad()
+    def errors(self, model: nn.Module, x0: torch.Tensor, label: int | None = None) -> dict[int, float]:
+        """Mean squared error of the predicted noise per timestep, on fixed noise, over all of x0 (N, C, H, W)."""
+        result = {}
+        for t in HELD_OUT_LEVELS:
+            generator, total = torch.Generator().manual_seed(t), 0.0
+            alpha, sigma = math.sqrt(float(self.alpha_bar[t])), math.sqrt(1 - float(self.alpha_bar[t]))
+            for chunk in x0.split(32):
+                eps = torch.randn(chunk.shape, generator=generator)
+                x_t = (alpha * chunk + sigma * eps).to(self.device)
+                times = torch.full((len(chunk),), t, device=self.device)
+                labels = None if label is None else torch.full_like(times, label)
+                out = model(x_t, times, class_labels=labels, return_dict=False)[0].float()
+                eps_hat, _ = self.split(out, x_t, alpha, sigma)
+                total += float(((eps_hat.cpu() - eps) ** 2).mean(dim=(1, 2, 3)).sum())
+            result[t] = total / len(x0)
+        return result
+
+    def backbone(self, model: nn.Module):
+        """A frozen prior with these weights."""
+        schedule = "linear" if self.schedule == {} else self.schedule
+        options = {"schedule": schedule, "prediction_type": self.config.prediction_type}
+        if self.source.labels:
+            options |= {"labels": self.source.labels, "null_class": len(self.source.labels)}
+        return self.source.backbone(model, **options)
+
+    def picture(self, model: nn.Module, path: Path, n: int = 16, steps: int = 50) -> None:
+        """A grid of DDIM samples, always from the same noise, so that grids of one run can be compared; with classes,
+        one after the other."""
+        backbone = self.backbone(model)
+        noise = ImageNoise([(0, str(i), 0) for i in range(n)], backbone.device)
+        prior = Sized(backbone, *[backbone.resolution * backbone.downscale] * 2)
+        classes = len(self.source.labels)
+        condition = torch.arange(n, device=self.device) % classes if classes else None
+        write_grid(path, generate(prior, n, steps=steps, noise=noise, ddim_eta=0.0, condition=condition))
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """A folder that `restore.load` reads, weights in fp16."""
+        self.backbone(model).save(folder, dtype="fp16")
+
+
+def write_grid(path: Path, images: torch.Tensor) -> None:
+    """A square number of images (N, 3, H, W) in [-1, 1] as one picture."""
+    side = math.isqrt(len(images))
+    rows = [list(images[r * side : (r + 1) * side].cpu()) for r in range(side)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    io.write_image(path, io.to_tensor(grids.comparison_grid(rows, [""] * side))[0])
+
+
+def build_model(config: DictConfig, labels: int = 0) -> UNet2DModel:
+    """The network of `config.model`, with the weights in the folder `config.init` if there is one.
+
+    labels: number of classes; a further one means none. A network without classes may start one that has them: their
+    embedding is then 0, so that it begins with the same output whatever the class.
+    Raises RestoreError for a folder that holds no model, or one whose weights have other shapes.
+    """
+    classes = {"num_class_embeds": labels + 1} if labels else {}
+    model = UNet2DModel(**OmegaConf.to_container(config.model), **classes)
+    if config.init is None:
+        return model
+    folder = Path(config.init)
+    folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    if not (folder / CONFIG).exists():
+        raise RestoreError(f"init={config.init} is not a folder with config.json and safetensors weights")
+    start = load_network(folder)[0].state_dict()
+    if labels and "class_embedding.weight" not in start:
+        start["class_embedding.weight"] = torch.zeros_like(model.class_embedding.weight)
+    if {k: v.shape for k, v in start.items()} != {k: v.shape for k, v in model.state_dict().items()}:
+        raise RestoreError(f"the weights in init={config.init} do not have the shapes that `model` describes")
+    model.load_state_dict(start)
+    return model
