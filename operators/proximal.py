@@ -11,7 +11,7 @@ from operators.errors import RestoreError
 
 MAX_ITERATIONS = 200
 # What a step of a sampler needs of conjugate gradients. Motion deblurring of 16 held-out faces, 50 steps of DiffPIR:
-# the same PSNR to 0.001 dB and LPIPS to 0.0001 as with 1e-5 and 200, in half the time of the whole; 3e-2 and 8 still are.
+# 29.01 dB with these and with (1e-5, 200), LPIPS the same to 0.0002, in half the time of the whole.
 ROUGH = (1e-2, 12)
 
 
