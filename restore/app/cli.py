@@ -18,6 +18,7 @@ from restore.app.options import (
     KernelFile,
     Layers,
     MaskFile,
+    Memory,
     NegativePrompt,
     Offline,
     Out,
@@ -28,6 +29,7 @@ from restore.app.options import (
     Progress,
     Prompt,
     Quality,
+    Quiet,
     Seed,
     Strength,
     Target,
@@ -106,11 +108,16 @@ def run(
     save_trajectory: Annotated[bool, typer.Option("--save-trajectory", help="A strip of x0_hat through time.")] = False,
     png: Png = False,
     offline: Offline = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print memory and time of each photo, restore none.")] = False,
+    memory: Memory = None,
+    force: Annotated[bool, typer.Option("--force", help="Try a photo that does not fit into the memory.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Restore images: `restore run photo.png --task sr4 -o restored/`."""
     from restore import restorer
     from restore.app import files, tasks
     from restore.app import run as work
+    from restore.app.plan import Planner
     from restore.images.resampling import resampling
 
     names, settings = split_settings(inputs)
@@ -129,7 +136,7 @@ def run(
         max_windows=max_windows,
         vae_tiling=vae_tiling,
     )
-    with Progress(len(photos)) as progress:
+    with Progress(len(photos), quiet) as progress:
         report(
             work.restore_files(
                 photos,
@@ -152,7 +159,12 @@ def run(
                 overwrite=overwrite,
                 save_trajectory=save_trajectory,
                 callback=progress,
-            )
+                planner=Planner(model, None if memory is None else memory * 1e9),
+                announce=None if dry_run else progress.say,
+                force=force,
+                dry_run=dry_run,
+            ),
+            quiet,
         )
 
 

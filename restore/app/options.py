@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +34,8 @@ Target = Annotated[str | None, typer.Option(help="What PAG makes of the attentio
 Strength = Annotated[float | None, typer.Option(help="u of (1-u) A + u A' in [0, 1]; SoftPAG below 1.")]
 Guide = Annotated[str | None, typer.Option("--guidance", help="YAML, or its file: {pag: {scale: 1, layers: i9}}.")]
 Quality = Annotated[str | None, typer.Option(help="fast, balanced or best: sampler and steps in one word.")]
-Quality = Annotated[str | None, typer.Option(help="fast, balanced or best: sampler and steps in one word.")]
+Memory = Annotated[float | None, typer.Option(min=0.1, help="GB that may be used; default: what is free.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Prompt = Annotated[str | None, typer.Option(help="Text for a text-conditional backbone.")]
 NegativePrompt = Annotated[str | None, typer.Option(help="Text for the weak branch of CFG.")]
 
@@ -142,14 +144,23 @@ def in_options(message: str, names: Iterable[str]) -> str:
 
 
 class Progress:
-    """A tqdm bar over all sampling steps of a run, with the residual of the current one."""
+    """A tqdm bar over all sampling steps of a run, with the residual of the current one; nothing where quiet."""
 
-    def __init__(self, files: int) -> None:
-        self.files, self.bar = files, None
+    def __init__(self, files: int, quiet: bool = False) -> None:
+        self.files, self.quiet, self.bar = files, quiet, None
+
+    def say(self, outcome: Any) -> None:
+        """Print an outcome's line above the bar."""
+        from tqdm import tqdm
+
+        if not self.quiet:
+            tqdm.write(outcome.line(), file=sys.stderr)
 
     def __call__(self, step: dict) -> None:
         from tqdm import tqdm
 
+        if self.quiet:
+            return
         if self.bar is None:
             self.bar = tqdm(total=self.files * step["steps"] * step["total"], unit="step", leave=False)
         self.bar.update(step["count"])
@@ -164,8 +175,8 @@ class Progress:
             self.bar.close()
 
 
-def report(outcomes: Iterable[Any]) -> None:
-    """Print each outcome's line as it comes; those that failed at the end, in one sentence for each reason.
+def report(outcomes: Iterable[Any], quiet: bool = False) -> None:
+    """Print each outcome's line as it comes, unless quiet; those that failed at the end, one sentence for each reason.
 
     Raises RestoreError when there were any.
     """
@@ -174,7 +185,8 @@ def report(outcomes: Iterable[Any]) -> None:
     for outcome in outcomes:
         count += 1
         if outcome.error is None:
-            typer.echo(outcome.line())
+            if not quiet:
+                typer.echo(outcome.line())
         else:
             failed.setdefault(outcome.error, []).append(outcome.photo.source.name)
     lines = [f"{reason} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for reason, names in failed.items()]

@@ -7,6 +7,7 @@ import importlib.metadata
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from restore import atomic
 from restore import guidance as guidances
 from restore.app import files
 from restore.app.files import DEGRADED, MEAN, SIDECAR, SPREAD, TRAJECTORY, Photo
+from restore.app.plan import Plan, Planner
 from restore.app.tasks import Task, measured
 from restore.guidance import CFG, PAG, Guidance
 from restore.images import grids, io
@@ -31,14 +33,17 @@ _DECISIVE = ("backbone", "weights", "precision", "operator", "noise", "method")
 @dataclass(frozen=True)
 class Outcome:
     """What happened to one photo. numbers: residual_ratio, nfe, seconds, with `degrade` psnr and ssim; error: the
-    sentence why there is no result."""
+    sentence why there is no result; plan: what it would take, of a photo that was only planned."""
 
     photo: Photo
     skipped: bool = False
     numbers: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    plan: Plan | None = None
 
     def line(self) -> str:
+        if self.plan is not None:
+            return f"{self.photo.target}  {self.plan.line()}"
         if self.skipped:
             return f"{self.photo.target}  (finished before)"
         shown = {"psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.3f}", "residual_ratio": "residual/noise {:.2f}"}
@@ -94,11 +99,17 @@ def restore_files(
     overwrite: bool = False,
     save_trajectory: bool = False,
     callback: Callable[[dict], None] | None = None,
+    planner: Planner | None = None,
+    announce: Callable[[Outcome], None] | None = None,
+    force: bool = False,
+    dry_run: bool = False,
 ) -> Iterator[Outcome]:
     """Restore one file after the other; each result is complete on the disk before the next begins.
 
     degrade: the inputs are clean; they are degraded first and the result is compared with them. resampled: restore at
     another size and bring the result back. The other arguments are those of `Restorer`.
+    planner: estimates memory and time of each photo before it is restored, and keeps it within the memory there is;
+    announce: is given the plan; force: go on where it does not fit; dry_run: plan only, nothing is written.
     Writes NAME (first sample), NAME-sampleK, NAME-mean and NAME-spread with several samples, NAME-degraded,
     NAME-trajectory.png and the side-car NAME.json. A photo counts as finished, and is skipped, when its side-car says
     the same input and settings and the result is readable; another result is an error unless `overwrite`.
@@ -133,22 +144,34 @@ def restore_files(
             if not overwrite and files.finished(photo, expected):
                 yield Outcome(photo, skipped=True)
                 continue
-            result = restorer(
-                y,
-                operator,
-                **options,
-                guidance=chosen,
-                steps=steps,
-                samples=samples,
-                seed=seed,
-                image_ids=[photo.image_id],
-                batch_size=batch_size,
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-                reference=reference,
-                callback=_recording(callback, frames if save_trajectory else None),
-                **(parameters or {}),
-            )
+            plan = None
+            if planner is not None:
+                shape = tuple(side * (1 if degrade else task.factor) for side in record.size)
+                plan = planner.plan(task, shape, method, samples=samples, batch_size=batch_size, resampled=resampled)
+                if announce is not None:
+                    announce(Outcome(photo, plan=plan))
+                if not plan.fits and not force and not dry_run:
+                    raise RestoreError(plan.refusal(photo.source.name))
+            if dry_run:
+                yield Outcome(photo, plan=plan)
+                continue
+            with nullcontext(restorer) if plan is None else planner.followed(plan) as chosen_restorer:
+                result = chosen_restorer(
+                    y,
+                    operator,
+                    **options,
+                    guidance=chosen,
+                    steps=steps,
+                    samples=samples,
+                    seed=seed,
+                    image_ids=[photo.image_id],
+                    batch_size=batch_size,
+                    prompt=prompt,
+                    negative_prompt=negative_prompt,
+                    reference=reference,
+                    callback=_recording(callback, frames if save_trajectory else None),
+                    **(parameters or {}),
+                )
         except RestoreError as error:
             yield Outcome(photo, error=str(error))
             continue
@@ -163,6 +186,7 @@ def restore_files(
             "input": photo.source.name,
             "files": [path.name for path in photo.written(samples, degrade, save_trajectory)],
             **expected,
+            **({} if plan is None else {"estimate": plan.describe()}),
         }
         # The side-car comes first: what an interruption leaves is known as this program's and made again.
         atomic.write_json(photo.sidecar, sidecar)

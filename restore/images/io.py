@@ -341,5 +341,5 @@ def _span(values: torch.Tensor) -> str:
 def _quantise(unit: torch.Tensor, levels: int) -> np.ndarray:
     """Clamp [0, 1] and round to 0..levels."""
     # float64: at 65535 levels float32 would leave a rounding margin of a few hundredths only
-    array = (unit.double().clamp(0, 1) * levels).round().numpy()
+    array = unit.to(torch.float64, copy=True).clamp_(0, 1).mul_(levels).round_().numpy()
     return array.astype(np.uint8 if levels == 255 else np.uint16)
