@@ -108,7 +108,9 @@ def run(
     save_trajectory: Annotated[bool, typer.Option("--save-trajectory", help="A strip of x0_hat through time.")] = False,
     png: Png = False,
     offline: Offline = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print memory and time of each photo, restore none.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print memory and time of each photo, restore none.")
+    ] = False,
     memory: Memory = None,
     force: Annotated[bool, typer.Option("--force", help="Try a photo that does not fit into the memory.")] = False,
     quiet: Quiet = False,

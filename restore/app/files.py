@@ -93,10 +93,7 @@ def check_outputs(photos: Sequence[Photo], written: Iterable[Sequence[Path]], ov
 
 def read_sidecar(path: Path) -> dict[str, Any] | None:
     """The content of a side-car that this program wrote; None where there is none, or another file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
+    content = atomic.read_json(path)
     return content if isinstance(content, dict) and isinstance(content.get("files"), list) else None
 
 

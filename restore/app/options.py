@@ -24,7 +24,7 @@ KernelFile = Annotated[Path | None, typer.Option(help="Blur kernel: .npy, .txt o
 Backbone = Annotated[str, typer.Option(help="A model of `restore models list`, a folder or a checkpoint file.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
-Seed = Annotated[int, typer.Option(help="All noise is a function of the seed and the image's name.")]
+Seed = Annotated[int, typer.Option(min=0, help="All noise is a function of the seed and the image's name.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo finished files and replace any that are there.")]
 Png = Annotated[bool, typer.Option("--png", help="Write PNG whatever the input's format.")]

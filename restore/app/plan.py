@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from operators import RestoreError
 from restore import samplers
 from restore.app.machine import available_memory
 from restore.app.rehearsal import Demand, rehearse
@@ -40,9 +39,10 @@ WRITING = 90  # bytes per pixel while the file is made
 class Plan:
     """What one photo takes and how it will be restored.
 
-    size: (H, W) of the result. windows: that the network sees of it. evaluations: of the network per sample. seconds:
-    of all samples, None where it does not fit. memory: bytes beyond what is in use now; available: bytes there are, None where nobody knows.
-    max_windows, checkpointing: see Sized; blocks: every block of the network is checkpointed too.
+    size: (H, W) of the result. windows: that the network sees of it. evaluations: of the network per sample.
+    seconds: of all samples, None where it does not fit. memory: bytes beyond what is in use now; available: bytes there
+    are, None where nobody knows. max_windows, checkpointing: see Sized; blocks: every block of the network is
+    checkpointed too.
     """
 
     size: tuple[int, int]
@@ -150,7 +150,15 @@ class Planner:
             yield most, True, blocks
 
     def _memory(
-        self, prior: Sized, demand: Demand, method: Method, batch: int, samples: int, most: int, kept: bool, blocks: bool
+        self,
+        prior: Sized,
+        demand: Demand,
+        method: Method,
+        batch: int,
+        samples: int,
+        most: int,
+        kept: bool,
+        blocks: bool,
     ) -> float:
         """Bytes beyond those in use: of the sampler's own tensors, what the network keeps until the backward, and the
         most that it needs for a moment."""
@@ -248,7 +256,14 @@ class Planner:
         return seconds * math.prod(prior.shape) / math.prod(small.shape)
 
     def _pass(
-        self, prior: Sized, window: tuple[int, int], n: int, method: Method, demand: Demand, share: bool, live: Any = None
+        self,
+        prior: Sized,
+        window: tuple[int, int],
+        n: int,
+        method: Method,
+        demand: Demand,
+        share: bool,
+        live: Any = None,
     ) -> tuple[int, float, float]:
         """Evaluations of n windows as a sampler makes them: bytes kept after the strong pass, seconds of the strong
         pass with its backward and of the weak ones. Twice where the first learns what the passes share."""

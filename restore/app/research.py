@@ -84,6 +84,8 @@ def bench(
 
         result = work.bench(config, settings or [], progress=progress)
     typer.echo(f"{result.folder}: {result.done} batches done, {result.kept} found finished")
+    for path in result.damaged:
+        typer.echo(f"{path} was damaged: its image was computed again")
     typer.echo(f"restore report {result.folder}")
 
 

@@ -275,7 +275,7 @@ def _load_folder(folder: Path) -> tuple[UNet2DModel, dict]:
     try:
         heads = {int(channels): count for channels, count in extra.get("heads", {}).items()}
         network = adm_weights.build_network(config, extra.get("time_channels"), heads)
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise RestoreError(f"{folder / CONFIG} describes no network that can be built: {first_line(error)}") from None
     state = {_present_name(name): tensor.float() for name, tensor in _read_tensors(folder / WEIGHTS).items()}
     targets = network.state_dict()

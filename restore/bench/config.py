@@ -12,6 +12,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
@@ -49,6 +50,8 @@ def load_config(config: str | os.PathLike | Mapping[str, Any], overrides: Sequen
     try:
         is_file = isinstance(config, (str, os.PathLike))
         given = OmegaConf.load(_find(config)) if is_file else OmegaConf.create(copy.deepcopy(dict(config)))
+        if not OmegaConf.is_dict(given):
+            raise RestoreError(f"{config} must be a mapping of keys to values, such as configs/benchmark/embedded.yaml")
         given = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
         for key in sorted(OmegaConf.missing_keys(given)):
             raise RestoreError(f"the configuration leaves {key} open; give {key}=VALUE")
@@ -61,10 +64,8 @@ def load_config(config: str | os.PathLike | Mapping[str, Any], overrides: Sequen
         complete = OmegaConf.to_container(merged)
     except OmegaConfBaseException as error:
         raise RestoreError(_sentence(error)) from error
-    except Exception as error:
-        if type(error).__module__.startswith("yaml"):
-            raise RestoreError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from error
-        raise
+    except (yaml.YAMLError, OSError, UnicodeError, RecursionError) as error:
+        raise RestoreError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from error
     complete["methods"] = dict(_expand_sweeps(complete["methods"]))
     _check(complete)
     return complete

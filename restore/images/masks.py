@@ -56,7 +56,7 @@ def read_kernel(path: str | Path) -> torch.Tensor:
     suffix = path.suffix.lower()
     with explained(path, "kernel", "expected .npy, .txt, .csv or a grey picture"):
         if suffix == ".npy":
-            values = np.load(path, allow_pickle=False)
+            values = np.lib.format.open_memmap(path, mode="r")  # a header may claim any size
         elif suffix in (".txt", ".csv"):
             text = path.read_text(encoding="utf-8").replace(",", " ").replace(";", " ")
             values = np.loadtxt(io.StringIO(text), ndmin=2)

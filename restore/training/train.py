@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from operators import RestoreError
@@ -76,7 +78,12 @@ def load_config(path: str | Path, settings: list[str]) -> DictConfig:
     """The YAML file with key=value settings merged in. Raises RestoreError for a missing file or unknown key."""
     if not Path(path).is_file():
         raise RestoreError(f"there is no training configuration {path}")
-    config = OmegaConf.load(path)
+    try:
+        config = OmegaConf.load(path)
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise RestoreError(f"{path} is not readable YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(config, DictConfig):
+        raise RestoreError(f"{path} must be a mapping of keys to values, such as configs/train/embedded.yaml")
     for setting in settings:
         key = setting.split("=", 1)[0]
         if "=" not in setting or key not in _keys(config):
@@ -154,6 +161,11 @@ def train(config: DictConfig) -> Path:
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if state.get("batch", config.batch * world) != config.batch * world:
+            raise RestoreError(
+                f"{checkpoint} was made with {state['batch']} images a step, which batch= gives again, not "
+                f"{config.batch * world}; or choose another out=FOLDER"
+            )
         if state["model_config"] != json.dumps(OmegaConf.to_container(config.model), sort_keys=True):
             raise RestoreError(f"{checkpoint} was made with another model configuration; choose another out=FOLDER")
         model.load_state_dict(state["model"])
@@ -174,6 +186,7 @@ def train(config: DictConfig) -> Path:
             "optimizer": optimizer.state_dict(),
             "ema": ema.state_dict(),
             "step": step,
+            "batch": config.batch * world,
             "model_config": json.dumps(OmegaConf.to_container(config.model), sort_keys=True),
         }
         with atomic.writing(checkpoint) as file:
