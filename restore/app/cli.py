@@ -15,9 +15,11 @@ from restore.app.options import (
     Device,
     Guide,
     Inputs,
+    InvertMask,
     KernelFile,
     Layers,
     MaskFile,
+    MaskThreshold,
     Memory,
     NegativePrompt,
     Offline,
@@ -30,6 +32,7 @@ from restore.app.options import (
     Prompt,
     Quality,
     Quiet,
+    Recursive,
     Seed,
     Strength,
     Target,
@@ -73,6 +76,8 @@ def run(
     task: Task,
     out: Out,
     mask: MaskFile = None,
+    invert_mask: InvertMask = False,
+    mask_threshold: MaskThreshold = None,
     kernel: KernelFile = None,
     degrade: Annotated[
         bool, typer.Option("--degrade", help="Degrade clean images first, restore them, report PSNR and SSIM.")
@@ -107,6 +112,7 @@ def run(
     overwrite: Overwrite = False,
     save_trajectory: Annotated[bool, typer.Option("--save-trajectory", help="A strip of x0_hat through time.")] = False,
     png: Png = False,
+    recursive: Recursive = False,
     offline: Offline = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print memory and time of each photo, restore none.")
@@ -123,11 +129,12 @@ def run(
     from restore.images.resampling import resampling
 
     names, settings = split_settings(inputs)
-    found = tasks.find_task(task, settings, mask=mask, kernel=kernel)
+    masked = {"mask": mask, "invert_mask": invert_mask, "mask_threshold": mask_threshold}
+    found = tasks.find_task(task, settings, kernel=kernel, **masked)
     check_settings(settings, sampler, context.params)
     guided = parse_guidance(guidance, pag_scale, layers, target, strength)
     resampled = resampling(solve_at, resample, reference)
-    photos = files.find_photos(names, out, png=png)
+    photos = files.find_photos(names, out, png=png, recursive=recursive)
     files.check_outputs(photos, [photo.written(samples, degrade, save_trajectory) for photo in photos], overwrite)
     model = restorer.load(
         backbone,
@@ -176,10 +183,13 @@ def degrade(
     task: Task,
     out: Out,
     mask: MaskFile = None,
+    invert_mask: InvertMask = False,
+    mask_threshold: MaskThreshold = None,
     kernel: KernelFile = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     png: Png = False,
+    recursive: Recursive = False,
 ) -> None:
     """Degrade clean images: `restore degrade photo.png --task motion-blur -o blurred/`."""
     import operators
@@ -188,9 +198,14 @@ def degrade(
     from restore.app import run as work
 
     names, settings = split_settings(inputs)
-    found = tasks.find_task(task, settings, mask=mask, kernel=kernel)
+    masked = {"mask": mask, "invert_mask": invert_mask, "mask_threshold": mask_threshold}
+    found = tasks.find_task(task, settings, kernel=kernel, **masked)
     check_known(settings, ["sigma", *operators.options(found.config["name"])], f"task {task} has no setting")
-    report(work.degrade_files(files.find_photos(names, out, png=png), found, seed=seed, overwrite=overwrite))
+    report(
+        work.degrade_files(
+            files.find_photos(names, out, png=png, recursive=recursive), found, seed=seed, overwrite=overwrite
+        )
+    )
 
 
 @app.command()
@@ -274,10 +289,10 @@ def ui(
 ) -> None:
     """Open a page in the browser for one photo at a time (needs the extra `ui`)."""
     from restore import restorer
-    from restore.app.ui import build
+    from restore.app.ui import LARGEST_FILE, build
 
     page = build(restorer.load(backbone, device=device, precision=precision, offline=offline))
-    page.launch(server_name=host, server_port=port)
+    page.launch(server_name=host, server_port=port, max_file_size=LARGEST_FILE)
 
 
 for verb in (research.train, research.profile, research.bench, research.report, research.evaluate):

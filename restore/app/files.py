@@ -53,13 +53,21 @@ class Photo:
         return paths
 
 
-def find_photos(inputs: Sequence[str | Path], out: str | Path, png: bool = False) -> list[Photo]:
-    """Photos for files, folders and globs. Raises RestoreError before anything runs: no match, two inputs with the
+def find_photos(
+    inputs: Sequence[str | Path], out: str | Path, png: bool = False, recursive: bool = False
+) -> list[Photo]:
+    """Photos for files, folders and globs. recursive: a folder's sub-folders too, each with its own of that name in
+    `out`. Raises RestoreError before anything runs: no match, two inputs with the
     same output, an output folder that cannot be written, transparency into a format without."""
     if not inputs:
         raise RestoreError("no input image given")
-    sources = expand_inputs(inputs)
-    photos = [Photo(*pair) for pair in zip(sources, output_paths(sources, out, png=png), strict=True)]
+    groups = [(inputs, Path(out))]
+    if recursive:
+        groups = [([group], Path(out) / below) for path in inputs for group, below in _folders(Path(path), Path(out))]
+    photos = []
+    for group, target in groups:
+        sources = expand_inputs(group)
+        photos += [Photo(*pair) for pair in zip(sources, output_paths(sources, target, png=png), strict=True)]
     if len(photos) == 1:  # in a folder the formats are kept, and so is what they hold
         io.check_target(photos[0].source, photos[0].target)
     return photos
@@ -203,6 +211,16 @@ def output_paths(inputs: Iterable[str | Path], out: str | Path, png: bool = Fals
             raise RestoreError(f"The result would overwrite the input {target}: choose another output folder.")
     writable_folder(targets[0].parent if targets else out)
     return targets
+
+
+def _folders(path: Path, out: Path) -> list[tuple[Path, Path]]:
+    """The folders with images from `path` down, and where below it they lie; `out`, which may be one, is left out.
+    A file, a pattern and a folder without any image is given back as it is."""
+    below = sorted(folder for folder in path.rglob("*") if folder.is_dir()) if path.is_dir() else []
+    below = [folder for folder in below if not any(p.startswith(".") for p in folder.relative_to(path).parts)]
+    own = [folder for folder in below if out.resolve() not in (folder.resolve(), *folder.resolve().parents)]
+    found = [folder for folder in (path, *own) if folder.is_dir() and _images(folder.iterdir())]
+    return [(folder, folder.relative_to(path)) for folder in found] or [(path, Path())]
 
 
 def _images(paths: Iterable[Path]) -> list[Path]:

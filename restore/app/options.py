@@ -19,7 +19,12 @@ Task = Annotated[
     str,
     typer.Option(help="sr4, sr8, inpaint, gaussian-blur, motion-blur, blur, denoise, colorize, ... or a YAML file."),
 ]
-MaskFile = Annotated[Path | None, typer.Option(help="Image of the known pixels (white) and the hole (black).")]
+MaskFile = Annotated[
+    Path | None, typer.Option(help="Image of the known pixels (white) and the hole (black), or a folder of such.")
+]
+InvertMask = Annotated[bool, typer.Option("--invert-mask", help="The mask has its hole white.")]
+MaskThreshold = Annotated[int | None, typer.Option(min=0, max=254, help="A mask with greys: what is above is white.")]
+Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Folders with their sub-folders.")]
 KernelFile = Annotated[Path | None, typer.Option(help="Blur kernel: .npy, .txt or an image.")]
 Backbone = Annotated[str, typer.Option(help="A model of `restore models list`, a folder or a checkpoint file.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from restore.app.tasks import Task
 from restore.backbones.base import Prediction
 from restore.backbones.sizes import Sized
 from restore.bench.cost import LiveBytes
-from restore.images import masks
+from restore.images.masks import Mask
 from restore.method import Method
 from restore.samplers.noise import ImageNoise, measurement_generator
 
@@ -92,8 +91,8 @@ def rehearse(restorer: Any, task: Task, size: tuple[int, int], method: Method) -
     """The demand of `method` for a restored image of this size (H, W). RestoreError: as the sampler raises it."""
     unit = task.factor * 8
     height, width = (min(side, max(unit, SIDE // unit * unit)) for side in size)
-    if isinstance(task.config.get("mask"), Path):
-        small = F.interpolate(masks.read_mask(task.config["mask"]), (height, width))
+    if isinstance(task.config.get("mask"), Mask):
+        small = F.interpolate(task.config["mask"].read(), (height, width))
         small[..., 0, 0], small[..., -1, -1] = 0, 1  # what is thin may be lost, and then nothing is missing
         task = Task(task.name, task.config | {"mask": small})
     operator, device = task.build(height, width), restorer.device

@@ -118,9 +118,11 @@ def restore_files(
     """
     photos = list(photos)
     files.check_outputs(photos, [photo.written(samples, degrade, save_trajectory) for photo in photos], overwrite)
+    every = task
     for photo in photos:
         started, frames = time.perf_counter(), []
         try:
+            task = every.of(photo.source)
             record, clean, operator, y = measured(photo, task, degrade, seed, resampled)
             options = {"task": task.name, "sampler": sampler, "quality": quality, "data": data}
             chosen, asked = guidance, {**options, "steps": steps, "reference": reference, "parameters": parameters}
@@ -246,7 +248,7 @@ def degrade_files(photos: Iterable[Photo], task: Task, *, seed: int = 0, overwri
     files.check_outputs(photos, [[photo.target] for photo in photos], overwrite=True)
     for photo in photos:
         try:
-            record, _, _, y = measured(photo, task, True, seed)
+            record, _, _, y = measured(photo, task.of(photo.source), True, seed)
             content = io.encoded(photo.target, y[0].expand(3, -1, -1), like=record)
             there = photo.target.exists() and photo.target.read_bytes() == content
             if photo.target.exists() and not there and not overwrite:

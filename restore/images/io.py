@@ -32,21 +32,8 @@ _ORIENTATION, _EXIF_IFD, _EXIF_SIZES = 0x0112, 0x8769, (0xA002, 0xA003)
 _OPAQUE = ("JPEG", "PPM")
 _LEVELS = {"bool": 1, "uint16": 65535}  # of the other integers 255
 # What readers were seen to raise at damaged files.
-_BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    PIL.Image.DecompressionBombError,
-)
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError)
+_BROKEN += (RuntimeError, MemoryError, struct.error, zlib.error, PIL.Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def hostile(tmp_path_factory):
         (["--task", "gaussian-blur", "kernel_size=1000000"], "kernel size must be at most"),
         (["--task", "motion-blur", "kernel_size=1000000"], "kernel size must be at most"),
         (["--task", "denoise", "--device", "meta"], "device 'meta' is not available"),
-        (["--task", "denoise", "--data", "foo"], "no settings were published for data 'foo'"),
+        (["--task", "denoise", "--data", "foo"], "no settings were published for 'foo'"),
         (["--task", "denoise", "--seed", "-5"], "--seed"),
         (["--task", "denoise", "--max-windows", "0"], "--max-windows"),
         (["--task", "denoise", "--pag-scale", "1", "--layers", ""], "names no attention layer"),
