@@ -134,6 +134,8 @@ def run(
     check_settings(settings, sampler, context.params)
     guided = parse_guidance(guidance, pag_scale, layers, target, strength)
     resampled = resampling(solve_at, resample, reference)
+    quiet = quiet or str(out) == "-"
+    names, out = context.with_resource(files.piped(names, out))
     photos = files.find_photos(names, out, png=png, recursive=recursive)
     files.check_outputs(photos, [photo.written(samples, degrade, save_trajectory) for photo in photos], overwrite)
     model = restorer.load(

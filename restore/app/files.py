@@ -8,17 +8,20 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from operators import RestoreError
 from restore import atomic
 from restore.images import io
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm", ".pgm")
-_WRITABLE = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix != ".gif")  # 256 colours hold no restored photo
+_WRITABLE = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (*_WRITABLE, ".gif", ".heic", ".heif", ".avif")
 # Names that mean a picture and not a folder, though nothing of the kind is written.
 _FOREIGN = (".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".pdf", ".psd", ".dng")
 # Side-cars and pictures written beside a result are named after it with these endings.
@@ -71,6 +74,27 @@ def find_photos(
     if len(photos) == 1:  # in a folder the formats are kept, and so is what they hold
         io.check_target(photos[0].source, photos[0].target)
     return photos
+
+
+@contextmanager
+def piped(inputs: Sequence[str], out: Path) -> Iterator[tuple[list[str], Path]]:
+    """Within the block "-" among the inputs is a file with what came by the standard input, and an `out` of "-" a
+    folder, whose one result goes to the standard output at the end. Its noise is that of an image named stdin.
+
+    Raises RestoreError where nothing comes, and where several results would go to one output."""
+    with TemporaryDirectory(prefix="restore-") as folder:
+        names, results = list(inputs), Path(folder) / "out"
+        if "-" in names:
+            source = Path(folder) / "stdin"
+            source.write_bytes(sys.stdin.buffer.read())
+            names[names.index("-")] = str(source.rename(source.with_suffix(f".{io.kind(source).lower()}")))
+        if str(out) == "-" and len(names) > 1:
+            raise RestoreError(f"the results of {len(names)} inputs cannot go to one standard output: name a folder")
+        yield names, results if str(out) == "-" else out
+        for result in results.glob("*.json") if results.is_dir() else ():
+            sidecar = read_sidecar(result)
+            sys.stdout.buffer.write((results / sidecar["files"][0]).read_bytes())
+            sys.stdout.buffer.flush()
 
 
 def check_outputs(photos: Sequence[Photo], written: Iterable[Sequence[Path]], overwrite: bool = False) -> None:

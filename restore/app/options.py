@@ -13,8 +13,8 @@ import typer
 
 from operators import RestoreError
 
-Inputs = Annotated[list[str], typer.Argument(help="Images, folders or globs, and key=value settings.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="A folder, or a file for a single image.")]
+Inputs = Annotated[list[str], typer.Argument(help="Images, folders, globs, - for standard input; key=value settings.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="A folder, or for one image a file; - for standard output.")]
 Task = Annotated[
     str,
     typer.Option(help="sr4, sr8, inpaint, gaussian-blur, motion-blur, blur, denoise, colorize, ... or a YAML file."),

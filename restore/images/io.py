@@ -24,14 +24,21 @@ from operators import RestoreError
 from restore import atomic
 from restore.images import sixteen
 
+try:  # phones' HEIC files, where it is installed
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+except ImportError:
+    pillow_heif = None
+
 _FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP", ".bmp": "BMP"}
 _FORMATS |= {".png": "PNG", ".ppm": "PPM", ".pgm": "PPM"}
 _SAVE = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95, "method": 4}}
 _SAVE |= {"TIFF": {"compression": "tiff_adobe_deflate"}, "PNG": {"optimize": False}}
 _ORIENTATION, _EXIF_IFD, _EXIF_SIZES = 0x0112, 0x8769, (0xA002, 0xA003)
 _OPAQUE = ("JPEG", "PPM")
+UNREADABLE = "it may be truncated or of another type"
 _LEVELS = {"bool": 1, "uint16": 65535}  # of the other integers 255
-# What readers were seen to raise at damaged files.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError)
 _BROKEN += (RuntimeError, MemoryError, struct.error, zlib.error, PIL.Image.DecompressionBombError)
 
@@ -82,7 +89,8 @@ def read_image(path: str | Path) -> ImageRecord:
     truncated, animated or multi-page, or stored as 32-bit numbers.
     """
     path = Path(path)
-    with explained(path, "image", "it may be truncated or of another type"), PIL.Image.open(path) as opened:
+    hint = UNREADABLE if pillow_heif or path.suffix.lower() not in (".heic", ".heif") else "install pillow-heif"
+    with explained(path, "image", hint), PIL.Image.open(path) as opened:
         frames = getattr(opened, "n_frames", 1) if opened.format != "MPO" else 1  # MPO: a phone's JPEG with extras
         if frames > 1:
             raise RestoreError(f"{path} holds {frames} frames or pages: extract the one to restore into its own file.")
@@ -163,11 +171,17 @@ def encoded(path: str | Path, image: torch.Tensor, like: ImageRecord | None = No
     return buffer.getvalue()
 
 
+def kind(path: Path) -> str:
+    """Pillow's name of a file's format, by its content. RestoreError where it is no image."""
+    with explained(path, "image", UNREADABLE), PIL.Image.open(path) as opened:
+        return opened.format
+
+
 def check_target(source: Path, target: Path) -> None:
     """Raises RestoreError where `target`'s format cannot hold the transparency of `source`; reads its header only."""
     if _FORMATS.get(target.suffix.lower()) not in _OPAQUE:
         return
-    with explained(source, "image", "it may be truncated or of another type"), PIL.Image.open(source) as opened:
+    with explained(source, "image", UNREADABLE), PIL.Image.open(source) as opened:
         if _transparent(opened):
             raise RestoreError(_no_alpha(target, source))
 

@@ -325,3 +325,34 @@ def test_folders_with_their_sub_folders(command, tmp_path):
         assert code == 0, err
         names = {path.relative_to(out).as_posix() for path in out.rglob("*.png")}
         assert names == {"a.png", "deep/a.png", "deep/er/b.png"} and len(said.splitlines()) == 3
+
+
+def test_pipes(command, tmp_path, monkeypatch, capfdbinary):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(FACE.read_bytes())))
+    monkeypatch.setattr(sys, "argv", ["restore", "run", "-", "--task", "sr4", "--degrade", "--steps", "1", "-o", "-"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capfdbinary.readouterr()
+    assert stop.value.code == 0 and Image.open(io.BytesIO(out)).size == (64, 64), err
+
+
+def test_pipes_that_hold_no_picture_or_several(command, tmp_path, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"text")))
+    code, out, err = command("run", "-", "--task", "sr4", "-o", tmp_path)
+    assert code == 2 and "stdin is not a readable image" in err and out == ""
+    code, out, err = command("run", FACE, MASK, "--task", "sr4", "-o", "-")
+    assert code == 2 and "2 inputs cannot go to one standard output" in err
+
+
+def test_heic_is_named_where_it_cannot_be_read(command, tmp_path):
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    code, _, err = command("degrade", tmp_path, "--task", "sr4", "-o", tmp_path / "out")
+    assert code == 2 and "a.heic is not a readable image" in err
+    try:
+        import pillow_heif  # noqa: F401
+    except ImportError:
+        assert "install pillow-heif" in err
