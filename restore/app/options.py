@@ -89,7 +89,8 @@ def check_settings(settings: dict[str, Any], sampler: str | None, options: Itera
 
 def parse_steps(steps: str | None) -> int | str | None:
     """A number of steps as an int, "ddimN" and the like as they are."""
-    return int(steps) if steps is not None and re.fullmatch(r"[+-]?[0-9]+", steps.strip()) else steps
+    steps = None if steps is None else " ".join(steps.split())
+    return int(steps) if steps is not None and re.fullmatch(r"[+-]?[0-9]+", steps) else steps
 
 
 def parse_labels(labels: str | None) -> list[int] | None:

@@ -66,7 +66,7 @@ class Plan:
         parts = [f"{self.size[1]} x {self.size[0]}, {self.method}, {self.evaluations} evaluations"]
         parts += [f"{self.windows} windows"] * (self.windows > 1) + [f"{self.samples} samples"] * (self.samples > 1)
         free = "" if self.available is None else f" (free: {_gigabytes(self.available)})"
-        parts += [f"about {duration(self.seconds)}"] * (self.seconds is not None)
+        parts += [] if self.seconds is None else [f"about {duration(self.seconds)}"]
         parts += [f"{_gigabytes(self.memory)} of memory{free}"]
         return ", ".join(parts + ["checkpointing"] * (self.checkpointing or self.blocks))
 

@@ -6,8 +6,6 @@ Nothing is ever stretched: 8 bits are round((x + 1) * 127.5) clamped to 0..255, 
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,8 +37,6 @@ _ORIENTATION, _EXIF_IFD, _EXIF_SIZES = 0x0112, 0x8769, (0xA002, 0xA003)
 _OPAQUE = ("JPEG", "PPM")
 UNREADABLE = "it may be truncated or of another type"
 _LEVELS = {"bool": 1, "uint16": 65535}  # of the other integers 255
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError)
-_BROKEN += (RuntimeError, MemoryError, struct.error, zlib.error, PIL.Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ def explained(path: Path, kind: str, hint: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise RestoreError(f"There is no file {path}.") from error
-    except _BROKEN as error:
+    except Exception as error:  # readers of damaged files raise anything
         raise RestoreError(f"{path} is not a readable {kind} ({error}): {hint}.") from error
 
 
@@ -315,7 +311,7 @@ def _upright_exif(exif: PIL.Image.Exif) -> bytes | None:
         for tag in _EXIF_SIZES:  # the restored photo may have another size
             exif.get_ifd(_EXIF_IFD).pop(tag, None)
         block = exif.tobytes()
-    except (*_BROKEN, TypeError):  # cameras write broken EXIF; the photo matters more
+    except Exception:  # cameras write broken EXIF; the photo matters more
         return None
     return block if len(block) < 65000 else None  # a JPEG segment ends at 65535
 

@@ -327,7 +327,7 @@ def test_folders_with_their_sub_folders(command, tmp_path):
         assert names == {"a.png", "deep/a.png", "deep/er/b.png"} and len(said.splitlines()) == 3
 
 
-def test_pipes(command, tmp_path, monkeypatch, capfdbinary):
+def test_pipes(monkeypatch, capfdbinary):
     import io
 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(FACE.read_bytes())))
