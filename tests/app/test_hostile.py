@@ -1,6 +1,7 @@
 """Files and settings that no one should give, each answered with one sentence and exit code 2."""
 
 import json
+import shutil
 import struct
 import sys
 import zipfile
@@ -118,3 +119,17 @@ def test_a_damaged_row_is_named_and_its_image_computed_again(tmp_path, monkeypat
     for name in (tmp_path / "run" / "cost" / "t" / "m").glob("*.json"):
         name.write_text("{")
     assert "2 found finished" in bench()
+
+
+@pytest.mark.parametrize("setting", ["size=abc", "repeats=1.5", "psld=7", "foo=1"])
+def test_profile(refused, setting):
+    assert setting.split("=")[0] in refused("profile", setting)
+
+
+@pytest.mark.parametrize("change", [{"block_out_channels": [8]}, {"down_block_types": []}, {"layers_per_block": [1]}])
+def test_a_model_whose_lists_do_not_match(refused, tiny_adm, tmp_path, change):
+    shutil.copytree(tiny_adm, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    sentence = refused("run", FACE, "--task", "sr4", "--backbone", tmp_path / "model", "-o", tmp_path / "out")
+    assert "config.json" in sentence and "model" in sentence
