@@ -91,7 +91,7 @@ def test_the_page_answers_and_reports_mistakes(restorer, monkeypatch, tmp_path):
         assert line.startswith("64 x 64, diffpir in 2 steps, 2 evaluations, about") and "of memory" in line
         # Cancelled in the middle, and nothing is left behind.
         job = client.submit(photo, "sr4", None, True, "0", "1000", 0, api_name="/restore")
-        while not any(update and update.progress_data for update in [job.status()]):
+        while not job.done() and not job.status().progress_data:
             time.sleep(0.1)
         client.predict(api_name="/cancel")
         with pytest.raises(Exception, match="cancelled"):
