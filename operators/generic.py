@@ -55,18 +55,21 @@ def image_shape(operator, y: torch.Tensor) -> tuple[int, int, int, int]:
     return shape
 
 
-def prox_l2(operator, z: torch.Tensor, y: torch.Tensor, gamma) -> torch.Tensor:
+def prox_l2(operator, z: torch.Tensor, y: torch.Tensor, gamma, rough: bool = False) -> torch.Tensor:
     """argmin_x gamma/2 ||A x - y||^2 + 1/2 ||x - z||^2; gamma: >= 0, one number or (B,). See `Operator.prox_l2`.
 
+    rough: where conjugate gradients are needed, stop them as early as a step of a sampler allows (proximal.ROUGH).
     An object of another library with its own prox_l2(z, y, gamma) is asked for it (deepinv's physics; the accuracy is
     then theirs), any other is solved by conjugate gradients.
     """
     if isinstance(operator, Operator):
+        if rough and operator.linear and type(operator).prox_l2 is Operator.prox_l2:
+            return proximal.prox_l2(operator, z, y, gamma, rough)
         return operator.prox_l2(z, y, gamma)
     _check(operator)
     own = getattr(operator, "prox_l2", None)
     if not callable(own) or not {"z", "y", "gamma"} <= set(inspect.signature(own).parameters):
-        return proximal.prox_l2(operator, z, y, gamma)
+        return proximal.prox_l2(operator, z, y, gamma, rough)
     if isinstance(gamma, torch.Tensor):
         gamma = gamma.to(z.dtype).to(z.device).reshape(-1, *[1] * (z.ndim - 1)) if gamma.numel() > 1 else gamma.item()
     return own(z, y, gamma)

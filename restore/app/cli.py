@@ -297,7 +297,7 @@ def ui(
     page.launch(server_name=host, server_port=port, max_file_size=LARGEST_FILE)
 
 
-for verb in (research.train, research.profile, research.bench, research.report, research.evaluate):
+for verb in (research.train, research.profile, research.bench, research.heads, research.report, research.evaluate):
     app.command()(verb)
 
 

@@ -1,7 +1,9 @@
-"""The verbs of experiments: train, profile, bench, report, evaluate. Each calls one public function and prints."""
+"""The verbs of experiments (train, profile, bench, heads, report, evaluate): each calls one function and prints."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -68,8 +70,6 @@ def bench(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batches, their NFE, time and memory.")] = False,
 ) -> None:
     """Run a benchmark, or what is left of it after an interruption."""
-    from tqdm import tqdm
-
     from restore.bench import run as work
 
     if dry_run:
@@ -79,20 +79,61 @@ def bench(
             row = [line.task, line.method, line.batches, line.images, line.nfe or "-", *cost]
             typer.echo(" | ".join(str(value) for value in row))
         return
-    with tqdm(unit="batch") as bar:
-
-        def progress(state: dict) -> None:
-            if "done" in state:
-                bar.total, bar.n = state["total"], state["done"]
-                bar.set_postfix_str(state["batch"])
-            else:
-                bar.set_postfix_str(f"measuring {state['measuring']}")
-
-        result = work.bench(config, settings or [], progress=progress)
+    with _bars() as show:
+        result = work.bench(config, settings or [], progress=show)
     typer.echo(f"{result.folder}: {result.done} batches done, {result.kept} found finished")
     for path in result.damaged:
         typer.echo(f"{path} was damaged: its image was computed again")
     typer.echo(f"restore report {result.folder}")
+
+
+def heads(
+    config: Annotated[Path, typer.Argument(help="configs/search/*.yaml or your own.")],
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. calibration.folder=faces/")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print candidates, evaluations, NFE and time.")] = False,
+) -> None:
+    """Search for the attention heads whose perturbation helps (HeadHunter), or go on with a search."""
+    from restore import search
+
+    if dry_run:
+        plan = search.plan(config, settings or [])
+        typer.echo(f"{plan.candidates} heads")
+        for part, sets, images in zip(("calibration", "test"), (plan.calibration, plan.test), plan.images, strict=True):
+            typer.echo(f"{part}: {sets} evaluations (a set of heads on a task) of {images} images")
+        if plan.seconds is not None:
+            typer.echo(f"about {plan.nfe} network evaluations of an image, {plan.seconds / 60:.0f} minutes")
+        return
+    with _bars() as show:
+        found = search.heads(config, settings or [], progress=show)
+    typer.echo(f"{' '.join(found.table['best']['heads'])} is the best set on the calibration images")
+    typer.echo(f"{found.folder / 'guidance.yaml'}\n{found.folder / 'report.html'}\n{found.folder / 'report.md'}")
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[dict], None]]:
+    """A function that shows what a benchmark says of its progress: a tqdm bar for each phase."""
+    from tqdm import tqdm
+
+    bars: dict[str, tqdm] = {}
+
+    def show(state: dict) -> None:
+        phase = state.get("phase", "")
+        if phase not in bars:
+            for bar in bars.values():
+                bar.close()
+            bars[phase] = tqdm(unit="batch", desc=phase or None)
+        bar = bars[phase]
+        if "done" in state:
+            bar.total, bar.n = state["total"], state["done"]
+            bar.set_postfix_str(state["batch"])
+        else:
+            bar.set_postfix_str(f"measuring {state['measuring']}")
+
+    try:
+        yield show
+    finally:
+        for bar in bars.values():
+            bar.close()
 
 
 def report(

@@ -44,35 +44,52 @@ def load_config(config: str | os.PathLike | Mapping[str, Any], overrides: Sequen
     Raises RestoreError for unknown keys (with the nearest known one), values of another type, missing values and
     methods that cannot run.
     """
-    for setting in overrides:
-        if "=" not in setting:
-            raise RestoreError(f"{setting} is no setting; write key=value")
-    try:
-        is_file = isinstance(config, (str, os.PathLike))
-        given = OmegaConf.load(_find(config)) if is_file else OmegaConf.create(copy.deepcopy(dict(config)))
-        if not OmegaConf.is_dict(given):
-            raise RestoreError(f"{config} must be a mapping of keys to values, such as configs/benchmark/embedded.yaml")
-        given = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
-        for key in sorted(OmegaConf.missing_keys(given)):
-            raise RestoreError(f"the configuration leaves {key} open; give {key}=VALUE")
-        plain = OmegaConf.to_container(given, resolve=True)
-        if not isinstance(plain, dict):
-            raise RestoreError("the configuration must be a mapping of keys to values")
-        merged = OmegaConf.merge(OmegaConf.structured(Benchmark), _tidy(plain))
-        for key in sorted(OmegaConf.missing_keys(merged)):
-            raise RestoreError(f"the configuration lacks {key}")
-        complete = OmegaConf.to_container(merged)
-    except OmegaConfBaseException as error:
-        raise RestoreError(_sentence(error)) from error
-    except (yaml.YAMLError, OSError, UnicodeError, RecursionError) as error:
-        raise RestoreError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from error
+    plain = read_config(config, overrides)
+    complete = fill(Benchmark, _tidy(plain))
     complete["methods"] = dict(_expand_sweeps(complete["methods"]))
     _check(complete)
     return complete
 
 
-def _find(config: str | os.PathLike) -> Path:
-    folder = configs_dir() / "benchmark"
+def read_config(
+    config: str | os.PathLike | Mapping[str, Any], overrides: Sequence[str] = (), folder: str = "benchmark"
+) -> dict[str, Any]:
+    """A file (or the name of one shipped in configs/`folder`) or a mapping with its overrides, as plain containers.
+
+    Raises RestoreError for what is no YAML mapping and for values left open (`???`).
+    """
+    for setting in overrides:
+        if "=" not in setting:
+            raise RestoreError(f"{setting} is no setting; write key=value")
+    try:
+        is_file = isinstance(config, (str, os.PathLike))
+        given = OmegaConf.load(_find(config, folder)) if is_file else OmegaConf.create(copy.deepcopy(dict(config)))
+        if not OmegaConf.is_dict(given):
+            raise RestoreError(f"{config} must be a mapping of keys to values, not a list")
+        given = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
+        for key in sorted(OmegaConf.missing_keys(given)):
+            raise RestoreError(f"the configuration leaves {key} open; give {key}=VALUE")
+        plain = OmegaConf.to_container(given, resolve=True)
+    except OmegaConfBaseException as error:
+        raise RestoreError(_sentence(error)) from error
+    except (yaml.YAMLError, OSError, UnicodeError, RecursionError) as error:
+        raise RestoreError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from error
+    return plain
+
+
+def fill(schema: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` with the defaults of a schema, its names and types checked. RestoreError for what does not fit."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
+        for key in sorted(OmegaConf.missing_keys(merged)):
+            raise RestoreError(f"the configuration lacks {key}")
+        return OmegaConf.to_container(merged)
+    except OmegaConfBaseException as error:
+        raise RestoreError(_sentence(error)) from error
+
+
+def _find(config: str | os.PathLike, kind: str) -> Path:
+    folder = configs_dir() / kind
     for path in (Path(config), folder / f"{config}.yaml"):
         if path.is_file():
             return path

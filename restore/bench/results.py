@@ -77,6 +77,14 @@ def read_rows(run: Path, task: str, method: str, ids: Sequence[str]) -> tuple[li
     return rows, missing
 
 
+def measured_rows(run: Path, task: str, method: str, ids: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of the finished images in order, with the paired metrics that `summarise` kept of them."""
+    rows, _ = read_rows(run, task, method, ids)
+    kept = run / "metrics" / task / f"{method}.json"
+    paired = json.loads(kept.read_text(encoding="utf-8")).get("paired", {}) if kept.exists() else {}
+    return [row | paired.get(row["image"], {}) for row in rows]
+
+
 def read_cost(run: Path, task: str, method: str) -> dict[str, Any]:
     """Totals over the batches: seconds per image, network evaluations per sample and second, peak memory."""
     files = sorted((run / "cost" / task / method).glob("*.json"))
@@ -163,12 +171,12 @@ def _means(rows: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]) -> dict[
 
 def _key(config: Mapping[str, Any], metrics: Mapping[str, table.Metric], rows: Sequence[Mapping[str, Any]]) -> str:
     """Changes when a result or the way it is measured does: what was computed before is then computed again."""
-    own = [_source(row.function) for name, row in metrics.items() if ":" in name]
+    own = [source(row.function) for name, row in metrics.items() if ":" in name]
     text = json.dumps([config["metrics"], own, [row["sha256"] for row in rows]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _source(function: Callable) -> str:
+def source(function: Callable) -> str:
     try:
         return inspect.getsource(function)
     except (OSError, TypeError):

@@ -58,12 +58,14 @@ def bench(
     overrides: Sequence[str] = (),
     *,
     progress: Callable[[dict[str, Any]], None] | None = None,
+    only: Callable[[Batch], bool] | None = None,
 ) -> Bench:
     """Run a benchmark, or what is left of it.
 
     config: a YAML file or a mapping, see configs/benchmark; overrides: `key=value`. Results go to config.out,
     runs/<name> by default. Images whose row is there are not computed again; an interrupted batch is.
     progress: called with {done, total, batch, seconds} after each batch and {measuring} before network metrics.
+    only: which batches to compute now; the images of the others stay missing.
     Raises RestoreError before anything runs for bad configurations, missing images or weights, and for a folder
     that holds results of another configuration, with the difference.
     """
@@ -76,6 +78,7 @@ def bench(
     _claim(folder, checked, images, metrics_entry)
     for leftover in folder.rglob(LEFTOVER):  # one run has one driver at a time
         leftover.unlink(missing_ok=True)
+    batches = [batch for batch in batches if only is None or only(batch)]
     waiting = [batch for batch in batches if not batch.done(folder)]
     damaged = [path for batch in waiting for path in batch.rows(folder) if path.exists() and read_row(path) is None]
     kept, total, done = len(batches) - len(waiting), len(batches), 0

@@ -85,6 +85,42 @@ def chart(data: Mapping[str, Any]) -> str:
     return "\n".join([*out, "</svg>"])
 
 
+def heat_map(data: Mapping[str, Any]) -> str:
+    """An SVG element: data["rows"] of (name, [(value, note) or None]), below 0 blue and above 0 orange; digits, title,
+    and what the columns are (`x`)."""
+    rows = data["rows"]
+    columns = max(len(cells) for _, cells in rows)
+    top = max((abs(cell[0]) for _, cells in rows for cell in cells if cell), default=0) or 1
+    wide, high, left = 58 if columns <= 16 else 22, 22, 20 + 7 * max(len(name) for name, _ in rows)
+    width, height = max(left + wide * columns + 8, WIDTH), TOP + high * len(rows) + 40
+    out = [
+        f'<svg class="chart" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img"'
+        f' aria-label="{html.escape(data["title"])}">',
+        f'<text x="6" y="17" class="chart-title">{html.escape(data["title"])}</text>',
+    ]
+    for i, (name, cells) in enumerate(rows):
+        y = TOP + high * i
+        out.append(f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{html.escape(name)}</text>')
+        for j, cell in enumerate(cells):
+            if cell is None:
+                continue
+            share, x = min(abs(cell[0]) / top, 1), left + wide * j
+            full = (0, 114, 178) if cell[0] < 0 else (213, 94, 0)
+            colour = "#" + "".join(f"{round(255 + share * (c - 255)):02x}" for c in full)
+            out.append(f'<g><title>{html.escape(cell[1])}</title><rect x="{x}" y="{y}" width="{wide - 2}"')
+            out.append(f' height="{high - 2}" fill="{colour}"/>')
+            if wide > 22:
+                ink = "#ffffff" if share > 0.6 else "#1b1f24"
+                text = f'<text x="{x + wide / 2 - 1}" y="{y + 14}" text-anchor="middle" style="fill:{ink}">'
+                out.append(f"{text}{cell[0]:+.{data['digits']}f}</text>")
+            out.append("</g>")
+    y = TOP + high * len(rows) + 14
+    out += [f'<text x="{left + wide * (j + 0.5) - 1}" y="{y}" text-anchor="middle">{j}</text>' for j in range(columns)]
+    middle = left + wide * columns / 2
+    out.append(f'<text x="{middle}" y="{y + 18}" text-anchor="middle">{html.escape(data["x"])}</text>')
+    return "\n".join([*out, "</svg>"])
+
+
 def data_uri(path: Path) -> str:
     """A PNG file as a data URI."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")

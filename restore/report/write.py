@@ -55,8 +55,17 @@ def report(runs: Sequence[str | os.PathLike], out: str | os.PathLike | None = No
         ],
         "cost_heads": COST_HEADS,
     }
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    files = [folder / "report.html", folder / "report.md"]
+    for file in files:
+        text = environment().get_template(f"{file.name}.j2").render(context)
+        atomic.write_bytes(file, text.encode("utf-8"))
+    return Report(*files, [(a.title, b.title, d) for a, b, d in apart])
+
+
+def environment(*more: Path) -> jinja2.Environment:
+    """How templates of reports are read and filled; more: folders of further ones."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([Path(__file__).parent, *more]),
         autoescape=lambda name: name.endswith(".html.j2"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -64,12 +73,8 @@ def report(runs: Sequence[str | os.PathLike], out: str | os.PathLike | None = No
         keep_trailing_newline=True,
     )
     bar = lambda value: str(value).replace("|", "\\|").replace("\n", " ")  # noqa: E731
-    environment.filters |= {"number": number, "heading": tables.heading, "data_uri": figures.data_uri, "bar": bar}
-    files = [folder / "report.html", folder / "report.md"]
-    for file in files:
-        text = environment.get_template(f"{file.name}.j2").render(context)
-        atomic.write_bytes(file, text.encode("utf-8"))
-    return Report(*files, [(a.title, b.title, d) for a, b, d in apart])
+    made.filters |= {"number": number, "heading": tables.heading, "data_uri": figures.data_uri, "bar": bar}
+    return made
 
 
 def _said(run: Run) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def diffpir(
 
             # Data: the proximal step (eq. 13), 1 / rho being the weight of the data term.
             rho = lam * (sigma_y * alpha / sigma) ** 2
-            x0 = operators.prox_l2(operator, x0_hat, y, 1 / rho)
+            x0 = operators.prox_l2(operator, x0_hat, y, 1 / rho, rough=True)
 
             # The noise that x0 implies, partly replaced by fresh noise (eq. 14).
             eps_hat = (x_t - alpha * x0) / sigma

@@ -321,3 +321,31 @@ def test_on_a_gpu(name):
     if name in CLOSED:
         svd = operator.svd(z.shape, device="cuda")
         assert svd.U(svd.singular * svd.V_adjoint(z.cuda())).is_cuda
+
+
+def test_a_rough_step_saves_iterations_where_there_is_no_closed_form():
+    """Close to the exact one where y tells much, and never further from y than the start."""
+    generator = torch.Generator().manual_seed(0)
+    operator = operators.MotionBlur(9, 0.5)
+    x = torch.rand(2, 3, 21, 18, generator=generator) * 2 - 1
+    z, y = x + 0.3 * torch.randn(x.shape, generator=generator), operator.A(x)
+    calls, A = 0, operator.A
+
+    def counted(v):
+        nonlocal calls
+        calls += 1
+        return A(v)
+
+    operator.A = counted
+    exact, calls_exact = operators.prox_l2(operator, z, y, 30.0), calls
+    calls = 0
+    rough = operators.prox_l2(operator, z, y, 30.0, rough=True)
+    assert calls < 0.7 * calls_exact
+    assert relative(rough - z, exact - z) < 1e-2
+    extreme = operators.prox_l2(operator, z, y, 1e8, rough=True)
+    assert (A(extreme) - y).norm() < 0.1 * (A(z) - y).norm()
+
+
+def test_a_rough_step_is_the_closed_form_where_there_is_one():
+    operator, z = operators.GaussianBlur(5, 1.0), torch.rand(1, 3, 12, 10)
+    assert torch.equal(operators.prox_l2(operator, z, z, 9.0, rough=True), operators.prox_l2(operator, z, z, 9.0))

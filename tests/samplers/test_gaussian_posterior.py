@@ -1,6 +1,6 @@
 """A Gaussian prior has a closed-form score and posterior: samplers are checked against both.
 
-`pytest tests/samplers/test_gaussian_posterior.py -s` prints the bias of DPS that README states.
+`pytest tests/samplers/test_gaussian_posterior.py -s` prints the bias of DPS that docs/verified.md states.
 """
 
 import pytest
@@ -81,7 +81,7 @@ def dps_moments(prior, zeta, *family, sigma=0.1):
 
 
 def test_dps_bias_is_what_we_document(prior):
-    """DPS only approximates the posterior. README states these numbers; a change of them is a change of DPS."""
+    """DPS only approximates the posterior. docs/verified.md states these numbers: if they change, DPS has."""
     results = {zeta: dps_moments(prior, zeta) for zeta in (0.0, 0.003, 0.01, 0.03, 0.1)}
     for zeta, (bias, spread) in results.items():
         print(f"zeta {zeta}: bias of the mean {bias:.3f} of the prior-to-posterior shift, variance x {spread:.2f}")
