@@ -113,7 +113,7 @@ def build(restorer: Any) -> Any:
                 options = {"callback": show, "planner": Planner(restorer)}
                 found = restore_photo(restorer, folder=folder, **chosen, **options).photo
             except RestoreError as error:
-                raise gr.Error(str(error)) from None
+                raise gr.Error(str(error), print_exception=False) from None
             degraded = found.beside(DEGRADED)
             sidecar = json.loads(found.sidecar.read_text())
             # A generator: what comes after the yield, the end of the folder, waits until the page has the files.
