@@ -27,7 +27,7 @@ def lookup(name: Any, table: Mapping[str, Any], what: str) -> Any:
         return table[name]
     if isinstance(name, str) and ":" in name:
         return imported(name, what)
-    raise RestoreError(f"unknown {what} '{name}'; {nearest(name, table)} (your own: module:attribute)")
+    raise RestoreError(f"unknown {what} '{_line(name)}'; {nearest(name, table)} (your own: module:attribute)")
 
 
 def imported(name: str, what: str) -> Any:
@@ -38,7 +38,7 @@ def imported(name: str, what: str) -> Any:
         for part in attribute.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError) as error:
-        raise RestoreError(f"the {what} '{name}' cannot be imported: {error}") from None
+        raise RestoreError(f"the {what} '{_line(name)}' cannot be imported: {_line(error)}") from None
     return found
 
 
@@ -47,4 +47,9 @@ def check_known(names: Iterable[Any], known: Iterable[str], what: str) -> None:
     known = list(known)
     for name in names:
         if name not in known:
-            raise RestoreError(f"{what} '{name}'; {nearest(name, known)}")
+            raise RestoreError(f"{what} '{_line(name)}'; {nearest(name, known)}")
+
+
+def _line(value: Any) -> str:
+    """`value` in words, in one line."""
+    return " ".join(str(value).split())

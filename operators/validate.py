@@ -11,10 +11,12 @@ import torch
 from operators.errors import RestoreError
 
 
-def integer(value, name: str, minimum: int = 1) -> int:
-    """`value` as an int >= minimum; a bool, a fraction or a string is refused."""
+def integer(value, name: str, minimum: int = 1, maximum: int | None = None) -> int:
+    """`value` as an int >= minimum; a bool, a fraction, a string and what exceeds `maximum` are refused."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
         raise RestoreError(f"{name} must be an integer of at least {minimum}, got {value!r}.")
+    if maximum is not None and value > maximum:
+        raise RestoreError(f"{name} must be at most {maximum}, got {value!r}.")
     return int(value)
 
 

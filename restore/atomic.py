@@ -64,6 +64,14 @@ def write_json(path: str | Path, content: Any) -> None:
     write_bytes(path, (text + "\n").encode("utf-8"))
 
 
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file; None where there is none, or one that cannot be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
 def reason(error: OSError) -> str:
     """The operating system's reason in plain words."""
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):

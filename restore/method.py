@@ -102,6 +102,10 @@ def find(
     """
     if sampler is not None and quality is not None:
         raise RestoreError(f"quality='{quality}' chooses the sampler; give either quality or sampler")
+    if data is not None:
+        check_known(
+            [data], {entry["data"] for entry in _entries() if "data" in entry}, "no settings were published for"
+        )
     own = {}
     if sampler is None:
         own = default(backbone, task, operator, kind, quality or QUALITIES[1], linear)

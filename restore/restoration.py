@@ -57,7 +57,7 @@ def choose_device(device: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        torch.zeros(1, device=chosen).item()  # "meta" holds no numbers
     except (RuntimeError, AssertionError) as error:
         raise RestoreError(f"device '{device}' is not available: {str(error).splitlines()[0]}") from None
     return chosen

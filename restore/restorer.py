@@ -43,7 +43,7 @@ def load(
     network's arithmetic. offline: never download. checkpointing: less memory, more time. overlap,
     max_windows: see Sized. vae_slicing, vae_tiling: decode one image, one tile at a time (latent models; a
     tile's borders are blended, so the result differs a little). vae: "tiny" for the distilled autoencoder of a latent
-        model (TAESD), or the name or folder of another one. Raises RestoreError for unknown names and broken weights.
+    model (TAESD), or the name or folder of another one. Raises RestoreError for unknown names and broken weights.
     """
     with torch.inference_mode(False):  # weights made in inference mode could never be differentiated through
         found, backbone = zoo.load_backbone(

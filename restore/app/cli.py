@@ -15,10 +15,13 @@ from restore.app.options import (
     Device,
     Guide,
     Inputs,
+    InvertMask,
     KernelFile,
     Label,
     Layers,
     MaskFile,
+    MaskThreshold,
+    Memory,
     NegativePrompt,
     Offline,
     Out,
@@ -29,11 +32,14 @@ from restore.app.options import (
     Progress,
     Prompt,
     Quality,
+    Quiet,
+    Recursive,
     Seed,
     Strength,
     Target,
     Task,
     Vae,
+    Version,
     check_settings,
     in_options,
     parse_guidance,
@@ -52,18 +58,8 @@ app = typer.Typer(
 app.add_typer(models.app, name="models")
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        from restore.app.run import version
-
-        typer.echo(f"restore {version()}")
-        raise typer.Exit()
-
-
 @app.callback()
-def common(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
-) -> None:
+def common(version: Version = False) -> None:
     pass
 
 
@@ -74,6 +70,8 @@ def run(
     task: Task,
     out: Out,
     mask: MaskFile = None,
+    invert_mask: InvertMask = False,
+    mask_threshold: MaskThreshold = None,
     kernel: KernelFile = None,
     degrade: Annotated[
         bool, typer.Option("--degrade", help="Degrade clean images first, restore them, report PSNR and SSIM.")
@@ -112,20 +110,31 @@ def run(
         bool, typer.Option("--save-trajectory", help="Pictures of x0_hat and guidance through time.")
     ] = False,
     png: Png = False,
+    recursive: Recursive = False,
     offline: Offline = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print memory and time of each photo, restore none.")
+    ] = False,
+    memory: Memory = None,
+    force: Annotated[bool, typer.Option("--force", help="Try a photo that does not fit into the memory.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Restore images: `restore run photo.png --task sr4 -o restored/`."""
     from restore import restorer
     from restore.app import files, tasks
     from restore.app import run as work
+    from restore.app.plan import Planner
     from restore.images.resampling import resampling
 
     names, settings = split_settings(inputs)
-    found = tasks.find_task(task, settings, mask=mask, kernel=kernel)
+    masked = {"mask": mask, "invert_mask": invert_mask, "mask_threshold": mask_threshold}
+    found = tasks.find_task(task, settings, kernel=kernel, **masked)
     check_settings(settings, sampler, context.params)
     guided = parse_guidance(guidance, pag_scale, layers, target, strength)
     resampled = resampling(solve_at, resample, reference)
-    photos = files.find_photos(names, out, png=png)
+    quiet = quiet or str(out) == "-"
+    names, out = context.with_resource(files.piped(names, out))
+    photos = files.find_photos(names, out, png=png, recursive=recursive)
     files.check_outputs(photos, [photo.written(samples, degrade, save_trajectory) for photo in photos], overwrite)
     model = restorer.load(
         backbone,
@@ -137,7 +146,7 @@ def run(
         vae_tiling=vae_tiling,
         vae=vae,
     )
-    with Progress(len(photos)) as progress:
+    with Progress(len(photos), quiet) as progress:
         report(
             work.restore_files(
                 photos,
@@ -161,7 +170,12 @@ def run(
                 overwrite=overwrite,
                 save_trajectory=save_trajectory,
                 callback=progress,
-            )
+                planner=Planner(model, None if memory is None else memory * 1e9),
+                announce=None if dry_run else progress.say,
+                force=force,
+                dry_run=dry_run,
+            ),
+            quiet,
         )
 
 
@@ -171,10 +185,13 @@ def degrade(
     task: Task,
     out: Out,
     mask: MaskFile = None,
+    invert_mask: InvertMask = False,
+    mask_threshold: MaskThreshold = None,
     kernel: KernelFile = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     png: Png = False,
+    recursive: Recursive = False,
 ) -> None:
     """Degrade clean images: `restore degrade photo.png --task motion-blur -o blurred/`."""
     import operators
@@ -183,9 +200,14 @@ def degrade(
     from restore.app import run as work
 
     names, settings = split_settings(inputs)
-    found = tasks.find_task(task, settings, mask=mask, kernel=kernel)
+    masked = {"mask": mask, "invert_mask": invert_mask, "mask_threshold": mask_threshold}
+    found = tasks.find_task(task, settings, kernel=kernel, **masked)
     check_known(settings, ["sigma", *operators.options(found.config["name"])], f"task {task} has no setting")
-    report(work.degrade_files(files.find_photos(names, out, png=png), found, seed=seed, overwrite=overwrite))
+    report(
+        work.degrade_files(
+            files.find_photos(names, out, png=png, recursive=recursive), found, seed=seed, overwrite=overwrite
+        )
+    )
 
 
 @app.command()
@@ -215,7 +237,7 @@ def generate(
     """Sample images from a prior: `restore generate -n 16 --pag-scale 1 -o samples/`."""
     from operators import RestoreError
     from restore import restorer
-    from restore.app import run as work
+    from restore.app import samples
 
     numbers = parse_labels(labels)
     guided = None if guidance is None else parse_guidance(guidance, None, None, None, None)
@@ -224,9 +246,9 @@ def generate(
     pag = parse_pag(target, strength)
     model = restorer.load(backbone, device=device, precision=precision, offline=offline, vae=vae)
     if guidance is None:
-        guided = work.generation_guidance(pag_scale, layers, cfg_scale, model, *pag)
+        guided = samples.generation_guidance(pag_scale, layers, cfg_scale, model, *pag)
     with Progress(n) as progress:
-        for output in work.generate_files(
+        for output in samples.generate_files(
             out,
             model,
             n=n,
@@ -273,10 +295,10 @@ def ui(
 ) -> None:
     """Open a page in the browser for one photo at a time (needs the extra `ui`)."""
     from restore import restorer
-    from restore.app.ui import build
+    from restore.app.ui import LARGEST_FILE, build
 
     page = build(restorer.load(backbone, device=device, precision=precision, offline=offline))
-    page.launch(server_name=host, server_port=port)
+    page.launch(server_name=host, server_port=port, max_file_size=LARGEST_FILE)
 
 
 for verb in (research.train, research.profile, research.bench, research.heads, research.report, research.evaluate):

@@ -8,17 +8,20 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from operators import RestoreError
 from restore import atomic
 from restore.images import io
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm", ".pgm")
-_WRITABLE = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix != ".gif")  # 256 colours hold no restored photo
+_WRITABLE = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (*_WRITABLE, ".gif", ".heic", ".heif", ".avif")
 # Names that mean a picture and not a folder, though nothing of the kind is written.
 _FOREIGN = (".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".pdf", ".psd", ".dng")
 # Side-cars and pictures written beside a result are named after it with these endings.
@@ -55,16 +58,45 @@ class Photo:
         return paths
 
 
-def find_photos(inputs: Sequence[str | Path], out: str | Path, png: bool = False) -> list[Photo]:
-    """Photos for files, folders and globs. Raises RestoreError before anything runs: no match, two inputs with the
+def find_photos(
+    inputs: Sequence[str | Path], out: str | Path, png: bool = False, recursive: bool = False
+) -> list[Photo]:
+    """Photos for files, folders and globs. recursive: a folder's sub-folders too, each with its own of that name in
+    `out`. Raises RestoreError before anything runs: no match, two inputs with the
     same output, an output folder that cannot be written, transparency into a format without."""
     if not inputs:
         raise RestoreError("no input image given")
-    sources = expand_inputs(inputs)
-    photos = [Photo(*pair) for pair in zip(sources, output_paths(sources, out, png=png), strict=True)]
+    groups = [(inputs, Path(out))]
+    if recursive:
+        groups = [([group], Path(out) / below) for path in inputs for group, below in _folders(Path(path), Path(out))]
+    photos = []
+    for group, target in groups:
+        sources = expand_inputs(group)
+        photos += [Photo(*pair) for pair in zip(sources, output_paths(sources, target, png=png), strict=True)]
     if len(photos) == 1:  # in a folder the formats are kept, and so is what they hold
         io.check_target(photos[0].source, photos[0].target)
     return photos
+
+
+@contextmanager
+def piped(inputs: Sequence[str], out: Path) -> Iterator[tuple[list[str], Path]]:
+    """Within the block "-" among the inputs is a file with what came by the standard input, and an `out` of "-" a
+    folder, whose one result goes to the standard output at the end. Its noise is that of an image named stdin.
+
+    Raises RestoreError where nothing comes, and where several results would go to one output."""
+    with TemporaryDirectory(prefix="restore-") as folder:
+        names, results = list(inputs), Path(folder) / "out"
+        if "-" in names:
+            source = Path(folder) / "stdin"
+            source.write_bytes(sys.stdin.buffer.read())
+            names[names.index("-")] = str(source.rename(source.with_suffix(f".{io.kind(source).lower()}")))
+        if str(out) == "-" and len(names) > 1:
+            raise RestoreError(f"the results of {len(names)} inputs cannot go to one standard output: name a folder")
+        yield names, results if str(out) == "-" else out
+        for result in results.glob("*.json") if results.is_dir() else ():
+            sidecar = read_sidecar(result)
+            sys.stdout.buffer.write((results / sidecar["files"][0]).read_bytes())
+            sys.stdout.buffer.flush()
 
 
 def check_outputs(photos: Sequence[Photo], written: Iterable[Sequence[Path]], overwrite: bool = False) -> None:
@@ -95,10 +127,7 @@ def check_outputs(photos: Sequence[Photo], written: Iterable[Sequence[Path]], ov
 
 def read_sidecar(path: Path) -> dict[str, Any] | None:
     """The content of a side-car that this program wrote; None where there is none, or another file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
+    content = atomic.read_json(path)
     return content if isinstance(content, dict) and isinstance(content.get("files"), list) else None
 
 
@@ -208,6 +237,16 @@ def output_paths(inputs: Iterable[str | Path], out: str | Path, png: bool = Fals
             raise RestoreError(f"The result would overwrite the input {target}: choose another output folder.")
     writable_folder(targets[0].parent if targets else out)
     return targets
+
+
+def _folders(path: Path, out: Path) -> list[tuple[Path, Path]]:
+    """The folders with images from `path` down, and where below it they lie; `out`, which may be one, is left out.
+    A file, a pattern and a folder without any image is given back as it is."""
+    below = sorted(folder for folder in path.rglob("*") if folder.is_dir()) if path.is_dir() else []
+    below = [folder for folder in below if not any(p.startswith(".") for p in folder.relative_to(path).parts)]
+    own = [folder for folder in below if out.resolve() not in (folder.resolve(), *folder.resolve().parents)]
+    found = [folder for folder in (path, *own) if folder.is_dir() and _images(folder.iterdir())]
+    return [(folder, folder.relative_to(path)) for folder in found] or [(path, Path())]
 
 
 def _images(paths: Iterable[Path]) -> list[Path]:

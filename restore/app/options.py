@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,19 +13,27 @@ import typer
 
 from operators import RestoreError
 
-Inputs = Annotated[list[str], typer.Argument(help="Images, folders or globs, and key=value settings.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="A folder, or a file for a single image.")]
+Inputs = Annotated[list[str], typer.Argument(help="Images, folders, globs, - for standard input; key=value settings.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="A folder, or for one image a file; - for standard output.")]
 Task = Annotated[
     str,
     typer.Option(help="sr4, sr8, inpaint, gaussian-blur, motion-blur, blur, denoise, colorize, ... or a YAML file."),
 ]
-MaskFile = Annotated[Path | None, typer.Option(help="Image of the known pixels (white) and the hole (black).")]
+MaskFile = Annotated[
+    Path | None, typer.Option(help="Image of the known pixels (white) and the hole (black), or a folder of such.")
+]
+InvertMask = Annotated[bool, typer.Option("--invert-mask", help="The mask has its hole white.")]
+MaskThreshold = Annotated[int | None, typer.Option(min=0, max=254, help="A mask with greys: what is above is white.")]
+Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Folders with their sub-folders.")]
 KernelFile = Annotated[Path | None, typer.Option(help="Blur kernel: .npy, .txt or an image.")]
 Backbone = Annotated[str, typer.Option(help="A model of `restore models list`, a folder or a checkpoint file.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
-Seed = Annotated[int, typer.Option(help="All noise is a function of the seed and the image's name.")]
+Seed = Annotated[int, typer.Option(min=0, help="All noise is a function of the seed and the image's name.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+Version = Annotated[
+    bool, typer.Option("--version", callback=lambda asked: print_version(asked), is_eager=True, help="The version.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo finished files and replace any that are there.")]
 Png = Annotated[bool, typer.Option("--png", help="Write PNG whatever the input's format.")]
 PagScale = Annotated[float | None, typer.Option(help="PAG scale s, 0 is off; default: the preset's.")]
@@ -35,8 +44,18 @@ Guide = Annotated[str | None, typer.Option("--guidance", help="YAML, or its file
 Quality = Annotated[str | None, typer.Option(help="fast, balanced or best: sampler and steps in one word.")]
 Label = Annotated[str | None, typer.Option(help="Class, by name or number, for a class-conditional backbone.")]
 Vae = Annotated[str | None, typer.Option(help="tiny: the small autoencoder of a latent backbone; or a name, a folder.")]
+Memory = Annotated[float | None, typer.Option(min=0.1, help="GB that may be used; default: what is free.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Prompt = Annotated[str | None, typer.Option(help="Text for a text-conditional backbone.")]
 NegativePrompt = Annotated[str | None, typer.Option(help="Text for the weak branch of CFG.")]
+
+
+def print_version(asked: bool) -> None:
+    if asked:
+        from restore.app.run import version
+
+        typer.echo(f"restore {version()}")
+        raise typer.Exit()
 
 
 def split_settings(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -83,7 +102,8 @@ def check_settings(settings: dict[str, Any], sampler: str | None, options: Itera
 
 def parse_steps(steps: str | None) -> int | str | None:
     """A number of steps as an int, "ddimN" and the like as they are."""
-    return int(steps) if steps is not None and re.fullmatch(r"[+-]?[0-9]+", steps.strip()) else steps
+    steps = None if steps is None else " ".join(steps.split())
+    return int(steps) if steps is not None and re.fullmatch(r"[+-]?[0-9]+", steps) else steps
 
 
 def parse_labels(labels: str | None) -> list[str] | None:
@@ -158,14 +178,23 @@ def in_options(message: str, names: Iterable[str]) -> str:
 
 
 class Progress:
-    """A tqdm bar over all sampling steps of a run, with the residual of the current one."""
+    """A tqdm bar over all sampling steps of a run, with the residual of the current one; nothing where quiet."""
 
-    def __init__(self, files: int) -> None:
-        self.files, self.bar = files, None
+    def __init__(self, files: int, quiet: bool = False) -> None:
+        self.files, self.quiet, self.bar = files, quiet, None
+
+    def say(self, outcome: Any) -> None:
+        """Print an outcome's line above the bar."""
+        from tqdm import tqdm
+
+        if not self.quiet:
+            tqdm.write(outcome.line(), file=sys.stderr)
 
     def __call__(self, step: dict) -> None:
         from tqdm import tqdm
 
+        if self.quiet:
+            return
         if self.bar is None:
             self.bar = tqdm(total=self.files * step["steps"] * step["total"], unit="step", leave=False)
         self.bar.update(step["count"])
@@ -180,8 +209,8 @@ class Progress:
             self.bar.close()
 
 
-def report(outcomes: Iterable[Any]) -> None:
-    """Print each outcome's line as it comes; those that failed at the end, in one sentence for each reason.
+def report(outcomes: Iterable[Any], quiet: bool = False) -> None:
+    """Print each outcome's line as it comes, unless quiet; those that failed at the end, one sentence for each reason.
 
     Raises RestoreError when there were any.
     """
@@ -190,7 +219,8 @@ def report(outcomes: Iterable[Any]) -> None:
     for outcome in outcomes:
         count += 1
         if outcome.error is None:
-            typer.echo(outcome.line())
+            if not quiet:
+                typer.echo(outcome.line())
         else:
             failed.setdefault(outcome.error, []).append(outcome.photo.source.name)
     lines = [f"{reason} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for reason, names in failed.items()]

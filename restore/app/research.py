@@ -55,6 +55,12 @@ def profile(
     if others:
         raise RestoreError(f"profile takes settings such as size=128, not {others[0]}")
     check_known(options, inspect.signature(measure).parameters, "profile has no setting")
+    for name, value in options.items():
+        kind = str(inspect.signature(measure).parameters[name].annotation)
+        if kind in ("int", "bool") and type(value).__name__ != kind:
+            raise RestoreError(
+                f"{name} must be {'a whole number' if kind == 'int' else 'true or false'}, not {value!r}"
+            )
     typer.echo(measure(**options))
 
 
@@ -76,6 +82,8 @@ def bench(
     with _bars() as show:
         result = work.bench(config, settings or [], progress=show)
     typer.echo(f"{result.folder}: {result.done} batches done, {result.kept} found finished")
+    for path in result.damaged:
+        typer.echo(f"{path} was damaged: its image was computed again")
     typer.echo(f"restore report {result.folder}")
 
 

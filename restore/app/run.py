@@ -7,8 +7,8 @@ import importlib.metadata
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ from operators import RestoreError
 from restore import atomic
 from restore import guidance as guidances
 from restore.app import files
-from restore.app.files import DEGRADED, MEAN, SIDECAR, SIGNALS, SPREAD, TRAJECTORY, Photo
+from restore.app.files import DEGRADED, MEAN, SIGNALS, SPREAD, TRAJECTORY, Photo
+from restore.app.plan import Plan, Planner
 from restore.app.tasks import Task, measured
 from restore.app.trajectory import Trajectory
-from restore.guidance import CFG, PAG, Guidance
+from restore.guidance import Guidance
 from restore.guidance.layers import Strength
 from restore.images import io
 from restore.images.resampling import Resampled
@@ -33,14 +34,17 @@ _DECISIVE = ("backbone", "weights", "precision", "operator", "noise", "method")
 @dataclass(frozen=True)
 class Outcome:
     """What happened to one photo. numbers: residual_ratio, nfe, seconds, with `degrade` psnr and ssim; error: the
-    sentence why there is no result."""
+    sentence why there is no result; plan: what it would take, of a photo that was only planned."""
 
     photo: Photo
     skipped: bool = False
     numbers: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    plan: Plan | None = None
 
     def line(self) -> str:
+        if self.plan is not None:
+            return f"{self.photo.target}  {self.plan.line()}"
         if self.skipped:
             return f"{self.photo.target}  (finished before)"
         shown = {"psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.3f}", "residual_ratio": "residual/noise {:.2f}"}
@@ -97,11 +101,17 @@ def restore_files(
     overwrite: bool = False,
     save_trajectory: bool = False,
     callback: Callable[[dict], None] | None = None,
+    planner: Planner | None = None,
+    announce: Callable[[Outcome], None] | None = None,
+    force: bool = False,
+    dry_run: bool = False,
 ) -> Iterator[Outcome]:
     """Restore one file after the other; each result is complete on the disk before the next begins.
 
     degrade: the inputs are clean; they are degraded first and the result is compared with them. resampled: restore at
     another size and bring the result back. The other arguments are those of `Restorer`.
+    planner: estimates memory and time of each photo before it is restored, and keeps it within the memory there is;
+    announce: is given the plan; force: go on where it does not fit; dry_run: plan only, nothing is written.
     Writes NAME (first sample), NAME-sampleK, NAME-mean and NAME-spread with several samples, NAME-degraded,
     NAME-trajectory.png, NAME-guidance.png (where there is guidance) and the side-car NAME.json. A photo counts as
     finished, and is skipped, when its side-car says the same input and settings and the result is readable; another
@@ -111,9 +121,11 @@ def restore_files(
     """
     photos = list(photos)
     files.check_outputs(photos, [photo.written(samples, degrade, save_trajectory) for photo in photos], overwrite)
+    every = task
     for photo in photos:
         started, trajectory = time.perf_counter(), Trajectory(callback) if save_trajectory else None
         try:
+            task = every.of(photo.source)
             record, clean, operator, y = measured(photo, task, degrade, seed, resampled)
             options = {"task": task.name, "sampler": sampler, "quality": quality, "data": data}
             chosen, asked = guidance, {**options, "steps": steps, "reference": reference, "parameters": parameters}
@@ -138,23 +150,35 @@ def restore_files(
             if not overwrite and files.finished(photo, expected):
                 yield Outcome(photo, skipped=True)
                 continue
-            result = restorer(
-                y,
-                operator,
-                **options,
-                guidance=chosen,
-                steps=steps,
-                samples=samples,
-                seed=seed,
-                image_ids=[photo.image_id],
-                batch_size=batch_size,
-                label=label,
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-                reference=reference,
-                callback=trajectory or callback,
-                **(parameters or {}),
-            )
+            plan = None
+            if planner is not None:
+                shape = tuple(side * (1 if degrade else task.factor) for side in record.size)
+                plan = planner.plan(task, shape, method, samples=samples, batch_size=batch_size, resampled=resampled)
+                if announce is not None:
+                    announce(Outcome(photo, plan=plan))
+                if not plan.fits and not force and not dry_run:
+                    raise RestoreError(plan.refusal(photo.source.name))
+            if dry_run:
+                yield Outcome(photo, plan=plan)
+                continue
+            with nullcontext(restorer) if plan is None else planner.followed(plan) as chosen_restorer:
+                result = chosen_restorer(
+                    y,
+                    operator,
+                    **options,
+                    guidance=chosen,
+                    steps=steps,
+                    samples=samples,
+                    seed=seed,
+                    image_ids=[photo.image_id],
+                    batch_size=batch_size,
+                    label=label,
+                    prompt=prompt,
+                    negative_prompt=negative_prompt,
+                    reference=reference,
+                    callback=trajectory or callback,
+                    **(parameters or {}),
+                )
         except RestoreError as error:
             yield Outcome(photo, error=str(error))
             continue
@@ -172,6 +196,7 @@ def restore_files(
             "input": photo.source.name,
             "files": written,
             **expected,
+            **({} if plan is None else {"estimate": plan.describe()}),
         }
         # The side-car comes first: what an interruption leaves is known as this program's and made again.
         atomic.write_json(photo.sidecar, sidecar)
@@ -239,7 +264,7 @@ def degrade_files(photos: Iterable[Photo], task: Task, *, seed: int = 0, overwri
     files.check_outputs(photos, [[photo.target] for photo in photos], overwrite=True)
     for photo in photos:
         try:
-            record, _, _, y = measured(photo, task, True, seed)
+            record, _, _, y = measured(photo, task.of(photo.source), True, seed)
             content = io.encoded(photo.target, y[0].expand(3, -1, -1), like=record)
             there = photo.target.exists() and photo.target.read_bytes() == content
             if photo.target.exists() and not there and not overwrite:
@@ -252,76 +277,6 @@ def degrade_files(photos: Iterable[Photo], task: Task, *, seed: int = 0, overwri
         if not there:
             atomic.write_bytes(photo.target, content)
         yield Outcome(photo)
-
-
-def generate_files(
-    out: str | Path,
-    restorer: Any,
-    *,
-    n: int,
-    guidance: Guidance | None = None,
-    labels: Sequence[int | str] | None = None,
-    prompt: str | None = None,
-    negative_prompt: str | None = None,
-    steps: int | str = 250,
-    ddim_eta: float | None = None,
-    seed: int = 0,
-    batch_size: int = 1,
-    overwrite: bool = False,
-    callback: Callable[[dict], None] | None = None,
-) -> Iterator[Path]:
-    """Samples of the prior as sample-0000.png, ... in the folder `out`, each with a side-car, as they come.
-
-    labels: one class, or one per image. The other arguments are those of Restorer.generate; sample i depends on
-    (seed, i) alone. Raises RestoreError where it would replace a file of somebody else's, unless `overwrite`.
-    """
-    if labels is not None and len(labels) not in (1, n):
-        raise RestoreError(f"{n} images need one class label or {n}, got {len(labels)}")
-    labels = None if labels is None else list(labels) * (n if len(labels) == 1 else 1)
-    out = Path(out)
-    files.writable_folder(out)
-    paths = [out / f"sample-{i:04d}.png" for i in range(n)]
-    places = [Photo(path.with_suffix(""), path) for path in paths]
-    files.check_outputs(places, [place.written() for place in places], overwrite)
-    for first in range(0, n, batch_size):
-        count = min(batch_size, n - first)
-        images = restorer.generate(
-            count,
-            guidance=guidance,
-            steps=steps,
-            seed=seed,
-            labels=None if labels is None else labels[first : first + count],
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            ddim_eta=ddim_eta,
-            batch_size=batch_size,
-            first=first,
-            callback=callback,
-        )
-        for i, image in enumerate(images, first):
-            sidecar = {"version": version(), "files": [paths[i].name, paths[i].with_suffix(SIDECAR).name]}
-            sidecar |= {"backbone": restorer.name, "steps": steps, "ddim_eta": ddim_eta, "seed": seed, "index": i}
-            sidecar |= {"guidance": guidances.describe(guidance), "label": None if labels is None else labels[i]}
-            sidecar |= {"prompt": prompt, "negative_prompt": negative_prompt}
-            atomic.write_json(paths[i].with_suffix(SIDECAR), sidecar)
-            io.write_image(paths[i], image)
-            yield paths[i]
-
-
-def generation_guidance(
-    scale: float, layers: str | None, cfg_scale: float, restorer: Any, target: Any = None, strength: Any = None
-) -> Guidance | None:
-    """PAG and CFG where their scale is not 0; layers: None takes the backbone's. Raises RestoreError."""
-    own = {
-        key: value
-        for key, value in {"layers": layers, "target": target, "strength": strength}.items()
-        if value is not None
-    }
-    if own and not scale:
-        raise RestoreError(f"{next(iter(own))}= needs pag_scale=")
-    terms = [PAG(scale, **{"layers": restorer.default_layers(), **own})] if scale else []
-    terms += [CFG(cfg_scale)] if cfg_scale else []
-    return sum(terms[1:], terms[0]) if terms else None
 
 
 def version() -> str:

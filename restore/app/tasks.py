@@ -17,6 +17,7 @@ from operators import RestoreError
 from operators.naming import nearest
 from restore.app.files import Photo, sha256
 from restore.images import io, masks
+from restore.images.masks import Mask
 from restore.images.resampling import Resampled
 from restore.paths import configs_dir
 from restore.samplers.noise import measurement_generator
@@ -24,7 +25,7 @@ from restore.samplers.noise import measurement_generator
 
 @dataclass(frozen=True)
 class Task:
-    """What is restored. name: looks presets up. config: as operators.build takes it; its mask may be a path."""
+    """What is restored. name: looks presets up. config: as operators.build takes it; its mask may be a file's Mask."""
 
     name: str
     config: dict[str, Any]
@@ -37,9 +38,14 @@ class Task:
     def build(self, height: int, width: int) -> Any:
         """The operator for an image of this size; a mask given as a file is read and checked against it."""
         config = dict(self.config)
-        if isinstance(config.get("mask"), Path):
-            config["mask"] = masks.read_mask(config["mask"], (height, width))
+        if isinstance(config.get("mask"), Mask):
+            config["mask"] = config["mask"].read((height, width))
         return operators.build(config, image_size=(height, width))
+
+    def of(self, photo: Path) -> Task:
+        """The task of this photo, whose mask may be its own."""
+        mask = self.config.get("mask")
+        return Task(self.name, self.config | {"mask": mask.of(photo)}) if isinstance(mask, Mask) else self
 
     def describe(self) -> dict[str, Any]:
         """The configuration, ready for JSON: files and arrays by the hash of their content."""
@@ -47,12 +53,19 @@ class Task:
 
 
 def find_task(
-    task: str, settings: dict[str, Any] | None = None, *, mask: Path | None = None, kernel: Path | None = None
+    task: str,
+    settings: dict[str, Any] | None = None,
+    *,
+    mask: Path | None = None,
+    kernel: Path | None = None,
+    invert_mask: bool = False,
+    mask_threshold: int | None = None,
 ) -> Task:
     """A task with the `settings` that its operator knows, which are taken out of the dictionary.
 
     task: a file of configs/task; sr2, sr3, ... for other factors; a YAML file of one's own, or its text between
-    braces; "module:attribute", an operator of one's own. mask and kernel replace the task's own.
+    braces; "module:attribute", an operator of one's own. mask and kernel replace the task's own; a mask may be a folder
+    of masks with the photos' names; invert_mask, mask_threshold: see restore.images.masks.read_mask.
     Raises RestoreError for an unknown task or a file that does not fit it.
     """
     known = {path.stem: path for path in sorted((configs_dir() / "task").glob("*.yaml"))}
@@ -77,8 +90,12 @@ def find_task(
     if mask is not None:
         if not kind.startswith("inpainting"):
             raise RestoreError(f"mask={mask} does not apply to task {name}; it belongs to inpaint")
-        config = {"name": "inpainting_mask", "noise": config.get("noise"), "mask": Path(mask)}
-        masks.read_mask(mask)
+        given = Mask(Path(mask), invert_mask, mask_threshold)
+        config = {"name": "inpainting_mask", "noise": config.get("noise"), "mask": given}
+        if not given.path.is_dir():
+            given.read()
+    elif invert_mask or mask_threshold is not None:
+        raise RestoreError("invert_mask= and mask_threshold= need mask=FILE")
     if kernel is not None:
         if "blur" not in kind:
             raise RestoreError(f"kernel={kernel} does not apply to task {name}; it belongs to blur")
@@ -116,8 +133,8 @@ def measured(
     if degrade:
         clean = resampled.truth(record.pixels) if resampled else record.pixels
         x = resampled.enlarged(clean, photo.source.name) if resampled else clean
-        if resampled and isinstance(task.config.get("mask"), Path):
-            mask = resampled.enlarged_mask(masks.read_mask(task.config["mask"], record.size))
+        if resampled and isinstance(task.config.get("mask"), Mask):
+            mask = resampled.enlarged_mask(task.config["mask"].read(record.size))
             task = Task(task.name, task.config | {"mask": mask})
         operator = task.build(*x.shape[-2:])
         return record, clean, operator, operator(x, measurement_generator(seed, photo.image_id))
@@ -143,8 +160,10 @@ def _is_yaml(task: str) -> bool:
 
 
 def _described(value: Any) -> Any:
-    if isinstance(value, Path):
-        return {"file": value.name, "sha256": sha256(value)}
+    if isinstance(value, Mask):
+        described = {"file": value.path.name, "sha256": sha256(value.path)}
+        more = {"invert": value.invert or None, "threshold": value.threshold}
+        return described | {key: option for key, option in more.items() if option is not None}
     if isinstance(value, torch.Tensor):
         content = value.detach().cpu().contiguous().numpy().tobytes()
         return {"shape": list(value.shape), "sha256": hashlib.sha256(content).hexdigest()}

@@ -3,44 +3,60 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import threading
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from operators import RestoreError
 from restore.app import run, tasks
 from restore.app.files import DEGRADED, find_photos
 from restore.app.options import parse_steps
+from restore.app.plan import Planner
+from restore.images.folder import image_size
 from restore.paths import configs_dir
+
+LARGEST_FILE, LARGEST_PHOTO = "64mb", 64_000_000  # of an upload; pixels
 
 
 def restore_photo(
     restorer: Any,
     photo: str | Path | None,
     task: str,
+    folder: str | Path,
     mask: str | Path | None = None,
     degrade: bool = False,
     pag_scale: float | None = None,
     steps: int | str | None = None,
     seed: int = 0,
-    callback: Any = None,
-) -> tuple[Path, Path | None, dict[str, Any]]:
-    """(restored file, degraded file or None, side-car) of one photo, in a temporary folder of its own.
+    **options: Any,
+) -> run.Outcome:
+    """One photo restored, or only planned, into a folder of the caller's.
 
-    The arguments are those of `run.restore_files`; None leaves the preset's value. Raises RestoreError.
+    The arguments and options are those of `run.restore_files`; None leaves the preset's value. Raises RestoreError,
+    whose sentence names files without the folders they lie in.
     """
     if not photo:
         raise RestoreError("choose a photo first")
-    folder = Path(tempfile.mkdtemp(prefix="restore-"))
-    (chosen,) = find_photos([str(photo)], folder, png=True)
-    found = tasks.find_task(task, mask=Path(mask) if mask else None)
-    guidance = "preset" if pag_scale is None else run.ChangedPAG(pag_scale)
-    options = {"degrade": degrade, "guidance": guidance, "steps": steps, "seed": seed, "callback": callback}
-    (outcome,) = run.restore_files([chosen], restorer, found, **options)
-    if outcome.error is not None:
-        raise RestoreError(outcome.error)
-    degraded = chosen.beside(DEGRADED)
-    return chosen.target, degraded if degraded.exists() else None, json.loads(chosen.sidecar.read_text())
+    try:
+        height, width = image_size(Path(photo))
+        if height * width > LARGEST_PHOTO:
+            raise RestoreError(
+                f"the photo has {width} x {height} pixels, at most {LARGEST_PHOTO / 1e6:.0f} million go here"
+            )
+        (chosen,) = find_photos([str(photo)], folder, png=True)
+        found = tasks.find_task(task, mask=Path(mask) if mask else None)
+        guidance = "preset" if pag_scale is None else run.ChangedPAG(pag_scale)
+        options |= {"degrade": degrade, "guidance": guidance, "steps": steps, "seed": seed}
+        (outcome,) = run.restore_files([chosen], restorer, found, **options)
+        if outcome.error is not None:
+            raise RestoreError(outcome.error)
+    except RestoreError as error:
+        sentence = str(error)
+        for path in filter(None, (photo, mask, Path(folder) / "x")):
+            sentence = sentence.replace(f"{Path(path).parent}/", "")
+        raise RestoreError(sentence) from None
+    return outcome
 
 
 def number(text: str, what: str) -> float | None:
@@ -51,9 +67,11 @@ def number(text: str, what: str) -> float | None:
         raise RestoreError(f"{what} must be a number, not {text!r}; leave it empty for the preset's") from None
 
 
-def offered() -> list[str]:
-    """What the page offers: the tasks that need no kernel file, and sr2."""
+def offered(degrade: bool = False) -> list[str]:
+    """The tasks that work on the page: none that needs a kernel file, nor one that cuts its own hole into a photo that
+    is damaged already."""
     names = {path.stem for path in (configs_dir() / "task").glob("*.yaml")} - {"blur"}
+    names -= set() if degrade else {"inpaint-box", "inpaint-random"}
     return sorted(names | {"inpaint", "sr2"})
 
 
@@ -64,19 +82,55 @@ def build(restorer: Any) -> Any:
     except ImportError:
         raise RestoreError("the browser page needs gradio; install restore[ui]") from None
 
-    def restore(photo, task, mask, degrade, scale, steps, seed, progress=gr.Progress()):  # noqa: B008
+    stops: dict[str, threading.Event] = {}  # by the browser's tab
+
+    def asked(photo, task, mask, degrade, scale, steps, seed) -> dict[str, Any]:
+        settings = {"photo": photo, "task": task, "mask": mask, "degrade": degrade, "seed": int(seed or 0)}
+        return settings | {"pag_scale": number(scale, "PAG scale"), "steps": parse_steps(steps.strip() or None)}
+
+    def estimate(*fields):
+        if not fields[0]:
+            return ""
+        try:
+            with TemporaryDirectory(prefix="restore-") as folder:
+                return restore_photo(
+                    restorer, folder=folder, dry_run=True, planner=Planner(restorer), **asked(*fields)
+                ).plan.line()
+        except RestoreError as error:
+            return str(error)
+
+    def restore(photo, task, mask, degrade, scale, steps, seed, request, progress=gr.Progress()):  # noqa: B008
+        stop = stops[request.session_hash] = threading.Event()
+
         def show(step: dict) -> None:
+            if stop.is_set():
+                raise RestoreError("cancelled")
             progress((step["step"] + 1, step["steps"]), desc="sampling", unit="steps")
 
-        try:
-            settings = {"pag_scale": number(scale, "PAG scale"), "steps": parse_steps(steps.strip() or None)}
-            settings["seed"] = int(seed or 0)
-            restored, degraded, sidecar = restore_photo(restorer, photo, task, mask, degrade, callback=show, **settings)
-        except RestoreError as error:
-            raise gr.Error(str(error)) from None
-        return str(restored), None if degraded is None else str(degraded), sidecar
+        with TemporaryDirectory(prefix="restore-") as folder:
+            try:
+                chosen = asked(photo, task, mask, degrade, scale, steps, seed)
+                options = {"callback": show, "planner": Planner(restorer)}
+                found = restore_photo(restorer, folder=folder, **chosen, **options).photo
+            except RestoreError as error:
+                raise gr.Error(str(error), print_exception=False) from None
+            degraded = found.beside(DEGRADED)
+            sidecar = json.loads(found.sidecar.read_text())
+            # A generator: what comes after the yield, the end of the folder, waits until the page has the files.
+            yield str(found.target), str(degraded) if degraded.exists() else None, sidecar
 
-    with gr.Blocks(title="restore", analytics_enabled=False) as page:
+    def cancel(request) -> None:
+        if request.session_hash in stops:
+            stops[request.session_hash].set()
+
+    def left(request) -> None:
+        cancel(request)
+        stops.pop(request.session_hash, None)
+
+    for function in (restore, cancel, left):  # gradio goes by the type, which as text it could not look up
+        function.__annotations__["request"] = gr.Request
+
+    with gr.Blocks(title="restore", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(
             f"# restore\nImages restored with the prior **{restorer.name}**. A photo is taken as damaged as it is, "
             "unless *degrade first* is on: then it is damaged here and compared with the original."
@@ -93,11 +147,19 @@ def build(restorer: Any) -> Any:
                 scale = gr.Textbox(label="PAG scale s (empty: the preset's, 0: off)")
                 steps = gr.Textbox(label="Steps (empty: the preset's)")
                 seed = gr.Number(value=0, precision=0, label="Seed")
-                button = gr.Button("Restore", variant="primary")
+                plan = gr.Textbox(label="What it will take", interactive=False)
+                with gr.Row():
+                    button = gr.Button("Restore", variant="primary")
+                    stop = gr.Button("Cancel")
             with gr.Column():
                 restored = gr.Image(type="filepath", format="png", label="Restored")
                 degraded = gr.Image(type="filepath", format="png", label="Degraded")
                 protocol = gr.JSON(label="Side-car: protocol and numbers")
         inputs = [photo, task, mask, degrade, scale, steps, seed]
         button.click(restore, inputs, [restored, degraded, protocol], api_name="restore")
+        stop.click(cancel, queue=False, api_name="cancel")
+        page.unload(left)
+        degrade.input(lambda on: gr.update(choices=offered(on)), degrade, task, api_visibility="private")
+        changes = [part.change for part in (photo, task, mask, degrade)] + [part.blur for part in (scale, steps)]
+        gr.on(changes, estimate, inputs, plan, api_name="estimate", trigger_mode="always_last", show_progress="hidden")
     return page

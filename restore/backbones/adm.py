@@ -310,7 +310,7 @@ def load_network(folder: Path) -> tuple[UNet2DModel, dict]:
     try:
         heads = {int(channels): count for channels, count in extra.get("heads", {}).items()}
         network = adm_weights.build_network(config, extra.get("time_channels"), heads)
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise RestoreError(f"{folder / CONFIG} describes no network that can be built: {first_line(error)}") from None
     pickled = (folder / PICKLED).is_file() and not (folder / WEIGHTS).is_file()
     found = _read_tensors(folder / (PICKLED if pickled else WEIGHTS))

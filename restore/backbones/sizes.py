@@ -74,6 +74,11 @@ class Sized:
         if hasattr(backbone, "sized_schedule"):  # its noise levels depend on the number of tokens
             self.schedule = backbone.sized_schedule(*self.shape[1:])
 
+    @property
+    def share_prefix(self) -> bool:
+        """Whether a strong pass may leave what it computed to the weak one: checkpointing keeps nothing of windows."""
+        return not self.checkpointing or self.cuts(*self.shape[1:])[2:] == ([0], [0])
+
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Image (B, 3, height, width) of x_0 (B, *shape)."""
         return self.inner.decode(z)[..., : self.height, : self.width]
@@ -105,45 +110,47 @@ class Sized:
         if max(height, width) <= max(self.resolution, self.multiple):
             canvas = F.interpolate(maps[0], (height, width))
         else:
-            side_y, side_x, tops, lefts, weights_y, weights_x = self._layout(height, width, maps[0])
+            side_y, side_x, tops, lefts = self.cuts(height, width)
+            weights_y, weights_x = blend_weights(tops, side_y, height), blend_weights(lefts, side_x, width)
             places = [(i, j) for i in range(len(tops)) for j in range(len(lefts))]
             pieces = F.interpolate(torch.cat(list(maps)), (side_y, side_x)).split(len(x_t))
             canvas = maps[0].new_zeros(*pieces[0].shape[:2], height, width)
             for (i, j), piece in zip(places, pieces, strict=True):
-                weight = weights_y[i][:, None] * weights_x[j][None, :]
+                weight = (weights_y[i][:, None] * weights_x[j][None, :]).to(canvas)
                 canvas[..., tops[i] : tops[i] + side_y, lefts[j] : lefts[j] + side_x] += piece * weight
         return canvas[..., : x_t.shape[-2], : x_t.shape[-1]]
 
-    def _layout(self, height: int, width: int, like: torch.Tensor) -> tuple:
-        """Height and width of the windows, where they start, and their weights."""
-        side_y, side_x = min(self.resolution, height), min(self.resolution, width)
-        tops = window_starts(height, side_y, int(side_y * self.overlap))
-        lefts = window_starts(width, side_x, int(side_x * self.overlap))
-        weights = (blend_weights(tops, side_y, height).to(like), blend_weights(lefts, side_x, width).to(like))
-        return side_y, side_x, tops, lefts, *weights
+    def cuts(self, height: int, width: int) -> tuple[int, int, list[int], list[int]]:
+        """Sides of a window of an x of this size, and where windows start: (h, w, tops, lefts)."""
+        height, width = _up(height, self.multiple), _up(width, self.multiple)
+        if max(height, width) <= max(self.resolution, self.multiple):
+            return height, width, [0], [0]
+        h, w = min(self.resolution, height), min(self.resolution, width)
+        tops, lefts = (window_starts(a, b, int(b * self.overlap)) for a, b in ((height, h), (width, w)))
+        return h, w, tops, lefts
 
     def _windows(self, x: torch.Tensor, t: float, condition: Any) -> Prediction:
         height, width = x.shape[-2:]
-        side_y, side_x, tops, lefts, weights_y, weights_x = self._layout(height, width, x)
-        places = [(i, j) for i in range(len(tops)) for j in range(len(lefts))]
+        h, w, tops, lefts = self.cuts(height, width)
+        weights_y = blend_weights(tops, h, height).to(x)
+        weights_x = blend_weights(lefts, w, width).to(x)
+        weights = [(row, column) for row in weights_y for column in weights_x]
+        places = [(..., slice(top, top + h), slice(left, left + w)) for top in tops for left in lefts]
         per_call = max(1, self.max_windows // len(x))
 
         # Blended in one canvas of all outputs, so that the learned variance is blended like eps.
+        chunks = [range(len(places))[first : first + per_call] for first in range(0, len(places), per_call)]
+        if x.requires_grad and torch.is_grad_enabled():
+            cut = iter(_Cut.apply(x, places).split([len(chunk) * len(x) for chunk in chunks]))
+        else:  # only so many at a time
+            cut = (torch.cat([x[places[i]] for i in chunk]) for chunk in chunks)
         canvas, kinds = None, None
-        for first in range(0, len(places), per_call):
-            chunk = places[first : first + per_call]
-            cut = [x[..., tops[i] : tops[i] + side_y, lefts[j] : lefts[j] + side_x] for i, j in chunk]
-            kinds, output = self._call(torch.cat(cut), t, repeat_condition(condition, len(chunk)))
-            for (i, j), piece in zip(chunk, output.split(len(x)), strict=True):
-                weight = weights_y[i][:, None] * weights_x[j][None, :]
-                top, left = tops[i], lefts[j]
+        for chunk, windows in zip(chunks, cut, strict=True):
+            kinds, output = self._call(windows, t, repeat_condition(condition, len(chunk)))
+            for i, piece in zip(chunk, output.split(len(x)), strict=True):
                 if canvas is None:
                     canvas = piece.new_zeros(*piece.shape[:2], height, width)
-                if piece.requires_grad:
-                    place = (left, width - left - side_x, top, height - top - side_y)
-                    canvas = canvas + F.pad(piece * weight, place)
-                else:  # the same sums without a copy of the whole canvas for every window
-                    canvas[..., top : top + side_y, left : left + side_x] += piece * weight
+                canvas = _Add.apply(canvas, piece, *weights[i], places[i])
         return Prediction(**dict(zip(kinds, canvas.chunk(len(kinds), dim=1), strict=True)))
 
     def _call(self, windows: torch.Tensor, t: float, condition: Any) -> tuple[list[str], torch.Tensor]:
@@ -158,6 +165,39 @@ class Sized:
         if self.checkpointing and torch.is_grad_enabled() and windows.requires_grad:
             return kinds, checkpoint(predict, windows, use_reentrant=False)
         return kinds, predict(windows)
+
+
+class _Cut(torch.autograd.Function):
+    """The windows of x at `places`, along the batch. Indexing would make an image of zeros for each in the backward."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, places: list[tuple]) -> torch.Tensor:
+        ctx.shape, ctx.places = x.shape, places
+        return torch.cat([x[place] for place in places])
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        whole = grad.new_zeros(ctx.shape)
+        for place, piece in zip(ctx.places, grad.split(ctx.shape[0]), strict=True):
+            whole[place] += piece
+        return whole, None
+
+
+class _Add(torch.autograd.Function):
+    """canvas[place] += piece * row * column, in place with a gradient too: no canvas is copied for a window."""
+
+    @staticmethod
+    def forward(ctx, canvas: torch.Tensor, piece: torch.Tensor, row: torch.Tensor, column: torch.Tensor, place: tuple):
+        ctx.mark_dirty(canvas)
+        ctx.place = place
+        ctx.save_for_backward(row, column)
+        canvas[place] += piece * (row[:, None] * column)
+        return canvas
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        row, column = ctx.saved_tensors
+        return grad, grad[ctx.place] * (row[:, None] * column), None, None, None
 
 
 def repeat_condition(condition: Any, times: int) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from operators import RestoreError
+from restore import atomic
 from restore.bench import datasets
 from restore.bench.config import pairs
 from restore.images.folder import file_name
@@ -35,7 +36,14 @@ class Batch:
         return [self.results(run) / "rows" / f"{file_name(i)}.json" for i in self.ids]
 
     def done(self, run: Path) -> bool:
-        return all(path.exists() for path in self.rows(run))
+        return all(read_row(path) is not None for path in self.rows(run))
+
+
+def read_row(path: Path) -> dict[str, Any] | None:
+    """A finished image's row; None where it, or its picture, is not there or cannot be read: it is computed again."""
+    row = atomic.read_json(path)
+    whole = isinstance(row, dict) and "sha256" in row and "image" in row
+    return row if whole and (path.parent.parent / f"{path.stem}.png").exists() else None
 
 
 def load_images(config: Mapping[str, Any]) -> datasets.ImageSet | None:

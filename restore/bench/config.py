@@ -12,6 +12,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
@@ -63,18 +64,16 @@ def read_config(
     try:
         is_file = isinstance(config, (str, os.PathLike))
         given = OmegaConf.load(_find(config, folder)) if is_file else OmegaConf.create(copy.deepcopy(dict(config)))
+        if not OmegaConf.is_dict(given):
+            raise RestoreError(f"{config} must be a mapping of keys to values, not a list")
         given = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
         for key in sorted(OmegaConf.missing_keys(given)):
             raise RestoreError(f"the configuration leaves {key} open; give {key}=VALUE")
         plain = OmegaConf.to_container(given, resolve=True)
     except OmegaConfBaseException as error:
         raise RestoreError(_sentence(error)) from error
-    except Exception as error:
-        if type(error).__module__.startswith("yaml"):
-            raise RestoreError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from error
-        raise
-    if not isinstance(plain, dict):
-        raise RestoreError("the configuration must be a mapping of keys to values")
+    except (yaml.YAMLError, OSError, UnicodeError, RecursionError) as error:
+        raise RestoreError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from error
     return plain
 
 

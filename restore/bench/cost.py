@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -191,8 +192,17 @@ def _peak(model: StableDiffusion, side: int, batch: int, guidance) -> int:
     return live.peak
 
 
-def _weights(model: StableDiffusion) -> list[nn.Parameter]:
-    return [*model.network.parameters(), *model.vae.parameters()]
+def _weights(model: Any) -> list[nn.Parameter]:
+    vae = getattr(model, "vae", None)
+    return [*model.network.parameters(), *(vae.parameters() if vae is not None else ())]
+
+
+@contextmanager
+def counting(backbone: Any) -> Iterator[LiveBytes]:
+    """Within the block new tensors have no data, a real `backbone` runs on them, and their bytes are counted."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _OnlyShapes():
+        with LiveBytes(known=[mode.from_tensor(weight) for weight in _weights(backbone)]) as live:
+            yield live
 
 
 def _counter() -> FlopCounterMode:

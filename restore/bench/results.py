@@ -17,7 +17,7 @@ from operators import RestoreError
 from restore import atomic
 from restore.bench import datasets
 from restore.bench.baselines import BASELINES
-from restore.bench.batches import image_ids
+from restore.bench.batches import image_ids, read_row
 from restore.bench.config import method_of, pairs, settings
 from restore.images import io
 from restore.images.folder import content_hash, file_name, list_images, read_rgb
@@ -69,11 +69,11 @@ def read_rows(run: Path, task: str, method: str, ids: Sequence[str]) -> tuple[li
     folder = run / "results" / task / method
     rows, missing = [], []
     for image_id in ids:
-        path = folder / "rows" / f"{file_name(image_id)}.json"
-        if path.exists() and (folder / f"{file_name(image_id)}.png").exists():
-            rows.append(json.loads(path.read_text(encoding="utf-8")))
-        else:
+        row = read_row(folder / "rows" / f"{file_name(image_id)}.json")
+        if row is None:
             missing.append(image_id)
+        else:
+            rows.append(row)
     return rows, missing
 
 
@@ -88,7 +88,7 @@ def measured_rows(run: Path, task: str, method: str, ids: Sequence[str]) -> list
 def read_cost(run: Path, task: str, method: str) -> dict[str, Any]:
     """Totals over the batches: seconds per image, network evaluations per sample and second, peak memory."""
     files = sorted((run / "cost" / task / method).glob("*.json"))
-    costs = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    costs = [cost for path in files if isinstance(cost := atomic.read_json(path), dict)]
     if not costs:
         return {}
     images, seconds = sum(c["images"] for c in costs), sum(c["seconds"] for c in costs)
@@ -137,8 +137,8 @@ def summarise(
         cell["cost"] = read_cost(run, task, method)
         kept = run / "metrics" / task / f"{method}.json"
         key = _key(config, later, rows)
-        found = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-        if found.get("key") != key:
+        found = atomic.read_json(kept)
+        if not isinstance(found, dict) or found.get("key") != key:
             found = {}
             if rows and later:
                 if progress is not None:

@@ -17,7 +17,7 @@ from operators import RestoreError
 from restore import atomic
 from restore.bench import cluster, datasets, results
 from restore.bench.baselines import BASELINES
-from restore.bench.batches import Batch, expand, image_ids, load_images
+from restore.bench.batches import Batch, expand, image_ids, load_images, read_row
 from restore.bench.config import load_config, pairs, result_part, settings
 from restore.bench.protocol import differences, format_differences
 from restore.metrics.weights import sha256
@@ -30,12 +30,14 @@ LEFTOVER = ".*.tmp"  # what a killed process was writing
 
 @dataclass
 class Bench:
-    """What bench() did. folder: of the run. done: batches computed now; kept: found finished. table: metrics.json."""
+    """What bench() did. folder: of the run. done: batches computed now; kept: found finished. table: metrics.json.
+    damaged: rows that were there and could not be read; their images were computed again."""
 
     folder: Path
     done: int
     kept: int
     table: dict[str, Any] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def bench(
         leftover.unlink(missing_ok=True)
     batches = [batch for batch in batches if only is None or only(batch)]
     waiting = [batch for batch in batches if not batch.done(folder)]
+    damaged = [path for batch in waiting for path in batch.rows(folder) if path.exists() and read_row(path) is None]
     kept, total, done = len(batches) - len(waiting), len(batches), 0
 
     def finished(batch: Batch, cost: Mapping[str, Any]) -> None:
@@ -96,7 +99,8 @@ def bench(
             finished(batch, worker.run(batch))
     measuring = None if progress is None else lambda what: progress({"measuring": what})
     device = str(choose_device(checked["device"])).replace("mps", "cpu")
-    return Bench(folder, done, kept, results.summarise(folder, checked, images, device, measuring))
+    table = results.summarise(folder, checked, images, device, measuring)
+    return Bench(folder, done, kept, table, [str(path) for path in damaged])
 
 
 def dry_run(
@@ -202,15 +206,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = Path(folder) / "run.json"
     if not path.is_file():
         raise RestoreError(f"{folder} holds no benchmark (run.json is missing); give the folder of a run")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise RestoreError(f"{path} is damaged ({error}); start the run again in another folder") from error
+    found = atomic.read_json(path)
+    if not isinstance(found, dict):
+        raise RestoreError(f"{path} is damaged; start the run again in another folder")
     if found.get("format") != FORMAT:
         raise RestoreError(
             f"{folder} is of another version of restore (run format {found.get('format')}, this one reads {FORMAT});"
             " finish it with that version, or start again in another folder"
         )
+    if (
+        not all(isinstance(found.get(key), dict) for key in ("identity", "protocol", "config"))
+        or "created" not in found
+    ):
+        raise RestoreError(f"{path} is damaged: it lacks what a run says of itself; start again in another folder")
     return found
 
 

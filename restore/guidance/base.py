@@ -114,6 +114,7 @@ class Estimate:
         terms = guidance.terms if guidance is not None else ()
         self.branches = [(term, term.branch.bind(backbone)) for term in terms if term.scale != 0]
         self.trace, self.compiled = Trace(backbone.network), compiled(backbone.network) if self.branches else []
+        share_prefix = share_prefix and getattr(backbone, "share_prefix", True)
         self.tapes = [Tape(branch.modules) if share_prefix and branch.modules else None for _, branch in self.branches]
         self.combine = _bound(guidance.combine, backbone) if self.branches else None
         self.evaluations = 0

@@ -6,8 +6,6 @@ Nothing is ever stretched: 8 bits are round((x + 1) * 127.5) clamped to 0..255, 
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,23 +22,21 @@ from operators import RestoreError
 from restore import atomic
 from restore.images import sixteen
 
+try:  # phones' HEIC files, where it is installed
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+except ImportError:
+    pillow_heif = None
+
 _FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP", ".bmp": "BMP"}
 _FORMATS |= {".png": "PNG", ".ppm": "PPM", ".pgm": "PPM"}
 _SAVE = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95, "method": 4}}
 _SAVE |= {"TIFF": {"compression": "tiff_adobe_deflate"}, "PNG": {"optimize": False}}
 _ORIENTATION, _EXIF_IFD, _EXIF_SIZES = 0x0112, 0x8769, (0xA002, 0xA003)
 _OPAQUE = ("JPEG", "PPM")
+UNREADABLE = "it may be truncated or of another type"
 _LEVELS = {"bool": 1, "uint16": 65535}  # of the other integers 255
-_BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    KeyError,
-    struct.error,
-    zlib.error,
-    PIL.Image.DecompressionBombError,
-)
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ def explained(path: Path, kind: str, hint: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise RestoreError(f"There is no file {path}.") from error
-    except _BROKEN as error:
+    except Exception as error:  # readers of damaged files raise anything
         raise RestoreError(f"{path} is not a readable {kind} ({error}): {hint}.") from error
 
 
@@ -89,7 +85,8 @@ def read_image(path: str | Path) -> ImageRecord:
     truncated, animated or multi-page, or stored as 32-bit numbers.
     """
     path = Path(path)
-    with explained(path, "image", "it may be truncated or of another type"), PIL.Image.open(path) as opened:
+    hint = UNREADABLE if pillow_heif or path.suffix.lower() not in (".heic", ".heif") else "install pillow-heif"
+    with explained(path, "image", hint), PIL.Image.open(path) as opened:
         frames = getattr(opened, "n_frames", 1) if opened.format != "MPO" else 1  # MPO: a phone's JPEG with extras
         if frames > 1:
             raise RestoreError(f"{path} holds {frames} frames or pages: extract the one to restore into its own file.")
@@ -170,11 +167,17 @@ def encoded(path: str | Path, image: torch.Tensor, like: ImageRecord | None = No
     return buffer.getvalue()
 
 
+def kind(path: Path) -> str:
+    """Pillow's name of a file's format, by its content. RestoreError where it is no image."""
+    with explained(path, "image", UNREADABLE), PIL.Image.open(path) as opened:
+        return opened.format
+
+
 def check_target(source: Path, target: Path) -> None:
     """Raises RestoreError where `target`'s format cannot hold the transparency of `source`; reads its header only."""
     if _FORMATS.get(target.suffix.lower()) not in _OPAQUE:
         return
-    with explained(source, "image", "it may be truncated or of another type"), PIL.Image.open(source) as opened:
+    with explained(source, "image", UNREADABLE), PIL.Image.open(source) as opened:
         if _transparent(opened):
             raise RestoreError(_no_alpha(target, source))
 
@@ -308,7 +311,7 @@ def _upright_exif(exif: PIL.Image.Exif) -> bytes | None:
         for tag in _EXIF_SIZES:  # the restored photo may have another size
             exif.get_ifd(_EXIF_IFD).pop(tag, None)
         block = exif.tobytes()
-    except (*_BROKEN, TypeError):  # cameras write broken EXIF; the photo matters more
+    except Exception:  # cameras write broken EXIF; the photo matters more
         return None
     return block if len(block) < 65000 else None  # a JPEG segment ends at 65535
 
@@ -341,5 +344,5 @@ def _span(values: torch.Tensor) -> str:
 def _quantise(unit: torch.Tensor, levels: int) -> np.ndarray:
     """Clamp [0, 1] and round to 0..levels."""
     # float64: at 65535 levels float32 would leave a rounding margin of a few hundredths only
-    array = (unit.double().clamp(0, 1) * levels).round().numpy()
+    array = unit.to(torch.float64, copy=True).clamp_(0, 1).mul_(levels).round_().numpy()
     return array.astype(np.uint8 if levels == 255 else np.uint16)

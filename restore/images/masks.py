@@ -3,20 +3,47 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from operators import RestoreError
+from restore.images.folder import IMAGE_SUFFIXES
 from restore.images.io import explained, read_image
 
 
-def read_mask(path: str | Path, size: tuple[int, int] | None = None, threshold: int | None = None) -> torch.Tensor:
+@dataclass(frozen=True)
+class Mask:
+    """A mask that is still a file, or a folder of masks with the photos' names; invert, threshold: see read_mask."""
+
+    path: Path
+    invert: bool = False
+    threshold: int | None = None
+
+    def of(self, photo: Path) -> Mask:
+        """The one that belongs to this photo. RestoreError where the folder has none of its name."""
+        if not self.path.is_dir():
+            return self
+        named = (path for path in self.path.iterdir() if path.stem == photo.stem)
+        found = sorted(path for path in named if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not found:
+            raise RestoreError(f"the folder of masks {self.path} has none named {photo.stem}")
+        return replace(self, path=found[0])
+
+    def read(self, size: tuple[int, int] | None = None) -> torch.Tensor:
+        return read_mask(self.path, size, self.threshold, self.invert)
+
+
+def read_mask(
+    path: str | Path, size: tuple[int, int] | None = None, threshold: int | None = None, invert: bool = False
+) -> torch.Tensor:
     """An inpainting mask (1, 1, H, W) float32: 1 (white, 255) where the pixel is known, 0 (black) where it is missing.
 
     size: the photo's (height, width), which the mask must have. threshold: for a mask with grey edges,
-    count values above it (0 to 254) as white; without it any value but 0 and 255 is an error.
+    count values above it (0 to 254) as white; without it any value but 0 and 255 is an error. invert: the file has
+    white where the pixel is missing.
     Raises RestoreError also for a mask with colours or transparency, or that is all white or all black.
     """
     record = read_image(path)
@@ -36,9 +63,10 @@ def read_mask(path: str | Path, size: tuple[int, int] | None = None, threshold: 
         if between:
             raise RestoreError(
                 f"The mask {path} must be black (0: missing) and white (255: known) only, but {between:.2%} of it lies "
-                "between: draw it without soft edges and save it as PNG, or set a threshold."
+                "between: draw it without soft edges and save it as PNG, or give mask_threshold=127."
             )
     mask = (mask > (127 if threshold is None else threshold)).float()
+    mask = 1 - mask if invert else mask
     if mask.min() == mask.max():
         what = "white: nothing is missing" if mask.max() else "black: no pixel is known"
         raise RestoreError(f"The mask {path} is all {what}; paint what is to be restored black and the rest white.")
@@ -56,7 +84,7 @@ def read_kernel(path: str | Path) -> torch.Tensor:
     suffix = path.suffix.lower()
     with explained(path, "kernel", "expected .npy, .txt, .csv or a grey picture"):
         if suffix == ".npy":
-            values = np.load(path, allow_pickle=False)
+            values = np.lib.format.open_memmap(path, mode="r")  # a header may claim any size
         elif suffix in (".txt", ".csv"):
             text = path.read_text(encoding="utf-8").replace(",", " ").replace(";", " ")
             values = np.loadtxt(io.StringIO(text), ndmin=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from operators import RestoreError
+from restore import atomic
 from restore.bench.baselines import BASELINES
 from restore.bench.protocol import comparable
 from restore.bench.run import read_manifest
+from restore.bench.schema import Benchmark
 from restore.metrics import table as metric_table
 from restore.metrics.table import Metric
 
@@ -78,9 +80,13 @@ def read_run(folder: str | Path) -> Run:
     path = folder / "metrics.json"
     if not path.is_file():
         raise RestoreError(f"{folder} has no metrics.json: the run has not finished; run the benchmark again to go on")
-    found = json.loads(path.read_text(encoding="utf-8"))
-    shown = found.get("shown", {})
-    return Run(folder, manifest["config"], manifest["protocol"], found["table"], manifest["created"], shown)
+    found, config = atomic.read_json(path), manifest["config"]
+    if not isinstance(found, dict) or not isinstance(found.get("table"), dict):
+        raise RestoreError(f"{path} is damaged; run the benchmark again, which measures anew")
+    lacking = [field.name for field in dataclasses.fields(Benchmark) if field.name not in config]
+    if lacking:
+        raise RestoreError(f"{folder / 'run.json'} is damaged: its configuration lacks {', '.join(lacking)}")
+    return Run(folder, config, manifest["protocol"], found["table"], manifest["created"], found.get("shown", {}))
 
 
 def shown_metrics(run: Run) -> list[str]:

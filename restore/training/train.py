@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from operators import RestoreError
@@ -38,7 +40,13 @@ def load_config(path: str | Path, settings: list[str]) -> DictConfig:
     """The YAML file with key=value settings merged in. Raises RestoreError for a missing file or unknown key."""
     if not Path(path).is_file():
         raise RestoreError(f"there is no training configuration {path}")
-    config = OmegaConf.merge(DEFAULTS, OmegaConf.load(path))
+    try:
+        config = OmegaConf.load(path)
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise RestoreError(f"{path} is not readable YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(config, DictConfig):
+        raise RestoreError(f"{path} must be a mapping of keys to values, such as configs/train/embedded.yaml")
+    config = OmegaConf.merge(DEFAULTS, config)
     for setting in settings:
         key = setting.split("=", 1)[0]
         if "=" not in setting or key not in _keys(config):
@@ -99,6 +107,11 @@ def train(config: DictConfig) -> Path:
     step, checkpoint = 0, out / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if state.get("batch", config.batch * world) != config.batch * world:
+            raise RestoreError(
+                f"{checkpoint} was made with {state['batch']} images a step, which batch= gives again, not "
+                f"{config.batch * world}; or choose another out=FOLDER"
+            )
         if state["model_config"] != description:
             raise RestoreError(f"{checkpoint} was made with another model configuration; choose another out=FOLDER")
         model.load_state_dict(state["model"])
@@ -127,6 +140,7 @@ def train(config: DictConfig) -> Path:
             "ema": ema.state_dict(),
             "step": step,
             "model_config": description,
+            "batch": config.batch * world,
         }
         if adversary is not None:
             state |= {"adversary": adversary.state_dict(), "judging": judging.state_dict()}

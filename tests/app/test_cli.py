@@ -284,3 +284,75 @@ def test_interrupt_leaves_no_half_written_file(command, tmp_path, monkeypatch, w
     code, out, err = command("run", FACE, "--task", "sr4", "--steps", 2, "-o", tmp_path)
     assert code == 0 and "finished before" not in out, err
     assert json.loads((tmp_path / f"{FACE.stem}.json").read_text())["finished"]
+
+
+def test_masks_inverted_grey_and_one_for_each_photo(command, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "masks").mkdir()
+    white = np.full((64, 64), 255, np.uint8)
+    for i, name in enumerate("ab"):
+        shutil.copy(FACE, tmp_path / "photos" / f"{name}.png")
+        grey = white.copy()
+        grey[8 * i : 8 * i + 8] = 40
+        grey[8 * i + 8] = 200
+        Image.fromarray(grey).save(tmp_path / "masks" / f"{name}.png")
+        Image.fromarray(255 - np.where(grey > 127, white, 0).astype(np.uint8)).save(tmp_path / f"inverted-{name}.png")
+    common = ("--task", "inpaint", "--steps", 1)
+    code, _, err = command("run", tmp_path / "photos", *common, "--mask", tmp_path / "masks", "-o", tmp_path / "no")
+    assert code == 2 and "lies between" in err and "--mask-threshold 127" in err
+    options = (*common, "--mask", tmp_path / "masks", "--mask-threshold", 127)
+    code, _, err = command("run", tmp_path / "photos", *options, "-o", tmp_path / "own")
+    assert code == 0, err
+    for name in "ab":
+        one = ("--mask", tmp_path / f"inverted-{name}.png", "--invert-mask", "-o", tmp_path / name)
+        code, _, err = command("run", tmp_path / "photos" / f"{name}.png", *common, *one)
+        assert code == 0, err
+        assert (tmp_path / name / f"{name}.png").read_bytes() == (tmp_path / "own" / f"{name}.png").read_bytes()
+    (tmp_path / "masks" / "b.png").unlink()
+    code, _, err = command("run", tmp_path / "photos", *options, "-o", tmp_path / "lacking")
+    assert code == 2 and "has none named b" in err and (tmp_path / "lacking" / "a.png").exists()
+    code, _, err = command("run", FACE, "--task", "sr4", "--invert-mask", "-o", tmp_path / "x")
+    assert code == 2 and "--invert-mask" in err and "need" in err
+
+
+def test_folders_with_their_sub_folders(command, tmp_path):
+    for name in ("in/a.png", "in/deep/a.png", "in/deep/er/b.png", "in/.hidden/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(FACE, tmp_path / name)
+    out = tmp_path / "in" / "out"  # not taken for an input the second time
+    for _ in range(2):
+        code, said, err = command("degrade", tmp_path / "in", "--task", "denoise", "-r", "-o", out)
+        assert code == 0, err
+        names = {path.relative_to(out).as_posix() for path in out.rglob("*.png")}
+        assert names == {"a.png", "deep/a.png", "deep/er/b.png"} and len(said.splitlines()) == 3
+
+
+def test_pipes(monkeypatch, capfdbinary):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(FACE.read_bytes())))
+    monkeypatch.setattr(sys, "argv", ["restore", "run", "-", "--task", "sr4", "--degrade", "--steps", "1", "-o", "-"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capfdbinary.readouterr()
+    assert stop.value.code == 0 and Image.open(io.BytesIO(out)).size == (64, 64), err
+
+
+def test_pipes_that_hold_no_picture_or_several(command, tmp_path, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"text")))
+    code, out, err = command("run", "-", "--task", "sr4", "-o", tmp_path)
+    assert code == 2 and "stdin is not a readable image" in err and out == ""
+    code, out, err = command("run", FACE, MASK, "--task", "sr4", "-o", "-")
+    assert code == 2 and "2 inputs cannot go to one standard output" in err
+
+
+def test_heic_is_named_where_it_cannot_be_read(command, tmp_path):
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    code, _, err = command("degrade", tmp_path, "--task", "sr4", "-o", tmp_path / "out")
+    assert code == 2 and "a.heic is not a readable image" in err
+    try:
+        import pillow_heif  # noqa: F401
+    except ImportError:
+        assert "install pillow-heif" in err

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import restore
+from operators import RestoreError
 from restore.backbones.schedule import Schedule
 from restore.paths import configs_dir
 from restore.training import load_config, train
@@ -51,6 +52,12 @@ def weights(folder):
     from safetensors.torch import load_file
 
     return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def test_training_is_not_resumed_with_another_batch_size(faces, tmp_path):
+    train(config(faces, tmp_path, "steps=1"))
+    with pytest.raises(RestoreError, match="made with 4 images a step"):
+        train(config(faces, tmp_path, "steps=2", "batch=2"))
 
 
 def test_interrupted_training_equals_undisturbed_training(faces, tmp_path):

@@ -1,0 +1,86 @@
+"""Samples of a prior as files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from operators import RestoreError
+from restore import atomic
+from restore import guidance as guidances
+from restore.app import files
+from restore.app.files import SIDECAR, Photo
+from restore.app.run import version
+from restore.guidance import CFG, PAG, Guidance
+from restore.images import io
+
+
+def generate_files(
+    out: str | Path,
+    restorer: Any,
+    *,
+    n: int,
+    guidance: Guidance | None = None,
+    labels: Sequence[int | str] | None = None,
+    prompt: str | None = None,
+    negative_prompt: str | None = None,
+    steps: int | str = 250,
+    ddim_eta: float | None = None,
+    seed: int = 0,
+    batch_size: int = 1,
+    overwrite: bool = False,
+    callback: Callable[[dict], None] | None = None,
+) -> Iterator[Path]:
+    """Samples of the prior as sample-0000.png, ... in the folder `out`, each with a side-car, as they come.
+
+    labels: one class, or one per image. The other arguments are those of Restorer.generate; sample i depends on
+    (seed, i) alone. Raises RestoreError where it would replace a file of somebody else's, unless `overwrite`.
+    """
+    if labels is not None and len(labels) not in (1, n):
+        raise RestoreError(f"{n} images need one class label or {n}, got {len(labels)}")
+    labels = None if labels is None else list(labels) * (n if len(labels) == 1 else 1)
+    out = Path(out)
+    files.writable_folder(out)
+    paths = [out / f"sample-{i:04d}.png" for i in range(n)]
+    places = [Photo(path.with_suffix(""), path) for path in paths]
+    files.check_outputs(places, [place.written() for place in places], overwrite)
+    for first in range(0, n, batch_size):
+        count = min(batch_size, n - first)
+        images = restorer.generate(
+            count,
+            guidance=guidance,
+            steps=steps,
+            seed=seed,
+            labels=None if labels is None else labels[first : first + count],
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            ddim_eta=ddim_eta,
+            batch_size=batch_size,
+            first=first,
+            callback=callback,
+        )
+        for i, image in enumerate(images, first):
+            sidecar = {"version": version(), "files": [paths[i].name, paths[i].with_suffix(SIDECAR).name]}
+            sidecar |= {"backbone": restorer.name, "steps": steps, "ddim_eta": ddim_eta, "seed": seed, "index": i}
+            sidecar |= {"guidance": guidances.describe(guidance), "label": None if labels is None else labels[i]}
+            sidecar |= {"prompt": prompt, "negative_prompt": negative_prompt}
+            atomic.write_json(paths[i].with_suffix(SIDECAR), sidecar)
+            io.write_image(paths[i], image)
+            yield paths[i]
+
+
+def generation_guidance(
+    scale: float, layers: str | None, cfg_scale: float, restorer: Any, target: Any = None, strength: Any = None
+) -> Guidance | None:
+    """PAG and CFG where their scale is not 0; layers: None takes the backbone's. Raises RestoreError."""
+    own = {
+        key: value
+        for key, value in {"layers": layers, "target": target, "strength": strength}.items()
+        if value is not None
+    }
+    if own and not scale:
+        raise RestoreError(f"{next(iter(own))}= needs pag_scale=")
+    terms = [PAG(scale, **{"layers": restorer.default_layers(), **own})] if scale else []
+    terms += [CFG(cfg_scale)] if cfg_scale else []
+    return sum(terms[1:], terms[0]) if terms else None
