@@ -13,7 +13,8 @@ from operators.errors import RestoreError
 def nearest(name: Any, known: Iterable[str]) -> str:
     """ "did you mean 'sr4'?", or everything that is known where nothing is near."""
     known = [str(item) for item in known]
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    near.sort(key=lambda item: sorted(item) != sorted(str(name)))  # swapped letters first: 'pga' is 'pag', not 'tpg'
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known) or 'none'}"
 
 

@@ -7,12 +7,13 @@ of as many windows as a call has; the sampler's and the operator's share comes f
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         """For the side-car."""
-        return asdict(self)
+        return dataclasses.asdict(self)
 
 
 class Planner:
@@ -184,9 +185,15 @@ class Planner:
     def _bytes(self, prior, window, method, demand, blocks: bool, share: bool) -> tuple[int, int]:
         """(kept after the strong pass, peak) of one window."""
 
-        def count() -> tuple[int, int]:
-            with self._blocks(blocks), counting(prior.inner) as live:
-                kept, _, _ = self._pass(prior, window, 1, method, demand, share, live)
+        def count(method: Method = method) -> tuple[int, int]:
+            try:
+                with self._blocks(blocks), counting(prior.inner) as live:
+                    kept, _, _ = self._pass(prior, window, 1, method, demand, share, live)
+            except Exception:
+                # A guidance of the user's own may look at values, which tensors without data do not have.
+                if method.guidance is None:
+                    raise
+                return count(dataclasses.replace(method, guidance=None))
             return kept, live.peak
 
         return self._once(["bytes", window, describe(method.guidance), demand.gradient, blocks, share], count)

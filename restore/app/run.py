@@ -26,6 +26,7 @@ from restore.guidance.layers import Strength
 from restore.images import io
 from restore.images.resampling import Resampled
 from restore.metrics.single import psnr, ssim
+from restore.restoration import explain_out_of_memory
 
 # Of a Restorer's protocol: what makes a result another one. The rest (threads, batch size, ...) concerns rounding.
 _DECISIVE = ("backbone", "weights", "precision", "operator", "noise", "method")
@@ -153,7 +154,9 @@ def restore_files(
             plan = None
             if planner is not None:
                 shape = tuple(side * (1 if degrade else task.factor) for side in record.size)
-                plan = planner.plan(task, shape, method, samples=samples, batch_size=batch_size, resampled=resampled)
+                counts = {"samples": samples, "batch_size": batch_size, "resampled": resampled}
+                with explain_out_of_memory():
+                    plan = planner.plan(task, shape, method, **counts)
                 if announce is not None:
                     announce(Outcome(photo, plan=plan))
                 if not plan.fits and not force and not dry_run:

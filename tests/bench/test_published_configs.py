@@ -152,4 +152,5 @@ def test_layers_exist_in_the_network_they_are_meant_for(name, stand_ins):
             networks[folder] = load_backbone(folder)[1]
         pag = (settings(config, method, task)["guidance"] or {}).get("pag")
         if pag:
-            assert len(resolve(pag["layers"], networks[folder].attention)) == len(pag["layers"])
+            layers = pag["layers"].split(",") if isinstance(pag["layers"], str) else pag["layers"]
+            assert len(resolve(layers, networks[folder].attention)) == len(layers)

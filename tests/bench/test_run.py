@@ -10,12 +10,12 @@ import signal
 import time
 from pathlib import Path
 
+import killed
 import pytest
 import torch
 
 import operators
 import restore
-import restore.restorer  # imported before forking, or every child would spend seconds on it
 from operators import RestoreError
 from restore import atomic
 from restore.bench.run import bench, dry_run
@@ -99,20 +99,15 @@ def test_results_do_not_depend_on_the_batch_or_on_other_methods(config):
         assert rows[0]["psnr"] == pytest.approx(rows[1]["psnr"], rel=1e-4)
 
 
-def _child(config, log):
-    torch.set_num_threads(1)
-    with open(log, "a") as file:
-        bench(config, progress=lambda event: (file.write(event.get("batch", "") + "\n"), file.flush()))
-
-
 def test_twenty_kills_change_nothing_and_repeat_at_most_a_batch_each(config, tmp_path):
     torch.set_num_threads(1)
     undisturbed = dict(config, out=str(tmp_path / "undisturbed"))
     bench(undisturbed)
-    context, log, kills = multiprocessing.get_context("fork"), tmp_path / "log", 0
+    context, log, kills = multiprocessing.get_context("forkserver"), tmp_path / "log", 0
+    context.set_forkserver_preload(["killed", "restore.restorer"])  # or every child would spend seconds on it
     chance = random.Random(0)
     for _ in range(400):
-        child = context.Process(target=_child, args=(config, log))
+        child = context.Process(target=killed.run, args=(config, log))
         child.start()
         if kills < 20:
             child.join(chance.uniform(0.02, 0.35))
