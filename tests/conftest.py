@@ -135,5 +135,5 @@ def stand_ins(tmp_path_factory):
         # Generation needs no pixels to speak of.
         "small-imagenet": _adm(root / "small", 64, (8, 8, 8, 8, 8, 8), 2, (3, 4, 5)),
         "sd-1.5": _sd(root / "sd"),
-        "embedded": _adm(root / "embedded", 64, (8, 8, 8), 1, (2,)),
+        "embedded": _adm(root / "embedded", 64, (8, 8, 8, 8), 1, (2, 3)),
     }

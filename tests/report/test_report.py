@@ -168,3 +168,10 @@ def test_axes_cover_their_data_with_few_round_ticks(low, high):
 def test_numbers():
     assert tables.number(None, 2) == "—" and tables.number(float("nan"), 2) == "—"
     assert tables.number(float("inf"), 2) == "∞" and tables.number(3.14159, 3) == "3.142"
+
+
+def test_a_deviation_over_subsets_that_are_the_whole_set_is_not_shown():
+    entry = {"done": 16, "expected": 16, "means": {}, "set_values": {"kid": 0.0155, "kid_std": 1e-9}, "cost": {}}
+    assert tables.cell_of(entry, "kid", None).low is None
+    entry["set_values"]["kid_std"] = 0.004
+    assert tables.cell_of(entry, "kid", None).low == 0.0115
