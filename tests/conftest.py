@@ -125,6 +125,13 @@ def _sd(folder):
     return folder
 
 
+@pytest.fixture
+def tiny_run(tmp_path, tiny_adm):
+    """What the configurations of small benchmarks and searches have in common."""
+    common = {"name": "tiny", "backbone": str(tiny_adm), "out": str(tmp_path / "run"), "device": "cpu", "threads": 1}
+    return common | {"batch": 2}
+
+
 @pytest.fixture(scope="session")
 def stand_ins(tmp_path_factory):
     """Networks with the blocks and attention layers of the published ones, and next to no channels."""

@@ -16,10 +16,9 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from tiny_sd import VOCABULARY, seeded, tiny_tokenizer, tiny_vae
+from tiny_sd import clip_config, seeded, tiny_tokenizer, tiny_vae
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     T5Config,
@@ -108,18 +107,7 @@ def shifted_vae():
 
 
 def clip(width: int, seed: int, projection: bool):
-    config = CLIPTextConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=width,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=12,
-        projection_dim=width,
-        bos_token_id=VOCABULARY["<|startoftext|>"],
-        eos_token_id=VOCABULARY["<|endoftext|>"],
-        pad_token_id=VOCABULARY["<|endoftext|>"],
-    )
+    config = clip_config(width, intermediate_size=24, projection_dim=width)
     return seeded(lambda: (CLIPTextModelWithProjection if projection else CLIPTextModel)(config), seed)
 
 

@@ -76,19 +76,22 @@ def tiny_controlnet(seed: int = 2) -> ControlNetModel:
     return seeded(build, seed)
 
 
-def tiny_text_encoder(seed: int = 3, width: int = 16) -> CLIPTextModel:
-    config = CLIPTextConfig(
+def clip_config(width: int, **changes) -> CLIPTextConfig:
+    return CLIPTextConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=width,
-        intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=12,
         bos_token_id=VOCABULARY["<|startoftext|>"],
         eos_token_id=VOCABULARY["<|endoftext|>"],
         pad_token_id=VOCABULARY["<|endoftext|>"],
+        **changes,
     )
-    return seeded(lambda: CLIPTextModel(config), seed)
+
+
+def tiny_text_encoder(seed: int = 3, width: int = 16) -> CLIPTextModel:
+    return seeded(lambda: CLIPTextModel(clip_config(width, intermediate_size=32)), seed)
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

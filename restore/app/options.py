@@ -13,6 +13,15 @@ import typer
 
 from operators import RestoreError
 
+
+def print_version(asked: bool) -> None:
+    if asked:
+        from restore.app.run import version
+
+        typer.echo(f"restore {version()}")
+        raise typer.Exit()
+
+
 Inputs = Annotated[list[str], typer.Argument(help="Images, folders, globs, - for standard input; key=value settings.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="A folder, or for one image a file; - for standard output.")]
 Task = Annotated[
@@ -31,9 +40,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
 Seed = Annotated[int, typer.Option(min=0, help="All noise is a function of the seed and the image's name.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
-Version = Annotated[
-    bool, typer.Option("--version", callback=lambda asked: print_version(asked), is_eager=True, help="The version.")
-]
+Version = Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="The version.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo finished files and replace any that are there.")]
 Png = Annotated[bool, typer.Option("--png", help="Write PNG whatever the input's format.")]
 PagScale = Annotated[float | None, typer.Option(help="PAG scale s, 0 is off; default: the preset's.")]
@@ -48,14 +55,6 @@ Memory = Annotated[float | None, typer.Option(min=0.1, help="GB that may be used
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Prompt = Annotated[str | None, typer.Option(help="Text for a text-conditional backbone.")]
 NegativePrompt = Annotated[str | None, typer.Option(help="Text for the weak branch of CFG.")]
-
-
-def print_version(asked: bool) -> None:
-    if asked:
-        from restore.app.run import version
-
-        typer.echo(f"restore {version()}")
-        raise typer.Exit()
 
 
 def split_settings(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:

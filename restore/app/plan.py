@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from operators import RestoreError
 from restore import samplers
 from restore.app.machine import available_memory
 from restore.app.rehearsal import Demand, rehearse
@@ -189,9 +190,9 @@ class Planner:
             try:
                 with self._blocks(blocks), counting(prior.inner) as live:
                     kept, _, _ = self._pass(prior, window, 1, method, demand, share, live)
-            except Exception:
+            except Exception as error:
                 # A guidance of the user's own may look at values, which tensors without data do not have.
-                if method.guidance is None:
+                if method.guidance is None or isinstance(error, RestoreError):
                     raise
                 return count(dataclasses.replace(method, guidance=None))
             return kept, live.peak

@@ -16,7 +16,7 @@ from torch import nn
 from operators import RestoreError
 from operators.naming import check_known
 from restore.backbones import adm_weights
-from restore.backbones.base import PREDICTION_TYPES, AttentionLayer, Pixels, Prediction
+from restore.backbones.base import PREDICTION_TYPES, AttentionLayer, Pixels, Prediction, require_shape
 from restore.backbones.checkpointing import set_checkpointing
 from restore.backbones.schedule import Schedule
 from restore.backbones.weights import as_dtype, first_line, own_memory, read, read_json
@@ -115,11 +115,7 @@ class ADM(Pixels):
         (B,) or one for the whole batch; None only for an unconditional network or one with a null class.
         Raises RestoreError for sizes not divisible by `multiple`, a bad t or missing or wrong labels.
         """
-        if x_t.ndim != 4 or x_t.shape[1] != self.channels or any(side % self.multiple for side in x_t.shape[2:]):
-            raise RestoreError(
-                f"x_t has shape {tuple(x_t.shape)}, expected (B, {self.channels}, H, W) with sides divisible by "
-                f"{self.multiple}"
-            )
+        require_shape(x_t, self.channels, self.multiple)
         alpha, sigma = self.schedule.levels(t, x_t)
         # A tensor of floats: diffusers would truncate a number to an integer.
         times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).reshape(-1)

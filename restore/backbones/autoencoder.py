@@ -10,7 +10,7 @@ from torch import nn
 from operators import RestoreError
 from restore.backbones.checkpointing import set_checkpointing
 from restore.backbones.stable_diffusion_files import network, no_progress_bars
-from restore.backbones.weights import read_json
+from restore.backbones.weights import as_dtype, read_json
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
 
@@ -95,6 +95,13 @@ class Latents:
                 f"the VAE's {part} overflowed in {name} (NaN or infinite values): keep the VAE in float32 or bfloat16 "
                 "(vae_dtype), whatever the precision of the network"
             )
+
+
+def vae_precision(vae_dtype: torch.dtype | str | None, dtype: torch.dtype) -> torch.dtype:
+    """The autoencoder's: that of the network, but float32 beside float16, which its activations overflow."""
+    if vae_dtype is None:
+        return torch.float32 if dtype == torch.float16 else dtype
+    return as_dtype(vae_dtype)
 
 
 def is_tiny(vae: nn.Module) -> bool:

@@ -152,3 +152,11 @@ def variance_preserving(prior: Backbone) -> Backbone:
 def flow_matching(prior: Backbone) -> Backbone:
     """`prior` itself where its noise levels are flow matching's (alpha + sigma = 1), else the change of variables."""
     return prior if prior.schedule.kind == "flow" else Renormalised(prior, "flow")
+
+
+def require_shape(x_t: torch.Tensor, channels: int, multiple: int) -> None:
+    """Raises RestoreError unless x_t is (B, channels, h, w) with sides divisible by `multiple`."""
+    if x_t.ndim != 4 or x_t.shape[1] != channels or any(side % multiple for side in x_t.shape[2:]):
+        raise RestoreError(
+            f"x_t has shape {tuple(x_t.shape)}, expected (B, {channels}, H, W) with sides divisible by {multiple}"
+        )

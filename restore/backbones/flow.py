@@ -20,8 +20,8 @@ from operators import RestoreError
 from operators.naming import check_known
 from restore.backbones import flow_files as files
 from restore.backbones.adm import class_labels
-from restore.backbones.autoencoder import Latents
-from restore.backbones.base import PREDICTION_TYPES, AttentionLayer, Prediction
+from restore.backbones.autoencoder import Latents, vae_precision
+from restore.backbones.base import PREDICTION_TYPES, AttentionLayer, Prediction, require_shape
 from restore.backbones.schedule import Schedule
 from restore.backbones.stable_diffusion import scaled_gradients
 from restore.backbones.weights import as_dtype
@@ -37,11 +37,12 @@ class FlowTransformer(Latents):
     resolution: the trained side in latent cells; None: the network's own.
 
     A condition is one tensor (1 or B, 1 + tokens, width): the pooled embedding of the prompt as the first row, then
-    its tokens' (see `text_condition`). x is a scaled latent (B, C, h, w). Raises RestoreError for parts that do not
-    belong together.
+    its tokens' (see `text_condition`). x is a scaled latent (B, C, h, w). A subclass names its classes and has
+    `_velocity(x, times, text, pooled)`; `packed`: cells of x in one channel of the network's. Raises RestoreError for
+    parts that do not belong together.
     """
 
-    network_class, tiny_vae, kind, default_resolution, patch = "", "", "", 128, 2
+    network_class, tiny_vae, kind, default_resolution, patch, packed = "", "", "", 128, 2, 1
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class FlowTransformer(Latents):
         self.encode_prompt = encode_prompt
         self.attention = attention_layers(network)
         self.multiple = self.patch
-        self.channels = network.config.in_channels
+        self.channels = network.config.in_channels // self.packed
         self.resolution = resolution or network.config.get("sample_size") or self.default_resolution
         self.schedule = self.sized_schedule(self.resolution, self.resolution)
         self.use_vae(vae, slicing=vae_slicing, tiling=vae_tiling, checkpointing=checkpointing)
@@ -100,10 +101,9 @@ class FlowTransformer(Latents):
         dtype = as_dtype(dtype)
         parts = files.read_folder(source, cls.kind, dtype, vae)
         encode = files.prompt_encoder(Path(source), cls.kind, parts["transformer"], dtype, text_tokens)
-        vae_dtype = files.vae_precision(vae_dtype, dtype)
         return cls(
             nn.Module.to(parts["transformer"], device),
-            nn.Module.to(parts["vae"], device, vae_dtype),
+            nn.Module.to(parts["vae"], device, vae_precision(vae_dtype, dtype)),
             parts["scheduler"],
             None if encode is None else encode("", keep=False).to(device),
             encode_prompt=encode,
@@ -150,9 +150,6 @@ class FlowTransformer(Latents):
         condition = condition.to(x_t.device, self.network.dtype).expand(len(x_t), -1, -1)
         return condition[:, 1:, :tokens], condition[:, 0, :pooled]
 
-    def _velocity(self, x: torch.Tensor, times: torch.Tensor, text: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
-
 
 class SD3(FlowTransformer):
     """Stable Diffusion 3 and 3.5 (Esser et al. 2024); see FlowTransformer."""
@@ -175,14 +172,11 @@ class Flux(FlowTransformer):
     """
 
     network_class, tiny_vae, kind = "FluxTransformer2DModel", "taef1", "flux"
+    packed = 4  # 2 x 2 cells are one token
 
     def __init__(self, network: nn.Module, *parts, distilled_guidance: float = 3.5, **options) -> None:
         super().__init__(network, *parts, **options)
         self.distilled_guidance = float(distilled_guidance)
-
-    def use_vae(self, vae: nn.Module, **options) -> None:
-        self.channels = self.network.config.in_channels // 4  # 2 x 2 cells are packed into one token
-        super().use_vae(vae, **options)
 
     def _velocity(self, x, times, text, pooled):
         h, w = x.shape[-2] // 2, x.shape[-1] // 2
@@ -254,7 +248,7 @@ class DiT(Latents):
         dtype = as_dtype(dtype)
         parts = files.read_folder(source, "dit", dtype, vae)
         network = nn.Module.to(parts["transformer"], device)
-        vae = nn.Module.to(parts["vae"], device, files.vae_precision(vae_dtype, dtype))
+        vae = nn.Module.to(parts["vae"], device, vae_precision(vae_dtype, dtype))
         return cls(network, vae, parts["scheduler"], **options)
 
     def predict(self, x_t: torch.Tensor, t: float, condition: torch.Tensor | int | None = None) -> Prediction:
@@ -302,11 +296,3 @@ def attention_layers(network: nn.Module) -> dict[str, AttentionLayer]:
                 layer = AttentionLayer(f"{path}.{part}", "", short, attn, attn.heads, attn.to_q.in_features, patch)
                 layers[layer.path] = layer
     return layers
-
-
-def require_shape(x_t: torch.Tensor, channels: int, multiple: int) -> None:
-    """Raises RestoreError unless x_t is (B, channels, h, w) with sides divisible by `multiple`."""
-    if x_t.ndim != 4 or x_t.shape[1] != channels or any(side % multiple for side in x_t.shape[2:]):
-        raise RestoreError(
-            f"x_t has shape {tuple(x_t.shape)}, expected (B, {channels}, H, W) with sides divisible by {multiple}"
-        )

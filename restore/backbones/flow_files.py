@@ -10,8 +10,8 @@ from torch import nn
 
 from operators import RestoreError
 from restore.backbones.autoencoder import load_vae
-from restore.backbones.stable_diffusion_files import network, no_progress_bars
-from restore.backbones.weights import as_dtype, first_line, read_json
+from restore.backbones.stable_diffusion_files import network, no_progress_bars, pipeline_index
+from restore.backbones.weights import first_line, read_json
 
 # Of each kind: the class of its transformer, its pipeline's, and those of its text encoders. What is optional may be
 # missing: the pipeline then puts zeros in its place.
@@ -36,12 +36,7 @@ def read_folder(source: str | Path, kind: str, dtype: torch.dtype, vae: nn.Modul
     import diffusers
 
     folder = Path(source).expanduser()
-    if not (folder / "model_index.json").is_file():
-        raise RestoreError(
-            f"{folder} is no diffusers model (it has no model_index.json); expected a folder as written by diffusers' "
-            "save_pretrained, with transformer, vae and scheduler"
-        )
-    index = read_json(folder / "model_index.json")
+    index = pipeline_index(folder, "transformer, vae and scheduler")
     # diffusers' DiT was a Transformer2DModel when the published folders were written.
     found = (index.get("transformer") or [None, None])[1]
     if KINDS[kind][0] != found and (index.get("_class_name") != KINDS[kind][1] or found != "Transformer2DModel"):
@@ -57,13 +52,6 @@ def read_folder(source: str | Path, kind: str, dtype: torch.dtype, vae: nn.Modul
         "vae": load_vae(folder / "vae", pickles=True) if vae is None else vae,
         "scheduler": read_json(folder / "scheduler" / "scheduler_config.json"),
     }
-
-
-def vae_precision(vae_dtype: torch.dtype | str | None, dtype: torch.dtype) -> torch.dtype:
-    """The autoencoder's: that of the network, but float32 beside float16, which its activations overflow."""
-    if vae_dtype is None:
-        return torch.float32 if dtype == torch.float16 else dtype
-    return as_dtype(vae_dtype)
 
 
 def prompt_encoder(

@@ -18,7 +18,7 @@ from operators import RestoreError
 from restore import atomic
 from restore.backbones import ldm_weights
 from restore.backbones.adm import ADM, SCHEDULER, SCHEDULES, load_network, save_weights
-from restore.backbones.autoencoder import Latents, load_vae
+from restore.backbones.autoencoder import Latents, load_vae, vae_precision
 from restore.backbones.weights import as_dtype, own_memory, read_json
 
 PARTS = ("vqvae", "vae")  # where a pipeline's folder has its autoencoder
@@ -47,7 +47,7 @@ class LatentDiffusion(Latents, ADM):
         **options,
     ) -> None:
         super().__init__(network, checkpointing=checkpointing, **options)
-        self.vae_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
+        self.vae_dtype = vae_precision(None, self.dtype)
         self.use_vae(vae.to(self.device), slicing=vae_slicing, tiling=vae_tiling, checkpointing=checkpointing)
 
     def encode(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 
 from operators import RestoreError
 from operators.naming import check_known
-from restore.backbones.autoencoder import Latents
+from restore.backbones.autoencoder import Latents, vae_precision
 from restore.backbones.base import PREDICTION_TYPES, AttentionLayer, Prediction
 from restore.backbones.schedule import Schedule
 from restore.backbones.weights import as_dtype
@@ -93,13 +93,11 @@ class StableDiffusion(Latents):
         from restore.backbones import stable_diffusion_files as files
 
         dtype = as_dtype(dtype)
-        if vae_dtype is None:
-            vae_dtype = torch.float32 if dtype == torch.float16 else dtype
         parts = files.read(source, config=config, revision=revision, offline=offline)
         return cls(
             # Module.to, because diffusers' own warns about modules to keep in float32 even where there are none.
             nn.Module.to(parts["unet"], device, dtype),
-            nn.Module.to(parts["vae"] if vae is None else vae, device, as_dtype(vae_dtype)),
+            nn.Module.to(parts["vae"] if vae is None else vae, device, vae_precision(vae_dtype, dtype)),
             Schedule.from_config(parts["scheduler"]),
             files.embed("", parts["tokenizer"], parts["text_encoder"]).to(device),
             prediction_type=parts["scheduler"].get("prediction_type", "epsilon"),

@@ -169,14 +169,19 @@ def prompt_encoder(source: str | Path, **where) -> Callable[[str], torch.Tensor]
     return encode
 
 
-def require_complete(folder: Path) -> None:
-    """Refuse a folder that is not a complete Stable Diffusion 1.x / 2.x model. Raises RestoreError."""
+def pipeline_index(folder: Path, parts: str) -> dict:
+    """The model_index.json of a pipeline's folder; parts: in words, what belongs there. Raises RestoreError."""
     if not (folder / "model_index.json").is_file():
         raise RestoreError(
             f"{folder} is no diffusers model (it has no model_index.json); expected a folder as written by diffusers' "
-            "save_pretrained, with unet, vae, text_encoder, tokenizer and scheduler"
+            f"save_pretrained, with {parts}"
         )
-    index = read_json(folder / "model_index.json")
+    return read_json(folder / "model_index.json")
+
+
+def require_complete(folder: Path) -> None:
+    """Refuse a folder that is not a complete Stable Diffusion 1.x / 2.x model. Raises RestoreError."""
+    index = pipeline_index(folder, "unet, vae, text_encoder, tokenizer and scheduler")
     network = (index.get("unet") or [None, None])[1]
     if network != "UNet2DConditionModel":
         raise RestoreError(

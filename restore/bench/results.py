@@ -77,11 +77,16 @@ def read_rows(run: Path, task: str, method: str, ids: Sequence[str]) -> tuple[li
     return rows, missing
 
 
+def kept_metrics(run: Path, task: str, method: str) -> dict[str, Any]:
+    """What `summarise` kept of a cell, `paired` and `set_values` of the images with hash `key`; empty where nothing."""
+    found = atomic.read_json(run / "metrics" / task / f"{method}.json")
+    return found if isinstance(found, dict) else {}
+
+
 def measured_rows(run: Path, task: str, method: str, ids: Sequence[str]) -> list[dict[str, Any]]:
     """The rows of the finished images in order, with the paired metrics that `summarise` kept of them."""
     rows, _ = read_rows(run, task, method, ids)
-    kept = run / "metrics" / task / f"{method}.json"
-    paired = json.loads(kept.read_text(encoding="utf-8")).get("paired", {}) if kept.exists() else {}
+    paired = kept_metrics(run, task, method).get("paired", {})
     return [row | paired.get(row["image"], {}) for row in rows]
 
 
@@ -135,10 +140,8 @@ def summarise(
         rows, missing = read_rows(run, task, method, ids)
         cell: dict[str, Any] = {"expected": len(ids), "done": len(rows), "missing": len(missing)}
         cell["cost"] = read_cost(run, task, method)
-        kept = run / "metrics" / task / f"{method}.json"
-        key = _key(config, later, rows)
-        found = atomic.read_json(kept)
-        if not isinstance(found, dict) or found.get("key") != key:
+        key, found = _key(config, later, rows), kept_metrics(run, task, method)
+        if found.get("key") != key:
             found = {}
             if rows and later:
                 if progress is not None:
@@ -146,6 +149,7 @@ def summarise(
                 if functions is None:
                     functions = table.paired_functions(later, metric_options(config), device)
                 found = _from_files(run, config, task, method, rows, not missing, functions, device) | {"key": key}
+                kept = run / "metrics" / task / f"{method}.json"
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 atomic.write_json(kept, found)
         for row in rows:

@@ -106,8 +106,7 @@ class Cell:
 
     @property
     def set_values(self) -> dict[str, float]:
-        kept = self.run / "metrics" / self.task / f"{self.method}.json"
-        return json.loads(kept.read_text(encoding="utf-8"))["set_values"] if kept.exists() else {}
+        return results.kept_metrics(self.run, self.task, self.method).get("set_values", {})
 
     def truth(self) -> list[Path]:
         return [self.run / "truth" / f"{file_name(row['image'])}.png" for row in self.rows]

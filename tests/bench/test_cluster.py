@@ -21,14 +21,11 @@ def contents(run: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def config(tmp_path, tiny_adm, smooth_images, write_images):
+def config(tmp_path, tiny_run, smooth_images, write_images):
     write_images(tmp_path / "photos", smooth_images(12, 16, 0))
     return {
-        "name": "tiny",
-        "backbone": str(tiny_adm),
+        **tiny_run,
         "out": str(tmp_path / "ray"),
-        "device": "cpu",
-        "threads": 1,
         "batch": 1,
         "data": {"folder": str(tmp_path / "photos")},
         "tasks": {"sr": {"operator": {"name": "super_resolution", "factor": 4, "noise": NOISE}}},

@@ -28,15 +28,10 @@ NOISE = {"name": "gaussian", "sigma": 0.05}
 
 
 @pytest.fixture
-def config(tmp_path, tiny_adm, smooth_images, write_images):
+def config(tmp_path, tiny_run, smooth_images, write_images):
     write_images(tmp_path / "photos", smooth_images(5, 16, 0))
     return {
-        "name": "tiny",
-        "backbone": str(tiny_adm),
-        "out": str(tmp_path / "run"),
-        "device": "cpu",
-        "threads": 1,
-        "batch": 2,
+        **tiny_run,
         "data": {"folder": str(tmp_path / "photos")},
         "tasks": {
             "sr": {"operator": {"name": "super_resolution", "factor": 4, "noise": NOISE}},

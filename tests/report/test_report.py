@@ -15,18 +15,14 @@ NOISE = {"name": "gaussian", "sigma": 0.05}
 
 
 @pytest.fixture
-def config(tmp_path, tiny_adm, smooth_images, write_images):
+def config(tmp_path, tiny_run, smooth_images, write_images):
     write_images(tmp_path / "photos", smooth_images(4, 16, 0))
     steps = {"sampler": "dps", "steps": 2, "parameters": {"zeta": 0.5}}
     return {
-        "name": "tiny",
+        **tiny_run,
         "title": "A <small> run",
         "source": "Nobody's paper",
         "notes": ["Random weights."],
-        "backbone": str(tiny_adm),
-        "out": str(tmp_path / "run"),
-        "device": "cpu",
-        "threads": 1,
         "batch": 4,
         "data": {"folder": str(tmp_path / "photos")},
         "tasks": {"sr": {"title": "SR x4", "operator": {"name": "super_resolution", "factor": 4, "noise": NOISE}}},

@@ -38,16 +38,11 @@ FILES = ("search.json", "guidance.yaml", "report.html", "report.md")
 
 
 @pytest.fixture
-def config(tmp_path, tiny_adm, smooth_images, write_images):
+def config(tmp_path, tiny_run, smooth_images, write_images):
     write_images(tmp_path / "some", smooth_images(4, 16, 0))
     write_images(tmp_path / "others", smooth_images(3, 16, 1))
     return {
-        "name": "tiny",
-        "backbone": str(tiny_adm),
-        "out": str(tmp_path / "run"),
-        "device": "cpu",
-        "threads": 1,
-        "batch": 2,
+        **tiny_run,
         "tasks": {"sr": {"operator": {"name": "super_resolution", "factor": 4, "noise": NOISE}}},
         "method": {"sampler": "diffpir", "steps": 3, "parameters": {"lam": 1.0, "zeta": 1.0}},
         "guidance": {"pag": {"scale": 3.0}},
