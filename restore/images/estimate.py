@@ -14,7 +14,10 @@ import torch.nn.functional as F
 
 from operators import RestoreError
 from operators.kernels import LARGEST, rasterise
+from restore.images.damage import damage_mask
 from restore.images.io import with_channels
+
+__all__ = ["blur_size", "damage_mask", "grey_share", "motion_path_kernel", "noise_level"]
 
 BLOCK = 8  # pixels; side of the blocks in which noise is looked for
 SMOOTH = 0.15  # share of the blocks taken: those without structure
