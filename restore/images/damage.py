@@ -21,7 +21,7 @@ EIGHT = np.ones((3, 3))  # neighbours, the diagonal ones too
 SIDE = 1024  # pixels of the shorter side beyond which a photo is looked at reduced
 WIDEST = 0.022  # of the shorter side: wider things are no scratches
 LINE, SPECK = 0.06, 0.04  # of the shorter side: shortest line, longest speck
-GROWTH, SAME = 0.03, 0.08  # largest share of the photo a stain may cover; colour difference within one, on [-1, 1]
+GROWTH, SAME = 0.05, 0.08  # largest share of the photo a stain may cover; colour difference within one, on [-1, 1]
 
 
 def damage_mask(x: torch.Tensor, sensitivity: float = 0.5) -> torch.Tensor:
@@ -133,6 +133,6 @@ def _grown(photo: np.ndarray, damaged: np.ndarray) -> np.ndarray:
         alike, _ = nd.label(np.abs(photo - colour[:, None, None]).max(0) < SAME)
         touched = np.unique(alike[box][piece])
         stain = np.isin(alike, touched[touched > 0])
-        if stain.sum() < GROWTH * damaged.size + piece.sum():
+        if (stain & ~damaged).sum() < GROWTH * damaged.size:
             grown |= stain
     return grown
