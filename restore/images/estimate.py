@@ -95,7 +95,8 @@ def blur_size(x: torch.Tensor) -> float:
     x: as in `noise_level`. How much the strongest edges lose when they are blurred once more: between derivatives of
     Gaussians of std a and b the slope of a step blurred by s falls by R, R^2 = (s^2 + b^2) / (s^2 + a^2) (Zhuo & Sim
     2011, Eq. 7). Thin lines fall faster and read as less blur, gradual shadows as more; the 70th percentile is taken.
-    Of a photo above 1536 pixels a side the middle is taken. A sharp photo reads 0 to 1, and so does one without edges. Raises RestoreError below 32 pixels a side.
+    Of a photo above 1536 pixels a side the middle is taken. A sharp photo reads 0 to 1, and so does one without edges.
+    About a quarter off between 1.5 and 6 pixels (docs/photo.md). Raises RestoreError below 32 pixels a side.
     """
     x = _pixels(x)
     top, left = (max(0, (side - MIDDLE) // 2) for side in x.shape[-2:])

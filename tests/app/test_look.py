@@ -107,7 +107,7 @@ def test_degrade_estimates_nothing(command, tmp_path):
 
 @pytest.mark.parametrize("tint", [(0.0, 0.0, 0.0), (0.06, 0.0, -0.08)], ids=["grey", "sepia"])
 def test_a_photo_of_one_hue_gains_no_colour(tmp_path, tint):
-    """A grey scan stored as RGB, and a tinted one, by a prior that knows coloured faces; a colour photo keeps its own."""
+    """A grey scan stored as RGB, and a tinted one, by a prior of coloured faces; a colour photo keeps its own."""
     import restore
     from restore.app.files import find_photos
 
