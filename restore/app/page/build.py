@@ -104,7 +104,7 @@ def build(restorer: Any, offline: bool = False, fetching: bool = True, **options
                 factor = gr.Radio(
                     [(f"×{n}", n) for n in FACTORS], value=4, label="How many times larger", visible=False
                 )
-                with gr.Group(visible=False) as sharpening:
+                with gr.Column(visible=False) as sharpening:
                     blur = gr.Radio(
                         [(words, name) for name, (words, _) in BLURS.items()],
                         value="focus",
