@@ -278,7 +278,11 @@ def test_the_page_answers_and_reports_mistakes(restorer, monkeypatch, tmp_path):
         for label in ("PAG scale", "Steps"):  # what the browser posts for a field nobody touched
             fields = [part for part in page.config["components"] if str(part["props"].get("label")).startswith(label)]
             assert [field["type"] for field in fields] == ["textbox"] and not fields[0]["props"].get("value")
-        public = {dependency["api_name"] for dependency in page.config["dependencies"] if dependency["api_visibility"] == "public"}
+        public = {
+            dependency["api_name"]
+            for dependency in page.config["dependencies"]
+            if dependency["api_visibility"] == "public"
+        }
         assert public == {"restore", "estimate", "cancel"}
     finally:
         page.close()

@@ -15,7 +15,9 @@ HONEST = (
     "What your photo does not show is <b>invented</b>: it may look right and still be wrong. It is never evidence, and "
     "an invented face is no likeness of anyone."
 )
-ROLL = "() => { if (innerWidth < 768) document.getElementById('status').scrollIntoView({behavior: 'smooth', block: 'center'}); }"
+ROLL = """() => {
+    if (innerWidth < 768) document.getElementById('status').scrollIntoView({behavior: 'smooth', block: 'center'});
+}"""
 
 
 def launch(page: Any, **options: Any) -> Any:
@@ -42,14 +44,6 @@ def build(restorer: Any, offline: bool = False, fetching: bool = True, **options
     from restore.app.page import clicks as page_of
     from restore.app.page.api import endpoints
 
-    class Upload(gr.Image):
-        """The file as it was chosen, unread: alpha and 16 bits are not lost, and what is no picture is said in words."""
-
-        is_template = True
-
-        def preprocess(self, payload):
-            return None if payload is None else payload.path
-
     clicks = page_of.Clicks(Priors(restorer, offline, fetching, **options))
     here = Path(__file__)
     files = {"file_types": ["image"], "type": "filepath"}
@@ -61,7 +55,7 @@ def build(restorer: Any, offline: bool = False, fetching: bool = True, **options
         with gr.Row():
             with gr.Column(min_width=320):
                 gr.HTML("<h2>1. Your photo</h2>", elem_classes="step")
-                photo = Upload(
+                photo = gr.Image(
                     label="Your photo: drop it here, choose it, paste it or take it with the camera",
                     sources=["upload", "clipboard", "webcam"],
                     type="filepath",
@@ -70,6 +64,8 @@ def build(restorer: Any, offline: bool = False, fetching: bool = True, **options
                     height=260,
                     elem_id="photo",
                 )
+                # The file as it was chosen, unread: alpha and 16 bits are kept, what is no picture gets a sentence.
+                photo.preprocess = lambda payload: None if payload is None else payload.path
                 stage = gr.HTML(
                     "",
                     html_template=here.with_name("stage.html").read_text(encoding="utf-8"),
@@ -90,7 +86,7 @@ def build(restorer: Any, offline: bool = False, fetching: bool = True, **options
                         mask = gr.File(label="Mask", **files)
                 again = gr.Button("Choose another photo", size="sm", visible=False, elem_id="again")
                 with gr.Accordion("More photos, one after the other with the same settings", open=False):
-                    more = gr.File(label="More photos", file_count="multiple", **files)
+                    more = gr.File(label="More photos", file_count="multiple", elem_id="more", **files)
                 fits = gr.Markdown(clicks.fit(None), elem_classes="fine", elem_id="fits")
                 gr.HTML("<h2>2. What should be done?</h2>", elem_classes="step")
                 task = gr.Radio(
@@ -119,6 +115,7 @@ def build(restorer: Any, offline: bool = False, fetching: bool = True, **options
                             step=0.1,
                             label="Size of the blur",
                             info="standard deviation in pixels",
+                            elem_id="std",
                             scale=3,
                         )
                         measure = gr.Button("Estimate", scale=1)
@@ -140,6 +137,7 @@ def build(restorer: Any, offline: bool = False, fetching: bool = True, **options
                     step=0.005,
                     label="How strong the noise is",
                     info="estimated from your photo; sigma_y, its standard deviation on [-1, 1]",
+                    elem_id="noise",
                     visible=False,
                 )
                 grey = gr.Checkbox(label="Keep it grey", info="on for photos without colour")
@@ -221,7 +219,11 @@ def build(restorer: Any, offline: bool = False, fetching: bool = True, **options
                 )
                 with gr.Accordion("For experts", open=False, visible=False) as experts:
                     guidance = gr.Image(
-                        label="Guidance |eps − eps_weak| through time", interactive=False, visible=False, format="png"
+                        label="Guidance |eps − eps_weak| through time",
+                        interactive=False,
+                        visible=False,
+                        format="png",
+                        elem_id="guidance",
                     )
                     sidecar = gr.JSON(label="Side-car: protocol and numbers")
 
@@ -231,8 +233,8 @@ def build(restorer: Any, offline: bool = False, fetching: bool = True, **options
         quiet = private | {"show_progress": "hidden"}
         photo.change(clicks.looked, photo, [photo, stage, again, noise, grey], **quiet)
         again.click(lambda: None, None, photo, **quiet)
-        more.change(lambda chosen: f"Restore {1 + len(chosen)} photos" if chosen else "Restore", more, go, **quiet)
-        task.change(clicks.chosen, [task, blur], [stage, filling, factor, sharpening, noise, grey], **quiet)
+        gr.on([photo.change, more.change], page_of.counted, [photo, more], go, **quiet)
+        task.change(clicks.chosen, task, [stage, filling, factor, sharpening, noise, grey], **quiet)
         blur.change(
             lambda kind: (gr.Row(visible=kind == "focus"), gr.Column(visible=kind == "motion")),
             blur,
@@ -243,30 +245,17 @@ def build(restorer: Any, offline: bool = False, fetching: bool = True, **options
         sensitivity.release(clicks.propose, [photo, stage, sensitivity], stage, **private)
         mask.upload(clicks.masked, mask, stage, **quiet)
         measure.click(clicks.measured, [photo, stage], std, **quiet)
-        changes = [part.change for part in (stage, task, factor, blur, std, path, extent, quality, three, prior)]
+        changes = [part.change for part in (stage, more, task, factor, blur, std, path, extent, quality, three, prior)]
         changes += [part.blur for part in (steps, scale)]
-        shown = [plan, fits]
-        gr.on(changes, clicks.estimated, given, shown, trigger_mode="always_last", **quiet)
-        results = [
-            status,
-            forming,
-            slider,
-            download,
-            gallery,
-            guessed,
-            everything,
-            experts,
-            guidance,
-            sidecar,
-            go,
-            stop,
-        ]
+        gr.on(changes, clicks.estimated, given, [plan, fits], trigger_mode="always_last", **quiet)
+        results = [status, forming, slider, download, gallery, guessed, everything, experts, guidance, sidecar]
+        results += [go, stop]
         begun = go.click(clicks.begin, None, results, js=ROLL, queue=False, **quiet)
         begun.then(clicks.restore, given, results, concurrency_id="restore", **quiet)
         stop.click(clicks.cancel, None, status, queue=False, **quiet)
         page.unload(clicks.left)
         prior.change(clicks.about, prior, [about, fetch], **quiet)
-        fetch.click(clicks.fetch, prior, [about, fetch, prior], **quiet)
+        fetch.click(clicks.fetch, prior, [about, fetch, prior], **private)
         endpoints(clicks)
     return page
 

@@ -43,7 +43,7 @@ class Clicks:
             look.grey,
         ]
 
-    def chosen(self, task: str, blur: str) -> list[Any]:
+    def chosen(self, task: str) -> list[Any]:
         """Only what the task needs: (stage, filling, factor, sharpening, noise, grey)."""
         seen = [task == name for name in ("fill", "enlarge", "sharpen", "denoise")] + [task != "colour"]
         return [gr.update(painting=task == "fill"), *(gr.update(visible=on) for on in seen)]
@@ -73,16 +73,16 @@ class Clicks:
     def estimated(self, *given: Any) -> tuple[str, str]:
         """(what it will take, whether the prior fits) for the first photo."""
         asked = Asked(*given)
-        if not asked.photo:
+        if not asked.photos:
             return "", self.fit(asked.prior)
         try:
-            edits = pictures.parse(asked.stage)
+            edits = pictures.parse(asked.stage) if asked.photo else pictures.Edits()
             with TemporaryDirectory(prefix="restore-") as folder:
                 prior, planner = self.priors.get(asked.prior), self.priors.planner(asked.prior, "estimate")
-                plan = work.estimate(asked.photo, prior, asked.wish(), planner, folder, edits)
+                plan = work.estimate(asked.photos[0], prior, asked.wish(), planner, folder, edits)
         except RestoreError as error:
             return html.escape(capital(str(error))), self.fit(asked.prior)
-        return takes(plan, asked.count), self.fit(asked.prior, plan)
+        return takes(plan, len(asked.photos)), self.fit(asked.prior, plan)
 
     def begin(self, request: gr.Request) -> list[Any]:
         """The button was pressed; others may be before."""
@@ -102,8 +102,7 @@ class Clicks:
                 status=status(str(error), bad=True), go=gr.update(interactive=True), stop=gr.update(interactive=False)
             )
             return
-        photos = [path for path in (asked.photo, *asked.more) if path]
-        edits = edits if asked.photo else None
+        photos, edits = asked.photos, edits if asked.photo else None
         with TemporaryDirectory(prefix="restore-") as folder:
             for item in work.restore(photos, prior, wish, planner, folder, stop, edits):
                 if isinstance(item, work.Step):
@@ -174,7 +173,7 @@ class Asked:
         steps, seed, scale, sigma, traced, prior,
     ) -> None:  # fmt: skip
         self.photo, self.stage, self.more, self.prior = photo, stage, more or [], prior
-        self.count = bool(photo) + len(self.more)
+        self.photos = [path for path in (photo, *self.more) if path]
         self._wish = lambda: Wish(
             task=task,
             factor=factor,
@@ -229,6 +228,12 @@ def status(sentence: str, share: float | None = None, detail: str = "", said: An
     if said:
         parts.append("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line, _ in said) + "</ul>")
     return f'<div class="status{" bad" if bad else ""}">{"".join(parts)}</div>'
+
+
+def counted(photo: str | None, more: list[str] | None) -> str:
+    """What stands on the button."""
+    count = bool(photo) + len(more or [])
+    return f"Restore {count} photos" if count > 1 else "Restore"
 
 
 def idle() -> str:

@@ -142,7 +142,7 @@ def _one(photo, restorer, wish, planner, folder, stop, edits, first, mask, count
     if plans and not plans[0].fits:
         need, free = plans[0].memory / 1e9, plans[0].available / 1e9
         raise RestoreError(
-            f"{photo.name} would take {need:.1f} GB of memory and {free:.1f} GB are free here: crop it, or make it smaller"
+            f"{photo.name} would take {need:.1f} GB of memory and {free:.1f} GB are free here: crop it or reduce it"
         )
     if outcome.error is not None:
         raise RestoreError(outcome.error)
