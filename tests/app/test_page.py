@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
 import pytest
 import torch
 
@@ -94,23 +95,30 @@ def test_messages_name_no_folder_and_large_photos_are_refused(restorer, tmp_path
 def test_a_queue_goes_on_after_a_bad_photo_and_proposes_damage(restorer, tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no picture")
+    hair = tmp_path / "hair.png"
+    picture = PIL.Image.open(PHOTO).crop((0, 0, 64, 48)).resize((192, 144), PIL.Image.Resampling.BICUBIC)
+    drawn = PIL.Image.new("L", picture.size)
+    PIL.ImageDraw.Draw(drawn).line((40, 0, 70, 143), fill=255, width=2)
+    picture.paste((250, 250, 245), mask=drawn)
+    picture.crop((20, 40, 84, 104)).save(hair)
     painted = np.zeros((64, 64), bool)
     painted[20:24, 20:40] = True
-    edits = Edits(mask=painted)
-    first, second, third = restored(
-        restorer, [PHOTO, bad, SCRATCHED], Wish("fill", sigma=0.05, **QUICK), tmp_path / "out", edits
-    )
+    wish, edits = Wish("fill", sigma=0.05, **QUICK), Edits(mask=painted)
+    first, second, third = restored(restorer, [PHOTO, bad, hair], wish, tmp_path / "out", edits)
     assert first.error is None and "bad.png" in second.error and third.error is None
     masks = [images.read_image(tmp_path / "out" / k / "mask.png").pixels[0, 0].numpy() > 0 for k in "02"]
     assert np.array_equal(~masks[0], painted)
-    truth = images.read_image(MASK).pixels[0, 0].numpy() < 0
+    truth = np.asarray(drawn.crop((20, 40, 84, 104))) > 0
     assert (~masks[1] & truth).sum() > 0.4 * truth.sum()
 
 
 def test_without_paint_it_says_so(restorer, tmp_path):
-    for edits in (None, Edits(mask=np.zeros((64, 64), bool))):
+    for edits in (Edits(), Edits(mask=np.zeros((64, 64), bool))):
         (done,) = restored(restorer, [PHOTO], Wish("fill", **QUICK), tmp_path, edits)
         assert done.error.startswith("paint over what is damaged first")
+    PIL.Image.new("RGB", (64, 64), "grey").save(tmp_path / "flat.png")
+    (done,) = restored(restorer, [tmp_path / "flat.png"], Wish("fill", **QUICK), tmp_path / "out")
+    assert "no scratch and no dust was found" in done.error
     assert restored(restorer, [], Wish(), tmp_path)[0].error == "choose a photo first"
 
 
@@ -174,7 +182,7 @@ def test_a_drawn_path_blurs_along_itself(tmp_path):
 
 def test_the_prior_says_what_it_knows(restorer, tmp_path):
     assert models.fit(restorer).startswith("This prior knows 64-pixel faces.")
-    plan = work.estimate(PHOTO, restorer, Wish("enlarge", factor=4, **QUICK), Planner(restorer), tmp_path, Edits())
+    plan = work.estimate(PHOTO, restorer, Wish("enlarge", factor=4, **QUICK), Planner(restorer), tmp_path)
     assert "256 × 256 pixels does not fit" in models.fit(restorer, plan) and plan.windows == 49
 
     class Other:
@@ -256,7 +264,7 @@ def test_the_page_answers_and_reports_mistakes(restorer, monkeypatch, tmp_path):
             job.result(timeout=60)
         assert not list(tmp_path.glob("restore-*"))
         wrong = [
-            ({"task": "fill"}, "Paint over what is damaged first"),
+            ({"task": "fill", "mask": photo}, "mask .* has colours"),
             ({"task": "paint"}, "There is no task called"),
             ({"task": "enlarge", "factor": 3}, "enlarged by 2, 4, 8, not by 3"),
             ({"task": "denoise", "sigma": "much"}, "Sigma must be a number, not 'much'|sigma must be a number"),

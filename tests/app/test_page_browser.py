@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
 import pytest
 
 import restore
@@ -18,7 +19,7 @@ PHOTO = data_dir() / "photos" / "astronaut-face-64.png"
 SCRATCHED = data_dir() / "photos" / "astronaut-face-64-scratched.png"
 MASK = data_dir() / "masks" / "scratches-64.png"
 DESK, PHONE = (1280, 900), (390, 844)
-WAIT = 90_000  # milliseconds: the machine may be busy
+WAIT = 200_000  # milliseconds: the machine may be busy
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +179,7 @@ def test_each_task(visit, task, size, tmp_path):
         page.wait_for_function("document.querySelector('#stage [data-do=clear]').disabled === false")
         assert np.array_equal(visitor.painted(), np.asarray(PIL.Image.open(MASK)) == 0)
     if task == "enlarge":
-        page.get_by_label("×2").check()
+        page.get_by_label("×2", exact=True).check()
     if task == "sharpen":
         page.get_by_role("button", name="Estimate").click()
         page.wait_for_function("Math.abs(document.querySelector('#std input[type=number]').value - 1.5) > 0.05")
@@ -189,7 +190,7 @@ def test_each_task(visit, task, size, tmp_path):
     if task == "denoise":
         sigma = page.locator("#noise input[type=number]")
         assert 0.1 < float(sigma.input_value()) < 0.25  # 20 of 255 is 0.157
-    visitor.quickly(samples=3, steps="" if os.environ.get("RESTORE_SCREENSHOTS") else "3")
+    visitor.quickly(samples=3, steps="10" if os.environ.get("RESTORE_SCREENSHOTS") else "2")
     said = visitor.restore()
     assert "done in" in said, said
     for part in ("#slider", "#versions", "#guessed", "#files"):
@@ -221,15 +222,21 @@ def test_cancel(visit):
 
 
 @pytest.mark.slow
-def test_turn_crop_undo_and_propose(visit):
+def test_turn_crop_undo_and_propose(visit, tmp_path):
+    picture = PIL.Image.open(PHOTO).resize((192, 192), PIL.Image.Resampling.BICUBIC)
+    hair = PIL.Image.new("L", picture.size)
+    PIL.ImageDraw.Draw(hair).line((40, 0, 70, 143), fill=255, width=2)
+    picture.paste((250, 250, 245), mask=hair)
+    part = (20, 40, 84, 104)
+    picture.crop(part).save(tmp_path / "hair.png")
     visitor = visit()
-    visitor.choose(SCRATCHED)
+    visitor.choose(tmp_path / "hair.png")
     page, state = visitor.page, "c => [c.width, c.height]"
     page.get_by_role("button", name="Propose scratches").click()
     page.wait_for_function("document.querySelector('#stage [data-do=clear]').disabled === false")
     proposed = visitor.painted()
-    truth = np.asarray(PIL.Image.open(MASK)) == 0
-    assert (proposed & truth).sum() > 0.3 * truth.sum()
+    truth = np.asarray(hair.crop(part)) > 0
+    assert (proposed & truth).sum() > 0.4 * truth.sum() and proposed.mean() < 0.2
     page.get_by_role("button", name="Turn right").click()
     assert np.array_equal(visitor.painted(), np.rot90(proposed, -1))
     page.get_by_role("button", name="Erase").click()

@@ -14,7 +14,6 @@ from operators.naming import check_known
 from restore.app.options import parse_steps
 from restore.app.page import work
 from restore.app.page.clicks import Clicks, sentences
-from restore.app.page.pictures import Edits
 from restore.app.page.tasks import BLURS, FACTORS, PLAIN, Wish, drawn, number
 from restore.method import QUALITIES
 
@@ -53,7 +52,7 @@ def endpoints(clicks: Clicks) -> None:
             found, planner = clicks.priors.get(prior), clicks.priors.planner(prior, "estimate")
             if not photo:
                 raise RestoreError("choose a photo first")
-            return work.estimate(photo, found, wish, planner, folder, Edits(), mask).line()
+            return work.estimate(photo, found, wish, planner, folder, mask=mask).line()
 
     def cancel(request: gr.Request) -> None:
         clicks.cancel(request)
@@ -61,7 +60,7 @@ def endpoints(clicks: Clicks) -> None:
     with gr.Column(visible=False):
         given = [
             gr.File(label="photo", type="filepath"),
-            gr.File(label="mask: white known, black missing; for the task fill", type="filepath"),
+            gr.File(label="mask of fill: white known, black missing; none: proposed", type="filepath"),
             gr.Textbox(clicks.priors.first.name, label="prior"),
             gr.Textbox("fill", label=f"task: {', '.join(PLAIN)}"),
             gr.Number(4, label=f"factor of enlarge: {', '.join(map(str, FACTORS))}", precision=0),

@@ -227,6 +227,7 @@ def build(restorer: Any, offline: bool = False, fetching: bool = True, **options
                     )
                     sidecar = gr.JSON(label="Side-car: protocol and numbers")
 
+        endpoints(clicks)  # first, for their names
         given = [photo, stage, more, task, factor, blur, std, path, extent, noise, sensitivity, grey, quality]
         given += [three, steps, seed, scale, sigma, traced, prior]
         private: dict[str, Any] = {"api_visibility": "private"}
@@ -256,7 +257,6 @@ def build(restorer: Any, offline: bool = False, fetching: bool = True, **options
         page.unload(clicks.left)
         prior.change(clicks.about, prior, [about, fetch], **quiet)
         fetch.click(clicks.fetch, prior, [about, fetch, prior], **private)
-        endpoints(clicks)
     return page
 
 

@@ -54,8 +54,6 @@ class Clicks:
                 raise RestoreError("choose a photo first")
             record = pictures.edited(pictures.read(photo), pictures.parse(stage))
             missing = pictures.proposed(pictures.limited(record.pixels), sensitivity)
-            if not missing.any():
-                raise RestoreError("no scratch and no dust was found: look more keenly, or paint by hand")
         return gr.update(proposal=pictures.brush(missing))
 
     def masked(self, mask: str | None) -> Any:
@@ -76,7 +74,7 @@ class Clicks:
         if not asked.photos:
             return "", self.fit(asked.prior)
         try:
-            edits = pictures.parse(asked.stage) if asked.photo else pictures.Edits()
+            edits = pictures.parse(asked.stage) if asked.photo else None
             with TemporaryDirectory(prefix="restore-") as folder:
                 prior, planner = self.priors.get(asked.prior), self.priors.planner(asked.prior, "estimate")
                 plan = work.estimate(asked.photos[0], prior, asked.wish(), planner, folder, edits)

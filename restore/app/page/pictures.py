@@ -120,8 +120,11 @@ def write_mask(path: Path, missing: np.ndarray, size: tuple[int, int]) -> Path:
 
 
 def proposed(pixels: torch.Tensor, sensitivity: float) -> np.ndarray:
-    """Where scratches and dust may be, (H, W), True there."""
-    return (damage.damage_mask(pixels, sensitivity)[0, 0] < 0.5).numpy()
+    """Where scratches and dust may be, (H, W), True there. Raises RestoreError where none is found."""
+    missing = (damage.damage_mask(pixels, sensitivity)[0, 0] < 0.5).numpy()
+    if not missing.any():
+        raise RestoreError("no scratch and no dust was found: look more keenly, or say by hand what is damaged")
+    return missing
 
 
 def brush(missing: np.ndarray) -> str:

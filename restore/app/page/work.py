@@ -65,9 +65,9 @@ def restore(
 ) -> Iterator[Step | Done]:
     """Photos restored into a folder of the caller's, as they go.
 
-    edits: of the first photo. mask: a file, for every photo; else what was painted over the first, and what is proposed
-    for the others. A photo that cannot be restored is a Done with its error; sentences name no folder. Ends early, with
-    the sentence "cancelled", once `stop` is set, which leaving the iterator does too.
+    edits: of the first photo, None for none. mask: a file, for every photo; else what the edits say was painted over,
+    and for photos without edits what is proposed. A photo that cannot be restored is a Done with its error; sentences
+    name no folder. Ends early, with the sentence "cancelled", once `stop` is set, which leaving the iterator does too.
     """
     if not photos:
         yield Done("", "choose a photo first")
@@ -78,9 +78,9 @@ def restore(
         for k, photo in enumerate(photos):
             place = folder / str(k)  # photos may have one name
             count = f" ({k + 1} of {len(photos)})" if len(photos) > 1 else ""
-            own = edits if k == 0 and edits is not None else Edits()
+            own = edits if k == 0 else None
             try:
-                report(_one(Path(photo), restorer, wish, planner, place, stop, own, k == 0, mask, count, report))
+                report(_one(Path(photo), restorer, wish, planner, place, stop, own, mask, count, report))
             except RestoreError as error:
                 report(Done(Path(photo).name, bare(str(error), photo, mask, place)))
             if stop.is_set():
@@ -101,7 +101,7 @@ def estimate(
     """Memory and time of one photo. Nothing need be painted over yet. Raises RestoreError."""
     folder = Path(folder)
     try:
-        chosen, task = _prepared(Path(photo), wish, folder, edits, True, mask, planning=True)
+        chosen, task = _prepared(Path(photo), wish, folder, edits, mask, planning=True)
         (outcome,) = run.restore_files([chosen], restorer, task, **_options(wish), planner=planner, dry_run=True)
         if outcome.error:
             raise RestoreError(outcome.error)
@@ -110,9 +110,9 @@ def estimate(
     return outcome.plan
 
 
-def _one(photo, restorer, wish, planner, folder, stop, edits, first, mask, count, report) -> Done:
+def _one(photo, restorer, wish, planner, folder, stop, edits, mask, count, report) -> Done:
     report(Step(f"Looking at {photo.name}{count} …"))
-    chosen, task = _prepared(photo, wish, folder, edits, first, mask)
+    chosen, task = _prepared(photo, wish, folder, edits, mask)
     plans, last = [], [0.0]
 
     def announce(outcome: run.Outcome) -> None:
@@ -146,16 +146,17 @@ def _one(photo, restorer, wish, planner, folder, stop, edits, first, mask, count
         )
     if outcome.error is not None:
         raise RestoreError(outcome.error)
-    return _done(photo, chosen, before, wish, edits, time.monotonic() - started)
+    return _done(photo, chosen, before, wish, edits or Edits(), time.monotonic() - started)
 
 
 def _prepared(
-    photo: Path, wish: Wish, folder: Path, edits: Edits, first: bool, mask: str | Path | None, planning: bool = False
+    photo: Path, wish: Wish, folder: Path, edits: Edits | None, mask: str | Path | None, planning: bool = False
 ) -> tuple[Photo, Any]:
     """The photo as it is to be restored, a new file where it was turned, cropped or turned grey, and its task."""
     record = pictures.read(photo)
     grey = wish.grey and wish.task != "colour"
     (chosen,) = find_photos([photo], folder / "out")
+    proposing, edits = edits is None, edits or Edits()
     if not edits.none or (grey and not record.grey):
         record = pictures.edited(record, edits, grey)
         source = folder / "in" / f"{photo.stem}.png"
@@ -167,7 +168,7 @@ def _prepared(
         if planning:  # what it takes does not depend on what is painted over
             missing = np.zeros(record.size, bool)
             missing[0, 0] = True
-        elif not first:
+        elif proposing:
             missing = pictures.proposed(record.pixels, wish.sensitivity)
         if missing is not None:
             mask = pictures.write_mask(folder / "mask.png", missing, record.size)
