@@ -202,8 +202,13 @@ def test_priors_are_described_and_fetched(restorer, tmp_path, monkeypatch):
     text = models.described("adm-ffhq-256")
     assert "CC BY-NC-SA 4.0" in text and "374 MB" in text and "not on this machine yet" in text
     assert "2.2 GB" in models.described("adm-imagenet-256") and "comes with the package" in models.described("embedded")
-    with pytest.raises(RestoreError, match="the run is offline"):
+    with pytest.raises(RestoreError, match="this page is offline"):
         priors.fetch("adm-ffhq-256", lambda *_: None)
+    for proxy in ("http_proxy", "https_proxy"):  # no connection, wherever the test runs
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")
+    with pytest.raises(RestoreError, match="could not be fetched.*models pull adm-ffhq-256") as caught:
+        models.Priors(restorer).fetch("adm-ffhq-256", lambda *_: None)
+    assert str(tmp_path) not in str(caught.value)
     with pytest.raises(RestoreError, match="fetch it first"):
         priors.get("adm-ffhq-256")
     for name in ("/etc/passwd", str(data_dir() / "embedded"), "taesd", "owner/name"):
@@ -274,6 +279,8 @@ def test_the_page_answers_and_reports_mistakes(restorer, monkeypatch, tmp_path):
             ({"task": "sharpen", "blur": "motion"}, "raw the way of the camera first"),
             ({"photo": None, "task": "denoise"}, "Choose a photo first"),
         ]
+        outside = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+        wrong.append(({"photo": outside, "task": "denoise"}, "."))
         for given, sentence in wrong:
             with pytest.raises(Exception, match=sentence):
                 ask(**given)

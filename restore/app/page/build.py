@@ -250,9 +250,10 @@ def build(restorer: Any, offline: bool = False, fetching: bool = True, **options
         changes += [part.blur for part in (steps, scale)]
         gr.on(changes, clicks.estimated, given, [plan, fits], trigger_mode="always_last", **quiet)
         results = [status, forming, slider, download, gallery, guessed, everything, experts, guidance, sidecar]
-        results += [go, stop]
-        begun = go.click(clicks.begin, None, results, js=ROLL, queue=False, **quiet)
-        begun.then(clicks.restore, given, results, concurrency_id="restore", **quiet)
+        begun = go.click(clicks.begin, None, [*results, go, stop], js=ROLL, queue=False, **quiet)
+        run = begun.then(clicks.restore, given, results, concurrency_id="restore", **quiet)
+        run.failure(clicks.failed, None, results, queue=False, **quiet)
+        run.then(lambda: page_of.buttons(True), None, [go, stop], queue=False, **quiet)
         stop.click(clicks.cancel, None, status, queue=False, **quiet)
         page.unload(clicks.left)
         prior.change(clicks.about, prior, [about, fetch], **quiet)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -20,7 +21,6 @@ from restore.images import estimate
 
 # What a restoration changes on the page, in this order.
 RESULTS = ("status", "forming", "slider", "download", "gallery", "guessed", "files", "experts", "guidance", "sidecar")
-BUTTONS = ("go", "stop")
 
 
 class Clicks:
@@ -74,7 +74,7 @@ class Clicks:
         if not asked.photos:
             return "", self.fit(asked.prior)
         try:
-            edits = pictures.parse(asked.stage) if asked.photo else None
+            edits = asked.edits()
             with TemporaryDirectory(prefix="restore-") as folder:
                 prior, planner = self.priors.get(asked.prior), self.priors.planner(asked.prior, "estimate")
                 plan = work.estimate(asked.photos[0], prior, asked.wish(), planner, folder, edits)
@@ -88,19 +88,19 @@ class Clicks:
         hidden = [gr.update(visible=False)] * 7
         return [status("Waiting for its turn …"), *hidden, gr.skip(), gr.skip(), *buttons(False)]
 
+    def failed(self) -> list[Any]:
+        """Something that no sentence was thought of for; gradio's log has the traceback."""
+        return update(status=status("something went wrong; the page's console says what", bad=True))
+
     def restore(self, request: gr.Request, *given: Any) -> Iterator[list[Any]]:
         stop = self.stops.setdefault(request.session_hash, threading.Event())
-        files, said = [], []
+        asked, files, said = Asked(*given), [], []
         try:
-            asked = Asked(*given)
+            wish, edits, photos = asked.wish(), asked.edits(), asked.photos
             prior, planner = self.priors.get(asked.prior), self.priors.planner(asked.prior, "restore")
-            wish, edits = asked.wish(), pictures.parse(asked.stage)
         except RestoreError as error:
-            yield update(
-                status=status(str(error), bad=True), go=gr.update(interactive=True), stop=gr.update(interactive=False)
-            )
+            yield update(status=status(str(error), bad=True))
             return
-        photos, edits = asked.photos, edits if asked.photo else None
         with TemporaryDirectory(prefix="restore-") as folder:
             for item in work.restore(photos, prior, wish, planner, folder, stop, edits):
                 if isinstance(item, work.Step):
@@ -116,7 +116,7 @@ class Clicks:
             good = sum(done for _, done in said)
             end = said[-1][0] if len(said) == 1 else f"{good} of {len(photos)} photos done"
             end = status(end, said=said if len(said) > 1 else (), bad=good < len(photos))
-            yield update(status=end, forming=gr.update(visible=False), **dict(zip(BUTTONS, buttons(True), strict=True)))
+            yield update(status=end, forming=gr.update(visible=False))
 
     def cancel(self, request: gr.Request) -> str:
         if request.session_hash in self.stops:
@@ -163,35 +163,58 @@ class Clicks:
         }
 
 
+@dataclass(frozen=True)
 class Asked:
-    """What stands on the page when something is asked for."""
+    """What stands on the page when something is asked for, in the order of its parts."""
 
-    def __init__(
-        self, photo, stage, more, task, factor, blur, std, path, extent, noise, sensitivity, grey, quality, three,
-        steps, seed, scale, sigma, traced, prior,
-    ) -> None:  # fmt: skip
-        self.photo, self.stage, self.more, self.prior = photo, stage, more or [], prior
-        self.photos = [path for path in (photo, *self.more) if path]
-        self._wish = lambda: Wish(
-            task=task,
-            factor=factor,
-            blur=blur,
-            std=std,
-            path=drawn(path, extent) if task == "sharpen" and blur == "motion" else (),
-            sigma=noise if task == "denoise" else number(sigma, "sigma_y"),
-            sensitivity=sensitivity,
-            grey=grey,
-            quality=quality,
-            samples=3 if three else 1,
-            steps=parse_steps(steps.strip() or None) if steps else None,
-            seed=int(seed or 0),
-            pag_scale=number(scale, "PAG scale"),
-            pictures=traced,
-        )
+    photo: str | None
+    stage: str
+    more: list[str] | None
+    task: str
+    factor: int
+    blur: str
+    std: float
+    path: str
+    extent: float
+    noise: float
+    sensitivity: float
+    grey: bool
+    quality: str
+    three: bool
+    steps: str
+    seed: float
+    scale: str
+    sigma: str
+    traced: bool
+    prior: str
+
+    @property
+    def photos(self) -> list[str]:
+        return [path for path in (self.photo, *(self.more or [])) if path]
+
+    def edits(self) -> pictures.Edits | None:
+        """Of the first photo. Raises RestoreError."""
+        return pictures.parse(self.stage) if self.photo else None
 
     def wish(self) -> Wish:
         """Raises RestoreError for what was typed or drawn and cannot be read."""
-        return self._wish()
+        moved = self.task == "sharpen" and self.blur == "motion"
+        return Wish(
+            task=self.task,
+            factor=self.factor,
+            blur=self.blur,
+            std=self.std,
+            path=drawn(self.path, self.extent) if moved else (),
+            sigma=self.noise if self.task == "denoise" else number(self.sigma, "sigma_y"),
+            sensitivity=self.sensitivity,
+            grey=self.grey,
+            quality=self.quality,
+            samples=3 if self.three else 1,
+            steps=parse_steps((self.steps or "").strip() or None),
+            seed=int(self.seed or 0),
+            pag_scale=number(self.scale, "PAG scale"),
+            pictures=self.traced,
+        )
 
 
 class sentences:
@@ -210,7 +233,7 @@ class sentences:
 
 def update(**changes: Any) -> list[Any]:
     """The changes of a restoration, in order."""
-    return [changes.get(name, gr.skip()) for name in (*RESULTS, *BUTTONS)]
+    return [changes.get(name, gr.skip()) for name in RESULTS]
 
 
 def buttons(ready: bool) -> list[Any]:

@@ -59,7 +59,15 @@ class Priors:
             raise RestoreError(
                 f"this page is open to others, so it fetches nothing: run `restore models pull {name}` on its machine"
             )
-        zoo.pull(name, offline=self.offline or None, progress=progress)
+        if zoo.is_offline(self.offline or None):
+            raise RestoreError("this page is offline: it fetches nothing")
+        try:
+            zoo.pull(name, progress=progress)
+        except RestoreError as error:  # with the folders and addresses of this machine
+            raise RestoreError(
+                f"{name} could not be fetched: is there a connection, does its publisher ask for a login? "
+                f"`restore models pull {name}` on the machine of this page says why"
+            ) from error
 
 
 def offered() -> dict[str, Model]:
