@@ -24,8 +24,8 @@ def endpoints(clicks: Clicks) -> None:
     """Adds /restore, /estimate and /cancel to the page that is being built."""
 
     def restore(
-        photo, mask, prior, task, factor, blur, std, path, sigma, sensitivity, grey, quality, samples, steps, seed,
-        pag_scale, request: gr.Request, progress=gr.Progress(),  # noqa: B008
+        photo, prior, task, factor, blur, std, path, sigma, sensitivity, grey, quality, samples, steps, seed, pag_scale,
+        mask=None, request: gr.Request = None, progress=gr.Progress(),  # noqa: B008
     ) -> Iterator[Any]:  # fmt: skip
         stop = clicks.stops[request.session_hash] = threading.Event()
         with TemporaryDirectory(prefix="restore-") as folder, sentences(photo, mask):
@@ -42,8 +42,8 @@ def endpoints(clicks: Clicks) -> None:
                     yield [str(path) for path in item.files], item.sidecar
 
     def estimate(
-        photo, mask, prior, task, factor, blur, std, path, sigma, sensitivity, grey, quality, samples, steps, seed,
-        pag_scale,
+        photo, prior, task, factor, blur, std, path, sigma, sensitivity, grey, quality, samples, steps, seed, pag_scale,
+        mask=None,
     ) -> str:  # fmt: skip
         with TemporaryDirectory(prefix="restore-") as folder, sentences(photo, mask):
             wish = asked(
@@ -60,7 +60,6 @@ def endpoints(clicks: Clicks) -> None:
     with gr.Column(visible=False):
         given = [
             gr.File(label="photo", type="filepath"),
-            gr.File(label="mask of fill: white known, black missing; none: proposed", type="filepath"),
             gr.Textbox(clicks.priors.first.name, label="prior"),
             gr.Textbox("fill", label=f"task: {', '.join(PLAIN)}"),
             gr.Number(4, label=f"factor of enlarge: {', '.join(map(str, FACTORS))}", precision=0),
@@ -75,6 +74,7 @@ def endpoints(clicks: Clicks) -> None:
             gr.Textbox("", label="steps; empty: the preset's"),
             gr.Number(0, label="seed", precision=0, minimum=0),
             gr.Textbox("", label="pag_scale; empty: the preset's, 0: off"),
+            gr.File(label="mask of fill: white known, black missing; none: proposed", type="filepath"),
         ]
         out = [gr.File(label="files: the result first", file_count="multiple"), gr.JSON(label="side-car")]
         line = gr.Textbox(label="memory and time")

@@ -95,7 +95,7 @@ def estimate(
     wish: Wish,
     planner: Planner,
     folder: str | Path,
-    edits: Edits,
+    edits: Edits | None = None,
     mask: str | None = None,
 ) -> Plan:
     """Memory and time of one photo. Nothing need be painted over yet. Raises RestoreError."""
