@@ -12,8 +12,8 @@ from restore.method import QUALITIES
 
 LARGEST_FILE = "64mb"  # of an upload
 HONEST = (
-    "What your photo does not show is <b>invented</b>: it may look right and still be wrong. It is never evidence, and "
-    "an invented face is no likeness of anyone."
+    "What your photo does not show is <b>invented</b>: it may look right and be wrong, and an invented face is no "
+    "likeness of anyone."
 )
 ROLL = """() => {
     if (innerWidth < 768) document.getElementById('status').scrollIntoView({behavior: 'smooth', block: 'center'});
@@ -26,9 +26,17 @@ def launch(page: Any, **options: Any) -> Any:
 
     font = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     fixed = {"max_file_size": LARGEST_FILE, "run_history": False, "ssr_mode": False, "footer_links": ["api"]}
-    return page.launch(
-        theme=gr.themes.Default(primary_hue="teal", neutral_hue="stone", **font), css=_css(), **fixed, **options
+    theme = gr.themes.Default(primary_hue="teal", neutral_hue="stone", **font).set(  # dark enough to be read
+        color_accent="*primary_700",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_600",
+        block_label_text_color="*neutral_700",
+        block_title_text_color="*neutral_800",
     )
+    return page.launch(theme=theme, css=_css(), **fixed, **options)
 
 
 def build(restorer: Any, offline: bool = False, fetching: bool = True, **options: Any) -> Any:
@@ -208,7 +216,7 @@ def build(restorer: Any, offline: bool = False, fetching: bool = True, **options
                 )
                 guessed = gr.Image(
                     interactive=False,
-                    label="Orange: where it is guessed, for the versions differ (spread)",
+                    label="Orange: guessed, for here the versions differ (spread)",
                     visible=False,
                     format="png",
                     buttons=["download"],
