@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from restore.app import models, research
+from restore.app.look import look
 from restore.app.options import (
     Backbone,
     Device,
@@ -312,6 +313,7 @@ def ui(
     launch(page, server_name=host, server_port=port, share=share, auth=(user, password) if auth else None)
 
 
+app.command()(look)
 for verb in (research.train, research.profile, research.bench, research.heads, research.report, research.evaluate):
     app.command()(verb)
 
