@@ -142,11 +142,10 @@ def test_turning_and_cropping_keep_the_rest(restorer, tmp_path):
 def test_grey_stays_grey(restorer, tmp_path):
     source = tmp_path / "print.png"
     PIL.Image.open(PHOTO).convert("L").convert("RGB").save(source)
-    assert pictures.look(source).grey and not pictures.look(PHOTO).grey
-    (done,) = restored(restorer, [source], Wish("denoise", sigma=0.1, grey=True, **QUICK), tmp_path / "out")
-    assert PIL.Image.open(done.files[0]).mode == "L"
-    (done,) = restored(restorer, [source], Wish("colour", grey=True, **QUICK), tmp_path / "colour")
-    assert PIL.Image.open(done.files[0]).mode == "RGB"
+    for task in ("denoise", "colour"):
+        (done,) = restored(restorer, [source], Wish(task, sigma=0.1, **QUICK), tmp_path / task, Edits(turns=1))
+        colours = np.ptp(np.asarray(PIL.Image.open(done.files[0]).convert("RGB")).astype(int), axis=2)
+        assert (colours.max() <= 1) == (task == "denoise")
 
 
 def test_what_the_browser_says_is_read_with_care():

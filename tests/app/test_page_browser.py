@@ -5,6 +5,8 @@ $RESTORE_SCREENSHOTS: a folder that gets a picture of the page at the end of eac
 
 import os
 import shutil
+import threading
+import time
 
 import numpy as np
 import PIL.Image
@@ -12,6 +14,7 @@ import PIL.ImageDraw
 import pytest
 
 import restore
+from restore.app.page.work import WORKER
 from restore.paths import data_dir
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -219,6 +222,20 @@ def test_cancel(visit):
     visitor.page.get_by_text("Cancelled.").wait_for()
     visitor.page.get_by_label("Steps").fill("2")
     assert "done in" in visitor.restore()
+    # Who leaves stops it too.
+    leaving = visit()
+    leaving.choose()
+    leaving.task("Remove noise")
+    leaving.quickly(samples=3, steps="1000")
+    leaving.page.click("#go")
+    leaving.page.locator("#forming img").wait_for()
+    leaving.page.goto("about:blank")
+    for _ in range(200):
+        if not [thread for thread in threading.enumerate() if thread.name == WORKER]:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("it computes on for nobody")
 
 
 @pytest.mark.slow

@@ -24,14 +24,12 @@ def endpoints(clicks: Clicks) -> None:
     """Adds /restore, /estimate and /cancel to the page that is being built."""
 
     def restore(
-        photo, prior, task, factor, blur, std, path, sigma, sensitivity, grey, quality, samples, steps, seed, pag_scale,
+        photo, prior, task, factor, blur, std, path, sigma, sensitivity, quality, samples, steps, seed, pag_scale,
         mask=None, request: gr.Request = None, progress=gr.Progress(),  # noqa: B008
     ) -> Iterator[Any]:  # fmt: skip
         stop = clicks.stops[request.session_hash] = threading.Event()
         with TemporaryDirectory(prefix="restore-") as folder, sentences(photo, mask):
-            wish = asked(
-                task, factor, blur, std, path, sigma, sensitivity, grey, quality, samples, steps, seed, pag_scale
-            )
+            wish = asked(task, factor, blur, std, path, sigma, sensitivity, quality, samples, steps, seed, pag_scale)
             found, planner = clicks.priors.get(prior), clicks.priors.planner(prior, "restore")
             for item in work.restore([photo] if photo else [], found, wish, planner, folder, stop, mask=mask):
                 if isinstance(item, work.Step):
@@ -42,13 +40,11 @@ def endpoints(clicks: Clicks) -> None:
                     yield [str(path) for path in item.files], item.sidecar
 
     def estimate(
-        photo, prior, task, factor, blur, std, path, sigma, sensitivity, grey, quality, samples, steps, seed, pag_scale,
+        photo, prior, task, factor, blur, std, path, sigma, sensitivity, quality, samples, steps, seed, pag_scale,
         mask=None,
     ) -> str:  # fmt: skip
         with TemporaryDirectory(prefix="restore-") as folder, sentences(photo, mask):
-            wish = asked(
-                task, factor, blur, std, path, sigma, sensitivity, grey, quality, samples, steps, seed, pag_scale
-            )
+            wish = asked(task, factor, blur, std, path, sigma, sensitivity, quality, samples, steps, seed, pag_scale)
             found, planner = clicks.priors.get(prior), clicks.priors.planner(prior, "estimate")
             if not photo:
                 raise RestoreError("choose a photo first")
@@ -68,7 +64,6 @@ def endpoints(clicks: Clicks) -> None:
             gr.Textbox("", label="path of the blur motion: JSON [[x, y], ...] in pixels"),
             gr.Textbox("", label="sigma: noise on [-1, 1]; empty: estimated"),
             gr.Number(0.5, label="sensitivity of the search for damage, 0 to 1"),
-            gr.Checkbox(False, label="grey: the result has no colour"),
             gr.Textbox("balanced", label=f"quality: {', '.join(QUALITIES)}"),
             gr.Number(1, label="samples", precision=0, minimum=1, maximum=MOST),
             gr.Textbox("", label="steps; empty: the preset's"),
@@ -83,10 +78,10 @@ def endpoints(clicks: Clicks) -> None:
         gr.Button("cancel").click(cancel, queue=False, api_name="cancel")
 
 
-def asked(task, factor, blur, std, path, sigma, sensitivity, grey, quality, samples, steps, seed, pag_scale) -> Wish:
+def asked(task, factor, blur, std, path, sigma, sensitivity, quality, samples, steps, seed, pag_scale) -> Wish:
     """Raises RestoreError for what cannot be read."""
     check_known([quality], QUALITIES, "there is no quality called")
     return Wish(
-        task, int(factor), blur, std, drawn(path, 1e4), number(sigma, "sigma"), sensitivity, grey, quality,
+        task, int(factor), blur, std, drawn(path, 1e4), number(sigma, "sigma"), sensitivity, quality,
         min(int(samples), MOST), parse_steps(steps.strip() or None), int(seed), number(pag_scale, "pag_scale"), True,
     )  # fmt: skip

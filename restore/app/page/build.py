@@ -148,7 +148,6 @@ def build(restorer: Any, offline: bool = False, fetching: bool = True, **options
                     elem_id="noise",
                     visible=False,
                 )
-                grey = gr.Checkbox(label="Keep it grey", info="on for photos without colour")
                 gr.HTML("<h2>3. How carefully?</h2>", elem_classes="step")
                 quality = gr.Radio(
                     [(name.capitalize(), name) for name in QUALITIES],
@@ -236,14 +235,14 @@ def build(restorer: Any, offline: bool = False, fetching: bool = True, **options
                     sidecar = gr.JSON(label="Side-car: protocol and numbers")
 
         endpoints(clicks)  # first, for their names
-        given = [photo, stage, more, task, factor, blur, std, path, extent, noise, sensitivity, grey, quality]
+        given = [photo, stage, more, task, factor, blur, std, path, extent, noise, sensitivity, quality]
         given += [three, steps, seed, scale, sigma, traced, prior]
         private: dict[str, Any] = {"api_visibility": "private"}
         quiet = private | {"show_progress": "hidden"}
-        photo.change(clicks.looked, photo, [photo, stage, again, noise, grey], **quiet)
+        photo.change(clicks.looked, photo, [photo, stage, again, noise], **quiet)
         again.click(lambda: None, None, photo, **quiet)
         gr.on([photo.change, more.change], page_of.counted, [photo, more], go, **quiet)
-        task.change(clicks.chosen, task, [stage, filling, factor, sharpening, noise, grey], **quiet)
+        task.change(clicks.chosen, task, [stage, filling, factor, sharpening, noise], **quiet)
         blur.change(
             lambda kind: (gr.Row(visible=kind == "focus"), gr.Column(visible=kind == "motion")),
             blur,

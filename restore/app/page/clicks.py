@@ -29,10 +29,10 @@ class Clicks:
         self.stops: dict[str, threading.Event] = {}  # by the browser's tab
 
     def looked(self, photo: str | None) -> list[Any]:
-        """A photo was chosen, or taken away: (upload, stage, again, noise, grey)."""
+        """A photo was chosen, or taken away: (upload, stage, again, noise)."""
         empty = [gr.update(visible=True), gr.update(photo="", visible="hidden"), gr.update(visible=False)]
         if not photo:
-            return [*empty, gr.skip(), gr.skip()]
+            return [*empty, gr.skip()]
         with sentences(photo):
             look = pictures.look(photo)
         return [
@@ -40,12 +40,11 @@ class Clicks:
             gr.update(photo=look.preview, visible=True),
             gr.update(visible=True),
             look.noise,
-            look.grey,
         ]
 
     def chosen(self, task: str) -> list[Any]:
-        """Only what the task needs: (stage, filling, factor, sharpening, noise, grey)."""
-        seen = [task == name for name in ("fill", "enlarge", "sharpen", "denoise")] + [task != "colour"]
+        """Only what the task needs: (stage, filling, factor, sharpening, noise)."""
+        seen = [task == name for name in ("fill", "enlarge", "sharpen", "denoise")]
         return [gr.update(painting=task == "fill"), *(gr.update(visible=on) for on in seen)]
 
     def propose(self, photo: str | None, stage: str, sensitivity: float) -> Any:
@@ -129,7 +128,7 @@ class Clicks:
 
     def fit(self, name: str | None, plan: Plan | None = None) -> str:
         try:
-            return models.fit(self.priors.get(name), plan)
+            return f"{models.fit(self.priors.get(name), plan)} Others are under *The prior*, below."
         except RestoreError as error:
             return capital(str(error))
 
@@ -178,7 +177,6 @@ class Asked:
     extent: float
     noise: float
     sensitivity: float
-    grey: bool
     quality: str
     three: bool
     steps: str
@@ -207,7 +205,6 @@ class Asked:
             path=drawn(self.path, self.extent) if moved else (),
             sigma=self.noise if self.task == "denoise" else number(self.sigma, "sigma_y"),
             sensitivity=self.sensitivity,
-            grey=self.grey,
             quality=self.quality,
             samples=3 if self.three else 1,
             steps=parse_steps((self.steps or "").strip() or None),

@@ -26,7 +26,6 @@ from restore.images.masks import read_mask
 
 LARGEST_PHOTO = 64_000_000  # pixels
 SHOWN, SMALL = 1400, 384  # pixels of the longer side: on the page at most; what is smaller is shown enlarged
-TINT = 0.03  # of the mean difference between a pixel's channels, on [0, 1], below which a photo has no colour
 CERTAIN = 0.2  # standard deviation on [-1, 1] that is shown in full colour
 ORANGE = (255, 120, 0)
 _PNG = "data:image/png;base64,"
@@ -48,13 +47,11 @@ class Edits:
 
 @dataclass(frozen=True)
 class Look:
-    """What a photo is seen to be. size: (H, W). preview: address of the picture for the browser. noise: sigma_y.
-    grey: it has no colour, whatever its file says."""
+    """What a photo is seen to be. size: (H, W). preview: address of the picture for the browser. noise: sigma_y."""
 
     size: tuple[int, int]
     preview: str
     noise: float
-    grey: bool
 
 
 def read(path: str | Path) -> ImageRecord:
@@ -73,12 +70,7 @@ def read(path: str | Path) -> ImageRecord:
 def look(path: str | Path) -> Look:
     """Raises RestoreError for what is no photo."""
     record = read(path)
-    return Look(record.size, address(shown(record.pixels)), noise(record.pixels), colourless(record))
-
-
-def colourless(record: ImageRecord) -> bool:
-    unit = (record.pixels + 1) / 2
-    return record.grey or float((unit.amax(1) - unit.amin(1)).mean()) < TINT
+    return Look(record.size, address(shown(record.pixels)), noise(record.pixels))
 
 
 def parse(text: str | None) -> Edits:
@@ -96,8 +88,8 @@ def parse(text: str | None) -> Edits:
         raise RestoreError("what was done to the photo is not readable: choose the photo again") from None
 
 
-def edited(record: ImageRecord, edits: Edits, grey: bool = False) -> ImageRecord:
-    """The photo as it was turned and cropped, and without its colours where it shall have none."""
+def edited(record: ImageRecord, edits: Edits) -> ImageRecord:
+    """The photo as it was turned and cropped."""
 
     def cut(x: torch.Tensor) -> torch.Tensor:
         x = torch.rot90(x, -edits.turns, (-2, -1))
@@ -106,8 +98,7 @@ def edited(record: ImageRecord, edits: Edits, grey: bool = False) -> ImageRecord
         return x[..., top : max(bottom, top + 1), left : max(right, left + 1)].contiguous()
 
     alpha = None if record.alpha is None else cut(record.alpha)
-    icc = None if grey and not record.grey else record.icc  # a profile of colours fits no grey
-    return dataclasses.replace(record, pixels=cut(record.pixels), alpha=alpha, grey=record.grey or grey, icc=icc)
+    return dataclasses.replace(record, pixels=cut(record.pixels), alpha=alpha)
 
 
 def write_mask(path: Path, missing: np.ndarray, size: tuple[int, int]) -> Path:

@@ -36,7 +36,7 @@ class Wish:
 
     task: of PLAIN. factor: of FACTORS. blur: of BLURS; std: of the blur out of focus, in pixels; path: (N, 2) points
     x, y in pixels, the way of a camera that moved. sigma: the photo's noise on [-1, 1], None: estimated. sensitivity:
-    of the search for damage where no mask is given. grey: the result has no colour. quality, samples, seed: see
+    of the search for damage where no mask is given. quality, samples, seed: see
     Restorer. steps, pag_scale: None leaves the preset's. pictures: of the guidance through time.
     """
 
@@ -47,7 +47,6 @@ class Wish:
     path: Sequence[Sequence[float]] = ()
     sigma: float | None = None
     sensitivity: float = 0.5
-    grey: bool = False
     quality: str = "balanced"
     samples: int = 3
     steps: int | str | None = None

@@ -25,6 +25,7 @@ from restore.app.plan import Plan, Planner, duration
 from restore.images import io
 
 EVERY = 0.5  # seconds between two pictures of what is forming
+WORKER = "restore-photos"  # the name of the thread
 TRACED = 4_000_000  # pixels, up to which the pictures of the guidance are kept
 
 
@@ -152,13 +153,12 @@ def _one(photo, restorer, wish, planner, folder, stop, edits, mask, count, repor
 def _prepared(
     photo: Path, wish: Wish, folder: Path, edits: Edits | None, mask: str | Path | None, planning: bool = False
 ) -> tuple[Photo, Any]:
-    """The photo as it is to be restored, a new file where it was turned, cropped or turned grey, and its task."""
+    """The photo as it is to be restored, a new file where it was turned or cropped, and its task."""
     record = pictures.read(photo)
-    grey = wish.grey and wish.task != "colour"
     (chosen,) = find_photos([photo], folder / "out")
     proposing, edits = edits is None, edits or Edits()
-    if not edits.none or (grey and not record.grey):
-        record = pictures.edited(record, edits, grey)
+    if not edits.none:
+        record = pictures.edited(record, edits)
         source = folder / "in" / f"{photo.stem}.png"
         source.parent.mkdir(parents=True, exist_ok=True)
         io.write_image(source, record.pixels, like=record)
@@ -189,7 +189,7 @@ def _options(wish: Wish) -> dict[str, Any]:
 def _done(photo: Path, chosen: Photo, before: io.ImageRecord, wish: Wish, edits: Edits, seconds: float) -> Done:
     sidecar = json.loads(chosen.sidecar.read_text(encoding="utf-8"))
     if chosen.source != photo:
-        done = {"turns": edits.turns, "crop": list(edits.crop), "grey": before.grey}
+        done = {"turns": edits.turns, "crop": list(edits.crop)}
         sidecar = sidecar | {"input": photo.name, "edited": {**done, "sha256": sha256(photo)}}
         atomic.write_json(chosen.sidecar, sidecar)
     names = [chosen.target] + [chosen.beside(f"-sample{k}") for k in range(1, wish.samples)]
@@ -224,7 +224,7 @@ def _streamed(work: Callable[[Callable[[Any], None]], None], stop: threading.Eve
         except BaseException as error:
             reports.put((None, error))
 
-    thread = threading.Thread(target=run_it, daemon=True)
+    thread = threading.Thread(target=run_it, name=WORKER, daemon=True)
     thread.start()
     try:
         while (item := reports.get()) != (None, None):
