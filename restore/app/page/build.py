@@ -264,7 +264,7 @@ def build(restorer: Any, offline: bool = False, fetching: bool = True, **options
         stop.click(clicks.cancel, None, status, queue=False, **quiet)
         page.unload(clicks.left)
         prior.change(clicks.about, prior, [about, fetch], **quiet)
-        fetch.click(clicks.fetch, prior, [about, fetch, prior], **private)
+        fetch.click(clicks.fetch, prior, [about, fetch, prior], show_progress_on=about, **private)
     return page
 
 

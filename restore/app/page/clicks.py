@@ -140,9 +140,12 @@ class Clicks:
         def told(done: int, whole: int | None) -> None:
             progress((done // 1_000_000, whole and whole // 1_000_000), desc=f"fetching {name}", unit="MB")
 
-        with sentences():
-            progress(0, desc=f"fetching {name}")
+        progress(0, desc=f"fetching {name}")
+        try:
             self.priors.fetch(name, told)
+        except RestoreError as error:
+            text, button = self.about(name)
+            return [f"**{capital(str(error))}**\n\n{text}", button, gr.skip()]
         return [*self.about(name), gr.update(choices=self.priors.choices(), value=name)]
 
     @staticmethod

@@ -114,22 +114,26 @@ def estimate(
 def _one(photo, restorer, wish, planner, folder, stop, edits, mask, count, report) -> Done:
     report(Step(f"Looking at {photo.name}{count} …"))
     chosen, task = _prepared(photo, wish, folder, edits, mask)
-    plans, last = [], [0.0]
+    plans, began, last = [], 0.0, 0.0
 
     def announce(outcome: run.Outcome) -> None:
+        nonlocal began
+        began = time.monotonic()
         plans.append(outcome.plan)
         if outcome.plan.fits:
             report(Step(f"Restoring {photo.name}{count}, about {duration(outcome.plan.seconds)} …", 0.0))
 
     def watch(step: dict) -> None:
+        nonlocal last
         if stop.is_set():
             raise RestoreError("cancelled")
         final = step["step"] == step["steps"] - 1
-        if final or time.monotonic() - last[0] > EVERY:
-            last[0] = time.monotonic()
+        if final or time.monotonic() - last > EVERY:
+            last = time.monotonic()
             share = (step["first"] + (step["step"] + 1) / step["steps"]) / step["total"]
             version = f", version {step['first'] + 1} of {step['total']}" if step["total"] > 1 else ""
-            detail = f"step {step['step'] + 1} of {step['steps']}{version}"
+            left = duration((last - began) * (1 - share) / share) if share < 1 else "nothing"
+            detail = f"step {step['step'] + 1} of {step['steps']}{version}, about {left} left"
             picture = pictures.shown(step["x0_hat"][0].float().cpu(), 640, SMALL)
             report(Step(f"Restoring {photo.name}{count} …", share, detail, picture))
 
