@@ -307,7 +307,8 @@ def test_the_page_answers_and_reports_mistakes(restorer, monkeypatch, tmp_path):
         page.close()
 
 
-def test_who_is_let_in(monkeypatch):
+def test_who_is_let_in(restorer):
+    import requests
     from typer.testing import CliRunner
 
     from restore.app import cli
@@ -315,3 +316,17 @@ def test_who_is_let_in(monkeypatch):
     for auth in ("me", "me:", ":secret", ""):
         result = CliRunner().invoke(cli.app, ["ui", "--auth", auth])
         assert "auth= must be user:password" in str(result.exception)
+    from restore.app.page import build, launch
+
+    page = build(restorer)
+    _, url, _ = launch(page, prevent_thread_lock=True, quiet=True, auth=("anna", "secret"))
+    try:
+        assert requests.get(f"{url}config", timeout=60).status_code == 401
+        session = requests.Session()
+        assert (
+            session.post(f"{url}login", data={"username": "anna", "password": "wrong"}, timeout=60).status_code == 400
+        )
+        assert session.post(f"{url}login", data={"username": "anna", "password": "secret"}, timeout=60).ok
+        assert session.get(f"{url}config", timeout=60).ok
+    finally:
+        page.close()

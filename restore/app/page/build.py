@@ -183,56 +183,7 @@ def build(restorer: Any, offline: bool = False, fetching: bool = True, **options
                     about = gr.Markdown(described(restorer.name), elem_classes="fine")
                     fetch = gr.Button("Fetch it", visible=False)
             with gr.Column(min_width=320, elem_id="results"):
-                gr.HTML("<h2>Result</h2>", elem_classes="step")
-                status = gr.HTML(page_of.idle(), elem_id="status")
-                forming = gr.Image(
-                    interactive=False,
-                    label="The photo as it forms (x̂0)",
-                    visible=False,
-                    format="jpeg",
-                    buttons=[],
-                    elem_id="forming",
-                )
-                slider = gr.ImageSlider(
-                    interactive=False,
-                    label="Before | after",
-                    visible=False,
-                    format="png",
-                    buttons=["fullscreen"],
-                    elem_id="slider",
-                )
-                download = gr.DownloadButton("Download the photo", variant="primary", visible=False, elem_id="download")
-                gallery = gr.Gallery(
-                    interactive=False,
-                    label="Three versions, all equally likely",
-                    rows=1,
-                    height="auto",
-                    object_fit="contain",
-                    columns=3,
-                    visible=False,
-                    format="png",
-                    elem_id="versions",
-                )
-                guessed = gr.Image(
-                    interactive=False,
-                    label="Orange: guessed, for here the versions differ (spread)",
-                    visible=False,
-                    format="png",
-                    buttons=["download"],
-                    elem_id="guessed",
-                )
-                everything = gr.File(
-                    label="All files", file_count="multiple", interactive=False, visible=False, elem_id="files"
-                )
-                with gr.Accordion("For experts", open=False, visible=False) as experts:
-                    guidance = gr.Image(
-                        label="Guidance |eps − eps_weak| through time",
-                        interactive=False,
-                        visible=False,
-                        format="png",
-                        elem_id="guidance",
-                    )
-                    sidecar = gr.JSON(label="Side-car: protocol and numbers")
+                results = _results(gr, page_of.idle())
 
         endpoints(clicks)  # first, for their names
         given = [photo, stage, more, task, factor, blur, std, path, extent, noise, sensitivity, quality]
@@ -256,16 +207,68 @@ def build(restorer: Any, offline: bool = False, fetching: bool = True, **options
         changes = [part.change for part in (stage, more, task, factor, blur, std, path, extent, quality, three, prior)]
         changes += [part.blur for part in (steps, scale)]
         gr.on(changes, clicks.estimated, given, [plan, fits], trigger_mode="always_last", **quiet)
-        results = [status, forming, slider, download, gallery, guessed, everything, experts, guidance, sidecar]
         begun = go.click(clicks.begin, None, [*results, go, stop], js=ROLL, queue=False, **quiet)
         run = begun.then(clicks.restore, given, results, concurrency_id="restore", **quiet)
         run.failure(clicks.failed, None, results, queue=False, **quiet)
         run.then(lambda: page_of.buttons(True), None, [go, stop], queue=False, **quiet)
-        stop.click(clicks.cancel, None, status, queue=False, **quiet)
+        stop.click(clicks.cancel, None, results[0], queue=False, **quiet)
         page.unload(clicks.left)
         prior.change(clicks.about, prior, [about, fetch], **quiet)
         fetch.click(clicks.fetch, prior, [about, fetch, prior], show_progress_on=about, **private)
     return page
+
+
+def _results(gr: Any, idle: str) -> list[Any]:
+    """What a restoration changes, in the order of clicks.RESULTS."""
+    gr.HTML("<h2>Result</h2>", elem_classes="step")
+    status = gr.HTML(idle, elem_id="status")
+    forming = gr.Image(
+        interactive=False,
+        label="The photo as it forms (x̂0)",
+        visible=False,
+        format="jpeg",
+        buttons=[],
+        elem_id="forming",
+    )
+    slider = gr.ImageSlider(
+        interactive=False,
+        label="Before | after",
+        visible=False,
+        format="png",
+        buttons=["fullscreen"],
+        elem_id="slider",
+    )
+    download = gr.DownloadButton("Download the photo", variant="primary", visible=False, elem_id="download")
+    gallery = gr.Gallery(
+        interactive=False,
+        label="Three versions, all equally likely",
+        rows=1,
+        height="auto",
+        object_fit="contain",
+        columns=3,
+        visible=False,
+        format="png",
+        elem_id="versions",
+    )
+    guessed = gr.Image(
+        interactive=False,
+        label="Orange: guessed, for here the versions differ (spread)",
+        visible=False,
+        format="png",
+        buttons=["download"],
+        elem_id="guessed",
+    )
+    everything = gr.File(label="All files", file_count="multiple", interactive=False, visible=False, elem_id="files")
+    with gr.Accordion("For experts", open=False, visible=False) as experts:
+        guidance = gr.Image(
+            label="Guidance |eps − eps_weak| through time",
+            interactive=False,
+            visible=False,
+            format="png",
+            elem_id="guidance",
+        )
+        sidecar = gr.JSON(label="Side-car: protocol and numbers")
+    return [status, forming, slider, download, gallery, guessed, everything, experts, guidance, sidecar]
 
 
 def _css() -> str:
