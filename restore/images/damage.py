@@ -130,9 +130,13 @@ def _grown(photo: np.ndarray, damaged: np.ndarray) -> np.ndarray:
         if np.hypot(*piece.shape) < 0.1 * min(damaged.shape):
             continue
         colour = np.median(photo[(slice(None), *box)][:, piece], axis=1)
-        alike, _ = nd.label(np.abs(photo - colour[:, None, None]).max(0) < SAME)
+        difference = np.abs(photo - colour[:, None, None]).max(0)
+        alike, _ = nd.label(difference < SAME)
         touched = np.unique(alike[box][piece])
         stain = np.isin(alike, touched[touched > 0])
-        if (stain & ~damaged).sum() < GROWTH * damaged.size:
+        around = nd.binary_dilation(stain, EIGHT, iterations=3) & ~nd.binary_dilation(stain, EIGHT)
+        if (stain & ~damaged).sum() > GROWTH * damaged.size or not around.any():
+            continue
+        if np.quantile(difference[around], 0.2) > 3 * SAME:  # else it fades into a part of the picture
             grown |= stain
     return grown

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from operators import RestoreError
 from operators.kernels import LARGEST, rasterise
+from operators.validate import integer
 from restore.images.damage import damage_mask
 from restore.images.io import with_channels
 
@@ -22,6 +23,7 @@ __all__ = ["blur_size", "damage_mask", "grey_share", "motion_path_kernel", "nois
 BLOCK = 8  # pixels; side of the blocks in which noise is looked for
 SMOOTH = 0.15  # share of the blocks taken: those without structure
 WHITE = 0.8  # below this ratio of fine to coarse energy colour noise is no camera's: chroma was reduced or denoised
+MIDDLE = 1536  # pixels a side: of a larger photo the middle tells the blur
 LIMIT = 1 - 1 / 255  # beyond it 8 bits are clipped
 _OPPONENT = ((1, 1, 1), (1, 0, -1), (1, -2, 1))  # brightness and two colour differences
 
@@ -71,8 +73,9 @@ class _Blocks:
 
     @staticmethod
     def _energy(plane: torch.Tensor, side: int) -> torch.Tensor:
-        haar = plane.new_tensor([[0.5, -0.5], [-0.5, 0.5]])[None, None]
-        return F.avg_pool2d(F.conv2d(F.pad(plane, (0, 1, 0, 1), mode="replicate"), haar) ** 2, side).flatten()
+        plane = F.pad(plane, (0, 1, 0, 1), mode="replicate")
+        haar = plane.diff(dim=-1).diff(dim=-2) / 2
+        return F.avg_pool2d(haar**2, side).flatten()
 
     def energies(self, inside: torch.Tensor) -> tuple[float, float]:
         """Variance of the noise by the finest and by the next detail, from the smooth blocks that are `inside`."""
@@ -92,9 +95,12 @@ def blur_size(x: torch.Tensor) -> float:
     x: as in `noise_level`. How much the strongest edges lose when they are blurred once more: between derivatives of
     Gaussians of std a and b the slope of a step blurred by s falls by R, R^2 = (s^2 + b^2) / (s^2 + a^2) (Zhuo & Sim
     2011, Eq. 7). Thin lines fall faster and read as less blur, gradual shadows as more; the 70th percentile is taken.
-    A sharp photo reads 0 to 1, and so does one without edges. Raises RestoreError below 32 pixels a side.
+    Of a photo above 1536 pixels a side the middle is taken. A sharp photo reads 0 to 1, and so does one without edges.
+    About a quarter off between 1.5 and 6 pixels (docs/photo.md). Raises RestoreError below 32 pixels a side.
     """
     x = _pixels(x)
+    top, left = (max(0, (side - MIDDLE) // 2) for side in x.shape[-2:])
+    x = x[..., top : top + MIDDLE, left : left + MIDDLE]
     if min(x.shape[-2:]) < 32:
         raise RestoreError(f"blur is measured in photos of 32 pixels a side or more, not {_size(x)}")
     noise = noise_level(x) / math.sqrt(x.shape[1] if grey_share(x) < 1 else 1)
@@ -154,9 +160,9 @@ def motion_path_kernel(points: torch.Tensor | np.ndarray | list, size: int | Non
     path = np.stack([np.interp(times, along, path[:, axis]) for axis in (1, 0)], axis=1)
     path -= path.mean(axis=0)
     needed = 2 * math.ceil(np.abs(path).max() - 1e-9) + 1
-    size = needed if size is None else size
-    if size != int(size) or size % 2 == 0 or not needed <= size <= LARGEST:
-        raise RestoreError(f"the kernel of this motion path needs an odd size of at least {needed} pixels, not {size}")
+    size = needed if size is None else integer(size, "the kernel's size", needed, LARGEST)
+    if size % 2 == 0 or size > LARGEST:
+        raise RestoreError(f"the kernel's size must be odd and at most {LARGEST}, got {size}.")
     # operators.Blur correlates, so the path is turned by half a circle for a point to be drawn out along it.
     return torch.from_numpy(rasterise(size // 2 - path, size))
 
