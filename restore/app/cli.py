@@ -290,16 +290,27 @@ def ui(
         str, typer.Option(help="Address to listen on; 0.0.0.0 lets others on the network in.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 7860,
+    share: Annotated[
+        bool, typer.Option("--share", help="A public address for three days, through the servers of gradio.")
+    ] = False,
+    auth: Annotated[str | None, typer.Option(envvar="RESTORE_AUTH", help="user:password that lets in.")] = None,
     device: Device = "auto",
     precision: Precision = "fp32",
     offline: Offline = False,
 ) -> None:
-    """Open a page in the browser for one photo at a time (needs the extra `ui`)."""
+    """Open a page in the browser for old photos (needs the extra `ui`)."""
+    from operators import RestoreError
     from restore import restorer
-    from restore.app.ui import LARGEST_FILE, build
+    from restore.app.page import build, launch
 
-    page = build(restorer.load(backbone, device=device, precision=precision, offline=offline))
-    page.launch(server_name=host, server_port=port, max_file_size=LARGEST_FILE)
+    user, colon, password = (auth or "").partition(":")
+    if auth is not None and not (user and colon and password):
+        raise RestoreError("auth= must be user:password")
+    alone = not share and host in ("127.0.0.1", "localhost", "::1")
+    options = {"device": device, "precision": precision}
+    model = restorer.load(backbone, offline=offline, **options)
+    page = build(model, offline=offline, fetching=alone or auth is not None, **options)
+    launch(page, server_name=host, server_port=port, share=share, auth=(user, password) if auth else None)
 
 
 app.command()(look)

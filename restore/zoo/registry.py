@@ -66,6 +66,7 @@ class Model:
     """An entry of the registry. Exactly one of `folder` (shipped, below data/), `download`, `hub` is set.
 
     kind: one of KINDS. resolution: pixels per side it was trained at.
+    subject: what its training pictures show, a plural; narrow: and nothing else.
     options: keyword arguments of the loader that cannot be read off the weights. notes: what a user should know.
     """
 
@@ -84,6 +85,8 @@ class Model:
     guidance: Guidance | None = None
     citation: str | None = None
     notes: str | None = None
+    subject: str | None = None
+    narrow: bool = False
 
     @property
     def class_conditional(self) -> bool:

@@ -1,0 +1,5 @@
+"""The page in the browser, for a person with one old photo: `restore ui` (extra `ui`)."""
+
+from restore.app.page.build import build, launch
+
+__all__ = ["build", "launch"]

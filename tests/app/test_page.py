@@ -1,0 +1,332 @@
+"""The page without a browser: its work on photos, its words, and what gradio_client calls."""
+
+import base64
+import functools
+import io
+import json
+import sys
+import tempfile
+import threading
+import time
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import pytest
+import torch
+
+import restore
+from operators import RestoreError
+from restore.app.page import models, pictures, tasks, work
+from restore.app.page.pictures import Edits
+from restore.app.page.tasks import Wish
+from restore.app.plan import Planner
+from restore.images import io as images
+from restore.paths import data_dir
+
+PHOTO = data_dir() / "photos" / "astronaut-face-64.png"
+SCRATCHED = data_dir() / "photos" / "astronaut-face-64-scratched.png"
+MASK = data_dir() / "masks" / "scratches-64.png"
+QUICK = {"quality": "fast", "samples": 1, "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def restorer():
+    return restore.load("embedded")
+
+
+def restored(restorer, photos, wish, folder, edits=None, mask=None):
+    """What work.restore says of each photo at its end."""
+    items = work.restore(photos, restorer, wish, Planner(restorer), folder, threading.Event(), edits, mask)
+    return [item for item in items if isinstance(item, work.Done)]
+
+
+def test_a_photo_is_restored_as_by_the_command(restorer, tmp_path):
+    from restore.app import files, run
+    from restore.app.tasks import find_task
+
+    (done,) = restored(restorer, [SCRATCHED], Wish("fill", sigma=0.05, **QUICK), tmp_path / "page", mask=MASK)
+    photos = files.find_photos([str(SCRATCHED)], tmp_path)
+    (outcome,) = run.restore_files(photos, restorer, find_task("inpaint", mask=MASK), quality="fast", steps=2)
+    assert done.error is None and done.sidecar["residual_ratio"] == outcome.numbers["residual_ratio"]
+    assert done.files[0].read_bytes() == outcome.photo.target.read_bytes()
+    assert {path.name for path in done.files} == {SCRATCHED.name, f"{SCRATCHED.stem}.json"}
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        Wish("enlarge", factor=2, **QUICK),
+        Wish("sharpen", std=1.0, **QUICK),
+        Wish("sharpen", blur="motion", path=[[0, 0], [5, 2]], **QUICK),
+        Wish("denoise", sigma=0.1, **QUICK),
+        Wish("colour", **QUICK),
+    ],
+    ids=lambda wish: f"{wish.task}-{wish.blur}",
+)
+def test_every_plain_task_is_one(restorer, tmp_path, wish):
+    (done,) = restored(restorer, [PHOTO], wish, tmp_path)
+    side = 128 if wish.task == "enlarge" else 64
+    assert done.error is None and PIL.Image.open(done.files[0]).size == (side, side)
+    assert done.before.size == done.samples[0].size == (384, 384)
+
+
+def test_three_versions_show_where_it_is_guessed(restorer, tmp_path):
+    wish = Wish("fill", sigma=0.02, **QUICK | {"samples": 3, "steps": 10})
+    (done,) = restored(restorer, [SCRATCHED], wish, tmp_path, mask=MASK)
+    assert len(done.samples) == 3 and len(done.files) == 6
+    known = np.asarray(PIL.Image.open(MASK).resize(done.guessed.size, PIL.Image.Resampling.NEAREST)) > 127
+    red, _, blue = np.moveaxis(np.asarray(done.guessed).astype(float), -1, 0)
+    assert (red - blue)[~known].mean() > 5 * abs((red - blue)[known].mean())
+
+
+def test_messages_name_no_folder_and_large_photos_are_refused(restorer, tmp_path):
+    broken = tmp_path / "secret" / "a.png"
+    broken.parent.mkdir()
+    broken.write_bytes(PHOTO.read_bytes()[:200])
+    (done,) = restored(restorer, [broken], Wish("denoise", **QUICK), tmp_path / "out")
+    assert "a.png" in done.error and "secret" not in done.error and "/" not in done.error
+    for side, sentence in ((9000, "9000 x 9000 pixels, at most 64 million"), (20000, "far more than 64 million")):
+        PIL.Image.new("1", (side, side)).save(broken)
+        (done,) = restored(restorer, [broken], Wish("denoise", **QUICK), tmp_path / "out")
+        assert sentence in done.error
+
+
+def test_a_queue_goes_on_after_a_bad_photo_and_proposes_damage(restorer, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    hair = tmp_path / "hair.png"
+    picture = PIL.Image.open(PHOTO).crop((0, 0, 64, 48)).resize((192, 144), PIL.Image.Resampling.BICUBIC)
+    drawn = PIL.Image.new("L", picture.size)
+    PIL.ImageDraw.Draw(drawn).line((40, 0, 70, 143), fill=255, width=2)
+    picture.paste((250, 250, 245), mask=drawn)
+    picture.crop((20, 40, 84, 104)).save(hair)
+    painted = np.zeros((64, 64), bool)
+    painted[20:24, 20:40] = True
+    wish, edits = Wish("fill", sigma=0.05, **QUICK), Edits(mask=painted)
+    first, second, third = restored(restorer, [PHOTO, bad, hair], wish, tmp_path / "out", edits)
+    assert first.error is None and "bad.png" in second.error and third.error is None
+    masks = [images.read_image(tmp_path / "out" / k / "mask.png").pixels[0, 0].numpy() > 0 for k in "02"]
+    assert np.array_equal(~masks[0], painted)
+    truth = np.asarray(drawn.crop((20, 40, 84, 104))) > 0
+    assert (~masks[1] & truth).sum() > 0.4 * truth.sum()
+
+
+def test_without_paint_it_says_so(restorer, tmp_path):
+    for edits in (Edits(), Edits(mask=np.zeros((64, 64), bool))):
+        (done,) = restored(restorer, [PHOTO], Wish("fill", **QUICK), tmp_path, edits)
+        assert done.error.startswith("paint over what is damaged first")
+    PIL.Image.new("RGB", (64, 64), "grey").save(tmp_path / "flat.png")
+    (done,) = restored(restorer, [tmp_path / "flat.png"], Wish("fill", **QUICK), tmp_path / "out")
+    assert "no scratch and no dust was found" in done.error
+    assert restored(restorer, [], Wish(), tmp_path)[0].error == "choose a photo first"
+
+
+def test_turning_and_cropping_keep_the_rest(restorer, tmp_path):
+    source = tmp_path / "old.jpg"
+    exif = PIL.Image.Exif()
+    exif[0x010E] = "grandmother"
+    array = np.random.default_rng(0).integers(0, 255, (40, 80, 3)).astype(np.uint8)
+    PIL.Image.fromarray(array).save(source, quality=95, exif=exif)
+    edits = Edits(turns=1, crop=(0.0, 0.0, 1.0, 0.5))
+    (done,) = restored(restorer, [source], Wish("denoise", sigma=0.1, **QUICK), tmp_path / "out", edits)
+    result = PIL.Image.open(done.files[0])
+    assert done.files[0].name == "old.jpg" and result.format == "JPEG" and result.size == (40, 40)
+    assert result.getexif()[0x010E] == "grandmother"
+    assert done.sidecar["input"] == "old.jpg" and done.sidecar["edited"]["turns"] == 1
+    record = pictures.read(source)
+    turned = pictures.edited(record, edits).pixels[0]
+    assert torch.equal(turned, torch.from_numpy(np.rot90(record.pixels[0].numpy(), -1, (1, 2)).copy())[:, :40])
+
+
+def test_grey_stays_grey(restorer, tmp_path):
+    source = tmp_path / "print.png"
+    PIL.Image.open(PHOTO).convert("L").convert("RGB").save(source)
+    for task in ("denoise", "colour"):
+        (done,) = restored(restorer, [source], Wish(task, sigma=0.1, **QUICK), tmp_path / task, Edits(turns=1))
+        colours = np.ptp(np.asarray(PIL.Image.open(done.files[0]).convert("RGB")).astype(int), axis=2)
+        assert (colours.max() <= 1) == (task == "denoise")
+
+
+def test_what_the_browser_says_is_read_with_care():
+    layer = np.zeros((4, 6, 4), np.uint8)
+    layer[1, 2] = 255
+    held = io.BytesIO()
+    PIL.Image.fromarray(layer).save(held, "PNG")
+    mask = "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+    edits = pictures.parse(json.dumps({"turns": 5, "crop": [0, 0, 0.5, 1], "mask": mask}))
+    assert edits.turns == 1 and edits.mask.sum() == 1 and edits.mask[1, 2] and pictures.parse("").none
+    good = {"turns": 0, "crop": [0, 0, 1, 1], "mask": None}
+    wrong = [{"turns": "x"}, {"crop": [0, 0, 0, 1]}, {"crop": [0, 0, 2, 1]}, {"crop": 3}, {"mask": "/etc/passwd"}]
+    wrong += [{"crop": [float("nan")] * 4}, {"mask": mask[:60]}, {"mask": 7}]
+    for text in ["[", "[]", "3", "[" * 100_000, *(json.dumps(good | change) for change in wrong)]:
+        with pytest.raises(RestoreError, match="choose the photo again"):
+            pictures.parse(text)
+    for text in ["{", '{"a": 1}', "[[1]]", "[[NaN, 0]]", "[[2, 0]]", '[["x", 0]]', "[" * 100_000]:
+        with pytest.raises(RestoreError, match="draw it again"):
+            tasks.drawn(text, 20)
+    assert tasks.drawn("[[0, 0.5]]", 20) == [[0, 10]] and tasks.drawn(None, 20) == []
+
+
+def test_a_drawn_path_blurs_along_itself(tmp_path):
+    wish = Wish("sharpen", blur="motion", path=[[0, 0], [8, 0], [8, 4]], sigma=0)
+    task = tasks.task_of(wish, torch.zeros(1, 3, 32, 32), tmp_path)
+    point = torch.zeros(1, 3, 32, 32)
+    point[..., 16, 16] = 1
+    smeared = task.build(32, 32).A(point)[0, 0] > 0.02
+    rows, columns = torch.nonzero(smeared, as_tuple=True)
+    corner = smeared[rows.min() : rows.min() + 2, columns.max() - 1 : columns.max() + 1]
+    assert corner.any() and not smeared[rows.max() - 1 :, : columns.min() + 3].any()
+
+
+def test_the_prior_says_what_it_knows(restorer, tmp_path):
+    assert models.fit(restorer).startswith("This prior knows 64-pixel faces.")
+    plan = work.estimate(PHOTO, restorer, Wish("enlarge", factor=4, **QUICK), Planner(restorer), tmp_path)
+    assert "256 × 256 pixels does not fit" in models.fit(restorer, plan) and plan.windows == 49
+
+    class Other:
+        name, backbone = "sd-1.5", restorer.backbone
+
+    assert models.fit(Other).startswith("This prior knows 64-pixel pictures of all kinds.")
+    assert "Anything else" in models.fit(restorer) and "Anything else" not in models.fit(Other)
+    Other.name = "somebody's"
+    assert models.fit(Other) == "This prior knows 64-pixel pictures."
+
+
+def test_priors_are_described_and_fetched(restorer, tmp_path, monkeypatch):
+    monkeypatch.setenv("RESTORE_CACHE", str(tmp_path))
+    priors = models.Priors(restorer, offline=True)
+    names = [name for _, name in priors.choices()]
+    assert names[0] == "embedded" and "adm-ffhq-256" in names and not {"taesd", "adm-imagenet-64"} & set(names)
+    text = models.described("adm-ffhq-256")
+    assert "CC BY-NC-SA 4.0" in text and "374 MB" in text and "not on this machine yet" in text
+    assert "2.2 GB" in models.described("adm-imagenet-256") and "comes with the package" in models.described("embedded")
+    with pytest.raises(RestoreError, match="this page is offline"):
+        priors.fetch("adm-ffhq-256", lambda *_: None)
+    with pytest.raises(RestoreError, match="fetch it first"):
+        priors.get("adm-ffhq-256")
+    for name in ("/etc/passwd", str(data_dir() / "embedded"), "taesd", "owner/name"):
+        with pytest.raises(RestoreError, match="no prior called"):
+            priors.get(name)
+        with pytest.raises(RestoreError, match="no prior called"):
+            priors.fetch(name, lambda *_: None)
+    with pytest.raises(RestoreError, match="open to others"):
+        models.Priors(restorer, fetching=False).fetch("adm-ffhq-256", lambda *_: None)
+    assert priors.get(None) is priors.get("embedded") is restorer
+
+
+@pytest.mark.slow
+def test_without_a_connection_fetching_fails_in_one_sentence(restorer, tmp_path, monkeypatch):
+    monkeypatch.setenv("RESTORE_CACHE", str(tmp_path))
+    for proxy in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")
+    with pytest.raises(RestoreError, match="could not be fetched.*models pull adm-ffhq-256") as caught:
+        models.Priors(restorer).fetch("adm-ffhq-256", lambda *_: None)
+    assert str(tmp_path) not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_leaving_stops_the_work(restorer, tmp_path):
+    stop = threading.Event()
+    wish = Wish("denoise", sigma=0.1, quality="fast", samples=1, steps=1000)
+    items = work.restore([PHOTO], restorer, wish, Planner(restorer), tmp_path, stop)
+    assert any(item.picture for item in iter(lambda: next(items), None) if isinstance(item, work.Step))
+    before = threading.active_count()
+    items.close()
+    assert stop.is_set() and threading.active_count() == before - 1
+
+
+def test_without_gradio_it_says_what_to_install(restorer, monkeypatch):
+    from restore.app import page
+
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(RestoreError, match=r"install restore\[ui\]"):
+        page.build(restorer)
+
+
+def test_the_page_answers_and_reports_mistakes(restorer, monkeypatch, tmp_path):
+    import gradio_client
+
+    from restore import method
+    from restore.app.page import api, build, launch
+
+    page = build(restorer)
+    monkeypatch.setattr(api, "TemporaryDirectory", functools.partial(tempfile.TemporaryDirectory, dir=tmp_path))
+    _, url, _ = launch(page, prevent_thread_lock=True, quiet=True)
+    try:
+        client = gradio_client.Client(url, verbose=False, download_files=str(tmp_path / "got"))
+        photo, scratched, mask = (gradio_client.handle_file(str(path)) for path in (PHOTO, SCRATCHED, MASK))
+
+        def ask(endpoint="/restore", photo=photo, **given):
+            return client.predict(photo=photo, api_name=endpoint, **{"quality": "fast", "steps": "2", **given})
+
+        files, sidecar = ask(photo=scratched, mask=mask, task="fill", samples=2)
+        assert [len(files), PIL.Image.open(files[0]).size] == [5, (64, 64)]
+        assert sidecar["protocol"]["method"]["steps"] == 2 and sidecar["residual_ratio"] > 0
+        line = ask("/estimate", task="denoise")
+        assert line.startswith("64 x 64, diffpir in 2 steps, 2 evaluations, about") and "of memory" in line
+        # Cancelled in the middle, and nothing is left behind.
+        job = client.submit(photo=photo, task="denoise", steps="1000", api_name="/restore")
+        while not job.done() and not job.status().progress_data:
+            time.sleep(0.1)
+        client.predict(api_name="/cancel")
+        with pytest.raises(Exception, match="[Cc]ancelled"):
+            job.result(timeout=60)
+        assert not list(tmp_path.glob("restore-*"))
+        wrong = [
+            ({"task": "fill", "mask": photo}, "mask .* has colours"),
+            ({"task": "paint"}, "There is no task called"),
+            ({"task": "enlarge", "factor": 3}, "enlarged by 2, 4, 8, not by 3"),
+            ({"task": "denoise", "sigma": "much"}, "Sigma must be a number, not 'much'|sigma must be a number"),
+            ({"task": "denoise", "sigma": "nan"}, "must be a number|must lie"),
+            ({"task": "denoise", "quality": "super"}, "no quality called"),
+            ({"task": "denoise", "prior": "/etc"}, "no prior called"),
+            ({"task": "sharpen", "blur": "motion"}, "raw the way of the camera first"),
+            ({"photo": None, "task": "denoise"}, "Choose a photo first"),
+        ]
+        outside = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+        wrong.append(({"photo": outside, "task": "denoise"}, "."))
+        for given, sentence in wrong:
+            with pytest.raises(Exception, match=sentence):
+                ask(**given)
+        # A field that nobody touched: the preset's PAG, where the default has one, as DPS has.
+        monkeypatch.setattr(method, "default", lambda *_: {"sampler": "dps"})
+        _, sidecar = ask(task="denoise")
+        assert sidecar["protocol"]["method"]["guidance"][0]["pag"]["scale"] == 1.0
+        files, _ = ask(task="denoise", pag_scale="0")
+        assert not any("guidance" in path for path in files)
+        for label in ("PAG scale", "Steps"):  # what the browser posts for a field nobody touched
+            fields = [part for part in page.config["components"] if str(part["props"].get("label")).startswith(label)]
+            assert [field["type"] for field in fields] == ["textbox"] and not fields[0]["props"].get("value")
+        public = {
+            dependency["api_name"]
+            for dependency in page.config["dependencies"]
+            if dependency["api_visibility"] == "public"
+        }
+        assert public == {"restore", "estimate", "cancel"}
+    finally:
+        page.close()
+
+
+def test_who_is_let_in(restorer):
+    import requests
+    from typer.testing import CliRunner
+
+    from restore.app import cli
+
+    for auth in ("me", "me:", ":secret", ""):
+        result = CliRunner().invoke(cli.app, ["ui", "--auth", auth])
+        assert "auth= must be user:password" in str(result.exception)
+    from restore.app.page import build, launch
+
+    page = build(restorer)
+    _, url, _ = launch(page, prevent_thread_lock=True, quiet=True, auth=("anna", "secret"))
+    try:
+        assert requests.get(f"{url}config", timeout=60).status_code == 401
+        session = requests.Session()
+        assert (
+            session.post(f"{url}login", data={"username": "anna", "password": "wrong"}, timeout=60).status_code == 400
+        )
+        assert session.post(f"{url}login", data={"username": "anna", "password": "secret"}, timeout=60).ok
+        assert session.get(f"{url}config", timeout=60).ok
+    finally:
+        page.close()
