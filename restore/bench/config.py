@@ -229,6 +229,8 @@ def _check(config: dict[str, Any]) -> None:
     for key in ("batch", "samples"):
         if config[key] < 1:
             raise RestoreError(f"{key}={config[key]} must be a whole number of 1 or more")
+    if config["seed"] < 0:
+        raise RestoreError(f"seed={config['seed']} must be a whole number of 0 or more")
     if kind == "restoration" and config["data"]["folder"] is None:
         raise RestoreError("the configuration leaves data.folder open; give data.folder=FOLDER")
     for name, task in config["tasks"].items():

@@ -91,8 +91,7 @@ def train(config: DictConfig) -> Path:
         precision = "bf16" if native_bf16() else "no"
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = atomic.make_folder(config.out)
 
     kind = build(config, device)
     model, adversary = kind.model.to(memory_format=torch.channels_last), kind.adversary
@@ -213,5 +212,8 @@ def train(config: DictConfig) -> Path:
 
 
 def _append(path: Path, row: dict) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise RestoreError(f"Cannot write {path}: {atomic.reason(error)}.") from error

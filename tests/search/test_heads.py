@@ -141,6 +141,9 @@ def test_halving_finds_the_plant_and_says_what_it_skipped(config, monkeypatch):
     results, truth = results_of(config, wanted)
     monkeypatch.setattr(planted, "TARGETS", {x.numpy().tobytes(): y for x, y in zip(truth, results, strict=True)})
     found = heads(config | {"objective": "planted:distance", "halving": True})
+    for kept in found.folder.rglob("objective/**/*.json"):  # a value that cannot be read is computed again
+        kept.write_text("{")
+    assert heads(config | {"objective": "planted:distance", "halving": True}).table == found.table
     (skipped,) = found.table["rounds"][0]["skipped"]
     pool = len(found.table["pool"])
     assert found.heads == wanted
@@ -306,3 +309,13 @@ def test_the_shipped_search_is_of_every_head_and_states_the_halves():
         assert checked["data"]["limit"] == count and set(checked["tasks"]) == {"box", "sr4"}
         assert settings(checked, "one", "box")["parameters"] == {"lam": 3.0, "zeta": 1.0}
         assert settings(checked, "one", "sr4")["guidance"] == [{"pag": {"scale": 1.0, "layers": ["i5:0,1,2"]}}]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+def test_a_damaged_manifest_is_one_sentence(config, content):
+    folder = Path(config["out"])
+    folder.mkdir()
+    (folder / "config.json").write_text(content)
+    with pytest.raises(RestoreError, match="config.json is damaged; start the search again in another folder"):
+        heads(config)
+    assert (folder / "config.json").read_text() == content
