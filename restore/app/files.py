@@ -60,7 +60,11 @@ class Photo:
     @contextmanager
     def whole(self, *arguments: Any) -> Iterator[None]:
         """On any exception in the block, a full disk or Ctrl-C, the files of `written(*arguments)` that were not there
-        before are removed; the side-car stays where others are there, so that they are made again."""
+        before are removed; the side-car stays where others are there, so that they are made again. What a killed
+        process was writing is removed first."""
+        for path in self.written(*arguments):
+            for half in path.parent.glob(f".{glob.escape(path.name[:100])}.*-????????.tmp"):
+                half.unlink(missing_ok=True)
         there = [path for path in self.written(*arguments) if path.exists()]
         try:
             yield
