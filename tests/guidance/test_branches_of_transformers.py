@@ -1,5 +1,5 @@
-"""TPG, TSG and SAG on SD3, SD3.5, FLUX and DiT, each against what it is defined to compute, made with hooks and explicit
-attention maps in float64."""
+"""TPG, TSG and SAG on SD3, SD3.5, FLUX and DiT, each against what it is defined to compute, made with hooks and
+explicit attention maps in float64."""
 
 from __future__ import annotations
 
