@@ -62,6 +62,8 @@ def fill(schema: type, given: Mapping[str, Any]) -> dict[str, Any]:
         return OmegaConf.to_container(merged)
     except OmegaConfBaseException as error:
         raise RestoreError(_sentence(error)) from error
+    except (TypeError, ValueError) as error:  # a list where the schema has a mapping, or the other way round
+        raise RestoreError(f"the configuration cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _find(config: str | os.PathLike, kind: str) -> Path:

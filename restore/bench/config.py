@@ -54,6 +54,8 @@ def _tidy(given: Mapping[str, Any]) -> dict[str, Any]:
     result = {str(key): value for key, value in given.items() if value is not None}
     for key, section in sections.items():
         value = result.get(key, {} if key in ("tasks", "methods") else None)
+        if isinstance(section, list) and not isinstance(value, (list, type(None))):
+            raise RestoreError(f"{key} must be a list, not {value!r}")
         if value is None or isinstance(section, list):
             continue
         if not isinstance(value, dict) or (key in ("tasks", "methods") and not value):
