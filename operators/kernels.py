@@ -56,7 +56,7 @@ def motion_kernel(size: int = 61, intensity: float = 0.5, seed: int = 0) -> torc
     path -= path.mean(axis=0)
     room = (size - 1) / 2 if size % 2 else size / 2 - 1
     path *= min(1.0, room / max(np.abs(path).max(), 1e-12))
-    return torch.from_numpy(_rasterise(path + size // 2, size))
+    return torch.from_numpy(rasterise(path + size // 2, size))
 
 
 def _trajectory(random: np.random.RandomState, intensity: float) -> np.ndarray:
@@ -82,7 +82,7 @@ def _trajectory(random: np.random.RandomState, intensity: float) -> np.ndarray:
     return positions
 
 
-def _rasterise(path: np.ndarray, size: int) -> np.ndarray:
+def rasterise(path: np.ndarray, size: int) -> np.ndarray:
     """Time spent in each pixel (row, column), sum one; each sample is shared by its four nearest pixels.
 
     path: (n, 2) positions in pixels at equal times, inside [0, size - 1].

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from restore.app import models, research
+from restore.app.look import look
 from restore.app.options import (
     Backbone,
     Device,
@@ -302,6 +303,7 @@ def ui(
     page.launch(server_name=host, server_port=port, max_file_size=LARGEST_FILE)
 
 
+app.command()(look)
 for verb in (research.train, research.profile, research.bench, research.heads, research.report, research.evaluate):
     app.command()(verb)
 

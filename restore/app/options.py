@@ -29,7 +29,7 @@ Task = Annotated[
     typer.Option(help="sr4, sr8, inpaint, gaussian-blur, motion-blur, blur, denoise, colorize, ... or a YAML file."),
 ]
 MaskFile = Annotated[
-    Path | None, typer.Option(help="Image of the known pixels (white) and the hole (black), or a folder of such.")
+    Path | None, typer.Option(help="Image of the known pixels (white) and the hole (black), a folder of such, or auto.")
 ]
 InvertMask = Annotated[bool, typer.Option("--invert-mask", help="The mask has its hole white.")]
 MaskThreshold = Annotated[int | None, typer.Option(min=0, max=254, help="A mask with greys: what is above is white.")]

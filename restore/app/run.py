@@ -25,6 +25,7 @@ from restore.guidance import Guidance
 from restore.guidance.layers import Strength
 from restore.images import io
 from restore.images.resampling import Resampled
+from restore.images.tint import one_hue, tinted
 from restore.metrics.single import psnr, ssim
 from restore.restoration import explain_out_of_memory
 
@@ -126,7 +127,7 @@ def restore_files(
     for photo in photos:
         started, trajectory = time.perf_counter(), Trajectory(callback) if save_trajectory else None
         try:
-            task = every.of(photo.source)
+            task = every.of(photo.source, degrade)
             record, clean, operator, y = measured(photo, task, degrade, seed, resampled)
             options = {"task": task.name, "sampler": sampler, "quality": quality, "data": data}
             chosen, asked = guidance, {**options, "steps": steps, "reference": reference, "parameters": parameters}
@@ -189,6 +190,9 @@ def restore_files(
             factor = 1 if degrade else task.factor
             own = tuple(side * factor for side in record.size)
             result = dataclasses.replace(result, samples=resampled.back(result.samples, own))
+        tint = None if record.grey or y.shape[1] == 1 else one_hue(record.pixels)
+        if tint is not None:  # what has no colour gains none
+            result = dataclasses.replace(result, samples=tinted(result.samples, tint))
         numbers = _numbers(result, clean)
         written = [path.name for path in photo.written(samples, degrade, save_trajectory)]
         if trajectory is not None and not trajectory.guided:
@@ -200,6 +204,7 @@ def restore_files(
             "files": written,
             **expected,
             **({} if plan is None else {"estimate": plan.describe()}),
+            **({} if tint is None else {"one_hue": True}),
         }
         with photo.whole(samples, degrade, save_trajectory):
             # The side-car comes first: what a kill leaves is known as this program's and made again.
@@ -261,7 +266,7 @@ def degrade_files(photos: Iterable[Photo], task: Task, *, seed: int = 0, overwri
     files.check_outputs(photos, [[photo.target] for photo in photos], overwrite=True)
     for photo in photos:
         try:
-            record, _, _, y = measured(photo, task.of(photo.source), True, seed)
+            record, _, _, y = measured(photo, task.of(photo.source, True), True, seed)
             content = io.encoded(photo.target, y[0].expand(3, -1, -1), like=record)
             there = photo.target.exists() and photo.target.read_bytes() == content
             if photo.target.exists() and not there and not overwrite:

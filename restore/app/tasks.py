@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import operators
-from operators import RestoreError
+from operators import RestoreError, validate
 from operators.naming import nearest
 from restore.app.files import Photo, sha256
 from restore.images import io, masks
+from restore.images.estimate import noise_level
 from restore.images.masks import Mask
 from restore.images.resampling import Resampled
 from restore.paths import configs_dir
 from restore.samplers.noise import measurement_generator
+
+AUTO = "auto"
+ESTIMATED = {"name": "gaussian", "sigma": AUTO}  # until the photo is there
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,21 @@ class Task:
             config["mask"] = config["mask"].read((height, width))
         return operators.build(config, image_size=(height, width))
 
-    def of(self, photo: Path) -> Task:
-        """The task of this photo, whose mask may be its own."""
-        mask = self.config.get("mask")
-        return Task(self.name, self.config | {"mask": mask.of(photo)}) if isinstance(mask, Mask) else self
+    def of(self, photo: Path, degrade: bool = False) -> Task:
+        """The task of this photo: its own mask, and what is to be found out from it.
+
+        Raises RestoreError where something of a photo that is to be degraded first would be estimated.
+        """
+        config, mask = dict(self.config), self.config.get("mask")
+        estimated = config.get("noise") == ESTIMATED
+        if degrade and (estimated or (isinstance(mask, Mask) and mask.sensitivity is not None)):
+            raise RestoreError("mask=auto and sigma=auto look at a damaged photo; this one is to be degraded first")
+        if isinstance(mask, Mask):
+            config["mask"] = mask.of(photo)
+        if estimated:
+            sigma = float(f"{noise_level(io.read_image(photo).pixels):.3g}")
+            config["noise"] = {"name": "gaussian", "sigma": sigma} if sigma else None
+        return Task(self.name, config)
 
     def describe(self) -> dict[str, Any]:
         """The configuration, ready for JSON: files and arrays by the hash of their content."""
@@ -65,7 +80,9 @@ def find_task(
 
     task: a file of configs/task; sr2, sr3, ... for other factors; a YAML file of one's own, or its text between
     braces; "module:attribute", an operator of one's own. mask and kernel replace the task's own; a mask may be a folder
-    of masks with the photos' names; invert_mask, mask_threshold: see restore.images.masks.read_mask.
+    of masks with the photos' names, or "auto": proposed from each photo, see restore.images.damage, with the setting
+    `sensitivity`; invert_mask, mask_threshold: see restore.images.masks.read_mask. The setting sigma="auto": estimated
+    from each photo, see restore.images.estimate.noise_level.
     Raises RestoreError for an unknown task or a file that does not fit it.
     """
     known = {path.stem: path for path in sorted((configs_dir() / "task").glob("*.yaml"))}
@@ -91,8 +108,13 @@ def find_task(
         if not kind.startswith("inpainting"):
             raise RestoreError(f"mask={mask} does not apply to task {name}; it belongs to inpaint")
         given = Mask(Path(mask), invert_mask, mask_threshold)
+        if str(mask) == AUTO:
+            if invert_mask or mask_threshold is not None:
+                raise RestoreError("invert_mask= and mask_threshold= are for a mask from a file, not for mask=auto")
+            sensitivity = validate.number(settings.pop("sensitivity", 0.5), "sensitivity", low=0.0, high=1.0)
+            given = replace(given, sensitivity=sensitivity)
         config = {"name": "inpainting_mask", "noise": config.get("noise"), "mask": given}
-        if not given.path.is_dir():
+        if given.sensitivity is None and not given.path.is_dir():
             given.read()
     elif invert_mask or mask_threshold is not None:
         raise RestoreError("invert_mask= and mask_threshold= need mask=FILE")
@@ -107,7 +129,8 @@ def find_task(
         config["noise"] = {"name": "gaussian", "sigma": sigma} if sigma else None
     for key in [key for key in settings if key in operators.options(config["name"])]:
         config[key] = settings.pop(key)
-    operators.build_noise(config.get("noise"))
+    if config.get("noise") != ESTIMATED:
+        operators.build_noise(config.get("noise"))
     return Task(name, config)
 
 
@@ -162,7 +185,7 @@ def _is_yaml(task: str) -> bool:
 def _described(value: Any) -> Any:
     if isinstance(value, Mask):
         described = {"file": value.path.name, "sha256": sha256(value.path)}
-        more = {"invert": value.invert or None, "threshold": value.threshold}
+        more = {"invert": value.invert or None, "threshold": value.threshold, "sensitivity": value.sensitivity}
         return described | {key: option for key, option in more.items() if option is not None}
     if isinstance(value, torch.Tensor):
         content = value.detach().cpu().contiguous().numpy().tobytes()

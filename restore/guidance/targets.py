@@ -77,7 +77,7 @@ def _check_rate(rate: float) -> None:
 
 
 def identity(a: AttentionRecord) -> torch.Tensor:
-    """A' = I: every token attends to itself alone (PAG, Ahn et al. 2024, eq. 12)."""
+    """A' = I: every token attends to itself alone (PAG, Ahn et al. 2024, eq. 13)."""
     queries, keys = a.q.shape[-2], a.k.shape[-2]
     if queries != keys:
         raise RestoreError(f"the identity map needs self-attention, but it has {queries} queries and {keys} keys")

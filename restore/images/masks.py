@@ -10,20 +10,27 @@ import numpy as np
 import torch
 
 from operators import RestoreError
+from restore.images.damage import damage_mask
 from restore.images.folder import IMAGE_SUFFIXES
 from restore.images.io import explained, read_image
 
 
 @dataclass(frozen=True)
 class Mask:
-    """A mask that is still a file, or a folder of masks with the photos' names; invert, threshold: see read_mask."""
+    """A mask that is still a file, or a folder of masks with the photos' names; invert, threshold: see read_mask.
+
+    sensitivity: given where the mask is to be proposed from the photo itself, whose file `path` then is.
+    """
 
     path: Path
     invert: bool = False
     threshold: int | None = None
+    sensitivity: float | None = None
 
     def of(self, photo: Path) -> Mask:
         """The one that belongs to this photo. RestoreError where the folder has none of its name."""
+        if self.sensitivity is not None:
+            return replace(self, path=photo)
         if not self.path.is_dir():
             return self
         named = (path for path in self.path.iterdir() if path.stem == photo.stem)
@@ -33,6 +40,14 @@ class Mask:
         return replace(self, path=found[0])
 
     def read(self, size: tuple[int, int] | None = None) -> torch.Tensor:
+        """(1, 1, H, W), see `read_mask`. RestoreError also where no damage is found to propose."""
+        if self.sensitivity is not None:
+            mask = damage_mask(read_image(self.path).pixels, self.sensitivity)
+            if mask.min() == 1:
+                raise RestoreError(
+                    f"no scratches or dust found in {self.path.name}: paint a mask, or look closer with sensitivity=1"
+                )
+            return mask
         return read_mask(self.path, size, self.threshold, self.invert)
 
 

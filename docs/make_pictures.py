@@ -1,0 +1,110 @@
+"""Draws the pictures of docs/samplers and docs/guidance: python docs/make_pictures.py [NAME ...]
+
+Everything is computed with the embedded prior on one of the shipped photos, with the settings named here or, where
+none are, those of configs/method. A picture may differ in details between machines (docs/protocol.md).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+import restore
+from restore.app import tasks
+from restore.guidance import SAG, SWG, TPG, TSG, Guidance
+from restore.images import grids, io
+from restore.paths import data_dir
+from restore.restorer import Restorer
+from restore.samplers.noise import measurement_generator
+
+PHOTO, SAMPLES, COLOURS = "astronaut-face-64", 8, 64
+WHITE = 0.5  # the spread that is drawn white, on [-1, 1]
+
+# Sampler -> what it is called with beside its preset; all on the same two measurements, DDNM on such without noise.
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "daps": {},
+    "ddnm": {"steps": "ddim50"},
+    "ddrm": {},
+    "diffpir": {"steps": "quad:50"},
+    "dps": {"guidance": None},
+    "flowdps": {},
+    "pigdm": {"steps": "ddim50"},
+    "pnpdm": {},
+    "reddiff": {},
+}
+# Guidance -> title and guidance of each row below the unguided one.
+GUIDANCE: dict[str, dict[str, Guidance]] = {
+    "pag": {"PAG, i5, s = 1": restore.PAG(1.0, layers="i5")},
+    "sag": {"SAG, s = 1": SAG(1.0, sigma=2.0, taps=9)},
+    "seg": {"SEG, i5, s = 1": restore.PAG(1.0, layers="i5", target={"seg": {"sigma": 1.0}})},
+    "swg": {"SWG, s = 1": SWG(1.0, window=32)},
+    "tpg": {"TPG, m1, s = 1": TPG(1.0, layers="m1")},
+    "tsg": {"TSG, s = 1": TSG(1.0)},
+}
+
+
+def restoration(restorer: Restorer, name: str, steps: Any = None) -> Image.Image:
+    """One row for each of two measurements: two samples, mean and spread of all, the truth."""
+    photo = io.read_image(data_dir() / "photos" / f"{PHOTO}.png")
+    rows = []
+    for task in ("sr4", "inpaint-box"):
+        operator = tasks.find_task(task, {"sigma": 0.0} if name == "ddnm" else {}).build(*photo.size)
+        y = operator(photo.pixels, [measurement_generator(0, PHOTO)])
+        chosen = {**SAMPLERS[name], **({} if steps is None else {"steps": steps})}
+        result = restorer(
+            y, operator, task=task, sampler=name, samples=SAMPLES, batch_size=SAMPLES, image_ids=[PHOTO], **chosen
+        )
+        spread = (result.spread[0].mean(dim=0, keepdim=True) * 2 / WHITE - 1).clamp(-1, 1).expand(3, -1, -1)
+        rows.append([y[0], *result.samples[0, :2], result.mean[0], spread, photo.pixels[0]])
+    titles = ["measurement", "a sample", "another", f"mean of {SAMPLES}", "spread", "truth"]
+    return grids.comparison_grid(rows, titles, ["SR x4", "box"], cell=128)
+
+
+def generation(restorer: Restorer, name: str, steps: Any = None) -> Image.Image:
+    """A row of samples without guidance, one with each guidance, then what that is made of."""
+    count, rows, titles = 4, [], ["no guidance"]
+    how = {"steps": steps or "karras:25", "ddim_eta": 1.0, "batch_size": count}
+    rows.append(list(restorer.generate(count, **how)))
+    signals: list[torch.Tensor] = []
+    for title, guidance in GUIDANCE[name].items():
+        signals.clear()
+        seen = lambda step: signals.extend(s for s in step["signals"] if s is not None)  # noqa: E731
+        rows.append(list(restorer.generate(count, guidance=guidance, callback=seen, **how)))
+        titles.append(title)
+    mean = torch.stack(signals).mean(dim=0)
+    rows.append([(2 * signal / signal.max() - 1).expand(3, -1, -1) for signal in mean])
+    return grids.comparison_grid(rows, [""] * count, [*titles, "|eps - eps_weak|"], cell=128)
+
+
+def trajectory(restorer: Restorer, steps: Any = None) -> Image.Image:
+    """x0_hat of the first of six samples through time, and the six."""
+    count, seen = 6, []
+    samples = restorer.generate(count, steps=steps or 100, batch_size=count, callback=seen.append)
+    chosen = [seen[round(k * (len(seen) - 1) / (count - 1))] for k in range(count)]
+    rows = [[step["x0_hat"][0].clamp(-1, 1) for step in chosen], list(samples)]
+    return grids.comparison_grid(rows, [f"t = {step['t']:g}" for step in chosen], ["x0_hat", "samples"], cell=128)
+
+
+def draw(restorer: Restorer, name: str, folder: Path, steps: Any = None) -> Path:
+    """folder/samplers/NAME.png or folder/guidance/NAME.png, in few colours. steps: of everything, for trying."""
+    if name == "generate":
+        kind, picture = "samplers", trajectory(restorer, steps)
+    elif name in SAMPLERS:
+        kind, picture = "samplers", restoration(restorer, name, steps)
+    else:
+        kind, picture = "guidance", generation(restorer, name, steps)
+    path = folder / kind / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    return path
+
+
+if __name__ == "__main__":
+    embedded = restore.load("embedded")
+    for wanted in sys.argv[1:] or [*SAMPLERS, "generate", *GUIDANCE]:
+        done = draw(embedded, wanted, Path(__file__).parent)
+        print(f"{done}  {done.stat().st_size / 1024:.1f} KB", flush=True)

@@ -1,0 +1,93 @@
+"""`restore look`: what can be seen in photos, and the commands that would restore them."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from restore.app.options import Overwrite, Recursive
+
+NOISY, BLURRED = 0.04, 1.3  # from here on something is advised: sigma on [-1, 1]; pixels
+
+
+def look(
+    inputs: Annotated[list[str], typer.Argument(help="Images, folders, globs; sensitivity=0 to 1 for the damage.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write the proposed mask, to be corrected: a PNG, a folder."),
+    ] = None,
+    recursive: Recursive = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """What is seen in a photo (noise, blur, scratches and dust, colour), and what to do: `restore look photo.png`."""
+    from operators import RestoreError
+    from operators.naming import check_known
+    from operators.validate import number
+    from restore.app import files
+    from restore.app.options import split_settings
+    from restore.images import io
+
+    names, settings = split_settings(inputs)
+    check_known(settings, ["sensitivity"], "look has no setting")
+    sensitivity = number(settings.get("sensitivity", 0.5), "sensitivity", low=0.0, high=1.0)
+    if out is None:
+        if recursive or overwrite:
+            raise RestoreError("recursive=True and overwrite=True are for the masks that out= writes")
+        pairs = [(source, None) for source in files.expand_inputs(names)]
+    else:
+        pairs = [(photo.source, photo.target) for photo in files.find_photos(names, out, png=True, recursive=recursive)]
+        taken = [target for _, target in pairs if target.exists()]
+        if taken and not overwrite:
+            raise RestoreError(f"{taken[0]} is there already: overwrite=True replaces it")
+    for source, target in pairs:
+        found = seen(source, sensitivity)
+        mask = found.pop("mask")
+        if target is not None:
+            io.write_image(target, (mask * 2 - 1)[0].expand(3, -1, -1))
+        typer.echo("\n".join([f"{source}  {found['width']} x {found['height']}", *_lines(source, found, target)]))
+
+
+def seen(source: str | Path, sensitivity: float = 0.5) -> dict[str, Any]:
+    """Of one photo: width, height, hue ("grey", "one hue", "colour"), sigma on [-1, 1], blur (std in pixels), damage
+    (share of the pixels) and the mask (1, 1, H, W), see restore.images.estimate. RestoreError below 32 pixels a side.
+    """
+    from restore.images import estimate, io
+    from restore.images.tint import one_hue
+
+    record = io.read_image(source)
+    mask = estimate.damage_mask(record.pixels, sensitivity)
+    grey = record.grey or estimate.grey_share(record.pixels) == 1
+    return {
+        "width": record.size[1],
+        "height": record.size[0],
+        "hue": "grey" if grey else "colour" if one_hue(record.pixels) is None else "one hue",
+        "sigma": float(f"{estimate.noise_level(record.pixels):.3g}"),
+        "blur": round(estimate.blur_size(record.pixels), 1),
+        "damage": 1 - float(mask.mean()),
+        "mask": mask,
+    }
+
+
+def _lines(source: Path, found: dict[str, Any], mask: Path | None) -> list[str]:
+    hue = {"grey": "none: grey stays grey", "one hue": "one hue, which is kept", "colour": "yes"}[found["hue"]]
+    share = f"scratches and dust on {found['damage']:.1%}, see the mask" if found["damage"] else "none found"
+    blur = f"about {found['blur']:.1f} pixels" if found["blur"] >= BLURRED else "none to speak of"
+    sigma = found["sigma"]
+    run = f"  restore run {shlex.quote(str(source))} --task"
+    commands = []
+    if found["damage"]:
+        commands.append(f"{run} inpaint --mask {shlex.quote(str(mask)) if mask else 'auto'} sigma=auto -o restored/")
+    if found["blur"] >= BLURRED:
+        commands.append(f"{run} gaussian-blur std={found['blur']} sigma=auto -o restored/")
+    elif sigma >= NOISY:
+        commands.append(f"{run} denoise sigma=auto -o restored/")
+    return [
+        f"  colour  {hue}",
+        f"  noise   sigma {sigma:g} on [-1, 1], {127.5 * sigma:.1f} of 255",
+        f"  blur    {blur}",
+        f"  damage  {share}",
+        *(commands or ["  nothing to restore but its size: --task sr2, sr4, sr8"]),
+    ]

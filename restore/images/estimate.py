@@ -1,0 +1,182 @@
+"""What can be seen in a damaged photo without its original: noise, blur, and the kernel of a path drawn by hand.
+
+Measured on the 8 Kodak photos and the three of data/photos; figures in docs/photo.md. Damage: see damage.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import scipy.ndimage
+import torch
+import torch.nn.functional as F
+
+from operators import RestoreError
+from operators.kernels import LARGEST, rasterise
+from operators.validate import integer
+from restore.images.damage import damage_mask
+from restore.images.io import with_channels
+
+__all__ = ["blur_size", "damage_mask", "grey_share", "motion_path_kernel", "noise_level"]
+
+BLOCK = 8  # pixels; side of the blocks in which noise is looked for
+SMOOTH = 0.15  # share of the blocks taken: those without structure
+WHITE = 0.8  # below this ratio of fine to coarse energy colour noise is no camera's: chroma was reduced or denoised
+MIDDLE = 1536  # pixels a side: of a larger photo the middle tells the blur
+LIMIT = 1 - 1 / 255  # beyond it 8 bits are clipped
+_OPPONENT = ((1, 1, 1), (1, 0, -1), (1, -2, 1))  # brightness and two colour differences
+
+
+def noise_level(x: torch.Tensor) -> float:
+    """sigma_y of the white Gaussian noise in a photo, the standard deviation on [-1, 1].
+
+    x: (1 or 3, H, W) or (B, 1 or 3, H, W) in [-1, 1]; a batch is one photo's pieces. The energy of the finest diagonal
+    Haar detail (Donoho & Johnstone 1994) in the 15 % of blocks whose coarse detail says that they are smooth; where
+    there is colour, of the colour differences, in which photos have next to no texture. Blocks that are flat or near to
+    clipping do not count, nor does colour whose fine detail was removed (JPEG's reduced chroma): brightness decides
+    there, and the answer is the noise that the compression left.
+    Returns 0 for a flat picture. Raises RestoreError below 32 pixels a side.
+    """
+    x = _pixels(x)
+    if min(x.shape[-2:]) < 4 * BLOCK:
+        raise RestoreError(f"noise is measured in photos of {4 * BLOCK} pixels a side or more, not {_size(x)}")
+    if grey_share(x) == 1:
+        x = x[:, :1]
+    planes = [_Blocks(plane) for plane in x.split(1, 1)]
+    brightest = torch.stack([block.mean.abs() for block in planes]).amax(0)
+    colours = []
+    if len(planes) == 3:
+        matrix = F.normalize(x.new_tensor(_OPPONENT))
+        colours = [_Blocks(plane) for plane in torch.einsum("oc,bchw->bohw", matrix, x).split(1, 1)[1:]]
+    sigma = 0.0
+    for _ in range(3):  # what is near to clipping depends on sigma
+        inside = brightest < LIMIT - min(2 * sigma, 0.6)
+        sigma = math.sqrt(sum(plane.energies(inside)[0] for plane in planes) / len(planes))
+        found = [colour.energies(inside) for colour in colours]
+        if found and min(fine / max(coarse, 1e-12) for fine, coarse in found) > WHITE**2:
+            sigma = min(sigma, math.sqrt(max(fine for fine, _ in found)))
+    return sigma
+
+
+class _Blocks:
+    """Blocks of a plane (B, 1, H, W), flattened: mean, coarse variance, energy of the finest and of the next detail."""
+
+    def __init__(self, plane: torch.Tensor) -> None:
+        height, width = (side // (2 * BLOCK) * 2 * BLOCK for side in plane.shape[-2:])
+        low = F.avg_pool2d(plane[..., :height, :width], 2)
+        mean = F.avg_pool2d(low, BLOCK // 2)
+        self.mean = mean.flatten()
+        self.coarse = (F.avg_pool2d(low**2, BLOCK // 2) - mean**2).flatten()
+        self.fine = self._energy(plane[..., :height, :width], BLOCK)
+        self.next = self._energy(low, BLOCK // 2) * 4  # of white noise as much as the finest
+
+    @staticmethod
+    def _energy(plane: torch.Tensor, side: int) -> torch.Tensor:
+        plane = F.pad(plane, (0, 1, 0, 1), mode="replicate")
+        haar = plane.diff(dim=-1).diff(dim=-2) / 2
+        return F.avg_pool2d(haar**2, side).flatten()
+
+    def energies(self, inside: torch.Tensor) -> tuple[float, float]:
+        """Variance of the noise by the finest and by the next detail, from the smooth blocks that are `inside`."""
+        changing = self.fine > 0
+        usable = changing & inside if int((changing & inside).sum()) >= 16 else changing
+        if not usable.any():
+            return 0.0, 0.0
+        count = max(int(SMOOTH * int(usable.sum())), min(int(usable.sum()), 16))
+        smooth = self.coarse[usable].argsort()[:count]
+        # 0.977: median over mean of a block's energy, chi-square of 28 degrees since neighbouring details overlap.
+        return tuple(float(energy[usable][smooth].median()) / 0.977 for energy in (self.fine, self.next))
+
+
+def blur_size(x: torch.Tensor) -> float:
+    """Standard deviation, in pixels, of the Gaussian blur in a photo: a starting point for a person to adjust.
+
+    x: as in `noise_level`. How much the strongest edges lose when they are blurred once more: between derivatives of
+    Gaussians of std a and b the slope of a step blurred by s falls by R, R^2 = (s^2 + b^2) / (s^2 + a^2) (Zhuo & Sim
+    2011, Eq. 7). Thin lines fall faster and read as less blur, gradual shadows as more; the 70th percentile is taken.
+    Of a photo above 1536 pixels a side the middle is taken. A sharp photo reads 0 to 1, and so does one without edges.
+    About a quarter off between 1.5 and 6 pixels (docs/photo.md). Raises RestoreError below 32 pixels a side.
+    """
+    x = _pixels(x)
+    top, left = (max(0, (side - MIDDLE) // 2) for side in x.shape[-2:])
+    x = x[..., top : top + MIDDLE, left : left + MIDDLE]
+    if min(x.shape[-2:]) < 32:
+        raise RestoreError(f"blur is measured in photos of 32 pixels a side or more, not {_size(x)}")
+    noise = noise_level(x) / math.sqrt(x.shape[1] if grey_share(x) < 1 else 1)
+    size = 0.0
+    for std in (1.0, 2.0, 4.0):  # the finest that the noise leaves readable
+        if min(x.shape[-2:]) < 12 * std:
+            break
+        pairs = [_edges(plane, std, 1.5 * std, noise) for plane in x.mean(1).double().numpy()]
+        fine, coarse = np.concatenate(pairs, axis=1)
+        if len(fine) < 20:
+            continue
+        strong = fine >= np.median(fine)
+        ratio = np.maximum((fine[strong] / coarse[strong]) ** 2, 1 + 1e-3)
+        variances = ((1.5 * std) ** 2 - ratio * std**2) / (ratio - 1)
+        size = math.sqrt(max(np.quantile(variances, 0.7), 0.0))
+        if np.median(fine[strong]) > 30 * noise / (math.sqrt(8 * math.pi) * std**2):
+            break
+    return size
+
+
+def _edges(plane: np.ndarray, a: float, b: float, noise: float) -> np.ndarray:
+    """(2, n): slopes at the scales a and b, where both have their ridge: a thin line's edges move apart with scale."""
+    slopes, rows, columns, kept = [], None, None, True
+    for std in (a, b):
+        down, right = (scipy.ndimage.gaussian_filter(plane, std, order=axes) for axes in ((1, 0), (0, 1)))
+        slope = np.hypot(down, right)
+        if rows is None:
+            floor = 6 * noise / (math.sqrt(8 * math.pi) * std**2)
+            rows, columns = np.nonzero(slope > max(np.quantile(slope, 0.9), floor, 1e-4))
+        here = slope[rows, columns]
+        step = np.stack([down[rows, columns], right[rows, columns]]) / np.maximum(here, 1e-12)
+        for sign in (1, -1):
+            at = np.stack([rows, columns]) + sign * step
+            kept = kept & (here >= scipy.ndimage.map_coordinates(slope, at, order=1, mode="nearest"))
+        slopes.append(here)
+    return np.stack(slopes)[:, kept]
+
+
+def motion_path_kernel(points: torch.Tensor | np.ndarray | list, size: int | None = None) -> torch.Tensor:
+    """The blur kernel (k, k) float64, sum one, of a camera that moved along a path drawn by hand, at constant speed.
+
+    points: (N, 2) pixels (x to the right, y down), joined by straight lines; where they lie on the page does not
+    matter, the path's centre of mass becomes the kernel's centre. The kernel is laid out as `operators.Blur` takes it:
+    a point of light in the sharp photo becomes this path. size: k, odd; default: the smallest that holds the path.
+    A single point is no blur. Raises RestoreError for what is no path, and for one that `size` cannot hold.
+    """
+    try:
+        path = np.asarray(points, dtype=np.float64)
+    except (TypeError, ValueError):
+        path = np.empty(0)
+    if path.ndim != 2 or path.shape[1] != 2 or not len(path) or not np.isfinite(path).all():
+        raise RestoreError("a motion path needs points (N, 2): pixels x and y, finite, at least one")
+    along = np.concatenate([[0.0], np.hypot(*np.diff(path, axis=0).T).cumsum()])
+    if along[-1] > 16 * LARGEST:
+        raise RestoreError(f"the motion path is {along[-1]:.0f} pixels long: at most {16 * LARGEST} make sense")
+    times = np.linspace(0, along[-1], 2 + math.ceil(8 * along[-1]))  # an eighth of a pixel apart at most
+    path = np.stack([np.interp(times, along, path[:, axis]) for axis in (1, 0)], axis=1)
+    path -= path.mean(axis=0)
+    needed = 2 * math.ceil(np.abs(path).max() - 1e-9) + 1
+    size = needed if size is None else integer(size, "the kernel's size", needed, LARGEST)
+    if size % 2 == 0 or size > LARGEST:
+        raise RestoreError(f"the kernel's size must be odd and at most {LARGEST}, got {size}.")
+    # operators.Blur correlates, so the path is turned by half a circle for a point to be drawn out along it.
+    return torch.from_numpy(rasterise(size // 2 - path, size))
+
+
+def grey_share(x: torch.Tensor, tolerance: float = 0.0) -> float:
+    """The share of pixels whose channels differ by no more than `tolerance`; 1 of a picture with one channel."""
+    return float((x.amax(-3) - x.amin(-3) <= tolerance).double().mean())
+
+
+def _pixels(x: torch.Tensor) -> torch.Tensor:
+    """(B, 1 or 3, H, W) float32 on the CPU."""
+    x = x[None] if x.ndim == 3 else x
+    return with_channels(x.detach().float().cpu(), None if x.shape[-3] == 1 else 3)
+
+
+def _size(x: torch.Tensor) -> str:
+    return f"{x.shape[-1]} x {x.shape[-2]}"

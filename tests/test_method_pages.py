@@ -1,0 +1,251 @@
+"""The pages of samplers and guidances agree with the code: options, defaults, calls, evaluations, pictures."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+import yaml
+from PIL import Image
+
+import operators
+import restore
+from restore import guidance as guidances
+from restore import method, samplers
+from restore.app import cli, options, tasks
+from restore.bench.config import load_config
+from restore.guidance import base, estimator, targets
+from restore.samplers.generate import generate
+
+DOCS = Path(__file__).parents[1] / "docs"
+SAMPLERS = [*samplers.SAMPLERS, "generate"]
+GUIDANCE = {
+    "pag": guidances.PAG,
+    "cfg": guidances.CFG,
+    "sag": guidances.SAG,
+    "tpg": guidances.TPG,
+    "tsg": guidances.TSG,
+    "autoguidance": guidances.Autoguidance,
+    "swg": guidances.SWG,
+}
+PAGES = [("samplers", name) for name in SAMPLERS] + [("guidance", name) for name in [*GUIDANCE, "seg"]]
+# What makes a run short.
+SHORT = {
+    "daps": {"ode_steps": 2, "mcmc_steps": 2},
+    "pnpdm": {"iterations": 2},
+    "resample": {"every": 2, "travel": 1, "pixel_iterations": 1, "latent_iterations": 1},
+}
+
+
+def page(kind, name):
+    return (DOCS / kind / f"{name}.md").read_text(encoding="utf-8")
+
+
+def table(text, first):
+    """The rows of the table whose first column is headed `first`: name -> the other cells."""
+    lines = iter(text.splitlines())
+    next(line for line in lines if line.startswith(f"| {first} |"))
+    rows = {}
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        rows[name.strip("`")] = cells
+    rows.pop(next(iter(rows)))  # the rule below the head
+    return rows
+
+
+def literal(text):
+    return float("inf") if text == "inf" else ast.literal_eval(text)
+
+
+def check_options(text, parameters):
+    rows = table(text, "option")
+    assert set(rows) == set(parameters)
+    for name, (default, *rest) in rows.items():
+        assert len(rest) == 3 and all(rest), name
+        known = parameters[name].default
+        if known is inspect.Parameter.empty:
+            assert default == "required", name
+        else:
+            stated = literal(default.strip("`"))
+            assert (type(stated), stated) == (type(known), known), name
+
+
+def block(text, language):
+    """The one line of the block in that language below the page's last heading."""
+    (line,) = re.findall(rf"^```{language}\n(.*)\n```$", text.split("## Calling it")[1], re.MULTILINE)
+    return line
+
+
+def command(line):
+    """The options of a `restore` command, read by the command line itself."""
+    verb, *words = shlex.split(line)[1:]
+    return typer.main.get_command(cli.app).commands[verb].make_context(verb, words).params
+
+
+def keywords(line):
+    (call,) = (node for node in ast.walk(ast.parse(line)) if isinstance(node, ast.Call))
+    return call.args, {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+
+
+@pytest.fixture(scope="module")
+def measured():
+    operator = operators.SuperResolution(4, noise=operators.GaussianNoise(0.05))
+    return restore.load("embedded"), operator, operator(torch.zeros(1, 3, 64, 64), torch.Generator().manual_seed(0))
+
+
+def test_every_sampler_and_guidance_has_a_page():
+    assert set(GUIDANCE) == set(guidances.BRANCHES)
+    for kind in ("samplers", "guidance"):
+        assert {path.stem for path in (DOCS / kind).glob("*.md")} == {name for k, name in PAGES if k == kind}
+        overview = (DOCS / f"{kind}.md").read_text(encoding="utf-8")
+        assert all(f"]({kind}/{name}.md)" in overview for k, name in PAGES if k == kind)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_options_of_a_sampler(name):
+    own = samplers.parameters_of(generate if name == "generate" else name)
+    check_options(page("samplers", name), own)
+
+
+@pytest.mark.parametrize("name", GUIDANCE)
+def test_options_of_a_guidance(name):
+    """Python's signature, and what YAML takes: the branch's fields and those of a term."""
+    stated = dict(inspect.signature(GUIDANCE[name]).parameters)
+    check_options(page("guidance", name), stated)
+    term = inspect.signature(base.Term).parameters
+    fields = {**term, **inspect.signature(guidances.BRANCHES[name]).parameters}
+    fields.pop("branch")
+    assert {key: item.default for key, item in fields.items()} == {key: item.default for key, item in stated.items()}
+
+
+def test_targets_and_their_options():
+    check_options(page("guidance", "seg"), inspect.signature(targets.seg).parameters)
+    rows = table(page("guidance", "pag"), "target")
+    assert set(rows) == set(targets.TARGETS)
+    for name, (_, given) in rows.items():
+        stated = dict((item + "=").split("=")[:2] for item in re.findall(r"`([^`]+)`", given))
+        known = inspect.signature(targets.FAMILIES[name]).parameters if name in targets.FAMILIES else {}
+        assert set(stated) == set(known)
+        for option, default in stated.items():
+            required = known[option].default is inspect.Parameter.empty
+            assert literal(default) == known[option].default if default else required
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_the_calls_of_a_sampler_say_the_same(name):
+    text = page("samplers", name)
+    given = command(block(text, "bash"))
+    _, settings = options.split_settings(given["inputs"])
+    task = tasks.find_task(given["task"], settings)
+    options.check_settings(settings, given["sampler"], given)
+    said = (given["sampler"], options.parse_steps(given["steps"]), settings)
+    kind = "pixels" if given["backbone"] == "embedded" else "latents"
+    preset = method.find(given["backbone"], given["task"], task.config["name"], given["sampler"], kind=kind)
+    assert preset.changed(steps=said[1], parameters=settings).sampler == name
+
+    _, python = keywords(block(text, "python"))
+    guidance = python.pop("guidance", "preset")
+    assert guidance == ("preset" if given["pag_scale"] is None else None)
+    assert (python.pop("sampler"), python.pop("steps"), python) == said
+
+    entry = yaml.safe_load(block(text, "yaml"))
+    config = {"name": "n", "backbone": "embedded", "data": {"folder": "f"}, "tasks": {"sr4": "sr4"}, "methods": entry}
+    loaded = load_config(config)["methods"][name]
+    assert (loaded["sampler"], loaded["steps"], loaded["parameters"]) == said
+
+
+def test_the_calls_of_generation_say_the_same():
+    text = page("samplers", "generate")
+    given = command(block(text, "bash"))
+    (n,), python = keywords(block(text, "python"))
+    assert (given["n"], given["steps"], given["ddim_eta"]) == (ast.literal_eval(n), *python.values())
+    assert set(python) <= set(inspect.signature(restore.Restorer.generate).parameters)
+    entry = yaml.safe_load(block(text, "yaml"))
+    config = {"name": "n", "kind": "generation", "backbone": "embedded", "tasks": {"t": {"count": 2}}, "methods": entry}
+    config["metrics"] = {"names": ["kid_vgg16"], "reference": "f", "allow_small": True}
+    loaded = load_config(config)["methods"]["ddim"]
+    assert (loaded["steps"], loaded["parameters"]["eta"]) == (given["steps"], given["ddim_eta"])
+
+
+@pytest.mark.parametrize("name", [*GUIDANCE, "seg"])
+def test_the_calls_of_a_guidance_say_the_same(name, measured):
+    text = page("guidance", name)
+    given = command(block(text, "bash"))
+    pag = [given[key] or None for key in ("pag_scale", "layers", "target", "strength")]
+    found = options.parse_guidance(given["guidance"], *pag)
+    found = found.applied(None, []) if given["guidance"] is None else found
+    python = eval(block(text, "python"), {"restore": restore})
+    assert found == python == guidances.build(yaml.safe_load(block(text, "yaml"))["guidance"])
+    if given["backbone"] == "embedded":
+        with estimator(measured[0].backbone, found):  # its layers and windows fit
+            pass
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_evaluations_are_as_the_page_says(name, measured):
+    most, formula = re.search(r"\*\*Evaluations:\*\*(?: (at most))? `([^`]+)`", page("samplers", name)).groups()
+    restorer, operator, y = measured
+    if name == "generate":
+        steps = []
+        restorer.generate(1, steps=3, callback=steps.append)
+        assert formula == "steps" and len(steps) == 3
+        return
+    values = {"steps": 6, **SHORT.get(name, {})}
+    steps = "karras:6" if name == "pnpdm" else 6
+    result = restorer(y, operator, sampler=name, guidance=None, steps=steps, **SHORT.get(name, {}))
+    expected = eval(formula, {}, values)
+    assert result.nfe <= expected if most else result.nfe == expected
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_evaluations_of_presets_are_as_the_overview_says(name, measured):
+    overview = (DOCS / "samplers.md").read_text(encoding="utf-8")
+    restorer, operator, y = measured
+    (stated,) = re.findall(rf"^\|.*samplers/{name}\.md.*?(\d+)[^|]*\|$", overview, re.MULTILINE)
+    if name == "pnpdm":  # whose formula is a bound
+        assert restorer(y, operator, sampler=name, guidance=None).nfe == int(stated)
+        return
+    formula = re.search(r"\*\*Evaluations:\*\* `([^`]+)`", page("samplers", name))[1]
+    kind = "latents" if name in ("psld", "resample") else "pixels"
+    preset = method.find("embedded", "sr4", "super_resolution", name, kind=kind).changed(guidance=None)
+    own = {key: item.default for key, item in samplers.parameters_of(name).items()}
+    steps = len(restorer.backbone.schedule.timesteps(preset.steps))
+    assert int(stated) == eval(formula, {}, {**own, **preset.parameters, "steps": steps})
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    spec = importlib.util.spec_from_file_location("make_pictures", DOCS / "make_pictures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_page_is_short_and_has_its_picture_or_says_why_not(pictures):
+    drawn, total = {*pictures.SAMPLERS, *pictures.GUIDANCE, "generate"}, 0
+    for kind, name in PAGES:
+        text, path = page(kind, name), DOCS / kind / f"{name}.png"
+        assert text.count("\n") < 80, name
+        assert (f"]({name}.png)" in text) == path.is_file() == (name in drawn), name
+        assert path.is_file() or re.search(r"^No picture: \w", text, re.MULTILINE), name
+        size = path.stat().st_size if path.is_file() else 0
+        assert size < 40_000, name
+        total += size
+    assert total < 600_000
+
+
+@pytest.mark.parametrize(("kind", "name"), [("samplers", "ddrm"), ("samplers", "generate"), ("guidance", "tsg")])
+def test_pictures_are_drawn_by_their_script(kind, name, pictures, measured, tmp_path):
+    path = pictures.draw(measured[0], name, tmp_path, steps=2)
+    assert path == tmp_path / kind / f"{name}.png"
+    with Image.open(path) as new, Image.open(DOCS / kind / f"{name}.png") as committed:
+        assert new.size == committed.size and len(new.getcolors()) > 16
