@@ -121,5 +121,5 @@ def test_a_step_stays_within_4_gb_and_the_plan(photo, tmp_path):
     planned, (error, whole, more) = ours.recv().plan, ours.recv()
     child.join()
     print(f"{whole / 1e9:.2f} GB, {more / 1e9:.2f} GB of it new, {planned.memory / 1e9:.2f} GB planned")
-    assert error is None and whole < MEMORY and more < planned.memory < 2 * more
+    assert error is None and whole < MEMORY and more < 1.1 * planned.memory < 2 * more
     assert Image.open(tmp_path / "out" / "large.png").size == (4000, 3000)
