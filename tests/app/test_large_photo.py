@@ -6,10 +6,10 @@ The whole takes hours on a CPU, so its time and its seams are measured on cut-ou
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import types
 from time import process_time
 
+import killed
 import numpy as np
 import pytest
 import torch
@@ -101,23 +101,14 @@ def test_no_seams(photo, prior):
     assert found[0.5] < 1.04 < found[0.0]
 
 
-def _one_step(photo, out, pipe):
-    torch.set_num_threads(1)
-    prior = restore.load("embedded", device="cpu")
-    # Windows without overlap are a quarter as many; those of one call, and all else that needs memory, are as ever.
-    prior.windows |= {"overlap": 0.0}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    options = {"steps": 1, "planner": plan.Planner(prior, MEMORY), "announce": pipe.send}
-    (outcome,) = run.restore_files(files.find_photos([photo], out), prior, tasks.find_task(TASK), **options)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    pipe.send((outcome.error, after, after - before))
-
-
 @pytest.mark.slow
 def test_a_step_stays_within_4_gb_and_the_plan(photo, tmp_path):
     ours, theirs = multiprocessing.Pipe()
-    child = multiprocessing.get_context("spawn").Process(target=_one_step, args=(photo, tmp_path / "out", theirs))
+    child = multiprocessing.get_context("spawn").Process(
+        target=killed.one_step, args=(photo, tmp_path / "out", TASK, MEMORY, theirs)
+    )
     child.start()
+    theirs.close()  # so that waiting ends with the child
     planned, (error, whole, more) = ours.recv().plan, ours.recv()
     child.join()
     print(f"{whole / 1e9:.2f} GB, {more / 1e9:.2f} GB of it new, {planned.memory / 1e9:.2f} GB planned")
