@@ -1,5 +1,5 @@
-"""What runs in a process of its own, to be killed or measured: importable, since such processes are not forked from pytest,
-whose autograd may have threads by then."""
+"""What runs in a process of its own, to be killed or measured: importable, since such processes are not forked from
+pytest, whose autograd may have threads by then."""
 
 import resource
 import sys

@@ -95,7 +95,10 @@ def searched_term(config: Any) -> tuple[list[dict[str, Any]], int]:
     Raises RestoreError unless exactly one term takes `layers` and leaves them out.
     """
     terms = [{k: v} for k, v in config.items()] if isinstance(config, Mapping) and "name" not in config else config
-    terms = copy.deepcopy([terms] if isinstance(terms, Mapping) else list(terms or []))
+    terms = [terms] if isinstance(terms, Mapping) else terms or []
+    if not isinstance(terms, list) or not all(isinstance(entry, (Mapping, str)) for entry in terms):
+        raise RestoreError(f"the guidance of a search is a mapping or a list of terms, not {config!r}")
+    terms = copy.deepcopy(terms)
     free = []
     for i, entry in enumerate(terms):
         if list(entry) == ["combine"]:

@@ -206,6 +206,8 @@ def test_halves_that_share_an_image_are_refused(config, tmp_path):
         ({"objective": {"psnr": 1.0}}, "the weight of psnr must be negative"),
         ({"objective": "residual_ratio"}, "has no better and worse"),
         ({"objective": "lpisp"}, "did you mean 'lpips'"),
+        ({"guidance": True}, "the guidance of a search is a mapping or a list of terms, not True"),
+        ({"guidance": [3]}, "the guidance of a search is a mapping or a list of terms"),
         ({"objective": "clip_score"}, "compares with a prompt"),
         ({"guidance": {"pag": {"scale": 1.0, "layers": "m1"}}}, "0 terms of the guidance leave their layers open"),
         ({"guidance": [{"pag": {"scale": 1.0}}, {"pag": {"scale": 2.0}}]}, "2 terms of the guidance"),
