@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,18 +28,21 @@ def writing(path: str | Path) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        # os.open instead of tempfile: the finished file gets the permissions of the user's umask, not 0600.
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        handle = open(temporary, "xb")  # not tempfile: the finished file gets the permissions of the user's umask
     except OSError as error:
         raise RestoreError(f"Cannot write {path}: {reason(error)}; choose another output folder.") from error
     try:
-        with os.fdopen(descriptor, "wb") as handle:
+        with handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise RestoreError(f"Cannot write {path}: {reason(error)}; nothing was changed.") from error
+    except (OSError, RuntimeError) as error:
+        # torch.save answers a full disk with a RuntimeError of its own on top of the system's.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise RestoreError(f"Cannot write {path}: {reason(cause)}; nothing was changed.") from error
     finally:
         with suppress(OSError):
             temporary.unlink()  # already renamed when all went well
@@ -62,6 +66,29 @@ def write_json(path: str | Path, content: Any) -> None:
     except (TypeError, ValueError) as error:
         raise RestoreError(f"Cannot write {path}: its content has no JSON form ({error}).") from error
     write_bytes(path, (text + "\n").encode("utf-8"))
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    """Write named tensors atomically; RestoreError as in `writing`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with writing(path) as handle:
+        try:
+            save_file(dict(tensors), handle.name, metadata=None if metadata is None else dict(metadata))
+        except SafetensorError as error:
+            if system := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(system[1]), os.strerror(int(system[1]))) from error
+            raise
+
+
+def make_folder(path: str | Path) -> Path:
+    """`path`, a folder, with its parents. Raises RestoreError with the reason where it cannot be made."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RestoreError(f"the folder {path} cannot be made: {reason(error)}; choose another one") from error
+    return Path(path)
 
 
 def read_json(path: str | Path) -> Any:

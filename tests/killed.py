@@ -1,8 +1,12 @@
-"""A benchmark in a process of its own that can be killed: importable, since such processes are not forked from pytest,
-whose autograd may have threads by then."""
+"""What runs in a process of its own, to be killed or measured: importable, since such processes are not forked from
+pytest, whose autograd may have threads by then."""
+
+import resource
+import sys
 
 import torch
 
+from restore.app import cli
 from restore.bench.run import bench
 
 
@@ -10,3 +14,27 @@ def run(config, log):
     torch.set_num_threads(1)
     with open(log, "a") as file:
         bench(config, progress=lambda event: (file.write(event.get("batch", "") + "\n"), file.flush()))
+
+
+def command(*arguments):
+    """The command line; what it prints goes nowhere."""
+    torch.set_num_threads(1)
+    sys.argv = ["restore", *map(str, arguments)]
+    sys.stdout = sys.stderr = open("/dev/null", "w")
+    cli.main()
+
+
+def one_step(photo, out, task, memory, pipe):
+    """Restores `photo` in one step; sends its plan, then (error, peak of resident bytes, of those new)."""
+    import restore
+    from restore.app import files, plan, run, tasks
+
+    torch.set_num_threads(1)
+    prior = restore.load("embedded", device="cpu")
+    # Windows without overlap are a quarter as many; those of one call, and all else that needs memory, are as ever.
+    prior.windows |= {"overlap": 0.0}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    options = {"steps": 1, "planner": plan.Planner(prior, memory), "announce": pipe.send}
+    (outcome,) = run.restore_files(files.find_photos([photo], out), prior, tasks.find_task(task), **options)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    pipe.send((outcome.error, after, after - before))

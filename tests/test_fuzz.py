@@ -1,6 +1,9 @@
-"""10,000 images, kernels, masks, YAML texts and option strings: each is taken, or refused in one sentence."""
+"""More than 10,000 images, kernels, masks, YAML texts, configurations, folders of runs and option strings: each is
+taken, or refused in one sentence."""
 
+import copy
 import io
+import json
 import os
 import sys
 from contextlib import contextmanager
@@ -19,9 +22,12 @@ from restore.bench.config import load_config
 from restore.images import masks
 from restore.images.io import read_image
 from restore.paths import configs_dir
+from restore.report.tables import read_run
+from restore.search import config as search_config
+from restore.training import load_config as load_training
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-SHARE = float(os.environ.get("RESTORE_FUZZ", "1"))  # of the 10,000
+SHARE = float(os.environ.get("RESTORE_FUZZ", "1"))  # of all examples
 
 
 def examples(n: int):
@@ -236,6 +242,66 @@ def test_steps_and_labels(text):
         assert Schedule.from_config({}).timesteps(options.parse_steps(text))
     with one_sentence():
         options.parse_labels(text)
+
+
+def _shipped(kind):
+    """Every configuration of that kind, its open values filled in."""
+    texts = [path.read_text().replace("???", "x") for path in sorted((configs_dir() / kind).glob("*.yaml"))]
+    return [yaml.safe_load(text) for text in texts]
+
+
+CONFIGURATIONS = {"benchmark": load_config, "search": search_config.load_config}
+CONFIGURATIONS["train"] = lambda config: load_training(config, ["seed=1"])
+SHIPPED = [(kind, config) for kind in CONFIGURATIONS for config in _shipped(kind)]
+
+
+@st.composite
+def changed(draw, whole):
+    """One of `whole` with up to three entries, at any depth, exchanged, taken out or added."""
+    kind, config = copy.deepcopy(draw(st.sampled_from(whole)))
+    for _ in range(draw(st.integers(1, 3))):
+        place = config
+        while True:
+            keys = sorted(place, key=str) if isinstance(place, dict) else range(len(place))
+            key = draw(st.sampled_from(list(keys))) if keys else None
+            if key is None or not isinstance(place[key], (dict, list)) or draw(st.booleans()):
+                break
+            place = place[key]
+        what = draw(st.sampled_from(["value", "value", "out", "more"]))
+        if what == "more" and isinstance(place, dict):
+            place[draw(NAMES)] = draw(VALUES)
+        elif what == "out" and key is not None:
+            del place[key]
+        elif key is not None:
+            place[key] = draw(VALUES)
+    return kind, config
+
+
+@examples(1000)
+@given(found=changed(SHIPPED))
+def test_configurations(tmp_path, found):
+    kind, config = found
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(config))
+    with one_sentence():
+        CONFIGURATIONS[kind](tmp_path / "a.yaml")
+
+
+RUN = {"format": 2, "created": "x", "identity": {"config": {"seed": 0}}, "protocol": {"tasks": {"t": {}}, "seed": 0}}
+RUN |= {"config": {"name": "x", "tasks": {"t": {}}, "methods": {"m": {"sampler": "dps"}}, "kind": "restoration"}}
+METRICS = {
+    "metrics": ["psnr"],
+    "shown": {},
+    "table": {"t": {"m": {"expected": 1, "done": 1, "missing": 0, "means": {}}}},
+}
+
+
+@examples(300)
+@given(run=changed([("", RUN)]), metrics=changed([("", METRICS)]), text=damaged([b"{}"]), broken=st.booleans())
+def test_folders_of_runs(tmp_path, run, metrics, text, broken):
+    (tmp_path / "run.json").write_bytes(text if broken else json.dumps(run[1]).encode())
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics[1]))
+    with one_sentence():
+        read_run(tmp_path)
 
 
 @examples(400)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -345,6 +346,13 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         typer.echo(interrupted, err=True)
         sys.exit(130)
+    except (
+        OSError
+    ) as error:  # of what this program's own files do not answer themselves: standard output, temporary files
+        if error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+            raise
+        typer.echo("restore: cannot write: the disk is full", err=True)
+        sys.exit(2)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's own usage errors
             typer.echo(f"restore: {error.format_message()}", err=True)

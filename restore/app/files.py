@@ -57,6 +57,23 @@ class Photo:
             paths += [self.beside(MEAN), self.beside(SPREAD, ".png")]
         return paths
 
+    @contextmanager
+    def whole(self, *arguments: Any) -> Iterator[None]:
+        """On any exception in the block, a full disk or Ctrl-C, the files of `written(*arguments)` that were not there
+        before are removed; the side-car stays where others are there, so that they are made again. What a killed
+        process was writing is removed first."""
+        for path in self.written(*arguments):
+            for half in path.parent.glob(f".{glob.escape(path.name[:100])}.*-????????.tmp"):
+                half.unlink(missing_ok=True)
+        there = [path for path in self.written(*arguments) if path.exists()]
+        try:
+            yield
+        except BaseException:
+            for path in self.written(*arguments):
+                if path not in there and (path != self.sidecar or not there):
+                    path.unlink(missing_ok=True)
+            raise
+
 
 def find_photos(
     inputs: Sequence[str | Path], out: str | Path, png: bool = False, recursive: bool = False
@@ -265,10 +282,6 @@ def writable_folder(folder: Path) -> None:
     """Create `folder` and write to it once, so that hours of work do not end at a closed door.
 
     Raises RestoreError with the reason when that fails."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RestoreError(f"Cannot create the output folder {folder}: {atomic.reason(error)}.") from error
-    trial = folder / ".restore-write-test"
+    trial = atomic.make_folder(folder) / ".restore-write-test"
     atomic.write_bytes(trial, b"")
     trial.unlink(missing_ok=True)

@@ -206,18 +206,12 @@ def restore_files(
             **({} if plan is None else {"estimate": plan.describe()}),
             **({} if tint is None else {"one_hue": True}),
         }
-        # The side-car comes first: what an interruption leaves is known as this program's and made again.
-        atomic.write_json(photo.sidecar, sidecar)
-        try:
+        with photo.whole(samples, degrade, save_trajectory):
+            # The side-car comes first: what a kill leaves is known as this program's and made again.
+            atomic.write_json(photo.sidecar, sidecar)
             _write_pictures(photo, record, result, y, degrade, trajectory)
             numbers["seconds"] = time.perf_counter() - started
             atomic.write_json(photo.sidecar, sidecar | {"finished": True, "protocol": result.protocol, **numbers})
-        except BaseException:
-            if not any(
-                (photo.target.parent / name).exists() for name in sidecar["files"] if name != photo.sidecar.name
-            ):
-                photo.sidecar.unlink(missing_ok=True)
-            raise
         yield Outcome(photo, numbers=numbers)
 
 

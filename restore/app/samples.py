@@ -65,8 +65,9 @@ def generate_files(
             sidecar |= {"backbone": restorer.name, "steps": steps, "ddim_eta": ddim_eta, "seed": seed, "index": i}
             sidecar |= {"guidance": guidances.describe(guidance), "label": None if labels is None else labels[i]}
             sidecar |= {"prompt": prompt, "negative_prompt": negative_prompt}
-            atomic.write_json(paths[i].with_suffix(SIDECAR), sidecar)
-            io.write_image(paths[i], image)
+            with places[i].whole():
+                atomic.write_json(places[i].sidecar, sidecar)
+                io.write_image(paths[i], image)
             yield paths[i]
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
-from safetensors.torch import save_file
 from torch import nn
 
 from operators import RestoreError
 from operators.naming import check_known
+from restore import atomic
 from restore.backbones import adm_weights
 from restore.backbones.base import PREDICTION_TYPES, AttentionLayer, Pixels, Prediction, require_shape
 from restore.backbones.checkpointing import set_checkpointing
@@ -183,8 +182,7 @@ class ADM(Pixels):
         With heads or a timestep embedding that UNet2DModel's own config cannot express (restore.json holds them)
         the folder is for `ADM.load`, not for `UNet2DModel.from_pretrained`.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = atomic.make_folder(folder)
         heads = {layer.channels: layer.heads for layer in self.attention.values()}
         extra = {
             "time_channels": self.network.time_embedding.linear_1.in_features,
@@ -197,15 +195,9 @@ class ADM(Pixels):
         config = json.loads(self.network.to_json_string())
         weights = {k: v.detach().cpu().to(as_dtype(dtype)).contiguous() for k, v in self.network.state_dict().items()}
         # Weights last: a folder whose writing was cut short has none under the final name.
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        (folder / EXTRA).write_text(json.dumps(extra, indent=2) + "\n")
-        save_weights(folder, weights)
-
-
-def save_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    """The weights file of a diffusers folder, under its name once it is complete."""
-    save_file(dict(weights), folder / (WEIGHTS + ".tmp"), metadata={"format": "pt"})
-    os.replace(folder / (WEIGHTS + ".tmp"), folder / WEIGHTS)
+        atomic.write_json(folder / CONFIG, config)
+        atomic.write_json(folder / EXTRA, extra)
+        atomic.write_safetensors(folder / WEIGHTS, weights, {"format": "pt"})
 
 
 def class_labels(condition: torch.Tensor | int, batch: int, classes: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 from operators import RestoreError
 from restore import atomic
 from restore.backbones import ldm_weights
-from restore.backbones.adm import ADM, SCHEDULER, SCHEDULES, load_network, save_weights
+from restore.backbones.adm import ADM, SCHEDULER, SCHEDULES, WEIGHTS, load_network
 from restore.backbones.autoencoder import Latents, load_vae, vae_precision
 from restore.backbones.weights import as_dtype, own_memory, read_json
 
@@ -108,8 +108,7 @@ class LatentDiffusion(Latents, ADM):
         )
         scheduler = {"_class_name": "DDIMScheduler", "clip_sample": False, **given}
         scheduler |= {"prediction_type": self.prediction_type}
-        (folder / "scheduler").mkdir(exist_ok=True)
-        atomic.write_json(folder / "scheduler" / SCHEDULER, scheduler)
+        atomic.write_json(atomic.make_folder(folder / "scheduler") / SCHEDULER, scheduler)
         names = {PARTS[0]: type(self.vae).__name__, "unet": "UNet2DModel", "scheduler": scheduler["_class_name"]}
         index = {"_class_name": "LDMPipeline", **{part: ["diffusers", name] for part, name in names.items()}}
         atomic.write_json(folder / INDEX, index)
@@ -137,8 +136,8 @@ def read_folder(folder: Path) -> tuple[UNet2DModel, nn.Module, dict]:
 
 def save_autoencoder(vae: nn.Module, folder: str | Path, dtype: torch.dtype | str | None = None) -> None:
     """A diffusers folder of the autoencoder alone, weights in fp32 or `dtype`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = atomic.make_folder(folder)
     atomic.write_json(folder / "config.json", json.loads(vae.to_json_string()))
     state = vae.state_dict().items()
-    save_weights(folder, {name: tensor.detach().cpu().to(as_dtype(dtype)).contiguous() for name, tensor in state})
+    weights = {name: tensor.detach().cpu().to(as_dtype(dtype)).contiguous() for name, tensor in state}
+    atomic.write_safetensors(folder / WEIGHTS, weights, {"format": "pt"})

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING as ABSENT
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from operators import RestoreError, factory
-from operators.naming import check_known, lookup, nearest
+from operators.naming import check_known, lookup
 from restore import samplers
 from restore.bench.baselines import BASELINES
 from restore.bench.datasets import KNOWN_SETS
 from restore.bench.schema import Benchmark
+from restore.config import fill, read_config
 from restore.method import Method
 from restore.metrics import table
 from restore.paths import configs_dir
@@ -44,57 +41,11 @@ def load_config(config: str | os.PathLike | Mapping[str, Any], overrides: Sequen
     Raises RestoreError for unknown keys (with the nearest known one), values of another type, missing values and
     methods that cannot run.
     """
-    plain = read_config(config, overrides)
+    plain = read_config(config, overrides, "benchmark")
     complete = fill(Benchmark, _tidy(plain))
     complete["methods"] = dict(_expand_sweeps(complete["methods"]))
     _check(complete)
     return complete
-
-
-def read_config(
-    config: str | os.PathLike | Mapping[str, Any], overrides: Sequence[str] = (), folder: str = "benchmark"
-) -> dict[str, Any]:
-    """A file (or the name of one shipped in configs/`folder`) or a mapping with its overrides, as plain containers.
-
-    Raises RestoreError for what is no YAML mapping and for values left open (`???`).
-    """
-    for setting in overrides:
-        if "=" not in setting:
-            raise RestoreError(f"{setting} is no setting; write key=value")
-    try:
-        is_file = isinstance(config, (str, os.PathLike))
-        given = OmegaConf.load(_find(config, folder)) if is_file else OmegaConf.create(copy.deepcopy(dict(config)))
-        if not OmegaConf.is_dict(given):
-            raise RestoreError(f"{config} must be a mapping of keys to values, not a list")
-        given = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
-        for key in sorted(OmegaConf.missing_keys(given)):
-            raise RestoreError(f"the configuration leaves {key} open; give {key}=VALUE")
-        plain = OmegaConf.to_container(given, resolve=True)
-    except OmegaConfBaseException as error:
-        raise RestoreError(_sentence(error)) from error
-    except (yaml.YAMLError, OSError, UnicodeError, RecursionError) as error:
-        raise RestoreError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from error
-    return plain
-
-
-def fill(schema: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` with the defaults of a schema, its names and types checked. RestoreError for what does not fit."""
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
-        for key in sorted(OmegaConf.missing_keys(merged)):
-            raise RestoreError(f"the configuration lacks {key}")
-        return OmegaConf.to_container(merged)
-    except OmegaConfBaseException as error:
-        raise RestoreError(_sentence(error)) from error
-
-
-def _find(config: str | os.PathLike, kind: str) -> Path:
-    folder = configs_dir() / kind
-    for path in (Path(config), folder / f"{config}.yaml"):
-        if path.is_file():
-            return path
-    shipped = sorted(path.stem for path in folder.glob("*.yaml"))
-    raise RestoreError(f"the configuration {config} does not exist; {nearest(Path(config).stem, shipped)}")
 
 
 def _tidy(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,6 +54,8 @@ def _tidy(given: Mapping[str, Any]) -> dict[str, Any]:
     result = {str(key): value for key, value in given.items() if value is not None}
     for key, section in sections.items():
         value = result.get(key, {} if key in ("tasks", "methods") else None)
+        if isinstance(section, list) and not isinstance(value, (list, type(None))):
+            raise RestoreError(f"{key} must be a list, not {value!r}")
         if value is None or isinstance(section, list):
             continue
         if not isinstance(value, dict) or (key in ("tasks", "methods") and not value):
@@ -127,19 +80,6 @@ def task_operator(name: str) -> dict[str, Any]:
     files = {path.stem: path for path in sorted((configs_dir() / "task").glob("*.yaml"))}
     check_known([name], files, "there is no task")
     return OmegaConf.to_container(OmegaConf.load(files[name]))
-
-
-def _sentence(error: OmegaConfBaseException) -> str:
-    """What OmegaConf found, in one sentence with the key in dots."""
-    if isinstance(error, ConfigKeyError) and is_dataclass(error.object_type):
-        known = [f.name for f in fields(error.object_type)]
-        return f"the configuration has no key {error.full_key}; {nearest(error.key, known)}"
-    message = str(error.msg or error).splitlines()[0]
-    wrong = re.match(r"Value (.*?) (?:of type .* could not be converted to|is not a valid) (\w+)", message)
-    if not wrong:
-        return f"the configuration cannot be read: {f'{error.full_key}: ' if error.full_key else ''}{message}"
-    kinds = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
-    return f"{error.full_key}={wrong[1]} must be {kinds.get(wrong[2], wrong[2])}"
 
 
 def _set(mapping: dict[str, Any], dotted: str, value: Any) -> None:
@@ -229,6 +169,8 @@ def _check(config: dict[str, Any]) -> None:
     for key in ("batch", "samples"):
         if config[key] < 1:
             raise RestoreError(f"{key}={config[key]} must be a whole number of 1 or more")
+    if config["seed"] < 0:
+        raise RestoreError(f"seed={config['seed']} must be a whole number of 0 or more")
     if kind == "restoration" and config["data"]["folder"] is None:
         raise RestoreError("the configuration leaves data.folder open; give data.folder=FOLDER")
     for name, task in config["tasks"].items():

@@ -149,9 +149,7 @@ def summarise(
                 if functions is None:
                     functions = table.paired_functions(later, metric_options(config), device)
                 found = _from_files(run, config, task, method, rows, not missing, functions, device) | {"key": key}
-                kept = run / "metrics" / task / f"{method}.json"
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                atomic.write_json(kept, found)
+                atomic.write_json(atomic.make_folder(run / "metrics" / task) / f"{method}.json", found)
         for row in rows:
             row.update(found.get("paired", {}).get(row["image"], {}))
         cell["means"] = _means(rows, rows_of)

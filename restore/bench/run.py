@@ -175,12 +175,7 @@ def _claim(folder: Path, config: Mapping[str, Any], images: datasets.ImageSet | 
     elif folder.exists() and any(not path.match(LEFTOVER) for path in folder.iterdir()):
         raise RestoreError(f"{folder} is not empty and holds no benchmark; give another out=FOLDER")
     else:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RestoreError(
-                f"the run folder {folder} cannot be made: {atomic.reason(error)}; give out=FOLDER"
-            ) from error
+        atomic.make_folder(folder)
         created = time.strftime("%Y-%m-%d %H:%M:%S %z")
     protocol = {
         "images": images.describe() if images is not None else None,

@@ -91,8 +91,7 @@ class Worker:
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
         }
         cost |= {"protocol": {key: made.protocol[key] for key in MEASURED_WITH if key in made.protocol}}
-        folder = self.run_folder / "cost" / batch.task / batch.method
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = atomic.make_folder(self.run_folder / "cost" / batch.task / batch.method)
         atomic.write_json(folder / f"{batch.index:06d}.json", cost)
         return cost
 
@@ -142,7 +141,7 @@ class Worker:
         """Pictures first, the row last: an image counts as done when its row is there."""
         folder = batch.results(self.run_folder)
         for name in ("rows", "samples", "spread"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+            atomic.make_folder(folder / name)
         pixels = io.to_uint8(made.samples.flatten(0, 1)).reshape(*made.samples.shape[:2], *made.samples.shape[-2:], 3)
         several = made.samples.shape[1] > 1
         spreads = single.spread(made.samples) if several else None
@@ -176,8 +175,7 @@ class Worker:
     def _once(self, path: Path, pixels: np.ndarray) -> None:
         """Written by whichever worker comes first; all would write the same bytes."""
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            atomic.write_bytes(path, png(pixels))
+            atomic.write_bytes(atomic.make_folder(path.parent) / path.name, png(pixels))
 
 
 def png(pixels: np.ndarray) -> bytes:

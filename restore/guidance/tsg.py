@@ -45,6 +45,9 @@ class PerturbedTime:
         named = [(name.rpartition(".")[2], module) for name, module in backbone.network.named_modules()]
         embeddings = [m for name, m in named if name in EMBEDDINGS and isinstance(m, TimestepEmbedding)]
         projections = [m for name, m in named if name in PROJECTIONS and isinstance(m, Timesteps)]
+        # FLUX-dev projects its guidance scale in the same module: there the time is shifted one module further out.
+        both = {m.time_proj: m for _, m in named if hasattr(m, "guidance_embedder") and hasattr(m, "time_proj")}
+        projections = [both.get(m, m) for m in projections]
         if (self.s and not embeddings) or (self.shift and not projections):
             raise RestoreError(f"tsg finds no embedding of the time in a {type(backbone.network).__name__}")
         if backbone.schedule is None and (self.alpha or self.shift):
@@ -86,7 +89,7 @@ class PerturbedTimePass:
 
         def shift(module, forward):
             low, high = float(schedule.ts[0]), float(schedule.ts[-1])
-            return lambda times: forward((times + o.shift).clamp(low, high))
+            return lambda times, *others: forward((times + o.shift).clamp(low, high), *others)
 
         with ExitStack() as stack:
             stack.enter_context(replaced(self.embeddings, disturb))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from operators import RestoreError
-from restore import zoo
+from restore import atomic, zoo
 from restore.images.folder import content_hash, read_rgb
 from restore.metrics.weights import find_weights, read_state, sha256
 
@@ -110,10 +110,7 @@ def extract(
                     collected[name].append(features.float().cpu())
     result = {name: torch.cat(features).contiguous() for name, features in collected.items()}
     if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(f".{os.getpid()}.tmp")
-        safetensors.torch.save_file(result, temporary)
-        os.replace(temporary, kept)
+        atomic.write_safetensors(atomic.make_folder(kept.parent) / kept.name, result)
     return result
 
 

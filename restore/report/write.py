@@ -40,11 +40,7 @@ def report(runs: Sequence[str | os.PathLike], out: str | os.PathLike | None = No
         raise RestoreError("a report needs at least one run folder")
     read = [tables.read_run(folder) for folder in runs]
     groups, apart = tables.group_runs(read)
-    folder = Path(out) if out else read[0].folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RestoreError(f"{folder} cannot be made: {atomic.reason(error)}; choose another folder") from error
+    folder = atomic.make_folder(out or read[0].folder)
     said = {run.folder: _said(run) for run in read}
     context = {
         "title": read[0].title if len(read) == 1 else "Benchmark report",

@@ -16,10 +16,10 @@ from operators import RestoreError
 from operators.naming import check_known, lookup
 from restore import guidance as guidances
 from restore.backbones.base import AttentionLayer
-from restore.bench import config as bench_config
 from restore.bench.batches import load_images, read_prompts
 from restore.bench.datasets import ImageSet
 from restore.bench.schema import Benchmark, Data
+from restore.config import fill, read_config
 from restore.guidance.options import named
 from restore.search.objective import Objective
 
@@ -69,11 +69,11 @@ def load_config(config: str | os.PathLike | Mapping[str, Any], overrides: Sequen
 
     config: a YAML file, the name of one in configs/search, or a mapping. Raises RestoreError as a benchmark's does.
     """
-    plain = bench_config.read_config(config, overrides, "search")
+    plain = read_config(config, overrides, "search")
     known = {item.name for item in fields(Benchmark)} - {"data", "methods"}
     check_known(plain, sorted(known | set(OWN)), "the configuration of a search has no key")
     own = {key: value for key, value in plain.items() if key in OWN and value is not None}
-    search = bench_config.fill(Search, own)
+    search = fill(Search, own)
     search["rest"] = {key: value for key, value in plain.items() if key not in OWN}
     for key in ("rounds", "top"):
         if search[key] < 1:
@@ -95,7 +95,10 @@ def searched_term(config: Any) -> tuple[list[dict[str, Any]], int]:
     Raises RestoreError unless exactly one term takes `layers` and leaves them out.
     """
     terms = [{k: v} for k, v in config.items()] if isinstance(config, Mapping) and "name" not in config else config
-    terms = copy.deepcopy([terms] if isinstance(terms, Mapping) else list(terms or []))
+    terms = [terms] if isinstance(terms, Mapping) else terms or []
+    if not isinstance(terms, list) or not all(isinstance(entry, (Mapping, str)) for entry in terms):
+        raise RestoreError(f"the guidance of a search is a mapping or a list of terms, not {config!r}")
+    terms = copy.deepcopy(terms)
     free = []
     for i, entry in enumerate(terms):
         if list(entry) == ["combine"]:

@@ -149,7 +149,10 @@ class Hunt:
         identity = json.loads(json.dumps(drop({**self.search, "rest": drop(self.search["rest"])})))
         manifest = self.folder / "config.json"
         if manifest.exists():
-            changed = differences(json.loads(manifest.read_text(encoding="utf-8")), identity)
+            found = atomic.read_json(manifest)
+            if not isinstance(found, dict):
+                raise RestoreError(f"{manifest} is damaged; start the search again in another folder")
+            changed = differences(found, identity)
             if changed:
                 raise RestoreError(
                     f"{self.folder} holds another search ({format_differences(changed)}); give out=FOLDER for the new"
@@ -157,8 +160,7 @@ class Hunt:
                 )
         elif self.folder.exists() and any(not path.match(benchmarks.LEFTOVER) for path in self.folder.iterdir()):
             raise RestoreError(f"{self.folder} is not empty and holds no search; give another out=FOLDER")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        atomic.write_json(manifest, identity)
+        atomic.write_json(atomic.make_folder(self.folder) / manifest.name, identity)
 
     def guided(self, chosen: Sequence[Any], title: str | None = None) -> dict[str, Any]:
         return {"guidance": guidance_on(self.search["guidance"], chosen), "title": title}

@@ -178,14 +178,14 @@ def _of_function(cell: Cell, name: str, function: Callable) -> np.ndarray:
     kept = cell.run / "objective" / cell.task / f"{cell.method}.{name.replace(':', '.')}.json"
     text = json.dumps([name, results.source(function), [row["sha256"] for row in cell.rows]])
     key = hashlib.sha256(text.encode()).hexdigest()
-    if kept.exists() and (found := json.loads(kept.read_text(encoding="utf-8")))["key"] == key:
+    found = atomic.read_json(kept)
+    if isinstance(found, dict) and found.get("key") == key:
         return np.asarray(found["values"], dtype=np.float64)
     other = _stack(cell.truth()) if cell.config["kind"] == "restoration" else prompts_of(cell)
     values = torch.as_tensor(function(_stack(cell.files), other), dtype=torch.float64)
     if values.shape not in ((), (len(cell.rows),)) or not torch.isfinite(values).all():
         raise RestoreError(f"the objective {name} must return (N,) finite numbers or one, not {tuple(values.shape)}")
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write_json(kept, {"key": key, "values": values.reshape(-1).tolist()})
+    atomic.write_json(atomic.make_folder(kept.parent) / kept.name, {"key": key, "values": values.reshape(-1).tolist()})
     return values.reshape(-1).numpy()
 
 

@@ -16,9 +16,10 @@ import torch
 from diffusers import UNet2DModel
 from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from operators import RestoreError
+from restore import atomic
 from restore.backbones.adm import ADM
 from restore.backbones.autoencoder import load_vae
 from restore.backbones.latent import LatentDiffusion
@@ -102,9 +103,7 @@ class Latents:
         path, wanted = Path(config.out) / "latents.safetensors", self._identity()
         if not path.is_file() or _identity_of(path) != wanted:
             latents = encode_all(config, self.vae.to(device), device)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(latents, path.with_suffix(".tmp"), metadata={"made of": wanted})
-            path.with_suffix(".tmp").replace(path)
+            atomic.write_safetensors(atomic.make_folder(path.parent) / path.name, latents, {"made of": wanted})
         latents = load_file(path)
         self.factor = 1 / float(latents["training"].float().std())
         self.vae.register_to_config(scaling_factor=self.factor)

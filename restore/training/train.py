@@ -10,16 +10,15 @@ import time
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from operators import RestoreError
-from operators.naming import check_known, nearest
+from operators.naming import check_known
 from restore import atomic
+from restore.config import read_config
 from restore.training.autoencoder import Autoencoder
 from restore.training.diffusion import Diffusion
 
@@ -37,35 +36,11 @@ def native_bf16() -> bool:
 
 
 def load_config(path: str | Path, settings: list[str]) -> DictConfig:
-    """The YAML file with key=value settings merged in. Raises RestoreError for a missing file or unknown key."""
-    if not Path(path).is_file():
-        raise RestoreError(f"there is no training configuration {path}")
-    try:
-        config = OmegaConf.load(path)
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise RestoreError(f"{path} is not readable YAML: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(config, DictConfig):
-        raise RestoreError(f"{path} must be a mapping of keys to values, such as configs/train/embedded.yaml")
-    config = OmegaConf.merge(DEFAULTS, config)
-    for setting in settings:
-        key = setting.split("=", 1)[0]
-        if "=" not in setting or key not in _keys(config):
-            raise RestoreError(f"'{setting}' is not key=value with a key of {path}; {nearest(key, _keys(config))}")
-    config = OmegaConf.merge(config, OmegaConf.from_dotlist(settings))
-    missing = OmegaConf.missing_keys(config)
-    if missing:
-        raise RestoreError(f"{sorted(missing)[0]} must be given, e.g. {sorted(missing)[0]}=PATH")
+    """The YAML file, or the name of one in configs/train, with key=value settings merged in. Raises RestoreError for a
+    missing file or an unknown key."""
+    config = OmegaConf.create(read_config(path, settings, "train", DEFAULTS))
     check_known([config.kind], KINDS, f"{path}: unknown kind")
     return config
-
-
-def _keys(config, prefix: str = "") -> list[str]:
-    keys = []
-    for key in config:
-        keys.append(prefix + key)
-        if not OmegaConf.is_missing(config, key) and isinstance(config[key], DictConfig):
-            keys += _keys(config[key], f"{prefix}{key}.")
-    return keys
 
 
 def build(config: DictConfig, device: torch.device):
@@ -91,8 +66,7 @@ def train(config: DictConfig) -> Path:
         precision = "bf16" if native_bf16() else "no"
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = atomic.make_folder(config.out)
 
     kind = build(config, device)
     model, adversary = kind.model.to(memory_format=torch.channels_last), kind.adversary
@@ -213,5 +187,8 @@ def train(config: DictConfig) -> Path:
 
 
 def _append(path: Path, row: dict) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise RestoreError(f"Cannot write {path}: {atomic.reason(error)}.") from error

@@ -151,7 +151,7 @@ def test_cheap_checks_come_before_the_model(restore, photo, tmp_path, monkeypatc
         (["--resample", "nearest"], {}, "--solve-at"),
         (["--task", "inpaint", "--mask", tmp_path / "mask.png"], {}, "mask.png"),
         (["--task", "blur", "--kernel", tmp_path / "none.npy"], {}, "none.npy"),
-        ([], {"out": tmp_path / "file" / "out"}, "output folder"),
+        ([], {"out": tmp_path / "file" / "out"}, "cannot be made"),
         ([], {"inputs": [tmp_path / "alpha.png"], "out": tmp_path / "b.jpg"}, "no transparency"),
     ):
         code, _, err = restore(*arguments, **options)
@@ -179,3 +179,13 @@ def test_names_that_differ_in_case_only_collide(tmp_path):
     photos = [files.Photo(tmp_path / name, tmp_path / "out" / name) for name in ("a.png", "A.png")]
     with pytest.raises(RestoreError, match="both write"):
         files.check_outputs(photos, [photo.written() for photo in photos])
+
+
+def test_what_a_killed_process_was_writing_is_removed(restore, photo, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("a.png", "a.json"):
+        (out / f".{name}.123-0a1b2c3d.tmp").write_bytes(b"half")
+    (out / ".a.png.tmp").write_bytes(b"mine")
+    assert restore()[0] == 0
+    assert sorted(path.name for path in out.iterdir()) == [".a.png.tmp", "a.json", "a.png"]

@@ -94,6 +94,7 @@ def test_overrides_and_words_that_do_not_matter():
         (changed("metrics", {"names": ["psrn"]}), "unknown metric 'psrn'; did you mean 'psnr'"),
         (changed("batch", 0), "batch=0"),
         (changed("seed", "abc"), "seed='abc' must be a whole number"),
+        (changed("seed", -1), "seed=-1 must be a whole number of 0 or more"),
         (changed("data", "size", "big"), r"data\.size='big' must be a whole number"),
         (changed("checkpointing", "perhaps"), "checkpointing='perhaps' must be true or false"),
         (changed("kind", "restauration"), r"did you mean 'restoration'\?"),

@@ -141,6 +141,9 @@ def test_halving_finds_the_plant_and_says_what_it_skipped(config, monkeypatch):
     results, truth = results_of(config, wanted)
     monkeypatch.setattr(planted, "TARGETS", {x.numpy().tobytes(): y for x, y in zip(truth, results, strict=True)})
     found = heads(config | {"objective": "planted:distance", "halving": True})
+    for kept in found.folder.rglob("objective/**/*.json"):  # a value that cannot be read is computed again
+        kept.write_text("{")
+    assert heads(config | {"objective": "planted:distance", "halving": True}).table == found.table
     (skipped,) = found.table["rounds"][0]["skipped"]
     pool = len(found.table["pool"])
     assert found.heads == wanted
@@ -203,6 +206,8 @@ def test_halves_that_share_an_image_are_refused(config, tmp_path):
         ({"objective": {"psnr": 1.0}}, "the weight of psnr must be negative"),
         ({"objective": "residual_ratio"}, "has no better and worse"),
         ({"objective": "lpisp"}, "did you mean 'lpips'"),
+        ({"guidance": True}, "the guidance of a search is a mapping or a list of terms, not True"),
+        ({"guidance": [3]}, "the guidance of a search is a mapping or a list of terms"),
         ({"objective": "clip_score"}, "compares with a prompt"),
         ({"guidance": {"pag": {"scale": 1.0, "layers": "m1"}}}, "0 terms of the guidance leave their layers open"),
         ({"guidance": [{"pag": {"scale": 1.0}}, {"pag": {"scale": 2.0}}]}, "2 terms of the guidance"),
@@ -306,3 +311,13 @@ def test_the_shipped_search_is_of_every_head_and_states_the_halves():
         assert checked["data"]["limit"] == count and set(checked["tasks"]) == {"box", "sr4"}
         assert settings(checked, "one", "box")["parameters"] == {"lam": 3.0, "zeta": 1.0}
         assert settings(checked, "one", "sr4")["guidance"] == [{"pag": {"scale": 1.0, "layers": ["i5:0,1,2"]}}]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+def test_a_damaged_manifest_is_one_sentence(config, content):
+    folder = Path(config["out"])
+    folder.mkdir()
+    (folder / "config.json").write_text(content)
+    with pytest.raises(RestoreError, match="config.json is damaged; start the search again in another folder"):
+        heads(config)
+    assert (folder / "config.json").read_text() == content

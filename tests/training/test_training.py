@@ -92,7 +92,8 @@ def test_refusals(faces, tmp_path):
         load_config(yaml, [])
     with pytest.raises(restore.RestoreError, match="did you mean 'batch'"):
         load_config(yaml, ["batsch=3", "data.folder=x"])
-    with pytest.raises(restore.RestoreError, match="no training configuration"):
+    assert load_config("embedded", ["data.folder=x", "prediction_type=sample"]).prediction_type == "sample"
+    with pytest.raises(restore.RestoreError, match="none.yaml does not exist"):
         load_config(tmp_path / "none.yaml", [])
     with pytest.raises(restore.RestoreError, match="does not exist"):
         train(config(tmp_path / "nowhere", tmp_path / "out"))

@@ -1,0 +1,98 @@
+"""YAML files and mappings with `key=value` overrides, read in one place: every mistake is one sentence."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from operators import RestoreError
+from operators.naming import check_known, nearest
+from restore.paths import configs_dir
+
+
+def read_config(
+    config: str | os.PathLike | Mapping[str, Any],
+    overrides: Sequence[str],
+    folder: str,
+    defaults: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A file (or the name of one shipped in configs/`folder`) or a mapping with its overrides, as plain containers.
+
+    overrides: `key=value` with dots between levels. defaults: of what a file may leave out; where they are given,
+    overrides are of keys that are there alone.
+    Raises RestoreError for what is no YAML mapping and for values left open (`???`).
+    """
+    for setting in overrides:
+        if "=" not in setting:
+            raise RestoreError(f"{setting} is no setting; write key=value")
+    try:
+        is_file = isinstance(config, (str, os.PathLike))
+        given = OmegaConf.load(_find(config, folder)) if is_file else OmegaConf.create(copy.deepcopy(dict(config)))
+        if not OmegaConf.is_dict(given):
+            raise RestoreError(f"{config} must be a mapping of keys to values, not a list")
+        if defaults is not None:
+            given = OmegaConf.merge(dict(defaults), given)
+            check_known([setting.split("=", 1)[0] for setting in overrides], _keys(given), f"{config} has no key")
+        given = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
+        for key in sorted(OmegaConf.missing_keys(given)):
+            raise RestoreError(f"the configuration leaves {key} open; give {key}=VALUE")
+        plain = OmegaConf.to_container(given, resolve=True)
+    except OmegaConfBaseException as error:
+        raise RestoreError(_sentence(error)) from error
+    except (yaml.YAMLError, OSError, UnicodeError, RecursionError) as error:
+        raise RestoreError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from error
+    return plain
+
+
+def fill(schema: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` with the defaults of a schema, its names and types checked. RestoreError for what does not fit."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
+        for key in sorted(OmegaConf.missing_keys(merged)):
+            raise RestoreError(f"the configuration lacks {key}")
+        return OmegaConf.to_container(merged)
+    except OmegaConfBaseException as error:
+        raise RestoreError(_sentence(error)) from error
+    except (TypeError, ValueError) as error:  # a list where the schema has a mapping, or the other way round
+        raise RestoreError(f"the configuration cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _find(config: str | os.PathLike, kind: str) -> Path:
+    folder = configs_dir() / kind
+    for path in (Path(config), folder / f"{config}.yaml"):
+        if path.is_file():
+            return path
+    shipped = sorted(path.stem for path in folder.glob("*.yaml"))
+    raise RestoreError(f"the configuration {config} does not exist; {nearest(Path(config).stem, shipped)}")
+
+
+def _keys(config: DictConfig, prefix: str = "") -> list[str]:
+    """All keys, in dots."""
+    keys = []
+    for key in config:
+        keys.append(f"{prefix}{key}")
+        if not OmegaConf.is_missing(config, key) and isinstance(config[key], DictConfig):
+            keys += _keys(config[key], f"{prefix}{key}.")
+    return keys
+
+
+def _sentence(error: OmegaConfBaseException) -> str:
+    """What OmegaConf found, in one sentence with the key in dots."""
+    if isinstance(error, ConfigKeyError) and is_dataclass(error.object_type):
+        known = [f.name for f in fields(error.object_type)]
+        return f"the configuration has no key {error.full_key}; {nearest(error.key, known)}"
+    message = str(error.msg or error).splitlines()[0]
+    wrong = re.match(r"Value (.*?) (?:of type .* could not be converted to|is not a valid) (\w+)", message)
+    if not wrong:
+        return f"the configuration cannot be read: {f'{error.full_key}: ' if error.full_key else ''}{message}"
+    kinds = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
+    return f"{error.full_key}={wrong[1]} must be {kinds.get(wrong[2], wrong[2])}"

@@ -1,0 +1,116 @@
+"""A photo of 4000 x 3000 on the default settings, its network and its detail the real ones; -s prints the numbers.
+
+The whole takes hours on a CPU, so its time and its seams are measured on cut-outs, its memory on one step.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import types
+from time import process_time
+
+import killed
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import restore
+from restore.app import files, plan, rehearsal, run, tasks
+from restore.images.io import read_image
+from restore.paths import data_dir
+
+MEMORY = 4e9
+TASK = "denoise"
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    """The shipped photo of 600 x 400, mirrored at its sides until the picture is full: detail everywhere."""
+    tile = np.asarray(Image.open(data_dir() / "photos" / "coffee.jpg").convert("RGB"))
+    picture = np.pad(tile, ((0, 3000 - tile.shape[0]), (0, 4000 - tile.shape[1]), (0, 0)), mode="symmetric")
+    path = tmp_path_factory.mktemp("photo") / "large.png"
+    Image.fromarray(picture).save(path, compress_level=1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def prior():
+    return restore.load("embedded", device="cpu")
+
+
+def cut_out(photo, height, width):
+    return read_image(photo).pixels[..., 1000 : 1000 + height, 1000 : 1000 + width]
+
+
+def restored(prior, x, **options):
+    operator = tasks.find_task(TASK).build(*x.shape[-2:])
+    y = operator(x, torch.Generator().manual_seed(0))
+    return prior(y, operator, task=TASK, **options).samples[:, 0]
+
+
+def test_the_plan_stays_within_4_gb(photo, prior, tmp_path):
+    photos = files.find_photos([photo], tmp_path / "out")
+    planner = plan.Planner(prior, MEMORY)
+    (outcome,) = run.restore_files(photos, prior, tasks.find_task(TASK), planner=planner, dry_run=True)
+    print(outcome.line())
+    assert outcome.error is None and outcome.plan.fits and outcome.plan.memory < MEMORY
+    assert outcome.plan.size == (3000, 4000) and outcome.plan.windows == 93 * 124
+    assert outcome.plan.seconds > 3600
+
+
+@pytest.mark.slow
+def test_the_estimate_is_within_half_of_the_time_taken(photo, prior, monkeypatch):
+    """Both in seconds of one processor, one after the other, three times: whatever else runs, it slows both."""
+    for module in (plan, rehearsal):
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=process_time))
+    torch.set_num_threads(1)
+    x, ratios = cut_out(photo, 96, 160), []
+    task = tasks.find_task(TASK)
+    for _ in range(3):
+        method = prior.method(task.build(*x.shape[-2:]), task=TASK)
+        planned = plan.Planner(prior, MEMORY).plan(task, tuple(x.shape[-2:]), method)
+        started = process_time()
+        restored(prior, x)
+        ratios.append(planned.seconds / (process_time() - started))
+    print(f"{planned.windows} windows, estimate / taken: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
+    assert all(1 / 1.5 < ratio < 1.5 for ratio in ratios)
+
+
+def steps_at(x, columns):
+    """The mean size of the step from one column to the next, at those columns and at all others."""
+    steps = (x[..., 1:] - x[..., :-1]).abs().mean(dim=(0, 1, 2))
+    at = torch.zeros(len(steps), dtype=torch.bool)
+    at[[column - 1 for column in columns]] = True
+    return float(steps[at].mean()), float(steps[~at].mean())
+
+
+@pytest.mark.slow
+def test_no_seams(photo, prior):
+    """Of what the restoration changed in the truth, steps at the windows' borders are as large as elsewhere; windows
+    side by side, without overlap, show what a seam would be."""
+    x = cut_out(photo, 96, 256)
+    found = {}
+    for overlap in (0.5, 0.0):
+        apart = restore.Restorer(prior.backbone, "embedded", overlap=overlap)
+        _, w, _, lefts = apart.sized(*x.shape[-2:]).cuts(*x.shape[-2:])
+        borders = sorted({border for left in lefts for border in (left, left + w)} - {0, x.shape[-1]})
+        at, elsewhere = steps_at(restored(apart, x) - x, borders)
+        found[overlap] = at / elsewhere
+    print(f"steps at window borders / elsewhere: {found[0.5]:.3f} blended, {found[0.0]:.3f} side by side")
+    assert found[0.5] < 1.04 < found[0.0]
+
+
+@pytest.mark.slow
+def test_a_step_stays_within_4_gb_and_the_plan(photo, tmp_path):
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context("spawn").Process(
+        target=killed.one_step, args=(photo, tmp_path / "out", TASK, MEMORY, theirs)
+    )
+    child.start()
+    theirs.close()  # so that waiting ends with the child
+    planned, (error, whole, more) = ours.recv().plan, ours.recv()
+    child.join()
+    print(f"{whole / 1e9:.2f} GB, {more / 1e9:.2f} GB of it new, {planned.memory / 1e9:.2f} GB planned")
+    assert error is None and whole < MEMORY and more < 1.1 * planned.memory < 2 * more
+    assert Image.open(tmp_path / "out" / "large.png").size == (4000, 3000)
