@@ -108,7 +108,8 @@ def cell_of(entry: Mapping[str, Any] | None, metric: str, published: float | Non
         return Cell(value, m["low"], m["high"], **counts)
     if metric in entry["set_values"]:
         value, deviation = entry["set_values"][metric], entry["set_values"].get(f"{metric}_std")
-        if deviation is None or deviation < 1e-4 * abs(value):  # every subset was the whole set: no spread is known
+        # Rounding alone: every subset was the whole set, and no spread is known.
+        if deviation is None or deviation < max(1e-4 * abs(value), 1e-6):
             return Cell(value, **counts)
         return Cell(value, value - deviation, value + deviation, True, **counts)
     return Cell(entry["cost"].get(metric), **counts)

@@ -169,5 +169,7 @@ def test_numbers():
 def test_a_deviation_over_subsets_that_are_the_whole_set_is_not_shown():
     entry = {"done": 16, "expected": 16, "means": {}, "set_values": {"kid": 0.0155, "kid_std": 1e-9}, "cost": {}}
     assert tables.cell_of(entry, "kid", None).low is None
-    entry["set_values"]["kid_std"] = 0.004
+    entry["set_values"] = {"kid": 0.0004, "kid_std": 3e-7}  # rounding beside a distance of nearly nothing
+    assert tables.cell_of(entry, "kid", None).low is None
+    entry["set_values"] = {"kid": 0.0155, "kid_std": 0.004}
     assert tables.cell_of(entry, "kid", None).low == 0.0115
