@@ -277,9 +277,7 @@ def test_interrupt_leaves_no_half_written_file(command, tmp_path, monkeypatch, w
     monkeypatch.setattr(run.atomic, "write_json", interrupt)
     code, _, err = command("run", FACE, "--task", "sr4", "--steps", 2, "-o", tmp_path)
     assert code == 130 and "same command" in err
-    assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]
-    assert (tmp_path / FACE.name).exists() == bool(writes)
-    # Without its finished side-car the image does not count as finished and is made again.
+    assert not list(tmp_path.iterdir())  # a result without its finished side-car would be made again
     monkeypatch.setattr(run.atomic, "write_json", original)
     code, out, err = command("run", FACE, "--task", "sr4", "--steps", 2, "-o", tmp_path)
     assert code == 0 and "finished before" not in out, err
