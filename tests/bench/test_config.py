@@ -135,3 +135,9 @@ def test_files_that_are_no_configuration(tmp_path):
         load_config(tmp_path / "bad.yaml")
     with pytest.raises(RestoreError, match="write key=value"):
         load_config(BASE, ["seed"])
+
+
+def test_a_key_with_a_line_break_is_one_sentence():
+    with pytest.raises(RestoreError, match="has no key see") as caught:
+        load_config(BASE | {"see\nd": 1})
+    assert "\n" not in str(caught.value)
