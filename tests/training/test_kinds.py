@@ -302,7 +302,7 @@ def test_refusals(folders, autoencoder, tmp_path):
         train(config("latent", folders, tmp_path, f"autoencoder={autoencoder[0]}", "model.in_channels=8"))
     with pytest.raises(restore.RestoreError, match="unknown kind.*did you mean 'latents'"):
         config("latent", folders, tmp_path, "kind=latent", f"autoencoder={autoencoder[0]}")
-    with pytest.raises(restore.RestoreError, match="autoencoder must be given"):
+    with pytest.raises(restore.RestoreError, match="leaves autoencoder open; give autoencoder="):
         config("latent", folders, tmp_path)
     with pytest.raises(restore.RestoreError, match="do not have the shapes"):
         train(config("autoencoder", folders, tmp_path, f"init={autoencoder[0]}", "model.latent_channels=6"))
