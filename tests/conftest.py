@@ -144,3 +144,21 @@ def stand_ins(tmp_path_factory):
         "sd-1.5": _sd(root / "sd"),
         "embedded": _adm(root / "embedded", 64, (8, 8, 8, 8), 1, (2, 3)),
     }
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """run(*arguments) -> (exit code, stdout, stderr) of the command `restore`."""
+    from restore.app import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["restore", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

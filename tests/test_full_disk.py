@@ -13,7 +13,6 @@ import torch
 
 from operators import RestoreError
 from restore import atomic
-from restore.app import cli
 from restore.bench.run import bench
 from restore.paths import configs_dir, data_dir
 from restore.training import load_config, train
@@ -58,15 +57,12 @@ def files_of_at_most(n):
 
 
 @pytest.fixture
-def restore(monkeypatch, capsys):
+def restore(command):
     """restore(*arguments) -> exit code and what the command said of its failure."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["restore", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        err = capsys.readouterr().err.replace("\r", "\n")
-        return stop.value.code, [line for line in err.splitlines() if line.startswith("restore: ")]
+        code, _, err = command(*arguments)
+        return code, [line for line in err.replace("\r", "\n").splitlines() if line.startswith("restore: ")]
 
     return run
 
@@ -163,7 +159,7 @@ def test_training_goes_on_when_there_is_room_again(disk, tmp_path, training, kil
     assert run(tmp_path / "later") == whole
 
 
-def command(*arguments, stdout):
+def process(*arguments, stdout):
     """The command in a process of its own: its exit code, and what it said beside its progress."""
     call = [sys.executable, "-m", "restore.app.cli", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -176,7 +172,7 @@ def test_standard_output_on_a_full_disk():
     if not os.path.exists("/dev/full"):
         pytest.skip("there is no /dev/full here")
     with open("/dev/full", "wb") as full:
-        assert command("models", "list", stdout=full) == (2, ["restore: cannot write: the disk is full"])
+        assert process("models", "list", stdout=full) == (2, ["restore: cannot write: the disk is full"])
 
 
 @pytest.mark.parametrize("verb", ["run", "generate", "list"])
@@ -190,7 +186,7 @@ def test_a_reader_that_leaves_ends_it_quietly(tmp_path, verb):
     }[verb]
     reader, writer = os.pipe()
     os.close(reader)  # as if it had read what it wanted
-    assert command(*arguments, stdout=writer) == (1, [])
+    assert process(*arguments, stdout=writer) == (1, [])
     os.close(writer)
     if verb != "list":  # the first result is whole, the others are not begun
         assert [name.rpartition(".")[2] for name in names(out)] == ["json", "png"]

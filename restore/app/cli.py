@@ -346,9 +346,8 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         typer.echo(interrupted, err=True)
         sys.exit(130)
-    except (
-        OSError
-    ) as error:  # of what this program's own files do not answer themselves: standard output, temporary files
+    except OSError as error:
+        # Of what this program's own files do not answer themselves: standard output, temporary files.
         if error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
             raise
         typer.echo("restore: cannot write: the disk is full", err=True)

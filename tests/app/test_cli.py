@@ -16,23 +16,6 @@ FACE = data_dir() / "photos" / "astronaut-face-64.png"
 MASK = data_dir() / "masks" / "scratches-64.png"
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """run(*arguments) -> (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["restore", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 def test_restore_a_damaged_photo(command, tmp_path):
     damaged = data_dir() / "photos" / "astronaut-face-64-scratched.png"
     code, out, err = command(

@@ -16,15 +16,13 @@ FACE = data_dir() / "photos" / "astronaut-face-64.png"
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys):
+def refused(command):
     """refused(*arguments) -> the sentence."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["restore", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("restore: ")]
-        assert stop.value.code == 2 and len(lines) == 1, (stop.value.code, lines)
+        code, _, err = command(*arguments)
+        lines = [line for line in err.splitlines() if line.startswith("restore: ")]
+        assert code == 2 and len(lines) == 1, (code, lines)
         return lines[0]
 
     return run

@@ -1,34 +1,19 @@
 """What is read off a photo on the command line: look, mask=auto, sigma=auto; and no colour that was not there."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from restore.app import cli, run, tasks
+from restore.app import run, tasks
 from restore.images import io
 from restore.images.tint import one_hue
 from restore.paths import data_dir
 
 PHOTOS = data_dir() / "photos"
 FACE = PHOTOS / "astronaut-face-64.png"
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """run(*arguments) -> (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["restore", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture
