@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,13 +43,17 @@ class Mask:
     def read(self, size: tuple[int, int] | None = None) -> torch.Tensor:
         """(1, 1, H, W), see `read_mask`. RestoreError also where no damage is found to propose."""
         if self.sensitivity is not None:
-            mask = damage_mask(read_image(self.path).pixels, self.sensitivity)
-            if mask.min() == 1:
+            if self._proposed.min() == 1:
                 raise RestoreError(
                     f"no scratches or dust found in {self.path.name}: paint a mask, or look closer with sensitivity=1"
                 )
-            return mask
+            return self._proposed
         return read_mask(self.path, size, self.threshold, self.invert)
+
+    @functools.cached_property
+    def _proposed(self) -> torch.Tensor:
+        # Kept: the plan and the restoration of a photo both need it, and looking takes seconds on a large one.
+        return damage_mask(read_image(self.path).pixels, self.sensitivity)
 
 
 def read_mask(
