@@ -11,7 +11,7 @@ import torch
 import operators
 from restore.backbones.base import Backbone, variance_preserving
 from restore.guidance import estimator
-from restore.samplers.steps import levels, report, require_finite, require_linear_gaussian, start
+from restore.samplers.steps import follow, levels, report, require_finite, require_linear_gaussian, start
 
 SIGMA_MIN = 0.002  # the authors' floor of sigma_y, 0.001 on [0, 1]
 
@@ -39,7 +39,9 @@ def diffpir(
 
     and goes on from x0 with the noise that it implies. No gradient of the network is taken.
 
-    prior: a backbone of the image's size, in pixels. operator: a linear one (see operators.prox_l2).
+    On latents the data step is taken in the image that x0_hat decodes to, and its change encoded.
+
+    prior: a backbone of the image's size. operator: a linear one (see operators.prox_l2).
     y: measurement (B, ...). noise, steps, callback: as restore.samplers.dps.dps takes them; noise kinds "start" and
         "latent". "quad:N" are the authors' steps, denser at the clean end.
     lam: lambda with sigma_y on [-1, 1]. The authors state sigma_y on [0, 1], which makes theirs 4 lam.
@@ -51,11 +53,11 @@ def diffpir(
     The authors' code returns the x that enters its last step instead of that step's x0.
     Returns images (B, 3, H, W), not clamped. Raises RestoreError where y = A x + n is not linear and Gaussian.
     """
-    sigma_y = max(require_linear_gaussian("diffpir", prior, operator, sigma_y), SIGMA_MIN)
+    sigma_y = max(require_linear_gaussian("diffpir", prior, operator, sigma_y, latents=True), SIGMA_MIN)
     prior = variance_preserving(prior)
     clip = prior.bounded if clip is None else clip
     visited = levels(prior.schedule, steps)
-    x_t = start(start_from, operator, y, sigma_y, *visited[0][1:], noise(0, (len(y), *prior.shape), "start"))
+    x_t = start(start_from, prior, operator, y, sigma_y, *visited[0][1:], noise(0, (len(y), *prior.shape), "start"))
     with estimator(prior, guidance) as estimate:
         for k, ((t, alpha, sigma), (_, alpha_s, sigma_s)) in enumerate(pairwise(visited)):
             # Prior: the guided clean estimate.
@@ -65,7 +67,8 @@ def diffpir(
 
             # Data: the proximal step (eq. 13), 1 / rho being the weight of the data term.
             rho = lam * (sigma_y * alpha / sigma) ** 2
-            x0 = operators.prox_l2(operator, x0_hat, y, 1 / rho, rough=True)
+            image = prior.decode(x0_hat)
+            x0 = follow(prior, x0_hat, image, operators.prox_l2(operator, image, y, 1 / rho, rough=True))
 
             # The noise that x0 implies, partly replaced by fresh noise (eq. 14).
             eps_hat = (x_t - alpha * x0) / sigma
@@ -74,5 +77,5 @@ def diffpir(
                 n = noise(k, x_t.shape, "latent") if zeta else 0.0
                 x_t = x_t + sigma_s * ((1 - zeta) ** 0.5 * eps_hat + zeta**0.5 * n)
             require_finite(x_t, k, f"lam={lam:g}")
-            report(callback, k, len(visited) - 1, t, operator, y, x0_hat, x_t=x_t, eps=eps)
+            report(callback, k, len(visited) - 1, t, operator, y, image, x_t=x_t, eps=eps)
     return prior.decode(x_t)

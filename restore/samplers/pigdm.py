@@ -57,7 +57,7 @@ def pigdm(
     sigma_y = require_linear_gaussian("pigdm", prior, operator, sigma_y)
     prior = variance_preserving(prior)
     visited = levels(prior.schedule, steps)
-    x_t = start(start_from, operator, y, sigma_y, *visited[0][1:], noise(0, (len(y), *prior.shape), "start"))
+    x_t = start(start_from, prior, operator, y, sigma_y, *visited[0][1:], noise(0, (len(y), *prior.shape), "start"))
     with estimator(prior, guidance) as estimate:
         for k, ((t, alpha, sigma), (_, alpha_s, sigma_s)) in enumerate(pairwise(visited)):
             # Score: a pass with a graph for the likelihood.

@@ -111,13 +111,13 @@ def linear_gaussian(operator) -> bool:
     return getattr(operator, "linear", True) and (noise is None or getattr(noise, "sigma", None) is not None)
 
 
-def require_linear_gaussian(sampler: str, prior, operator, sigma_y: float | None) -> float:
+def require_linear_gaussian(sampler: str, prior, operator, sigma_y: float | None, *, latents: bool = False) -> float:
     """sigma_y of y = A x + sigma_y n: the given one, else that of the operator's noise, 0 where it has none.
 
-    Raises RestoreError where a sampler written for that model in pixels does not apply: x is a latent, A is not
-    linear, or the noise is not Gaussian.
+    latents: the sampler works on them too. Raises RestoreError where a sampler written for that model in pixels does
+    not apply: x is a latent, A is not linear, or the noise is not Gaussian.
     """
-    if prior.downscale != 1:
+    if prior.downscale != 1 and not latents:
         raise RestoreError(f"{sampler} solves for pixels, but this prior's images are decoded latents; use psld")
     if not getattr(operator, "linear", True):
         raise RestoreError(f"{sampler} needs a linear operator, which {operator.name} is not; use dps")
@@ -131,14 +131,24 @@ def require_linear_gaussian(sampler: str, prior, operator, sigma_y: float | None
     return float(sigma_y)
 
 
-def start(kind: str, operator, y: torch.Tensor, sigma_y: float, alpha: float, sigma: float, n) -> torch.Tensor:
+def follow(prior, z0: torch.Tensor, image: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+    """The x_0 of the image `moved`, where z0 is that of `image` = prior.decode(z0); in pixels that is `moved` itself.
+
+    On latents the move alone is encoded, z0 + E(moved) - E(image): an autoencoder that is no exact inverse would
+    otherwise change z0 even where nothing moved.
+    """
+    return moved if prior.downscale == 1 else z0 + prior.encode(moved) - prior.encode(image)
+
+
+def start(kind: str, prior, operator, y: torch.Tensor, sigma_y: float, alpha: float, sigma: float, n) -> torch.Tensor:
     """x_T: n itself ("noise"), or a linear reconstruction of y at that noise level ("measurement")."""
     if kind == "noise":
         return n
     if kind != "measurement":
         raise RestoreError(f"start={kind!r} is not known; expected noise or measurement")
     # The posterior mean for white x of variance 1: A^+ y without what it makes of the noise.
-    return alpha * operators.prox_l2(operator, torch.zeros_like(n), y, max(sigma_y, SIGMA_MIN) ** -2) + sigma * n
+    found = operators.prox_l2(operator, torch.zeros_like(prior.decode(n)), y, max(sigma_y, SIGMA_MIN) ** -2)
+    return alpha * prior.encode(found) + sigma * n
 
 
 def report(callback, k: int, steps: int, t: float, operator, y: torch.Tensor, x0_hat: torch.Tensor, **state) -> None:

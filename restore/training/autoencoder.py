@@ -21,12 +21,15 @@ from restore.training.sources import Pixels
 class Reconstruction(nn.Module):
     """x (B, 3, H, W) and noise like its latent -> the decoded sample, the posterior's mean and log-variance."""
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: AutoencoderKL, frozen_encoder: bool = False) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae, self.frozen_encoder = vae, frozen_encoder
+        for part in (vae.encoder, vae.quant_conv) if frozen_encoder else ():
+            part.requires_grad_(False)
 
     def forward(self, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        posterior = self.vae.encode(x).latent_dist
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_encoder):
+            posterior = self.vae.encode(x).latent_dist
         x_hat = self.vae.decode(posterior.mean + posterior.std * noise).sample
         return x_hat, posterior.mean, posterior.logvar
 
@@ -40,7 +43,7 @@ class Autoencoder:
     def __init__(self, config: DictConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.source = Pixels(config, device)
-        self.model = Reconstruction(build_autoencoder(config))
+        self.model = Reconstruction(build_autoencoder(config), config.frozen_encoder)
         self.lpips = load_lpips(config, device)
         self.starts = config.discriminator.start
         self.adversary = None if self.starts is None else PatchDiscriminator(config.discriminator.channels)
@@ -50,6 +53,8 @@ class Autoencoder:
         """The weighted loss of batch `step`, its parts to be logged, and (x, x_hat) for the adversary."""
         config = self.config
         x, _ = self.source.batch(step, generator)
+        if config.crop is not None:
+            x = cropped(x, config.crop, generator)
         x = x.contiguous(memory_format=torch.channels_last)
         f = 2 ** (len(config.model.block_out_channels) - 1)
         shape = (len(x), config.model.latent_channels, x.shape[-2] // f, x.shape[-1] // f)
@@ -115,6 +120,14 @@ def load_lpips(config: DictConfig, device: torch.device | str) -> LPIPS | None:
     if config.lpips.weights is None:
         return None
     return LPIPS(config.lpips.net, {LPIPS_NETS[config.lpips.net]: config.lpips.weights}, device=str(device))
+
+
+def cropped(x: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Squares of (B, C, size, size) out of x (B, C, H, W), each from a random place of its own image."""
+    down, right = (side - size + 1 for side in x.shape[-2:])
+    tops = torch.randint(down, (len(x),), generator=generator, device=x.device).tolist()
+    lefts = torch.randint(right, (len(x),), generator=generator, device=x.device).tolist()
+    return torch.stack([image[:, i : i + size, j : j + size] for image, i, j in zip(x, tops, lefts, strict=True)])
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The demo, with two steps of every sampler."""
+"""The demo, with few steps of every sampler."""
 
 import json
 
@@ -9,19 +9,20 @@ from PIL import Image
 
 from operators import RestoreError
 from restore.app import demo, tasks
-from restore.app.demo import PHOTOS, TASKS, methods, run_demo
+from restore.app.demo import PARTS, methods, run_demo
 from restore.metrics import weights
 from restore.restorer import load
 
 
-def test_columns_follow_the_best_quality():
-    """DPS and what quality="best" names, each plain and with PAG; DiffPIR where the best is DPS itself."""
-    restorer, operator = load("embedded"), tasks.find_task("sr4").build(64, 64)
-    columns = methods(restorer, operator, "sr4")
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.backbone)
+def test_columns_follow_the_best_quality(part):
+    """The part's own sampler and what quality="best" names, each plain and with PAG; DiffPIR where they are one."""
+    restorer, operator = load(part.backbone), tasks.find_task("sr4").build(64, 64)
+    columns = methods(restorer, operator, "sr4", part.sampler)
     plain = [restorer.method(operator, task="sr4", **options) for options in columns.values()]
     best = restorer.method(operator, task="sr4", quality="best").sampler
-    best = "diffpir" if best == "dps" else best
-    assert [m.sampler for m in plain] == ["dps", "dps", best, best]
+    best = "diffpir" if best == part.sampler else best
+    assert [m.sampler for m in plain] == [part.sampler, part.sampler, best, best]
     assert [m.guidance is None for m in plain] == [True, False, True, False]
     assert [label.endswith("+PAG") for label in columns] == [False, True, False, True]
 
@@ -33,12 +34,16 @@ def test_demo_writes_picture_and_numbers(tmp_path):
     steps, out = [], tmp_path / "out"
     assert "Done in" in run_demo(out, steps=2, weights={"alexnet": tmp_path / "random.pth"}, callback=steps.append)
     record = json.loads((out / "demo.json").read_text())
-    assert len(record["table"]) == 5 * len(TASKS) and len(record["runs"]) == 4 * len(TASKS)
+    degradations = sum(len(part.tasks) for part in PARTS)
+    assert len(record["table"]) == 5 * degradations and len(record["runs"]) == 4 * degradations
+    assert [run["backbone"] for run in record["runs"]] == ["embedded"] * 16 + ["embedded-latent"] * 4
     assert all(row["LPIPS"] > 0 for row in record["table"])
     assert "LPIPS" in (out / "table.md").read_text().splitlines()[0]
-    # One column of 198 pixels for input, baseline, four methods and truth; one row for a face and a task.
-    width, height = Image.open(out / "comparison.png").size
-    assert width > 7 * 198 and height > len(TASKS) * len(PHOTOS) * 198
+    # One column for input, baseline, four methods and truth; one row for a face and a task.
+    for part in PARTS:
+        width, height = Image.open(out / part.picture).size
+        step = part.cell + 6
+        assert width > 7 * step and height > len(part.tasks) * len(part.photos) * step
     # The bar is full at the end, and never runs backwards.
     done = [step["first"] * step["steps"] + step["step"] for step in steps]
     assert done == sorted(done)

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, LDMPipeline
 from omegaconf import OmegaConf
 from PIL import Image
@@ -20,9 +21,11 @@ from restore.backbones.autoencoder import load_vae
 from restore.guidance import CFG, PAG
 from restore.paths import configs_dir, data_dir
 from restore.training import dataset, load_config, train
-from restore.training.autoencoder import PatchDiscriminator
+from restore.training.autoencoder import Autoencoder, PatchDiscriminator
+from restore.training.autoencoder import measure as measure_autoencoder
 from restore.training.card import measure, table
 from restore.training.diffusion import Diffusion, build_model
+from restore.training.train import FullPrecisionAttention
 
 QUICK = [
     "batch=4", "precision=fp32", "log_every=1", "held_out_every_steps=8", "samples_every_steps=24",
@@ -168,6 +171,51 @@ def test_interrupted_training_equals_undisturbed_training(kind, folders, autoenc
     assert files and all((whole / file).read_bytes() == (parts / file).read_bytes() for file in files)
     short = train(config(kind, folders, tmp_path / "short", "steps=2", *more))
     assert any((whole / file).read_bytes() != (short / file).read_bytes() for file in files)
+
+
+def test_an_autoencoder_learns_from_squares_of_its_images(folders, tmp_path):
+    made = config("autoencoder", folders, tmp_path, "crop=16", "batch=6")
+    kind, seen = Autoencoder(made, torch.device("cpu")), []
+
+    def forward(x, noise):
+        seen.append((x, noise.shape))
+        return x, noise, noise
+
+    _, logged, _ = kind.loss(forward, 3, torch.Generator().manual_seed(0))
+    whole, _ = kind.source.batch(3, torch.Generator().manual_seed(0))
+    ((x, latent),) = seen
+    assert x.shape == (6, 3, 16, 16) and latent == (6, 4, 8, 8) and logged["l1"] == 0
+    # Each is a square of its own image, at different places.
+    windows = whole.unfold(2, 16, 1).unfold(3, 16, 1)  # (6, 3, 17, 17, 16, 16)
+    found = (windows == x[:, :, None, None]).flatten(-2).all(-1).all(1).nonzero()
+    assert set(found[:, 0].tolist()) == set(range(6)) and len({tuple(row) for row in found[:, 1:].tolist()}) > 2
+
+
+def test_a_decoder_is_trained_further_on_the_same_latents(folders, autoencoder, tmp_path):
+    """A prior trained on them stays valid: the encoder's weights keep their bits, the decoder gets better."""
+    start, more = autoencoder[0], ["frozen_encoder=true", "steps=60", "optimizer.lr=2e-3", "optimizer.weight_decay=0.1"]
+    made = config("autoencoder", folders, tmp_path, f"init={start}", *more)
+    before, after = load_vae(start), load_vae(train(made))
+    kept = {name: torch.equal(tensor, after.state_dict()[name]) for name, tensor in before.state_dict().items()}
+    assert {name for name, same in kept.items() if same} == {
+        name for name in kept if name.startswith(("encoder.", "quant_conv."))
+    }
+    held_out = Autoencoder(made, torch.device("cpu")).source.held_out[""]
+    first, last = (measure_autoencoder(vae, held_out, "cpu", None)["psnr"] for vae in (before, after))
+    assert last > first + 0.2
+
+
+def test_attention_is_trained_in_full_precision():
+    """Where bf16 autocast would have it otherwise; whatever else the network computes stays as it is."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 9, 8, generator=g).bfloat16().requires_grad_() for _ in range(3))
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16), FullPrecisionAttention():
+        found = F.scaled_dot_product_attention(q, k, v, dropout_p=0.0)
+        assert F.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
+    assert found.dtype == torch.bfloat16 and torch.equal(found, exact.bfloat16())
+    (gradient,) = torch.autograd.grad(found.float().square().sum(), q)
+    assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0
 
 
 def test_a_run_that_is_out_of_time_ends_with_a_checkpoint(folders, tmp_path):
