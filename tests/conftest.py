@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from restore.paths import data_dir
+
 sys.path.insert(0, str(Path(__file__).parent))
 THREADS = torch.get_num_threads()
 
@@ -143,6 +145,7 @@ def stand_ins(tmp_path_factory):
         "small-imagenet": _adm(root / "small", 64, (8, 8, 8, 8, 8, 8), 2, (3, 4, 5)),
         "sd-1.5": _sd(root / "sd"),
         "embedded": _adm(root / "embedded", 64, (8, 8, 8, 8), 1, (2, 3)),
+        "embedded-latent": data_dir() / "embedded-latent",  # itself: few steps of it are quick
     }
 
 

@@ -25,6 +25,7 @@ from restore.backbones.autoencoder import load_vae
 from restore.backbones.latent import LatentDiffusion
 from restore.backbones.weights import own_memory
 from restore.training import dataset
+from restore.training.precision import native_bf16
 
 MOST_HELD_OUT = 128
 MOST_TRAINING = 8192  # of a set, where baselines and nearest images are computed
@@ -111,7 +112,11 @@ class Latents:
         self.held_out = {"": latents["held_out"].float() * self.factor}
 
     def _identity(self) -> str:
-        total = float(sum(p.double().abs().sum() for p in self.vae.parameters()))
+        # Not of the decoder, which may have been trained further.
+        encoding = (
+            p for name, p in self.vae.named_parameters() if not name.startswith(("decoder.", "post_quant_conv."))
+        )
+        total = float(sum(p.double().abs().sum() for p in encoding))
         wanted = {"data": OmegaConf.to_container(self.config.data), "seed": self.config.seed, "weights": total}
         return json.dumps(wanted, sort_keys=True)
 
@@ -153,14 +158,17 @@ def encode_all(config: DictConfig, vae, device: torch.device, batch: int = 64) -
     held-out ones are its mean.
     """
     (images,) = dataset.load_sets(config.data, config.seed)
-    size, found = config.data.stored_size, []
+    size, found, low = config.data.stored_size, [], config.precision != "fp32" and native_bf16()
     generator = torch.Generator(device).manual_seed(config.seed)
     for _ in range(config.data.copies):
         for chunk in images.training.split(batch):
             x = dataset.augment(chunk.to(device), size, generator, config.data.augment)
-            posterior = vae.encode(x).latent_dist
-            n = torch.randn(posterior.mean.shape, generator=generator, device=device)
-            found.append((posterior.mean + posterior.std * n).half().cpu())
+            # bf16 rounds by less than the posterior's own noise.
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
+                posterior = vae.encode(x).latent_dist
+            mean, std = posterior.mean.float(), posterior.std.float()
+            n = torch.randn(mean.shape, generator=generator, device=device)
+            found.append((mean + std * n).half().cpu())
     held_out = [vae.encode(chunk.to(device)).latent_dist.mean.cpu() for chunk in _floats(images.held_out, size, batch)]
     return {"training": torch.cat(found).contiguous(), "held_out": torch.cat(held_out).contiguous()}
 

@@ -11,11 +11,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from omegaconf import DictConfig, OmegaConf
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from operators import RestoreError
@@ -24,30 +22,12 @@ from restore import atomic
 from restore.config import read_config
 from restore.training.autoencoder import Autoencoder
 from restore.training.diffusion import Diffusion
+from restore.training.precision import FullPrecisionAttention, native_bf16
 
 log = logging.getLogger(__name__)
 KINDS = {"pixels": Diffusion, "latents": Diffusion, "autoencoder": Autoencoder}
 
 DEFAULTS = {"kind": "pixels", "schedule": {}, "prediction_type": "epsilon", "crop": None, "frozen_encoder": False}
-
-
-def native_bf16() -> bool:
-    """True where bf16 convolutions are faster than fp32 ones rather than emulated."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-class FullPrecisionAttention(TorchFunctionMode):
-    """Within the block scaled_dot_product_attention is computed in fp32, whatever it is given and autocast says."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        q, k, v = (part.float() for part in args[:3])
-        with torch.autocast(q.device.type, enabled=False):
-            return func(q, k, v, *args[3:], **kwargs).to(args[0].dtype)
 
 
 def load_config(path: str | Path, settings: list[str]) -> DictConfig:

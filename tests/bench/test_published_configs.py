@@ -125,7 +125,7 @@ def test_configuration_runs_from_end_to_end(name, world):
             assert files[0] and any(a.read_bytes() != b.read_bytes() for a, b in zip(*files, strict=True))
     written = report([done.folder])
     text = written.markdown.read_text()
-    ours = ("defaults", "embedded", "guidance-restoration", "guidance-samples", "photos", "samplers")
+    ours = ("defaults", "embedded", "embedded-latent", "guidance-restoration", "guidance-samples", "photos", "samplers")
     assert "published" in text or name in ("table5-imagenet", "table7-imagenet", *ours)
 
 

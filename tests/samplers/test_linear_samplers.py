@@ -90,8 +90,9 @@ def test_what_is_refused(prior, images, name):
         run(name, prior, operators.Clipping(), y)
     with pytest.raises(RestoreError, match=f"{name} is for Gaussian noise, not PoissonNoise"):
         run(name, prior, operators.Denoising(noise=operators.PoissonNoise(1.0)), y)
-    with pytest.raises(RestoreError, match=f"{name} solves for pixels"):
-        run(name, Latent(), operators.Denoising(noise=NOISY), y)
+    if name != "diffpir":  # which takes its data step in the decoded image
+        with pytest.raises(RestoreError, match=f"{name} solves for pixels"):
+            run(name, Latent(), operators.Denoising(noise=NOISY), y)
     with pytest.raises(RestoreError, match="sigma_y must be a number >= 0"):
         run(name, prior, operators.Denoising(), y, sigma_y=-1.0)
     # Poisson noise may be taken for Gaussian on demand.

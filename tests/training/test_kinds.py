@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from restore.training.autoencoder import Autoencoder, PatchDiscriminator
 from restore.training.autoencoder import measure as measure_autoencoder
 from restore.training.card import measure, table
 from restore.training.diffusion import Diffusion, build_model
-from restore.training.train import FullPrecisionAttention
+from restore.training.precision import FullPrecisionAttention
 
 QUICK = [
     "batch=4", "precision=fp32", "log_every=1", "held_out_every_steps=8", "samples_every_steps=24",
@@ -191,8 +192,9 @@ def test_an_autoencoder_learns_from_squares_of_its_images(folders, tmp_path):
     assert set(found[:, 0].tolist()) == set(range(6)) and len({tuple(row) for row in found[:, 1:].tolist()}) > 2
 
 
-def test_a_decoder_is_trained_further_on_the_same_latents(folders, autoencoder, tmp_path):
-    """A prior trained on them stays valid: the encoder's weights keep their bits, the decoder gets better."""
+def test_a_decoder_is_trained_further_on_the_same_latents(folders, autoencoder, latent, tmp_path):
+    """A prior trained on them stays valid: the encoder's weights keep their bits, the decoder gets better, and the
+    prior takes it without encoding anything again."""
     start, more = autoencoder[0], ["frozen_encoder=true", "steps=60", "optimizer.lr=2e-3", "optimizer.weight_decay=0.1"]
     made = config("autoencoder", folders, tmp_path, f"init={start}", *more)
     before, after = load_vae(start), load_vae(train(made))
@@ -203,6 +205,15 @@ def test_a_decoder_is_trained_further_on_the_same_latents(folders, autoencoder, 
     held_out = Autoencoder(made, torch.device("cpu")).source.held_out[""]
     first, last = (measure_autoencoder(vae, held_out, "cpu", None)["psnr"] for vae in (before, after))
     assert last > first + 0.2
+    shutil.copytree(latent[1], tmp_path / "latent")
+    encoded = tmp_path / "latent" / "latents.safetensors"
+    written = encoded.stat().st_mtime_ns
+    folder = train(config("latent", folders, tmp_path / "latent", f"autoencoder={tmp_path / 'ema'}", "steps=24"))
+    assert encoded.stat().st_mtime_ns == written
+    new, old = (restore.load(path, device="cpu").backbone for path in (folder, latent[0]))
+    assert torch.equal(new.vae.decoder.conv_in.weight, after.decoder.conv_in.weight)
+    assert new.vae.config.scaling_factor == old.vae.config.scaling_factor
+    assert all(torch.equal(a, b) for a, b in zip(new.network.parameters(), old.network.parameters(), strict=True))
 
 
 def test_attention_is_trained_in_full_precision():

@@ -1,0 +1,26 @@
+"""Arithmetic of a training step."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+
+def native_bf16() -> bool:
+    """True where bf16 convolutions are faster than fp32 ones rather than emulated."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class FullPrecisionAttention(TorchFunctionMode):
+    """Within the block scaled_dot_product_attention is computed in fp32, whatever it is given and autocast says."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        q, k, v = (part.float() for part in args[:3])
+        with torch.autocast(q.device.type, enabled=False):
+            return func(q, k, v, *args[3:], **kwargs).to(args[0].dtype)
