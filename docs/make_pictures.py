@@ -1,6 +1,6 @@
 """Draws the pictures of docs/samplers and docs/guidance: python docs/make_pictures.py [NAME ...]
 
-Everything is computed with the embedded prior on one of the shipped photos, with the settings named here or, where
+Everything is computed with the embedded priors on one of the shipped photos, with the settings named here or, where
 none are, those of configs/method. A picture may differ in details between machines (docs/protocol.md).
 """
 
@@ -21,7 +21,8 @@ from restore.paths import data_dir
 from restore.restorer import Restorer
 from restore.samplers.noise import measurement_generator
 
-PHOTO, SAMPLES, COLOURS = "astronaut-face-64", 8, 64
+PHOTOS = {"pixels": "astronaut-face-64", "latents": "astronaut-face-128"}
+SAMPLES, COLOURS = 8, 64
 WHITE = 0.5  # the spread that is drawn white, on [-1, 1]
 
 # Sampler -> what it is called with beside its preset; all on the same two measurements, DDNM on such without noise.
@@ -36,6 +37,8 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "pnpdm": {},
     "reddiff": {},
 }
+# The same on the embedded latent prior.
+LATENT_SAMPLERS: dict[str, dict[str, Any]] = {"psld": {"guidance": None}}
 # Guidance -> title and guidance of each row below the unguided one.
 GUIDANCE: dict[str, dict[str, Guidance]] = {
     "pag": {"PAG, i5, s = 1": restore.PAG(1.0, layers="i5")},
@@ -49,14 +52,15 @@ GUIDANCE: dict[str, dict[str, Guidance]] = {
 
 def restoration(restorer: Restorer, name: str, steps: Any = None) -> Image.Image:
     """One row for each of two measurements: two samples, mean and spread of all, the truth."""
-    photo = io.read_image(data_dir() / "photos" / f"{PHOTO}.png")
+    image_id = PHOTOS[restorer.kind]
+    photo = io.read_image(data_dir() / "photos" / f"{image_id}.png")
     rows = []
     for task in ("sr4", "inpaint-box"):
         operator = tasks.find_task(task, {"sigma": 0.0} if name == "ddnm" else {}).build(*photo.size)
-        y = operator(photo.pixels, [measurement_generator(0, PHOTO)])
-        chosen = {**SAMPLERS[name], **({} if steps is None else {"steps": steps})}
+        y = operator(photo.pixels, [measurement_generator(0, image_id)])
+        chosen = {**(SAMPLERS | LATENT_SAMPLERS)[name], **({} if steps is None else {"steps": steps})}
         result = restorer(
-            y, operator, task=task, sampler=name, samples=SAMPLES, batch_size=SAMPLES, image_ids=[PHOTO], **chosen
+            y, operator, task=task, sampler=name, samples=SAMPLES, batch_size=SAMPLES, image_ids=[image_id], **chosen
         )
         spread = (result.spread[0].mean(dim=0, keepdim=True) * 2 / WHITE - 1).clamp(-1, 1).expand(3, -1, -1)
         rows.append([y[0], *result.samples[0, :2], result.mean[0], spread, photo.pixels[0]])
@@ -93,7 +97,7 @@ def draw(restorer: Restorer, name: str, folder: Path, steps: Any = None) -> Path
     """folder/samplers/NAME.png or folder/guidance/NAME.png, in few colours. steps: of everything, for trying."""
     if name == "generate":
         kind, picture = "samplers", trajectory(restorer, steps)
-    elif name in SAMPLERS:
+    elif name in SAMPLERS | LATENT_SAMPLERS:
         kind, picture = "samplers", restoration(restorer, name, steps)
     else:
         kind, picture = "guidance", generation(restorer, name, steps)
@@ -104,7 +108,7 @@ def draw(restorer: Restorer, name: str, folder: Path, steps: Any = None) -> Path
 
 
 if __name__ == "__main__":
-    embedded = restore.load("embedded")
-    for wanted in sys.argv[1:] or [*SAMPLERS, "generate", *GUIDANCE]:
-        done = draw(embedded, wanted, Path(__file__).parent)
+    for wanted in sys.argv[1:] or [*SAMPLERS, *LATENT_SAMPLERS, "generate", *GUIDANCE]:
+        prior = restore.load("embedded-latent" if wanted in LATENT_SAMPLERS else "embedded")
+        done = draw(prior, wanted, Path(__file__).parent)
         print(f"{done}  {done.stat().st_size / 1024:.1f} KB", flush=True)

@@ -216,7 +216,8 @@ def test_evaluations_of_presets_are_as_the_overview_says(name, measured):
         return
     formula = re.search(r"\*\*Evaluations:\*\* `([^`]+)`", page("samplers", name))[1]
     kind = "latents" if name in ("psld", "resample") else "pixels"
-    preset = method.find("embedded", "sr4", "super_resolution", name, kind=kind).changed(guidance=None)
+    prior = "embedded-latent" if name == "psld" else "embedded"
+    preset = method.find(prior, "sr4", "super_resolution", name, kind=kind).changed(guidance=None)
     own = {key: item.default for key, item in samplers.parameters_of(name).items()}
     steps = len(restorer.backbone.schedule.timesteps(preset.steps))
     assert int(stated) == eval(formula, {}, {**own, **preset.parameters, "steps": steps})
@@ -231,7 +232,7 @@ def pictures():
 
 
 def test_every_page_is_short_and_has_its_picture_or_says_why_not(pictures):
-    drawn, total = {*pictures.SAMPLERS, *pictures.GUIDANCE, "generate"}, 0
+    drawn, total = {*pictures.SAMPLERS, *pictures.LATENT_SAMPLERS, *pictures.GUIDANCE, "generate"}, 0
     for kind, name in PAGES:
         text, path = page(kind, name), DOCS / kind / f"{name}.png"
         assert text.count("\n") < 80, name

@@ -123,12 +123,7 @@ def run_demo(
                 record |= {"seconds": result.seconds, "nfe": result.nfe}
                 records.append(record | {"residual_ratio": result.residual_ratio[:, 0].tolist()})
             for label, estimate in estimates.items():
-                residual = torch.linalg.vector_norm((y - operator.A(estimate)).flatten(1), dim=1).mean()
-                scores = {"PSNR dB": float(psnr(estimate, x).mean()), "SSIM": float(ssim(estimate, x).mean())}
-                if lpips is not None:
-                    scores["LPIPS"] = float(lpips(*(_enlarged(v) for v in (estimate, x))).mean())
-                scores["residual / noise"] = float(residual) / (operator.noise.sigma * y[0].numel() ** 0.5)
-                scores["s / face"] = seconds[label] / len(ids)
+                scores = {**_scores(estimate, x, y, operator, lpips), "s / face": seconds[label] / len(ids)}
                 table.append({"px": str(x.shape[-1]), "task": TITLES[task], "method": label, **scores})
             shown = y if y.shape[-2:] == x.shape[-2:] else torch.nn.functional.interpolate(y, x.shape[-2:])
             for i, name in enumerate(ids):
@@ -136,9 +131,7 @@ def run_demo(
                 row_titles.append(f"{TITLES[task]}\n{name.replace(f'-face-{x.shape[-1]}', '').replace('-', ' ')}")
         grid = grids.comparison_grid(rows, ["input", *estimates, "truth"], row_titles, cell=part.cell)
         io.write_image(out / part.picture, io.to_tensor(grid)[0])
-        notes.append(
-            f"At {x.shape[-1]} pixels ({part.backbone}): means over {len(ids)} faces, {', '.join(used.values())}."
-        )
+        notes.append(f"{x.shape[-1]} px, {part.backbone}: means over {len(ids)} faces, {', '.join(used.values())}.")
     digits = {"PSNR dB": 2, "SSIM": 3, "LPIPS": 3, "residual / noise": 2, "s / face": 1}
     lines = [" | ".join(table[0]), "|".join("---" for _ in table[0])]
     lines += [" | ".join(f"{v:.{digits[key]}f}" if key in digits else v for key, v in row.items()) for row in table]
@@ -149,6 +142,14 @@ def run_demo(
     atomic.write_json(out / "demo.json", {"version": run.version(), "runs": records, "table": table})
     where = [f"{out / part.picture}  the pictures" for part in PARTS] + [f"{out / 'table.md'}  the numbers"]
     return "\n".join([*lines, "", f"Done in {time.perf_counter() - started:.0f} s:", *where])
+
+
+def _scores(estimate: torch.Tensor, x: torch.Tensor, y: torch.Tensor, operator: Any, lpips: LPIPS | None) -> dict:
+    residual = torch.linalg.vector_norm((y - operator.A(estimate)).flatten(1), dim=1).mean()
+    scores = {"PSNR dB": float(psnr(estimate, x).mean()), "SSIM": float(ssim(estimate, x).mean())}
+    if lpips is not None:
+        scores["LPIPS"] = float(lpips(*(_enlarged(image) for image in (estimate, x))).mean())
+    return scores | {"residual / noise": float(residual) / (operator.noise.sigma * y[0].numel() ** 0.5)}
 
 
 def methods(restorer: Restorer, operator: Any, task: str, first: str) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ import torch
 
 import operators
 import restore
+from restore.bench.baselines import baseline
 from restore.guidance import PAG
 from restore.images import io
 from restore.metrics.single import psnr
@@ -59,25 +60,32 @@ def test_every_level_attends(restorer):
     assert {layer.downsampling for layer in restorer.backbone.attention.values()} == {1, 2, 4}
 
 
-def test_samples_are_faces_in_natural_colours(restorer):
-    """Their mean picture is nearer to the mean face than a grey picture is."""
+def test_samples_are_different_faces_in_natural_colours(restorer):
+    """In the middle of a face there is skin, of whatever shade: more red than green than blue."""
     images = restorer.generate(8, steps=20, batch_size=8, ddim_eta=0.0, seed=1)
     assert images.shape == (8, 3, 128, 128) and torch.isfinite(images).all()
-    faces = torch.cat([io.read_image(data_dir() / "photos" / name).pixels for name in FACES]).mean(0)
-    mean = images.mean(0).clamp(-1, 1)
-    assert (mean - faces).square().mean() < 0.7 * faces.square().mean()
-    assert images.std(dim=0).mean() > 0.1  # and they differ
+    red, green, blue = images[..., 48:80, 48:80].mean(dim=(-2, -1)).unbind(1)
+    assert ((red > green + 0.03) & (green > blue + 0.03)).sum() >= 7
+    assert images.std(dim=0).mean() > 0.1
 
 
-@pytest.mark.parametrize("sampler", ["psld", "diffpir"])
-def test_a_hole_is_filled_better_than_by_interpolation(restorer, faces, sampler):
-    from restore.bench.baselines import baseline
-
+def test_a_hole_is_filled_better_than_by_interpolation(restorer, faces):
     operator = operators.Inpainting(operators.box_mask(128, size=64, margin=8, seed=0), noise=NOISE)
     y = operator(faces, [measurement_generator(0, name) for name in FACES])
-    result = restorer(y, operator, sampler=sampler, guidance=None, batch_size=3)
+    result = restorer(y, operator, batch_size=3)
+    assert result.protocol["method"]["sampler"] == "diffpir"
     gain = psnr(result.samples[:, 0], faces) - psnr(baseline(y, operator), faces)
     assert float(gain.mean()) > 0.5
+
+
+def test_psld_restores_a_real_face(restorer, faces):
+    """The measurement is explained but for what the autoencoder cannot, and the face is nearer than another one's."""
+    operator = operators.SuperResolution(4, noise=NOISE)
+    y = operator(faces[:1], [measurement_generator(0, FACES[0])])
+    result = restorer(y, operator, sampler="psld", guidance=None, steps=40)
+    assert float(result.residual_ratio.mean()) < 3
+    others = psnr(faces[1:], faces[:1].expand_as(faces[1:]))
+    assert float(psnr(result.samples[:, 0], faces[:1])[0]) > float(others.max()) + 6
 
 
 def test_any_size_and_guidance(restorer):

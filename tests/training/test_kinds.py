@@ -8,7 +8,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, LDMPipeline
 from omegaconf import OmegaConf
 from PIL import Image
@@ -21,12 +20,11 @@ from restore.backbones.adm import ADM
 from restore.backbones.autoencoder import load_vae
 from restore.guidance import CFG, PAG
 from restore.paths import configs_dir, data_dir
-from restore.training import dataset, load_config, train
+from restore.training import load_config, train
 from restore.training.autoencoder import Autoencoder, PatchDiscriminator
 from restore.training.autoencoder import measure as measure_autoencoder
 from restore.training.card import measure, table
 from restore.training.diffusion import Diffusion, build_model
-from restore.training.precision import FullPrecisionAttention
 
 QUICK = [
     "batch=4", "precision=fp32", "log_every=1", "held_out_every_steps=8", "samples_every_steps=24",
@@ -216,19 +214,6 @@ def test_a_decoder_is_trained_further_on_the_same_latents(folders, autoencoder, 
     assert all(torch.equal(a, b) for a, b in zip(new.network.parameters(), old.network.parameters(), strict=True))
 
 
-def test_attention_is_trained_in_full_precision():
-    """Where bf16 autocast would have it otherwise; whatever else the network computes stays as it is."""
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 2, 9, 8, generator=g).bfloat16().requires_grad_() for _ in range(3))
-    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-    with torch.autocast("cpu", dtype=torch.bfloat16), FullPrecisionAttention():
-        found = F.scaled_dot_product_attention(q, k, v, dropout_p=0.0)
-        assert F.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
-    assert found.dtype == torch.bfloat16 and torch.equal(found, exact.bfloat16())
-    (gradient,) = torch.autograd.grad(found.float().square().sum(), q)
-    assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0
-
-
 def test_a_run_that_is_out_of_time_ends_with_a_checkpoint(folders, tmp_path):
     train(config("autoencoder", folders, tmp_path, "minutes=0", "steps=100"))
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
@@ -302,33 +287,6 @@ def test_sets_share_a_batch_and_keep_their_labels(folders, tmp_path):
         "prior-v2", folders, tmp_path, f"data.sets.flowers.folder=[{folders / 'photos'},{folders / 'faces'}]"
     )
     assert len(Diffusion(several, torch.device("cpu")).source.sets[1].training) == 12 * 8
-
-
-def test_crops_are_of_every_scale_and_never_enlarged(tmp_path):
-    """A ramp: the step from pixel to pixel of a crop tells how much it was reduced."""
-    ramp = np.repeat(np.linspace(0, 255, 200, dtype=np.float64)[None, :, None], 160, 0).repeat(3, 2)
-    Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "ramp.png")
-    files = dataset.list_images(tmp_path)
-    crops = dataset.load_crops(files, 20, 40, seed=1)
-    slopes = (crops[:, 0, 10, 18].float() - crops[:, 0, 10, 2].float()) / 16 / (255 / 199)
-    assert slopes.min() > 0.8 and slopes.max() < 8.5 and slopes.max() > 3 * slopes.min()
-    assert torch.equal(crops, dataset.load_crops(files, 20, 40, seed=1))
-    assert not torch.equal(crops, dataset.load_crops(files, 20, 40, seed=2))
-    with pytest.raises(restore.RestoreError, match="crops need 300 pixels or more a side"):
-        dataset.load_crops(files, 300, 1, seed=1)
-
-
-def test_whole_pixels_are_not_resampled():
-    options = {"rotate_degrees": 0.0, "scale": 0.0, "shift": 0.2, "contrast": 0.0, "brightness": 0.0, "tint": 0.0}
-    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    levels = images.float() / 127.5 - 1
-    for whole in (True, False):
-        x = dataset.augment(
-            images, 32, torch.Generator().manual_seed(1), OmegaConf.create({**options, "whole_pixels": whole})
-        )
-        kept = [torch.isclose(a[0, 8:24, 8:24].reshape(-1, 1), b[0].reshape(1, -1), atol=1e-4).any(1).float().mean()
-                for a, b in zip(x, levels, strict=True)]  # fmt: skip
-        assert (min(kept) > 0.999) == whole
 
 
 def test_cards_of_every_kind(autoencoder, latent, classes, folders, tmp_path):
