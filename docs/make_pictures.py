@@ -22,7 +22,8 @@ from restore.restorer import Restorer
 from restore.samplers.noise import measurement_generator
 
 PHOTOS = {"pixels": "astronaut-face-64", "latents": "astronaut-face-128"}
-SAMPLES, COLOURS = 8, 64
+SAMPLES = 8
+COLOURS, CELL = {"pixels": 64, "latents": 48}, {"pixels": 128, "latents": 80}  # for 40 KB a picture
 WHITE = 0.5  # the spread that is drawn white, on [-1, 1]
 
 # Sampler -> what it is called with beside its preset; all on the same two measurements, DDNM on such without noise.
@@ -65,7 +66,7 @@ def restoration(restorer: Restorer, name: str, steps: Any = None) -> Image.Image
         spread = (result.spread[0].mean(dim=0, keepdim=True) * 2 / WHITE - 1).clamp(-1, 1).expand(3, -1, -1)
         rows.append([y[0], *result.samples[0, :2], result.mean[0], spread, photo.pixels[0]])
     titles = ["measurement", "a sample", "another", f"mean of {SAMPLES}", "spread", "truth"]
-    return grids.comparison_grid(rows, titles, ["SR x4", "box"], cell=128)
+    return grids.comparison_grid(rows, titles, ["SR x4", "box"], cell=CELL[restorer.kind])
 
 
 def generation(restorer: Restorer, name: str, steps: Any = None) -> Image.Image:
@@ -103,7 +104,7 @@ def draw(restorer: Restorer, name: str, folder: Path, steps: Any = None) -> Path
         kind, picture = "guidance", generation(restorer, name, steps)
     path = folder / kind / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.quantize(COLOURS[restorer.kind], dither=Image.Dither.NONE).save(path, optimize=True)
     return path
 
 
