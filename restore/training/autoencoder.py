@@ -38,12 +38,17 @@ class Autoencoder:
     """The networks and losses of an autoencoder's training.
 
     The discriminator judges patches (Isola et al. 2017) by the hinge loss, from step discriminator.start on.
+    Raises RestoreError for a crop that the network or its images do not allow.
     """
 
     def __init__(self, config: DictConfig, device: torch.device) -> None:
         self.config, self.device = config, device
+        self.f, self.crop = 2 ** (len(config.model.block_out_channels) - 1), config.get("crop")
+        size = config.model.sample_size
+        if self.crop is not None and not (0 < self.crop <= size and self.crop % self.f == 0):
+            raise RestoreError(f"crop={self.crop} must be a multiple of {self.f} and at most {size}")
         self.source = Pixels(config, device)
-        self.model = Reconstruction(build_autoencoder(config), config.frozen_encoder)
+        self.model = Reconstruction(build_autoencoder(config), config.get("frozen_encoder", False))
         self.lpips = load_lpips(config, device)
         self.starts = config.discriminator.start
         self.adversary = None if self.starts is None else PatchDiscriminator(config.discriminator.channels)
@@ -53,11 +58,10 @@ class Autoencoder:
         """The weighted loss of batch `step`, its parts to be logged, and (x, x_hat) for the adversary."""
         config = self.config
         x, _ = self.source.batch(step, generator)
-        if config.crop is not None:
-            x = cropped(x, config.crop, generator)
+        if self.crop is not None:
+            x = cropped(x, self.crop, generator)
         x = x.contiguous(memory_format=torch.channels_last)
-        f = 2 ** (len(config.model.block_out_channels) - 1)
-        shape = (len(x), config.model.latent_channels, x.shape[-2] // f, x.shape[-1] // f)
+        shape = (len(x), config.model.latent_channels, x.shape[-2] // self.f, x.shape[-1] // self.f)
         noise = torch.randn(shape, generator=generator, device=self.device)
         x_hat, mean, logvar = (part.float() for part in forward(x, noise))
         terms = {"l1": (x_hat - x).abs().mean()}

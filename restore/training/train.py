@@ -27,7 +27,7 @@ from restore.training.precision import FullPrecisionAttention, native_bf16
 log = logging.getLogger(__name__)
 KINDS = {"pixels": Diffusion, "latents": Diffusion, "autoencoder": Autoencoder}
 
-DEFAULTS = {"kind": "pixels", "schedule": {}, "prediction_type": "epsilon", "crop": None, "frozen_encoder": False}
+DEFAULTS = {"kind": "pixels", "schedule": {}, "prediction_type": "epsilon"}
 
 
 def load_config(path: str | Path, settings: list[str]) -> DictConfig:

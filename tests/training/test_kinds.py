@@ -321,6 +321,11 @@ def test_refusals(folders, autoencoder, tmp_path):
         config("latent", folders, tmp_path, "kind=latent", f"autoencoder={autoencoder[0]}")
     with pytest.raises(restore.RestoreError, match="leaves autoencoder open; give autoencoder="):
         config("latent", folders, tmp_path)
+    for crop in (15, 0, 64):
+        with pytest.raises(restore.RestoreError, match=f"crop={crop} must be a multiple of 2 and at most 32"):
+            train(config("autoencoder", folders, tmp_path, f"crop={crop}"))
+    with pytest.raises(restore.RestoreError, match="has no key"):
+        config("latent", folders, tmp_path, "autoencoder=x", "crop=16")
     with pytest.raises(restore.RestoreError, match="do not have the shapes"):
         train(config("autoencoder", folders, tmp_path, f"init={autoencoder[0]}", "model.latent_channels=6"))
 
