@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import restore
+from restore import samplers
 from restore.app import tasks
 from restore.guidance import SAG, SWG, TPG, TSG, Guidance
 from restore.images import grids, io
@@ -32,6 +33,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "ddnm": {"steps": "ddim50"},
     "ddrm": {},
     "diffpir": {"steps": "quad:50"},
+    "dpir": {},
     "dps": {"guidance": None},
     "flowdps": {},
     "pigdm": {"steps": "ddim50"},
@@ -52,19 +54,28 @@ GUIDANCE: dict[str, dict[str, Guidance]] = {
 
 
 def restoration(restorer: Restorer, name: str, steps: Any = None) -> Image.Image:
-    """One row for each of two measurements: two samples, mean and spread of all, the truth."""
+    """One row for each of two measurements: two samples, mean and spread of all, the truth; of a sampler that draws
+    nothing its one estimate in their place."""
     image_id = PHOTOS[restorer.kind]
     photo = io.read_image(data_dir() / "photos" / f"{image_id}.png")
-    rows = []
+    rows, one = [], name in samplers.DETERMINISTIC
     for task in ("sr4", "inpaint-box"):
         operator = tasks.find_task(task, {"sigma": 0.0} if name == "ddnm" else {}).build(*photo.size)
         y = operator(photo.pixels, [measurement_generator(0, image_id)])
         chosen = {**(SAMPLERS | LATENT_SAMPLERS)[name], **({} if steps is None else {"steps": steps})}
+        if one:
+            result = restorer(y, operator, task=task, sampler=name, image_ids=[image_id], **chosen)
+            rows.append([y[0], result.samples[0, 0], photo.pixels[0]])
+            continue
         result = restorer(
             y, operator, task=task, sampler=name, samples=SAMPLES, batch_size=SAMPLES, image_ids=[image_id], **chosen
         )
         spread = (result.spread[0].mean(dim=0, keepdim=True) * 2 / WHITE - 1).clamp(-1, 1).expand(3, -1, -1)
         rows.append([y[0], *result.samples[0, :2], result.mean[0], spread, photo.pixels[0]])
+    if one:
+        return grids.comparison_grid(
+            rows, ["measurement", "the estimate", "truth"], ["SR x4", "box"], cell=CELL[restorer.kind]
+        )
     titles = ["measurement", "a sample", "another", f"mean of {SAMPLES}", "spread", "truth"]
     return grids.comparison_grid(rows, titles, ["SR x4", "box"], cell=CELL[restorer.kind])
 

@@ -89,13 +89,16 @@ def find(
     kind: str = "pixels",
     quality: str | None = None,
     linear: bool = True,
+    windows: bool = False,
+    several: bool = False,
 ) -> Method:
     """The first preset of configs/method that fits.
 
     backbone, task, operator: names (task: of configs/task, operator: an operator's `name`); an entry's `backbone`
         and `task` are a name, a list of names or "*", and its task may name either. kind: "pixels" or "latents", for
         entries that name one. sampler: None takes the one that configs/method/defaults.yaml names for both. linear:
-        that y = A x + n is linear and Gaussian, which most of those samplers need.
+        that y = A x + n is linear and Gaussian, which most of those samplers need. windows: that the image is larger
+        than the backbone's. several: that more than one sample is wanted, which a sampler that draws nothing has not.
     data: "ffhq" or "imagenet", where settings were published for both with one backbone; None takes the first.
     A sampler without any preset file (a caller's own) has no settings but its own defaults.
     Raises RestoreError for an unknown sampler and where no preset fits.
@@ -108,7 +111,7 @@ def find(
         )
     own = {}
     if sampler is None:
-        own = default(backbone, task, operator, kind, quality or QUALITIES[1], linear)
+        own = default(backbone, task, operator, kind, quality or QUALITIES[1], linear, windows, several)
         sampler = own["sampler"]
     name = samplers.name_of(sampler)
     samplers.find(sampler)
@@ -124,7 +127,14 @@ def find(
 
 
 def default(
-    backbone: str, task: str | None, operator: str, kind: str, quality: str, linear: bool = True
+    backbone: str,
+    task: str | None,
+    operator: str,
+    kind: str,
+    quality: str,
+    linear: bool = True,
+    windows: bool = False,
+    several: bool = False,
 ) -> dict[str, Any]:
     """The sampler, and the steps and parameters where they differ from its preset's, when no sampler is named."""
     if quality not in QUALITIES:
@@ -132,6 +142,8 @@ def default(
     for entry in _yaml("defaults")["defaults"]:
         fits = _matches(entry["backbone"], backbone) and any(_matches(entry["task"], n) for n in (task, operator))
         fits = fits and _matches(entry["kind"], kind) and linear >= entry.get("linear", False)
+        fits = fits and windows >= entry.get("windows", False)
+        fits = fits and not (several and entry["sampler"] in samplers.DETERMINISTIC)
         if fits and _matches(entry.get("quality", "*"), quality):
             return {key: entry[key] for key in ("sampler", "steps", "parameters") if key in entry}
     raise RestoreError(f"configs/method/defaults.yaml names no sampler for {backbone}")

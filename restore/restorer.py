@@ -86,13 +86,25 @@ class Restorer:
         data: str | None = None,
         quality: str | None = None,
         reference: bool = False,
+        size: tuple[int, int] | None = None,
+        samples: int = 1,
         parameters: Mapping[str, Any] | None = None,
         **changes: Any,
     ) -> Method:
-        """The preset of (this backbone, task or operator, sampler), with what a caller changes (Method.changed)."""
+        """The preset of (this backbone, task or operator, sampler), with what a caller changes (Method.changed).
+
+        size: (H, W) of the images and samples: how many of each, where no sampler is named (see method.find).
+        Raises RestoreError for several samples by a sampler that draws nothing.
+        """
         name = getattr(operator, "name", type(operator).__name__)
         linear = linear_gaussian(operator)
-        found = method.find(self.name, task, name, sampler, data, self.kind, quality, linear)
+        size = size or getattr(operator, "image_size", None) or (0, 0)
+        windows = max(size) > self.backbone.resolution * self.backbone.downscale
+        found = method.find(self.name, task, name, sampler, data, self.kind, quality, linear, windows, samples > 1)
+        if samples > 1 and samplers.name_of(found.sampler) in samplers.DETERMINISTIC:
+            raise RestoreError(
+                f"sampler {samplers.name_of(found.sampler)} draws nothing, its samples would be equal: give samples=1"
+            )
         more = method.reference(found.sampler) if reference else {}
         chosen = found.changed(parameters={**more, **(parameters or {})}, **changes)
         if chosen.steps is None:
@@ -176,6 +188,8 @@ class Restorer:
                 data=data,
                 quality=quality,
                 reference=reference,
+                size=shape[-2:],
+                samples=samples,
                 steps=steps,
                 guidance=guidance,
                 parameters=parameters,

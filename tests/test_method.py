@@ -77,3 +77,12 @@ def test_defaults_name_a_sampler_for_every_quality():
     assert method.find("embedded", None, "inpainting", "dps").guidance.terms[0].scale == 1.0  # PAG, one word away
     with pytest.raises(restore.RestoreError, match="did you mean 'fast'"):
         method.find("embedded", None, "inpainting", quality="fsat")
+
+
+def test_photos_in_windows_get_one_estimate_unless_samples_are_asked_for():
+    how = {"backbone": "embedded", "task": "sr4", "operator": "super_resolution"}
+    assert method.find(**how, windows=True).sampler == "dpir"
+    assert method.find(**how).sampler == method.find(**how, windows=True, several=True).sampler == "diffpir"
+    assert method.find("embedded", "inpaint", "inpainting", windows=True).sampler == "diffpir"
+    assert method.find("embedded", "denoise", "denoising", windows=True).steps == 1
+    assert method.find("someone's.pt", "sr4", "super_resolution", windows=True).sampler == "diffpir"

@@ -76,6 +76,20 @@ def test_defaults_apply_where_they_can(restorer):
     assert restorer.method(poisson).sampler == restorer.method(operators.Clipping()).sampler == "dps"
 
 
+def test_one_estimate_for_a_photo_in_windows_and_samples_by_another_sampler(restorer):
+    A = operators.Denoising(noise=operators.GaussianNoise(0.1))
+    assert (
+        restorer.method(A, size=(80, 64)).sampler == "dpir" and restorer.method(A, size=(64, 64)).sampler == "diffpir"
+    )
+    assert restorer.method(A, size=(80, 64), samples=2).sampler == "diffpir"
+    y = A(torch.zeros(1, 3, 80, 64), torch.Generator().manual_seed(0))
+    result = restorer(y, A)
+    assert result.protocol["method"]["sampler"] == "dpir" and result.nfe == 1
+    assert float(result.samples.square().mean()) < 0.1 * float(y.square().mean())
+    with pytest.raises(restore.RestoreError, match="sampler dpir draws nothing, its samples would be equal"):
+        restorer(y, A, sampler="dpir", samples=2)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_gradients_may_be_switched_off_outside(face, mode):
     """Habitual for users of diffusers: loading, measuring and restoring all inside the block."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+import operators
 from operators import RestoreError
 from restore import atomic
 from restore import guidance as guidances
@@ -131,6 +132,7 @@ def restore_files(
             record, clean, operator, y = measured(photo, task, degrade, seed, resampled)
             options = {"task": task.name, "sampler": sampler, "quality": quality, "data": data}
             chosen, asked = guidance, {**options, "steps": steps, "reference": reference, "parameters": parameters}
+            asked |= {"samples": samples, "size": operators.image_shape(operator, y)[-2:]}
             if isinstance(guidance, ChangedPAG):
                 chosen = guidance.applied(restorer.method(operator, **asked).guidance, restorer.default_layers())
             method = restorer.method(operator, **asked, guidance=chosen)

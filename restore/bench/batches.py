@@ -52,8 +52,8 @@ def load_images(config: Mapping[str, Any]) -> datasets.ImageSet | None:
         return None
     data = dict(config["data"])
     images = datasets.load_dataset(data.pop("folder"), **data)
-    if len(set(images.shapes)) > 1:
-        raise RestoreError("the images have different sizes; give data.size=PIXELS to bring them to one")
+    if len(set(images.shapes)) > 1 and config["batch"] > 1:
+        raise RestoreError("the images have different sizes; give data.size=PIXELS to bring them to one, or batch=1")
     return images
 
 

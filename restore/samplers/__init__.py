@@ -18,6 +18,7 @@ from restore.samplers.daps import daps
 from restore.samplers.ddnm import ddnm
 from restore.samplers.ddrm import ddrm
 from restore.samplers.diffpir import diffpir
+from restore.samplers.dpir import dpir
 from restore.samplers.dps import dps
 from restore.samplers.flowdps import flowdps
 from restore.samplers.pigdm import pigdm
@@ -31,6 +32,7 @@ SAMPLERS: dict[str, Callable] = {
     "ddnm": ddnm,
     "ddrm": ddrm,
     "diffpir": diffpir,
+    "dpir": dpir,
     "dps": dps,
     "flowdps": flowdps,
     "pigdm": pigdm,
@@ -39,6 +41,8 @@ SAMPLERS: dict[str, Callable] = {
     "reddiff": reddiff,
     "resample": resample,
 }
+
+DETERMINISTIC = ("dpir",)  # they draw nothing: a second sample would be the first
 
 _CONTRACT = ("prior", "operator", "y", "noise", "steps", "guidance", "condition", "callback")
 

@@ -14,6 +14,7 @@ from operators import RestoreError
 from restore.backbones.autoencoder import load_vae
 from restore.backbones.latent import save_autoencoder
 from restore.metrics.single import LPIPS, LPIPS_NETS, psnr
+from restore.training import dataset
 from restore.training.diffusion import write_grid
 from restore.training.sources import Pixels
 
@@ -59,7 +60,7 @@ class Autoencoder:
         config = self.config
         x, _ = self.source.batch(step, generator)
         if self.crop is not None:
-            x = cropped(x, self.crop, generator)
+            x = dataset.cropped(x, self.crop, generator)
         x = x.contiguous(memory_format=torch.channels_last)
         shape = (len(x), config.model.latent_channels, x.shape[-2] // self.f, x.shape[-1] // self.f)
         noise = torch.randn(shape, generator=generator, device=self.device)
@@ -124,14 +125,6 @@ def load_lpips(config: DictConfig, device: torch.device | str) -> LPIPS | None:
     if config.lpips.weights is None:
         return None
     return LPIPS(config.lpips.net, {LPIPS_NETS[config.lpips.net]: config.lpips.weights}, device=str(device))
-
-
-def cropped(x: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
-    """Squares of (B, C, size, size) out of x (B, C, H, W), each from a random place of its own image."""
-    down, right = (side - size + 1 for side in x.shape[-2:])
-    tops = torch.randint(down, (len(x),), generator=generator, device=x.device).tolist()
-    lefts = torch.randint(right, (len(x),), generator=generator, device=x.device).tolist()
-    return torch.stack([image[:, i : i + size, j : j + size] for image, i, j in zip(x, tops, lefts, strict=True)])
 
 
 @torch.no_grad()

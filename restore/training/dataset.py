@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,18 @@ HELD_OUT_CROPS = 2
 
 @dataclass
 class ImageSet:
-    """Images of one kind: training and held_out are uint8 (N, 3, S, S); share: its part of a batch."""
+    """Images of one kind: training and held_out are uint8 (N, 3, S, S); share: its part of a batch.
+
+    cut: smaller images are cut out of them (crops of photos, whose sharpness is part of what is learned); else they
+    are reduced (faces, which fill the image).
+    """
 
     name: str
     training: torch.Tensor
     held_out: torch.Tensor
     label: str | None = None
     share: float = 1.0
+    cut: bool = False
 
 
 def load_sets(data, seed: int) -> list[ImageSet]:
@@ -50,7 +56,7 @@ def load_sets(data, seed: int) -> list[ImageSet]:
             images = load_crops(training, size, crops, seed), load_crops(held_out, size, HELD_OUT_CROPS, seed)
         else:
             images = load(training, size), load(held_out, size)
-        found.append(ImageSet(name, *images, own.get("label"), own.get("share") or 1.0))
+        found.append(ImageSet(name, *images, own.get("label"), own.get("share") or 1.0, cut=bool(crops)))
     return found
 
 
@@ -130,25 +136,47 @@ def shares(sets: list[ImageSet], batch: int) -> list[int]:
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def reduced(images: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 (N, 3, S, S) -> float (N, 3, size, size) in [-1, 1], by area averaging."""
+def reduced(images: torch.Tensor, size: int, cut: bool = False) -> torch.Tensor:
+    """uint8 (N, 3, S, S) -> float (N, 3, size, size) in [-1, 1], by area averaging; with `cut` the middle of each."""
+    if cut:
+        first = (images.shape[-1] - size) // 2
+        images = images[..., first : first + size, first : first + size]
     return F.interpolate(images.float() / 127.5 - 1, size=(size, size), mode="area")
 
 
-def augment(images: torch.Tensor, size: int, generator: torch.Generator, options) -> torch.Tensor:
+def cropped(x: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Squares of (B, C, size, size) out of x (B, C, H, W), each from a random place of its own image."""
+    down, right = (side - size + 1 for side in x.shape[-2:])
+    tops = torch.randint(down, (len(x),), generator=generator, device=x.device).tolist()
+    lefts = torch.randint(right, (len(x),), generator=generator, device=x.device).tolist()
+    return torch.stack([image[:, i : i + size, j : j + size] for image, i, j in zip(x, tops, lefts, strict=True)])
+
+
+def augment(images: torch.Tensor, size: int, generator: torch.Generator, options, cut: bool = False) -> torch.Tensor:
     """uint8 (B, 3, S, S) -> float (B, 3, size, size) in [-1, 1]: flip, shift, scale, rotation, colour.
 
     The warp is done at the stored size S and reduced by area averaging, so it does not alias. With
     options.whole_pixels shifts are rounded to pixels of S, and without scale and rotation nothing is resampled.
+    With `cut` nothing is ever resampled, which would blur a photo: a square from a random place, flip, colour.
     generator: on the device of the images.
     """
     b, device = len(images), images.device
-
-    def uniform(bound: float, *shape: int) -> torch.Tensor:
-        return (2 * torch.rand(b, *shape, generator=generator, device=device) - 1) * bound
-
+    uniform = partial(_uniform, generator, b)
     x = images.float() / 127.5 - 1
     flip = torch.where(torch.rand(b, generator=generator, device=device) < 0.5, -1.0, 1.0)
+    if cut:
+        x = cropped(x, size, generator)
+        x = torch.where(flip.view(b, 1, 1, 1) < 0, x.flip(-1), x)
+    else:
+        x = warped(x, size, flip, generator, options)
+    contrast, brightness = 1 + uniform(options.contrast), uniform(options.brightness)
+    tint = uniform(options.tint, 3, 1, 1)
+    return (x * contrast.view(b, 1, 1, 1) + brightness.view(b, 1, 1, 1) + tint).clamp(-1, 1)
+
+
+def warped(x: torch.Tensor, size: int, flip: torch.Tensor, generator: torch.Generator, options) -> torch.Tensor:
+    """x (B, 3, S, S) mirrored where flip (B,) is -1, turned, scaled and shifted by `options`, then reduced to size."""
+    uniform = partial(_uniform, generator, len(x))
     angle, scale = torch.deg2rad(uniform(options.rotate_degrees)), 1 + uniform(options.scale)
     shift_x, shift_y = uniform(options.shift), uniform(options.shift)
     if options.get("whole_pixels"):
@@ -159,7 +187,8 @@ def augment(images: torch.Tensor, size: int, generator: torch.Generator, options
     row_y = torch.stack([sin * flip, cos, shift_y], 1)
     grid = F.affine_grid(torch.stack([row_x, row_y], 1), list(x.shape), align_corners=False)
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    x = F.interpolate(x, size=(size, size), mode="area")
-    contrast, brightness = 1 + uniform(options.contrast), uniform(options.brightness)
-    tint = uniform(options.tint, 3, 1, 1)
-    return (x * contrast.view(b, 1, 1, 1) + brightness.view(b, 1, 1, 1) + tint).clamp(-1, 1)
+    return F.interpolate(x, size=(size, size), mode="area")
+
+
+def _uniform(generator: torch.Generator, b: int, bound: float, *shape: int) -> torch.Tensor:
+    return (2 * torch.rand(b, *shape, generator=generator, device=generator.device) - 1) * bound

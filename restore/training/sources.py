@@ -49,14 +49,14 @@ class Pixels:
         found: dict[str, list[torch.Tensor]] = {}
         for one in self.sets:
             chosen = one.held_out[:: max(1, len(one.held_out) // MOST_HELD_OUT)]
-            found.setdefault(one.label or "", []).append(dataset.reduced(chosen, self.size))
+            found.setdefault(one.label or "", []).append(dataset.reduced(chosen, self.size, one.cut))
         return {label: torch.cat(images) for label, images in found.items()}
 
     def training_x0(self, label: str) -> torch.Tensor:
         """Those of one label ("": without) as they are held out: without augmentation, on the CPU."""
-        chosen = [one.training.cpu() for one in self.sets if (one.label or "") == label]
+        chosen = [(one.training.cpu(), one.cut) for one in self.sets if (one.label or "") == label]
         return torch.cat(
-            [dataset.reduced(images[:: max(1, len(images) // MOST_TRAINING)], self.size) for images in chosen]
+            [dataset.reduced(images[:: max(1, len(images) // MOST_TRAINING)], self.size, cut) for images, cut in chosen]
         )
 
     @property
@@ -72,7 +72,7 @@ class Pixels:
         for one, count in zip(self.sets, self.counts, strict=True):
             chosen = dataset.batch_indices(len(one.training), count, step, self.config.seed).to(one.training.device)
             images = one.training[chosen].to(self.device)
-            x0.append(dataset.augment(images, self.size, generator, self.config.data.augment))
+            x0.append(dataset.augment(images, self.size, generator, self.config.data.augment, one.cut))
             labels += [len(self.labels) if one.label is None else self.labels.index(one.label)] * count
         x0 = torch.cat(x0)
         if not self.labels:

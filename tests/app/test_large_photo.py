@@ -56,7 +56,7 @@ def test_the_plan_stays_within_4_gb(photo, prior, tmp_path):
     print(outcome.line())
     assert outcome.error is None and outcome.plan.fits and outcome.plan.memory < MEMORY
     assert outcome.plan.size == (3000, 4000) and outcome.plan.windows == 93 * 124
-    assert outcome.plan.seconds > 3600
+    assert outcome.plan.seconds > 60  # one evaluation of each window; samples by DiffPIR would take hours
 
 
 @pytest.mark.slow

@@ -311,3 +311,15 @@ def test_kernels_of_their_own_share_a_batch(config):
     config["tasks"]["motion"]["operator"] = {"name": "denoising", "noise": NOISE}
     with pytest.raises(RestoreError, match="seed"):
         bench(config, [f"out={config['out']}-2"])
+
+
+def test_images_of_different_sizes_are_restored_one_by_one(config, smooth_images, write_images):
+    write_images(Path(config["data"]["folder"]), [image[:12] for image in smooth_images(1, 16, 1)], ["tall"])
+    config["methods"] = {name: config["methods"][name] for name in ("base", "dps")}
+    config["tasks"] = {"sr": config["tasks"]["sr"]}
+    with pytest.raises(RestoreError, match="different sizes; give data.size=PIXELS to bring them to one, or batch=1"):
+        bench(config)
+    bench(config, ["batch=1"])
+    sizes = {p.stem: read_rgb(p).shape for p in (Path(config["out"]) / "results/sr/dps").glob("*.png")}
+    assert sizes == {**{f"0000{i}": (16, 16, 3) for i in range(5)}, "tall": (12, 16, 3)}
+    assert "sr" in report([config["out"]]).markdown.read_text()

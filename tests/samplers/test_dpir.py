@@ -1,0 +1,104 @@
+"""DPIR on Gaussian priors, whose denoiser and posterior are closed formulas, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import operators
+import restore
+from restore.bench.known import SHAPE, MixturePrior, linear_schedule, smooth_covariance
+from restore.samplers.dpir import dpir
+
+SIGMA = 0.2
+
+
+@pytest.fixture(scope="module")
+def prior():
+    mean = 0.2 * torch.randn(math.prod(SHAPE), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return MixturePrior.gaussian(mean, smooth_covariance(SHAPE, 0))
+
+
+def measured(prior, operator, n=1):
+    g = torch.Generator().manual_seed(1)
+    y = operator.A(prior.sample(n, g))
+    return y + SIGMA * torch.randn(y.shape, generator=g, dtype=torch.float64)
+
+
+def matrix(operator):
+    return operator.A(torch.eye(math.prod(SHAPE), dtype=torch.float64).view(-1, *SHAPE)).flatten(1).T
+
+
+def drawn(*_):
+    raise AssertionError("DPIR draws nothing")
+
+
+@pytest.mark.parametrize("kind", ["vp", "ve", "flow"])
+def test_one_step_on_plain_noise_is_the_posterior_mean(prior, kind):
+    schedule = linear_schedule().normalised(kind)
+    same = MixturePrior(prior.weights, prior.means, prior.covs, schedule=schedule)
+    operator = operators.Denoising(noise=operators.GaussianNoise(SIGMA))
+    y = measured(prior, operator)
+    exact, _ = prior.posterior(operator, y, SIGMA).moments()
+    before = same.evaluations
+    found = dpir(same, operator, y, noise=drawn, steps=1)
+    assert same.evaluations == before + 1
+    assert torch.allclose(found.flatten(), exact, atol=1e-5)
+    assert float((y.flatten() - exact).norm()) > 0.5
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        operators.GaussianBlur(3, 0.8, noise=operators.GaussianNoise(SIGMA)),
+        operators.Inpainting(
+            (torch.arange(16).view(1, 1, 4, 4) % 3 != 0).float(), noise=operators.GaussianNoise(SIGMA)
+        ),
+        operators.SuperResolution(2, method="average", noise=operators.GaussianNoise(SIGMA)),
+    ],
+    ids=lambda operator: operator.name,
+)
+def test_every_step_is_that_of_the_paper(prior, operator):
+    """Equations 6a and 6b written out with matrices: the data step solved, the denoiser a Gaussian's."""
+    y, lam, levels = measured(prior, operator, 2), 0.3, [0.5, 0.5 * (SIGMA / 0.5) ** 0.5, SIGMA]
+    A, mean, cov = matrix(operator), prior.means[0], prior.covs[0]
+    eye, seen = torch.eye(len(cov), dtype=torch.float64), []
+    found = dpir(prior, operator, y, noise=drawn, steps=3, lam=lam, sigma_max=0.5, callback=seen.append)
+    flat = y.flatten(1).T
+    if y.shape[1:] == SHAPE:
+        z = flat
+    else:
+        z = torch.linalg.solve(A.T @ A + SIGMA**2 * eye, A.T @ flat)
+    for level, step in zip(levels, seen, strict=True):
+        rho = lam * SIGMA**2 / level**2
+        x = torch.linalg.solve(A.T @ A + rho * eye, A.T @ flat + rho * z)
+        z = mean[:, None] + cov @ torch.linalg.solve(cov + level**2 * eye, x - mean[:, None])
+        assert prior.schedule.ratio(step["t"]) == pytest.approx(level, rel=1e-6)
+        assert torch.allclose(step["x0_hat"].flatten(1).T, z, atol=2e-2 if operator.name == "gaussian_blur" else 1e-5)
+    assert torch.equal(found, seen[-1]["x0_hat"]) and len(seen) == 3
+
+
+def test_estimates_are_clamped_where_the_prior_is_bounded(prior):
+    operator = operators.Denoising(noise=operators.GaussianNoise(SIGMA))
+    y = 3 * measured(prior, operator)
+    assert dpir(prior, operator, y, noise=drawn, steps=1).abs().max() > 1
+    assert dpir(prior, operator, y, noise=drawn, steps=1, clip=True).abs().max() == 1
+
+
+def test_a_measurement_without_noise_is_met(prior):
+    operator = operators.GaussianBlur(3, 0.5)
+    y = operator.A(prior.sample(1, torch.Generator().manual_seed(2)))
+    found = dpir(prior, operator, y, noise=drawn, steps=8)
+    assert float((operator.A(found) - y).norm() / y.norm()) < 0.02
+
+
+def test_it_is_refused_what_it_cannot_do(prior):
+    operator = operators.Denoising(noise=operators.GaussianNoise(SIGMA))
+    for steps in (0, "quad:20", [10, 20], True):
+        with pytest.raises(restore.RestoreError, match="dpir takes a number of noise levels, at least 1"):
+            dpir(prior, operator, measured(prior, operator), noise=drawn, steps=steps)
+    with pytest.raises(restore.RestoreError, match="dpir is for Gaussian noise"):
+        noisy = operators.Denoising(noise=operators.PoissonNoise(0.1))
+        dpir(prior, noisy, measured(prior, operator), noise=drawn, steps=1)
