@@ -61,9 +61,9 @@ def test_a_class_by_name(tmp_path, monkeypatch, capsys, classes, photo):
     assert "another" in run(monkeypatch, capsys, *other)[2]  # a result of other settings is not replaced
     code, _, error = run(monkeypatch, capsys, *command, "--label", "phto", "-o", tmp_path / "out")
     assert code == 2 and "did you mean 'photo'" in error
-    command[command.index(classes)] = "embedded"
+    command[command.index(classes)] = "embedded-latent"
     code, _, error = run(monkeypatch, capsys, *command, "--label", "face", "-o", tmp_path / "out")
-    assert code == 2 and "backbone embedded has no classes: it takes no label" in error
+    assert code == 2 and "backbone embedded-latent has no classes: it takes no label" in error
 
 
 def test_samples_of_classes_by_name(tmp_path, monkeypatch, capsys, classes):
@@ -148,3 +148,20 @@ def test_latent_diffusion_is_a_backbone_like_any_other(tmp_path, monkeypatch, ca
         tmp_path / "x",
     )
     assert code == 2 and "restore models import ldm-ffhq-256" in error
+
+
+def test_the_shipped_prior_has_two_classes_and_none(tmp_path, monkeypatch, capsys):
+    """CFG, and CFG with PAG (PAG, eq. 14), run on it; a face and a photo are not the same sample."""
+    made = {}
+    for name, options in {
+        "plain": ["--labels", "photo"],
+        "face": ["--labels", "face"],
+        "none": [],
+        "cfg": ["--labels", "photo", "--cfg-scale", 1],
+        "cfg-pag": ["--labels", "photo", "--cfg-scale", 1, "--pag-scale", 1, "--layers", "i5"],
+    }.items():
+        command = ["generate", "-n", 1, "--steps", 3, *options, "-o", tmp_path / name]
+        code, _, error = run(monkeypatch, capsys, *command)
+        assert code == 0, error
+        made[name] = (tmp_path / name / "sample-0000.png").read_bytes()
+    assert len(set(made.values())) == 5

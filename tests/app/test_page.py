@@ -180,7 +180,7 @@ def test_a_drawn_path_blurs_along_itself(tmp_path):
 
 
 def test_the_prior_says_what_it_knows(restorer, tmp_path):
-    assert models.fit(restorer).startswith("This prior knows 64-pixel faces.")
+    assert models.fit(restorer).startswith("This prior knows 64-pixel faces and pieces of photos.")
     plan = work.estimate(PHOTO, restorer, Wish("enlarge", factor=4, **QUICK), Planner(restorer), tmp_path)
     assert "256 × 256 pixels does not fit" in models.fit(restorer, plan) and plan.windows == 49
 
@@ -188,7 +188,9 @@ def test_the_prior_says_what_it_knows(restorer, tmp_path):
         name, backbone = "sd-1.5", restorer.backbone
 
     assert models.fit(Other).startswith("This prior knows 64-pixel pictures of all kinds.")
-    assert "Anything else" in models.fit(restorer) and "Anything else" not in models.fit(Other)
+    assert "Anything else" not in models.fit(restorer) and "Anything else" not in models.fit(Other)
+    Other.name = "adm-ffhq-256"
+    assert "Anything else" in models.fit(Other)
     Other.name = "somebody's"
     assert models.fit(Other) == "This prior knows 64-pixel pictures."
 
