@@ -126,7 +126,8 @@ def test_masks_and_kernels_of_each_image(restorer, face):
     for both, make in ((masks, operators.Inpainting), (kernels, operators.Blur)):
         A = make(both)
         y = A.A(faces)
-        options = {"sampler": "dps", "steps": 6, "zeta": 0.1, "image_ids": ["a", "b"]}
+        # Not from the noisiest levels, where x_0 magnifies the rounding of eps a hundredfold.
+        options = {"sampler": "dps", "steps": [1, 100, 200, 300, 400, 500], "zeta": 0.1, "image_ids": ["a", "b"]}
         together = restorer(y, A, samples=2, **options).samples
         assert together.shape == (2, 2, 3, 64, 64)
         assert relative(restorer(y, A, samples=2, batch_size=3, **options).samples, together) < 1e-5

@@ -253,8 +253,13 @@ def _enlarged(image: torch.Tensor) -> torch.Tensor:
 
 
 def _scaled(callback, total: int, first: int, i: int):
-    """Report the i-th run after `first` others of `total` as one progress bar over all of them."""
+    """The i-th run after `first` others of `total` as 100 steps of one progress bar, however many its own are."""
     if callback is None:
         return None
-    index = first + i
-    return lambda step: callback({**step, "total": step["total"] * total, "first": index * step["total"]})
+
+    def scaled(step: dict) -> None:
+        done, all_of_it = step["first"] * step["steps"] + step["step"] * step["count"], step["total"] * step["steps"]
+        before, after = (100 * n // all_of_it for n in (done, done + step["count"]))
+        callback({**step, "steps": 100, "total": total, "first": first + i, "step": before, "count": after - before})
+
+    return scaled

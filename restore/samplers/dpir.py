@@ -58,7 +58,7 @@ def dpir(
     """
     sigma_y = require_linear_gaussian("dpir", prior, operator, sigma_y)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise RestoreError(f"dpir takes a number of noise levels, at least 1, as its steps, not {steps!r}")
+        raise RestoreError(f"steps={steps}: dpir takes a number of noise levels, at least 1")
     prior = variance_preserving(prior)
     clip = prior.bounded if clip is None else clip
     last = max(sigma_y, SIGMA_MIN)

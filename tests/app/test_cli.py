@@ -243,7 +243,7 @@ def test_out_of_memory_names_what_lowers_it(command, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setitem(samplers.SAMPLERS, "diffpir", exhausted)
-    code, _, err = command("run", FACE, "--task", "sr4", "--steps", 2, "-o", tmp_path)
+    code, _, err = command("run", FACE, "--task", "sr4", "--sampler", "diffpir", "--steps", 2, "-o", tmp_path)
     assert code == 2 and "--checkpointing" in err and "--batch-size" in err
 
 

@@ -57,7 +57,9 @@ def test_the_table_has_every_row():
     head, *table = [line.split(" | ") for line in text.splitlines() if " | " in line]
     assert [tuple(row[:2]) for row in table] == ROWS
     for row in table:
-        assert len(row) == len(head) and all(float(cell) > 0 for cell in row[2:])
+        *positive, ours, theirs = (float(cell) for cell in row[2:])
+        assert len(row) == len(head) and min(positive) > 0
+        assert 0 < ours <= 1 and abs(theirs) <= 1  # after three evaluations an SSIM may be anything
     assert all(f"- {sampler}: theirs" in text for _, sampler in ROWS)
     with pytest.raises(RestoreError, match="at least two evaluations"):
         against_deepinv(evaluations=1)

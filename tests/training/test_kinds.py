@@ -232,11 +232,14 @@ def test_the_discriminator_comes_when_it_is_asked_for(folders, tmp_path):
     assert score.shape == (1, 1, 14, 10)
 
 
-def test_classes_start_from_the_embedded_weights_with_the_same_output(folders, tmp_path):
+def test_classes_start_from_weights_without_them_with_the_same_output(folders, tmp_path):
     """The whole configuration as it is shipped: no class changes the first output by a bit."""
     where = [f"data.sets.{name}.folder={folders / 'photos'}" for name in ("faces", "flowers", "photos")]
-    shipped = load_config(configs_dir() / "train" / "prior-v2.yaml", [*where, f"init={data_dir() / 'embedded'}"])
-    start, network = ADM.load(data_dir() / "embedded"), ADM(build_model(shipped, 2).eval(), null_class=2)
+    yaml = configs_dir() / "train" / "prior-v2.yaml"
+    torch.manual_seed(0)
+    ADM(build_model(load_config(yaml, [*where, "init=null"]))).save(tmp_path / "start")
+    shipped = load_config(yaml, [*where, f"init={tmp_path / 'start'}"])
+    start, network = ADM.load(tmp_path / "start"), ADM(build_model(shipped, 2).eval(), null_class=2)
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = start.predict(x, 300.0)
@@ -244,6 +247,10 @@ def test_classes_start_from_the_embedded_weights_with_the_same_output(folders, t
             found = network.predict(x, 300.0, torch.tensor([label]))
             assert torch.equal(found.eps, expected.eps) and torch.equal(found.variance, expected.variance)
     assert sum(p.numel() for p in network.network.parameters()) < 12.5e6
+    # Weights that have the classes keep them.
+    kept = build_model(load_config(yaml, [*where, f"init={data_dir() / 'embedded'}"]), 2)
+    known = ADM.load(data_dir() / "embedded").network
+    assert torch.equal(kept.class_embedding.weight, known.class_embedding.weight) and known.class_embedding.weight.any()
 
 
 def test_the_shipped_networks_are_small_enough_for_the_repository():
