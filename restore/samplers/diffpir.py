@@ -11,7 +11,7 @@ import torch
 import operators
 from restore.backbones.base import Backbone, variance_preserving
 from restore.guidance import estimator
-from restore.samplers.steps import follow, levels, report, require_finite, require_linear_gaussian, start
+from restore.samplers.steps import decoded, follow, levels, report, require_finite, require_linear_gaussian, start
 
 SIGMA_MIN = 0.002  # the authors' floor of sigma_y, 0.001 on [0, 1]
 
@@ -30,6 +30,7 @@ def diffpir(
     condition: Any = None,
     sigma_y: float | None = None,
     start_from: str = "noise",
+    decoder_sigma: float = 0.0,
     clip: bool | None = None,
     callback: Callable[[dict], None] | None = None,
 ) -> torch.Tensor:
@@ -49,6 +50,7 @@ def diffpir(
     guidance: the guided eps makes x0_hat, hence both the data step and the implied noise.
     sigma_y: None: that of the operator's noise. Below SIGMA_MIN that is taken.
     start_from: "noise", or "measurement" as in the authors' code (see restore.samplers.steps.start).
+    decoder_sigma: on latents, of the last image's data step in pixels (see restore.samplers.steps.decoded); 0: none.
     clip: clamp x0_hat to [-1, 1]; None: where the prior's x_0 lies there.
     The authors' code returns the x that enters its last step instead of that step's x0.
     Returns images (B, 3, H, W), not clamped. Raises RestoreError where y = A x + n is not linear and Gaussian.
@@ -78,4 +80,4 @@ def diffpir(
                 x_t = x_t + sigma_s * ((1 - zeta) ** 0.5 * eps_hat + zeta**0.5 * n)
             require_finite(x_t, k, f"lam={lam:g}")
             report(callback, k, len(visited) - 1, t, operator, y, image, x_t=x_t, eps=eps)
-    return prior.decode(x_t)
+    return decoded(prior, operator, y, x_t, sigma_y, decoder_sigma)

@@ -12,7 +12,7 @@ from restore.backbones.base import Backbone, variance_preserving
 from restore.backbones.schedule import Schedule
 from restore.guidance import estimator
 from restore.samplers.dps import l2_norm
-from restore.samplers.steps import require_finite
+from restore.samplers.steps import decoded, require_finite, require_linear_gaussian
 
 REFERENCE = {"measurement_noise": True, "encoding": "sample", "index_shift": True}
 """What the authors' code does beyond the paper; with the operator's adjoint="reference" it reproduces their numbers."""
@@ -33,6 +33,7 @@ def psld(
     measurement_noise: bool = False,
     encoding: str = "mean",
     index_shift: bool = False,
+    decoder_sigma: float = 0.0,
     callback: Callable[[dict], None] | None = None,
 ) -> torch.Tensor:
     """Sample z_0 with decode(z_0) ~ p(x_0 | y) approximately; DDIM steps, each followed by a step of size 1 down
@@ -55,6 +56,8 @@ def psld(
     encoding: "mean" or "sample" of the encoder's posterior.
     index_shift: count steps as the authors, and when every training step is visited, take alpha_bar at t - 1.
         These three reproduce the authors' code, see REFERENCE.
+    decoder_sigma: 0, the paper's: the result is decode(z_0). Else y is put back into it, see
+        restore.samplers.steps.decoded; for a linear A and Gaussian noise.
     callback: called after every step with step, steps, t, x_t (latent), x0_hat (image), z0_hat, eps,
         gradient, and residual and glue, the two norms (B,).
     Returns images decode(z_0), (B, 3, H, W), not clamped. Raises RestoreError when the iterate is no longer finite
@@ -63,6 +66,11 @@ def psld(
     if encoding not in ("mean", "sample"):
         raise RestoreError(f"encoding={encoding!r} is not known; expected mean or sample")
     sigma_y = require_sigma(operator) if measurement_noise else 0.0
+    level = (
+        require_linear_gaussian("psld with decoder_sigma", prior, operator, None, latents=True)
+        if decoder_sigma
+        else 0.0
+    )
     prior = variance_preserving(prior)
     if isinstance(steps, (int, str)):
         steps = [prior.schedule.time(i) for i in psld_timesteps(steps, len(prior.schedule), reference=index_shift)]
@@ -117,7 +125,7 @@ def psld(
                     }
                 )
     with torch.no_grad():
-        return prior.decode(z_t.detach())
+        return decoded(prior, operator, y, z_t.detach(), level, decoder_sigma)
 
 
 def psld_timesteps(steps: int | str, num_train_steps: int, reference: bool = False) -> list[int]:
