@@ -40,7 +40,7 @@ def test_where_it_does_not_apply_it_is_refused(latents):
     y = torch.zeros(1, 3, 128, 128)
     with pytest.raises(restore.RestoreError, match="psld with decoder_sigma needs a linear operator"):
         latents(y, operators.Clipping(2.0), sampler="psld", steps=2, decoder_sigma=0.1)
-    with pytest.raises(restore.RestoreError, match="decoder_sigma must be"):
+    with pytest.raises(restore.RestoreError, match="decoder_sigma must lie"):
         latents(y, operators.Denoising(), sampler="diffpir", steps=2, decoder_sigma=-1.0)
     pixels = restore.load("embedded", device="cpu")
     with pytest.raises(restore.RestoreError, match="this prior works in pixels"):
