@@ -86,6 +86,10 @@ def train(config: DictConfig) -> Path:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         ema.load_state_dict(state["ema"])
+        # What learns no more stays at its average, which is what was saved for others to use.
+        for parameter, average in zip(model.parameters(), ema.shadow_params, strict=True):
+            if not parameter.requires_grad:
+                parameter.data.copy_(average)
         if adversary is not None and "adversary" in state:  # it may have been asked for since
             adversary.load_state_dict(state["adversary"])
             judging.load_state_dict(state["judging"])

@@ -214,6 +214,15 @@ def test_a_decoder_is_trained_further_on_the_same_latents(folders, autoencoder, 
     assert all(torch.equal(a, b) for a, b in zip(new.network.parameters(), old.network.parameters(), strict=True))
 
 
+def test_an_encoder_frozen_on_the_way_keeps_its_average(folders, tmp_path):
+    """Which is what latents were made with; the live weights, where the average was heading, are given up."""
+    quiet = ["samples_every_steps=100", "held_out_every_steps=100", "optimizer.lr=2e-3"]
+    before = load_vae(train(config("autoencoder", folders, tmp_path, "steps=6", *quiet))).state_dict()
+    after = load_vae(train(config("autoencoder", folders, tmp_path, "steps=9", "frozen_encoder=true", *quiet)))
+    same = {name for name, tensor in after.state_dict().items() if torch.equal(tensor, before[name])}
+    assert same == {name for name in before if name.startswith(("encoder.", "quant_conv."))}
+
+
 def test_a_run_that_is_out_of_time_ends_with_a_checkpoint(folders, tmp_path):
     train(config("autoencoder", folders, tmp_path, "minutes=0", "steps=100"))
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
