@@ -133,13 +133,15 @@ def run_demo(
             done = _restored(restorer, part, task, x, ids, seed, steps, progress)
             records += done.records
             table += _table(part, task, x, done, lpips)
-            used |= {record["method"]: f"{record['method']} {record['nfe']} evaluations" for record in done.records}
+            for record in done.records:
+                used.setdefault(record["method"], {})[str(record["nfe"])] = None
             rows += _rows(x, done)
             titles += [f"{TITLES[task]}\n{_called(name, x)}" for name in ids]
         heads = ["input", *done.estimates, "truth"]
         grid = grids.comparison_grid(rows, heads, titles, cell=part.cell)
         io.write_image(out / part.picture, io.to_tensor(grid)[0])
-        notes.append(f"{_size(x)} px, {part.backbone}: means over {len(ids)}, {', '.join(used.values())}.")
+        counts = ", ".join(f"{method} {' or '.join(each)} evaluations" for method, each in used.items())
+        notes.append(f"{_size(x)} px, {part.backbone}: means over {len(ids)}, {counts}.")
     digits = {"PSNR dB": 2, "SSIM": 3, "LPIPS": 3, "residual / noise": 2, "s / photo": 1}
     lines = [" | ".join(table[0]), "|".join("---" for _ in table[0])]
     lines += [" | ".join(f"{v:.{digits[key]}f}" if key in digits else v for key, v in row.items()) for row in table]

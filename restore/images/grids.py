@@ -29,7 +29,8 @@ def comparison_grid(
     rows: per row one image per column, a tensor (3, H, W) or (1, 3, H, W) in [-1, 1], a PIL image, or
     None for an empty cell. captions: a short text under every cell. Every image is fitted into `cell`
     pixels: small ones are enlarged by a whole factor with visible pixels (nearest), larger ones reduced
-    (Lanczos). Long titles are wrapped. Raises RestoreError when a row has not one image per title.
+    (Lanczos). Rows are as high as the highest of them. Long titles are wrapped. Raises RestoreError when a row has
+    not one image per title.
     """
     if not rows or any(len(row) != len(column_titles) for row in rows):
         raise RestoreError(f"Every row of the grid needs {len(column_titles)} images, one per column title.")
@@ -44,7 +45,10 @@ def comparison_grid(
     side_width = int(max((font.getlength(line) for side in sides for line in side.split("\n")), default=-_GAP)) + _GAP
     feet = [[_wrap(text, small, cell) for text in line] for line in captions or []]
     foot_height = max((_text_height(line, small) for line in feet), default=0)
-    step_x, step_y = cell + _GAP, cell + foot_height + _GAP
+    pictures = [[None if image is None else fit(image, cell) for image in row] for row in rows]
+    heights = [picture.height for row in pictures for picture in row if picture is not None]
+    high = max([*heights, _text_height(sides, font)]) if heights else cell
+    step_x, step_y = cell + _GAP, high + foot_height + _GAP
     width, height = side_width + len(column_titles) * step_x + _GAP, head_height + len(rows) * step_y + 2 * _GAP
     sheet = PIL.Image.new("RGB", (width + _GAP, height), _PAPER)
     draw = PIL.ImageDraw.Draw(sheet)
@@ -52,18 +56,17 @@ def comparison_grid(
     for column, head in enumerate(heads):
         x = left + column * step_x + cell / 2
         draw.multiline_text((x, top - _GAP), head, _INK, font, anchor="md", align="center")
-    for index, row in enumerate(rows):
+    for index, row in enumerate(pictures):
         y = top + index * step_y
         if sides:
-            draw.multiline_text((_GAP, y + cell / 2), sides[index], _INK, font, anchor="lm")
-        for column, image in enumerate(row):
+            draw.multiline_text((_GAP, y + high / 2), sides[index], _INK, font, anchor="lm")
+        for column, picture in enumerate(row):
             x = left + column * step_x
-            if image is not None:
-                picture = fit(image, cell)
-                sheet.paste(picture, (x + (cell - picture.width) // 2, y + (cell - picture.height) // 2))
+            if picture is not None:
+                sheet.paste(picture, (x + (cell - picture.width) // 2, y + (high - picture.height) // 2))
             if feet:
                 draw.multiline_text(
-                    (x + cell / 2, y + cell + 2), feet[index][column], _INK, small, anchor="ma", align="center"
+                    (x + cell / 2, y + high + 2), feet[index][column], _INK, small, anchor="ma", align="center"
                 )
     return sheet
 

@@ -11,6 +11,7 @@ from operators import RestoreError
 from restore.app import demo, tasks
 from restore.app.demo import PARTS, methods, run_demo
 from restore.metrics import weights
+from restore.paths import data_dir
 from restore.restorer import load
 
 
@@ -42,8 +43,10 @@ def test_demo_writes_picture_and_numbers(tmp_path):
     # One column for input, baseline, each method and truth; one row for a photo and a task.
     for part in PARTS:
         width, height = Image.open(out / part.picture).size
-        step = part.cell + 6
-        assert width > (7 if part.sampler else 4) * step and height > len(part.tasks) * len(part.photos) * step
+        photo = Image.open(data_dir() / "photos" / part.photos[0])
+        assert width > (7 if part.sampler else 4) * (part.cell + 6)
+        rows = len(part.tasks) * len(part.photos)
+        assert rows < height / (part.cell * photo.height // photo.width) < 1.3 * rows
     # The bar is full at the end, and never runs backwards.
     assert sum(step["count"] for step in steps) == steps[0]["steps"] * steps[0]["total"] == 100 * len(record["runs"])
     done = [step["first"] * step["steps"] + step["step"] for step in steps]

@@ -371,6 +371,8 @@ def test_comparison_grid_shows_every_cell():
     assert red.sum() == 96 * 96
     with pytest.raises(RestoreError, match="2 images"):
         grids.comparison_grid([[small]], ["a", "b"])
+    wide_rows = grids.comparison_grid([[wide], [wide]], ["photos"], cell=96)
+    assert 2 * 24 < wide_rows.height < 2 * 24 + 60  # as high as their pictures, not as their cells
     assert grids.strip([small] * 3, ["t = 9", "t = 5", "t = 0"], cell=64).width > 3 * 64
 
 
