@@ -11,7 +11,16 @@ import torch
 import operators
 from restore.backbones.base import Backbone, variance_preserving
 from restore.guidance import estimator
-from restore.samplers.steps import decoded, follow, levels, report, require_finite, require_linear_gaussian, start
+from restore.samplers.steps import (
+    decoded,
+    decoder_error,
+    follow,
+    levels,
+    report,
+    require_finite,
+    require_linear_gaussian,
+    start,
+)
 
 SIGMA_MIN = 0.002  # the authors' floor of sigma_y, 0.001 on [0, 1]
 
@@ -56,6 +65,7 @@ def diffpir(
     Returns images (B, 3, H, W), not clamped. Raises RestoreError where y = A x + n is not linear and Gaussian.
     """
     sigma_y = max(require_linear_gaussian("diffpir", prior, operator, sigma_y, latents=True), SIGMA_MIN)
+    decoder_sigma = decoder_error(prior, decoder_sigma)
     prior = variance_preserving(prior)
     clip = prior.bounded if clip is None else clip
     visited = levels(prior.schedule, steps)

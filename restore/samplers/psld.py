@@ -12,7 +12,7 @@ from restore.backbones.base import Backbone, variance_preserving
 from restore.backbones.schedule import Schedule
 from restore.guidance import estimator
 from restore.samplers.dps import l2_norm
-from restore.samplers.steps import decoded, require_finite, require_linear_gaussian
+from restore.samplers.steps import decoded, decoder_error, require_finite, require_linear_gaussian
 
 REFERENCE = {"measurement_noise": True, "encoding": "sample", "index_shift": True}
 """What the authors' code does beyond the paper; with the operator's adjoint="reference" it reproduces their numbers."""
@@ -66,11 +66,9 @@ def psld(
     if encoding not in ("mean", "sample"):
         raise RestoreError(f"encoding={encoding!r} is not known; expected mean or sample")
     sigma_y = require_sigma(operator) if measurement_noise else 0.0
-    level = (
-        require_linear_gaussian("psld with decoder_sigma", prior, operator, None, latents=True)
-        if decoder_sigma
-        else 0.0
-    )
+    decoder_sigma, level = decoder_error(prior, decoder_sigma), 0.0
+    if decoder_sigma:
+        level = require_linear_gaussian("psld with decoder_sigma", prior, operator, None, latents=True)
     prior = variance_preserving(prior)
     if isinstance(steps, (int, str)):
         steps = [prior.schedule.time(i) for i in psld_timesteps(steps, len(prior.schedule), reference=index_shift)]

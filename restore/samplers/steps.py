@@ -141,19 +141,25 @@ def follow(prior, z0: torch.Tensor, image: torch.Tensor, moved: torch.Tensor) ->
     return moved if prior.downscale == 1 else z0 + prior.encode(moved) - prior.encode(image)
 
 
+def decoder_error(prior, decoder_sigma: float) -> float:
+    """decoder_sigma as a number, before anything is sampled. Raises RestoreError for one < 0, and in pixels, where
+    nothing is decoded, for one > 0."""
+    decoder_sigma = number(decoder_sigma, "decoder_sigma", low=0.0)
+    if decoder_sigma and prior.downscale == 1:
+        raise RestoreError("decoder_sigma is the error of a decoder, and this prior works in pixels")
+    return decoder_sigma
+
+
 def decoded(prior, operator, y: torch.Tensor, z0: torch.Tensor, sigma_y: float, decoder_sigma: float) -> torch.Tensor:
     """The image of z0, and with decoder_sigma > 0 what y knows better than the decoder put back into it:
 
         argmin ||y - A x||^2 / sigma_y^2 + ||x - decode(z0)||^2 / decoder_sigma^2
 
-    is the posterior mean where decode(z0) is the image but for white noise of decoder_sigma, on [-1, 1]. Raises
-    RestoreError for a decoder_sigma < 0, and in pixels, where nothing is decoded, for one > 0.
+    is the posterior mean where decode(z0) is the image but for white noise of decoder_sigma, on [-1, 1].
     """
-    image, decoder_sigma = prior.decode(z0), number(decoder_sigma, "decoder_sigma", low=0.0)
+    image = prior.decode(z0)
     if not decoder_sigma:
         return image
-    if prior.downscale == 1:
-        raise RestoreError("decoder_sigma is the error of a decoder, and this prior works in pixels")
     return operators.prox_l2(operator, image, y, (decoder_sigma / max(sigma_y, SIGMA_MIN)) ** 2)
 
 

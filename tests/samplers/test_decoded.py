@@ -37,6 +37,11 @@ def test_known_pixels_are_the_mean_of_both(latents, sampler, sigma):
 
 
 def test_where_it_does_not_apply_it_is_refused(latents):
+    """Before anything is sampled."""
+
+    def never(step):
+        raise AssertionError("it was sampled first")
+
     y = torch.zeros(1, 3, 128, 128)
     with pytest.raises(restore.RestoreError, match="psld with decoder_sigma needs a linear operator"):
         latents(y, operators.Clipping(2.0), sampler="psld", steps=2, decoder_sigma=0.1)
@@ -44,4 +49,4 @@ def test_where_it_does_not_apply_it_is_refused(latents):
         latents(y, operators.Denoising(), sampler="diffpir", steps=2, decoder_sigma=-1.0)
     pixels = restore.load("embedded", device="cpu")
     with pytest.raises(restore.RestoreError, match="this prior works in pixels"):
-        pixels(y[..., :64, :64], operators.Denoising(), sampler="diffpir", steps=2, decoder_sigma=0.1)
+        pixels(y[..., :64, :64], operators.Denoising(), sampler="diffpir", steps=2, decoder_sigma=0.1, callback=never)
