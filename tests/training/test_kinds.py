@@ -190,16 +190,23 @@ def test_an_autoencoder_learns_from_squares_of_its_images(folders, tmp_path):
     assert set(found[:, 0].tolist()) == set(range(6)) and len({tuple(row) for row in found[:, 1:].tolist()}) > 2
 
 
+def assert_only_the_decoder_learned(before, after):
+    """The encoder keeps its bits and every weight of the decoder moves; the bias of the attention's keys need not: the
+    softmax takes no notice of it, so that its gradient is rounding error, and zero on some machines."""
+    start, end = before.state_dict(), after.state_dict()
+    same = {name for name, tensor in start.items() if torch.equal(tensor, end[name])}
+    encoder = {name for name in start if name.startswith(("encoder.", "quant_conv."))}
+    assert encoder <= same
+    assert {name for name in same - encoder if not name.endswith("attentions.0.to_k.bias")} == set()
+
+
 def test_a_decoder_is_trained_further_on_the_same_latents(folders, autoencoder, latent, tmp_path):
     """A prior trained on them stays valid: the encoder's weights keep their bits, the decoder gets better, and the
     prior takes it without encoding anything again."""
     start, more = autoencoder[0], ["frozen_encoder=true", "steps=60", "optimizer.lr=2e-3", "optimizer.weight_decay=0.1"]
     made = config("autoencoder", folders, tmp_path, f"init={start}", *more)
     before, after = load_vae(start), load_vae(train(made))
-    kept = {name: torch.equal(tensor, after.state_dict()[name]) for name, tensor in before.state_dict().items()}
-    assert {name for name, same in kept.items() if same} == {
-        name for name in kept if name.startswith(("encoder.", "quant_conv."))
-    }
+    assert_only_the_decoder_learned(before, after)
     held_out = Autoencoder(made, torch.device("cpu")).source.held_out[""]
     first, last = (measure_autoencoder(vae, held_out, "cpu", None)["psnr"] for vae in (before, after))
     assert last > first + 0.2
@@ -217,10 +224,9 @@ def test_a_decoder_is_trained_further_on_the_same_latents(folders, autoencoder, 
 def test_an_encoder_frozen_on_the_way_keeps_its_average(folders, tmp_path):
     """Which is what latents were made with; the live weights, where the average was heading, are given up."""
     quiet = ["samples_every_steps=100", "held_out_every_steps=100", "optimizer.lr=2e-3"]
-    before = load_vae(train(config("autoencoder", folders, tmp_path, "steps=6", *quiet))).state_dict()
+    before = load_vae(train(config("autoencoder", folders, tmp_path, "steps=6", *quiet)))
     after = load_vae(train(config("autoencoder", folders, tmp_path, "steps=9", "frozen_encoder=true", *quiet)))
-    same = {name for name, tensor in after.state_dict().items() if torch.equal(tensor, before[name])}
-    assert same == {name for name in before if name.startswith(("encoder.", "quant_conv."))}
+    assert_only_the_decoder_learned(before, after)
 
 
 def test_a_run_that_is_out_of_time_ends_with_a_checkpoint(folders, tmp_path):
