@@ -62,11 +62,18 @@ def _denoising(kind: Diffusion, network: torch.nn.Module) -> dict:
         "noise_to_signal": [float(((1 - alpha_bar[t]) / alpha_bar[t]).sqrt()) for t in HELD_OUT_LEVELS],
     }
     errors = kind.held_out(network)["eps_mse"]
+    # Without labels there is one mean image; a model that is not told the label has to beat that of all.
+    mean_of_all = kind.source.mean_image if kind.source.labels else None
     for label, held_out in kind.source.held_out.items():
         training = kind.source.training_x0(label)
         of = f", {label}" if label else ""
-        for name, baseline in (("mean image", trivial_loss), ("Wiener filter", wiener_loss)):
-            found[name + of] = [baseline(training, held_out, float(alpha_bar[t])) for t in HELD_OUT_LEVELS]
+        mean = training.mean(0)
+        for t in HELD_OUT_LEVELS:
+            a = float(alpha_bar[t])
+            found.setdefault("mean image" + of, []).append(trivial_loss(mean, held_out, a))
+            if mean_of_all is not None:
+                found.setdefault("mean image of all" + of, []).append(trivial_loss(mean_of_all, held_out, a))
+            found.setdefault("Wiener filter" + of, []).append(wiener_loss(training, held_out, a))
     for label, row in errors.items() if kind.source.labels else [("", errors)]:
         found["model" + (f", {label}" if label else "")] = [row[t] for t in HELD_OUT_LEVELS]
     return found
@@ -99,9 +106,9 @@ def _reconstructions(config: DictConfig, vae: torch.nn.Module, device: torch.dev
     return found
 
 
-def trivial_loss(training: torch.Tensor, held_out: torch.Tensor, a: float) -> float:
+def trivial_loss(mean: torch.Tensor, held_out: torch.Tensor, a: float) -> float:
     """Error of eps when x0_hat is the mean training image, or when eps_hat is 0, whichever is less."""
-    error = float(((held_out - training.mean(0)) ** 2).mean())
+    error = float(((held_out - mean) ** 2).mean())
     return min(1.0, a / (1 - a) * error)
 
 

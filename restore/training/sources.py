@@ -3,7 +3,7 @@
 `labels`: class names, in the order of their numbers, () without classes; the number after the last means none.
 `held_out`: x_0 that training never sees, by label ("" without). `batch(step, generator)`: x_0 of batch `step` and
 class numbers or None. `backbone(network, **options)`: the network as a prior on this source's x. For the model card
-there are `training_x0(label)` and, as images, `training_images` and `held_out_images`.
+there are `training_x0(label)`, with classes `mean_image`, and, as images, `training_images` and `held_out_images`.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ class Pixels:
             if device.type == "cuda":  # there is room, and the augmentation is faster there
                 one.training = one.training.to(device)
         self.counts = dataset.shares(self.sets, config.batch)
+        if 0 in self.counts:
+            name = self.sets[self.counts.index(0)].name
+            raise RestoreError(f"batch={config.batch} leaves no place for images of data.sets.{name}")
 
     @property
     def held_out(self) -> dict[str, torch.Tensor]:
@@ -54,10 +57,17 @@ class Pixels:
 
     def training_x0(self, label: str) -> torch.Tensor:
         """Those of one label ("": without) as they are held out: without augmentation, on the CPU."""
-        chosen = [(one.training.cpu(), one.cut) for one in self.sets if (one.label or "") == label]
-        return torch.cat(
-            [dataset.reduced(images[:: max(1, len(images) // MOST_TRAINING)], self.size, cut) for images, cut in chosen]
-        )
+        return torch.cat([self._plain(one) for one in self.sets if (one.label or "") == label])
+
+    @property
+    def mean_image(self) -> torch.Tensor:
+        """(3, size, size): of all classes, each as often as batches have it. The best guess without a label."""
+        weighted = [count * self._plain(one).mean(0) for one, count in zip(self.sets, self.counts, strict=True)]
+        return torch.stack(weighted).sum(0) / sum(self.counts)
+
+    def _plain(self, one: dataset.ImageSet) -> torch.Tensor:
+        images = one.training.cpu()
+        return dataset.reduced(images[:: max(1, len(images) // MOST_TRAINING)], self.size, one.cut)
 
     @property
     def training_images(self) -> torch.Tensor:

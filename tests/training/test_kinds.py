@@ -25,6 +25,7 @@ from restore.training.autoencoder import Autoencoder, PatchDiscriminator
 from restore.training.autoencoder import measure as measure_autoencoder
 from restore.training.card import measure, table
 from restore.training.diffusion import Diffusion, build_model
+from restore.training.sources import Pixels
 
 QUICK = [
     "batch=4", "precision=fp32", "log_every=1", "held_out_every_steps=8", "samples_every_steps=24",
@@ -311,6 +312,20 @@ def test_sets_share_a_batch_and_keep_their_labels(folders, tmp_path):
     assert len(Diffusion(several, torch.device("cpu")).source.sets[1].training) == 12 * 8
 
 
+def test_the_mean_image_of_all_classes_is_that_of_the_batches(folders, tmp_path):
+    """In a batch of 8 of shares 6, 1 and 1, whatever the sizes of the sets."""
+    shares = ["data.sets.faces.share=6", "data.sets.flowers.share=1", "data.sets.photos.share=1"]
+    made = config("prior-v2", folders, tmp_path, "batch=8", "data.sets.flowers.label=flower", *shares)
+    source = Pixels(made, torch.device("cpu"))
+    of = {label: source.training_x0(label).mean(0) for label in source.labels}
+    assert source.labels == ("face", "flower", "photo")
+    torch.testing.assert_close(source.mean_image, (6 * of["face"] + of["flower"] + of["photo"]) / 8)
+    x0, labels = source.batch(0, torch.Generator())
+    assert sorted(labels.tolist()) == [0] * 6 + [1, 2] and x0.shape == (8, *source.mean_image.shape)
+    with pytest.raises(restore.RestoreError, match="batch=2 leaves no place for images of data.sets.flowers"):
+        Pixels(config("prior-v2", folders, tmp_path, "batch=2", *shares), torch.device("cpu"))
+
+
 def test_cards_of_every_kind(autoencoder, latent, classes, folders, tmp_path):
     cards = {
         "autoencoder": (autoencoder, [f"card.folders=[{folders / 'faces'}]"]),
@@ -329,6 +344,8 @@ def test_cards_of_every_kind(autoencoder, latent, classes, folders, tmp_path):
             losses = card["held_out_eps_mse"]
             baselines = [name for name in losses if name.startswith("Wiener")]
             assert len(baselines) == (2 if kind == "prior-v2" else 1)
+            of_all = {f"mean image of all, {label}" for label in ("face", "photo")}
+            assert of_all & set(losses) == (of_all if kind == "prior-v2" else set())
             assert all(0 < value < 1.1 for name in baselines for value in losses[name])
             assert card["nearest_training_image"]["samples"]["min"] > 0 and "noise / signal" in text
     assert card["held_out_images"] == {"face": 3, "photo": 4} and "model, photo without label" in text
