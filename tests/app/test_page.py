@@ -195,6 +195,26 @@ def test_the_prior_says_what_it_knows(restorer, tmp_path):
     assert models.fit(Other) == "This prior knows 64-pixel pictures."
 
 
+def test_what_the_photo_shows_is_asked_where_the_prior_knows_several_kinds(restorer, tmp_path):
+    from restore.app.page.clicks import Clicks
+
+    clicks = Clicks(models.Priors(restorer, offline=True))
+    choices = [("not told", ""), ("face", "face"), ("photo", "photo")]
+    asked = [clicks.shows(name) for name in ("embedded", "embedded-latent", "adm-ffhq-256")]
+    assert [(each["visible"], each["choices"], each["value"]) for each in asked] == [
+        (True, choices, ""),
+        (False, [], ""),
+        (False, [], ""),
+    ]
+    told = {}
+    for label in ("face", "photo", None):
+        wish = Wish("denoise", sigma=0.5, label=label, **QUICK)
+        (done,) = restored(restorer, [PHOTO], wish, tmp_path / str(label))
+        told[label] = done.files[0].read_bytes()
+        assert done.sidecar["settings"].get("label") == label
+    assert len(set(told.values())) == 3
+
+
 def test_priors_are_described_and_fetched(restorer, tmp_path, monkeypatch):
     monkeypatch.setenv("RESTORE_CACHE", str(tmp_path))
     priors = models.Priors(restorer, offline=True)
@@ -264,6 +284,8 @@ def test_the_page_answers_and_reports_mistakes(restorer, monkeypatch, tmp_path):
         files, sidecar = ask(photo=scratched, mask=mask, task="fill", samples=2)
         assert [len(files), PIL.Image.open(files[0]).size] == [5, (64, 64)]
         assert sidecar["protocol"]["method"]["steps"] == 2 and sidecar["residual_ratio"] > 0
+        _, sidecar = ask(task="denoise", label="photo")
+        assert sidecar["settings"]["label"] == "photo"
         line = ask("/estimate", task="denoise")
         assert line.startswith("64 x 64, diffpir in 2 steps, 2 evaluations, about") and "of memory" in line
         # Cancelled in the middle, and nothing is left behind.
@@ -282,6 +304,7 @@ def test_the_page_answers_and_reports_mistakes(restorer, monkeypatch, tmp_path):
             ({"task": "denoise", "sigma": "nan"}, "must be a number|must lie"),
             ({"task": "denoise", "quality": "super"}, "no quality called"),
             ({"task": "denoise", "prior": "/etc"}, "no prior called"),
+            ({"task": "denoise", "label": "cat"}, "no class called 'cat'; known: face, photo"),
             ({"task": "sharpen", "blur": "motion"}, "raw the way of the camera first"),
             ({"photo": None, "task": "denoise"}, "Choose a photo first"),
         ]

@@ -25,11 +25,13 @@ def endpoints(clicks: Clicks) -> None:
 
     def restore(
         photo, prior, task, factor, blur, std, path, sigma, sensitivity, quality, samples, steps, seed, pag_scale,
-        mask=None, request: gr.Request = None, progress=gr.Progress(),  # noqa: B008
+        mask=None, label="", request: gr.Request = None, progress=gr.Progress(),  # noqa: B008
     ) -> Iterator[Any]:  # fmt: skip
         stop = clicks.stops[request.session_hash] = threading.Event()
         with TemporaryDirectory(prefix="restore-") as folder, sentences(photo, mask):
-            wish = asked(task, factor, blur, std, path, sigma, sensitivity, quality, samples, steps, seed, pag_scale)
+            wish = asked(
+                task, factor, blur, std, path, sigma, sensitivity, quality, samples, steps, seed, pag_scale, label
+            )
             found, planner = clicks.priors.get(prior), clicks.priors.planner(prior, "restore")
             for item in work.restore([photo] if photo else [], found, wish, planner, folder, stop, mask=mask):
                 if isinstance(item, work.Step):
@@ -41,10 +43,12 @@ def endpoints(clicks: Clicks) -> None:
 
     def estimate(
         photo, prior, task, factor, blur, std, path, sigma, sensitivity, quality, samples, steps, seed, pag_scale,
-        mask=None,
+        mask=None, label="",
     ) -> str:  # fmt: skip
         with TemporaryDirectory(prefix="restore-") as folder, sentences(photo, mask):
-            wish = asked(task, factor, blur, std, path, sigma, sensitivity, quality, samples, steps, seed, pag_scale)
+            wish = asked(
+                task, factor, blur, std, path, sigma, sensitivity, quality, samples, steps, seed, pag_scale, label
+            )
             found, planner = clicks.priors.get(prior), clicks.priors.planner(prior, "estimate")
             if not photo:
                 raise RestoreError("choose a photo first")
@@ -70,6 +74,7 @@ def endpoints(clicks: Clicks) -> None:
             gr.Number(0, label="seed", precision=0, minimum=0),
             gr.Textbox("", label="pag_scale; empty: the preset's, 0: off"),
             gr.File(label="mask of fill: white known, black missing; none: proposed", type="filepath"),
+            gr.Textbox("", label="label: what it shows, a class of the prior by name; empty: none"),
         ]
         out = [gr.File(label="files: the result first", file_count="multiple"), gr.JSON(label="side-car")]
         line = gr.Textbox(label="memory and time")
@@ -78,10 +83,11 @@ def endpoints(clicks: Clicks) -> None:
         gr.Button("cancel").click(cancel, queue=False, api_name="cancel")
 
 
-def asked(task, factor, blur, std, path, sigma, sensitivity, quality, samples, steps, seed, pag_scale) -> Wish:
+def asked(task, factor, blur, std, path, sigma, sensitivity, quality, samples, steps, seed, pag_scale, label) -> Wish:
     """Raises RestoreError for what cannot be read."""
     check_known([quality], QUALITIES, "there is no quality called")
     return Wish(
         task, int(factor), blur, std, drawn(path, 1e4), number(sigma, "sigma"), sensitivity, quality,
         min(int(samples), MOST), parse_steps(steps.strip() or None), int(seed), number(pag_scale, "pag_scale"), True,
+        label.strip() or None,
     )  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from operators import RestoreError
-from restore.app.page.models import Priors, described
+from restore.app.page.models import Priors, described, labels
 from restore.app.page.tasks import BLURS, FACTORS, PLAIN
 from restore.method import QUALITIES
 
@@ -95,6 +95,15 @@ def build(restorer: Any, offline: bool = False, fetching: bool = True, **options
                 again = gr.Button("Choose another photo", size="sm", visible=False, elem_id="again")
                 with gr.Accordion("More photos, one after the other with the same settings", open=False):
                     more = gr.File(label="More photos", file_count="multiple", elem_id="more", **files)
+                kinds = labels(restorer)
+                shows = gr.Radio(
+                    kinds,
+                    value="",
+                    label="What it shows",
+                    visible=bool(kinds),
+                    elem_id="shows",
+                    info="a class that the prior knows; with it, it guesses less",
+                )
                 fits = gr.Markdown(clicks.fit(None), elem_classes="fine", elem_id="fits")
                 gr.HTML("<h2>2. What should be done?</h2>", elem_classes="step")
                 task = gr.Radio(
@@ -187,7 +196,7 @@ def build(restorer: Any, offline: bool = False, fetching: bool = True, **options
 
         endpoints(clicks)  # first, for their names
         given = [photo, stage, more, task, factor, blur, std, path, extent, noise, sensitivity, quality]
-        given += [three, steps, seed, scale, sigma, traced, prior]
+        given += [three, steps, seed, scale, sigma, traced, prior, shows]
         private: dict[str, Any] = {"api_visibility": "private"}
         quiet = private | {"show_progress": "hidden"}
         photo.change(clicks.looked, photo, [photo, stage, again, noise], **quiet)
@@ -204,7 +213,9 @@ def build(restorer: Any, offline: bool = False, fetching: bool = True, **options
         sensitivity.release(clicks.propose, [photo, stage, sensitivity], stage, **private)
         mask.upload(clicks.masked, mask, stage, **quiet)
         measure.click(clicks.measured, [photo, stage], std, **quiet)
-        changes = [part.change for part in (stage, more, task, factor, blur, std, path, extent, quality, three, prior)]
+        changes = [
+            part.change for part in (stage, more, task, factor, blur, std, path, extent, quality, three, prior, shows)
+        ]
         changes += [part.blur for part in (steps, scale)]
         gr.on(changes, clicks.estimated, given, [plan, fits], trigger_mode="always_last", **quiet)
         begun = go.click(clicks.begin, None, [*results, go, stop], js=ROLL, queue=False, **quiet)
@@ -214,7 +225,9 @@ def build(restorer: Any, offline: bool = False, fetching: bool = True, **options
         stop.click(clicks.cancel, None, results[0], queue=False, **quiet)
         page.unload(clicks.left)
         prior.change(clicks.about, prior, [about, fetch], **quiet)
-        fetch.click(clicks.fetch, prior, [about, fetch, prior], show_progress_on=about, **private)
+        prior.change(clicks.shows, prior, shows, **quiet)
+        fetched = fetch.click(clicks.fetch, prior, [about, fetch, prior], show_progress_on=about, **private)
+        fetched.then(clicks.shows, prior, shows, **quiet)
     return page
 
 

@@ -132,6 +132,14 @@ class Clicks:
         except RestoreError as error:
             return capital(str(error))
 
+    def shows(self, name: str) -> Any:
+        """The question what the photo shows, where the prior knows several kinds."""
+        try:
+            choices = models.labels(self.priors.get(name))
+        except RestoreError:  # which the line about the prior says
+            choices = []
+        return gr.update(choices=choices, value="", visible=bool(choices))
+
     def about(self, name: str) -> tuple[str, Any]:
         """(what a prior is, the button that fetches it)."""
         return models.described(name), gr.update(visible=models.missing(name))
@@ -188,6 +196,7 @@ class Asked:
     sigma: str
     traced: bool
     prior: str
+    label: str | None
 
     @property
     def photos(self) -> list[str]:
@@ -214,6 +223,7 @@ class Asked:
             seed=int(self.seed or 0),
             pag_scale=number(self.scale, "PAG scale"),
             pictures=self.traced,
+            label=self.label or None,
         )
 
 

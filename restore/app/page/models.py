@@ -76,6 +76,12 @@ def offered() -> dict[str, Model]:
     return dict(sorted(priors.items(), key=lambda item: item[1].resolution))
 
 
+def labels(found: Any) -> list[tuple[str, str]]:
+    """(what stands on the page, label) of the classes of a Restorer's prior that have names; [] where none has."""
+    names = getattr(found.backbone, "labels", ())
+    return [("not told", ""), *((name, name) for name in names)] if names else []
+
+
 def knows(found: Any) -> str:
     """ "64-pixel faces": what this Restorer's prior was trained on, by its own description."""
     entry = zoo.models().get(found.name)

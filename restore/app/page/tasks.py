@@ -37,7 +37,8 @@ class Wish:
     task: of PLAIN. factor: of FACTORS. blur: of BLURS; std: of the blur out of focus, in pixels; path: (N, 2) points
     x, y in pixels, the way of a camera that moved. sigma: the photo's noise on [-1, 1], None: estimated. sensitivity:
     of the search for damage where no mask is given. quality, samples, seed: see
-    Restorer. steps, pag_scale: None leaves the preset's. pictures: of the guidance through time.
+    Restorer. steps, pag_scale: None leaves the preset's. pictures: of the guidance through time. label: a class of
+    the prior, None for none.
     """
 
     task: str = "fill"
@@ -53,6 +54,7 @@ class Wish:
     seed: int = 0
     pag_scale: float | None = None
     pictures: bool = False
+    label: str | None = None
 
 
 def task_of(wish: Wish, pixels: torch.Tensor, folder: Path, mask: Path | None = None) -> Task:

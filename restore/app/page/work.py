@@ -187,6 +187,7 @@ def _options(wish: Wish) -> dict[str, Any]:
         "steps": wish.steps,
         "seed": wish.seed,
         "guidance": guidance,
+        "label": wish.label,
     }
 
 
