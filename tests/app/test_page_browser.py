@@ -3,10 +3,12 @@
 $RESTORE_SCREENSHOTS: a folder that gets a picture of the page at the end of each task.
 """
 
+import json
 import os
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -132,6 +134,7 @@ def visit(browser, address):
 def test_paint_over_restore_and_download(visit):
     visitor = visit()
     visitor.choose(SCRATCHED)
+    visitor.page.locator("#shows").get_by_label("face").check()
     visitor.quickly()
     visitor.drag((0.1, 0.5), (0.9, 0.5))
     painted = visitor.painted()
@@ -142,6 +145,10 @@ def test_paint_over_restore_and_download(visit):
     change = np.abs(np.asarray(PIL.Image.open(found.path())).astype(float) - np.asarray(PIL.Image.open(SCRATCHED)))
     assert change[painted].mean() > 4 * change[~painted].mean()
     assert visitor.page.locator("#slider img").count() >= 2
+    with visitor.page.expect_download() as waiting:
+        visitor.page.click('#files a[download$=".json"]')
+    assert json.loads(Path(waiting.value.path()).read_text())["settings"]["label"] == "face"
+    visitor.picture("painted")
 
 
 TASKS = {
