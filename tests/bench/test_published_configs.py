@@ -3,13 +3,17 @@ ones with eight channels and random weights, two steps, a handful of small image
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from restore.bench.config import load_config, pairs, settings
+from restore.bench.baselines import BASELINES
+from restore.bench.config import load_config, method_of, pairs, settings
 from restore.bench.run import bench
 from restore.guidance import resolve
+from restore.method import find
 from restore.metrics import weights
 from restore.paths import configs_dir
 from restore.report.write import report
@@ -158,3 +162,23 @@ def test_layers_exist_in_the_network_they_are_meant_for(name, stand_ins):
         for pag in [term["pag"] for term in (guidance if isinstance(guidance, list) else [guidance]) if "pag" in term]:
             layers = pag["layers"].split(",") if isinstance(pag["layers"], str) else pag["layers"]
             assert len(resolve(layers, networks[folder].attention)) == len(layers)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_row_repeats_another(name):
+    """With what presets add to a method that leaves parameters open."""
+    raw = OmegaConf.load(FOLDER / f"{name}.yaml")
+    config = load_config(FOLDER / f"{name}.yaml", [f"{key}=x" for key in sorted(OmegaConf.missing_keys(raw))])
+    rows = {}
+    for task, method in pairs(config):
+        own, wanted = config["tasks"][task], settings(config, method, task)
+        whole = {key: wanted[key] for key in ("sampler", "steps", "guidance", "parameters")}
+        if config["kind"] == "restoration" and wanted["sampler"] not in BASELINES:
+            chosen = method_of(wanted)
+            backbone = own["backbone"] or config["backbone"]
+            kind = "latents" if "latent" in backbone or backbone.startswith("sd-") else "pixels"
+            preset = find(backbone, None, own["operator"]["name"], chosen.sampler, kind=kind)
+            whole = preset.changed(steps=chosen.steps, guidance=chosen.guidance, parameters=chosen.parameters)
+            whole = {key: value for key, value in whole.describe().items() if key != "source"}
+        same = rows.setdefault((task, json.dumps(whole, sort_keys=True, default=str)), method)
+        assert same == method, f"{task}: {method} is {same}"
