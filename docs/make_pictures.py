@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/samplers and docs/guidance: python docs/make_pictures.py [NAME ...]
+"""Draws the pictures of docs/samplers and docs/guidance, and README's samples: python docs/make_pictures.py [NAME ...]
 
 Everything is computed with the embedded priors on one of the shipped photos, with the settings named here or, where
 none are, those of configs/method. A picture may differ in details between machines (docs/protocol.md).
@@ -24,7 +24,7 @@ from restore.samplers.noise import measurement_generator
 
 PHOTOS = {"pixels": "astronaut-face-64", "latents": "astronaut-face-128"}
 SAMPLES = 8
-COLOURS, CELL = {"pixels": 64, "latents": 48}, {"pixels": 128, "latents": 80}  # for 40 KB a picture
+COLOURS, CELL = {"pixels": 64, "latents": 48}, {"pixels": 128, "latents": 80}  # for 40 KB a picture of a page
 WHITE = 0.5  # the spread that is drawn white, on [-1, 1]
 
 # Sampler -> what it is called with beside its preset; all on the same two measurements, DDNM on such without noise.
@@ -96,6 +96,15 @@ def generation(restorer: Restorer, name: str, steps: Any = None) -> Image.Image:
     return grids.comparison_grid(rows, [""] * count, [*titles, "|eps - eps_weak|"], cell=128)
 
 
+def guided_samples(restorer: Restorer, steps: Any = None) -> Image.Image:
+    """The same eight samples without and with PAG at two scales, for README."""
+    count, scales = 8, (0.0, 1.0, 2.0)
+    how = {"steps": steps or "ddim25", "ddim_eta": 1.0, "batch_size": count}
+    rows = [list(restorer.generate(count, guidance=restore.PAG(s, layers="i3"), **how)) for s in scales]
+    titles = ["no guidance" if s == 0 else f"PAG, i3, s = {s:g}" for s in scales]
+    return grids.comparison_grid(rows, [""] * count, titles, cell=128)
+
+
 def trajectory(restorer: Restorer, steps: Any = None) -> Image.Image:
     """x0_hat of the first of six samples through time, and the six."""
     count, seen = 6, []
@@ -106,8 +115,11 @@ def trajectory(restorer: Restorer, steps: Any = None) -> Image.Image:
 
 
 def draw(restorer: Restorer, name: str, folder: Path, steps: Any = None) -> Path:
-    """folder/samplers/NAME.png or folder/guidance/NAME.png, in few colours. steps: of everything, for trying."""
-    if name == "generate":
+    """folder/samplers/NAME.png, folder/guidance/NAME.png or README's folder/pag-samples.png, in few colours. steps: of
+    everything, for trying."""
+    if name == "pag-samples":
+        kind, picture = "", guided_samples(restorer, steps)
+    elif name == "generate":
         kind, picture = "samplers", trajectory(restorer, steps)
     elif name in SAMPLERS | LATENT_SAMPLERS:
         kind, picture = "samplers", restoration(restorer, name, steps)
@@ -115,12 +127,13 @@ def draw(restorer: Restorer, name: str, folder: Path, steps: Any = None) -> Path
         kind, picture = "guidance", generation(restorer, name, steps)
     path = folder / kind / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.quantize(COLOURS[restorer.kind], dither=Image.Dither.NONE).save(path, optimize=True)
+    colours = COLOURS[restorer.kind] if kind else 256
+    picture.quantize(colours, dither=Image.Dither.NONE).save(path, optimize=True)
     return path
 
 
 if __name__ == "__main__":
-    for wanted in sys.argv[1:] or [*SAMPLERS, *LATENT_SAMPLERS, "generate", *GUIDANCE]:
-        prior = restore.load("embedded-latent" if wanted in LATENT_SAMPLERS else "embedded")
+    for wanted in sys.argv[1:] or [*SAMPLERS, *LATENT_SAMPLERS, "generate", *GUIDANCE, "pag-samples"]:
+        prior = restore.load("embedded-latent" if wanted in [*LATENT_SAMPLERS, "pag-samples"] else "embedded")
         done = draw(prior, wanted, Path(__file__).parent)
         print(f"{done}  {done.stat().st_size / 1024:.1f} KB", flush=True)
