@@ -37,7 +37,7 @@ class FlowTransformer(Latents):
     resolution: the trained side in latent cells; None: the network's own.
 
     A condition is one tensor (1 or B, 1 + tokens, width): the pooled embedding of the prompt as the first row, then
-    its tokens' (see `text_condition`). x is a scaled latent (B, C, h, w). A subclass names its classes and has
+    its tokens' (`text_condition` makes it). x is a scaled latent (B, C, h, w). A subclass names its classes and has
     `_velocity(x, times, text, pooled)`; `packed`: cells of x in one channel of the network's. Raises RestoreError for
     parts that do not belong together.
     """
@@ -139,7 +139,7 @@ class FlowTransformer(Latents):
         if condition is None:
             raise RestoreError(
                 "this model came without text encoders: give condition=, embeddings made elsewhere "
-                "(restore.backbones.flow.text_condition), or a folder with text encoders and tokenizers"
+                "(restore.backbones.flow_files.text_condition), or a folder with text encoders and tokenizers"
             )
         wanted = isinstance(condition, torch.Tensor) and condition.ndim == 3 and len(condition) in (1, len(x_t))
         if not wanted or condition.shape[1] < 2 or condition.shape[2] != max(tokens, pooled):
@@ -269,14 +269,6 @@ class DiT(Latents):
         )
         out, variance = out.chunk(2, dim=1) if self.learned_variance else (out, None)
         return Prediction.of(PREDICTION_TYPES[self.prediction_type], out, x_t, alpha, sigma, variance)
-
-
-def text_condition(prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor) -> torch.Tensor:
-    """The condition (B, 1 + tokens, width) of SD3 and FLUX from what diffusers' pipelines call prompt_embeds
-    (B, tokens, w) and pooled_prompt_embeds (B, p): the pooled embedding is the first row, zeros fill it up."""
-    width = max(prompt_embeds.shape[-1], pooled_prompt_embeds.shape[-1])
-    rows = [pooled_prompt_embeds[:, None], prompt_embeds]
-    return torch.cat([F.pad(row, (0, width - row.shape[-1])) for row in rows], dim=1)
 
 
 def attention_layers(network: nn.Module) -> dict[str, AttentionLayer]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from operators import RestoreError
@@ -74,8 +75,6 @@ def prompt_encoder(
 
     @torch.no_grad()
     def encode(text: str, keep: bool = True) -> torch.Tensor:
-        from restore.backbones.flow import text_condition
-
         if not isinstance(text, str):
             raise RestoreError(f"a prompt is a text, not a {type(text).__name__}")
         pipe = kept[0] if kept else _text_pipeline(folder, kind, transformer, dtype)
@@ -117,3 +116,11 @@ def _text_pipeline(folder: Path, kind: str, transformer: nn.Module, dtype: torch
                 raise RestoreError(f"the {tokenizer} in {folder} cannot be read: {first_line(error)}") from error
     pipeline = getattr(diffusers, KINDS[kind][1])
     return pipeline(transformer=transformer, vae=None, scheduler=None, **parts)
+
+
+def text_condition(prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor) -> torch.Tensor:
+    """The condition (B, 1 + tokens, width) of SD3 and FLUX from what diffusers' pipelines call prompt_embeds
+    (B, tokens, w) and pooled_prompt_embeds (B, p): the pooled embedding is the first row, zeros fill it up."""
+    width = max(prompt_embeds.shape[-1], pooled_prompt_embeds.shape[-1])
+    rows = [pooled_prompt_embeds[:, None], prompt_embeds]
+    return torch.cat([F.pad(row, (0, width - row.shape[-1])) for row in rows], dim=1)

@@ -22,7 +22,8 @@ import operators
 import restore
 from operators import RestoreError
 from restore.backbones.base import Backbone
-from restore.backbones.flow import SD3, DiT, Flux, attention_layers, text_condition
+from restore.backbones.flow import SD3, DiT, Flux, attention_layers
+from restore.backbones.flow_files import text_condition
 from restore.backbones.schedule import Schedule
 from restore.guidance import CFG, PAG, estimator
 
