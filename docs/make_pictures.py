@@ -83,7 +83,7 @@ def restoration(restorer: Restorer, name: str, steps: Any = None) -> Image.Image
 def generation(restorer: Restorer, name: str, steps: Any = None) -> Image.Image:
     """A row of samples without guidance, one with each guidance, then what that is made of."""
     count, rows, titles = 4, [], ["no guidance"]
-    how = {"steps": steps or "karras:25", "ddim_eta": 1.0, "batch_size": count}
+    how = {"steps": steps or "karras:25", "ddim_eta": 1.0, "batch_size": count, "labels": ["face"] * count}
     rows.append(list(restorer.generate(count, **how)))
     signals: list[torch.Tensor] = []
     for title, guidance in GUIDANCE[name].items():
@@ -108,7 +108,8 @@ def guided_samples(restorer: Restorer, steps: Any = None) -> Image.Image:
 def trajectory(restorer: Restorer, steps: Any = None) -> Image.Image:
     """x0_hat of the first of six samples through time, and the six."""
     count, seen = 6, []
-    samples = restorer.generate(count, steps=steps or 100, batch_size=count, callback=seen.append)
+    faces = {"labels": ["face"] * count, "batch_size": count}
+    samples = restorer.generate(count, steps=steps or 100, callback=seen.append, **faces)
     chosen = [seen[round(k * (len(seen) - 1) / (count - 1))] for k in range(count)]
     rows = [[step["x0_hat"][0].clamp(-1, 1) for step in chosen], list(samples)]
     return grids.comparison_grid(rows, [f"t = {step['t']:g}" for step in chosen], ["x0_hat", "samples"], cell=128)
