@@ -42,7 +42,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 }
 # The same on the embedded latent prior.
 LATENT_SAMPLERS: dict[str, dict[str, Any]] = {"psld": {"guidance": None}}
-# Guidance -> title and guidance of each row below the unguided one.
+# Page of a guidance -> title and guidance of the row below the unguided one.
 GUIDANCE: dict[str, dict[str, Guidance]] = {
     "pag": {"PAG, i5, s = 1": restore.PAG(1.0, layers="i5")},
     "sag": {"SAG, s = 1": SAG(1.0, sigma=2.0, taps=9)},
@@ -50,6 +50,10 @@ GUIDANCE: dict[str, dict[str, Guidance]] = {
     "swg": {"SWG, s = 1": SWG(1.0, window=32)},
     "tpg": {"TPG, m1, s = 1": TPG(1.0, layers="m1")},
     "tsg": {"TSG, s = 1": TSG(1.0)},
+}
+# README's picture, on the embedded latent prior.
+LATENT_GUIDANCE: dict[str, dict[str, Guidance]] = {
+    "pag-samples": {f"PAG, i3, s = {scale}": restore.PAG(scale, layers="i3") for scale in (1, 2)},
 }
 
 
@@ -80,28 +84,26 @@ def restoration(restorer: Restorer, name: str, steps: Any = None) -> Image.Image
     return grids.comparison_grid(rows, titles, ["SR x4", "box"], cell=CELL[restorer.kind])
 
 
+def sample_rows(restorer: Restorer, guidances: dict[str, Guidance], count: int, **how: Any) -> list[list[torch.Tensor]]:
+    """A row of samples without guidance and one with each guidance, from the same noise."""
+    how |= {"ddim_eta": 1.0, "batch_size": count}
+    return [list(restorer.generate(count, guidance=guidance, **how)) for guidance in (None, *guidances.values())]
+
+
 def generation(restorer: Restorer, name: str, steps: Any = None) -> Image.Image:
-    """A row of samples without guidance, one with each guidance, then what that is made of."""
-    count, rows, titles = 4, [], ["no guidance"]
-    how = {"steps": steps or "karras:25", "ddim_eta": 1.0, "batch_size": count, "labels": ["face"] * count}
-    rows.append(list(restorer.generate(count, **how)))
-    signals: list[torch.Tensor] = []
-    for title, guidance in GUIDANCE[name].items():
-        signals.clear()
-        seen = lambda step: signals.extend(s for s in step["signals"] if s is not None)  # noqa: E731
-        rows.append(list(restorer.generate(count, guidance=guidance, callback=seen, **how)))
-        titles.append(title)
-    mean = torch.stack(signals).mean(dim=0)
-    rows.append([(2 * signal / signal.max() - 1).expand(3, -1, -1) for signal in mean])
-    return grids.comparison_grid(rows, [""] * count, [*titles, "|eps - eps_weak|"], cell=128)
-
-
-def guided_samples(restorer: Restorer, steps: Any = None) -> Image.Image:
-    """The same eight samples without and with PAG at two scales, for README."""
-    count, scales = 8, (0.0, 1.0, 2.0)
-    how = {"steps": steps or "ddim25", "ddim_eta": 1.0, "batch_size": count}
-    rows = [list(restorer.generate(count, guidance=restore.PAG(s, layers="i3"), **how)) for s in scales]
-    titles = ["no guidance" if s == 0 else f"PAG, i3, s = {s:g}" for s in scales]
+    """Samples without and with a guidance; on a page also what that is made of."""
+    if name in LATENT_GUIDANCE:
+        guidances, count = LATENT_GUIDANCE[name], 8
+        rows = sample_rows(restorer, guidances, count, steps=steps or "ddim25")
+        titles = ["no guidance", *guidances]
+    else:
+        guidances, count, signals = GUIDANCE[name], 4, []
+        seen = lambda step: signals.extend(s for s in step.get("signals", ()) if s is not None)  # noqa: E731
+        faces = {"labels": ["face"] * count, "callback": seen}
+        rows = sample_rows(restorer, guidances, count, steps=steps or "karras:25", **faces)
+        mean = torch.stack(signals).mean(dim=0)
+        rows.append([(2 * signal / signal.max() - 1).expand(3, -1, -1) for signal in mean])
+        titles = ["no guidance", *guidances, "|eps - eps_weak|"]
     return grids.comparison_grid(rows, [""] * count, titles, cell=128)
 
 
@@ -118,14 +120,12 @@ def trajectory(restorer: Restorer, steps: Any = None) -> Image.Image:
 def draw(restorer: Restorer, name: str, folder: Path, steps: Any = None) -> Path:
     """folder/samplers/NAME.png, folder/guidance/NAME.png or README's folder/pag-samples.png, in few colours. steps: of
     everything, for trying."""
-    if name == "pag-samples":
-        kind, picture = "", guided_samples(restorer, steps)
-    elif name == "generate":
+    if name == "generate":
         kind, picture = "samplers", trajectory(restorer, steps)
     elif name in SAMPLERS | LATENT_SAMPLERS:
         kind, picture = "samplers", restoration(restorer, name, steps)
     else:
-        kind, picture = "guidance", generation(restorer, name, steps)
+        kind, picture = "guidance" if name in GUIDANCE else "", generation(restorer, name, steps)
     path = folder / kind / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     colours = COLOURS[restorer.kind] if kind else 256
@@ -134,7 +134,8 @@ def draw(restorer: Restorer, name: str, folder: Path, steps: Any = None) -> Path
 
 
 if __name__ == "__main__":
-    for wanted in sys.argv[1:] or [*SAMPLERS, *LATENT_SAMPLERS, "generate", *GUIDANCE, "pag-samples"]:
-        prior = restore.load("embedded-latent" if wanted in [*LATENT_SAMPLERS, "pag-samples"] else "embedded")
+    latents = LATENT_SAMPLERS | LATENT_GUIDANCE
+    for wanted in sys.argv[1:] or [*SAMPLERS, "generate", *GUIDANCE, *latents]:
+        prior = restore.load("embedded-latent" if wanted in latents else "embedded")
         done = draw(prior, wanted, Path(__file__).parent)
         print(f"{done}  {done.stat().st_size / 1024:.1f} KB", flush=True)
