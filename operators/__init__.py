@@ -9,11 +9,11 @@ from operators.errors import RestoreError
 
 if TYPE_CHECKING:
     from operators.adapters import PhysicsOperator, as_linear_operator, as_operator, to_deepinv
-    from operators.base import Operator, check
+    from operators.base import Operator, check_operator
     from operators.blur import Blur, GaussianBlur, MotionBlur
     from operators.compose import Compose
-    from operators.factory import build, build_noise, options
-    from operators.generic import image_shape, prox_l2, regularised_inverse, rows, svd, with_adjoint
+    from operators.factory import build_noise, build_operator, operator_options
+    from operators.generic import image_shape, prox_l2, regularised_inverse, select_rows, svd, with_adjoint
     from operators.inpainting import Inpainting, box_mask, random_mask
     from operators.kernels import gaussian_kernel, motion_kernel
     from operators.noise import GaussianNoise, PoissonNoise
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 # Names are imported when they are used: who asks only for RestoreError does not wait for torch.
 _WHERE = {
     "operators.adapters": ["PhysicsOperator", "as_linear_operator", "as_operator", "to_deepinv"],
-    "operators.base": ["Operator", "check"],
+    "operators.base": ["Operator", "check_operator"],
     "operators.blur": ["Blur", "GaussianBlur", "MotionBlur"],
     "operators.compose": ["Compose"],
-    "operators.factory": ["build", "build_noise", "options"],
-    "operators.generic": ["image_shape", "prox_l2", "regularised_inverse", "rows", "svd", "with_adjoint"],
+    "operators.factory": ["build_noise", "build_operator", "operator_options"],
+    "operators.generic": ["image_shape", "prox_l2", "regularised_inverse", "select_rows", "svd", "with_adjoint"],
     "operators.inpainting": ["Inpainting", "box_mask", "random_mask"],
     "operators.kernels": ["gaussian_kernel", "motion_kernel"],
     "operators.noise": ["GaussianNoise", "PoissonNoise"],
@@ -58,18 +58,18 @@ __all__ = [
     "as_linear_operator",
     "as_operator",
     "box_mask",
-    "build",
+    "build_operator",
     "build_noise",
-    "check",
+    "check_operator",
     "gaussian_kernel",
     "image_shape",
     "least_squares",
     "motion_kernel",
-    "options",
+    "operator_options",
     "prox_l2",
     "random_mask",
     "regularised_inverse",
-    "rows",
+    "select_rows",
     "svd",
     "to_deepinv",
     "with_adjoint",

@@ -46,7 +46,7 @@ class Operator:
             raise RestoreError(f"noise must be a noise model such as GaussianNoise(0.05) or None, got {noise!r}.")
         self._check_adjoint(adjoint)
         self.noise = noise
-        self.image_size = None if image_size is None else validate.size_pair(image_size)
+        self.image_size = None if image_size is None else validate.require_size(image_size)
         self.adjoint = adjoint
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
@@ -56,7 +56,7 @@ class Operator:
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
         """The exact transpose, <A x, y> = <x, A_adjoint y>; differentiable itself."""
         self._check_linear("A_adjoint")
-        return transpose(self.A, y, self.image_shape(y))
+        return apply_transpose(self.A, y, self.image_shape(y))
 
     def A_dagger(self, y: torch.Tensor) -> torch.Tensor:
         """The pseudo-inverse: the smallest x among those that minimise ||A x - y||.
@@ -141,7 +141,7 @@ class Operator:
         on neither batch size nor order), or None for torch's global one.
         Raises RestoreError where x holds NaN or infinity.
         """
-        validate.images(x)
+        validate.require_images(x)
         if not torch.isfinite(x).all():
             raise RestoreError("the image holds NaN or infinite pixels; expected finite values in [-1, 1].")
         y = self.A(x)
@@ -168,7 +168,7 @@ class Operator:
             )
 
     def _check_image(self, x: torch.Tensor, channels: int | None = None) -> None:
-        validate.images(x, channels=channels)
+        validate.require_images(x, channels=channels)
         if self.image_size is not None and tuple(x.shape[2:]) != self.image_size:
             height, width = self.image_size
             raise RestoreError(
@@ -216,7 +216,7 @@ def _shown(value) -> str:
     return repr(value)
 
 
-def transpose(A: Callable, y: torch.Tensor, image_shape: Sequence[int]) -> torch.Tensor:
+def apply_transpose(A: Callable, y: torch.Tensor, image_shape: Sequence[int]) -> torch.Tensor:
     """A^T y of a linear map by automatic differentiation, differentiable with respect to y.
 
     image_shape: (B, C, H, W) of A's argument. The vector-Jacobian product of a linear map does not
@@ -238,7 +238,7 @@ def transpose(A: Callable, y: torch.Tensor, image_shape: Sequence[int]) -> torch
     return product if differentiable else product.detach()
 
 
-def check(operator, shape: Sequence[int], *, dtype=torch.float64, device="cpu", seed: int = 0) -> float:
+def check_operator(operator, shape: Sequence[int], *, dtype=torch.float64, device="cpu", seed: int = 0) -> float:
     """Relative adjoint error |<A x, y> - <x, A^T y>| / (||A x|| ||y||) for random x and y.
 
     operator: anything with `A` and `A_adjoint`. shape: (B, C, H, W) of x. About 1e-16 in float64 and

@@ -95,7 +95,7 @@ class Blur(Operator):
         if self.kernel.ndim == 2 or len(self.kernel) == 1:
             return self
         chosen = copy.copy(self)
-        chosen.kernel = validate.selected(self.kernel, rows, "kernels")
+        chosen.kernel = validate.select_images(self.kernel, rows, "kernels")
         return chosen
 
     @property

@@ -22,13 +22,13 @@ from operators.super_resolution import SuperResolution
 COMMON = ("noise", "image_size", "adjoint")
 
 
-def build(mapping: Mapping, *, image_size=None) -> Operator:
+def build_operator(mapping: Mapping, *, image_size=None) -> Operator:
     """{"name": ..., option: value, ..., "noise": {"name": "gaussian", "sigma": 0.05}} -> Operator.
 
     name: one of OPERATORS, or "module:attribute", a class or function of the user's that makes an operator (an
-    `Operator` or anything with A and A_adjoint). Options are the parameters of its signature (`options`); besides,
-    those of this package take noise, image_size and adjoint. "compose" has `operators`: a list of such mappings, the
-    first is applied first. inpainting_box and inpainting_random need image_size.
+    `Operator` or anything with A and A_adjoint). Options are the parameters of its signature (`operator_options`);
+    those of this package also take noise, image_size and adjoint. "compose" has `operators`: a list of such mappings,
+    the first is applied first. inpainting_box and inpainting_random need image_size.
     Noise: None, {"name": "none"}, {"name": "gaussian", "sigma"}, {"name": "poisson", "rate", "clip"},
     or a noise model.
 
@@ -47,13 +47,13 @@ def build(mapping: Mapping, *, image_size=None) -> Operator:
     return as_operator(_call(builder, given, mapping["name"]), noise=noise)
 
 
-def options(name: str) -> list[str]:
+def operator_options(name: str) -> list[str]:
     """The options of the operator `name`, without noise, image_size and adjoint. RestoreError if unknown."""
     return [option for option in inspect.signature(_builder(name)).parameters if option not in COMMON]
 
 
 def build_noise(mapping):
-    """A noise model from its mapping, see `build`."""
+    """A noise model from its mapping, see `build_operator`."""
     if mapping is None or isinstance(mapping, (GaussianNoise, PoissonNoise)):
         return mapping
     given = _options(mapping, "noise")
@@ -74,9 +74,9 @@ def compose(*, operators, noise=None, image_size=None, adjoint="exact") -> Compo
         raise RestoreError("compose needs the option 'operators': a list of operator mappings, not empty.")
     chain, size = [], image_size
     for mapping in operators:
-        chain.append(build(_options(mapping, "an operator"), image_size=size))
+        chain.append(build_operator(_options(mapping, "an operator"), image_size=size))
         if size is not None:  # the next operator sees what this one makes of the image
-            size = tuple(chain[-1].A(torch.zeros(1, 3, *validate.size_pair(size))).shape[2:])
+            size = tuple(chain[-1].A(torch.zeros(1, 3, *validate.require_size(size))).shape[2:])
     chain = Compose(*chain, noise=noise)
     return chain if adjoint == "exact" else chain.with_adjoint(adjoint)
 

@@ -23,7 +23,7 @@ def with_adjoint(operator, adjoint: str):
     raise RestoreError(f"only operators of this package have a reference transpose, not a {type(operator).__name__}.")
 
 
-def rows(operator, rows):
+def select_rows(operator, rows):
     """`operator[rows]`, the operator of these images of the batch; other libraries' objects are returned unchanged."""
     return operator[rows] if isinstance(operator, Operator) else operator
 
@@ -34,7 +34,7 @@ def image_shape(operator, y: torch.Tensor) -> tuple[int, int, int, int]:
     Raises RestoreError for an object that is no operator, and for a y that does not fit it.
     """
     if isinstance(operator, Operator):
-        validate.images(y, "the measurement")
+        validate.require_images(y, "the measurement")
         shape = tuple(operator.image_shape(y))
         with torch.no_grad():
             measured = operator.A(torch.zeros(shape, dtype=y.dtype, device=y.device)).shape

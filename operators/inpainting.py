@@ -53,11 +53,11 @@ class Inpainting(Operator):
         if len(self.mask) == 1:
             return self
         chosen = copy.copy(self)
-        chosen.mask = validate.selected(self.mask, rows, "masks")
+        chosen.mask = validate.select_images(self.mask, rows, "masks")
         return chosen
 
     def _mask(self, x: torch.Tensor) -> torch.Tensor:
-        validate.images(x)
+        validate.require_images(x)
         if tuple(x.shape[2:]) != self.image_size:
             raise RestoreError(
                 f"the mask is {self.image_size[0]} x {self.image_size[1]} (height x width), but the image is "
@@ -109,18 +109,20 @@ def box_mask(image_size, *, size=None, margin=None, top=None, left=None, seed: i
     image by default. At 256 pixels these are DPS's 128 and 16. top, left: ignore margin and seed.
     Raises RestoreError where the hole does not fit.
     """
-    image_size = validate.size_pair(image_size)
-    size = tuple(max(side // 2, 1) for side in image_size) if size is None else validate.size_pair(size, "the box size")
+    image_size = validate.require_size(image_size)
+    size = (
+        tuple(max(side // 2, 1) for side in image_size) if size is None else validate.require_size(size, "the box size")
+    )
     if margin is None:
         margin = tuple(side // 16 for side in image_size)
     else:
         margin = (margin, margin) if not isinstance(margin, (list, tuple)) else tuple(margin)
-        margin = tuple(validate.integer(m, "the box margin", minimum=0) for m in margin)
-    random = validate.random_state(seed)
+        margin = tuple(validate.require_integer(m, "the box margin", minimum=0) for m in margin)
+    random = validate.make_random_state(seed)
     corner = []
     for side, length, gap, given in zip(image_size, size, margin, (top, left), strict=True):
         if given is not None:
-            start = validate.integer(given, "the box corner", minimum=0)
+            start = validate.require_integer(given, "the box corner", minimum=0)
             fits = start + length <= side
         else:
             fits = side - length - gap > gap
@@ -142,11 +144,11 @@ def random_mask(image_size, *, fraction=(0.3, 0.7), seed: int = 0) -> torch.Tens
     The law of DPS: p is uniform on `fraction` = (low, high) (or equal to it, if it is one number), and
     exactly int(H W p) pixels, drawn without replacement, are holes.
     """
-    height, width = validate.size_pair(image_size)
+    height, width = validate.require_size(image_size)
     low, high = fraction if isinstance(fraction, (list, tuple)) else (fraction, fraction)
-    low = validate.number(low, "the fraction of holes", low=0.0, high=1.0)
-    high = validate.number(high, "the fraction of holes", low=low, high=1.0)
-    random = validate.random_state(seed)
+    low = validate.require_number(low, "the fraction of holes", low=0.0, high=1.0)
+    high = validate.require_number(high, "the fraction of holes", low=low, high=1.0)
+    random = validate.make_random_state(seed)
     holes = int(height * width * random.uniform(low, high))
     mask = torch.ones(height * width)
     mask[torch.from_numpy(random.choice(height * width, holes, replace=False))] = 0

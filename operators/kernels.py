@@ -19,8 +19,8 @@ def gaussian_profile(size: int = 61, std: float = 3.0) -> np.ndarray:
     The tails are cut at 4 std, so that a kernel of size 61 and std 3 has 25 nonzero taps; a size too
     small for std folds the missing tails back in. size, std: in pixels.
     """
-    size = validate.integer(size, "the kernel size", maximum=LARGEST)
-    std = validate.number(std, "the blur's std", high=LARGEST)
+    size = validate.require_integer(size, "the kernel size", maximum=LARGEST)
+    std = validate.require_number(std, "the blur's std", high=LARGEST)
     if std <= 0:
         raise RestoreError(f"the blur's std must be positive, got {std!r}.")
     impulse = np.zeros(size)
@@ -46,9 +46,9 @@ def motion_kernel(size: int = 61, intensity: float = 0.5, seed: int = 0) -> torc
         the kernel's centre (no shift of the image), and it is shrunk where it would leave the square.
     intensity: in [0, 1], strength of all three disturbances; 0 is a straight line.
     """
-    size = validate.integer(size, "the kernel size", maximum=LARGEST)
-    intensity = validate.number(intensity, "the motion's intensity", low=0.0, high=1.0)
-    random = validate.random_state(seed)
+    size = validate.require_integer(size, "the kernel size", maximum=LARGEST)
+    intensity = validate.require_number(intensity, "the motion's intensity", low=0.0, high=1.0)
+    random = validate.make_random_state(seed)
     path = _trajectory(random, intensity) * size * random.uniform(0.3, 1.0)
     coarse = np.arange(len(path))
     times = np.linspace(0, coarse[-1], max(len(path), 8 * size))  # samples an eighth of a pixel apart at most

@@ -10,7 +10,7 @@ from typing import Any
 from operators.errors import RestoreError
 
 
-def nearest(name: Any, known: Iterable[str]) -> str:
+def suggest(name: Any, known: Iterable[str]) -> str:
     """ "did you mean 'sr4'?", or everything that is known where nothing is near."""
     known = [str(item) for item in known]
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
@@ -27,11 +27,11 @@ def lookup(name: Any, table: Mapping[str, Any], what: str) -> Any:
     if isinstance(name, str) and name in table:
         return table[name]
     if isinstance(name, str) and ":" in name:
-        return imported(name, what)
-    raise RestoreError(f"unknown {what} '{_line(name)}'; {nearest(name, table)} (your own: module:attribute)")
+        return import_object(name, what)
+    raise RestoreError(f"unknown {what} '{_line(name)}'; {suggest(name, table)} (your own: module:attribute)")
 
 
-def imported(name: str, what: str) -> Any:
+def import_object(name: str, what: str) -> Any:
     """The object "module:attribute" names. Raises RestoreError when it cannot be imported."""
     module, _, attribute = name.partition(":")
     try:
@@ -48,7 +48,7 @@ def check_known(names: Iterable[Any], known: Iterable[str], what: str) -> None:
     known = list(known)
     for name in names:
         if name not in known:
-            raise RestoreError(f"{what} '{_line(name)}'; {nearest(name, known)}")
+            raise RestoreError(f"{what} '{_line(name)}'; {suggest(name, known)}")
 
 
 def _line(value: Any) -> str:

@@ -17,7 +17,7 @@ class GaussianNoise:
     """
 
     def __init__(self, sigma: float):
-        self.sigma = validate.number(sigma, "sigma", low=0.0)
+        self.sigma = validate.require_number(sigma, "sigma", low=0.0)
 
     def __call__(self, y: torch.Tensor, generator=None) -> torch.Tensor:
         """generator: see `Operator.__call__`. Differentiable with respect to y."""
@@ -49,7 +49,7 @@ class PoissonNoise:
     """
 
     def __init__(self, rate: float = 1.0, *, clip: bool = True):
-        self.rate = validate.number(rate, "the Poisson rate")
+        self.rate = validate.require_number(rate, "the Poisson rate")
         if self.rate <= 0:
             raise RestoreError(f"the Poisson rate must be positive, got {rate!r}.")
         self.clip = bool(clip)

@@ -21,7 +21,7 @@ class Clipping(Operator):
 
     def __init__(self, gain: float = 2.0, *, noise=None, image_size=None, adjoint: str = "exact"):
         super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
-        self.gain = validate.number(gain, "the gain")
+        self.gain = validate.require_number(gain, "the gain")
         if self.gain <= 0:
             raise RestoreError(f"the gain must be positive, got {gain!r}.")
 
@@ -45,7 +45,7 @@ class PhaseRetrieval(Operator):
 
     def __init__(self, oversample: float = 2.0, *, noise=None, image_size=None, adjoint: str = "exact"):
         super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
-        self.oversample = validate.number(oversample, "oversample", low=0.0)
+        self.oversample = validate.require_number(oversample, "oversample", low=0.0)
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         self._check_image(x)
@@ -54,7 +54,7 @@ class PhaseRetrieval(Operator):
         return torch.fft.fftshift(torch.fft.fft2(padded, norm="ortho"), dim=(-2, -1)).abs().to(x.dtype)
 
     def image_shape(self, y: torch.Tensor) -> tuple[int, ...]:
-        validate.images(y, "the measurement")
+        validate.require_images(y, "the measurement")
         return (*y.shape[:2], *(self._side(side) for side in y.shape[2:]))
 
     def _margin(self, side: int) -> int:

@@ -44,7 +44,7 @@ class Colorization(Operator):
 
     def __init__(self, *, weights=BT601, noise=None, image_size=None, adjoint: str = "exact"):
         super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
-        values = torch.as_tensor([validate.number(w, "a grey weight") for w in weights], dtype=torch.float64)
+        values = torch.as_tensor([validate.require_number(w, "a grey weight") for w in weights], dtype=torch.float64)
         if values.shape != (3,) or abs(values.sum().item() - 1) > 1e-3:
             raise RestoreError(f"the grey weights must be three numbers that sum to one, got {tuple(weights)}.")
         self.weights = values
@@ -54,7 +54,7 @@ class Colorization(Operator):
         return (self._weights(x) * x).sum(dim=1, keepdim=True)
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        validate.images(y, "the measurement", channels=1)
+        validate.require_images(y, "the measurement", channels=1)
         return self._weights(y) * y
 
     def A_dagger(self, y: torch.Tensor) -> torch.Tensor:

@@ -32,10 +32,10 @@ def least_squares(
     operator: anything with `A` and `A_adjoint`. float16 and bfloat16 are computed in float32.
     Raises RestoreError where y is not finite or an option makes no sense.
     """
-    validate.images(y, "the measurement")
+    validate.require_images(y, "the measurement")
     if not torch.isfinite(y).all():
         raise RestoreError("the measurement holds NaN or infinite values, so it has no least-squares solution.")
-    damping = validate.per_image(damping, "damping", y)
+    damping = validate.require_per_image(damping, "damping", y)
     exact = exact_transpose(operator)
     v = y.to(separable.compute_dtype(y))
     return _cgls(exact.A, exact.A_adjoint, v, None, damping, tolerance, max_iterations).to(y.dtype)
@@ -46,7 +46,7 @@ def prox_l2(operator, z: torch.Tensor, y: torch.Tensor, gamma, rough: bool = Fal
 
     operator: an Operator with a closed form, or anything with `A` and `A_adjoint`. rough: see operators.prox_l2.
     """
-    gamma = validate.per_image(gamma, "gamma", z)
+    gamma = validate.require_per_image(gamma, "gamma", z)
     exact = exact_transpose(operator)
     wide = _wide(z)
     svd = _thin_svd(exact, z.shape, wide)
@@ -68,7 +68,7 @@ def regularised_inverse(operator, v: torch.Tensor, r) -> torch.Tensor:
 
     operator: an Operator with a closed form, or anything with `A` and `A_adjoint`.
     """
-    r = validate.per_image(r, "r", v)
+    r = validate.require_per_image(r, "r", v)
     exact = exact_transpose(operator)
     wide = _wide(v)
     shape = exact.image_shape(v) if hasattr(exact, "image_shape") else None
@@ -105,7 +105,7 @@ def _cgls(B: Callable, B_adjoint: Callable, y, plus, damping, tolerance, max_ite
     gamma = energy(gradient)
     threshold = tolerance**2 * gamma
     active = gamma > threshold
-    for _ in range(validate.integer(max_iterations, "max_iterations")):
+    for _ in range(validate.require_integer(max_iterations, "max_iterations")):
         if not active.any():
             break
         measured = B(direction)

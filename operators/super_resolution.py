@@ -30,7 +30,7 @@ class SuperResolution(Operator):
 
     def __init__(self, factor: int, *, method: str = "bicubic", noise=None, image_size=None, adjoint: str = "exact"):
         super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
-        self.factor = validate.integer(factor, "the super-resolution factor")
+        self.factor = validate.require_integer(factor, "the super-resolution factor")
         if method not in ("bicubic", "average"):
             raise RestoreError(f"method must be 'bicubic' or 'average', got {method!r}.")
         self.method = method
@@ -60,7 +60,7 @@ class SuperResolution(Operator):
         return None, rows, columns
 
     def image_shape(self, y: torch.Tensor) -> tuple[int, ...]:
-        validate.images(y, "the measurement")
+        validate.require_images(y, "the measurement")
         if self.image_size is None:
             return (*y.shape[:2], y.shape[2] * self.factor, y.shape[3] * self.factor)
         expected = tuple(math.ceil(side / self.factor) for side in self.image_size)

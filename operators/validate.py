@@ -11,7 +11,7 @@ import torch
 from operators.errors import RestoreError
 
 
-def integer(value, name: str, minimum: int = 1, maximum: int | None = None) -> int:
+def require_integer(value, name: str, minimum: int = 1, maximum: int | None = None) -> int:
     """`value` as an int >= minimum; a bool, a fraction, a string and what exceeds `maximum` are refused."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
         raise RestoreError(f"{name} must be an integer of at least {minimum}, got {value!r}.")
@@ -20,7 +20,7 @@ def integer(value, name: str, minimum: int = 1, maximum: int | None = None) -> i
     return int(value)
 
 
-def number(value, name: str, low: float = -math.inf, high: float = math.inf) -> float:
+def require_number(value, name: str, low: float = -math.inf, high: float = math.inf) -> float:
     """`value` as a finite float in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise RestoreError(f"{name} must be a finite number, got {value!r}.")
@@ -29,7 +29,7 @@ def number(value, name: str, low: float = -math.inf, high: float = math.inf) -> 
     return float(value)
 
 
-def per_image(value, name: str, like: torch.Tensor) -> torch.Tensor:
+def require_per_image(value, name: str, like: torch.Tensor) -> torch.Tensor:
     """`value` >= 0 (infinity included) in float64 on the CPU: (1,) or, one for each image of `like`, (B,)."""
     is_number = isinstance(value, (numbers.Real, torch.Tensor))
     values = torch.as_tensor(value if is_number else math.nan, dtype=torch.float64, device="cpu").reshape(-1)
@@ -38,7 +38,7 @@ def per_image(value, name: str, like: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def selected(values: torch.Tensor, rows, what: str) -> torch.Tensor:
+def select_images(values: torch.Tensor, rows, what: str) -> torch.Tensor:
     """values[rows] along the batch; rows: a list, tensor, slice or single one of indices 0 ... B - 1."""
     try:
         index = np.arange(len(values))[rows.cpu().numpy() if isinstance(rows, torch.Tensor) else rows]
@@ -47,7 +47,7 @@ def selected(values: torch.Tensor, rows, what: str) -> torch.Tensor:
         raise RestoreError(f"there are {len(values)} {what}, of which {rows!r} cannot be taken.") from None
 
 
-def size_pair(value, name: str = "image_size") -> tuple[int, int]:
+def require_size(value, name: str = "image_size") -> tuple[int, int]:
     """(height, width) from one integer (square) or a pair of them."""
     if isinstance(value, numbers.Integral):
         value = (value, value)
@@ -55,17 +55,17 @@ def size_pair(value, name: str = "image_size") -> tuple[int, int]:
         height, width = value
     except (TypeError, ValueError):
         raise RestoreError(f"{name} must be one integer or (height, width), got {value!r}.") from None
-    return integer(height, f"{name}: height"), integer(width, f"{name}: width")
+    return require_integer(height, f"{name}: height"), require_integer(width, f"{name}: width")
 
 
-def random_state(seed) -> np.random.RandomState:
+def make_random_state(seed) -> np.random.RandomState:
     """numpy's generator whose stream is frozen by its compatibility policy; any integer seed >= 0, 64-bit ones too."""
-    seed = integer(seed, "the seed", minimum=0)
+    seed = require_integer(seed, "the seed", minimum=0)
     words = [(seed >> shift) & 0xFFFFFFFF for shift in range(0, seed.bit_length(), 32)]
     return np.random.RandomState(seed if len(words) < 2 else words)
 
 
-def images(x, what: str = "the image", channels: int | None = None) -> None:
+def require_images(x, what: str = "the image", channels: int | None = None) -> None:
     """Refuse anything but a floating (B, C, H, W) tensor, with C == channels where that is given."""
     if not isinstance(x, torch.Tensor) or x.ndim != 4 or not x.is_floating_point():
         found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__

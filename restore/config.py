@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from operators import RestoreError
-from operators.naming import check_known, nearest
+from operators.naming import check_known, suggest
 from restore.paths import configs_dir
 
 
@@ -72,7 +72,7 @@ def _find(config: str | os.PathLike, kind: str) -> Path:
         if path.is_file():
             return path
     shipped = sorted(path.stem for path in folder.glob("*.yaml"))
-    raise RestoreError(f"the configuration {config} does not exist; {nearest(Path(config).stem, shipped)}")
+    raise RestoreError(f"the configuration {config} does not exist; {suggest(Path(config).stem, shipped)}")
 
 
 def _keys(config: DictConfig, prefix: str = "") -> list[str]:
@@ -89,7 +89,7 @@ def _sentence(error: OmegaConfBaseException) -> str:
     """What OmegaConf found, in one sentence with the key in dots."""
     if isinstance(error, ConfigKeyError) and is_dataclass(error.object_type):
         known = [f.name for f in fields(error.object_type)]
-        return f"the configuration has no key {error.full_key}; {nearest(error.key, known)}"
+        return f"the configuration has no key {error.full_key}; {suggest(error.key, known)}"
     message = str(error.msg or error).splitlines()[0]
     wrong = re.match(r"Value (.*?) (?:of type .* could not be converted to|is not a valid) (\w+)", message)
     if not wrong:

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from operators import RestoreError
-from operators.naming import check_known, nearest
+from operators.naming import check_known, suggest
 from restore import guidance as guidances
 from restore import samplers
 from restore.guidance import Guidance
@@ -138,7 +138,7 @@ def default(
 ) -> dict[str, Any]:
     """The sampler, and the steps and parameters where they differ from its preset's, when no sampler is named."""
     if quality not in QUALITIES:
-        raise RestoreError(f"unknown quality '{quality}'; {nearest(quality, QUALITIES)}")
+        raise RestoreError(f"unknown quality '{quality}'; {suggest(quality, QUALITIES)}")
     for entry in _yaml("defaults")["defaults"]:
         fits = _matches(entry["backbone"], backbone) and any(_matches(entry["task"], n) for n in (task, operator))
         fits = fits and _matches(entry["kind"], kind) and linear >= entry.get("linear", False)

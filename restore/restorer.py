@@ -234,7 +234,7 @@ class Restorer:
             with explain_out_of_memory():
                 x = function(
                     prior,
-                    operators.rows(operator, rows),
+                    operators.select_rows(operator, rows),
                     y[rows],
                     noise=ImageNoise([(seed, ids[b], k) for b, k in chunk], self.device),
                     steps=chosen.steps,
@@ -248,7 +248,7 @@ class Restorer:
         x = torch.cat(results)
         rows = [b for b, _ in items]
         with torch.no_grad():
-            flat = (y[rows] - operators.rows(operator, rows).A(x.to(y.dtype))).flatten(1)
+            flat = (y[rows] - operators.select_rows(operator, rows).A(x.to(y.dtype))).flatten(1)
         residual = torch.linalg.vector_norm(flat, dim=1).view(len(y), samples)
         sigma = getattr(getattr(operator, "noise", None), "sigma", None)
         return Restoration(

@@ -45,7 +45,7 @@ def test_python(expected):
     assert restore.guidance.describe(restore.guidance.build(GUIDANCE)) == described["guidance"]
     assert restore.method.Method.from_config(described).guidance == restore.guidance.build(GUIDANCE)
     y = torch.zeros(1, 3, 8, 8)
-    assert operators.check(own.Mirrored(0.4), (1, 3, 8, 9)) < 1e-12  # the transpose is derived
+    assert operators.check_operator(own.Mirrored(0.4), (1, 3, 8, 9)) < 1e-12  # the transpose is derived
     assert operators.prox_l2(own.Mirrored(0.4), y + 1, y, 1.0).shape == y.shape
 
 

@@ -204,7 +204,7 @@ def degrade(
     names, settings = split_settings(inputs)
     masked = {"mask": mask, "invert_mask": invert_mask, "mask_threshold": mask_threshold}
     found = tasks.find_task(task, settings, kernel=kernel, **masked)
-    check_known(settings, ["sigma", *operators.options(found.config["name"])], f"task {task} has no setting")
+    check_known(settings, ["sigma", *operators.operator_options(found.config["name"])], f"task {task} has no setting")
     report(
         work.degrade_files(
             files.find_photos(names, out, png=png, recursive=recursive), found, seed=seed, overwrite=overwrite

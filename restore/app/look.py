@@ -25,14 +25,14 @@ def look(
     """What is seen in a photo (noise, blur, scratches and dust, colour), and what to do: `restore look photo.png`."""
     from operators import RestoreError
     from operators.naming import check_known
-    from operators.validate import number
+    from operators.validate import require_number
     from restore.app import files
     from restore.app.options import split_settings
     from restore.images import io
 
     names, settings = split_settings(inputs)
     check_known(settings, ["sensitivity"], "look has no setting")
-    sensitivity = number(settings.get("sensitivity", 0.5), "sensitivity", low=0.0, high=1.0)
+    sensitivity = require_number(settings.get("sensitivity", 0.5), "sensitivity", low=0.0, high=1.0)
     if out is None:
         if recursive or overwrite:
             raise RestoreError("recursive=True and overwrite=True are for the masks that out= writes")

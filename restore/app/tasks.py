@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import operators
 from operators import RestoreError, validate
-from operators.naming import nearest
+from operators.naming import suggest
 from restore.app.files import Photo, sha256
 from restore.images import io, masks
 from restore.images.estimate import noise_level
@@ -29,7 +29,7 @@ ESTIMATED = {"name": "gaussian", "sigma": AUTO}  # until the photo is there
 
 @dataclass(frozen=True)
 class Task:
-    """What is restored. name: looks presets up. config: as operators.build takes it; its mask may be a file's Mask."""
+    """What is restored. name: looks presets up. config: for build_operator; its mask may be a file's Mask."""
 
     name: str
     config: dict[str, Any]
@@ -44,7 +44,7 @@ class Task:
         config = dict(self.config)
         if isinstance(config.get("mask"), Mask):
             config["mask"] = config["mask"].read((height, width))
-        return operators.build(config, image_size=(height, width))
+        return operators.build_operator(config, image_size=(height, width))
 
     def of(self, photo: Path, degrade: bool = False) -> Task:
         """The task of this photo: its own mask, and what is to be found out from it.
@@ -98,7 +98,7 @@ def find_task(
     elif ":" in task:
         config = {"name": task}
     else:
-        raise RestoreError(f"unknown task '{task}'; {nearest(task, [*known, 'srN'])} (or a YAML file)")
+        raise RestoreError(f"unknown task '{task}'; {suggest(task, [*known, 'srN'])} (or a YAML file)")
     if not isinstance(config, dict) or "name" not in config:
         raise RestoreError(f"task {task} lacks its operator's name, such as {{name: gaussian_blur}}")
     if factor is not None:
@@ -111,7 +111,7 @@ def find_task(
         if str(mask) == AUTO:
             if invert_mask or mask_threshold is not None:
                 raise RestoreError("invert_mask= and mask_threshold= are for a mask from a file, not for mask=auto")
-            sensitivity = validate.number(settings.pop("sensitivity", 0.5), "sensitivity", low=0.0, high=1.0)
+            sensitivity = validate.require_number(settings.pop("sensitivity", 0.5), "sensitivity", low=0.0, high=1.0)
             given = replace(given, sensitivity=sensitivity)
         config = {"name": "inpainting_mask", "noise": config.get("noise"), "mask": given}
         if given.sensitivity is None and not given.path.is_dir():
@@ -127,7 +127,7 @@ def find_task(
     if "sigma" in settings:  # the noise's standard deviation on [-1, 1]
         sigma = settings.pop("sigma")
         config["noise"] = {"name": "gaussian", "sigma": sigma} if sigma else None
-    for key in [key for key in settings if key in operators.options(config["name"])]:
+    for key in [key for key in settings if key in operators.operator_options(config["name"])]:
         config[key] = settings.pop(key)
     if config.get("noise") != ESTIMATED:
         operators.build_noise(config.get("noise"))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import operators
-from operators.base import transpose
+from operators.base import apply_transpose
 
 
 def pseudo_inverse(y: torch.Tensor, operator: Any) -> torch.Tensor:
@@ -34,7 +34,7 @@ class _WithGradients:
         return torch.cat([part.flatten(1) for part in parts], dim=1)[:, None, None]
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        return transpose(self.A, y, (len(y), *self.shape[1:]))
+        return apply_transpose(self.A, y, (len(y), *self.shape[1:]))
 
 
 def wiener(y: torch.Tensor, operator: Any, gradient_std: float = 0.2) -> torch.Tensor:

@@ -35,7 +35,7 @@ def build_operator(task: Mapping[str, Any], size: tuple[int, int], image_id: str
     if task["per_image"]:
         # numpy's legacy generators, which the masks' published law uses, take 32-bit seeds.
         mapping["seed"] = derive_seed(seed, image_id, "operator") % 2**32
-    return operators.build(mapping, image_size=size)
+    return operators.build_operator(mapping, image_size=size)
 
 
 def joined(each: Sequence[Any]) -> Any:

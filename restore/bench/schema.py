@@ -26,7 +26,7 @@ class Data:
 
 @dataclass
 class Task:
-    """What is measured, or made. operator: a mapping for operators.build, or a name of configs/task; per_image: with
+    """What is measured, or made. operator: a mapping for build_operator, or a name of configs/task; per_image: with
     a random mask or kernel of its own for every image. solve_at, resample: see images/resampling. labels: a
     class by name or index; for generation also a list to cycle through, or uniform. prompts: a file with one a line;
     count: images to make."""

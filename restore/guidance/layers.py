@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from operators import RestoreError
-from operators.naming import nearest
+from operators.naming import suggest
 from restore.backbones.base import AttentionLayer
 
 INNER = re.compile(r"\.transformer_blocks\.\d+\.attn1$")
@@ -153,7 +153,7 @@ def find(name: str, attention: Mapping[str, AttentionLayer]) -> AttentionLayer:
             f"'{name}' names {len(matches)} attention layers; say which: {', '.join(m.path for m in matches)}"
         )
     if not matches:
-        hint = nearest(name, [known for layer in attention.values() for known in names(layer)])
+        hint = suggest(name, [known for layer in attention.values() for known in names(layer)])
         hint = f"; {hint}" if hint.startswith("did") else "."
         raise RestoreError(f"no attention layer is called '{name}'{hint} This network has {_listing(attention)}")
     return matches[0]

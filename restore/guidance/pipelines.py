@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from operators import RestoreError
-from operators.naming import nearest
+from operators.naming import suggest
 from restore.backbones.base import Prediction
 from restore.backbones.replaced import replaced
 from restore.backbones.schedule import Schedule
@@ -56,7 +56,7 @@ def guided(pipe: Any, guidance: Guidance | None, *, conditional: str = "auto") -
     guidance_scale), combinations that need noise levels, and batches whose layout "auto" does not recognise.
     """
     if conditional not in PARTS:
-        raise RestoreError(f"conditional={conditional!r} is not known; {nearest(conditional, PARTS)}")
+        raise RestoreError(f"conditional={conditional!r} is not known; {suggest(conditional, PARTS)}")
     network = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     if network is None or not any(hasattr(network, name) for name in ("down_blocks", "transformer_blocks")):
         raise RestoreError(

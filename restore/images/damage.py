@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from operators import RestoreError
-from operators.validate import number
+from operators.validate import require_number
 from restore.images.io import with_channels
 
 EIGHT = np.ones((3, 3))  # neighbours, the diagonal ones too
@@ -35,7 +35,7 @@ def damage_mask(x: torch.Tensor, sensitivity: float = 0.5) -> torch.Tensor:
     of its own colour that a line runs into are added. Raises RestoreError below 32 pixels a side, for several photos
     and for a sensitivity outside [0, 1].
     """
-    sensitivity = number(sensitivity, "sensitivity", low=0.0, high=1.0)
+    sensitivity = require_number(sensitivity, "sensitivity", low=0.0, high=1.0)
     x = x[None] if x.ndim == 3 else x
     if len(x) != 1 or min(x.shape[-2:]) < 32:
         raise RestoreError(f"damage is looked for in one photo of 32 pixels a side or more, not {tuple(x.shape)}")

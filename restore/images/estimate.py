@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from operators import RestoreError
 from operators.kernels import LARGEST, rasterise
-from operators.validate import integer
+from operators.validate import require_integer
 from restore.images.damage import damage_mask
 from restore.images.io import with_channels
 
@@ -160,7 +160,7 @@ def motion_path_kernel(points: torch.Tensor | np.ndarray | list, size: int | Non
     path = np.stack([np.interp(times, along, path[:, axis]) for axis in (1, 0)], axis=1)
     path -= path.mean(axis=0)
     needed = 2 * math.ceil(np.abs(path).max() - 1e-9) + 1
-    size = needed if size is None else integer(size, "the kernel's size", needed, LARGEST)
+    size = needed if size is None else require_integer(size, "the kernel's size", needed, LARGEST)
     if size % 2 == 0 or size > LARGEST:
         raise RestoreError(f"the kernel's size must be odd and at most {LARGEST}, got {size}.")
     # operators.Blur correlates, so the path is turned by half a circle for a point to be drawn out along it.

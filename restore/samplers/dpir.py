@@ -11,7 +11,7 @@ import torch
 
 import operators
 from operators import RestoreError
-from operators.validate import number
+from operators.validate import require_number
 from restore.backbones.base import Backbone, variance_preserving
 from restore.guidance import estimator
 from restore.samplers.steps import report, require_finite, require_linear_gaussian, start
@@ -62,7 +62,7 @@ def dpir(
     prior = variance_preserving(prior)
     clip = prior.bounded if clip is None else clip
     last = max(sigma_y, SIGMA_MIN)
-    first = last if steps == 1 else max(last, number(sigma_max, "sigma_max", low=0.0))
+    first = last if steps == 1 else max(last, require_number(sigma_max, "sigma_max", low=0.0))
     if y.shape[-3:] == tuple(prior.shape):
         z = y
     else:

@@ -10,7 +10,7 @@ import torch
 
 import operators
 from operators import RestoreError
-from operators.validate import number
+from operators.validate import require_number
 from restore.backbones.schedule import Schedule
 
 SIGMA_MIN = 1e-4  # noise of y that inverses of A assume at least: about what its rounding is, once magnified
@@ -144,7 +144,7 @@ def follow(prior, z0: torch.Tensor, image: torch.Tensor, moved: torch.Tensor) ->
 def decoder_error(prior, decoder_sigma: float) -> float:
     """decoder_sigma as a number, before anything is sampled. Raises RestoreError for one < 0, and in pixels, where
     nothing is decoded, for one > 0."""
-    decoder_sigma = number(decoder_sigma, "decoder_sigma", low=0.0)
+    decoder_sigma = require_number(decoder_sigma, "decoder_sigma", low=0.0)
     if decoder_sigma and prior.downscale == 1:
         raise RestoreError("decoder_sigma is the error of a decoder, and this prior works in pixels")
     return decoder_sigma

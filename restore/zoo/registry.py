@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from operators import RestoreError
-from operators.naming import check_known, nearest
+from operators.naming import check_known, suggest
 from restore.paths import configs_dir, data_dir
 
 KINDS = ("adm", "latent", "stable-diffusion", "sd3", "flux", "dit", "autoencoder")
@@ -110,7 +110,7 @@ def model(name: str, folder: Path | None = None) -> Model:
     """The entry called `name`; RestoreError with the nearest name when there is none."""
     known = models(folder)
     if name not in known:
-        raise RestoreError(f"There is no model called {name!r}; {nearest(name, known)}")
+        raise RestoreError(f"There is no model called {name!r}; {suggest(name, known)}")
     return known[name]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import filelock
 
 from operators import RestoreError
-from operators.naming import nearest
+from operators.naming import suggest
 from restore import atomic
 from restore.zoo import download, registry
 from restore.zoo.registry import Hub, Model
@@ -91,7 +91,7 @@ def locate(name_or_path: str | Path) -> Located:
         return Located(name, "stable-diffusion" if folder is None else _kind_of_folder(folder), folder, hub)
     if path.suffix in _WEIGHT_SUFFIXES or len(owner_and_name) > 1:
         raise RestoreError(f"There is no file or folder {name}.")
-    raise RestoreError(f"There is no model, file or folder called {name!r}; {nearest(name, known)}")
+    raise RestoreError(f"There is no model, file or folder called {name!r}; {suggest(name, known)}")
 
 
 def pull(

@@ -111,4 +111,7 @@ def test_the_reference_choices_in_the_file_are_those_of_the_code():
     assert reference["parameters"] == REFERENCE
     assert reference["resampling"] == resampling.REFERENCE
     assert reference["operator"] == {"adjoint": "reference"}
-    assert operators.build({"name": "super_resolution", "factor": 8, **reference["operator"]}).adjoint == "reference"
+    assert (
+        operators.build_operator({"name": "super_resolution", "factor": 8, **reference["operator"]}).adjoint
+        == "reference"
+    )

@@ -41,14 +41,14 @@ def test_a_physics_is_an_operator(physics, name):
     assert relative(operator.A(x), original.A(x)) < 1e-6
     assert relative(operator.A(x.double()).float(), original.A(x)) < 1e-5  # follows the dtype, module untouched
     assert next(original.buffers()).dtype in (torch.float32, torch.complex64, torch.int64)
-    assert operators.check(operator, x.shape) <= 1e-10
+    assert operators.check_operator(operator, x.shape) <= 1e-10
     y = operator.A(x.double())
     assert operator.image_shape(y) == tuple(x.shape) == tuple(operator.A_adjoint(y).shape)
     assert relative(operator.A(operator.A_dagger(y)), y) < 0.01
     residual = operator(x, torch.Generator().manual_seed(0)) - operator.A(x)
     assert abs(residual.std().item() - (0.05 if name == "inpainting" else 0.0)) < 0.003
     if operator.noise is None:
-        assert operators.check(operators.GaussianBlur(5, 1.0) @ operator, x.shape) <= 1e-10
+        assert operators.check_operator(operators.GaussianBlur(5, 1.0) @ operator, x.shape) <= 1e-10
 
 
 def test_the_noise_of_a_physics(physics):
@@ -86,7 +86,7 @@ def test_an_operator_is_a_physics(name):
     pytest.importorskip("deepinv")
     mapping = {"name": name, "noise": {"name": "gaussian", "sigma": 0.05}}
     mapping.update({"super_resolution": {"factor": 4}, "motion_blur": {"kernel_size": 9}}.get(name, {}))
-    operator, x = operators.build(mapping, image_size=SIZE), image()
+    operator, x = operators.build_operator(mapping, image_size=SIZE), image()
     physics = to_deepinv(operator)
     assert torch.equal(physics.A(x), operator.A(x))
     assert abs(physics.adjointness_test(x).item()) < 1e-3

@@ -36,7 +36,7 @@ def test_both_paths_of_the_gaussian_agree(size):
     assert relative(gaussian.A(x), dense.A(x)) < 1e-12
     assert relative(gaussian.A_adjoint(x), dense.A_adjoint(x)) < 1e-12
     assert relative(gaussian.A(x.float()), dense.A(x.float())) < 1e-5
-    assert operators.check(gaussian, (1, 3, *size)) <= 1e-10
+    assert operators.check_operator(gaussian, (1, 3, *size)) <= 1e-10
 
 
 def test_even_gaussian():

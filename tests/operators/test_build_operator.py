@@ -1,4 +1,4 @@
-"""operators.build, and the task files of configs/task."""
+"""operators.build_operator, and the task files of configs/task."""
 
 from pathlib import Path
 
@@ -15,10 +15,10 @@ NAMES = ["sr8", "sr4", "inpaint-box", "inpaint-random", "gaussian-blur", "motion
 @pytest.mark.parametrize("size", [64, (256, 256), (67, 90)], ids=str)
 @pytest.mark.parametrize("task", NAMES)
 def test_task_files(task, size):
-    operator = operators.build(OmegaConf.load(TASKS / f"{task}.yaml"), image_size=size)
+    operator = operators.build_operator(OmegaConf.load(TASKS / f"{task}.yaml"), image_size=size)
     height, width = (size, size) if isinstance(size, int) else size
     assert operator.noise.sigma == 0.05 and operator.image_size == (height, width)
-    assert operators.check(operator, (1, 3, height, width)) <= 1e-10
+    assert operators.check_operator(operator, (1, 3, height, width)) <= 1e-10
 
 
 def test_tasks_that_need_something_from_the_user():
@@ -29,14 +29,17 @@ def test_tasks_that_need_something_from_the_user():
     ]:
         mapping = dict(OmegaConf.load(TASKS / f"{task}.yaml"))
         with pytest.raises(operators.RestoreError, match=f"needs the option '{option}'"):
-            operators.build(mapping, image_size=32)
-        assert operators.build({**mapping, option: value}, image_size=32).noise.sigma == 0.05
+            operators.build_operator(mapping, image_size=32)
+        assert operators.build_operator({**mapping, option: value}, image_size=32).noise.sigma == 0.05
 
 
 def test_the_defaults_are_those_of_dps():
-    blur, motion = operators.build({"name": "gaussian_blur"}), operators.build({"name": "motion_blur"})
+    blur, motion = (
+        operators.build_operator({"name": "gaussian_blur"}),
+        operators.build_operator({"name": "motion_blur"}),
+    )
     assert (blur.kernel_size, blur.std, motion.kernel_size, motion.intensity) == (61, 3.0, 61, 0.5)
-    mask = operators.build(OmegaConf.load(TASKS / "inpaint-box.yaml"), image_size=256).mask
+    mask = operators.build_operator(OmegaConf.load(TASKS / "inpaint-box.yaml"), image_size=256).mask
     assert (mask == 0).sum() == 128**2
 
 
@@ -51,14 +54,14 @@ def test_build_equals_the_constructors():
         ({"name": "denoising"}, operators.Denoising()),
     ]
     for mapping, operator in pairs:
-        built = operators.build(mapping, image_size=(40, 48))
+        built = operators.build_operator(mapping, image_size=(40, 48))
         assert torch.equal(built.A(x), operator.A(x)) and built.noise is None
-        assert torch.equal(operators.build({**mapping, "image_size": [40, 48]}).A(x), operator.A(x))
+        assert torch.equal(operators.build_operator({**mapping, "image_size": [40, 48]}).A(x), operator.A(x))
 
 
 def test_noise():
     def noise(mapping):
-        return operators.build({"name": "denoising", "noise": mapping}).noise
+        return operators.build_operator({"name": "denoising", "noise": mapping}).noise
 
     assert noise({"name": "gaussian", "sigma": 0.1}).sigma == 0.1
     assert (noise({"name": "poisson", "rate": 2.0, "clip": False}).rate, noise({"name": "poisson"}).rate) == (2.0, 1.0)
@@ -70,13 +73,13 @@ def test_noise():
 def test_compose_passes_the_size_on():
     stages = [{"name": "super_resolution", "factor": 2}, {"name": "inpainting_random"}, {"name": "colorization"}]
     mapping = {"name": "compose", "operators": stages, "noise": {"name": "gaussian", "sigma": 0.05}}
-    operator = operators.build(OmegaConf.create(mapping), image_size=(33, 47))
+    operator = operators.build_operator(OmegaConf.create(mapping), image_size=(33, 47))
     y = operator(torch.rand(2, 3, 33, 47))
     assert y.shape == (2, 1, 17, 24) and operator.A_adjoint(y).shape == (2, 3, 33, 47)
     assert operator.noise.sigma == 0.05
     stages[-1]["noise"] = {"name": "poisson"}
     assert isinstance(
-        operators.build({"name": "compose", "operators": stages}, image_size=32).noise, operators.PoissonNoise
+        operators.build_operator({"name": "compose", "operators": stages}, image_size=32).noise, operators.PoissonNoise
     )
 
 
@@ -108,7 +111,7 @@ def test_mistakes():
     ]
     for mapping, message in cases:
         with pytest.raises(operators.RestoreError, match=message) as raised:
-            operators.build(mapping)
+            operators.build_operator(mapping)
         assert "\n" not in str(raised.value)
 
 
@@ -165,16 +168,16 @@ def test_a_users_operator_from_yaml(module, tmp_path):
         f"name: {module}:Mirror\ngain: 3.0\nnoise: {{name: gaussian, sigma: 0.05}}\nimage_size: [5, 6]\n"
     )
     x = torch.rand(1, 3, 5, 6)
-    operator = operators.build(OmegaConf.load(tmp_path / "mine.yaml"))
+    operator = operators.build_operator(OmegaConf.load(tmp_path / "mine.yaml"))
     assert isinstance(operator, Mirror) and operator.noise.sigma == 0.05 and operator.image_size == (5, 6)
-    assert torch.equal(operator.A(x), 3 * x.flip(3)) and operators.options(f"{module}:Mirror") == ["gain"]
-    half = operators.build(
+    assert torch.equal(operator.A(x), 3 * x.flip(3)) and operators.operator_options(f"{module}:Mirror") == ["gain"]
+    half = operators.build_operator(
         {"name": f"{module}:Half", "factor": 0.5, "noise": {"name": "gaussian", "sigma": 0.1}}, image_size=9
     )
     assert torch.equal(half.A(x), 0.5 * x) and half.noise.sigma == 0.1
-    made = operators.build({"name": f"{module}:twice", "noise": {"name": "gaussian", "sigma": 0.1}})
+    made = operators.build_operator({"name": f"{module}:twice", "noise": {"name": "gaussian", "sigma": 0.1}})
     assert torch.equal(made.A(x), 2 * x.flip(3)) and made.noise.sigma == 0.1
-    chain = operators.build(
+    chain = operators.build_operator(
         {"name": "compose", "operators": [{"name": f"{module}:Mirror"}, {"name": "denoising"}]}, image_size=(5, 6)
     )
     assert torch.equal(chain.A(x), x.flip(3))
@@ -188,7 +191,7 @@ def test_a_users_operator_from_yaml(module, tmp_path):
         ({"name": "colorization", "adjoint": "reference"}, "no colorization"),
     ]:
         with pytest.raises(operators.RestoreError, match=message):
-            operators.build(mapping)
+            operators.build_operator(mapping)
 
 
 def test_every_operator_lists_its_options():
@@ -207,6 +210,6 @@ def test_every_operator_lists_its_options():
         "phase_retrieval": ["oversample"],
         "compose": ["operators"],
     }
-    assert {name: operators.options(name) for name in operators.factory.OPERATORS} == expected
+    assert {name: operators.operator_options(name) for name in operators.factory.OPERATORS} == expected
     with pytest.raises(operators.RestoreError, match="did you mean 'blur'"):
-        operators.options("blurr")
+        operators.operator_options("blurr")

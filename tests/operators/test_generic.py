@@ -50,7 +50,7 @@ def test_rows_of_a_batch(name, rows):
     """The operator of these images does to them what the whole did, in every map; before it is asked and after."""
     operator, x = PER_IMAGE[name](), image()
     y = operator.A(x)
-    chosen = operators.rows(operator, rows)
+    chosen = operators.select_rows(operator, rows)
     index = torch.arange(3)[rows].reshape(-1)
     assert (chosen.A(x[index]) - y[index]).abs().max() < 1e-14
     assert (chosen.A_adjoint(y[index]) - operator.A_adjoint(y)[index]).abs().max() < 1e-14
@@ -78,7 +78,7 @@ def test_rows_of_what_all_images_share():
         Foreign(),
     ]
     for operator in shared:
-        assert operators.rows(operator, [0, 0, 1]) is operator
+        assert operators.select_rows(operator, [0, 0, 1]) is operator
     with pytest.raises(TypeError, match="not iterable"):
         list(operators.Denoising())
 
@@ -91,7 +91,7 @@ def test_one_kernel_per_image(border):
     expected = torch.cat([operators.Blur(each[i], border=border).A(x[i : i + 1]) for i in range(3)])
     assert (operator.A(x) - expected).abs().max() < 1e-14
     assert torch.equal(operators.Blur(each[:, None], border=border).A(x), operator.A(x))
-    assert operators.check(operator, x.shape) < 1e-14
+    assert operators.check_operator(operator, x.shape) < 1e-14
     assert (operator.A(x.float()).double() - expected).abs().max() < 1e-5
     scaled = each * torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)[:, None, None]
     assert (operators.Blur(scaled, normalize=True, border=border).A(x) - expected).abs().max() < 1e-14
@@ -107,7 +107,7 @@ def test_circular_border_is_scipys_wrap():
         operator = operators.Blur(weights, border="circular")
         expected = [scipy.ndimage.correlate(channel, weights.numpy(), mode="wrap") for channel in x[0].numpy()]
         assert np.abs(operator.A(x)[0].numpy() - np.stack(expected)).max() < 1e-14
-        assert operators.check(operator, (2, 3, 9, 8)) < 1e-14
+        assert operators.check_operator(operator, (2, 3, 9, 8)) < 1e-14
     assert operators.MotionBlur(5, border="circular").A(x).shape == x.shape
     with pytest.raises(operators.RestoreError, match="11 x 11.*9 x 8: with a circular border"):
         operators.GaussianBlur(11, 1.0, border="circular").A(x)
@@ -177,7 +177,7 @@ def test_the_reference_transpose_reaches_the_parts_of_a_composition():
         nearest = y.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)  # the blur's is the identity
         assert torch.equal(reference.A_adjoint(y), nearest)
         assert reference.adjoint == "reference" and chain.adjoint == "exact"
-        assert operators.check(chain, x.shape) < 1e-10  # the original is untouched
+        assert operators.check_operator(chain, x.shape) < 1e-10  # the original is untouched
         exact = operators.with_adjoint(reference, "exact")
         assert torch.equal(exact.A_adjoint(y), chain.A_adjoint(y)) and exact.adjoint == "exact"
         forgotten = copy.copy(chain)

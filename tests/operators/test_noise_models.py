@@ -27,7 +27,9 @@ def image(size=64, batch=4):
 def test_sigma_is_the_std_on_the_range_minus_one_to_one(name, options):
     """std(y - A x) = sigma, within 4 standard errors sigma / sqrt(2 m)."""
     sigma, x = 0.05, image(128)
-    operator = operators.build({"name": name, **options, "noise": {"name": "gaussian", "sigma": sigma}}, image_size=128)
+    operator = operators.build_operator(
+        {"name": name, **options, "noise": {"name": "gaussian", "sigma": sigma}}, image_size=128
+    )
     residual = operator(x, torch.Generator().manual_seed(1)) - operator.A(x)
     error = sigma / (2 * residual.numel()) ** 0.5
     assert abs(residual.std().item() - sigma) < 4 * error < 0.02 * sigma

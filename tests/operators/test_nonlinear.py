@@ -28,7 +28,7 @@ def test_nothing_linear_is_offered(name):
         ("prox_l2", lambda: operators.prox_l2(operator, x, y, 1.0)),
         ("regularised_inverse", lambda: operators.regularised_inverse(operator, y, 1.0)),
         ("svd", lambda: operators.svd(operator, x.shape)),
-        ("A_adjoint", lambda: operators.check(operator, x.shape)),
+        ("A_adjoint", lambda: operators.check_operator(operator, x.shape)),
     ]
     for what, ask in asked:
         with pytest.raises(
@@ -47,7 +47,7 @@ def test_shapes_and_precisions(name, dtype):
     assert ((y - operator.A(x.double())).norm() / y.double().norm()).item() < (
         1e-2 if dtype == torch.bfloat16 else 1e-6
     )
-    noisy = operators.build({"name": "clipping", "noise": {"name": "gaussian", "sigma": 0.1}})(x)
+    noisy = operators.build_operator({"name": "clipping", "noise": {"name": "gaussian", "sigma": 0.1}})(x)
     assert noisy.shape == x.shape and noisy.max() > 1  # the noise comes after the saturation
 
 
@@ -66,7 +66,7 @@ def test_clipping():
     x = torch.tensor([-1.0, -0.6, -0.2, 0.0, 0.4, 0.5, 0.9]).view(1, 1, 1, -1)
     expected = torch.tensor([-1.0, -1.0, -0.4, 0.0, 0.8, 1.0, 1.0]).view(1, 1, 1, -1)
     assert torch.allclose(operators.Clipping(2.0).A(x), expected)
-    assert operators.options("clipping") == ["gain"]
+    assert operators.operator_options("clipping") == ["gain"]
     for gain in (0.0, -1.0, float("inf"), "high"):
         with pytest.raises(operators.RestoreError, match="gain"):
             operators.Clipping(gain)

@@ -38,7 +38,7 @@ def make(name, size, **more):
     base = next(known for known in sorted(factory.OPERATORS, key=len, reverse=True) if name.startswith(known))
     if base == "inpainting_mask":
         options["mask"] = (torch.rand(size, generator=torch.Generator().manual_seed(1)) > 0.4).float()
-    return operators.build({"name": base, **options, **more}, image_size=size)
+    return operators.build_operator({"name": base, **options, **more}, image_size=size)
 
 
 def image(size, batch=3, dtype=torch.float64, seed=0):
@@ -59,8 +59,8 @@ def test_every_known_name_is_in_the_list():
 @pytest.mark.parametrize("name", OPERATORS)
 def test_adjoint_is_exact(name, size):
     operator = make(name, size)
-    assert operators.check(operator, (3, 3, *size)) <= 1e-10
-    assert operators.check(operator, (3, 3, *size), dtype=torch.float32) <= 1e-5
+    assert operators.check_operator(operator, (3, 3, *size)) <= 1e-10
+    assert operators.check_operator(operator, (3, 3, *size), dtype=torch.float32) <= 1e-5
     assert operator.image_shape(operator.A(image(size))) == (3, 3, *size)
 
 
@@ -183,7 +183,7 @@ class Flip(operators.Operator):
 def test_an_operator_that_only_has_A():
     operator = Flip(image_size=(20, 31), noise=operators.GaussianNoise(0.1))
     x = image((20, 31))
-    assert operators.check(operator, x.shape) < 1e-14
+    assert operators.check_operator(operator, x.shape) < 1e-14
     y = operator.A(x)
     assert relative(operator.A_adjoint(y), 4 * x * (operator.A_adjoint(y) != 0)) < 1e-14
     assert relative(operator.A(operator.A_dagger(y)), y) < 1e-9
@@ -197,9 +197,9 @@ def test_check_finds_a_wrong_adjoint():
         def A_adjoint(self, y):
             return 1.01 * y
 
-    assert operators.check(Wrong(), (2, 3, 16, 16)) > 1e-5
+    assert operators.check_operator(Wrong(), (2, 3, 16, 16)) > 1e-5
     blur = operators.GaussianBlur(9, 1.5, adjoint="reference")
-    assert operators.check(blur, (2, 3, 16, 16)) > 1e-4
+    assert operators.check_operator(blur, (2, 3, 16, 16)) > 1e-4
 
 
 def test_reference_transposes():
@@ -215,7 +215,10 @@ def test_reference_transposes():
     small = operators.SuperResolution(4, adjoint="reference")
     nearest = torch.nn.functional.interpolate(small.A(x), scale_factor=4, mode="nearest")
     assert torch.equal(small.A_adjoint(small.A(x)), nearest)
-    assert operators.build({"name": "blur", "kernel": torch.ones(1, 1), "adjoint": "reference"}).adjoint == "reference"
+    assert (
+        operators.build_operator({"name": "blur", "kernel": torch.ones(1, 1), "adjoint": "reference"}).adjoint
+        == "reference"
+    )
     with pytest.raises(operators.RestoreError, match="'exact' or 'reference'"):
         operators.Denoising(adjoint="transpose")
     with pytest.raises(operators.RestoreError, match="no colorization"):

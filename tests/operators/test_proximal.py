@@ -102,7 +102,7 @@ def test_single_images_equal_the_batch(name):
     z, y, gamma = image(seed=1), measurement(operator), torch.tensor([0.5, 20.0])
     x = operator.prox_l2(z, y, gamma)
     for i in range(2):
-        single = operators.rows(operator, [i]).prox_l2(z[i : i + 1], y[i : i + 1], gamma[i].item())
+        single = operators.select_rows(operator, [i]).prox_l2(z[i : i + 1], y[i : i + 1], gamma[i].item())
         assert relative(single, x[i : i + 1]) < 1e-9
 
 

@@ -48,7 +48,7 @@ def test_batch_equals_single_images(prior, images, name):
     together = run(name, prior, operator, y, **options)
     assert torch.equal(before, torch.random.get_rng_state())
     for i in range(0, 8, 3):
-        alone = run(name, prior, operators.rows(operator, [i]), y[i : i + 1], keys=keys[i : i + 1], **options)
+        alone = run(name, prior, operators.select_rows(operator, [i]), y[i : i + 1], keys=keys[i : i + 1], **options)
         assert relative(alone, together[i : i + 1]) < 1e-5
     assert relative(together[:1], together[1:2]) > 0.1
 
