@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from operators import RestoreError
-from restore.backbones.replaced import replaced
+from restore.backbones.forwards import replace_forward
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Trace:
             return run
 
         try:
-            with replaced(self.network.modules(), listen):
+            with replace_forward(self.network.modules(), listen):
                 yield
         except BaseException:
             self.calls.clear()
@@ -130,7 +130,7 @@ class Tape:
 
             return run
 
-        with replaced(self.queues, record):
+        with replace_forward(self.queues, record):
             yield
 
     @contextmanager
@@ -149,7 +149,7 @@ class Tape:
             return run
 
         try:
-            with replaced(self.queues, replay):
+            with replace_forward(self.queues, replay):
                 yield
             if self.recorded:
                 raise RuntimeError("the second pass called fewer modules than were recorded in the first")

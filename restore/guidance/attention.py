@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from operators import RestoreError
 from restore.backbones.base import AttentionLayer
-from restore.backbones.replaced import replaced
+from restore.backbones.forwards import replace_forward
 from restore.guidance.targets import AttentionRecord, Draw, Target
 
 SCOPES = ("joint", "image")
@@ -121,9 +121,9 @@ def _attending(layers: Sequence[AttentionLayer], attends: Sequence[Callable], ne
         return make
 
     with ExitStack() as stack:
-        stack.enter_context(replaced(dict.fromkeys(m for outer in around.values() for m in outer), note))
+        stack.enter_context(replace_forward(dict.fromkeys(m for outer in around.values() for m in outer), note))
         for layer, attend in zip(layers, attends, strict=True):
-            stack.enter_context(replaced([layer.module], intercept(layer, attend)))
+            stack.enter_context(replace_forward([layer.module], intercept(layer, attend)))
         yield
 
 

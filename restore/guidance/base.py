@@ -29,8 +29,8 @@ import torch
 from operators import RestoreError
 from operators.naming import lookup
 from restore.backbones.base import Backbone, Prediction
+from restore.backbones.forwards import find_compiled, run_uncompiled
 from restore.backbones.prefix import Tape, Trace
-from restore.backbones.replaced import compiled, uncompiled
 from restore.guidance import combine as combinations
 
 # Factors on the scale by u = t / T, T the noisiest time (u falls from 1 to 0 in sampling), each of mean 1 over u, so
@@ -113,7 +113,7 @@ class Estimate:
         self.backbone = backbone
         terms = guidance.terms if guidance is not None else ()
         self.branches = [(term, term.branch.bind(backbone)) for term in terms if term.scale != 0]
-        self.trace, self.compiled = Trace(backbone.network), compiled(backbone.network) if self.branches else []
+        self.trace, self.compiled = Trace(backbone.network), find_compiled(backbone.network) if self.branches else []
         share_prefix = share_prefix and getattr(backbone, "share_prefix", True)
         self.tapes = [Tape(branch.modules) if share_prefix and branch.modules else None for _, branch in self.branches]
         self.combine = _bound(guidance.combine, backbone) if self.branches else None
@@ -145,7 +145,7 @@ class Estimate:
             for scale, branch, tape in self._active(t):
                 with ExitStack() as stack:
                     if branch.modules:
-                        stack.enter_context(uncompiled(self.compiled))
+                        stack.enter_context(run_uncompiled(self.compiled))
                     if tape is not None and tape.recorded:
                         stack.enter_context(tape.replaying())
                     eps_weak = branch.eps(x_t, t, condition, strong)
@@ -170,7 +170,7 @@ class Estimate:
         watch = [branch.observing() for _, branch, _ in active if hasattr(branch, "observing")]
         with ExitStack() as stack:
             if tapes or watch:
-                stack.enter_context(uncompiled(self.compiled))
+                stack.enter_context(run_uncompiled(self.compiled))
             for context in watch:
                 stack.enter_context(context)
             if tapes and not self.trace.calls:

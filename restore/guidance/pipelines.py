@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from operators import RestoreError
 from operators.naming import suggest
 from restore.backbones.base import Prediction
-from restore.backbones.replaced import replaced
+from restore.backbones.forwards import replace_forward
 from restore.backbones.schedule import Schedule
 from restore.guidance.base import Estimate, Guidance
 from restore.guidance.branches import NullCondition
@@ -82,12 +82,12 @@ def guided(pipe: Any, guidance: Guidance | None, *, conditional: str = "auto") -
             estimate, x, t = own.estimate, latent_of(args, kwargs), timestep_of(network, args, kwargs)
             if own.last is not None and own.last[0] is x and own.last[1] == t and is_flux(network):
                 # FLUX's pass without the prompt: shifted as the one with it, so that their difference is not.
-                with replaced([network], lambda *_: inner):
+                with replace_forward([network], lambda *_: inner):
                     return _shifted(network(*args, **kwargs), own.last[2])
             call = NetworkCall(args, kwargs, conditional_rows(pipe, network, x, conditional), estimate.tapes)
             before, own.last = estimate.evaluations, None
             # The network is itself again, so that its passes are not guided in turn.
-            with replaced([network], lambda *_: inner):
+            with replace_forward([network], lambda *_: inner):
                 strong, eps = estimate(x[call.rows], t, call)
             if estimate.evaluations == before + 1:
                 return call.output
@@ -98,7 +98,7 @@ def guided(pipe: Any, guidance: Guidance | None, *, conditional: str = "auto") -
 
         return forward
 
-    with replaced([network], guide, everywhere=True):
+    with replace_forward([network], guide, everywhere=True):
         yield pipe
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from operators import RestoreError
 from restore.backbones.base import AttentionLayer, Backbone, Prediction
-from restore.backbones.replaced import replaced
+from restore.backbones.forwards import replace_forward
 from restore.guidance.base import Guidance, Term
 from restore.guidance.layers import choose, require_ran
 from restore.guidance.options import frozen
@@ -90,7 +90,7 @@ class ShuffledPass:
 
             return run
 
-        with replaced(self.modules, make):
+        with replace_forward(self.modules, make):
             yield ran
 
 

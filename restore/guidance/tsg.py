@@ -11,7 +11,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
 from operators import RestoreError
 from restore.backbones.base import Backbone, Prediction
-from restore.backbones.replaced import replaced
+from restore.backbones.forwards import replace_forward
 from restore.guidance.base import Guidance, Term
 from restore.guidance.targets import seeded_draw
 
@@ -92,6 +92,6 @@ class PerturbedTimePass:
             return lambda times, *others: forward((times + o.shift).clamp(low, high), *others)
 
         with ExitStack() as stack:
-            stack.enter_context(replaced(self.embeddings, disturb))
-            stack.enter_context(replaced(self.projections, shift))
+            stack.enter_context(replace_forward(self.embeddings, disturb))
+            stack.enter_context(replace_forward(self.projections, shift))
             return self.backbone.predict(x_t, t, condition).eps

@@ -12,7 +12,7 @@ from diffusers import UNet2DModel
 
 from operators import RestoreError
 from restore.backbones.adm import ADM
-from restore.backbones.replaced import compiled, replaced
+from restore.backbones.forwards import find_compiled, replace_forward
 from restore.guidance import PAG, Guidance, Term, estimator
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -98,7 +98,7 @@ def test_a_replacement_is_seen_by_its_thread_alone():
 
     def other():
         seen.append(float(network(torch.zeros(()))))
-        with replaced([network[0]], add(10.0)):
+        with replace_forward([network[0]], add(10.0)):
             seen.append(float(network(torch.zeros(()))))
             inside.set()
             left.wait(timeout=60)
@@ -106,7 +106,7 @@ def test_a_replacement_is_seen_by_its_thread_alone():
 
     inside, left = threading.Event(), threading.Event()
     thread = threading.Thread(target=other)
-    with replaced([network[0]], add(1.0)), replaced([network[0]], add(2.0)):
+    with replace_forward([network[0]], add(1.0)), replace_forward([network[0]], add(2.0)):
         thread.start()
         inside.wait(timeout=60)
         assert float(network(torch.zeros(()))) == 3.0
@@ -118,11 +118,11 @@ def test_a_replacement_is_seen_by_its_thread_alone():
 
 def test_everywhere_means_threads_without_their_own():
     network, seen = torch.nn.Sequential(torch.nn.Identity()), []
-    with replaced([network[0]], lambda m, forward: lambda x: forward(x) + 1, everywhere=True):
+    with replace_forward([network[0]], lambda m, forward: lambda x: forward(x) + 1, everywhere=True):
         thread = threading.Thread(target=lambda: seen.append(float(network(torch.zeros(())))))
         thread.start()
         thread.join()
-        with replaced([network[0]], lambda m, forward: lambda x: forward(x) + 10):
+        with replace_forward([network[0]], lambda m, forward: lambda x: forward(x) + 10):
             seen.append(float(network(torch.zeros(()))))
     assert seen == [1.0, 11.0] and "forward" not in network[0].__dict__
 
@@ -188,11 +188,11 @@ def test_a_weak_pass_that_misses_its_layer_is_an_error():
 
 def test_what_counts_as_compiled():
     network = tiny()
-    assert compiled(network) == []
+    assert find_compiled(network) == []
     network.mid_block.compile(backend="eager")
-    assert compiled(network) == [network.mid_block]
+    assert find_compiled(network) == [network.mid_block]
     wrapper = torch.compile(network, backend="eager")
-    assert compiled(wrapper) == [wrapper, network.mid_block]
+    assert find_compiled(wrapper) == [wrapper, network.mid_block]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
