@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from operators import RestoreError
-from restore import atomic
+from restore import disk
 from restore.bench.run import bench
 from restore.paths import configs_dir, data_dir
 from restore.training import load_config, train
@@ -21,8 +21,8 @@ FACE = data_dir() / "photos" / "astronaut-face-64.png"
 
 
 @pytest.fixture
-def disk(tmp_path):
-    """disk(kilobytes, inodes) -> an empty folder on a file system of its own with that much room."""
+def small_disk(tmp_path):
+    """small_disk(kilobytes, inodes) -> an empty folder on a file system of its own with that much room."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = []
@@ -77,29 +77,29 @@ def test_a_file_that_does_not_fit_is_one_sentence_and_leaves_nothing(tmp_path, w
 
     def attempt():
         if write == "bytes":
-            atomic.write_bytes(tmp_path / "a", bytes(20000))
+            disk.write_bytes(tmp_path / "a", bytes(20000))
         elif write == "safetensors":
-            atomic.write_safetensors(tmp_path / "a", tensors)
+            disk.write_safetensors(tmp_path / "a", tensors)
         else:
-            with atomic.writing(tmp_path / "a") as file:
+            with disk.open_atomic(tmp_path / "a") as file:
                 torch.save(tensors, file)
 
     attempt()
     whole = (tmp_path / "a").read_bytes()
-    with files_of_at_most(10000), pytest.raises(RestoreError, match="Cannot write .*a: file too large; nothing was"):
+    with files_of_at_most(10000), pytest.raises(RestoreError, match="cannot write .*a: file too large; nothing was"):
         attempt()
     assert names(tmp_path) == ["a"] and (tmp_path / "a").read_bytes() == whole
 
 
 @pytest.mark.parametrize("kilobytes", [4, 12, 20, 28])
-def test_restoring(disk, restore, kilobytes):
-    folder = disk(kilobytes) / "out"
+def test_restoring(small_disk, restore, kilobytes):
+    folder = small_disk(kilobytes) / "out"
     rc, said = restore("run", FACE, "--task", "denoise", "--steps", 1, "--samples", 2, "-q", "-o", folder)
     assert rc == 2 and len(said) == 1 and "the disk is full" in said[0] and names(folder) == []
 
 
-def test_generating(disk, restore):
-    folder = disk(20) / "out"
+def test_generating(small_disk, restore):
+    folder = small_disk(20) / "out"
     rc, said = restore("generate", "-n", 3, "--steps", 2, "-o", folder)
     assert rc == 2 and len(said) == 1 and "the disk is full" in said[0]
     assert names(folder) == ["sample-0000.json", "sample-0000.png"]
@@ -113,8 +113,8 @@ def config(tmp_path, tiny_run, write_images, smooth_images):
 
 
 @pytest.mark.parametrize("kilobytes, inodes", [(8, 0), (16, 0), (28, 0), (44, 0), (400, 4), (400, 9), (400, 14)])
-def test_benchmarks_go_on_when_there_is_room_again(disk, config, tmp_path, kilobytes, inodes):
-    folder = disk(kilobytes, inodes) / "run"
+def test_benchmarks_go_on_when_there_is_room_again(small_disk, config, tmp_path, kilobytes, inodes):
+    folder = small_disk(kilobytes, inodes) / "run"
     with pytest.raises(RestoreError, match="the disk is full"):
         bench(config, [f"out={folder}"])
     assert not [name for name in names(folder) if name.endswith(".tmp")]
@@ -148,9 +148,9 @@ def training(tmp_path_factory, write_images, smooth_images):
 
 
 @pytest.mark.parametrize("kilobytes, inodes", [(8, 2), (500, 0), (6000, 0), (9000, 5)])
-def test_training_goes_on_when_there_is_room_again(disk, tmp_path, training, kilobytes, inodes):
+def test_training_goes_on_when_there_is_room_again(small_disk, tmp_path, training, kilobytes, inodes):
     run, whole = training
-    folder = disk(kilobytes, inodes) / "out"
+    folder = small_disk(kilobytes, inodes) / "out"
     with pytest.raises(RestoreError, match="the disk is full"):
         run(folder)
     assert not [name for name in names(folder) if name.endswith(".tmp")]

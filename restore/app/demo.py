@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from operators import RestoreError
-from restore import atomic
-from restore.app import files, run, tasks
+from restore import disk
+from restore.app import files, tasks
 from restore.bench.baselines import baseline
 from restore.guidance import PAG, Guidance
 from restore.images import grids, io
@@ -22,6 +22,7 @@ from restore.metrics.single import LPIPS, psnr, ssim
 from restore.paths import data_dir
 from restore.restorer import Restorer, load
 from restore.samplers.noise import measurement_generator
+from restore.versions import get_version
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,8 @@ def run_demo(
     note += "residual / noise is near 1 when a result explains its measurement."
     note += f" LPIPS (alex) of faces enlarged to {LPIPS_SIDE}." if lpips is not None else ""
     lines += ["", *notes, note]
-    atomic.write_bytes(out / "table.md", ("\n".join(lines) + "\n").encode())
-    atomic.write_json(out / "demo.json", {"version": run.version(), "runs": records, "table": table})
+    disk.write_bytes(out / "table.md", ("\n".join(lines) + "\n").encode())
+    disk.write_json(out / "demo.json", {"version": get_version(), "runs": records, "table": table})
     where = [f"{out / part.picture}  the pictures" for part in PARTS] + [f"{out / 'table.md'}  the numbers"]
     return "\n".join([*lines, "", f"Done in {time.perf_counter() - started:.0f} s:", *where])
 

@@ -6,7 +6,6 @@ A file counts as this program's when the side-car beside it names it; any other 
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from operators import RestoreError
-from restore import atomic
+from restore import disk
 from restore.images import io
 
 _WRITABLE = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm", ".pgm")
@@ -144,7 +143,7 @@ def check_outputs(photos: Sequence[Photo], written: Iterable[Sequence[Path]], ov
 
 def read_sidecar(path: Path) -> dict[str, Any] | None:
     """The content of a side-car that this program wrote; None where there is none, or another file."""
-    content = atomic.read_json(path)
+    content = disk.read_json(path)
     return content if isinstance(content, dict) and isinstance(content.get("files"), list) else None
 
 
@@ -180,14 +179,6 @@ def differences(expected: Any, found: Any, name: str = "") -> list[str]:
     if expected == found:
         return []
     return ["of another photo" if name == "sha256" else f"{name}: {_short(found)}, now {_short(expected)}"]
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content. Raises RestoreError when it cannot be read."""
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise RestoreError(f"Cannot read {path}: {atomic.reason(error)}.") from error
 
 
 def _short(value: Any) -> str:
@@ -282,6 +273,6 @@ def writable_folder(folder: Path) -> None:
     """Create `folder` and write to it once, so that hours of work do not end at a closed door.
 
     Raises RestoreError with the reason when that fails."""
-    trial = atomic.make_folder(folder) / ".restore-write-test"
-    atomic.write_bytes(trial, b"")
+    trial = disk.make_folder(folder) / ".restore-write-test"
+    disk.write_bytes(trial, b"")
     trial.unlink(missing_ok=True)

@@ -16,9 +16,9 @@ from operators import RestoreError
 
 def print_version(asked: bool) -> None:
     if asked:
-        from restore.app.run import version
+        from restore.versions import get_version
 
-        typer.echo(f"restore {version()}")
+        typer.echo(f"restore {get_version()}")
         raise typer.Exit()
 
 

@@ -167,7 +167,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file with everything.")] = None,
 ) -> None:
     """Compare a folder of results, from whatever program, with the truth."""
-    from restore import atomic
+    from restore import disk
     from restore.metrics.evaluate import evaluate as compare
     from restore.metrics.weights import weight_files
     from restore.restorer import choose_device
@@ -185,7 +185,7 @@ def evaluate(
         allow_incomplete=allow_incomplete,
     )
     if out is not None:
-        atomic.write_json(out, done.to_dict())
+        disk.write_json(out, done.to_dict())
     typer.echo(f"{len(done.per_image)} of {done.expected} images compared")
     for name, estimate in done.means.items():
         typer.echo(f"{name} {estimate.mean:.4f}  [{estimate.low:.4f}, {estimate.high:.4f}]")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ import torch
 
 import operators
 from operators import RestoreError
-from restore import atomic
+from restore import disk
 from restore import guidance as guidances
 from restore.app import files
 from restore.app.files import DEGRADED, MEAN, SIGNALS, SPREAD, TRAJECTORY, Photo
@@ -29,6 +28,7 @@ from restore.images.resampling import Resampled
 from restore.images.tint import one_hue, tinted
 from restore.metrics.single import psnr, ssim
 from restore.restoration import explain_out_of_memory
+from restore.versions import get_version
 
 # Of a Restorer's protocol: what makes a result another one. The rest (threads, batch size, ...) concerns rounding.
 _DECISIVE = ("backbone", "weights", "precision", "operator", "noise", "method")
@@ -150,7 +150,7 @@ def restore_files(
                 "resampled": None if resampled is None else dataclasses.asdict(resampled),
                 "trajectory": save_trajectory,
             }
-            expected = {"sha256": files.sha256(photo.source), "settings": settings}
+            expected = {"sha256": disk.hash_file(photo.source), "settings": settings}
             if not overwrite and files.finished(photo, expected):
                 yield Outcome(photo, skipped=True)
                 continue
@@ -200,7 +200,7 @@ def restore_files(
         if trajectory is not None and not trajectory.guided:
             written.remove(photo.beside(SIGNALS, ".png").name)
         sidecar = {
-            "version": version(),
+            "version": get_version(),
             "finished": False,
             "input": photo.source.name,
             "files": written,
@@ -210,10 +210,10 @@ def restore_files(
         }
         with photo.whole(samples, degrade, save_trajectory):
             # The side-car comes first: what a kill leaves is known as this program's and made again.
-            atomic.write_json(photo.sidecar, sidecar)
+            disk.write_json(photo.sidecar, sidecar)
             _write_pictures(photo, record, result, y, degrade, trajectory)
             numbers["seconds"] = time.perf_counter() - started
-            atomic.write_json(photo.sidecar, sidecar | {"finished": True, "protocol": result.protocol, **numbers})
+            disk.write_json(photo.sidecar, sidecar | {"finished": True, "protocol": result.protocol, **numbers})
         yield Outcome(photo, numbers=numbers)
 
 
@@ -279,13 +279,5 @@ def degrade_files(photos: Iterable[Photo], task: Task, *, seed: int = 0, overwri
             yield Outcome(photo, error=str(error))
             continue
         if not there:
-            atomic.write_bytes(photo.target, content)
+            disk.write_bytes(photo.target, content)
         yield Outcome(photo)
-
-
-def version() -> str:
-    """Version of the installed package, or "checkout" when it runs uninstalled."""
-    try:
-        return importlib.metadata.version("restore")
-    except importlib.metadata.PackageNotFoundError:
-        return "checkout"

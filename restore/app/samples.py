@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from operators import RestoreError
-from restore import atomic
+from restore import disk
 from restore import guidance as guidances
 from restore.app import files
 from restore.app.files import SIDECAR, Photo
-from restore.app.run import version
 from restore.guidance import CFG, PAG, Guidance
 from restore.images import io
+from restore.versions import get_version
 
 
 def generate_files(
@@ -61,12 +61,12 @@ def generate_files(
             callback=callback,
         )
         for i, image in enumerate(images, first):
-            sidecar = {"version": version(), "files": [paths[i].name, paths[i].with_suffix(SIDECAR).name]}
+            sidecar = {"version": get_version(), "files": [paths[i].name, paths[i].with_suffix(SIDECAR).name]}
             sidecar |= {"backbone": restorer.name, "steps": steps, "ddim_eta": ddim_eta, "seed": seed, "index": i}
             sidecar |= {"guidance": guidances.describe(guidance), "label": None if labels is None else labels[i]}
             sidecar |= {"prompt": prompt, "negative_prompt": negative_prompt}
             with places[i].whole():
-                atomic.write_json(places[i].sidecar, sidecar)
+                disk.write_json(places[i].sidecar, sidecar)
                 io.write_image(paths[i], image)
             yield paths[i]
 

@@ -15,7 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 import operators
 from operators import RestoreError, validate
 from operators.naming import suggest
-from restore.app.files import Photo, sha256
+from restore.app.files import Photo
+from restore.disk import hash_file
 from restore.images import io, masks
 from restore.images.estimate import noise_level
 from restore.images.masks import Mask
@@ -184,7 +185,7 @@ def _is_yaml(task: str) -> bool:
 
 def _described(value: Any) -> Any:
     if isinstance(value, Mask):
-        described = {"file": value.path.name, "sha256": sha256(value.path)}
+        described = {"file": value.path.name, "sha256": hash_file(value.path)}
         more = {"invert": value.invert or None, "threshold": value.threshold, "sensitivity": value.sensitivity}
         return described | {key: option for key, option in more.items() if option is not None}
     if isinstance(value, torch.Tensor):

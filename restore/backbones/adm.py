@@ -13,7 +13,7 @@ from torch import nn
 
 from operators import RestoreError
 from operators.naming import check_known
-from restore import atomic
+from restore import disk
 from restore.backbones import adm_weights
 from restore.backbones.base import PREDICTION_TYPES, AttentionLayer, Pixels, Prediction, require_shape
 from restore.backbones.checkpointing import set_checkpointing
@@ -182,7 +182,7 @@ class ADM(Pixels):
         With heads or a timestep embedding that UNet2DModel's own config cannot express (restore.json holds them)
         the folder is for `ADM.load`, not for `UNet2DModel.from_pretrained`.
         """
-        folder = atomic.make_folder(folder)
+        folder = disk.make_folder(folder)
         heads = {layer.channels: layer.heads for layer in self.attention.values()}
         extra = {
             "time_channels": self.network.time_embedding.linear_1.in_features,
@@ -195,9 +195,9 @@ class ADM(Pixels):
         config = json.loads(self.network.to_json_string())
         weights = {k: v.detach().cpu().to(as_dtype(dtype)).contiguous() for k, v in self.network.state_dict().items()}
         # Weights last: a folder whose writing was cut short has none under the final name.
-        atomic.write_json(folder / CONFIG, config)
-        atomic.write_json(folder / EXTRA, extra)
-        atomic.write_safetensors(folder / WEIGHTS, weights, {"format": "pt"})
+        disk.write_json(folder / CONFIG, config)
+        disk.write_json(folder / EXTRA, extra)
+        disk.write_safetensors(folder / WEIGHTS, weights, {"format": "pt"})
 
 
 def class_labels(condition: torch.Tensor | int, batch: int, classes: int) -> torch.Tensor:

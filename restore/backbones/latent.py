@@ -15,7 +15,7 @@ from diffusers import UNet2DModel
 from torch import nn
 
 from operators import RestoreError
-from restore import atomic
+from restore import disk
 from restore.backbones import ldm_weights
 from restore.backbones.adm import ADM, SCHEDULER, SCHEDULES, WEIGHTS, load_network
 from restore.backbones.autoencoder import Latents, load_vae, vae_precision
@@ -108,10 +108,10 @@ class LatentDiffusion(Latents, ADM):
         )
         scheduler = {"_class_name": "DDIMScheduler", "clip_sample": False, **given}
         scheduler |= {"prediction_type": self.prediction_type}
-        atomic.write_json(atomic.make_folder(folder / "scheduler") / SCHEDULER, scheduler)
+        disk.write_json(disk.make_folder(folder / "scheduler") / SCHEDULER, scheduler)
         names = {PARTS[0]: type(self.vae).__name__, "unet": "UNet2DModel", "scheduler": scheduler["_class_name"]}
         index = {"_class_name": "LDMPipeline", **{part: ["diffusers", name] for part, name in names.items()}}
-        atomic.write_json(folder / INDEX, index)
+        disk.write_json(folder / INDEX, index)
 
 
 def read_folder(folder: Path) -> tuple[UNet2DModel, nn.Module, dict]:
@@ -136,8 +136,8 @@ def read_folder(folder: Path) -> tuple[UNet2DModel, nn.Module, dict]:
 
 def save_autoencoder(vae: nn.Module, folder: str | Path, dtype: torch.dtype | str | None = None) -> None:
     """A diffusers folder of the autoencoder alone, weights in fp32 or `dtype`."""
-    folder = atomic.make_folder(folder)
-    atomic.write_json(folder / "config.json", json.loads(vae.to_json_string()))
+    folder = disk.make_folder(folder)
+    disk.write_json(folder / "config.json", json.loads(vae.to_json_string()))
     state = vae.state_dict().items()
     weights = {name: tensor.detach().cpu().to(as_dtype(dtype)).contiguous() for name, tensor in state}
-    atomic.write_safetensors(folder / WEIGHTS, weights, {"format": "pt"})
+    disk.write_safetensors(folder / WEIGHTS, weights, {"format": "pt"})

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from operators import RestoreError
-from restore import atomic
+from restore import disk
 from restore.bench import datasets
 from restore.bench.config import pairs
 from restore.images.folder import file_name
@@ -41,7 +41,7 @@ class Batch:
 
 def read_row(path: Path) -> dict[str, Any] | None:
     """A finished image's row; None where it, or its picture, is not there or cannot be read: it is computed again."""
-    row = atomic.read_json(path)
+    row = disk.read_json(path)
     whole = isinstance(row, dict) and "sha256" in row and "image" in row
     return row if whole and (path.parent.parent / f"{path.stem}.png").exists() else None
 

@@ -16,6 +16,7 @@ import torch
 
 from operators import RestoreError
 from operators.naming import check_known
+from restore.disk import hash_file
 from restore.images import io
 from restore.images.folder import IMAGE_SUFFIXES, centre_crop, list_images, read_rgb
 from restore.images.resampling import stretched
@@ -193,7 +194,7 @@ def load_dataset(
             corrupt.append(chosen[key].name)
             continue
         shapes.append((size, size) if size else (int(shape[0]), int(shape[1])))
-        digest.update(key.encode() + b"\0" + hashlib.sha256(chosen[key].read_bytes()).digest())
+        digest.update(key.encode() + b"\0" + bytes.fromhex(hash_file(chosen[key])))
     if corrupt:
         some = ", ".join(corrupt[:5]) + (" ..." if len(corrupt) > 5 else "")
         raise RestoreError(

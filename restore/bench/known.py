@@ -20,7 +20,7 @@ import torch
 
 import operators
 from operators import RestoreError
-from restore import atomic, samplers
+from restore import disk, samplers
 from restore.backbones.base import Pixels, Prediction
 from restore.backbones.schedule import Schedule
 from restore.samplers.noise import derive_seed
@@ -302,7 +302,7 @@ def main(page: str | None = None) -> None:
         text, mark, _ = Path(page).read_text().partition("## Tables\n")
         if not mark:
             raise RestoreError(f"{page} has no line '## Tables'")
-        atomic.write_bytes(Path(page), "\n".join([text + mark.rstrip("\n"), *lines, ""]).encode())
+        disk.write_bytes(Path(page), "\n".join([text + mark.rstrip("\n"), *lines, ""]).encode())
 
 
 if __name__ == "__main__":

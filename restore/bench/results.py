@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from operators import RestoreError
-from restore import atomic
+from restore import disk
 from restore.bench import datasets
 from restore.bench.baselines import BASELINES
 from restore.bench.batches import image_ids, read_row
 from restore.bench.config import method_of, pairs, settings
 from restore.images import io
-from restore.images.folder import content_hash, file_name, list_images, read_rgb
+from restore.images.folder import file_name, list_images, read_rgb
 from restore.metrics import evaluate, sets, table
 from restore.metrics.statistics import bootstrap
 
@@ -52,7 +52,7 @@ def check_metrics(config: Mapping[str, Any], count: int) -> dict[str, Any]:
             if wanted[key] and binary:
                 files = _files(wanted[key])
                 sets.refuse_few(len(files), key, options.allow_small)
-                entry[key] = {"count": len(files), "sha256": content_hash(files)}
+                entry[key] = {"count": len(files), "sha256": disk.hash_files(files)}
     return entry
 
 
@@ -79,7 +79,7 @@ def read_rows(run: Path, task: str, method: str, ids: Sequence[str]) -> tuple[li
 
 def kept_metrics(run: Path, task: str, method: str) -> dict[str, Any]:
     """What `summarise` kept of a cell, `paired` and `set_values` of the images with hash `key`; empty where nothing."""
-    found = atomic.read_json(run / "metrics" / task / f"{method}.json")
+    found = disk.read_json(run / "metrics" / task / f"{method}.json")
     return found if isinstance(found, dict) else {}
 
 
@@ -93,7 +93,7 @@ def measured_rows(run: Path, task: str, method: str, ids: Sequence[str]) -> list
 def read_cost(run: Path, task: str, method: str) -> dict[str, Any]:
     """Totals over the batches: seconds per image, network evaluations per sample and second, peak memory."""
     files = sorted((run / "cost" / task / method).glob("*.json"))
-    costs = [cost for path in files if isinstance(cost := atomic.read_json(path), dict)]
+    costs = [cost for path in files if isinstance(cost := disk.read_json(path), dict)]
     if not costs:
         return {}
     images, seconds = sum(c["images"] for c in costs), sum(c["seconds"] for c in costs)
@@ -149,7 +149,7 @@ def summarise(
                 if functions is None:
                     functions = table.paired_functions(later, metric_options(config), device)
                 found = _from_files(run, config, task, method, rows, not missing, functions, device) | {"key": key}
-                atomic.write_json(atomic.make_folder(run / "metrics" / task) / f"{method}.json", found)
+                disk.write_json(disk.make_folder(run / "metrics" / task) / f"{method}.json", found)
         for row in rows:
             row.update(found.get("paired", {}).get(row["image"], {}))
         cell["means"] = _means(rows, rows_of)
@@ -157,7 +157,7 @@ def summarise(
         cells.setdefault(task, {})[method] = cell
     own = {name: [r.label, r.better, r.digits, r.meaning] for name, r in rows_of.items() if ":" in name}
     result = {"table": cells, "metrics": config["metrics"]["names"], "shown": own}
-    atomic.write_json(run / "metrics.json", result)
+    disk.write_json(run / "metrics.json", result)
     return result
 
 

@@ -14,15 +14,14 @@ from typing import Any
 import yaml
 
 from operators import RestoreError
-from restore import atomic
+from restore import disk
 from restore.bench import cluster, datasets, results
 from restore.bench.baselines import BASELINES
 from restore.bench.batches import Batch, expand, image_ids, load_images, read_row
 from restore.bench.config import load_config, pairs, result_part, settings
 from restore.bench.protocol import differences, format_differences
-from restore.metrics.weights import sha256
 from restore.restoration import choose_device
-from restore.versions import versions
+from restore.versions import collect_versions
 
 FORMAT = 2
 LEFTOVER = ".*.tmp"  # what a killed process was writing
@@ -159,7 +158,7 @@ def _claim(folder: Path, config: Mapping[str, Any], images: datasets.ImageSet | 
     """Make the run's folder, or make sure that it holds the same run. Raises RestoreError otherwise."""
     identity = {"config": result_part(config), "images": images.digest if images is not None else None}
     identity["backbone"] = backbone_identity(config)
-    identity["prompts"] = {k: sha256(t["prompts"]) for k, t in config["tasks"].items() if t["prompts"]}
+    identity["prompts"] = {k: disk.hash_file(t["prompts"]) for k, t in config["tasks"].items() if t["prompts"]}
     # Through JSON, so that what is compared is what will be read back.
     identity = json.loads(json.dumps(identity, default=str))
     manifest = folder / "run.json"
@@ -175,7 +174,7 @@ def _claim(folder: Path, config: Mapping[str, Any], images: datasets.ImageSet | 
     elif folder.exists() and any(not path.match(LEFTOVER) for path in folder.iterdir()):
         raise RestoreError(f"{folder} is not empty and holds no benchmark; give another out=FOLDER")
     else:
-        atomic.make_folder(folder)
+        disk.make_folder(folder)
         created = time.strftime("%Y-%m-%d %H:%M:%S %z")
     protocol = {
         "images": images.describe() if images is not None else None,
@@ -189,11 +188,11 @@ def _claim(folder: Path, config: Mapping[str, Any], images: datasets.ImageSet | 
         "precision": config["precision"],
         "device": choose_device(config["device"]).type,
         "output": "8-bit PNG, clamped and rounded; nothing of the ground truth is pasted in; sample 0 is the result",
-        "versions": versions(),
+        "versions": collect_versions(),
     }
     content = {"format": FORMAT, "created": created, "identity": identity, "protocol": protocol, "config": config}
-    atomic.write_json(manifest, json.loads(json.dumps(content, default=str)))
-    atomic.write_bytes(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False).encode())
+    disk.write_json(manifest, json.loads(json.dumps(content, default=str)))
+    disk.write_bytes(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False).encode())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -201,7 +200,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = Path(folder) / "run.json"
     if not path.is_file():
         raise RestoreError(f"{folder} holds no benchmark (run.json is missing); give the folder of a run")
-    found = atomic.read_json(path)
+    found = disk.read_json(path)
     if not isinstance(found, dict):
         raise RestoreError(f"{path} is damaged; start the run again in another folder")
     if found.get("format") != FORMAT:
@@ -231,7 +230,7 @@ def backbone_identity(config: Mapping[str, Any]) -> dict[str, Any]:
             path = zoo.pull(name, offline=config["offline"])
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin"))
         result[name] = {
-            file.name if path.is_file() else file.relative_to(path).as_posix(): sha256(file) for file in files
+            file.name if path.is_file() else file.relative_to(path).as_posix(): disk.hash_file(file) for file in files
         }
     return result
 

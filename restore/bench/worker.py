@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from restore import atomic
+from restore import disk
 from restore.bench import datasets, sampling
 from restore.bench.baselines import BASELINES
 from restore.bench.batches import Batch, read_prompts
@@ -91,8 +91,8 @@ class Worker:
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
         }
         cost |= {"protocol": {key: made.protocol[key] for key in MEASURED_WITH if key in made.protocol}}
-        folder = atomic.make_folder(self.run_folder / "cost" / batch.task / batch.method)
-        atomic.write_json(folder / f"{batch.index:06d}.json", cost)
+        folder = disk.make_folder(self.run_folder / "cost" / batch.task / batch.method)
+        disk.write_json(folder / f"{batch.index:06d}.json", cost)
         return cost
 
     def _model(self, name: str) -> Any:
@@ -141,7 +141,7 @@ class Worker:
         """Pictures first, the row last: an image counts as done when its row is there."""
         folder = batch.results(self.run_folder)
         for name in ("rows", "samples", "spread"):
-            atomic.make_folder(folder / name)
+            disk.make_folder(folder / name)
         pixels = io.to_uint8(made.samples.flatten(0, 1)).reshape(*made.samples.shape[:2], *made.samples.shape[-2:], 3)
         several = made.samples.shape[1] > 1
         spreads = single.spread(made.samples) if several else None
@@ -163,19 +163,19 @@ class Worker:
                     inside = single.coverage(made.samples[b : b + 1], self.images.tensor(self.index[image_id])[None])
                     row["coverage"] = float(inside[0])
                 for k in range(1, pixels.shape[1]):
-                    atomic.write_bytes(folder / "samples" / f"{name}-{k}.png", png(pixels[b, k]))
+                    disk.write_bytes(folder / "samples" / f"{name}-{k}.png", png(pixels[b, k]))
                 deviation = made.samples[b].float().std(dim=0).mean(dim=0)
                 grey = (deviation / SPREAD_WHITE * 255).clamp(0, 255).round().byte().numpy()
-                atomic.write_bytes(folder / "spread" / f"{name}.png", png(grey))
+                disk.write_bytes(folder / "spread" / f"{name}.png", png(grey))
             content = png(pixels[b, 0])
             row["sha256"] = hashlib.sha256(content).hexdigest()
-            atomic.write_bytes(folder / f"{name}.png", content)
-            atomic.write_json(folder / "rows" / f"{name}.json", row)
+            disk.write_bytes(folder / f"{name}.png", content)
+            disk.write_json(folder / "rows" / f"{name}.json", row)
 
     def _once(self, path: Path, pixels: np.ndarray) -> None:
         """Written by whichever worker comes first; all would write the same bytes."""
         if not path.exists():
-            atomic.write_bytes(atomic.make_folder(path.parent) / path.name, png(pixels))
+            disk.write_bytes(disk.make_folder(path.parent) / path.name, png(pixels))
 
 
 def png(pixels: np.ndarray) -> bytes:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from kornia.color import rgb_to_grayscale
 
 from operators import RestoreError
-from restore import atomic
+from restore import disk
 from restore.images import sixteen
 
 try:  # phones' HEIC files, where it is installed
@@ -120,8 +120,8 @@ def read_image(path: str | Path) -> ImageRecord:
 
 
 def write_image(path: str | Path, image: torch.Tensor, like: ImageRecord | None = None, colour: bool = False) -> None:
-    """Write what `encoded` makes of this, atomically (see `atomic.writing`). RestoreError also for a full disk."""
-    atomic.write_bytes(path, encoded(path, image, like, colour))
+    """Write what `encoded` makes of this, atomically (see `disk.open_atomic`). RestoreError also for a full disk."""
+    disk.write_bytes(path, encoded(path, image, like, colour))
 
 
 def encoded(path: str | Path, image: torch.Tensor, like: ImageRecord | None = None, colour: bool = False) -> bytes:

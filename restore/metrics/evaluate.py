@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from operators import RestoreError
-from restore.images.folder import content_hash, image_size, list_images, read_rgb
+from restore import disk
+from restore.images.folder import image_size, list_images, read_rgb
 from restore.metrics import sets, table
 from restore.metrics.statistics import Estimate, bootstrap
-from restore.versions import versions
+from restore.versions import collect_versions
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def evaluate(
     of_sets = table.rows(metrics, "set")
     found, ignored = list_images(results)
     truth, ignored_truth = list_images(reference)
-    protocol: dict[str, Any] = {"versions": versions(), "metrics": table.check(rows, options)}
+    protocol: dict[str, Any] = {"versions": collect_versions(), "metrics": table.check(rows, options)}
     functions = table.paired_functions(rows, options, device)
 
     notes = [f"{len(names)} files are no images and were left out: {', '.join(names[:5])}"
@@ -111,7 +112,7 @@ def evaluate(
                 " name them alike, or ask for metrics of sets only"
             )
     compared = compare([(key, found[key], truth[key]) for key in common], functions, batch_size, progress)
-    protocol["reference"] = {"count": len(truth), "sha256": content_hash(list(truth.values()))}
+    protocol["reference"] = {"count": len(truth), "sha256": disk.hash_files(list(truth.values()))}
 
     complete = not missing and not mismatched
     means = {}
@@ -125,7 +126,7 @@ def evaluate(
         full = None
         if full_reference is not None:
             full = list(list_images(full_reference)[0].values())
-            protocol["full_reference"] = {"count": len(full), "sha256": content_hash(full)}
+            protocol["full_reference"] = {"count": len(full), "sha256": disk.hash_files(full)}
         where = {"device": device, "batch_size": batch_size, "cache": Path(cache) if cache else sets.default_cache()}
         set_values = against_both(ours, list(truth.values()), full, of_sets, options, **where)
         if min(len(ours), len(truth)) < sets.MINIMUM_IMAGES:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from operators import RestoreError
-from restore import atomic, zoo
-from restore.images.folder import content_hash, read_rgb
-from restore.metrics.weights import find_weights, read_state, sha256
+from restore import disk, zoo
+from restore.images.folder import read_rgb
+from restore.metrics.weights import find_weights, hash_weights, read_state
 
 MINIMUM_IMAGES = 1000
 KID_SUBSET = 1000
@@ -86,7 +86,7 @@ def extract(
     path, layers = find_weights(network, weights), sorted(set(layers))
     kept = None
     if cache is not None:
-        key = [content_hash(paths), sha256(path), network, version("torch-fidelity"), *layers]
+        key = [disk.hash_files(paths), hash_weights(path), network, version("torch-fidelity"), *layers]
         kept = Path(cache) / (hashlib.sha256("\n".join(key).encode()).hexdigest() + ".safetensors")
         if kept.exists():
             return safetensors.torch.load_file(kept)
@@ -110,7 +110,7 @@ def extract(
                     collected[name].append(features.float().cpu())
     result = {name: torch.cat(features).contiguous() for name, features in collected.items()}
     if kept is not None:
-        atomic.write_safetensors(atomic.make_folder(kept.parent) / kept.name, result)
+        disk.write_safetensors(disk.make_folder(kept.parent) / kept.name, result)
     return result
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import pickle
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ import torch
 
 from operators import RestoreError
 from operators.naming import check_known
+from restore.disk import hash_file
 
 
 @dataclass(frozen=True)
@@ -62,22 +62,14 @@ def default_folder() -> Path:
 
 
 @functools.lru_cache(maxsize=16)
-def _digest(path: str, size: int, modified: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow(file)
+def _hash(path: str, size: int, modified: int) -> str:
+    return hash_file(path)
 
 
-def _slow(file) -> str:  # Python 3.10 has no file_digest
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def sha256(path: str | os.PathLike) -> str:
-    """Hexadecimal sha256 of a file, remembered while the file does not change."""
+def hash_weights(path: str | os.PathLike) -> str:
+    """Return the hexadecimal SHA-256 of a weight file, cached until its size or modification time changes."""
     status = os.stat(path)
-    return _digest(str(path), status.st_size, status.st_mtime_ns)
+    return _hash(str(path), status.st_size, status.st_mtime_ns)
 
 
 def find_weights(name: str, weights: Mapping[str, str | os.PathLike] | None = None) -> Path:
@@ -98,7 +90,7 @@ def find_weights(name: str, weights: Mapping[str, str | os.PathLike] | None = No
             f"{published.metric} needs {path} ({published.megabytes} MB), which does not exist; "
             f"download {published.url} to that place, or give weights.{name}=FILE"
         )
-    if path.name == published.file and not sha256(path).startswith(published.sha256):
+    if path.name == published.file and not hash_weights(path).startswith(published.sha256):
         raise RestoreError(f"{path} is damaged: its sha256 does not begin with {published.sha256}; download it again")
     key, shape = published.probe
     state = read_state(path)
@@ -142,5 +134,5 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 
 def describe_weights(name: str, path: Path) -> dict[str, object]:
     """The protocol's entry: the hash, and whether it is the published file or somebody's own."""
-    digest = sha256(path)
+    digest = hash_weights(path)
     return {"file": path.name, "sha256": digest, "published": digest.startswith(WEIGHTS[name].sha256)}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from operators import RestoreError
-from restore import atomic
+from restore import disk
 from restore.bench.baselines import BASELINES
 from restore.bench.protocol import comparable
 from restore.bench.run import read_manifest
@@ -80,7 +80,7 @@ def read_run(folder: str | Path) -> Run:
     path = folder / "metrics.json"
     if not path.is_file():
         raise RestoreError(f"{folder} has no metrics.json: the run has not finished; run the benchmark again to go on")
-    found, config = atomic.read_json(path), manifest["config"]
+    found, config = disk.read_json(path), manifest["config"]
     if not isinstance(found, dict) or not isinstance(found.get("table"), dict):
         raise RestoreError(f"{path} is damaged; run the benchmark again, which measures anew")
     lacking = [field.name for field in dataclasses.fields(Benchmark) if field.name not in config]

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 
 from operators import RestoreError
-from restore import atomic
+from restore import disk
 from restore.bench.protocol import flatten
 from restore.report import figures, tables
 from restore.report.tables import Run, number
@@ -40,7 +40,7 @@ def report(runs: Sequence[str | os.PathLike], out: str | os.PathLike | None = No
         raise RestoreError("a report needs at least one run folder")
     read = [tables.read_run(folder) for folder in runs]
     groups, apart = tables.group_runs(read)
-    folder = atomic.make_folder(out or read[0].folder)
+    folder = disk.make_folder(out or read[0].folder)
     said = {run.folder: _said(run) for run in read}
     context = {
         "title": read[0].title if len(read) == 1 else "Benchmark report",
@@ -54,7 +54,7 @@ def report(runs: Sequence[str | os.PathLike], out: str | os.PathLike | None = No
     files = [folder / "report.html", folder / "report.md"]
     for file in files:
         text = environment().get_template(f"{file.name}.j2").render(context)
-        atomic.write_bytes(file, text.encode("utf-8"))
+        disk.write_bytes(file, text.encode("utf-8"))
     return Report(*files, [(a.title, b.title, d) for a, b, d in apart])
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from operators import RestoreError
-from restore import atomic
+from restore import disk
 from restore.bench import run as benchmarks
 from restore.bench.batches import Batch, image_ids
 from restore.bench.config import load_config
@@ -95,10 +95,10 @@ def heads(
     }
     found["test"] = hunt.test(chosen, curve, best["size"], layers[0]["name"])
     guidance = guidance_on(hunt.search["guidance"], chosen[: best["size"]])
-    atomic.write_json(hunt.folder / "search.json", found)
+    disk.write_json(hunt.folder / "search.json", found)
     said = f"# {found['name']}: chosen on the calibration images by {found['objective']}, {best['cost']:.5g} with it,"
     said += f" {found['none']['cost']:.5g} without\n"
-    atomic.write_bytes(hunt.folder / "guidance.yaml", (said + yaml.safe_dump(guidance, sort_keys=False)).encode())
+    disk.write_bytes(hunt.folder / "guidance.yaml", (said + yaml.safe_dump(guidance, sort_keys=False)).encode())
     found = json.loads(json.dumps(found))
     write(hunt.folder, found, hunt.search)
     return Found(hunt.folder, chosen[: best["size"]], guidance, found)
@@ -149,7 +149,7 @@ class Hunt:
         identity = json.loads(json.dumps(drop({**self.search, "rest": drop(self.search["rest"])})))
         manifest = self.folder / "config.json"
         if manifest.exists():
-            found = atomic.read_json(manifest)
+            found = disk.read_json(manifest)
             if not isinstance(found, dict):
                 raise RestoreError(f"{manifest} is damaged; start the search again in another folder")
             changed = differences(found, identity)
@@ -160,7 +160,7 @@ class Hunt:
                 )
         elif self.folder.exists() and any(not path.match(benchmarks.LEFTOVER) for path in self.folder.iterdir()):
             raise RestoreError(f"{self.folder} is not empty and holds no search; give another out=FOLDER")
-        atomic.write_json(atomic.make_folder(self.folder) / manifest.name, identity)
+        disk.write_json(disk.make_folder(self.folder) / manifest.name, identity)
 
     def guided(self, chosen: Sequence[Any], title: str | None = None) -> dict[str, Any]:
         return {"guidance": guidance_on(self.search["guidance"], chosen), "title": title}

@@ -22,7 +22,7 @@ import torch
 
 from operators import RestoreError
 from operators.naming import lookup
-from restore import atomic
+from restore import disk
 from restore.bench import results
 from restore.bench.batches import read_prompts
 from restore.images import io
@@ -178,14 +178,14 @@ def _of_function(cell: Cell, name: str, function: Callable) -> np.ndarray:
     kept = cell.run / "objective" / cell.task / f"{cell.method}.{name.replace(':', '.')}.json"
     text = json.dumps([name, results.source(function), [row["sha256"] for row in cell.rows]])
     key = hashlib.sha256(text.encode()).hexdigest()
-    found = atomic.read_json(kept)
+    found = disk.read_json(kept)
     if isinstance(found, dict) and found.get("key") == key:
         return np.asarray(found["values"], dtype=np.float64)
     other = _stack(cell.truth()) if cell.config["kind"] == "restoration" else prompts_of(cell)
     values = torch.as_tensor(function(_stack(cell.files), other), dtype=torch.float64)
     if values.shape not in ((), (len(cell.rows),)) or not torch.isfinite(values).all():
         raise RestoreError(f"the objective {name} must return (N,) finite numbers or one, not {tuple(values.shape)}")
-    atomic.write_json(atomic.make_folder(kept.parent) / kept.name, {"key": key, "values": values.reshape(-1).tolist()})
+    disk.write_json(disk.make_folder(kept.parent) / kept.name, {"key": key, "values": values.reshape(-1).tolist()})
     return values.reshape(-1).numpy()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from restore import atomic
+from restore import disk
 from restore.bench.protocol import flatten
 from restore.bench.run import read_manifest
 from restore.metrics import table as metric_table
@@ -42,7 +42,7 @@ def write(folder: Path, found: Mapping[str, Any], search: Mapping[str, Any]) -> 
     made = environment(Path(__file__).parent)
     for name in ("html", "md"):
         text = made.get_template(f"heads.{name}.j2").render(context)
-        atomic.write_bytes(folder / f"report.{name}", text.encode("utf-8"))
+        disk.write_bytes(folder / f"report.{name}", text.encode("utf-8"))
 
 
 def warnings(found: Mapping[str, Any]) -> list[str]:

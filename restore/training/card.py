@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from restore import atomic
+from restore import disk
 from restore.backbones.autoencoder import load_vae
 from restore.restorer import Restorer, load
 from restore.training import autoencoder, dataset
@@ -46,7 +46,7 @@ def measure(config: DictConfig, weights: str | Path, folder: str | Path, samples
         kind.model.vae = vae
         kind.picture(kind.model, folder / "pairs.png")
         result = {"parameters": _count(vae), "reconstruction": _reconstructions(config, vae, device)}
-    atomic.write_json(folder / "card.json", result)
+    disk.write_json(folder / "card.json", result)
     return result
 
 

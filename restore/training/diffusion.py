@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from operators import RestoreError
-from restore import atomic
+from restore import disk
 from restore.backbones.adm import CONFIG, load_network
 from restore.backbones.base import CONVERSIONS, PREDICTION_TYPES
 from restore.backbones.schedule import Schedule
@@ -125,7 +125,7 @@ def write_grid(path: Path, images: torch.Tensor) -> None:
     """A square number of images (N, 3, H, W) in [-1, 1] as one picture."""
     side = math.isqrt(len(images))
     rows = [list(images[r * side : (r + 1) * side].cpu()) for r in range(side)]
-    atomic.make_folder(path.parent)
+    disk.make_folder(path.parent)
     io.write_image(path, io.to_tensor(grids.comparison_grid(rows, [""] * side))[0])
 
 

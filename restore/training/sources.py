@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from operators import RestoreError
-from restore import atomic
+from restore import disk
 from restore.backbones.adm import ADM
 from restore.backbones.autoencoder import load_vae
 from restore.backbones.latent import LatentDiffusion
@@ -114,7 +114,7 @@ class Latents:
         path, wanted = Path(config.out) / "latents.safetensors", self._identity()
         if not path.is_file() or _identity_of(path) != wanted:
             latents = encode_all(config, self.vae.to(device), device)
-            atomic.write_safetensors(atomic.make_folder(path.parent) / path.name, latents, {"made of": wanted})
+            disk.write_safetensors(disk.make_folder(path.parent) / path.name, latents, {"made of": wanted})
         latents = load_file(path)
         self.factor = 1 / float(latents["training"].float().std())
         self.vae.register_to_config(scaling_factor=self.factor)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from operators import RestoreError
 from operators.naming import check_known
-from restore import atomic
+from restore import disk
 from restore.config import read_config
 from restore.training.autoencoder import Autoencoder
 from restore.training.diffusion import Diffusion
@@ -61,7 +61,7 @@ def train(config: DictConfig) -> Path:
         precision = "bf16" if native_bf16() else "no"
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    out = atomic.make_folder(config.out)
+    out = disk.make_folder(config.out)
 
     kind = build(config, device)
     model, adversary = kind.model.to(memory_format=torch.channels_last), kind.adversary
@@ -120,7 +120,7 @@ def train(config: DictConfig) -> Path:
         }
         if adversary is not None:
             state |= {"adversary": adversary.state_dict(), "judging": judging.state_dict()}
-        with atomic.writing(checkpoint) as file:
+        with disk.open_atomic(checkpoint) as file:
             torch.save(state, file)
         kind.save(averaged(), out / "ema")
 
@@ -193,4 +193,4 @@ def _append(path: Path, row: dict) -> None:
         with open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
     except OSError as error:
-        raise RestoreError(f"Cannot write {path}: {atomic.reason(error)}.") from error
+        raise RestoreError(f"cannot write {path}: {disk.describe_os_error(error)}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 import requests
 
 from operators import RestoreError
-from restore import atomic
+from restore import disk
 
 Progress = Callable[[int, "int | None"], None]  # bytes so far, bytes in all if known
 Accept = Callable[[Path], None]
@@ -63,7 +62,7 @@ def fetch(
                 problems.append(f"{url}: {error}")
                 continue
             raise RestoreError(
-                f"Cannot write {target}: {atomic.reason(error)}; the part that arrived is kept, run the same again."
+                f"cannot write {target}: {disk.describe_os_error(error)}; the downloaded part is kept, run it again"
             ) from error
     why = f" ({'; '.join(problems)})" if problems else ", no address offers the file itself"
     raise RestoreError(f"{target.name} could not be downloaded{why}. {by_hand}".strip())
@@ -78,20 +77,12 @@ def check(path: Path, size: int | None, sha256: str | None, name: str | None = N
     problem = damage(path)
     if problem:
         raise RestoreError(f"{name} {problem}: fetch it again.")
-    digest = _sha256(path)
+    digest = disk.hash_file(path)
     if sha256 is not None and digest != sha256:
         raise RestoreError(
             f"{name} is corrupted or another file: expected SHA-256 {sha256}, got {digest}; fetch it again."
         )
     return digest
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def damage(path: Path) -> str:
@@ -179,7 +170,7 @@ def _transfer(url: str, part: Path, label: Path, size: int | None, progress: Pro
         needed = (total or offset) - offset
         if needed > shutil.disk_usage(part.parent).free:
             raise RestoreError(f"The disk of {part.parent} has no room for the {needed / 1e6:.0f} MB still to come.")
-        atomic.write_json(label, {"url": url, "validator": _validator(response)})
+        disk.write_json(label, {"url": url, "validator": _validator(response)})
         with part.open("ab" if offset else "wb") as handle:
             done = offset
             for block in response.iter_content(_BLOCK):

@@ -16,7 +16,7 @@ import filelock
 
 from operators import RestoreError
 from operators.naming import suggest
-from restore import atomic
+from restore import disk
 from restore.zoo import download, registry
 from restore.zoo.registry import Hub, Model
 
@@ -146,7 +146,7 @@ def import_file(name: str, path: str | Path) -> Path:
     with _locked(target):
         digest = _check(entry, path)
         if not (target.exists() and target.samefile(path)):
-            with path.open("rb") as source, atomic.writing(target) as copy:
+            with path.open("rb") as source, disk.open_atomic(target) as copy:
                 shutil.copyfileobj(source, copy, 1 << 20)
         _record(entry, digest, f"imported from {path.name}")
     return target
@@ -270,7 +270,7 @@ def _record(entry: Model, sha256: str, how: str) -> None:
     target = _target(entry)
     known = "registry" if entry.download.sha256 else "first use"
     content = {"sha256": sha256, "size": target.stat().st_size, "checksum_from": known, "how": how}
-    atomic.write_json(_record_path(target), content)
+    disk.write_json(_record_path(target), content)
 
 
 def _locked(target: Path) -> filelock.BaseFileLock:
@@ -279,7 +279,8 @@ def _locked(target: Path) -> filelock.BaseFileLock:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RestoreError(
-            f"Cannot create the cache folder {target.parent}: {atomic.reason(error)}; set RESTORE_CACHE to another one."
+            f"cannot create the cache folder {target.parent}: {disk.describe_os_error(error)}; set RESTORE_CACHE to "
+            "another one"
         ) from error
     return filelock.FileLock(str(target) + ".lock")
 

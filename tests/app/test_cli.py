@@ -250,18 +250,18 @@ def test_out_of_memory_names_what_lowers_it(command, tmp_path, monkeypatch):
 @pytest.mark.parametrize("writes", [0, 1])
 def test_interrupt_leaves_no_half_written_file(command, tmp_path, monkeypatch, writes):
     """Ctrl-C before the side-car's first version, and between the result and its last one."""
-    original, done = run.atomic.write_json, []
+    original, done = run.disk.write_json, []
 
     def interrupt(*arguments, **options):
         if len(done) == writes:
             raise KeyboardInterrupt
         done.append(original(*arguments, **options))
 
-    monkeypatch.setattr(run.atomic, "write_json", interrupt)
+    monkeypatch.setattr(run.disk, "write_json", interrupt)
     code, _, err = command("run", FACE, "--task", "sr4", "--steps", 2, "-o", tmp_path)
     assert code == 130 and "same command" in err
     assert not list(tmp_path.iterdir())  # a result without its finished side-car would be made again
-    monkeypatch.setattr(run.atomic, "write_json", original)
+    monkeypatch.setattr(run.disk, "write_json", original)
     code, out, err = command("run", FACE, "--task", "sr4", "--steps", 2, "-o", tmp_path)
     assert code == 0 and "finished before" not in out, err
     assert json.loads((tmp_path / f"{FACE.stem}.json").read_text())["finished"]

@@ -151,7 +151,7 @@ def test_cheap_checks_come_before_the_model(restore, photo, tmp_path, monkeypatc
         (["--resample", "nearest"], {}, "--solve-at"),
         (["--task", "inpaint", "--mask", tmp_path / "mask.png"], {}, "mask.png"),
         (["--task", "blur", "--kernel", tmp_path / "none.npy"], {}, "none.npy"),
-        ([], {"out": tmp_path / "file" / "out"}, "cannot be made"),
+        ([], {"out": tmp_path / "file" / "out"}, "cannot create the folder"),
         ([], {"inputs": [tmp_path / "alpha.png"], "out": tmp_path / "b.jpg"}, "no transparency"),
     ):
         code, _, err = restore(*arguments, **options)

@@ -17,7 +17,7 @@ import torch
 import operators
 import restore
 from operators import RestoreError
-from restore import atomic
+from restore import disk
 from restore.bench.run import bench, dry_run
 from restore.images import io
 from restore.images.folder import read_rgb
@@ -160,7 +160,7 @@ def test_run_folders_that_cannot_be_used(config, tmp_path):
     with pytest.raises(RestoreError, match="is damaged"):
         bench(config)
     (tmp_path / "file").write_text("")
-    with pytest.raises(RestoreError, match="cannot be made"):
+    with pytest.raises(RestoreError, match="cannot create the folder"):
         bench(config, [f"out={tmp_path / 'file' / 'run'}"])
 
 
@@ -168,7 +168,7 @@ def test_a_full_disk_stops_cleanly_and_the_run_goes_on_later(config, tmp_path, m
     config["methods"] = {"base": {"sampler": "baseline"}}
     bench(config, [f"out={tmp_path / 'whole'}"])
     written = 0
-    write = atomic.write_bytes
+    write = disk.write_bytes
 
     def full(path, content):
         nonlocal written
@@ -177,10 +177,10 @@ def test_a_full_disk_stops_cleanly_and_the_run_goes_on_later(config, tmp_path, m
             raise RestoreError(f"Cannot write {path}: the disk is full; nothing was changed.")
         write(path, content)
 
-    monkeypatch.setattr(atomic, "write_bytes", full)
+    monkeypatch.setattr(disk, "write_bytes", full)
     with pytest.raises(RestoreError, match="disk is full"):
         bench(config)
-    monkeypatch.setattr(atomic, "write_bytes", write)
+    monkeypatch.setattr(disk, "write_bytes", write)
     assert bench(config).kept > 0
     assert contents(Path(config["out"])) == contents(tmp_path / "whole")
 

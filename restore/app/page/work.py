@@ -15,9 +15,9 @@ import numpy as np
 import PIL.Image
 
 from operators import RestoreError
-from restore import atomic
+from restore import disk
 from restore.app import run
-from restore.app.files import MEAN, SIGNALS, SPREAD, Photo, find_photos, sha256
+from restore.app.files import MEAN, SIGNALS, SPREAD, Photo, find_photos
 from restore.app.page import pictures
 from restore.app.page.pictures import SMALL, Edits
 from restore.app.page.tasks import Wish, task_of
@@ -195,8 +195,8 @@ def _done(photo: Path, chosen: Photo, before: io.ImageRecord, wish: Wish, edits:
     sidecar = json.loads(chosen.sidecar.read_text(encoding="utf-8"))
     if chosen.source != photo:
         done = {"turns": edits.turns, "crop": list(edits.crop)}
-        sidecar = sidecar | {"input": photo.name, "edited": {**done, "sha256": sha256(photo)}}
-        atomic.write_json(chosen.sidecar, sidecar)
+        sidecar = sidecar | {"input": photo.name, "edited": {**done, "sha256": disk.hash_file(photo)}}
+        disk.write_json(chosen.sidecar, sidecar)
     names = [chosen.target] + [chosen.beside(f"-sample{k}") for k in range(1, wish.samples)]
     results = [io.read_image(path).pixels for path in names]
     large = [pictures.shown(x, smallest=SMALL) for x in results]

@@ -1,0 +1,136 @@
+"""Files on the disk: atomic writes (a file beside the target, renamed over it), JSON, hashes, folders."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from operators import RestoreError
+
+
+@contextmanager
+def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a binary file whose content replaces `path` when the block ends without an exception.
+
+    On any exception, Ctrl-C included, the hidden temporary file in the same folder is removed and `path` is unchanged.
+    The data is flushed to the disk before the rename, so a power failure leaves the old file or the new one.
+    Raises RestoreError if the folder is not writable or the disk is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        file = open(temporary, "xb")  # not tempfile: the finished file gets the permissions of the user's umask
+    except OSError as error:
+        raise RestoreError(f"cannot write {path}: {describe_os_error(error)}; choose another output folder") from error
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save raises a RuntimeError of its own for a full disk, with the system's error as its context.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise RestoreError(f"cannot write {path}: {describe_os_error(cause)}; nothing was changed") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write `content` to `path` atomically. Raises RestoreError as `open_atomic` does."""
+    with open_atomic(path) as file:
+        file.write(content)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write an indented UTF-8 JSON file atomically.
+
+    Paths become strings, zero-dimensional tensors and numpy scalars numbers, arrays and tensors lists.
+    Raises RestoreError for NaN and infinity (JSON has neither: store null and the reason in another field), for
+    values without a JSON form, and as `open_atomic` does.
+    """
+    try:
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False, default=_to_plain)
+    except (TypeError, ValueError) as error:
+        raise RestoreError(f"cannot write {path}: its content has no JSON form ({error})") from error
+    write_bytes(path, (text + "\n").encode("utf-8"))
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    """Write named tensors atomically. Raises RestoreError as `open_atomic` does."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with open_atomic(path) as file:
+        try:
+            save_file(dict(tensors), file.name, metadata=None if metadata is None else dict(metadata))
+        except SafetensorError as error:
+            if system := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(system[1]), os.strerror(int(system[1]))) from error
+            raise
+
+
+def make_folder(path: str | Path) -> Path:
+    """Create a folder and its parents, if missing, and return its path. Raises RestoreError if that fails."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RestoreError(
+            f"cannot create the folder {path}: {describe_os_error(error)}; choose another one"
+        ) from error
+    return Path(path)
+
+
+def read_json(path: str | Path) -> Any:
+    """Return the content of a JSON file, or None if it is missing or invalid."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def hash_file(path: str | Path) -> str:
+    """Return the hexadecimal SHA-256 of a file. Raises RestoreError if it cannot be read."""
+    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except FileNotFoundError as error:
+        raise RestoreError(f"there is no file {path}") from error
+    except OSError as error:
+        raise RestoreError(f"cannot read {path}: {describe_os_error(error)}") from error
+    return digest.hexdigest()
+
+
+def hash_files(paths: Iterable[str | Path]) -> str:
+    """Return the hexadecimal SHA-256 of the files' SHA-256 digests, in order."""
+    return hashlib.sha256(b"".join(bytes.fromhex(hash_file(path)) for path in paths)).hexdigest()
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return the operating system's reason in plain words."""
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        return "the disk is full"
+    if error.errno == errno.ENOENT:
+        return "its folder does not exist"
+    return (error.strerror or str(error)).lower()
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__}")
