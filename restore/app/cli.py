@@ -277,10 +277,11 @@ def demo(
 ) -> None:
     """Restore the shipped faces under four degradations, by DPS and the best sampler, without and with PAG."""
     from restore.app.demo import run_demo
-    from restore.metrics.weights import weight_files
+    from restore.metrics.weights import parse_weight_files
 
     with Progress(1) as progress:
-        summary = run_demo(out, steps=steps, device=device, weights=weight_files(weights or []), callback=progress)
+        files = parse_weight_files(weights or [])
+        summary = run_demo(out, steps=steps, device=device, weights=files, callback=progress)
     typer.echo(summary)
 
 

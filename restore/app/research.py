@@ -169,7 +169,8 @@ def evaluate(
     """Compare a folder of results, from whatever program, with the truth."""
     from restore import disk
     from restore.metrics.evaluate import evaluate as compare
-    from restore.metrics.weights import weight_files
+    from restore.metrics.table import MetricOptions
+    from restore.metrics.weights import parse_weight_files
     from restore.restorer import choose_device
 
     names = [name.strip() for name in metrics.split(",") if name.strip()]
@@ -178,10 +179,8 @@ def evaluate(
         reference,
         metrics=names,
         full_reference=full_reference,
-        lpips_net=lpips_net,
-        weights=weight_files(weights or []),
+        options=MetricOptions(lpips_net, parse_weight_files(weights or []), allow_small=allow_small),
         device=str(choose_device(device)),
-        allow_small=allow_small,
         allow_incomplete=allow_incomplete,
     )
     if out is not None:

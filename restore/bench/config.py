@@ -193,7 +193,7 @@ def _check(config: dict[str, Any]) -> None:
                 check_known(changes, ("steps", "guidance", "parameters"), "a task cannot change")
             with _at(f"methods.{name}"):
                 _check_method(settings(config, name, task), kind)
-    table.rows(config["metrics"]["names"])
+    table.select_metrics(config["metrics"]["names"])
 
 
 def _check_method(chosen: dict[str, Any], kind: str) -> None:

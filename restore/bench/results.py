@@ -22,7 +22,7 @@ from restore.bench.config import method_of, pairs, settings
 from restore.images import io
 from restore.images.folder import file_name, list_images, read_rgb
 from restore.metrics import evaluate, sets, table
-from restore.metrics.statistics import bootstrap
+from restore.metrics.statistics import bootstrap_mean
 
 
 def check_metrics(config: Mapping[str, Any], count: int) -> dict[str, Any]:
@@ -31,19 +31,19 @@ def check_metrics(config: Mapping[str, Any], count: int) -> dict[str, Any]:
     count: images per task. Returns the protocol's entry.
     """
     wanted, options = config["metrics"], metric_options(config)
-    rows = table.rows(wanted["names"])
-    of_sets = table.rows(wanted["names"], "set")
+    rows = table.select_metrics(wanted["names"])
+    of_sets = table.select_metrics(wanted["names"], "set")
     restoration = config["kind"] == "restoration"
-    for name in () if restoration else table.rows(wanted["names"], "paired"):
+    for name in () if restoration else table.select_metrics(wanted["names"], "paired"):
         raise RestoreError(f"{name} compares with a true image, which {config['kind']} has not; leave it out")
-    entry = table.check(table.ALWAYS | rows if restoration else rows, options)
-    table.paired_functions(rows, options)
+    entry = table.check_metrics(table.BASE_METRICS | rows if restoration else rows, options)
+    table.load_paired_metrics(rows, options)
     if "coverage" in rows:
         k = config["samples"]
         entry["coverage"] += f"; {(k - 1) / (k + 1):.3f} for exact posterior samples"
     if of_sets:
-        sets.refuse_few(count, "results", options.allow_small)
-        binary = [name for name, row in of_sets.items() if not row.alone]
+        sets.check_set_size(count, "results", options.allow_small)
+        binary = [name for name, row in of_sets.items() if not row.no_reference]
         if binary and not restoration and not wanted["reference"]:
             raise RestoreError(f"{binary[0]} needs a set to compare with; give metrics.reference=FOLDER")
         if binary and restoration:
@@ -51,13 +51,13 @@ def check_metrics(config: Mapping[str, Any], count: int) -> dict[str, Any]:
         for key in ("reference", "full_reference"):
             if wanted[key] and binary:
                 files = _files(wanted[key])
-                sets.refuse_few(len(files), key, options.allow_small)
+                sets.check_set_size(len(files), key, options.allow_small)
                 entry[key] = {"count": len(files), "sha256": disk.hash_files(files)}
     return entry
 
 
-def metric_options(config: Mapping[str, Any]) -> table.Options:
-    return table.Options(**{f.name: config["metrics"][f.name] for f in dataclasses.fields(table.Options)})
+def metric_options(config: Mapping[str, Any]) -> table.MetricOptions:
+    return table.MetricOptions(**{f.name: config["metrics"][f.name] for f in dataclasses.fields(table.MetricOptions)})
 
 
 def _files(folder: str) -> list[Path]:
@@ -132,8 +132,8 @@ def summarise(
     means say over how many images they are, set metrics are left out.
     """
     cells: dict[str, Any] = {}
-    rows_of = table.rows(config["metrics"]["names"], "paired", "set", "pairs")
-    later = {name: row for name, row in rows_of.items() if name not in table.ALWAYS}
+    rows_of = table.select_metrics(config["metrics"]["names"], "paired", "set", "pairs")
+    later = {name: row for name, row in rows_of.items() if name not in table.BASE_METRICS}
     functions: dict[str, Callable] | None = None
     for task, method in pairs(config):
         ids = image_ids(config, task, images)
@@ -147,7 +147,7 @@ def summarise(
                 if progress is not None:
                     progress(f"{task}, {method}")
                 if functions is None:
-                    functions = table.paired_functions(later, metric_options(config), device)
+                    functions = table.load_paired_metrics(later, metric_options(config), device)
                 found = _from_files(run, config, task, method, rows, not missing, functions, device) | {"key": key}
                 disk.write_json(disk.make_folder(run / "metrics" / task) / f"{method}.json", found)
         for row in rows:
@@ -163,10 +163,10 @@ def summarise(
 
 def _means(rows: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]) -> dict[str, Any]:
     means = {}
-    for name in {**table.ALWAYS, **{n: r for n, r in table.METRICS.items() if r.kind == "samples"}, **asked}:
+    for name in {**table.BASE_METRICS, **{n: r for n, r in table.METRICS.items() if r.kind == "samples"}, **asked}:
         values = [math.inf if row[name] is None else row[name] for row in rows if name in row]
         if values:
-            estimate = bootstrap(values).to_dict()
+            estimate = dataclasses.asdict(bootstrap_mean(values))
             means[name] = {k: v if isinstance(v, int) or math.isfinite(v) else None for k, v in estimate.items()}
     return means
 
@@ -193,19 +193,19 @@ def _from_files(run, config, task, method, rows, complete, functions, device) ->
     truth = {key: run / "truth" / path.name for key, path in files.items()}
     result: dict[str, Any] = {"paired": {}, "set_values": {}}
     if functions:
-        compared = evaluate.compare([(key, files[key], truth[key]) for key in files], functions)
+        compared = evaluate.compare_images([(key, files[key], truth[key]) for key in files], functions)
         for row in compared:  # JSON has no infinity
             values = {name: row[name] if math.isfinite(row[name]) else None for name in functions}
             result["paired"][row["image"]] = values
-    of_sets = table.rows(wanted["names"], "set")
+    of_sets = table.select_metrics(wanted["names"], "set")
     if complete and wanted["group_by_prompt"]:
         result["set_values"] = _per_prompt(files, wanted, of_sets, options, device)
     elif complete and of_sets:
         reference = list(truth.values()) if config["kind"] == "restoration" else None
         reference = _files(wanted["reference"]) if wanted["reference"] else reference
         full = _files(wanted["full_reference"]) if wanted["full_reference"] else None
-        where = {"device": device, "cache": sets.default_cache()}
-        result["set_values"] = evaluate.against_both(list(files.values()), reference, full, of_sets, options, **where)
+        shared = {"full_reference": full, "device": device, "cache": sets.default_cache_dir()}
+        result["set_values"] = sets.compute_set_metrics(list(files.values()), reference, of_sets, options, **shared)
     return result
 
 
@@ -214,13 +214,13 @@ def _per_prompt(files, wanted, of_sets, options, device) -> dict[str, float]:
     groups: dict[str, list[Path]] = {}
     for key, path in files.items():
         groups.setdefault(key.split("-")[0], []).append(path)
-    alone = {name: row for name, row in of_sets.items() if row.alone}
-    of_pairs = {n: r.function(options, device) for n, r in table.rows(wanted["names"], "pairs").items()}
+    alone = {name: row for name, row in of_sets.items() if row.no_reference}
+    of_pairs = {n: r.function(options, device) for n, r in table.select_metrics(wanted["names"], "pairs").items()}
     sums: dict[str, float] = {}
     for paths in groups.values():
-        values = sets.set_metrics(paths, None, alone, options, device=device) if alone else {}
+        values = sets.compute_set_metrics(paths, None, alone, options, device=device) if alone else {}
         chosen = torch.stack([io.to_tensor(read_rgb(path))[0] for path in paths[: wanted["pairs"]]])
-        values |= {name: function.pairwise(chosen) for name, function in of_pairs.items()}
+        values |= {name: function.mean_pairwise(chosen) for name, function in of_pairs.items()}
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value / len(groups)
     return sums

@@ -61,7 +61,7 @@ class Entry:
 
 
 @dataclass
-class Metrics(table.Options):
+class Metrics(table.MetricOptions):
     """names: of metrics.table, or "module:function". reference, full_reference: folders to compare sets with.
     group_by_prompt: IS and pairs within each prompt, of its first `pairs` images."""
 

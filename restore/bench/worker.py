@@ -27,7 +27,7 @@ from restore.bench.sampling import Estimates
 from restore.images import io
 from restore.images.folder import file_name
 from restore.metrics import single
-from restore.metrics.table import ALWAYS
+from restore.metrics.table import BASE_METRICS
 from restore.restoration import choose_device
 
 # Of a Restorer's protocol, what the configuration does not say but the numbers may hang on.
@@ -152,7 +152,7 @@ class Worker:
                 truth = self.images.pixels(self.index[image_id])
                 self._once(self.run_folder / "truth" / f"{name}.png", truth)
                 self._once(self.run_folder / "measurements" / batch.task / f"{name}.png", measurement_picture(made, b))
-                for key, metric in ALWAYS.items():
+                for key, metric in BASE_METRICS.items():
                     value = float(metric.function(made.samples[b, :1], io.to_tensor(truth)))
                     row[key] = value if math.isfinite(value) else None  # JSON has no infinity
             if made.residual_ratio is not None:

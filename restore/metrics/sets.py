@@ -1,7 +1,7 @@
 """Metrics of a set of images: FID, KID, Inception Score, precision and recall, by torch-fidelity.
 
-torch-fidelity's own networks and formulas; what is added is the check of the weights before anything runs,
-a cache keyed by content, and a refusal of sets too small for the number to mean anything.
+Networks and formulas are torch-fidelity's; added are a check of the weights before anything runs, a cache keyed by
+content, and a refusal of sets too small for the number to mean anything.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,23 @@ import torch
 
 from operators import RestoreError
 from restore import disk, zoo
+from restore.backbones import weights as checkpoints
 from restore.images.folder import read_rgb
-from restore.metrics.weights import find_weights, hash_weights, read_state
+from restore.metrics.weights import find_weights, hash_weights
 
 MINIMUM_IMAGES = 1000
 KID_SUBSET = 1000
 VGG_MEANS = "relu5_3 mean"  # the layer of KID-VGG16
+FULL_PREFIX = "full_"  # of a set metric against the second, larger reference
 
 
-def default_cache() -> Path:
-    """The folder of reference features: `statistics` in the cache of the package."""
+def default_cache_dir() -> Path:
+    """Return the folder of reference features: `statistics` in the cache of the package."""
     return zoo.cache_dir() / "statistics"
 
 
 def fid(results: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
-    """Frechet distance of two Gaussians fitted to features (N, C) (Heusel et al. 2017)."""
+    """Return the Frechet distance of two Gaussians fitted to features (N, C) (Heusel et al. 2017)."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
     statistics = [fid_features_to_statistics(features) for features in (results, reference)]
@@ -40,7 +42,7 @@ def fid(results: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
 
 
 def kid(results: torch.Tensor, reference: torch.Tensor, name: str = "kid") -> dict[str, float]:
-    """Squared MMD with the kernel (x.y / C + 1)^3 (Binkowski et al. 2018) over 100 subsets, their mean and std."""
+    """Return the squared MMD with the kernel (x.y / C + 1)^3 (Binkowski et al. 2018) over 100 subsets: mean and std."""
     from torch_fidelity.metric_kid import kid_features_to_metric
 
     size = min(KID_SUBSET, len(results), len(reference))
@@ -49,7 +51,7 @@ def kid(results: torch.Tensor, reference: torch.Tensor, name: str = "kid") -> di
 
 
 def inception_score(results: torch.Tensor, reference: None = None) -> dict[str, float]:
-    """Inception Score (Salimans et al. 2016) over ten splits, of logits (N, 1008)."""
+    """Return the Inception Score (Salimans et al. 2016) over ten splits, of logits (N, 1008)."""
     from torch_fidelity.metric_isc import isc_features_to_metric
 
     out = isc_features_to_metric(results, splits=min(10, len(results)))
@@ -57,16 +59,16 @@ def inception_score(results: torch.Tensor, reference: None = None) -> dict[str, 
 
 
 def precision_recall(results: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
-    """Shares of either set within the other's 3-neighbour manifold (Kynkaanniemi et al. 2019)."""
+    """Return the share of either set within the other's 3-neighbour manifold (Kynkaanniemi et al. 2019)."""
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     if min(len(results), len(reference)) < 4:
-        raise RestoreError("precision and recall look at the 3 nearest neighbours and need 4 images or more")
+        raise RestoreError("precision and recall need 4 images or more, for 3 nearest neighbours")
     out = prc_features_to_metric(results, reference, save_cpu_ram=True, verbose=False)
     return {"precision": out["precision"], "recall": out["recall"]}
 
 
-def extract(
+def extract_features(
     paths: Sequence[Path],
     network: str,
     layers: Sequence[str],
@@ -76,45 +78,44 @@ def extract(
     batch_size: int = 32,
     cache: Path | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Features of images of one size: layer name to float32 (N, C), on the CPU.
+    """Return the features of images of one size: layer name to float32 (N, C), on the CPU.
 
-    network: "inception" or "vgg16", by torch-fidelity; VGG_MEANS is a layer of its own beside theirs. cache:
-    folder in which the result is kept under the hash of the images, the weights, the network and the version.
+    network: "inception" or "vgg16", by torch-fidelity, which has not the layer VGG_MEANS. cache: folder in which the
+    result is kept under the hash of images, weights, network and version.
     """
     import safetensors.torch
 
     path, layers = find_weights(network, weights), sorted(set(layers))
-    kept = None
+    cached = None
     if cache is not None:
         key = [disk.hash_files(paths), hash_weights(path), network, version("torch-fidelity"), *layers]
-        kept = Path(cache) / (hashlib.sha256("\n".join(key).encode()).hexdigest() + ".safetensors")
-        if kept.exists():
-            return safetensors.torch.load_file(kept)
-    own = [layer for layer in layers if layer == VGG_MEANS]
-    theirs = [layer for layer in layers if layer != VGG_MEANS]
-    parts = []
-    if theirs:
-        parts.append((theirs, _fidelity_network(network, theirs, path).to(device)))
-    if own:
-        parts.append((own, _vgg_means(path, device)))
+        cached = Path(cache) / (hashlib.sha256("\n".join(key).encode()).hexdigest() + ".safetensors")
+        if cached.exists():
+            return safetensors.torch.load_file(cached)
+    fidelity_layers = [layer for layer in layers if layer != VGG_MEANS]
+    models = []
+    if fidelity_layers:
+        models.append((fidelity_layers, _load_fidelity_network(network, fidelity_layers, path).to(device)))
+    if VGG_MEANS in layers:
+        models.append(([VGG_MEANS], _load_vgg_means(path, device)))
     collected: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
     # No worker processes: decoding is cheap beside the network, and a library must not fork under its caller.
     for first in range(0, len(paths), batch_size):
         pixels = [read_rgb(p) for p in paths[first : first + batch_size]]
         if len({p.shape for p in pixels}) > 1:
-            raise RestoreError(f"the images beside {paths[0]} have different sizes; bring them to one size")
+            raise RestoreError(f"the images in {paths[0].parent} must have one size, got several; bring them to one")
         batch = torch.stack([torch.from_numpy(p.copy()).permute(2, 0, 1) for p in pixels]).to(device)
         with torch.no_grad():
-            for names, model in parts:
+            for names, model in models:
                 for name, features in zip(names, model(batch), strict=True):
                     collected[name].append(features.float().cpu())
     result = {name: torch.cat(features).contiguous() for name, features in collected.items()}
-    if kept is not None:
-        disk.write_safetensors(disk.make_folder(kept.parent) / kept.name, result)
+    if cached is not None:
+        disk.write_safetensors(disk.make_folder(cached.parent) / cached.name, result)
     return result
 
 
-def _fidelity_network(network: str, layers: list[str], path: Path) -> torch.nn.Module:
+def _load_fidelity_network(network: str, layers: list[str], path: Path) -> torch.nn.Module:
     from torch_fidelity import utils
 
     name = {"inception": "inception-v3-compat"}.get(network, network)
@@ -127,70 +128,78 @@ def _fidelity_network(network: str, layers: list[str], path: Path) -> torch.nn.M
             raise RestoreError(f"{path} does not fit {name}: {str(error).splitlines()[0]}") from error
 
 
-def _vgg_means(path: Path, device: str) -> Callable[[torch.Tensor], tuple[torch.Tensor]]:
+def _load_vgg_means(path: Path, device: str) -> Callable[[torch.Tensor], tuple[torch.Tensor]]:
     """uint8 (B, 3, H, W) -> relu5_3 of VGG-16 averaged over the image, (B, 512); torchvision's convolutions."""
     from torchvision.models.vgg import cfgs, make_layers
 
     network = make_layers(cfgs["D"], batch_norm=False)[:30]
-    state = read_state(path)
-    wanted = {key: state.get(f"features.{key}") for key in network.state_dict()}
-    missing = [key for key, value in wanted.items() if value is None]
-    if missing:
-        raise RestoreError(f"{path} holds no complete VGG-16: features.{missing[0]} is not in it")
-    network.load_state_dict(wanted)
+    state = checkpoints.read(path)
+    try:
+        network.load_state_dict({key: state[f"features.{key}"] for key in network.state_dict()})
+    except KeyError as error:
+        raise RestoreError(f"{path} must hold a complete VGG-16, but {error} is missing") from error
     network.requires_grad_(False).eval().to(device)
     mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(1, 3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225], device=device).view(1, 3, 1, 1)
     return lambda pixels: (network((pixels.float() / 255 - mean) / std).mean(dim=(2, 3)),)
 
 
-def refuse_few(n: int, what: str, allow_small: bool, minimum: int | None = None) -> None:
-    """FID's bias depends on the number of images and dominates it when they are few."""
-    minimum = MINIMUM_IMAGES if minimum is None else minimum
-    if n < minimum and not allow_small:
+def check_set_size(n: int, part: str, allow_small: bool) -> None:
+    """Raise RestoreError if a set is below MINIMUM_IMAGES, where FID's bias dominates it, unless `allow_small`."""
+    if n < MINIMUM_IMAGES and not allow_small:
         raise RestoreError(
-            f"FID on {n} images ({what}) says little, at least {minimum} are needed; set allow_small=true to have it"
-            " anyway, marked as such, or leave the metrics of sets out"
+            f"FID needs at least {MINIMUM_IMAGES} images, got {n} ({part}); set allow_small=true to compute it anyway,"
+            " marked as such, or leave the metrics of sets out"
         )
 
 
-def set_metrics(
+def compute_set_metrics(
     results: Sequence[Path],
     reference: Sequence[Path] | None,
     metrics: Mapping[str, Any],
     options: Any,
     *,
+    full_reference: Sequence[Path] | None = None,
     device: str = "cpu",
     batch_size: int = 32,
     cache: Path | None = None,
 ) -> dict[str, float]:
-    """The chosen set metrics of `results` against `reference` (None if only "is" is asked for).
+    """Return the set metrics of `results` against `reference` (None if all of them are without reference).
 
-    metrics, options: rows of kind "set" and Options of metrics/table.py. Every image goes through a network once.
-    Values equal the torch-fidelity command line's on the same files: input1 is `results`, input2 the reference,
-    subsets of KID clipped to the set's size. Raises RestoreError for sets below MINIMUM_IMAGES unless
-    options.allow_small, and for missing weights.
+    metrics, options: rows of kind "set" and MetricOptions of metrics/table.py. full_reference: a second, larger
+    reference, whose values carry FULL_PREFIX. cache: folder for the features of references. Values equal the
+    torch-fidelity command line's on the same files: input1 is `results`, input2 the reference, subsets of KID
+    clipped to the set's size. Raises RestoreError for missing weights, and for sets below MINIMUM_IMAGES unless
+    options.allow_small.
     """
-    binary = {name for name, row in metrics.items() if not row.alone}
-    if binary and not reference:
-        raise RestoreError(f"{', '.join(sorted(binary))} compare two sets of images; give a reference folder")
-    refuse_few(len(results), "results", options.allow_small)
-    if binary:
-        refuse_few(len(reference), "reference", options.allow_small)
-    layers: dict[str, set[str]] = {}
-    shared: dict[str, set[str]] = {}
-    for name, row in metrics.items():
-        network, layer = row.network(options)
-        layers.setdefault(network, set()).add(layer)
-        if name in binary:
-            shared.setdefault(network, set()).add(layer)
-    common = {"weights": options.weights, "device": device, "batch_size": batch_size}
-    ours = {network: extract(results, network, sorted(of), **common) for network, of in layers.items()}
-    theirs = {net: extract(reference, net, sorted(of), cache=cache, **common) for net, of in shared.items()}
-    values: dict[str, float] = {}
-    for name, row in metrics.items():
-        if name not in values:
-            network, layer = row.network(options)
-            values |= row.function(ours[network][layer], theirs[network][layer] if name in binary else None)
-    # Functions that give two metrics at once (precision and recall) may give one that was not asked for.
-    return {k: float(v) for k, v in values.items() if k in metrics or k.removesuffix("_std") in metrics}
+    compared = [name for name, row in metrics.items() if not row.no_reference]
+    if compared and not reference:
+        raise RestoreError(f"{', '.join(sorted(compared))} compare two sets of images; give a reference folder")
+    check_set_size(len(results), "results", options.allow_small)
+    networks = {name: row.network(options) for name, row in metrics.items()}
+
+    def extract(files: Sequence[Path], names: Iterable[str], cache: Path | None = None) -> dict[str, dict]:
+        layers: dict[str, set[str]] = {}
+        for network, layer in (networks[name] for name in names):
+            layers.setdefault(network, set()).add(layer)
+        shared = {"weights": options.weights, "device": device, "batch_size": batch_size, "cache": cache}
+        return {network: extract_features(files, network, sorted(of), **shared) for network, of in layers.items()}
+
+    ours, values = extract(results, metrics), {}
+    for prefix, files in (("", reference), (FULL_PREFIX, full_reference)):
+        if prefix and not (compared and files):
+            continue
+        if compared:
+            check_set_size(len(files), "reference", options.allow_small)
+        theirs, computed = extract(files or [], compared, cache), {}
+        for name in compared if prefix else metrics:
+            if name not in computed:
+                network, layer = networks[name]
+                computed |= metrics[name].function(ours[network][layer], theirs.get(network, {}).get(layer))
+        # Functions that give two metrics at once (precision and recall) may give one that was not requested.
+        values |= {
+            prefix + name: float(value)
+            for name, value in computed.items()
+            if name in metrics or name.removesuffix("_std") in metrics
+        }
+    return values

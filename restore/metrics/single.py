@@ -5,86 +5,63 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-import numpy as np
+import kornia
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import gaussian_filter
 
 from operators import RestoreError
 from operators.naming import check_known
+from restore.backbones import weights as checkpoints
 from restore.images.io import to_uint8
-from restore.metrics.weights import find_weights, read_state
+from restore.metrics.weights import find_weights
 
-SSIM_DEFINITION = "Wang et al. 2004: Gaussian window 11x11, sigma 1.5, K1 0.01, K2 0.03, mean over channels, 8 bit"
 PSNR_DEFINITION = "10 log10(255^2 / MSE) over all channels, 8 bit"
+SSIM_DEFINITION = "Wang et al. 2004: Gaussian window 11x11, sigma 1.5, K1 0.01, K2 0.03, mean over channels, 8 bit"
 SPREAD_DEFINITION = "standard deviation over the samples, per value on [-1, 1], averaged over the image"
 COVERAGE_DEFINITION = "share of values where the truth lies between the smallest and the largest sample"
+LPIPS_NETS = {"alex": "alexnet", "vgg": "vgg16"}  # names of the networks in weights.WEIGHTS
 
 
-def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if a.shape != b.shape or a.dtype != np.uint8 or b.dtype != np.uint8:
-        raise RestoreError(
-            f"metrics compare two uint8 images of one shape, but got {a.dtype} {a.shape} and {b.dtype} {b.shape}"
-        )
-    return a.astype(np.float64), b.astype(np.float64)
-
-
-def psnr_pixels(image: np.ndarray, truth: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 arrays of one shape, in dB; infinite when they are equal."""
-    image, truth = _pair(image, truth)
-    mse = float(np.mean((image - truth) ** 2))
-    return math.inf if mse == 0 else 10 * math.log10(255.0**2 / mse)
-
-
-def ssim_pixels(image: np.ndarray, truth: np.ndarray) -> float:
-    """Structural similarity of two uint8 (H, W, 3) arrays, in [-1, 1]; Wang et al. 2004, eq. 13.
-
-    Raises RestoreError for images smaller than the 11-pixel window.
-    """
-    x, y = _pair(image, truth)
-    if min(x.shape[:2]) < 11:
-        raise RestoreError(f"SSIM needs at least 11 x 11 pixels, but the image is {x.shape[0]} x {x.shape[1]}")
-
-    def mean(v: np.ndarray) -> np.ndarray:
-        return gaussian_filter(v, sigma=(1.5, 1.5, 0), truncate=3.5, mode="reflect")
-
-    mu_x, mu_y = mean(x), mean(y)
-    var_x, var_y, cov = mean(x * x) - mu_x**2, mean(y * y) - mu_y**2, mean(x * y) - mu_x * mu_y
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    similarity = (2 * mu_x * mu_y + c1) * (2 * cov + c2) / ((mu_x**2 + mu_y**2 + c1) * (var_x + var_y + c2))
-    # Only where the window lies inside the image.
-    return float(similarity[5:-5, 5:-5].mean(dtype=np.float64))
+def _round_to_8_bits(*images: torch.Tensor) -> list[torch.Tensor]:
+    """Batches (B, 3, H, W) in [-1, 1] as float64 on 0..255. Raises RestoreError if their shapes differ."""
+    if len({tuple(image.shape) for image in images}) > 1:
+        raise RestoreError(f"image and truth must have one shape, got {[tuple(image.shape) for image in images]}")
+    return [torch.from_numpy(to_uint8(image)).movedim(-1, -3).double() for image in images]
 
 
 def psnr(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """PSNR in dB per image, (B,) float64, of (B, 3, H, W) in [-1, 1] after rounding both to 8 bits."""
-    return _per_image(psnr_pixels, image, truth)
+    """Return the PSNR in dB per image, (B,) float64, of (B, 3, H, W) in [-1, 1] rounded to 8 bits; inf if equal."""
+    x, y = _round_to_8_bits(image, truth)
+    errors = (x - y).square().mean(dim=(1, 2, 3)).tolist()
+    return torch.tensor([10 * math.log10(255.0**2 / mse) if mse else math.inf for mse in errors], dtype=torch.float64)
 
 
 def ssim(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """SSIM per image, (B,) float64, of (B, 3, H, W) in [-1, 1] after rounding both to 8 bits."""
-    return _per_image(ssim_pixels, image, truth)
+    """Return the structural similarity per image, (B,) float64, of (B, 3, H, W) in [-1, 1] rounded to 8 bits.
 
-
-def _per_image(metric: Callable, image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    values = [metric(a, b) for a, b in zip(to_uint8(image), to_uint8(truth), strict=True)]
-    return torch.tensor(values, dtype=torch.float64)
+    Wang et al. 2004, eq. 13, averaged where the 11-pixel window lies inside the image. Raises RestoreError if the
+    image is smaller than the window.
+    """
+    x, y = _round_to_8_bits(image, truth)
+    if min(x.shape[-2:]) < 11:
+        raise RestoreError(f"SSIM needs images of at least 11 x 11 pixels, got {x.shape[-2]} x {x.shape[-1]}")
+    return kornia.metrics.ssim(x, y, window_size=11, max_val=255.0, padding="valid").mean(dim=(1, 2, 3))
 
 
 def spread(samples: torch.Tensor) -> torch.Tensor:
-    """(B, K, 3, H, W) samples to (B,): see SPREAD_DEFINITION. NaN for K = 1, where it is unknown."""
+    """Return SPREAD_DEFINITION per image, (B,), of samples (B, K, 3, H, W); NaN if K = 1."""
     if samples.shape[1] < 2:
         return torch.full((samples.shape[0],), math.nan)
     return samples.float().std(dim=1).mean(dim=(1, 2, 3)).cpu()
 
 
 def coverage(samples: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """(B, K, 3, H, W) samples and (B, 3, H, W) truth to (B,): see COVERAGE_DEFINITION.
+    """Return COVERAGE_DEFINITION per image, (B,), of samples (B, K, 3, H, W) and truth (B, 3, H, W); NaN if K = 1.
 
     For exact posterior samples the truth is exchangeable with them, so the expected value is (K - 1) / (K + 1):
-    below it the samples are overconfident or biased. NaN for K = 1.
+    below it the samples are overconfident or biased.
     """
     if samples.shape[1] < 2:
         return torch.full((samples.shape[0],), math.nan)
@@ -92,15 +69,11 @@ def coverage(samples: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return inside.float().mean(dim=(1, 2, 3)).cpu()
 
 
-LPIPS_NETS = {"alex": "alexnet", "vgg": "vgg16"}  # and their names among the weights
-
-
 class LPIPS:
     """Learned perceptual distance (Zhang et al. 2018) by the `lpips` package, version 0.1, linear heads included.
 
-    net: "alex" or "vgg". weights: see `weights.find_weights`; the backbone file is checked on construction and
-    nothing is ever downloaded or left at random values. enlarge: images are brought to this many times their size
-    first, by bicubic interpolation.
+    net: "alex" or "vgg". weights: see `weights.find_weights`; nothing is downloaded. enlarge: factor by which images
+    are enlarged first (bicubic). Raises RestoreError for missing or damaged weights.
     """
 
     def __init__(
@@ -111,7 +84,7 @@ class LPIPS:
         enlarge: int = 1,
     ) -> None:
         if enlarge < 1:
-            raise RestoreError(f"lpips_enlarge={enlarge} must be a whole number of 1 or more")
+            raise RestoreError(f"lpips_enlarge must be a whole number of 1 or more, got lpips_enlarge={enlarge}")
         check_known([net], LPIPS_NETS, "LPIPS has no net")
         path = find_weights(LPIPS_NETS[net], weights)
         import lpips
@@ -121,19 +94,19 @@ class LPIPS:
             warnings.simplefilter("ignore", UserWarning)
             self.model = lpips.LPIPS(net=net, version="0.1", pnet_rand=True, verbose=False)
         # lpips slices torchvision's `features`, keeping each layer's index as the last part of its name.
-        state = read_state(path)
+        state = checkpoints.read(path)
         try:
             trunk = {key: state["features." + key.split(".", 1)[1]] for key in self.model.net.state_dict()}
         except KeyError as error:
-            raise RestoreError(f"{path} holds no complete {LPIPS_NETS[net]}: {error} is not in it") from error
+            raise RestoreError(f"{path} must hold a complete {LPIPS_NETS[net]}, but {error} is missing") from error
         self.model.net.load_state_dict(trunk, strict=True)
         self.model.requires_grad_(False).eval().to(device)
         self.net, self.device, self.enlarge = net, device, enlarge
 
     @torch.no_grad()
     def __call__(self, image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) pairs in [-1, 1], rounded to 8 bits, to (B,) distances float64; 0 for equal images."""
-        pair = [torch.from_numpy(to_uint8(v)).permute(0, 3, 1, 2).float() / 127.5 - 1 for v in (image, truth)]
+        """Return the distances, (B,) float64, of (B, 3, H, W) pairs in [-1, 1] rounded to 8 bits; 0 if equal."""
+        pair = [v.float() / 127.5 - 1 for v in _round_to_8_bits(image, truth)]
         if self.enlarge > 1:
             pair = [F.interpolate(v, scale_factor=self.enlarge, mode="bicubic").clamp(-1, 1) for v in pair]
         try:
@@ -141,11 +114,11 @@ class LPIPS:
         except RuntimeError as error:
             if "too small" in str(error):
                 size = " x ".join(map(str, image.shape[-2:]))
-                raise RestoreError(f"LPIPS ({self.net}) cannot be computed on images of {size}") from error
+                raise RestoreError(f"LPIPS ({self.net}) cannot be computed on images of {size} pixels") from error
             raise
 
-    def pairwise(self, images: torch.Tensor) -> float:
-        """Mean distance over all pairs of (N, 3, H, W): the diversity of PAG's Table 3 (100 images give 4950)."""
+    def mean_pairwise(self, images: torch.Tensor) -> float:
+        """Return the mean distance over all pairs of (N, 3, H, W): the diversity of PAG's Table 3."""
         if len(images) < 2:
             raise RestoreError("the diversity of a set needs at least two images")
         first, second = torch.triu_indices(len(images), len(images), offset=1).split(1)

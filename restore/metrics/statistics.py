@@ -1,10 +1,10 @@
-"""Means with their uncertainty, over images."""
+"""Means over images, with their uncertainty."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,31 +12,28 @@ RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean over `n` images with the bounds of its 95 % bootstrap interval (NaN for one image)."""
+class BootstrapMean:
+    """The mean of `n` values and the bounds of its 95 % bootstrap interval (NaN for one value)."""
 
     mean: float
     low: float
     high: float
     n: int
 
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self)
 
-
-def bootstrap(values: Sequence[float], seed: int = 0) -> Estimate:
-    """Mean of per-image values and its percentile bootstrap interval (Efron 1979), over images.
+def bootstrap_mean(values: Sequence[float], seed: int = 0) -> BootstrapMean:
+    """Return the mean of the values and its percentile bootstrap interval (Efron 1979).
 
     Deterministic: the resamples depend on `seed` and the number of values only, so two methods measured on the
     same images are resampled alike. Infinite values (the PSNR of an exact result) make the interval infinite.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0:
-        return Estimate(math.nan, math.nan, math.nan, 0)
+        return BootstrapMean(math.nan, math.nan, math.nan, 0)
     if array.size == 1:
-        return Estimate(float(array[0]), math.nan, math.nan, 1)
+        return BootstrapMean(float(array[0]), math.nan, math.nan, 1)
     if not np.isfinite(array).all():
-        return Estimate(float(array.mean()), float(array.min()), float(array.max()), int(array.size))
+        return BootstrapMean(float(array.mean()), float(array.min()), float(array.max()), int(array.size))
     indices = np.random.default_rng(seed).integers(0, array.size, (RESAMPLES, array.size), dtype=np.int32)
     low, high = np.quantile(array[indices].mean(axis=1), [0.025, 0.975])
-    return Estimate(float(array.mean()), float(low), float(high), int(array.size))
+    return BootstrapMean(float(array.mean()), float(low), float(high), int(array.size))

@@ -1,10 +1,9 @@
-"""The pretrained networks that metrics need: which file, where it goes, and whether it is the right one."""
+"""The pretrained networks that metrics need: which file, where it is looked for, and whether it is the right one."""
 
 from __future__ import annotations
 
 import functools
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +12,15 @@ import torch
 
 from operators import RestoreError
 from operators.naming import check_known
-from restore.disk import hash_file
+from restore import disk
+from restore.backbones import weights as checkpoints
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """One published file. `sha256` is the prefix that its name carries; `probe` a parameter it must hold."""
+    """A published file. `sha256` is the prefix that its name carries; `probe` a parameter that it must hold."""
 
-    metric: str
+    metrics: str
     file: str
     url: str
     sha256: str
@@ -56,83 +56,56 @@ WEIGHTS = {
 }
 
 
-def default_folder() -> Path:
-    """Where PyTorch, torchvision and torch-fidelity themselves keep these files."""
-    return Path(torch.hub.get_dir()) / "checkpoints"
+def hash_weights(path: str | os.PathLike) -> str:
+    """Return the hexadecimal SHA-256 of a file, computed once while the file does not change."""
+    status = os.stat(path)
+    return _hash_version(str(path), status.st_size, status.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=16)
-def _hash(path: str, size: int, modified: int) -> str:
-    return hash_file(path)
-
-
-def hash_weights(path: str | os.PathLike) -> str:
-    """Return the hexadecimal SHA-256 of a weight file, cached until its size or modification time changes."""
-    status = os.stat(path)
-    return _hash(str(path), status.st_size, status.st_mtime_ns)
+def _hash_version(path: str, size: int, modified: int) -> str:
+    return disk.hash_file(path)
 
 
 def find_weights(name: str, weights: Mapping[str, str | os.PathLike] | None = None) -> Path:
-    """The checked file for "inception", "vgg16" or "alexnet".
+    """Return the checked file of "inception", "vgg16" or "alexnet".
 
-    weights: mapping from those names to a file of one's own, or to the folder that holds the published one;
-        without an entry the file is looked for where PyTorch keeps its downloads.
-    Raises RestoreError, saying which file to put where, when it is missing, damaged or another network's.
+    weights: mapping from those names to a file, or to the folder that holds the published one; without an entry
+        the file is looked for where PyTorch, torchvision and torch-fidelity keep their downloads.
+    Raises RestoreError, saying which file to put where, if it is missing, damaged or of another network.
     """
     check_known(weights or {}, WEIGHTS, "metrics have no weights called")
     published = WEIGHTS[name]
     given = (weights or {}).get(name)
-    path = Path(given).expanduser() if given else default_folder() / published.file
+    path = Path(given).expanduser() if given else Path(torch.hub.get_dir()) / "checkpoints" / published.file
     if path.is_dir():
         path = path / published.file
     if not path.is_file():
         raise RestoreError(
-            f"{published.metric} needs {path} ({published.megabytes} MB), which does not exist; "
+            f"{published.metrics} needs {path} ({published.megabytes} MB), which does not exist; "
             f"download {published.url} to that place, or give weights.{name}=FILE"
         )
     if path.name == published.file and not hash_weights(path).startswith(published.sha256):
-        raise RestoreError(f"{path} is damaged: its sha256 does not begin with {published.sha256}; download it again")
+        raise RestoreError(f"{path} is damaged: its sha256 must begin with {published.sha256}; download it again")
     key, shape = published.probe
-    state = read_state(path)
-    if key not in state or tuple(state[key].shape) != shape:
-        raise RestoreError(f"{path} holds another network: {key} of shape {shape} is not in it; give {published.file}")
+    state = checkpoints.read(path, "meta")
+    if not isinstance(state, Mapping) or not hasattr(state.get(key), "shape") or tuple(state[key].shape) != shape:
+        raise RestoreError(f"{path} holds another network: it must have {key} of shape {shape}; give {published.file}")
     return path
 
 
-def weight_files(settings: Sequence[str]) -> dict[str, str]:
-    """["alexnet=FILE", ...] as a mapping for `find_weights`. Raises RestoreError for what is not NAME=FILE."""
+def parse_weight_files(settings: Sequence[str]) -> dict[str, str]:
+    """Turn ["alexnet=FILE", ...] into a mapping for `find_weights`. Raises RestoreError unless each is NAME=FILE."""
     files = {}
     for setting in settings:
-        name, equals, file = setting.partition("=")
-        if not equals or not file or name not in WEIGHTS:
-            raise RestoreError(f"the weights '{setting}' are not NAME=FILE with a name of {', '.join(WEIGHTS)}")
+        name, _, file = setting.partition("=")
+        if not file or name not in WEIGHTS:
+            raise RestoreError(f"weights must be NAME=FILE with NAME one of {', '.join(WEIGHTS)}, got '{setting}'")
         files[name] = file
     return files
 
 
-def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict from a PyTorch or safetensors file, tensors only: a pickle that wants to run code is refused."""
-    broken = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError)
-    if path.suffix == ".safetensors":
-        import safetensors.torch
-
-        try:
-            return safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise RestoreError(f"{path} is not a safetensors file: {error}") from error
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except broken:
-        try:  # files older than PyTorch 1.6 cannot be mapped
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except broken as error:
-            raise RestoreError(f"{path} is not a file of PyTorch weights; download it again") from error
-    if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise RestoreError(f"{path} is not a state dict of tensors; give the published weights file")
-    return dict(state)
-
-
 def describe_weights(name: str, path: Path) -> dict[str, object]:
-    """The protocol's entry: the hash, and whether it is the published file or somebody's own."""
+    """Return the protocol's entry of a file: its hash, and whether it is the published one."""
     digest = hash_weights(path)
     return {"file": path.name, "sha256": digest, "published": digest.startswith(WEIGHTS[name].sha256)}

@@ -15,6 +15,7 @@ from restore.bench.baselines import BASELINES
 from restore.bench.protocol import comparable
 from restore.bench.run import read_manifest
 from restore.bench.schema import Benchmark
+from restore.metrics import sets
 from restore.metrics import table as metric_table
 from restore.metrics.table import Metric
 
@@ -61,7 +62,7 @@ class Run:
 
     def metric(self, name: str) -> Metric:
         """How a metric is shown; those from outside as the run recorded them."""
-        return Metric(*self.own[name]) if name in self.own else metric_table.shown(name)
+        return Metric(*self.own[name]) if name in self.own else metric_table.find_metric(name)
 
 
 @dataclass
@@ -92,9 +93,9 @@ def read_run(folder: str | Path) -> Run:
 def shown_metrics(run: Run) -> list[str]:
     """Metrics that are columns, in the order of the configuration."""
     asked = run.config["report"]["columns"] or run.config["metrics"]["names"]
-    asked = [each for name in asked for each in metric_table.TOGETHER.get(name, (name,))]
+    asked = [each for name in asked for each in metric_table.GROUPS.get(name, (name,))]
     against = (n for cells in run.table.values() for cell in cells.values() for n in cell["set_values"])
-    return list(dict.fromkeys([*asked, *(name for name in against if name.startswith(metric_table.FULL))]))
+    return list(dict.fromkeys([*asked, *(name for name in against if name.startswith(sets.FULL_PREFIX))]))
 
 
 def cell_of(entry: Mapping[str, Any] | None, metric: str, published: float | None) -> Cell:

@@ -26,7 +26,7 @@ from restore.bench import run as benchmarks
 from restore.bench.batches import Batch, image_ids
 from restore.bench.config import load_config
 from restore.bench.protocol import differences, format_differences
-from restore.metrics.statistics import bootstrap
+from restore.metrics.statistics import bootstrap_mean
 from restore.search import config as configs
 from restore.search.config import Head, benchmark, guidance_on, spelled
 from restore.search.objective import Cell, Objective, cost, per_image
@@ -288,7 +288,7 @@ class Hunt:
 
 
 def interval(shares: Any) -> dict[str, float | None]:
-    estimate = bootstrap(shares)
+    estimate = bootstrap_mean(shares)
     return {key: finite(getattr(estimate, key)) for key in ("low", "high")}
 
 
@@ -296,7 +296,8 @@ def changed(value: float, shares: Any, none: float, none_shares: Any) -> dict[st
     """value − none with the bootstrap interval of the paired differences over the images that both have."""
     if shares is None or none_shares is None:
         return {"mean": finite(value - none), "low": None, "high": None}
-    return {k: finite(v) for k, v in bootstrap(shares - none_shares[: len(shares)]).to_dict().items() if k != "n"}
+    estimate = bootstrap_mean(shares - none_shares[: len(shares)])
+    return {key: finite(getattr(estimate, key)) for key in ("mean", "low", "high")}
 
 
 def finite(value: float) -> float | None:

@@ -79,7 +79,7 @@ class Objective:
 
     @property
     def of_sets(self) -> list[str]:
-        return [name for name in self.metrics if table.find(name).kind == "set"]
+        return [name for name in self.metrics if table.find_metric(name).kind == "set"]
 
     def __str__(self) -> str:
         terms = [f"{w:+g} {name}".replace("+1 ", "+").replace("-1 ", "-") for name, w in self.weights.items()]
@@ -121,19 +121,19 @@ def per_image(cell: Cell, name: str, function: Callable | None = None) -> tuple[
     if function is not None:
         each = _of_function(cell, name, function)
         return float(each.mean()), each if len(each) == len(cell.rows) else None
-    if table.find(name).kind != "set":
+    if table.find_metric(name).kind != "set":
         each = np.array([np.inf if row[name] is None else row[name] for row in cell.rows], dtype=np.float64)
         return float(each.mean()), each
     value = cell.set_values[name]
     if name not in KERNEL_DISTANCES:
         return value, None
     options = results.metric_options(cell.config)
-    network, layer = table.find(name).network(options)
+    network, layer = table.find_metric(name).network(options)
     reference = cell.config["metrics"]["reference"]
     theirs = list(list_images(reference)[0].values()) if reference else cell.truth()
     device = str(choose_device(cell.config["device"])).replace("mps", "cpu")
     where = {"weights": options.weights, "cache": cell.run / "features", "device": device}
-    x, y = (sets.extract(files, network, [layer], **where)[layer] for files in (cell.files, theirs))
+    x, y = (sets.extract_features(files, network, [layer], **where)[layer] for files in (cell.files, theirs))
     each = kernel_shares(x.double().numpy(), y.double().numpy(), together=reference is None)
     # The package's own value may be over subsets of large sets.
     return value, each + (value - each.mean())

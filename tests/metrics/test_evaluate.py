@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
 
 import numpy as np
 import pytest
+import torch
 
 from operators import RestoreError
 from restore.app import cli
 from restore.bench import protocol
-from restore.metrics import sets, single, table
+from restore.metrics import sets, table
 from restore.metrics.evaluate import evaluate
-from restore.metrics.statistics import bootstrap
+from restore.metrics.single import psnr, ssim
+from restore.metrics.statistics import bootstrap_mean
 
 
 @pytest.fixture
@@ -29,11 +32,12 @@ def test_means_and_rows_of_a_complete_folder(pair, tmp_path):
     truth, results = pair
     found = evaluate(tmp_path / "results", tmp_path / "truth", metrics=["psnr", "ssim"])
     assert found.complete and found.expected == 6 and len(found.per_image) == 6
-    values = [single.psnr_pixels(a, b) for a, b in zip(results, truth, strict=True)]
+    pair = [torch.from_numpy(pixels).movedim(-1, 1) / 127.5 - 1 for pixels in (results, truth)]
+    values = psnr(*pair).tolist()
     assert found.means["psnr"].mean == pytest.approx(np.mean(values), rel=1e-12)
     assert found.means["psnr"].low < np.mean(values) < found.means["psnr"].high
-    assert found.per_image[2] == {"image": "00002", "psnr": pytest.approx(values[2]), "ssim": pytest.approx(
-        single.ssim_pixels(results[2], truth[2]))}  # fmt: skip
+    expected = {"image": "00002", "psnr": pytest.approx(values[2]), "ssim": pytest.approx(float(ssim(*pair)[2]))}
+    assert found.per_image[2] == expected
     assert found.protocol["reference"]["count"] == 6
     exact = evaluate(tmp_path / "truth", tmp_path / "truth", metrics=["psnr"])
     assert exact.means["psnr"].mean == math.inf
@@ -53,7 +57,7 @@ def test_incomplete_results_are_never_averaged_silently(pair, tmp_path, smooth_i
 
 def test_folders_without_a_common_name_and_unknown_metrics(pair, tmp_path, smooth_images, write_images):
     write_images(tmp_path / "others", smooth_images(2, 32, 5), ["x", "y"])
-    with pytest.raises(RestoreError, match="cannot be compared one by one"):
+    with pytest.raises(RestoreError, match="compared one by one"):
         evaluate(tmp_path / "others", tmp_path / "truth", metrics=["psnr"])
     with pytest.raises(RestoreError, match="unknown metric 'psrn'; did you mean 'psnr'"):
         evaluate(tmp_path / "results", tmp_path / "truth", metrics=["psrn"])
@@ -61,27 +65,33 @@ def test_folders_without_a_common_name_and_unknown_metrics(pair, tmp_path, smoot
 
 def test_a_full_reference_is_named_apart(pair, tmp_path, inception_weights, monkeypatch, smooth_images, write_images):
     write_images(tmp_path / "full", smooth_images(9, 32, 7))
-    asked = []
+    extracted = []
 
-    def record(results, reference, names, options, **where):
-        asked.append((len(results), len(reference), tuple(names)))
-        return {name: float(len(reference)) for name in names}
+    def extract(paths, network, layers, **options):
+        extracted.append((len(paths), options["cache"] is not None))
+        generator = torch.Generator().manual_seed(len(extracted))
+        return {layer: torch.randn(len(paths), 5, generator=generator) for layer in layers}
 
-    # The numbers themselves are compared with torch-fidelity in test_fidelity; here only which sets meet.
-    monkeypatch.setattr(sets, "set_metrics", record)
-    found = evaluate(tmp_path / "results", tmp_path / "truth", metrics=["fid", "is"], full_reference=tmp_path / "full",
-                     weights={"inception": inception_weights}, allow_small=True)  # fmt: skip
-    assert asked == [(6, 6, ("fid", "is")), (6, 9, ("fid",))]
-    assert found.set_values == {"fid": 6.0, "is": 6.0, "full_fid": 9.0}
+    # The numbers themselves are compared with torch-fidelity in test_sets; here only which sets meet.
+    monkeypatch.setattr(sets, "extract_features", extract)
+    row = dataclasses.replace(table.METRICS["fid"], function=lambda a, b: {"fid": 100 * len(a) + len(b)})
+    monkeypatch.setitem(table.METRICS, "fid", row)
+    row = dataclasses.replace(table.METRICS["is"], function=lambda a, b: {"is": len(a), "is_std": b is None})
+    monkeypatch.setitem(table.METRICS, "is", row)
+    options = table.MetricOptions(weights={"inception": inception_weights}, allow_small=True)
+    full = {"full_reference": tmp_path / "full", "options": options}
+    found = evaluate(tmp_path / "results", tmp_path / "truth", metrics=["fid", "is"], **full)
+    assert extracted == [(6, False), (6, True), (9, True)]
+    assert found.set_values == {"fid": 606.0, "is": 6.0, "is_std": 1.0, "full_fid": 609.0}
     assert found.protocol["full_reference"]["count"] == 9 and "too few" in found.notes[-1]
 
 
 def test_the_bootstrap_interval_has_its_coverage():
     rng = np.random.default_rng(0)
-    hits = [(e := bootstrap(rng.normal(3, 2, 60))).low <= 3 <= e.high for _ in range(200)]
+    hits = [(e := bootstrap_mean(rng.normal(3, 2, 60))).low <= 3 <= e.high for _ in range(200)]
     assert 0.89 < np.mean(hits) < 0.985
-    assert bootstrap([1.0, 2.0, 4.0]) == bootstrap([1.0, 2.0, 4.0])
-    assert math.isnan(bootstrap([1.0]).low) and bootstrap([]).n == 0
+    assert bootstrap_mean([1.0, 2.0, 4.0]) == bootstrap_mean([1.0, 2.0, 4.0])
+    assert math.isnan(bootstrap_mean([1.0]).low) and bootstrap_mean([]).n == 0
 
 
 def test_protocols_that_differ_say_how():
@@ -123,14 +133,14 @@ def test_the_command_takes_files_of_weights(pair, tmp_path, inception_weights, h
     files = ["--weights", f"inception={inception_weights}", "--weights", f"alexnet={alexnet}"]
     code, text = run(*options, *files)
     assert code == 0, text.err
-    weights = {"inception": inception_weights, "alexnet": alexnet}
-    expected = evaluate(tmp_path / "results", tmp_path / "truth", metrics=names, weights=weights, allow_small=True)
+    weights = table.MetricOptions(weights={"inception": inception_weights, "alexnet": alexnet}, allow_small=True)
+    expected = evaluate(tmp_path / "results", tmp_path / "truth", metrics=names, options=weights)
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["means"]["lpips"]["mean"] == pytest.approx(expected.means["lpips"].mean, rel=1e-6)
     assert f"fid {expected.set_values['fid']:.4f}" in text.out and "6 of 6 images compared" in text.out
     for wrong in (["--weights", "alexnet"], ["--weights", "resnet=x.pth"]):
         code, text = run(*options, *wrong)
-        assert code == 2 and "not NAME=FILE" in text.err
+        assert code == 2 and "weights must be NAME=FILE" in text.err
 
 
 def mean_absolute_error(result, truth):
@@ -154,13 +164,13 @@ def test_a_metric_from_outside(pair, tmp_path, monkeypatch, capsys):
     by_hand = np.abs(results.astype(float) - truth).mean() / 127.5
     assert found.means[name].mean == pytest.approx(by_hand, rel=1e-5) and found.means[name].n == 6
     assert found.protocol["metrics"][name] == "Mean absolute difference on [-1, 1]."
-    assert (table.find(name).label, table.find(name).better) == ("mean_absolute_error", -1)
+    assert (table.find_metric(name).label, table.find_metric(name).better) == ("mean_absolute_error", -1)
     command = ["restore", "evaluate", tmp_path / "results", "--reference", tmp_path / "truth", "--metrics", name]
     monkeypatch.setattr(sys, "argv", [str(part) for part in command])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 0 and f"{name} {by_hand:.4f}" in capsys.readouterr().out
-    with pytest.raises(RestoreError, match=r"returned \(\) for 6 images; it must return \(B,\)"):
+    with pytest.raises(RestoreError, match=r"must return \(B,\) values, got \(\) for 6 images"):
         evaluate(tmp_path / "results", tmp_path / "truth", metrics=["my_metrics:scalar"])
     with pytest.raises(RestoreError, match="cannot be imported"):
         evaluate(tmp_path / "results", tmp_path / "truth", metrics=["my_metrics:nothing"])

@@ -13,7 +13,7 @@ from scipy.ndimage import gaussian_filter
 from operators import RestoreError
 from restore.images.folder import read_rgb
 from restore.metrics import sets
-from restore.metrics.table import Options, check, load_lpips, rows
+from restore.metrics.table import MetricOptions, check_metrics, load_lpips, select_metrics
 
 
 @pytest.fixture(scope="module")
@@ -35,27 +35,19 @@ def test_set_metrics_equal_the_command_line_of_torch_fidelity(
 
     root, results, reference = folders
     arguments = ["fidelity", "--input1", str(root / "results"), "--input2", str(root / "reference"), "--cpu", "--json"]
-    arguments += [
-        "--silent",
-        "-i",
-        "-f",
-        "-k",
-        "-r",
-        "--kid-subset-size",
-        "10",
-        "--feature-extractor",
-        "inception-v3-compat",
-    ]
+    arguments += "--silent -i -f -k -r --kid-subset-size 10 --feature-extractor inception-v3-compat".split()
     arguments += ["--feature-layer-fid", layer]  # of 2048 features, the default, the matrix square root takes long
     arguments += ["--feature-extractor-weights-path", str(inception_weights), "--no-cache", "--save-cpu-ram"]
     monkeypatch.setattr("sys.argv", arguments)
     command.main()
     printed = json.loads(capsys.readouterr().out)
 
-    options = Options(
+    options = MetricOptions(
         weights={"inception": inception_weights}, pr_network="inception", fid_layer=layer, allow_small=True
     )
-    ours = sets.set_metrics(results, reference, rows(["fid", "kid", "is", "pr"]), options, cache=tmp_path)
+    ours = sets.compute_set_metrics(
+        results, reference, select_metrics(["fid", "kid", "is", "pr"]), options, cache=tmp_path
+    )
     names = {
         "fid": "frechet_inception_distance",
         "kid": "kernel_inception_distance_mean",
@@ -76,7 +68,7 @@ def test_set_metrics_equal_the_command_line_of_torch_fidelity(
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
     monkeypatch.setattr(sets, "MINIMUM_IMAGES", 2)
     monkeypatch.setattr("torch_fidelity.utils.create_feature_extractor", None)
-    features = sets.extract(
+    features = sets.extract_features(
         reference, "inception", ["2048", layer], weights={"inception": inception_weights}, cache=tmp_path
     )
     assert features["2048"].shape == (10, 2048)
@@ -85,35 +77,37 @@ def test_set_metrics_equal_the_command_line_of_torch_fidelity(
 def test_the_cache_is_keyed_by_content_and_weights(folders, inception_weights, tmp_path):
     _, results, reference = folders
     options = {"weights": {"inception": inception_weights}, "cache": tmp_path}
-    first = sets.extract(reference[:2], "inception", ["64"], **options)
-    sets.extract(results[10:12], "inception", ["64"], **options)
+    first = sets.extract_features(reference[:2], "inception", ["64"], **options)
+    sets.extract_features(results[10:12], "inception", ["64"], **options)
     state = torch.load(inception_weights, weights_only=True)
     other = tmp_path / "other.pth"
     torch.save({k: v * 1.1 if v.dim() == 4 else v for k, v in state.items()}, other)
-    changed = sets.extract(reference[:2], "inception", ["64"], weights={"inception": other}, cache=tmp_path)
+    changed = sets.extract_features(reference[:2], "inception", ["64"], weights={"inception": other}, cache=tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
     assert not torch.allclose(first["64"], changed["64"], rtol=1e-2)
 
 
 def test_small_sets_are_refused_unless_allowed(folders, inception_weights):
     _, results, reference = folders
-    with pytest.raises(RestoreError, match=r"FID on 20 images.*allow_small=true"):
-        sets.set_metrics(results, reference, rows(["fid"]), Options(weights={"inception": inception_weights}))
+    with pytest.raises(RestoreError, match=r"got 20 \(results\).*allow_small=true"):
+        sets.compute_set_metrics(
+            results, reference, select_metrics(["fid"]), MetricOptions(weights={"inception": inception_weights})
+        )
 
 
 def test_bad_requests_are_refused_before_any_work(tmp_path, monkeypatch, folders, inception_weights):
     with pytest.raises(RestoreError, match="unknown metric 'fud'; did you mean 'fid'"):
-        rows(["fud"])
+        select_metrics(["fud"])
     with pytest.raises(RestoreError, match="no network 'resnet'"):
-        check(rows(["pr"]), Options(pr_network="resnet"))
+        check_metrics(select_metrics(["pr"]), MetricOptions(pr_network="resnet"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(RestoreError, match=r"weights-inception-2015-12-05-6726825d\.pth \(91 MB\)"):
-        check(rows(["fid"]), Options())
-    options = Options(weights={"inception": inception_weights}, allow_small=True)
+        check_metrics(select_metrics(["fid"]), MetricOptions())
+    options = MetricOptions(weights={"inception": inception_weights}, allow_small=True)
     with pytest.raises(RestoreError, match="reference folder"):
-        sets.set_metrics(folders[1], None, rows(["fid"]), options)
-    assert check({}, Options()) == {}
-    entry = check(rows(["fid"]), options)["weights"]["inception"]
+        sets.compute_set_metrics(folders[1], None, select_metrics(["fid"]), options)
+    assert check_metrics({}, MetricOptions()) == {}
+    entry = check_metrics(select_metrics(["fid"]), options)["weights"]["inception"]
     assert entry["published"] is False and len(entry["sha256"]) == 64
 
 
@@ -136,8 +130,8 @@ def test_kid_vgg16_is_the_unbiased_mmd_of_averaged_features(folders, vgg16_featu
     """By hand: the same convolutions, the mean over places, the cubic kernel, all pairs but an image with itself."""
     _, results, reference = folders
     path, network = vgg16_features
-    options = Options(weights={"vgg16": path}, allow_small=True)
-    values = sets.set_metrics(results[:10], reference, rows(["kid_vgg16"]), options)
+    options = MetricOptions(weights={"vgg16": path}, allow_small=True)
+    values = sets.compute_set_metrics(results[:10], reference, select_metrics(["kid_vgg16"]), options)
 
     def features(paths):
         x = torch.stack([torch.from_numpy(read_rgb(p).copy()) for p in paths]).permute(0, 3, 1, 2) / 255
@@ -160,8 +154,11 @@ def test_kid_vgg16_sees_a_blur_with_the_real_network(tmp_path, write_images):
     images = rng.integers(0, 255, (24, 64, 64, 3)).astype(np.uint8)
     sharp, other = write_images(tmp_path / "a", images[:12]), write_images(tmp_path / "b", images[12:])
     blurred = write_images(tmp_path / "c", np.stack([gaussian_filter(i, (2, 2, 0)) for i in images[12:]]))
-    options = Options(weights={"vgg16": path}, allow_small=True)
-    same, worse = (sets.set_metrics(s, sharp, rows(["kid_vgg16"]), options)["kid_vgg16"] for s in (other, blurred))
+    options = MetricOptions(weights={"vgg16": path}, allow_small=True)
+    same, worse = (
+        sets.compute_set_metrics(s, sharp, select_metrics(["kid_vgg16"]), options)["kid_vgg16"]
+        for s in (other, blurred)
+    )
     assert worse > 20 * abs(same)
 
 
@@ -169,11 +166,11 @@ def test_files_of_weights_that_are_incomplete_are_named(tmp_path, vgg16_features
     state = safetensors.torch.load_file(vgg16_features[0])
     del state["features.28.weight"]
     safetensors.torch.save_file(state, tmp_path / "half.safetensors")
-    options = Options(weights={"vgg16": tmp_path / "half.safetensors"}, allow_small=True, lpips_net="vgg")
-    with pytest.raises(RestoreError, match=r"no complete VGG-16: features\.28\.weight"):
-        sets.set_metrics(folders[1], folders[2], rows(["kid_vgg16"]), options)
-    with pytest.raises(RestoreError, match=r"features\.28\.weight' is not in it"):
+    options = MetricOptions(weights={"vgg16": tmp_path / "half.safetensors"}, allow_small=True, lpips_net="vgg")
+    with pytest.raises(RestoreError, match=r"complete VGG-16, but .features\.28\.weight"):
+        sets.compute_set_metrics(folders[1], folders[2], select_metrics(["kid_vgg16"]), options)
+    with pytest.raises(RestoreError, match=r"features\.28\.weight' is missing"):
         load_lpips(options)
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
-    with pytest.raises(RestoreError, match="not a safetensors file"):
-        check(rows(["kid_vgg16"]), Options(weights={"vgg16": tmp_path / "broken.safetensors"}))
+    with pytest.raises(RestoreError, match="not a readable checkpoint"):
+        check_metrics(select_metrics(["kid_vgg16"]), MetricOptions(weights={"vgg16": tmp_path / "broken.safetensors"}))
