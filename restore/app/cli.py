@@ -303,7 +303,7 @@ def ui(
     """Open a page in the browser for old photos (needs the extra `ui`)."""
     from operators import RestoreError
     from restore import restorer
-    from restore.app.page import build, launch
+    from restore.app.page import build_page, launch
 
     user, colon, password = (auth or "").partition(":")
     if auth is not None and not (user and colon and password):
@@ -311,7 +311,7 @@ def ui(
     alone = not share and host in ("127.0.0.1", "localhost", "::1")
     options = {"device": device, "precision": precision}
     model = restorer.load(backbone, offline=offline, **options)
-    page = build(model, offline=offline, fetching=alone or auth is not None, **options)
+    page = build_page(model, offline=offline, fetching=alone or auth is not None, **options)
     launch(page, server_name=host, server_port=port, share=share, auth=(user, password) if auth else None)
 
 

@@ -17,9 +17,9 @@ import torch
 
 import restore
 from operators import RestoreError
-from restore.app.page import models, pictures, tasks, work
+from restore.app.page import models, pictures, request, work
 from restore.app.page.pictures import Edits
-from restore.app.page.tasks import Wish
+from restore.app.page.request import Request
 from restore.app.plan import Planner
 from restore.images import io as images
 from restore.paths import data_dir
@@ -35,17 +35,17 @@ def restorer():
     return restore.load("embedded")
 
 
-def restored(restorer, photos, wish, folder, edits=None, mask=None):
-    """What work.restore says of each photo at its end."""
-    items = work.restore(photos, restorer, wish, Planner(restorer), folder, threading.Event(), edits, mask)
-    return [item for item in items if isinstance(item, work.Done)]
+def restored(restorer, photos, wanted, folder, edits=None, mask=None):
+    """The Result of each photo."""
+    items = work.restore(photos, restorer, wanted, Planner(restorer), folder, threading.Event(), edits, mask)
+    return [item for item in items if isinstance(item, work.Result)]
 
 
 def test_a_photo_is_restored_as_by_the_command(restorer, tmp_path):
     from restore.app import files, run
     from restore.app.tasks import find_task
 
-    (done,) = restored(restorer, [SCRATCHED], Wish("fill", sigma=0.05, **QUICK), tmp_path / "page", mask=MASK)
+    (done,) = restored(restorer, [SCRATCHED], Request("fill", sigma=0.05, **QUICK), tmp_path / "page", mask=MASK)
     photos = files.find_photos([str(SCRATCHED)], tmp_path)
     (outcome,) = run.restore_files(photos, restorer, find_task("inpaint", mask=MASK), quality="fast", steps=2)
     assert done.error is None and done.sidecar["residual_ratio"] == outcome.numbers["residual_ratio"]
@@ -54,26 +54,26 @@ def test_a_photo_is_restored_as_by_the_command(restorer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "wanted",
     [
-        Wish("enlarge", factor=2, **QUICK),
-        Wish("sharpen", std=1.0, **QUICK),
-        Wish("sharpen", blur="motion", path=[[0, 0], [5, 2]], **QUICK),
-        Wish("denoise", sigma=0.1, **QUICK),
-        Wish("colour", **QUICK),
+        Request("enlarge", factor=2, **QUICK),
+        Request("sharpen", std=1.0, **QUICK),
+        Request("sharpen", blur="motion", path=[[0, 0], [5, 2]], **QUICK),
+        Request("denoise", sigma=0.1, **QUICK),
+        Request("colour", **QUICK),
     ],
-    ids=lambda wish: f"{wish.task}-{wish.blur}",
+    ids=lambda wanted: f"{wanted.task}-{wanted.blur}",
 )
-def test_every_plain_task_is_one(restorer, tmp_path, wish):
-    (done,) = restored(restorer, [PHOTO], wish, tmp_path)
-    side = 128 if wish.task == "enlarge" else 64
+def test_every_plain_task_is_one(restorer, tmp_path, wanted):
+    (done,) = restored(restorer, [PHOTO], wanted, tmp_path)
+    side = 128 if wanted.task == "enlarge" else 64
     assert done.error is None and PIL.Image.open(done.files[0]).size == (side, side)
     assert done.before.size == done.samples[0].size == (384, 384)
 
 
 def test_three_versions_show_where_it_is_guessed(restorer, tmp_path):
-    wish = Wish("fill", sigma=0.02, **QUICK | {"samples": 3, "steps": 10})
-    (done,) = restored(restorer, [SCRATCHED], wish, tmp_path, mask=MASK)
+    wanted = Request("fill", sigma=0.02, **QUICK | {"samples": 3, "steps": 10})
+    (done,) = restored(restorer, [SCRATCHED], wanted, tmp_path, mask=MASK)
     assert len(done.samples) == 3 and len(done.files) == 6
     known = np.asarray(PIL.Image.open(MASK).resize(done.guessed.size, PIL.Image.Resampling.NEAREST)) > 127
     red, _, blue = np.moveaxis(np.asarray(done.guessed).astype(float), -1, 0)
@@ -84,11 +84,11 @@ def test_messages_name_no_folder_and_large_photos_are_refused(restorer, tmp_path
     broken = tmp_path / "secret" / "a.png"
     broken.parent.mkdir()
     broken.write_bytes(PHOTO.read_bytes()[:200])
-    (done,) = restored(restorer, [broken], Wish("denoise", **QUICK), tmp_path / "out")
+    (done,) = restored(restorer, [broken], Request("denoise", **QUICK), tmp_path / "out")
     assert "a.png" in done.error and "secret" not in done.error and "/" not in done.error
     for side, sentence in ((9000, "9000 x 9000 pixels, at most 64 million"), (20000, "far more than 64 million")):
         PIL.Image.new("1", (side, side)).save(broken)
-        (done,) = restored(restorer, [broken], Wish("denoise", **QUICK), tmp_path / "out")
+        (done,) = restored(restorer, [broken], Request("denoise", **QUICK), tmp_path / "out")
         assert sentence in done.error
 
 
@@ -103,8 +103,8 @@ def test_a_queue_goes_on_after_a_bad_photo_and_proposes_damage(restorer, tmp_pat
     picture.crop((20, 40, 84, 104)).save(hair)
     painted = np.zeros((64, 64), bool)
     painted[20:24, 20:40] = True
-    wish, edits = Wish("fill", sigma=0.05, **QUICK), Edits(mask=painted)
-    first, second, third = restored(restorer, [PHOTO, bad, hair], wish, tmp_path / "out", edits)
+    wanted, edits = Request("fill", sigma=0.05, **QUICK), Edits(mask=painted)
+    first, second, third = restored(restorer, [PHOTO, bad, hair], wanted, tmp_path / "out", edits)
     assert first.error is None and "bad.png" in second.error and third.error is None
     masks = [images.read_image(tmp_path / "out" / k / "mask.png").pixels[0, 0].numpy() > 0 for k in "02"]
     assert np.array_equal(~masks[0], painted)
@@ -114,12 +114,12 @@ def test_a_queue_goes_on_after_a_bad_photo_and_proposes_damage(restorer, tmp_pat
 
 def test_without_paint_it_says_so(restorer, tmp_path):
     for edits in (Edits(), Edits(mask=np.zeros((64, 64), bool))):
-        (done,) = restored(restorer, [PHOTO], Wish("fill", **QUICK), tmp_path, edits)
+        (done,) = restored(restorer, [PHOTO], Request("fill", **QUICK), tmp_path, edits)
         assert done.error.startswith("paint over what is damaged first")
     PIL.Image.new("RGB", (64, 64), "grey").save(tmp_path / "flat.png")
-    (done,) = restored(restorer, [tmp_path / "flat.png"], Wish("fill", **QUICK), tmp_path / "out")
-    assert "no scratch and no dust was found" in done.error
-    assert restored(restorer, [], Wish(), tmp_path)[0].error == "choose a photo first"
+    (done,) = restored(restorer, [tmp_path / "flat.png"], Request("fill", **QUICK), tmp_path / "out")
+    assert "no scratches and no dust" in done.error
+    assert restored(restorer, [], Request(), tmp_path)[0].error == "choose a photo first"
 
 
 def test_turning_and_cropping_keep_the_rest(restorer, tmp_path):
@@ -129,13 +129,13 @@ def test_turning_and_cropping_keep_the_rest(restorer, tmp_path):
     array = np.random.default_rng(0).integers(0, 255, (40, 80, 3)).astype(np.uint8)
     PIL.Image.fromarray(array).save(source, quality=95, exif=exif)
     edits = Edits(turns=1, crop=(0.0, 0.0, 1.0, 0.5))
-    (done,) = restored(restorer, [source], Wish("denoise", sigma=0.1, **QUICK), tmp_path / "out", edits)
+    (done,) = restored(restorer, [source], Request("denoise", sigma=0.1, **QUICK), tmp_path / "out", edits)
     result = PIL.Image.open(done.files[0])
     assert done.files[0].name == "old.jpg" and result.format == "JPEG" and result.size == (40, 40)
     assert result.getexif()[0x010E] == "grandmother"
     assert done.sidecar["input"] == "old.jpg" and done.sidecar["edited"]["turns"] == 1
-    record = pictures.read(source)
-    turned = pictures.edited(record, edits).pixels[0]
+    record = pictures.read_photo(source)
+    turned = pictures.apply_edits(record, edits).pixels[0]
     assert torch.equal(turned, torch.from_numpy(np.rot90(record.pixels[0].numpy(), -1, (1, 2)).copy())[:, :40])
 
 
@@ -143,7 +143,7 @@ def test_grey_stays_grey(restorer, tmp_path):
     source = tmp_path / "print.png"
     PIL.Image.open(PHOTO).convert("L").convert("RGB").save(source)
     for task in ("denoise", "colour"):
-        (done,) = restored(restorer, [source], Wish(task, sigma=0.1, **QUICK), tmp_path / task, Edits(turns=1))
+        (done,) = restored(restorer, [source], Request(task, sigma=0.1, **QUICK), tmp_path / task, Edits(turns=1))
         colours = np.ptp(np.asarray(PIL.Image.open(done.files[0]).convert("RGB")).astype(int), axis=2)
         assert (colours.max() <= 1) == (task == "denoise")
 
@@ -154,23 +154,23 @@ def test_what_the_browser_says_is_read_with_care():
     held = io.BytesIO()
     PIL.Image.fromarray(layer).save(held, "PNG")
     mask = "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
-    edits = pictures.parse(json.dumps({"turns": 5, "crop": [0, 0, 0.5, 1], "mask": mask}))
-    assert edits.turns == 1 and edits.mask.sum() == 1 and edits.mask[1, 2] and pictures.parse("").none
+    edits = pictures.parse_edits(json.dumps({"turns": 5, "crop": [0, 0, 0.5, 1], "mask": mask}))
+    assert edits.turns == 1 and edits.mask.sum() == 1 and edits.mask[1, 2] and not pictures.parse_edits("").change_photo
     good = {"turns": 0, "crop": [0, 0, 1, 1], "mask": None}
     wrong = [{"turns": "x"}, {"crop": [0, 0, 0, 1]}, {"crop": [0, 0, 2, 1]}, {"crop": 3}, {"mask": "/etc/passwd"}]
     wrong += [{"crop": [float("nan")] * 4}, {"mask": mask[:60]}, {"mask": 7}]
     for text in ["[", "[]", "3", "[" * 100_000, *(json.dumps(good | change) for change in wrong)]:
         with pytest.raises(RestoreError, match="choose the photo again"):
-            pictures.parse(text)
+            pictures.parse_edits(text)
     for text in ["{", '{"a": 1}', "[[1]]", "[[NaN, 0]]", "[[2, 0]]", '[["x", 0]]', "[" * 100_000]:
         with pytest.raises(RestoreError, match="draw it again"):
-            tasks.drawn(text, 20)
-    assert tasks.drawn("[[0, 0.5]]", 20) == [[0, 10]] and tasks.drawn(None, 20) == []
+            request.parse_path(text, 20)
+    assert request.parse_path("[[0, 0.5]]", 20) == [[0, 10]] and request.parse_path(None, 20) == []
 
 
 def test_a_drawn_path_blurs_along_itself(tmp_path):
-    wish = Wish("sharpen", blur="motion", path=[[0, 0], [8, 0], [8, 4]], sigma=0)
-    task = tasks.task_of(wish, torch.zeros(1, 3, 32, 32), tmp_path)
+    wanted = Request("sharpen", blur="motion", path=[[0, 0], [8, 0], [8, 4]], sigma=0)
+    task = request.make_task(wanted, torch.zeros(1, 3, 32, 32), tmp_path)
     point = torch.zeros(1, 3, 32, 32)
     point[..., 16, 16] = 1
     smeared = task.build(32, 32).A(point)[0, 0] > 0.02
@@ -180,27 +180,27 @@ def test_a_drawn_path_blurs_along_itself(tmp_path):
 
 
 def test_the_prior_says_what_it_knows(restorer, tmp_path):
-    assert models.fit(restorer).startswith("This prior knows 64-pixel faces and pieces of photos.")
-    plan = work.estimate(PHOTO, restorer, Wish("enlarge", factor=4, **QUICK), Planner(restorer), tmp_path)
-    assert "256 × 256 pixels does not fit" in models.fit(restorer, plan) and plan.windows == 49
+    assert models.format_fit(restorer).startswith("This prior knows 64-pixel faces and pieces of photos.")
+    plan = work.estimate(PHOTO, restorer, Request("enlarge", factor=4, **QUICK), Planner(restorer), tmp_path)
+    assert "256 × 256 pixels does not fit" in models.format_fit(restorer, plan) and plan.windows == 49
 
     class Other:
         name, backbone = "sd-1.5", restorer.backbone
 
-    assert models.fit(Other).startswith("This prior knows 64-pixel pictures of all kinds.")
-    assert "Anything else" not in models.fit(restorer) and "Anything else" not in models.fit(Other)
+    assert models.format_fit(Other).startswith("This prior knows 64-pixel pictures of all kinds.")
+    assert "Anything else" not in models.format_fit(restorer) and "Anything else" not in models.format_fit(Other)
     Other.name = "adm-ffhq-256"
-    assert "Anything else" in models.fit(Other)
+    assert "Anything else" in models.format_fit(Other)
     Other.name = "somebody's"
-    assert models.fit(Other) == "This prior knows 64-pixel pictures."
+    assert models.format_fit(Other) == "This prior knows 64-pixel pictures."
 
 
 def test_what_the_photo_shows_is_asked_where_the_prior_knows_several_kinds(restorer, tmp_path):
-    from restore.app.page.clicks import Clicks
+    from restore.app.page.handlers import Handlers
 
-    clicks = Clicks(models.Priors(restorer, offline=True))
-    choices = [("not told", ""), ("face", "face"), ("photo", "photo")]
-    asked = [clicks.shows(name) for name in ("embedded", "embedded-latent", "adm-ffhq-256")]
+    handlers = Handlers(models.Priors(restorer, offline=True))
+    choices = [("not sure", ""), ("face", "face"), ("photo", "photo")]
+    asked = [handlers.offer_labels(name) for name in ("embedded", "embedded-latent", "adm-ffhq-256")]
     assert [(each["visible"], each["choices"], each["value"]) for each in asked] == [
         (True, choices, ""),
         (False, [], ""),
@@ -208,8 +208,8 @@ def test_what_the_photo_shows_is_asked_where_the_prior_knows_several_kinds(resto
     ]
     told = {}
     for label in ("face", "photo", None):
-        wish = Wish("denoise", sigma=0.5, label=label, **QUICK)
-        (done,) = restored(restorer, [PHOTO], wish, tmp_path / str(label))
+        wanted = Request("denoise", sigma=0.5, label=label, **QUICK)
+        (done,) = restored(restorer, [PHOTO], wanted, tmp_path / str(label))
         told[label] = done.files[0].read_bytes()
         assert done.sidecar["settings"].get("label") == label
     assert len(set(told.values())) == 3
@@ -220,12 +220,14 @@ def test_priors_are_described_and_fetched(restorer, tmp_path, monkeypatch):
     priors = models.Priors(restorer, offline=True)
     names = [name for _, name in priors.choices()]
     assert names[0] == "embedded" and "adm-ffhq-256" in names and not {"taesd", "adm-imagenet-64"} & set(names)
-    text = models.described("adm-ffhq-256")
+    text = models.describe_prior("adm-ffhq-256")
     assert "CC BY-NC-SA 4.0" in text and "374 MB" in text and "not on this machine yet" in text
-    assert "2.2 GB" in models.described("adm-imagenet-256") and "comes with the package" in models.described("embedded")
+    assert "2.2 GB" in models.describe_prior("adm-imagenet-256") and "comes with the package" in models.describe_prior(
+        "embedded"
+    )
     with pytest.raises(RestoreError, match="this page is offline"):
         priors.fetch("adm-ffhq-256", lambda *_: None)
-    with pytest.raises(RestoreError, match="fetch it first"):
+    with pytest.raises(RestoreError, match="download it first"):
         priors.get("adm-ffhq-256")
     for name in ("/etc/passwd", str(data_dir() / "embedded"), "taesd", "owner/name"):
         with pytest.raises(RestoreError, match="no prior called"):
@@ -242,15 +244,15 @@ def test_without_a_connection_fetching_fails_in_one_sentence(restorer, tmp_path,
     monkeypatch.setenv("RESTORE_CACHE", str(tmp_path))
     for proxy in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")
-    with pytest.raises(RestoreError, match="could not be fetched.*models pull adm-ffhq-256") as caught:
+    with pytest.raises(RestoreError, match="could not be downloaded.*models pull adm-ffhq-256") as caught:
         models.Priors(restorer).fetch("adm-ffhq-256", lambda *_: None)
     assert str(tmp_path) not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_leaving_stops_the_work(restorer, tmp_path):
     stop = threading.Event()
-    wish = Wish("denoise", sigma=0.1, quality="fast", samples=1, steps=1000)
-    items = work.restore([PHOTO], restorer, wish, Planner(restorer), tmp_path, stop)
+    wanted = Request("denoise", sigma=0.1, quality="fast", samples=1, steps=1000)
+    items = work.restore([PHOTO], restorer, wanted, Planner(restorer), tmp_path, stop)
     assert any(item.picture for item in iter(lambda: next(items), None) if isinstance(item, work.Step))
     before = threading.active_count()
     items.close()
@@ -262,16 +264,16 @@ def test_without_gradio_it_says_what_to_install(restorer, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(RestoreError, match=r"install restore\[ui\]"):
-        page.build(restorer)
+        page.build_page(restorer)
 
 
 def test_the_page_answers_and_reports_mistakes(restorer, monkeypatch, tmp_path):
     import gradio_client
 
     from restore import method
-    from restore.app.page import api, build, launch
+    from restore.app.page import api, build_page, launch
 
-    page = build(restorer)
+    page = build_page(restorer)
     monkeypatch.setattr(api, "TemporaryDirectory", functools.partial(tempfile.TemporaryDirectory, dir=tmp_path))
     _, url, _ = launch(page, prevent_thread_lock=True, quiet=True)
     try:
@@ -305,7 +307,7 @@ def test_the_page_answers_and_reports_mistakes(restorer, monkeypatch, tmp_path):
             ({"task": "denoise", "quality": "super"}, "no quality called"),
             ({"task": "denoise", "prior": "/etc"}, "no prior called"),
             ({"task": "denoise", "label": "cat"}, "no class called 'cat'; known: face, photo"),
-            ({"task": "sharpen", "blur": "motion"}, "raw the way of the camera first"),
+            ({"task": "sharpen", "blur": "motion"}, "raw how the camera moved first"),
             ({"photo": None, "task": "denoise"}, "Choose a photo first"),
         ]
         outside = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
@@ -341,9 +343,9 @@ def test_who_is_let_in(restorer):
     for auth in ("me", "me:", ":secret", ""):
         result = CliRunner().invoke(cli.app, ["ui", "--auth", auth])
         assert "auth= must be user:password" in str(result.exception)
-    from restore.app.page import build, launch
+    from restore.app.page import build_page, launch
 
-    page = build(restorer)
+    page = build_page(restorer)
     _, url, _ = launch(page, prevent_thread_lock=True, quiet=True, auth=("anna", "secret"))
     try:
         assert requests.get(f"{url}config", timeout=60).status_code == 401

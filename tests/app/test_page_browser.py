@@ -29,9 +29,9 @@ WAIT = 200_000  # milliseconds: the machine may be busy
 
 @pytest.fixture(scope="module")
 def address():
-    from restore.app.page import build, launch
+    from restore.app.page import build_page, launch
 
-    page = build(restore.load("embedded"))
+    page = build_page(restore.load("embedded"))
     _, url, _ = launch(page, prevent_thread_lock=True, quiet=True)
     yield url
     page.close()
@@ -72,7 +72,7 @@ class Visitor:
     def quickly(self, samples=1, steps="2"):
         self.page.get_by_label("Fast").check()
         if samples == 1:
-            self.page.get_by_label("Three versions, which show").uncheck()
+            self.page.get_by_label("Three versions, to show").uncheck()
         self.page.get_by_role("button", name="Advanced").click()
         self.page.get_by_label("Steps").fill(steps)
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from operators import RestoreError
-from restore.app.page.tasks import noise
+from restore.app.page.request import PAINT_FIRST, estimate_sigma
 from restore.images import damage
 from restore.images import io as images
 from restore.images.folder import image_size
@@ -25,71 +25,72 @@ from restore.images.io import ImageRecord
 from restore.images.masks import read_mask
 
 LARGEST_PHOTO = 64_000_000  # pixels
-SHOWN, SMALL = 1400, 384  # pixels of the longer side: on the page at most; what is smaller is shown enlarged
-CERTAIN = 0.2  # standard deviation on [-1, 1] that is shown in full colour
+LONGEST, SMALLEST = 1400, 384  # pixels of the longer side on the page; smaller pictures are enlarged
+FULL_SPREAD = 0.2  # standard deviation on [-1, 1] that is drawn in full colour
 ORANGE = (255, 120, 0)
+PAINT = (224, 36, 94, 255)
 _PNG = "data:image/png;base64,"
 
 
 @dataclass(frozen=True)
 class Edits:
-    """turns: quarter turns clockwise. crop: (left, top, right, bottom) in shares of the turned photo. mask: what was
-    painted over, an array (h, w) that is True there, of the cropped photo at any scale; None where nothing was."""
+    """turns: quarter turns clockwise. crop: (left, top, right, bottom) as fractions of the turned photo. mask: (h, w),
+    True where the cropped photo was painted over, at any scale; None if nothing was."""
 
     turns: int = 0
     crop: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
     mask: np.ndarray | None = None
 
     @property
-    def none(self) -> bool:
-        return not self.turns and self.crop == (0, 0, 1, 1)
+    def change_photo(self) -> bool:
+        return bool(self.turns) or self.crop != (0, 0, 1, 1)
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a photo is seen to be. size: (H, W). preview: address of the picture for the browser. noise: sigma_y."""
+class Preview:
+    """size: (H, W) of the photo. address: a data URL of the picture for the browser. noise: its sigma_y."""
 
     size: tuple[int, int]
-    preview: str
+    address: str
     noise: float
 
 
-def read(path: str | Path) -> ImageRecord:
-    """A photo of somebody else's. Raises RestoreError, before it is read, for more than LARGEST_PHOTO pixels."""
+def read_photo(path: str | Path) -> ImageRecord:
+    """Read an uploaded photo. Raises RestoreError, before it is decoded, for more than LARGEST_PHOTO pixels."""
     try:
         height, width = image_size(Path(path))
     except PIL.Image.DecompressionBombError:
         raise RestoreError(f"the photo has far more than {LARGEST_PHOTO / 1e6:.0f} million pixels") from None
     if height * width > LARGEST_PHOTO:
         raise RestoreError(
-            f"the photo has {width} x {height} pixels, at most {LARGEST_PHOTO / 1e6:.0f} million go here"
+            f"the photo has {width} x {height} pixels, at most {LARGEST_PHOTO / 1e6:.0f} million are allowed here"
         )
     return images.read_image(path)
 
 
-def look(path: str | Path) -> Look:
-    """Raises RestoreError for what is no photo."""
-    record = read(path)
-    return Look(record.size, address(shown(record.pixels)), noise(record.pixels))
+def preview_photo(path: str | Path) -> Preview:
+    """Raises RestoreError if it is no photo."""
+    record = read_photo(path)
+    return Preview(record.size, to_data_url(render(record.pixels)), estimate_sigma(record.pixels))
 
 
-def parse(text: str | None) -> Edits:
-    """What the browser says was done to the photo. Raises RestoreError for anything else."""
+def parse_edits(text: str | None) -> Edits:
+    """Return the edits that the browser sent as JSON. Raises RestoreError for anything else."""
     if not text:
         return Edits()
     try:
-        said = json.loads(text)
-        turns, crop = int(said["turns"]) % 4, tuple(float(share) for share in said["crop"])
+        sent = json.loads(text)
+        turns, crop = int(sent["turns"]) % 4, tuple(float(share) for share in sent["crop"])
         left, top, right, bottom = crop
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
             raise ValueError
-        return Edits(turns, crop, None if said.get("mask") is None else _painted(said["mask"]))
+        return Edits(turns, crop, None if sent.get("mask") is None else _decode_paint(sent["mask"]))
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError, binascii.Error, OSError):
-        raise RestoreError("what was done to the photo is not readable: choose the photo again") from None
+        raise RestoreError("the changes to the photo cannot be read: choose the photo again") from None
 
 
-def edited(record: ImageRecord, edits: Edits) -> ImageRecord:
-    """The photo as it was turned and cropped."""
+def apply_edits(record: ImageRecord, edits: Edits) -> ImageRecord:
+    """Return the photo turned and cropped."""
 
     def cut(x: torch.Tensor) -> torch.Tensor:
         x = torch.rot90(x, -edits.turns, (-2, -1))
@@ -102,43 +103,45 @@ def edited(record: ImageRecord, edits: Edits) -> ImageRecord:
 
 
 def write_mask(path: Path, missing: np.ndarray, size: tuple[int, int]) -> Path:
-    """A mask as a file: white known, black missing, of `size` (H, W). Raises RestoreError where nothing is missing."""
+    """Write a mask of `size` (H, W): white known, black missing. Raises RestoreError if nothing is missing."""
     if not missing.any():
-        raise RestoreError("paint over what is damaged first, or let scratches and dust be proposed")
+        raise RestoreError(PAINT_FIRST)
     picture = PIL.Image.fromarray(np.where(missing, 0, 255).astype(np.uint8))
     picture.resize((size[1], size[0]), PIL.Image.Resampling.NEAREST).save(path)
     return path
 
 
-def proposed(pixels: torch.Tensor, sensitivity: float) -> np.ndarray:
-    """Where scratches and dust may be, (H, W), True there. Raises RestoreError where none is found."""
+def propose_mask(pixels: torch.Tensor, sensitivity: float) -> np.ndarray:
+    """Return where scratches and dust may be in (1, 3, H, W): (H, W), True there. Raises RestoreError if nowhere."""
     missing = (damage.damage_mask(pixels, sensitivity)[0, 0] < 0.5).numpy()
     if not missing.any():
-        raise RestoreError("no scratch and no dust was found: look more keenly, or say by hand what is damaged")
+        raise RestoreError(
+            "no scratches and no dust were found: raise the sensitivity, or paint over the damage by hand"
+        )
     return missing
 
 
-def brush(missing: np.ndarray) -> str:
-    """For the browser's layer of paint: {"mask": address}."""
-    layer = np.zeros((*missing.shape, 4), np.uint8)
-    layer[missing] = (224, 36, 94, 255)
-    return json.dumps({"mask": address(PIL.Image.fromarray(layer))})
-
-
-def uploaded(path: str | Path) -> np.ndarray:
-    """A mask that was uploaded, white known, (H, W), True where it is missing. Raises RestoreError."""
-    read(path)
+def read_missing(path: str | Path) -> np.ndarray:
+    """Read an uploaded mask, white known: (H, W), True where something is missing. Raises RestoreError."""
+    read_photo(path)
     return (read_mask(path, threshold=127)[0, 0] < 0.5).numpy()
 
 
-def shown(pixels: torch.Tensor, longest: int = SHOWN, smallest: int = 0) -> PIL.Image.Image:
-    """(1 or 3, H, W) or with a batch of one, for the eye: reduced to `longest`, enlarged to `smallest`."""
-    pixels = limited(pixels[None] if pixels.ndim == 3 else pixels, longest, smallest)
+def draw_paint(missing: np.ndarray) -> str:
+    """Return the browser's layer of paint as JSON: {"mask": data URL}."""
+    layer = np.zeros((*missing.shape, 4), np.uint8)
+    layer[missing] = PAINT
+    return json.dumps({"mask": to_data_url(PIL.Image.fromarray(layer))})
+
+
+def render(pixels: torch.Tensor, longest: int = LONGEST, smallest: int = 0) -> PIL.Image.Image:
+    """Return (1 or 3, H, W), or a batch of one, as a picture; see `limit_size`."""
+    pixels = limit_size(pixels[None] if pixels.ndim == 3 else pixels, longest, smallest)
     return images.to_pil(pixels.expand(-1, 3, -1, -1))
 
 
-def limited(pixels: torch.Tensor, longest: int = SHOWN, smallest: int = 0) -> torch.Tensor:
-    """(1, C, H, W), its longer side from `smallest` to `longest` pixels."""
+def limit_size(pixels: torch.Tensor, longest: int = LONGEST, smallest: int = 0) -> torch.Tensor:
+    """Resize (1, C, H, W) so that its longer side has from `smallest` to `longest` pixels."""
     h, w = pixels.shape[-2:]
     scale = min(1.0, longest / max(h, w))
     scale = max(scale, smallest / max(h, w)) if scale == 1 else scale
@@ -146,27 +149,30 @@ def limited(pixels: torch.Tensor, longest: int = SHOWN, smallest: int = 0) -> to
     return pixels if scale == 1 else F.interpolate(pixels, size, mode="bicubic", antialias=True)
 
 
-def address(picture: PIL.Image.Image) -> str:
-    """A picture as an address that holds it: a PNG where it is small or has alpha, else a JPEG."""
-    held = io.BytesIO()
-    small = picture.mode == "RGBA" or max(picture.size) <= 512
-    picture.save(held, *(("PNG",) if small else ("JPEG",)), **({} if small else {"quality": 90}))
-    text = base64.b64encode(held.getvalue()).decode()
-    return f"{_PNG}{text}" if small else f"data:image/jpeg;base64,{text}"
+def to_data_url(picture: PIL.Image.Image) -> str:
+    """Return a picture as a data URL: PNG if it is small or has alpha, else JPEG."""
+    content = io.BytesIO()
+    if picture.mode == "RGBA" or max(picture.size) <= 512:
+        picture.save(content, "PNG")
+        prefix = _PNG
+    else:
+        picture.save(content, "JPEG", quality=90)
+        prefix = "data:image/jpeg;base64,"
+    return prefix + base64.b64encode(content.getvalue()).decode()
 
 
-def guessed(result: torch.Tensor, spread: torch.Tensor) -> PIL.Image.Image:
-    """The result (1, 3, H, W) in pale grey; orange where the samples differ, full at CERTAIN. spread: (1, 1, H, W)."""
-    share = (spread / CERTAIN).clamp(0, 1)
+def draw_spread(result: torch.Tensor, spread: torch.Tensor) -> PIL.Image.Image:
+    """Return the result (1, 3, H, W) in pale grey, orange where the samples differ; spread: (1, 1, H, W)."""
+    share = (spread / FULL_SPREAD).clamp(0, 1)
     base = (result.mean(1, keepdim=True) * 0.6 + 0.3).clamp(-1, 1)
     orange = torch.tensor(ORANGE).view(1, 3, 1, 1) / 127.5 - 1
-    return shown(base * (1 - share) + orange * share, smallest=SMALL)
+    return render(base * (1 - share) + orange * share, smallest=SMALLEST)
 
 
-def _painted(text: Any) -> np.ndarray:
+def _decode_paint(text: Any) -> np.ndarray:
     if not isinstance(text, str) or not text.startswith(_PNG):
         raise ValueError
     with PIL.Image.open(io.BytesIO(base64.b64decode(text[len(_PNG) :], validate=True)), formats=["PNG"]) as picture:
-        if max(picture.size) > SHOWN + 2:
+        if max(picture.size) > LONGEST + 2:
             raise ValueError
         return np.asarray(picture.convert("RGBA"))[:, :, 3] > 127

@@ -1,4 +1,4 @@
-"""What a click does: photos restored one after the other in a thread, with what there is to see meanwhile."""
+"""Photos restored one after another in a thread, with what there is to see meanwhile."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from restore import disk
 from restore.app import run
 from restore.app.files import MEAN, SIGNALS, SPREAD, Photo, find_photos
 from restore.app.page import pictures
-from restore.app.page.pictures import SMALL, Edits
-from restore.app.page.tasks import Wish, task_of
+from restore.app.page.pictures import SMALLEST, Edits
+from restore.app.page.request import Request, make_task
+from restore.app.page.text import hide_folders
 from restore.app.plan import Plan, Planner, duration
 from restore.images import io
 
-EVERY = 0.5  # seconds between two pictures of what is forming
+INTERVAL = 0.5  # seconds between two pictures of what is forming
 WORKER = "restore-photos"  # the name of the thread
-TRACED = 4_000_000  # pixels, up to which the pictures of the guidance are kept
+LARGEST_TRAJECTORY = 4_000_000  # pixels of the largest result whose guidance is drawn
 
 
 @dataclass(frozen=True)
 class Step:
-    """Where one photo is. share: of its steps. picture: x0_hat of the sample at work, None before the first."""
+    """Where one photo is. share: of its steps. picture: x0_hat of the current sample, None before the first step."""
 
     sentence: str
     share: float | None = None
@@ -40,8 +41,8 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Done:
-    """One photo's end. error: the sentence why there is no result; else what there is to see and to download."""
+class Result:
+    """What became of one photo: an error, which says why there is no result, or what to look at and to download."""
 
     name: str
     error: str | None = None
@@ -53,183 +54,197 @@ class Done:
     files: list[Path] = field(default_factory=list)
     sidecar: dict[str, Any] = field(default_factory=dict)
 
+    def line(self) -> str:
+        if self.error is None:
+            return f"{self.name}: done in {duration(self.seconds)}"
+        return self.error if not self.name or self.name in self.error else f"{self.name}: {self.error}"
+
 
 def restore(
     photos: list[str | Path],
     restorer: Any,
-    wish: Wish,
+    request: Request,
     planner: Planner,
     folder: str | Path,
     stop: threading.Event,
     edits: Edits | None = None,
     mask: str | Path | None = None,
-) -> Iterator[Step | Done]:
-    """Photos restored into a folder of the caller's, as they go.
+) -> Iterator[Step | Result]:
+    """Restore photos into a folder of the caller's, yielding steps, and a Result at the end of each photo.
 
-    edits: of the first photo, None for none. mask: a file, for every photo; else what the edits say was painted over,
-    and for photos without edits what is proposed. A photo that cannot be restored is a Done with its error; sentences
-    name no folder. Ends early, with the sentence "cancelled", once `stop` is set, which leaving the iterator does too.
+    edits: of the first photo, None for none. mask: a file, for every photo; without one the paint of the edits, and for
+    photos without edits the proposed mask. A photo that cannot be restored yields a Result with its error; no message
+    names a folder. Ends early, with the error "cancelled", once `stop` is set; closing the iterator sets it too.
     """
     if not photos:
-        yield Done("", "choose a photo first")
+        yield Result("", "choose a photo first")
         return
     folder = Path(folder)
 
     def work(report: Callable[[Any], None]) -> None:
-        for k, photo in enumerate(photos):
-            place = folder / str(k)  # photos may have one name
-            count = f" ({k + 1} of {len(photos)})" if len(photos) > 1 else ""
-            own = edits if k == 0 else None
+        for k, photo in enumerate(map(Path, photos)):
+            place = folder / str(k)  # several photos may have one name
+            title = f"{photo.name} ({k + 1} of {len(photos)})" if len(photos) > 1 else photo.name
+            report(Step(f"Looking at {title} …"))
             try:
-                report(_one(Path(photo), restorer, wish, planner, place, stop, own, mask, count, report))
+                selected, task = _prepare(photo, request, place, edits if k == 0 else None, mask)
+                watch = _Watch(title, report, stop)
+                seconds = _restore_photo(selected, restorer, task, request, planner, watch)
+                report(_collect_result(photo, selected, request, (edits if k == 0 else None) or Edits(), seconds))
             except RestoreError as error:
-                report(Done(Path(photo).name, bare(str(error), photo, mask, place)))
+                report(Result(photo.name, hide_folders(str(error), photo, mask, place)))
             if stop.is_set():
                 return
 
-    yield from _streamed(work, stop)
+    yield from _stream(work, stop)
 
 
 def estimate(
     photo: str | Path,
     restorer: Any,
-    wish: Wish,
+    request: Request,
     planner: Planner,
     folder: str | Path,
     edits: Edits | None = None,
     mask: str | None = None,
 ) -> Plan:
-    """Memory and time of one photo. Nothing need be painted over yet. Raises RestoreError."""
+    """Return memory and time of one photo, which need not be painted over yet. Raises RestoreError."""
     folder = Path(folder)
     try:
-        chosen, task = _prepared(Path(photo), wish, folder, edits, mask, planning=True)
-        (outcome,) = run.restore_files([chosen], restorer, task, **_options(wish), planner=planner, dry_run=True)
+        selected, task = _prepare(Path(photo), request, folder, edits, mask, planning=True)
+        (outcome,) = run.restore_files([selected], restorer, task, **_options(request), planner=planner, dry_run=True)
         if outcome.error:
             raise RestoreError(outcome.error)
     except RestoreError as error:
-        raise RestoreError(bare(str(error), photo, mask, folder)) from None
+        raise RestoreError(hide_folders(str(error), photo, mask, folder)) from None
     return outcome.plan
 
 
-def _one(photo, restorer, wish, planner, folder, stop, edits, mask, count, report) -> Done:
-    report(Step(f"Looking at {photo.name}{count} …"))
-    chosen, task = _prepared(photo, wish, folder, edits, mask)
-    plans, began, last = [], 0.0, 0.0
+class _Watch:
+    """Reports the plan and the steps of one photo, and stops it."""
 
-    def announce(outcome: run.Outcome) -> None:
-        nonlocal began
-        began = time.monotonic()
-        plans.append(outcome.plan)
-        if outcome.plan.fits:
-            report(Step(f"Restoring {photo.name}{count}, about {duration(outcome.plan.seconds)} …", 0.0))
+    def __init__(self, title: str, report: Callable[[Any], None], stop: threading.Event) -> None:
+        self.title, self.report, self.stop = title, report, stop
+        self.plan: Plan | None = None
+        self.started = self.last = 0.0
 
-    def watch(step: dict) -> None:
-        nonlocal last
-        if stop.is_set():
+    def check(self) -> None:
+        if self.stop.is_set():
             raise RestoreError("cancelled")
-        final = step["step"] == step["steps"] - 1
-        if final or time.monotonic() - last > EVERY:
-            last = time.monotonic()
-            share = (step["first"] + (step["step"] + 1) / step["steps"]) / step["total"]
-            version = f", version {step['first'] + 1} of {step['total']}" if step["total"] > 1 else ""
-            left = duration((last - began) * (1 - share) / share) if share < 1 else "nothing"
-            detail = f"step {step['step'] + 1} of {step['steps']}{version}, about {left} left"
-            picture = pictures.shown(step["x0_hat"][0].float().cpu(), 640, SMALL)
-            report(Step(f"Restoring {photo.name}{count} …", share, detail, picture))
 
+    def announce(self, outcome: run.Outcome) -> None:
+        self.plan, self.started = outcome.plan, time.monotonic()
+        if self.plan.fits:
+            self.report(Step(f"Restoring {self.title}, about {duration(self.plan.seconds)} …", 0.0))
+
+    def step(self, step: dict) -> None:
+        self.check()
+        if step["step"] < step["steps"] - 1 and time.monotonic() - self.last <= INTERVAL:
+            return
+        self.last = time.monotonic()
+        share = (step["first"] + (step["step"] + 1) / step["steps"]) / step["total"]
+        version = f", version {step['first'] + 1} of {step['total']}" if step["total"] > 1 else ""
+        left = duration((self.last - self.started) * (1 - share) / share) if share < 1 else "nothing"
+        detail = f"step {step['step'] + 1} of {step['steps']}{version}, about {left} left"
+        picture = pictures.render(step["x0_hat"][0].float().cpu(), 640, SMALLEST)
+        self.report(Step(f"Restoring {self.title} …", share, detail, picture))
+
+
+def _restore_photo(photo: Photo, restorer: Any, task: Any, request: Request, planner: Planner, watch: _Watch) -> float:
+    """Restore one photo and return the seconds it took."""
     started = time.monotonic()
-    before = io.read_image(chosen.source)
-    traced = wish.pictures and before.pixels.shape[-1] * before.pixels.shape[-2] * task.factor**2 <= TRACED
-    options = _options(wish) | {"save_trajectory": traced, "callback": watch, "planner": planner, "announce": announce}
-    if stop.is_set():
-        raise RestoreError("cancelled")
-    (outcome,) = run.restore_files([chosen], restorer, task, **options)
-    if plans and not plans[0].fits:
-        need, free = plans[0].memory / 1e9, plans[0].available / 1e9
+    height, width = io.read_image(photo.source).size
+    trajectory = request.trajectory and height * width * task.factor**2 <= LARGEST_TRAJECTORY
+    options = _options(request) | {"save_trajectory": trajectory, "callback": watch.step, "announce": watch.announce}
+    watch.check()
+    (outcome,) = run.restore_files([photo], restorer, task, **options, planner=planner)
+    plan = watch.plan
+    if plan is not None and not plan.fits:
         raise RestoreError(
-            f"{photo.name} would take {need:.1f} GB of memory and {free:.1f} GB are free here: crop it or reduce it"
+            f"{photo.source.name} would take {plan.memory / 1e9:.1f} GB of memory and {plan.available / 1e9:.1f} GB "
+            "are free here: crop it or reduce it"
         )
     if outcome.error is not None:
         raise RestoreError(outcome.error)
-    return _done(photo, chosen, before, wish, edits or Edits(), time.monotonic() - started)
+    return time.monotonic() - started
 
 
-def _prepared(
-    photo: Path, wish: Wish, folder: Path, edits: Edits | None, mask: str | Path | None, planning: bool = False
+def _prepare(
+    photo: Path, request: Request, folder: Path, edits: Edits | None, mask: str | Path | None, planning: bool = False
 ) -> tuple[Photo, Any]:
-    """The photo as it is to be restored, a new file where it was turned or cropped, and its task."""
-    record = pictures.read(photo)
-    (chosen,) = find_photos([photo], folder / "out")
+    """Return the photo to be restored, a new file if it was turned or cropped, and its task."""
+    record = pictures.read_photo(photo)
+    (selected,) = find_photos([photo], folder / "out")
     proposing, edits = edits is None, edits or Edits()
-    if not edits.none:
-        record = pictures.edited(record, edits)
+    if edits.change_photo:
+        record = pictures.apply_edits(record, edits)
         source = folder / "in" / f"{photo.stem}.png"
         source.parent.mkdir(parents=True, exist_ok=True)
         io.write_image(source, record.pixels, like=record)
-        chosen = Photo(source, chosen.target)
+        selected = Photo(source, selected.target)
     missing = edits.mask
-    if wish.task == "fill" and mask is None:
-        if planning:  # what it takes does not depend on what is painted over
+    if request.task == "fill" and mask is None:
+        if planning:  # memory and time do not depend on what is painted over
             missing = np.zeros(record.size, bool)
             missing[0, 0] = True
         elif proposing:
-            missing = pictures.proposed(record.pixels, wish.sensitivity)
+            missing = pictures.propose_mask(record.pixels, request.sensitivity)
         if missing is not None:
             mask = pictures.write_mask(folder / "mask.png", missing, record.size)
-    return chosen, task_of(wish, record.pixels, folder, None if mask is None else Path(mask))
+    return selected, make_task(request, record.pixels, folder, None if mask is None else Path(mask))
 
 
-def _options(wish: Wish) -> dict[str, Any]:
-    guidance = "preset" if wish.pag_scale is None else run.ChangedPAG(wish.pag_scale)
+def _options(request: Request) -> dict[str, Any]:
+    guidance = "preset" if request.pag_scale is None else run.ChangedPAG(request.pag_scale)
     return {
-        "quality": wish.quality,
-        "samples": wish.samples,
-        "steps": wish.steps,
-        "seed": wish.seed,
+        "quality": request.quality,
+        "samples": request.samples,
+        "steps": request.steps,
+        "seed": request.seed,
         "guidance": guidance,
-        "label": wish.label,
+        "label": request.label,
     }
 
 
-def _done(photo: Path, chosen: Photo, before: io.ImageRecord, wish: Wish, edits: Edits, seconds: float) -> Done:
-    sidecar = json.loads(chosen.sidecar.read_text(encoding="utf-8"))
-    if chosen.source != photo:
-        done = {"turns": edits.turns, "crop": list(edits.crop)}
-        sidecar = sidecar | {"input": photo.name, "edited": {**done, "sha256": disk.hash_file(photo)}}
-        disk.write_json(chosen.sidecar, sidecar)
-    names = [chosen.target] + [chosen.beside(f"-sample{k}") for k in range(1, wish.samples)]
+def _collect_result(photo: Path, selected: Photo, request: Request, edits: Edits, seconds: float) -> Result:
+    sidecar = json.loads(selected.sidecar.read_text(encoding="utf-8"))
+    if selected.source != photo:
+        edited = {"turns": edits.turns, "crop": list(edits.crop), "sha256": disk.hash_file(photo)}
+        sidecar |= {"input": photo.name, "edited": edited}
+        disk.write_json(selected.sidecar, sidecar)
+    names = [selected.target] + [selected.beside(f"-sample{k}") for k in range(1, request.samples)]
+    spread, guidance = selected.beside(SPREAD, ".png"), selected.beside(SIGNALS, ".png")
     results = [io.read_image(path).pixels for path in names]
-    large = [pictures.shown(x, smallest=SMALL) for x in results]
-    spread = chosen.beside(SPREAD, ".png")
+    samples = [pictures.render(x, smallest=SMALLEST) for x in results]
+    before = pictures.render(io.read_image(selected.source).pixels, smallest=SMALLEST)
     guessed = None
-    if wish.samples > 1:
-        guessed = pictures.guessed(results[0], (io.read_image(spread).pixels[:, :1] + 1) / 4)
-    guidance = chosen.beside(SIGNALS, ".png")
-    there = [*names, chosen.beside(MEAN), spread, guidance, chosen.sidecar]
-    return Done(
+    if request.samples > 1:
+        guessed = pictures.draw_spread(results[0], (io.read_image(spread).pixels[:, :1] + 1) / 4)
+    files = [*names, selected.beside(MEAN), spread, guidance, selected.sidecar]
+    return Result(
         photo.name,
         seconds=seconds,
-        before=pictures.shown(before.pixels, smallest=SMALL).resize(large[0].size, PIL.Image.Resampling.BICUBIC),
-        samples=large,
+        before=before.resize(samples[0].size, PIL.Image.Resampling.BICUBIC),
+        samples=samples,
         guessed=guessed,
         guidance=guidance if guidance.exists() else None,
-        files=[path for path in there if path.exists()],
+        files=[path for path in files if path.exists()],
         sidecar=sidecar,
     )
 
 
-def _streamed(work: Callable[[Callable[[Any], None]], None], stop: threading.Event) -> Iterator[Any]:
-    """What `work` reports from a thread of its own, which ends with the iterator. What it raises is raised here."""
+def _stream(work: Callable[[Callable[[Any], None]], None], stop: threading.Event) -> Iterator[Any]:
+    """Yield what `work` reports from its own thread, which ends with the iterator; raise what it raises."""
     reports: queue.Queue = queue.Queue()
 
-    def run_it() -> None:
+    def target() -> None:
         try:
             work(lambda report: reports.put((report, None)))
             reports.put((None, None))
         except BaseException as error:
             reports.put((None, error))
 
-    thread = threading.Thread(target=run_it, name=WORKER, daemon=True)
+    thread = threading.Thread(target=target, name=WORKER, daemon=True)
     thread.start()
     try:
         while (item := reports.get()) != (None, None):
@@ -240,12 +255,3 @@ def _streamed(work: Callable[[Callable[[Any], None]], None], stop: threading.Eve
     finally:
         stop.set()
         thread.join()
-
-
-def bare(sentence: str, *paths: str | Path | None) -> str:
-    """A sentence without the folders that files lie in."""
-    for path in filter(None, paths):
-        path = Path(path)
-        for folder in (path / "out", path / "in", path, path.parent):
-            sentence = sentence.replace(f"{folder}/", "")
-    return sentence

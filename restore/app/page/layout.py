@@ -1,0 +1,200 @@
+"""What stands where on the page. Each function adds one section and keeps its components in `Parts`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+
+from restore.app.page.models import Priors, class_choices, describe_fit, describe_prior
+from restore.app.page.request import BLURS, FACTORS, PLAIN
+from restore.app.page.text import format_status
+from restore.method import QUALITIES
+
+HONEST = (
+    "Anything your photo does not show is <b>invented</b>: it may look right and still be wrong, and an invented face "
+    "is nobody's likeness."
+)
+IDLE = "Choose a photo, say what should be done, and press Restore."
+IMAGE_FILE = {"file_types": ["image"], "type": "filepath"}
+
+
+class Parts(SimpleNamespace):
+    """The page's components by name. An input is called as the field of PageInputs that holds its value."""
+
+    def select(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names}
+
+    def updates(self, **changes: Any) -> dict[Any, Any]:
+        """Changes by name as gradio takes them, by component."""
+        return {getattr(self, name): change for name, change in changes.items()}
+
+
+def add_header() -> None:
+    gr.HTML(
+        "<h1>Restore an old photo</h1><p>Everything is computed on the machine that serves this page.</p>",
+        elem_id="head",
+    )
+    gr.HTML(f'<p role="note">{HONEST}</p>', elem_id="honest")
+
+
+def add_photo_section(parts: Parts, priors: Priors) -> None:
+    _add_heading("1. Your photo")
+    parts.photo = gr.Image(
+        label="Your photo: drop it here, choose it, paste it or take it with the camera",
+        sources=["upload", "clipboard", "webcam"],
+        type="filepath",
+        image_mode=None,
+        format="png",
+        height=260,
+        elem_id="photo",
+    )
+    # The uploaded file itself, unread: alpha and 16 bits are kept, and a file that is no picture gets our own message.
+    parts.photo.preprocess = lambda payload: None if payload is None else payload.path
+    stage = {"photo": "", "painting": True, "proposal": "", "visible": "hidden", "elem_id": "stage"}
+    parts.stage = gr.HTML("", **_read_canvas("stage"), **stage)
+    with gr.Column(elem_id="filling") as parts.filling:
+        with gr.Row(equal_height=True):
+            parts.propose = gr.Button("Propose scratches and dust", size="md", min_width=150, scale=1)
+            parts.sensitivity = gr.Slider(
+                0, 1, 0.5, step=0.05, label="Sensitivity", min_width=150, scale=1, elem_id="keenly"
+            )
+        with gr.Accordion("Or upload a mask: black where something is missing, white elsewhere", open=False):
+            parts.mask = gr.File(label="Mask", **IMAGE_FILE)
+    parts.again = gr.Button("Choose another photo", size="sm", visible=False, elem_id="again")
+    with gr.Accordion("More photos, restored one after another with the same settings", open=False):
+        parts.more = gr.File(label="More photos", file_count="multiple", elem_id="more", **IMAGE_FILE)
+    choices = class_choices(priors.first)
+    parts.label = gr.Radio(
+        choices,
+        value="",
+        label="What it shows",
+        visible=bool(choices),
+        elem_id="shows",
+        info="the kinds of picture that the prior knows; telling it means less guessing",
+    )
+    parts.fits = gr.Markdown(describe_fit(priors, None), elem_classes="fine", elem_id="fits")
+
+
+def add_task_section(parts: Parts) -> None:
+    _add_heading("2. What should be done?")
+    parts.task = gr.Radio(
+        [(words, name) for name, (words, _) in PLAIN.items()],
+        value="fill",
+        label="What should be done?",
+        show_label=False,
+        container=False,
+        elem_id="task",
+    )
+    parts.factor = gr.Radio([(f"×{n}", n) for n in FACTORS], value=4, label="How many times larger", visible=False)
+    with gr.Column(visible=False) as parts.sharpening:
+        parts.blur = gr.Radio(
+            [(words, name) for name, (words, _) in BLURS.items()],
+            value="focus",
+            label="Why it is blurred",
+            elem_id="blur",
+        )
+        with gr.Row(equal_height=True) as parts.focus:
+            info = "standard deviation in pixels"
+            parts.std = gr.Slider(0.3, 12, 1.5, step=0.1, label="Size of the blur", info=info, elem_id="std", scale=3)
+            parts.measure = gr.Button("Estimate", scale=1)
+        with gr.Column(visible=False) as parts.motion:
+            gr.HTML("<p>Draw how the camera moved: the streak that a point of light left.</p>", elem_classes="fine")
+            parts.path = gr.HTML("", **_read_canvas("path"), elem_id="path")
+            parts.extent = gr.Slider(5, 61, 21, step=2, label="Width of the square, in pixels of the photo")
+    parts.noise = gr.Slider(
+        0.01,
+        1,
+        0.1,
+        step=0.005,
+        label="How strong the noise is",
+        info="estimated from your photo; sigma_y, its standard deviation on [-1, 1]",
+        elem_id="noise",
+        visible=False,
+    )
+
+
+def add_quality_section(parts: Parts) -> None:
+    _add_heading("3. How carefully?")
+    parts.quality = gr.Radio(
+        [(name.capitalize(), name) for name in QUALITIES],
+        value="balanced",
+        label="How carefully?",
+        show_label=False,
+        container=False,
+    )
+    parts.three = gr.Checkbox(
+        value=True,
+        label="Three versions, to show what is guesswork",
+        info="three posterior samples and their spread; takes three times as long",
+    )
+    parts.plan = gr.HTML(elem_id="plan", elem_classes="fine")
+    with gr.Row():
+        parts.go = gr.Button("Restore", variant="primary", elem_id="go", min_width=150, scale=3)
+        parts.cancel = gr.Button("Cancel", interactive=False, elem_id="cancel", min_width=80, scale=1)
+
+
+def add_advanced_section(parts: Parts) -> None:
+    with gr.Accordion("Advanced", open=False):
+        # Textboxes: an untouched gr.Number posts 0, which would switch PAG off.
+        parts.steps = gr.Textbox(label="Steps", info="of the sampler; empty: the preset's")
+        parts.seed = gr.Number(value=0, precision=0, minimum=0, label="Seed", info="another seed invents other details")
+        parts.scale = gr.Textbox(label="PAG scale s", info="perturbed-attention guidance; empty: the preset's, 0: off")
+        parts.sigma = gr.Textbox(label="sigma_y", info="noise in the photo on [-1, 1]; empty: estimated")
+        parts.traced = gr.Checkbox(
+            value=True, label="Keep a picture of the guidance", info="|eps − eps_weak| through time"
+        )
+
+
+def add_prior_section(parts: Parts, priors: Priors) -> None:
+    name = priors.first.name
+    with gr.Accordion("The prior: where missing detail comes from", open=False):
+        parts.prior = gr.Dropdown(priors.choices(), value=name, label="Prior")
+        parts.about = gr.Markdown(describe_prior(name), elem_classes="fine")
+        parts.fetch = gr.Button("Download it", visible=False)
+
+
+def add_results(parts: Parts) -> None:
+    hidden = {"interactive": False, "visible": False}
+    _add_heading("Result")
+    parts.status = gr.HTML(format_status(IDLE), elem_id="status")
+    parts.forming = gr.Image(label="The photo as it forms (x̂0)", format="jpeg", buttons=[], elem_id="forming", **hidden)
+    parts.slider = gr.ImageSlider(
+        label="Before | after", format="png", buttons=["fullscreen"], elem_id="slider", **hidden
+    )
+    parts.download = gr.DownloadButton("Download the photo", variant="primary", visible=False, elem_id="download")
+    parts.gallery = gr.Gallery(
+        label="Three versions, all equally likely",
+        rows=1,
+        height="auto",
+        object_fit="contain",
+        columns=3,
+        format="png",
+        elem_id="versions",
+        **hidden,
+    )
+    parts.guessed = gr.Image(
+        label="Orange: guesswork, where the versions differ (spread)",
+        format="png",
+        buttons=["download"],
+        elem_id="guessed",
+        **hidden,
+    )
+    parts.files = gr.File(label="All files", file_count="multiple", elem_id="files", **hidden)
+    with gr.Accordion("For experts", open=False, visible=False) as parts.experts:
+        parts.guidance = gr.Image(
+            label="Guidance |eps − eps_weak| through time", format="png", elem_id="guidance", **hidden
+        )
+        parts.sidecar = gr.JSON(label="Side-car: protocol and numbers")
+
+
+def _add_heading(text: str) -> None:
+    gr.HTML(f"<h2>{text}</h2>", elem_classes="step")
+
+
+def _read_canvas(name: str) -> dict[str, str]:
+    """The template and script of a part that is drawn on."""
+    html, script = (Path(__file__).with_name(f"{name}.{suffix}").read_text("utf-8") for suffix in ("html", "js"))
+    return {"html_template": html, "js_on_load": script}

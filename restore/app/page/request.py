@@ -1,0 +1,121 @@
+"""What a person wants, in plain words, and the task that it is."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from operators import RestoreError
+from operators.naming import check_known
+from restore.app.tasks import Task, find_task
+from restore.images import estimate
+
+# name -> (plain words, the field's term)
+PLAIN = {
+    "fill": ("Fill in what I paint over", "inpainting"),
+    "enlarge": ("Enlarge ×2, ×4 or ×8", "super-resolution"),
+    "sharpen": ("Sharpen a blurred photo", "deconvolution"),
+    "denoise": ("Remove noise", "denoising"),
+    "colour": ("Add colour", "colorization"),
+}
+FACTORS = (2, 4, 8)
+BLURS = {"focus": ("It is out of focus", "Gaussian blur"), "motion": ("The camera moved", "motion blur")}
+SIGMA_RANGE = (0.02, 1.0)  # of an estimated sigma_y; rounding to 8 bits adds 0.002
+PAINT_FIRST = "paint over what is damaged first, or let scratches and dust be proposed"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the page asks for.
+
+    task: a key of PLAIN. factor: one of FACTORS. blur: a key of BLURS. std: of the blur "focus", in pixels. path:
+    (N, 2) points x, y in pixels, how the camera moved. sigma: the photo's noise on [-1, 1], None: estimated.
+    sensitivity: of the search for damage if no mask is given. quality, samples, seed: see Restorer. steps, pag_scale:
+    None keeps the preset's. trajectory: draw the guidance through time. label: a class of the prior, None for none.
+    """
+
+    task: str = "fill"
+    factor: int = 4
+    blur: str = "focus"
+    std: float = 1.5
+    path: Sequence[Sequence[float]] = ()
+    sigma: float | None = None
+    sensitivity: float = 0.5
+    quality: str = "balanced"
+    samples: int = 3
+    steps: int | str | None = None
+    seed: int = 0
+    pag_scale: float | None = None
+    trajectory: bool = False
+    label: str | None = None
+
+
+def make_task(request: Request, pixels: torch.Tensor, folder: Path, mask: Path | None = None) -> Task:
+    """Return the task of a photo with these pixels (1, 3, H, W). A drawn path becomes a kernel file in `folder`.
+
+    Raises RestoreError for an unknown word, a missing mask or path and numbers that do not fit the photo.
+    """
+    check_known([request.task], PLAIN, "there is no task called")
+    sigma = estimate_sigma(pixels) if request.sigma is None else request.sigma
+    settings = {"sigma": _require_range(sigma, "the noise", 0, 4)}
+    if request.task == "fill":
+        if mask is None:
+            raise RestoreError(PAINT_FIRST)
+        return find_task("inpaint", settings, mask=mask)
+    if request.task == "enlarge":
+        if request.factor not in FACTORS:
+            raise RestoreError(f"a photo is enlarged by {', '.join(map(str, FACTORS))}, not by {request.factor}")
+        return find_task(f"sr{request.factor}", settings)
+    if request.task == "sharpen":
+        check_known([request.blur], BLURS, "there is no blur called")
+        if request.blur == "motion":
+            if len(request.path) < 2:
+                raise RestoreError("draw how the camera moved first")
+            kernel = folder / "kernel.npy"
+            np.save(kernel, estimate.motion_path_kernel(torch.tensor(request.path)).double().numpy())
+            return find_task("blur", settings, kernel=kernel)
+        std = _require_range(request.std, "the size of the blur", 0.1, 50)
+        radius = min(math.ceil(3 * std), min(pixels.shape[-2:]) - 1)
+        return find_task("gaussian-blur", settings | {"std": std, "kernel_size": 2 * radius + 1})
+    return find_task("denoise" if request.task == "denoise" else "colorize", settings)
+
+
+def estimate_sigma(pixels: torch.Tensor) -> float:
+    """Return sigma_y of a photo (1, 3, H, W) within SIGMA_RANGE; 0.05 if the photo is too small for an estimate."""
+    if min(pixels.shape[-2:]) < 32:
+        return 0.05
+    low, high = SIGMA_RANGE
+    return min(max(round(estimate.noise_level(pixels), 3), low), high)
+
+
+def parse_path(text: str | None, extent: float) -> list[list[float]]:
+    """Return the points, in pixels, of a path drawn on a square `extent` pixels wide. Raises RestoreError."""
+    try:
+        points = [[float(x) * extent, float(y) * extent] for x, y in json.loads(text or "[]")]
+    except (ValueError, TypeError, RecursionError):
+        raise RestoreError("the path of the camera cannot be read: draw it again") from None
+    if len(points) > 10_000 or not np.isfinite(points).all() or np.abs(points or [0]).max() > extent:
+        raise RestoreError("the path of the camera leaves its square: draw it again")
+    return points
+
+
+def parse_number(text: str | None, name: str) -> float | None:
+    """Return the number typed into a field, None for an empty one. Raises RestoreError if it is not a finite number."""
+    if not text or not text.strip():
+        return None
+    try:
+        return _require_range(float(text), name)
+    except ValueError:
+        raise RestoreError(f"{name} must be a number, not {text!r}; leave it empty for the preset's") from None
+
+
+def _require_range(value: float, name: str, low: float = -math.inf, high: float = math.inf) -> float:
+    if not (math.isfinite(value) and low <= value <= high):
+        raise RestoreError(f"{name} must lie between {low:g} and {high:g}, not {value:g}")
+    return float(value)

@@ -1,0 +1,46 @@
+"""Sentences and HTML that the page shows."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+from restore.app.plan import Plan, duration
+
+
+def to_sentence(message: str) -> str:
+    """Return a message with a full stop and a capital, unless it begins with a file's name."""
+    first = message.split(" ")[0]
+    start = first if "." in first or "-" in first else first[:1].upper() + first[1:]
+    return start + message[len(first) :] + ("" if message[-1:] in ".…!?" else ".")
+
+
+def hide_folders(message: str, *paths: str | Path | None) -> str:
+    """Return a message without the folders that these files and folders lie in."""
+    for path in map(Path, filter(None, paths)):
+        for folder in (path / "out", path / "in", path, path.parent):
+            message = message.replace(f"{folder}/", "")
+    return message
+
+
+def format_status(
+    sentence: str, share: float | None = None, detail: str = "", lines: Sequence[str] = (), bad: bool = False
+) -> str:
+    """Return HTML with a sentence, a bar of the `share` done, a detail and the lines of earlier photos."""
+    parts = [f'<p role="status">{html.escape(to_sentence(sentence))}</p>']
+    if share is not None:
+        parts.append(f'<progress aria-label="Progress" max="1" value="{share:.3f}"></progress>')
+    parts += [f"<small>{html.escape(detail)}</small>"] if detail else []
+    if lines:
+        parts.append("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>")
+    return f'<div class="status{" bad" if bad else ""}">{"".join(parts)}</div>'
+
+
+def format_plan(plan: Plan, count: int) -> str:
+    """Return HTML that says what the first of `count` photos takes, in plain words and below them in full."""
+    if not plan.fits:
+        need, free = plan.memory / 1e9, plan.available / 1e9
+        return f"<b>Too large for this machine:</b> it needs {need:.1f} GB of memory, {free:.1f} GB are free. Crop it."
+    each = " for the first photo" if count > 1 else ""
+    return f"<b>About {duration(plan.seconds)}</b>{each}<br><small>{html.escape(plan.line())}</small>"
