@@ -91,15 +91,11 @@ def read_image(path: str | Path) -> ImageRecord:
         if frames > 1:
             raise RestoreError(f"{path} holds {frames} frames or pages: extract the one to restore into its own file.")
         bits = 16 if sixteen.is_sixteen_bit(opened) else 8
-        if bits == 8:
-            samples, image = None, opened
-            image.load()
-        else:
-            samples, image = sixteen.read(path)
-        if samples is None:
-            samples = _eight_bit_samples(image, path)
-        exif = image.getexif()  # after loading: PNG keeps it behind the pixels, TIFF has applied it by now
-        icc = image.info.get("icc_profile") if image.mode != "CMYK" else None
+        if bits == 8 or opened.format != "TIFF":  # Pillow turns a loaded TIFF file upright, its reader of 16 bits not
+            opened.load()
+        samples = _eight_bit_samples(opened, path) if bits == 8 else sixteen.read_samples(path, opened)
+        exif = opened.getexif()  # after loading: a PNG file may hold it behind the pixels
+        icc = opened.info.get("icc_profile") if opened.mode != "CMYK" else None
         image_format = "JPEG" if opened.format == "MPO" else opened.format
     orientation = exif.get(_ORIENTATION, 1)
     values = torch.from_numpy(np.ascontiguousarray(upright(samples, orientation)).astype(np.float32))
@@ -155,7 +151,7 @@ def encoded(path: str | Path, image: torch.Tensor, like: ImageRecord | None = No
     icc = like.icc if like is not None and (not like.grey or not colour) else None  # a grey profile fits no RGB
     exif = like.exif if like is not None and image_format in ("JPEG", "PNG", "WEBP") else None
     if deep:
-        return sixteen.png_bytes(array, icc, exif) if image_format == "PNG" else sixteen.tiff_bytes(array, icc)
+        return sixteen.encode_png(array, icc, exif) if image_format == "PNG" else sixteen.encode_tiff(array, icc)
     options = {"icc_profile": icc} if icc else {}
     options |= {"exif": exif} if exif else {}
     buffer = io.BytesIO()
