@@ -14,7 +14,7 @@ from restore.app import cli
 from restore.bench.run import bench
 from restore.images import io
 from restore.paths import data_dir
-from restore.report.write import report
+from restore.report.write import write_report
 
 FACE = data_dir() / "photos" / "astronaut-face-64.png"
 NOISE = {"name": "gaussian", "sigma": 0.05}
@@ -92,5 +92,5 @@ def test_yaml(expected, tmp_path):
     table = bench(tmp_path / "own.yaml").table["table"]["mirrored"]
     assert table["mine"]["cost"]["nfe"] == 3 and table["plain"]["cost"]["nfe"] == 1
     assert table["mine"]["means"]["own:brightness_error"]["n"] == 1 and table["mine"]["means"]["psnr"]["mean"] > 5
-    text = report([tmp_path / "run"]).markdown.read_text()
+    text = write_report([tmp_path / "run"]).markdown.read_text()
     assert "Difference of the mean brightness" in text and "own:one_step" in text

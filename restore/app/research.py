@@ -142,11 +142,11 @@ def report(
     private: Annotated[bool, typer.Option("--private", help="Leave out pictures made from the data set.")] = False,
 ) -> None:
     """Write report.html and report.md about finished runs."""
-    from restore.report.write import report as write
+    from restore.report.write import write_report
 
-    written = write(runs, out, private=private)
-    for first, second, different in written.differences:
-        typer.echo(f"{first} and {second} are not in one table: {', '.join(different)} differ")
+    written = write_report(runs, out, private=private)
+    for pair in written.differences:
+        typer.echo(f"{pair.first} and {pair.second} are not in one table: {', '.join(pair.values)} differ")
     typer.echo(f"{written.html}\n{written.markdown}")
 
 

@@ -1,11 +1,11 @@
-"""The tables of a report, as data: what each cell says, before anybody decides how it looks."""
+"""Tables and charts of a report, as data: what each cell contains, independent of how it is displayed."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,19 @@ from restore.bench.baselines import BASELINES
 from restore.bench.protocol import comparable
 from restore.bench.run import read_manifest
 from restore.bench.schema import Benchmark
-from restore.metrics import sets
-from restore.metrics import table as metric_table
-from restore.metrics.table import Metric
+from restore.metrics.sets import FULL_PREFIX
+from restore.metrics.table import GROUPS, Metric, find_metric
 
 ARROWS = {1: "↑", -1: "↓", 0: ""}
-# (x, y) of the trade-off chart: the first whose metrics are there.
+# (x, y) of the trade-off chart: the first pair that was measured.
 TRADE_OFFS = (("lpips", "fid"), ("lpips", "psnr"), ("ssim", "psnr"), ("residual_ratio", "psnr"))
+
+Column = tuple[str, str]  # (task, metric)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One number. low, high: its 95 % interval, or mean -/+ the package's own deviation (`deviation` says which).
+    """One number with its interval [low, high].
 
     done, expected: images it was computed on and should have been. published: the paper's number. best: of its column.
     """
@@ -34,7 +35,6 @@ class Cell:
     value: float | None
     low: float | None = None
     high: float | None = None
-    deviation: bool = False
     done: int = 0
     expected: int = 0
     published: float | None = None
@@ -47,59 +47,80 @@ class Cell:
 
 @dataclass
 class Run:
-    """A benchmark folder as a report reads it."""
+    """A benchmark folder as a report reads it. results: task to method to its entry of metrics.json."""
 
     folder: Path
     config: dict[str, Any]
     protocol: dict[str, Any]
-    table: dict[str, Any]
-    created: str
-    own: dict[str, list] = field(default_factory=dict)
+    results: dict[str, dict[str, Any]]
+    own_metrics: dict[str, list] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
         return self.config["title"] or self.config["name"]
 
-    def metric(self, name: str) -> Metric:
-        """How a metric is shown; those from outside as the run recorded them."""
-        return Metric(*self.own[name]) if name in self.own else metric_table.find_metric(name)
+    @property
+    def columns(self) -> list[str]:
+        """The metrics that are columns, in the order of the configuration."""
+        names = self.config["report"]["columns"] or self.config["metrics"]["names"]
+        names = [member for name in names for member in GROUPS.get(name, (name,))]
+        computed = (n for cells in self.results.values() for cell in cells.values() for n in cell["set_values"])
+        return list(dict.fromkeys([*names, *(name for name in computed if name.startswith(FULL_PREFIX))]))
+
+    def find_metric(self, name: str) -> Metric:
+        """Return how a metric is shown; those from outside the package as the run recorded them."""
+        return Metric(*self.own_metrics[name]) if name in self.own_metrics else find_metric(name)
+
+    def method_title(self, method: str) -> str:
+        entry = self.config["methods"].get(method)
+        return (entry and entry["title"]) or self.config["published"]["titles"].get(method) or method
+
+    def task_title(self, task: str) -> str:
+        return self.config["tasks"][task]["title"] or task
+
+    def iterate_cells(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Yield (title of the task, title of the method, entry of metrics.json)."""
+        for task, cells in self.results.items():
+            for method, cell in cells.items():
+                yield self.task_title(task), self.method_title(method), cell
 
 
 @dataclass
 class Table:
-    """Rows by method, columns by (task, metric)."""
+    """Rows by method: (title, cells by column)."""
 
-    columns: list[tuple[str, str]]
+    columns: list[Column]
     metrics: dict[str, Metric]
-    rows: list[tuple[str, dict[tuple[str, str], Cell]]] = field(default_factory=list)
+    rows: list[tuple[str, dict[Column, Cell]]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ProtocolDifference:
+    """Why two runs cannot share a table: their titles, and key to the pair of values of all that differs."""
+
+    first: str
+    second: str
+    values: dict[str, tuple]
 
 
 def read_run(folder: str | Path) -> Run:
-    """A run with its metrics. Raises RestoreError for a folder without a run or without any result."""
+    """Read a finished run. Raises RestoreError if the folder has no run, no results, or damaged files."""
     folder = Path(folder)
     manifest = read_manifest(folder)
     path = folder / "metrics.json"
     if not path.is_file():
         raise RestoreError(f"{folder} has no metrics.json: the run has not finished; run the benchmark again to go on")
-    found, config = disk.read_json(path), manifest["config"]
-    if not isinstance(found, dict) or not isinstance(found.get("table"), dict):
+    metrics, config = disk.read_json(path), manifest["config"]
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("table"), dict):
         raise RestoreError(f"{path} is damaged; run the benchmark again, which measures anew")
-    lacking = [field.name for field in dataclasses.fields(Benchmark) if field.name not in config]
-    if lacking:
-        raise RestoreError(f"{folder / 'run.json'} is damaged: its configuration lacks {', '.join(lacking)}")
-    return Run(folder, config, manifest["protocol"], found["table"], manifest["created"], found.get("shown", {}))
+    missing = [item.name for item in dataclasses.fields(Benchmark) if item.name not in config]
+    if missing:
+        raise RestoreError(f"{folder / 'run.json'} is damaged: its configuration has no {', '.join(missing)}")
+    return Run(folder, config, manifest["protocol"], metrics["table"], metrics.get("shown", {}))
 
 
-def shown_metrics(run: Run) -> list[str]:
-    """Metrics that are columns, in the order of the configuration."""
-    asked = run.config["report"]["columns"] or run.config["metrics"]["names"]
-    asked = [each for name in asked for each in metric_table.GROUPS.get(name, (name,))]
-    against = (n for cells in run.table.values() for cell in cells.values() for n in cell["set_values"])
-    return list(dict.fromkeys([*asked, *(name for name in against if name.startswith(sets.FULL_PREFIX))]))
-
-
-def cell_of(entry: Mapping[str, Any] | None, metric: str, published: float | None) -> Cell:
-    """The cell of one metric from a (task, method) entry of metrics.json."""
+def make_cell(entry: Mapping[str, Any] | None, metric: str, published: float | None = None) -> Cell:
+    """Return the cell of one metric from a (task, method) entry of metrics.json; None: only published."""
     if entry is None:
         return Cell(None, published=published)
     counts = {"done": entry["done"], "expected": entry["expected"], "published": published}
@@ -109,73 +130,50 @@ def cell_of(entry: Mapping[str, Any] | None, metric: str, published: float | Non
         return Cell(value, m["low"], m["high"], **counts)
     if metric in entry["set_values"]:
         value, deviation = entry["set_values"][metric], entry["set_values"].get(f"{metric}_std")
-        # Rounding alone: every subset was the whole set, and no spread is known.
+        # Only rounding: every subset was the whole set, and no deviation is known.
         if deviation is None or deviation < max(1e-4 * abs(value), 1e-6):
             return Cell(value, **counts)
-        return Cell(value, value - deviation, value + deviation, True, **counts)
+        return Cell(value, value - deviation, value + deviation, **counts)
     return Cell(entry["cost"].get(metric), **counts)
 
 
-def method_title(run: Run, method: str) -> str:
-    titles = run.config["published"]["titles"]
-    entry = run.config["methods"].get(method)
-    return (entry and entry["title"]) or titles.get(method) or method
-
-
-def family_title(run: Run, family: str) -> str:
-    """The title that a sweep's methods share."""
-    return next(m["family_title"] for m in run.config["methods"].values() if m["family"] == family)
-
-
-def task_title(run: Run, task: str) -> str:
-    return run.config["tasks"][task]["title"] or task
-
-
-def build_table(runs: Sequence[Run]) -> Table:
-    """One table of runs with comparable protocols: columns of all, rows of each; published-only rows last."""
-    columns: list[tuple[str, str]] = []
-    for run in runs:
-        for task in run.config["tasks"]:
-            columns += [(task, metric) for metric in shown_metrics(run) if (task, metric) not in columns]
-    tasks = list(dict.fromkeys(task for task, _ in columns))
+def build_results_table(runs: Sequence[Run]) -> Table:
+    """Build one table of runs with comparable protocols: columns of all, rows of each, published-only rows last."""
+    tasks = list(dict.fromkeys(task for run in runs for task in run.config["tasks"]))
+    columns = list(dict.fromkeys((task, m) for run in runs for task in run.config["tasks"] for m in run.columns))
     columns.sort(key=lambda column: tasks.index(column[0]))
-    table = Table(columns, {metric: run.metric(metric) for run in reversed(runs) for metric in shown_metrics(run)})
+    table = Table(columns, {metric: run.find_metric(metric) for run in reversed(runs) for metric in run.columns})
     for run in runs:
-        values = run.config["published"]["values"]
+        published = run.config["published"]["values"]
         prefix = f"{run.title}: " if len(runs) > 1 else ""
-        for method in [*run.config["methods"], *(m for m in values if m not in run.config["methods"])]:
+        for method in dict.fromkeys([*run.config["methods"], *published]):
             row = {}
             for task, metric in columns:
-                said = ((values.get(method) or {}).get(task) or {}).get(metric)
-                row[task, metric] = cell_of(run.table.get(task, {}).get(method), metric, said)
-            table.rows.append((prefix + method_title(run, method), row))
-    _mark_best(table)
+                paper = ((published.get(method) or {}).get(task) or {}).get(metric)
+                row[task, metric] = make_cell(run.results.get(task, {}).get(method), metric, paper)
+            table.rows.append((prefix + run.method_title(method), row))
+    for column in columns:
+        _mark_best(table, column)
     return table
 
 
-def _mark_best(table: Table) -> None:
-    """The best complete cell of every column that has a better and a worse, if there is something to compare."""
-    for column in table.columns:
-        better = table.metrics[column[1]].better
-        if not better:
-            continue
-        cells = [(row[column], i) for i, (_, row) in enumerate(table.rows)]
-        complete = [
-            (c.value, i) for c, i in cells if c.value is not None and math.isfinite(c.value) and not c.incomplete
-        ]
-        if len(complete) < 2:
-            continue
-        # Equal as printed is equal: a digit that nobody sees decides nothing.
-        digits = table.metrics[column[1]].digits
-        top = max(round(value, digits) * better for value, _ in complete)
-        for value, i in complete:
-            if round(value, digits) * better == top:
-                cell = table.rows[i][1][column]
-                table.rows[i][1][column] = replace(cell, best=True)
+def _mark_best(table: Table, column: Column) -> None:
+    """Mark the best complete cells of a column whose metric has a direction, if there are several to compare."""
+    metric = table.metrics[column[1]]
+    # Rounded as displayed: a digit that nobody sees decides nothing.
+    scores = [
+        (row, round(row[column].value, metric.digits) * metric.better)
+        for _, row in table.rows
+        if row[column].value is not None and math.isfinite(row[column].value) and not row[column].incomplete
+    ]
+    if metric.better and len(scores) > 1:
+        top = max(score for _, score in scores)
+        for row, score in scores:
+            row[column] = dataclasses.replace(row[column], best=score == top)
 
 
-def group_runs(runs: Sequence[Run]) -> tuple[list[list[Run]], list[tuple[Run, Run, dict[str, tuple]]]]:
-    """Runs that may share a table, and for every pair of groups how their protocols differ."""
+def group_runs(runs: Sequence[Run]) -> tuple[list[list[Run]], list[ProtocolDifference]]:
+    """Return the groups of runs that may share a table, and how the protocols of each pair of groups differ."""
     groups: list[list[Run]] = []
     for run in runs:
         for group in groups:
@@ -185,13 +183,16 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[list[Run]], list[tuple[Run, Ru
         else:
             groups.append([run])
     first = [group[0] for group in groups]
-    apart = [(a, b, comparable(a.protocol, b.protocol)) for i, a in enumerate(first) for b in first[i + 1 :]]
-    return groups, apart
+    return groups, [
+        ProtocolDifference(a.title, b.title, comparable(a.protocol, b.protocol))
+        for i, a in enumerate(first)
+        for b in first[i + 1 :]
+    ]
 
 
-def split(table: Table, limit: int = 10) -> list[Table]:
-    """The table as one or more of at most `limit` columns, cut between tasks, so that a page can hold them."""
-    parts: list[list[tuple[str, str]]] = []
+def split_table(table: Table, limit: int = 10) -> list[Table]:
+    """Cut a table between tasks into parts of at most `limit` columns each, so that a page can hold them."""
+    parts: list[list[Column]] = []
     for task in dict.fromkeys(task for task, _ in table.columns):
         columns = [column for column in table.columns if column[0] == task]
         if parts and len(parts[-1]) + len(columns) <= limit:
@@ -204,77 +205,64 @@ def split(table: Table, limit: int = 10) -> list[Table]:
     ]
 
 
-def number(value: float | None, digits: int) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+def format_number(value: float | None, digits: int) -> str:
+    """Return a number as displayed: "—" for None and NaN."""
+    if value is None or math.isnan(value):
         return "—"
     return "∞" if math.isinf(value) else f"{value:.{digits}f}"
 
 
-def curves(run: Run) -> list[dict[str, Any]]:
-    """Charts over a swept guidance scale or number of steps, as data for figures.chart.
+def format_heading(metric: Metric) -> str:
+    """Return the metric's label with an arrow that says which direction is better."""
+    return f"{metric.label} {ARROWS[metric.better]}".strip()
 
-    Where the configuration's report names a curve: its first metric across and every other one up, a chart each per
-    task; else, over a scale, the first of TRADE_OFFS that was measured. A line per sweep, labelled with the scale or
-    the network evaluations, and the methods outside of sweeps as single points. Without any of these, one chart per
-    metric against the scale.
+
+def build_charts(run: Run) -> list[dict[str, Any]]:
+    """Return charts over a swept guidance scale or number of steps, as data for figures.draw_chart.
+
+    If the configuration's report names a `curve`: its first metric on the x axis and every other one on the y axis, a
+    chart for each and each task; else, for a swept scale, the first of TRADE_OFFS that was measured; else one chart
+    per metric against the scale. Each sweep is a line, labelled with the scale or the number of network evaluations,
+    and the other methods are single points.
     """
+    methods, curve, metrics = run.config["methods"], run.config["report"]["curve"], run.columns
     families: dict[str, list[tuple[float, str]]] = {}
-    chosen = run.config["report"]["curve"]
-    for name, method in run.config["methods"].items():
-        swept = method["swept"]
-        if isinstance(swept.get("scale"), (int, float)):
-            families.setdefault(method["family"], []).append((float(swept["scale"]), name))
-        elif chosen and "steps" in swept:
-            families.setdefault(method["family"], []).append((len(families.get(method["family"], [])), name))
+    for name, method in methods.items():
+        members, scale = families.get(method["family"], []), method["swept"].get("scale")
+        if isinstance(scale, (int, float)):
+            families[method["family"]] = [*members, (float(scale), name)]
+        elif curve and "steps" in method["swept"]:
+            families[method["family"]] = [*members, (len(members), name)]
     if not families:
         return []
-    shown = shown_metrics(run)
-    trade_off = next((p for p in TRADE_OFFS if set(p) <= set(shown)), None)
-    pairs = [(chosen[0], up) for up in chosen[1:]] if chosen else [trade_off] if trade_off else []
-    inside = {name for members in families.values() for _, name in members}
+    swept = {name for members in families.values() for _, name in members}
+    pairs = [(curve[0], y) for y in curve[1:]] if curve else [p for p in TRADE_OFFS if set(p) <= set(metrics)][:1]
     charts = []
-
-    def axis(metric: str) -> str:
-        return heading(run.metric(metric))
-
-    for task, cells in run.table.items():
-
-        def value(name: str, metric: str, cells=cells) -> float | None:
-            return cell_of(cells.get(name), metric, None).value
-
-        def label(name: str, scale: float, cells=cells) -> str:
-            return f"{scale:g}" if "scale" in run.config["methods"][name]["swept"] else str(cells[name]["cost"]["nfe"])
-
-        for across, up in pairs:
+    for task, cells in run.results.items():
+        for x, y in pairs or [(None, metric) for metric in metrics]:
             series = []
-            # Without the baselines: far from every sampler, they would squeeze the curve into a point.
-            others = [n for n in cells if n not in inside and run.config["methods"][n]["sampler"] not in BASELINES]
-            for name in others:
-                point = (value(name, across), value(name, up), "")
-                series.append({"name": method_title(run, name), "line": False, "points": [point]})
-            for family, members in families.items():
-                members = [(s, n) for s, n in sorted(members) if n in cells]
-                points = [(value(n, across), value(n, up), label(n, s)) for s, n in members]
-                scaled = members and "scale" in run.config["methods"][members[0][1]]["swept"]
-                said = " (labels: scale s)" if scaled else ""
-                series.append({"name": family_title(run, family) + said, "line": True, "points": points})
-            charts.append({"title": task_title(run, task), "x": axis(across), "y": axis(up), "series": series})
-        for metric in [] if pairs else shown:
-            series = []
-            for family, members in families.items():
-                points = [(scale, value(name, metric), "") for scale, name in sorted(members)]
-                series.append({"name": family_title(run, family), "line": True, "points": points})
-            charts.append(
-                {"title": task_title(run, task), "x": "guidance scale s", "y": axis(metric), "series": series}
-            )
-    for chart in charts:
-        for series in chart["series"]:
-            series["points"] = [p for p in series["points"] if p[0] is not None and p[1] is not None
-                                and math.isfinite(p[0]) and math.isfinite(p[1])]  # fmt: skip
-        chart["series"] = [s for s in chart["series"] if s["points"]]
-    return [chart for chart in charts if chart["series"]]
-
-
-def heading(metric: Metric) -> str:
-    """The label with the arrow that says which way is better."""
-    return f"{metric.label} {ARROWS[metric.better]}".strip()
+            for name, cell in cells.items():
+                # Without the baselines: far from every sampler, they would squeeze the curve into a point.
+                if x and name not in swept and methods[name]["sampler"] not in BASELINES:
+                    point = (make_cell(cell, x).value, make_cell(cell, y).value, "")
+                    series.append({"name": run.method_title(name), "line": False, "points": [point]})
+            for members in families.values():
+                members = [(scale, name) for scale, name in sorted(members) if name in cells]
+                if not members:
+                    continue
+                points, by_scale = [], "scale" in methods[members[0][1]]["swept"]
+                for scale, name in members:
+                    label = f"{scale:g}" if "scale" in methods[name]["swept"] else str(cells[name]["cost"].get("nfe"))
+                    at = (make_cell(cells[name], x).value, label) if x else (scale, "")
+                    points.append((at[0], make_cell(cells[name], y).value, at[1]))
+                legend = " (labels: scale s)" if x and by_scale else ""
+                title = methods[members[0][1]]["family_title"] + legend
+                series.append({"name": title, "line": True, "points": points})
+            for line in series:
+                line["points"] = [p for p in line["points"] if all(v is not None and math.isfinite(v) for v in p[:2])]
+            series = [line for line in series if line["points"]]
+            if series:
+                x_title = format_heading(run.find_metric(x)) if x else "guidance scale s"
+                y_title = format_heading(run.find_metric(y))
+                charts.append({"title": run.task_title(task), "x": x_title, "y": y_title, "series": series})
+    return charts

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from restore import disk
 from restore.bench.protocol import flatten
 from restore.bench.run import read_manifest
 from restore.metrics import table as metric_table
 from restore.report import figures
-from restore.report.tables import Cell, heading, number
-from restore.report.write import environment
+from restore.report.tables import Cell, format_heading, format_number
+from restore.report.write import render_templates
 
 DIGITS = 4  # of objectives
 
@@ -28,9 +27,9 @@ def write(folder: Path, found: Mapping[str, Any], search: Mapping[str, Any]) -> 
         "said": said(found, search),
         "values": table(found, rest, "value"),
         "changes": table(found, rest, "change"),
-        "curve": figures.chart(curve(found)),
+        "curve": figures.draw_chart(curve(found)),
         "points": [point_row(found, point) for point in found["curve"]],
-        "map": figures.heat_map(heat_map(found)),
+        "map": figures.draw_heat_map(heat_map(found)),
         "cells": [(name, [c and f"{c[0]:+.{DIGITS}f}" for c in cells]) for name, cells in heat_map(found)["rows"]],
         "columns": max(head for _, head in found["pool"]) + 1,
         "rankings": [ranking(found, i) for i in range(len(found["rounds"]))],
@@ -39,10 +38,7 @@ def write(folder: Path, found: Mapping[str, Any], search: Mapping[str, Any]) -> 
         "guidance": (folder / "guidance.yaml").read_text(encoding="utf-8"),
         "protocol": list(flatten(read_manifest(folder / "test")["protocol"]).items()),
     }
-    made = environment(Path(__file__).parent)
-    for name in ("html", "md"):
-        text = made.get_template(f"heads.{name}.j2").render(context)
-        disk.write_bytes(folder / f"report.{name}", text.encode("utf-8"))
+    render_templates("heads", folder, context, Path(__file__).parent)
 
 
 def warnings(found: Mapping[str, Any]) -> list[str]:
@@ -86,7 +82,7 @@ def scored(entry: Mapping[str, Any]) -> list[str]:
     text = "—" if change["mean"] is None else f"{change['mean']:+.{DIGITS}f}"
     if change["low"] is not None:
         text += f" [{change['low']:+.{DIGITS}f}, {change['high']:+.{DIGITS}f}]"
-    return [number(entry["cost"], DIGITS), text, str(entry["images"])]
+    return [format_number(entry["cost"], DIGITS), text, str(entry["images"])]
 
 
 def ranking(found: Mapping[str, Any], i: int) -> list[list[str]]:
@@ -102,7 +98,7 @@ def point_row(found: Mapping[str, Any], point: Mapping[str, Any]) -> list[str]:
 
 
 def heat_map(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Layers by heads: the change of the objective by each head alone, for figures.heat_map."""
+    """Layers by heads: the change of the objective by each head alone, for figures.draw_heat_map."""
     layers = list(dict.fromkeys(layer for layer, _ in found["pool"]))
     columns = max(head for _, head in found["pool"]) + 1
     rows = {layer: [None] * columns for layer in layers}
@@ -116,7 +112,7 @@ def heat_map(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def curve(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The change of the objective over the number of heads on both halves, for figures.chart."""
+    """The change of the objective over the number of heads on both halves, for figures.draw_chart."""
     halves = {
         "calibration images (chosen on them)": {p["size"]: p["change"]["mean"] for p in found["curve"]},
         "test images": {
@@ -138,7 +134,7 @@ def table(found: Mapping[str, Any], rest: Mapping[str, Any], what: str) -> dict[
         title = ((rest.get("tasks") or {}).get(task) or {}).get("title") or task
         for name in metrics:
             row = metric_table.METRICS.get(name)
-            label = heading(row) if row else name
+            label = format_heading(row) if row else name
             heads.append(((task, name), f"{title}: {label}", row.digits if row else DIGITS, row.better if row else 0))
     rows = []
     for method, entry in found["test"].items():

@@ -16,7 +16,7 @@ from restore.guidance import resolve
 from restore.method import find
 from restore.metrics import weights
 from restore.paths import configs_dir
-from restore.report.write import report
+from restore.report.write import write_report
 from restore.zoo import load_backbone
 
 FOLDER = configs_dir() / "benchmark"
@@ -129,7 +129,7 @@ def test_configuration_runs_from_end_to_end(name, world):
             folders = [done.folder / "results" / task / method for method in (plain, guided_method)]
             files = [sorted(folder.glob("*.png")) for folder in folders]
             assert files[0] and any(a.read_bytes() != b.read_bytes() for a, b in zip(*files, strict=True))
-    written = report([done.folder])
+    written = write_report([done.folder])
     text = written.markdown.read_text()
     ours = ("defaults", "embedded", "embedded-latent", "guidance-restoration", "guidance-samples", "kodak", "photos")
     ours += ("pag-generation", "samplers")

@@ -21,7 +21,7 @@ from restore import disk
 from restore.bench.run import bench, dry_run
 from restore.images import io
 from restore.images.folder import read_rgb
-from restore.report.write import report
+from restore.report.write import write_report
 from restore.samplers.noise import measurement_generator
 
 NOISE = {"name": "gaussian", "sigma": 0.05}
@@ -285,7 +285,7 @@ def test_what_a_run_was_computed_with_is_kept(config):
     table = bench(config, ["data.limit=2"]).table["table"]
     (ran,) = table["sr"]["dps"]["cost"]["protocols"]
     assert ran["threads"] == 1 and ran["precision"] == "float32" and ran["torch"] == torch.__version__
-    assert len(ran["weights"]) == 12 and "ran_with.0.weights" in report([config["out"]]).markdown.read_text()
+    assert len(ran["weights"]) == 12 and "ran_with.0.weights" in write_report([config["out"]]).markdown.read_text()
 
 
 def test_measurements_are_those_of_the_command_line(config, tmp_path):
@@ -322,4 +322,4 @@ def test_images_of_different_sizes_are_restored_one_by_one(config, smooth_images
     bench(config, ["batch=1"])
     sizes = {p.stem: read_rgb(p).shape for p in (Path(config["out"]) / "results/sr/dps").glob("*.png")}
     assert sizes == {**{f"0000{i}": (16, 16, 3) for i in range(5)}, "tall": (12, 16, 3)}
-    assert "sr" in report([config["out"]]).markdown.read_text()
+    assert "sr" in write_report([config["out"]]).markdown.read_text()

@@ -9,7 +9,7 @@ import pytest
 from operators import RestoreError
 from restore.bench.run import bench
 from restore.report import figures, tables
-from restore.report.write import report
+from restore.report.write import write_report
 
 NOISE = {"name": "gaussian", "sigma": 0.05}
 
@@ -65,7 +65,7 @@ class Balanced(HTMLParser):
 
 def test_one_run(config):
     bench(config)
-    written = report([config["out"]])
+    written = write_report([config["out"]])
     page, text = written.html.read_text(), written.markdown.read_text()
     parser = Balanced()
     parser.feed(page)
@@ -89,7 +89,7 @@ def test_quality_per_second_over_a_sweep_of_steps(config):
     config["methods"]["pag"].update(sweep={"steps": [1, 2]}, guidance={"pag": {"layers": ["m1"], "scale": 1.0}})
     config["report"] = {"curve": ["seconds_per_image", "psnr", "ssim"]}
     bench(config)
-    charts = tables.curves(tables.read_run(config["out"]))
+    charts = tables.build_charts(tables.read_run(config["out"]))
     assert [(chart["x"], chart["y"]) for chart in charts] == [
         ("Seconds/image ↓", "PSNR ↑"),
         ("Seconds/image ↓", "SSIM ↑"),
@@ -97,7 +97,7 @@ def test_quality_per_second_over_a_sweep_of_steps(config):
     lines = {line["name"]: [point[2] for point in line["points"]] for line in charts[0]["series"]}
     assert lines == {"DPS": ["2", "5"], "DPS + PAG": ["2", "4"]}
     assert all(point[0] > 0 for chart in charts for line in chart["series"] for point in line["points"])
-    assert report([config["out"]]).html.read_text().count("<polyline") == 4
+    assert write_report([config["out"]]).html.read_text().count("<polyline") == 4
 
 
 def test_incomplete_cells_say_so_and_are_never_best(config):
@@ -109,7 +109,7 @@ def test_incomplete_cells_say_so_and_are_never_best(config):
     (Path(config["out"]) / "results/sr/base/rows/00001.json").unlink()
     checked = load_config(config)
     results.summarise(Path(config["out"]), checked, load_images(checked))
-    page = report([config["out"]]).html.read_text()
+    page = write_report([config["out"]]).html.read_text()
     assert "3 of 4" in page and "Incomplete: Bicubic, SR x4: 3 of 4 images; 1 missing." in page
     row = re.search(r"<tr><th>Bicubic</th>(.*?)</tr>", page).group(1)
     assert "<strong>" not in row
@@ -120,7 +120,7 @@ def test_runs_with_one_protocol_share_a_table(config, tmp_path):
     other = dict(config, title="More scales", out=str(tmp_path / "other"))
     other["methods"] = {"pag5": {**config["methods"]["dps"], "guidance": {"pag": {"scale": 5.0, "layers": ["m1"]}}}}
     bench(other)
-    written = report([config["out"], other["out"]], tmp_path / "both")
+    written = write_report([config["out"], other["out"]], tmp_path / "both")
     assert written.differences == [] and written.html.parent == tmp_path / "both"
     page = written.html.read_text()
     assert page.count('class="results"') == 1 and "More scales: DPS" in page
@@ -130,8 +130,8 @@ def test_runs_with_different_protocols_are_kept_apart_and_say_how(config, tmp_pa
     bench(config)
     other = dict(config, title="Noisier", out=str(tmp_path / "other"))
     bench(other, ["tasks.sr.operator.noise.sigma=0.1"])
-    written = report([config["out"], other["out"]], tmp_path / "both")
-    assert [set(d) for _, _, d in written.differences] == [{"tasks.sr.operator.noise.sigma", "tasks.sr.sigma_y"}]
+    written = write_report([config["out"], other["out"]], tmp_path / "both")
+    assert [set(d.values) for d in written.differences] == [{"tasks.sr.operator.noise.sigma", "tasks.sr.sigma_y"}]
     page, text = written.html.read_text(), written.markdown.read_text()
     assert page.count('class="results"') == 2 and "cannot share a table" in page
     assert "| tasks.sr.sigma_y | 0.05 | 0.1 |" in text
@@ -139,37 +139,37 @@ def test_runs_with_different_protocols_are_kept_apart_and_say_how(config, tmp_pa
 
 def test_pictures_can_be_left_out(config):
     bench(config)
-    assert "<img" in report([config["out"]]).html.read_text()
-    assert "<img" not in report([config["out"]], private=True).html.read_text()
+    assert "<img" in write_report([config["out"]]).html.read_text()
+    assert "<img" not in write_report([config["out"]], private=True).html.read_text()
     bench(config, ["report.pictures=0"])  # one run's only, for a report about several
-    page = report([config["out"]]).html.read_text()
+    page = write_report([config["out"]]).html.read_text()
     assert "<img" not in page and "Pictures" not in page
 
 
 def test_folders_without_a_run(tmp_path):
     with pytest.raises(RestoreError, match="holds no benchmark"):
-        report([tmp_path])
+        write_report([tmp_path])
     with pytest.raises(RestoreError, match="at least one run"):
-        report([])
+        write_report([])
 
 
 @pytest.mark.parametrize("low, high", [(0.0, 1.0), (21.3, 21.9), (-4.0, 1200.0), (3.0, 3.0), (0.0, 0.0), (1e-5, 9e-5)])
 def test_axes_cover_their_data_with_few_round_ticks(low, high):
-    values = figures.ticks(low, high)
+    values = figures.choose_ticks(low, high)
     assert 3 <= len(values) <= 9 and values[0] <= low and values[-1] >= high
     steps = {round((b - a) / (values[1] - values[0]), 6) for a, b in zip(values, values[1:], strict=False)}
     assert steps == {1.0}
 
 
 def test_numbers():
-    assert tables.number(None, 2) == "—" and tables.number(float("nan"), 2) == "—"
-    assert tables.number(float("inf"), 2) == "∞" and tables.number(3.14159, 3) == "3.142"
+    assert tables.format_number(None, 2) == "—" and tables.format_number(float("nan"), 2) == "—"
+    assert tables.format_number(float("inf"), 2) == "∞" and tables.format_number(3.14159, 3) == "3.142"
 
 
 def test_a_deviation_over_subsets_that_are_the_whole_set_is_not_shown():
     entry = {"done": 16, "expected": 16, "means": {}, "set_values": {"kid": 0.0155, "kid_std": 1e-9}, "cost": {}}
-    assert tables.cell_of(entry, "kid", None).low is None
+    assert tables.make_cell(entry, "kid").low is None
     entry["set_values"] = {"kid": 0.0004, "kid_std": 3e-7}  # rounding beside a distance of nearly nothing
-    assert tables.cell_of(entry, "kid", None).low is None
+    assert tables.make_cell(entry, "kid").low is None
     entry["set_values"] = {"kid": 0.0155, "kid_std": 0.004}
-    assert tables.cell_of(entry, "kid", None).low == 0.0115
+    assert tables.make_cell(entry, "kid").low == 0.0115
