@@ -77,11 +77,11 @@ def restoration(restorer: Restorer, name: str, steps: Any = None) -> Image.Image
         spread = (result.spread[0].mean(dim=0, keepdim=True) * 2 / WHITE - 1).clamp(-1, 1).expand(3, -1, -1)
         rows.append([y[0], *result.samples[0, :2], result.mean[0], spread, photo.pixels[0]])
     if one:
-        return grids.comparison_grid(
+        return grids.draw_grid(
             rows, ["measurement", "the estimate", "truth"], ["SR x4", "box"], cell=CELL[restorer.kind]
         )
     titles = ["measurement", "a sample", "another", f"mean of {SAMPLES}", "spread", "truth"]
-    return grids.comparison_grid(rows, titles, ["SR x4", "box"], cell=CELL[restorer.kind])
+    return grids.draw_grid(rows, titles, ["SR x4", "box"], cell=CELL[restorer.kind])
 
 
 def sample_rows(restorer: Restorer, guidances: dict[str, Guidance], count: int, **how: Any) -> list[list[torch.Tensor]]:
@@ -104,7 +104,7 @@ def generation(restorer: Restorer, name: str, steps: Any = None) -> Image.Image:
         mean = torch.stack(signals).mean(dim=0)
         rows.append([(2 * signal / signal.max() - 1).expand(3, -1, -1) for signal in mean])
         titles = ["no guidance", *guidances, "|eps - eps_weak|"]
-    return grids.comparison_grid(rows, [""] * count, titles, cell=128)
+    return grids.draw_grid(rows, [""] * count, titles, cell=128)
 
 
 def trajectory(restorer: Restorer, steps: Any = None) -> Image.Image:
@@ -114,7 +114,7 @@ def trajectory(restorer: Restorer, steps: Any = None) -> Image.Image:
     samples = restorer.generate(count, steps=steps or 100, callback=seen.append, **faces)
     chosen = [seen[round(k * (len(seen) - 1) / (count - 1))] for k in range(count)]
     rows = [[step["x0_hat"][0].clamp(-1, 1) for step in chosen], list(samples)]
-    return grids.comparison_grid(rows, [f"t = {step['t']:g}" for step in chosen], ["x0_hat", "samples"], cell=128)
+    return grids.draw_grid(rows, [f"t = {step['t']:g}" for step in chosen], ["x0_hat", "samples"], cell=128)
 
 
 def draw(restorer: Restorer, name: str, folder: Path, steps: Any = None) -> Path:

@@ -126,18 +126,18 @@ def run(
     from restore.app import files, tasks
     from restore.app import run as work
     from restore.app.plan import Planner
-    from restore.images.resampling import resampling
+    from restore.images.resampling import select_resampling
 
     names, settings = split_settings(inputs)
     masked = {"mask": mask, "invert_mask": invert_mask, "mask_threshold": mask_threshold}
     found = tasks.find_task(task, settings, kernel=kernel, **masked)
     check_settings(settings, sampler, context.params)
     guided = parse_guidance(guidance, pag_scale, layers, target, strength)
-    resampled = resampling(solve_at, resample, reference)
+    resampled = select_resampling(solve_at, resample, reference)
     quiet = quiet or str(out) == "-"
-    names, out = context.with_resource(files.piped(names, out))
+    names, out = context.with_resource(files.bind_standard_streams(names, out))
     photos = files.find_photos(names, out, png=png, recursive=recursive)
-    files.check_outputs(photos, [photo.written(samples, degrade, save_trajectory) for photo in photos], overwrite)
+    files.check_outputs(photos, [photo.outputs(samples, degrade, save_trajectory) for photo in photos], overwrite)
     model = restorer.load(
         backbone,
         device=device,

@@ -120,7 +120,7 @@ def run_demo(
     """
     started = time.perf_counter()
     out = Path(out)
-    files.writable_folder(out)
+    files.make_writable_folder(out)
     lpips = _lpips(weights)
     table, records, notes = [], [], []
     total = sum((4 if part.sampler else 1) * len(part.tasks) for part in PARTS)
@@ -139,7 +139,7 @@ def run_demo(
             rows += _rows(x, done)
             titles += [f"{TITLES[task]}\n{_called(name, x)}" for name in ids]
         heads = ["input", *done.estimates, "truth"]
-        grid = grids.comparison_grid(rows, heads, titles, cell=part.cell)
+        grid = grids.draw_grid(rows, heads, titles, cell=part.cell)
         io.write_image(out / part.picture, io.to_tensor(grid)[0])
         counts = ", ".join(f"{method} {' or '.join(each)} evaluations" for method, each in used.items())
         notes.append(f"{_size(x)} px, {part.backbone}: means over {len(ids)}, {counts}.")

@@ -43,32 +43,32 @@ class Photo:
     def sidecar(self) -> Path:
         return self.target.with_suffix(SIDECAR)
 
-    def beside(self, ending: str, suffix: str | None = None) -> Path:
+    def companion(self, ending: str, suffix: str | None = None) -> Path:
         return self.target.with_name(f"{self.target.stem}{ending}{suffix or self.target.suffix}")
 
-    def written(self, samples: int = 1, degrade: bool = False, trajectory: bool = False) -> list[Path]:
+    def outputs(self, samples: int = 1, degrade: bool = False, trajectory: bool = False) -> list[Path]:
         """Every file that restoring it may write: the result, its companions and the side-car."""
         paths = [self.target, self.sidecar]
-        paths += [self.beside(DEGRADED)] * degrade
-        paths += [self.beside(TRAJECTORY, ".png"), self.beside(SIGNALS, ".png")] * trajectory
+        paths += [self.companion(DEGRADED)] * degrade
+        paths += [self.companion(TRAJECTORY, ".png"), self.companion(SIGNALS, ".png")] * trajectory
         if samples > 1:
-            paths += [self.beside(f"-sample{k}") for k in range(1, samples)]
-            paths += [self.beside(MEAN), self.beside(SPREAD, ".png")]
+            paths += [self.companion(f"-sample{k}") for k in range(1, samples)]
+            paths += [self.companion(MEAN), self.companion(SPREAD, ".png")]
         return paths
 
     @contextmanager
-    def whole(self, *arguments: Any) -> Iterator[None]:
-        """On any exception in the block, a full disk or Ctrl-C, the files of `written(*arguments)` that were not there
+    def remove_on_failure(self, *arguments: Any) -> Iterator[None]:
+        """On any exception in the block, a full disk or Ctrl-C, the files of `outputs(*arguments)` that were not there
         before are removed; the side-car stays where others are there, so that they are made again. What a killed
         process was writing is removed first."""
-        for path in self.written(*arguments):
+        for path in self.outputs(*arguments):
             for half in path.parent.glob(f".{glob.escape(path.name[:100])}.*-????????.tmp"):
                 half.unlink(missing_ok=True)
-        there = [path for path in self.written(*arguments) if path.exists()]
+        there = [path for path in self.outputs(*arguments) if path.exists()]
         try:
             yield
         except BaseException:
-            for path in self.written(*arguments):
+            for path in self.outputs(*arguments):
                 if path not in there and (path != self.sidecar or not there):
                     path.unlink(missing_ok=True)
             raise
@@ -88,14 +88,14 @@ def find_photos(
     photos = []
     for group, target in groups:
         sources = expand_inputs(group)
-        photos += [Photo(*pair) for pair in zip(sources, output_paths(sources, target, png=png), strict=True)]
+        photos += [Photo(*pair) for pair in zip(sources, choose_targets(sources, target, png=png), strict=True)]
     if len(photos) == 1:  # in a folder the formats are kept, and so is what they hold
-        io.check_target(photos[0].source, photos[0].target)
+        io.check_alpha(photos[0].source, photos[0].target)
     return photos
 
 
 @contextmanager
-def piped(inputs: Sequence[str], out: Path) -> Iterator[tuple[list[str], Path]]:
+def bind_standard_streams(inputs: Sequence[str], out: Path) -> Iterator[tuple[list[str], Path]]:
     """Within the block "-" among the inputs is a file with what came by the standard input, and an `out` of "-" a
     folder, whose one result goes to the standard output at the end. Its noise is that of an image named stdin.
 
@@ -105,7 +105,7 @@ def piped(inputs: Sequence[str], out: Path) -> Iterator[tuple[list[str], Path]]:
         if "-" in names:
             source = Path(folder) / "stdin"
             source.write_bytes(sys.stdin.buffer.read())
-            names[names.index("-")] = str(source.rename(source.with_suffix(f".{io.kind(source).lower()}")))
+            names[names.index("-")] = str(source.rename(source.with_suffix(f".{io.detect_format(source).lower()}")))
         if str(out) == "-" and len(names) > 1:
             raise RestoreError(f"the results of {len(names)} inputs cannot go to one standard output: name a folder")
         yield names, results if str(out) == "-" else out
@@ -119,7 +119,7 @@ def check_outputs(photos: Sequence[Photo], written: Iterable[Sequence[Path]], ov
     """Raises RestoreError where a run would lose a file: two photos write the same name (a.png's mean and a-mean.png),
     a name is an input's, or, without `overwrite`, it is taken by a file that no side-car of this program names.
 
-    written: what each photo writes, see Photo.written.
+    written: what each photo writes, see Photo.outputs.
     """
     sources = {photo.source.resolve(): photo.source for photo in photos}
     writers: dict[str, Photo] = {}
@@ -147,7 +147,7 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) and isinstance(content.get("files"), list) else None
 
 
-def finished(photo: Photo, expected: Mapping[str, Any]) -> bool:
+def is_finished(photo: Photo, expected: Mapping[str, Any]) -> bool:
     """Whether the result is there: complete, of the same input and settings, and readable.
 
     expected: what its side-car must say, e.g. {"sha256": ..., "settings": {...}}. False where there is nothing, or what
@@ -212,7 +212,7 @@ def expand_inputs(paths: Iterable[str | Path]) -> list[Path]:
     return list(found)
 
 
-def output_paths(inputs: Iterable[str | Path], out: str | Path, png: bool = False, tag: str = "") -> list[Path]:
+def choose_targets(inputs: Iterable[str | Path], out: str | Path, png: bool = False, tag: str = "") -> list[Path]:
     """Where the result of every input goes, in order; the output folder is created and tried.
 
     out: a folder; or, for a single input, a file name ending in an image suffix. In a folder, a result
@@ -243,7 +243,7 @@ def output_paths(inputs: Iterable[str | Path], out: str | Path, png: bool = Fals
     for target in targets:
         if target.resolve() in sources:
             raise RestoreError(f"The result would overwrite the input {target}: choose another output folder.")
-    writable_folder(targets[0].parent if targets else out)
+    make_writable_folder(targets[0].parent if targets else out)
     return targets
 
 
@@ -269,7 +269,7 @@ def _result_suffix(path: Path, png: bool) -> str:
     return path.suffix if not png and path.suffix.lower() in _WRITABLE else ".png"
 
 
-def writable_folder(folder: Path) -> None:
+def make_writable_folder(folder: Path) -> None:
     """Create `folder` and write to it once, so that hours of work do not end at a closed door.
 
     Raises RestoreError with the reason when that fails."""

@@ -55,17 +55,17 @@ def seen(source: str | Path, sensitivity: float = 0.5) -> dict[str, Any]:
     (share of the pixels) and the mask (1, 1, H, W), see restore.images.estimate. RestoreError below 32 pixels a side.
     """
     from restore.images import estimate, io
-    from restore.images.tint import one_hue
+    from restore.images.tint import estimate_tint
 
     record = io.read_image(source)
-    mask = estimate.damage_mask(record.pixels, sensitivity)
-    grey = record.grey or estimate.grey_share(record.pixels) == 1
+    mask = estimate.detect_damage(record.pixels, sensitivity)
+    grey = record.grey or estimate.measure_grey_share(record.pixels) == 1
     return {
         "width": record.size[1],
         "height": record.size[0],
-        "hue": "grey" if grey else "colour" if one_hue(record.pixels) is None else "one hue",
-        "sigma": float(f"{estimate.noise_level(record.pixels):.3g}"),
-        "blur": round(estimate.blur_size(record.pixels), 1),
+        "hue": "grey" if grey else "colour" if estimate_tint(record.pixels) is None else "one hue",
+        "sigma": float(f"{estimate.estimate_noise(record.pixels):.3g}"),
+        "blur": round(estimate.estimate_blur(record.pixels), 1),
         "damage": 1 - float(mask.mean()),
         "mask": mask,
     }

@@ -16,7 +16,7 @@ def models_list() -> None:
     """All known checkpoints and whether they are on this machine."""
     from restore import zoo
 
-    for line in zoo.listing():
+    for line in zoo.list_models():
         typer.echo(line)
 
 
@@ -25,7 +25,7 @@ def models_show(name: str) -> None:
     """Source, licence, size and checksum of a checkpoint."""
     from restore import zoo
 
-    typer.echo(zoo.describe(name))
+    typer.echo(zoo.describe_model(name))
 
 
 @app.command("pull")
@@ -49,7 +49,7 @@ def models_forget(name: str) -> None:
     """Forget the checksum kept of the first file seen of a checkpoint, so that another one is accepted."""
     from restore import zoo
 
-    zoo.forget(name)
+    zoo.forget_checksum(name)
     typer.echo(f"the checksum of {name} is forgotten")
 
 

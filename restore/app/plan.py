@@ -27,7 +27,7 @@ from restore.backbones.checkpointing import set_checkpointing
 from restore.backbones.sizes import Sized
 from restore.bench.cost import counting
 from restore.guidance import describe, estimator
-from restore.images.resampling import Resampled
+from restore.images.resampling import Resampling
 from restore.method import Method
 
 # What LiveBytes does not see: the convolution library's copies and the allocator's fragments.
@@ -102,7 +102,7 @@ class Planner:
         *,
         samples: int = 1,
         batch_size: int = 1,
-        resampled: Resampled | None = None,
+        resampled: Resampling | None = None,
     ) -> Plan:
         """For a restored image of this size (H, W). The options are changed only where the memory needs it, those
         first that leave the result's bytes as they are: checkpointing, then fewer windows at a time.

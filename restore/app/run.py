@@ -24,8 +24,8 @@ from restore.app.trajectory import Trajectory
 from restore.guidance import Guidance
 from restore.guidance.layers import Strength
 from restore.images import io
-from restore.images.resampling import Resampled
-from restore.images.tint import one_hue, tinted
+from restore.images.resampling import Resampling
+from restore.images.tint import apply_tint, estimate_tint
 from restore.metrics.single import psnr, ssim
 from restore.restoration import explain_out_of_memory
 from restore.versions import get_version
@@ -100,7 +100,7 @@ def restore_files(
     negative_prompt: str | None = None,
     data: str | None = None,
     reference: bool = False,
-    resampled: Resampled | None = None,
+    resampled: Resampling | None = None,
     overwrite: bool = False,
     save_trajectory: bool = False,
     callback: Callable[[dict], None] | None = None,
@@ -123,7 +123,7 @@ def restore_files(
     before the first where a file would be lost (see files.check_outputs), and where nothing can be written any more.
     """
     photos = list(photos)
-    files.check_outputs(photos, [photo.written(samples, degrade, save_trajectory) for photo in photos], overwrite)
+    files.check_outputs(photos, [photo.outputs(samples, degrade, save_trajectory) for photo in photos], overwrite)
     every = task
     for photo in photos:
         started, trajectory = time.perf_counter(), Trajectory(callback) if save_trajectory else None
@@ -151,7 +151,7 @@ def restore_files(
                 "trajectory": save_trajectory,
             }
             expected = {"sha256": disk.hash_file(photo.source), "settings": settings}
-            if not overwrite and files.finished(photo, expected):
+            if not overwrite and files.is_finished(photo, expected):
                 yield Outcome(photo, skipped=True)
                 continue
             plan = None
@@ -191,14 +191,14 @@ def restore_files(
         if resampled:
             factor = 1 if degrade else task.factor
             own = tuple(side * factor for side in record.size)
-            result = dataclasses.replace(result, samples=resampled.back(result.samples, own))
-        tint = None if record.grey or y.shape[1] == 1 else one_hue(record.pixels)
+            result = dataclasses.replace(result, samples=resampled.reduce(result.samples, own))
+        tint = None if record.grey or y.shape[1] == 1 else estimate_tint(record.pixels)
         if tint is not None:  # what has no colour gains none
-            result = dataclasses.replace(result, samples=tinted(result.samples, tint))
+            result = dataclasses.replace(result, samples=apply_tint(result.samples, tint))
         numbers = _numbers(result, clean)
-        written = [path.name for path in photo.written(samples, degrade, save_trajectory)]
+        written = [path.name for path in photo.outputs(samples, degrade, save_trajectory)]
         if trajectory is not None and not trajectory.guided:
-            written.remove(photo.beside(SIGNALS, ".png").name)
+            written.remove(photo.companion(SIGNALS, ".png").name)
         sidecar = {
             "version": get_version(),
             "finished": False,
@@ -208,7 +208,7 @@ def restore_files(
             **({} if plan is None else {"estimate": plan.describe()}),
             **({} if tint is None else {"one_hue": True}),
         }
-        with photo.whole(samples, degrade, save_trajectory):
+        with photo.remove_on_failure(samples, degrade, save_trajectory):
             # The side-car comes first: what a kill leaves is known as this program's and made again.
             disk.write_json(photo.sidecar, sidecar)
             _write_pictures(photo, record, result, y, degrade, trajectory)
@@ -242,19 +242,19 @@ def _write_pictures(
     samples = result.samples.shape[1]
     like = {"like": record, "colour": y.shape[1] == 1}  # a grey photo keeps what colour was the task to find
     if degrade:
-        io.write_image(photo.beside(DEGRADED), y[0].expand(3, -1, -1), like=record)
+        io.write_image(photo.companion(DEGRADED), y[0].expand(3, -1, -1), like=record)
     if samples > 1:
         for k in range(1, samples):
-            io.write_image(photo.beside(f"-sample{k}"), result.samples[0, k], **like)
-        io.write_image(photo.beside(MEAN), result.mean[0], **like)
+            io.write_image(photo.companion(f"-sample{k}"), result.samples[0, k], **like)
+        io.write_image(photo.companion(MEAN), result.mean[0], **like)
         # Spread in units of the pixel range, white = 0.5: a fixed scale, so that maps can be compared.
-        io.write_image(photo.beside(SPREAD, ".png"), (4 * result.spread[0].mean(0, True) - 1).expand(3, -1, -1))
+        io.write_image(photo.companion(SPREAD, ".png"), (4 * result.spread[0].mean(0, True) - 1).expand(3, -1, -1))
     if trajectory is not None and trajectory.steps:
         pictures = {TRAJECTORY: trajectory.estimates()}
         if trajectory.guided:
             pictures[SIGNALS] = trajectory.guidance(result.protocol["method"]["guidance"])
         for ending, picture in pictures.items():
-            io.write_image(photo.beside(ending, ".png"), io.to_tensor(picture)[0])
+            io.write_image(photo.companion(ending, ".png"), io.to_tensor(picture)[0])
     io.write_image(photo.target, result.samples[0, 0], **like)
 
 
@@ -269,7 +269,7 @@ def degrade_files(photos: Iterable[Photo], task: Task, *, seed: int = 0, overwri
     for photo in photos:
         try:
             record, _, _, y = measured(photo, task.of(photo.source, True), True, seed)
-            content = io.encoded(photo.target, y[0].expand(3, -1, -1), like=record)
+            content = io.encode_image(photo.target, y[0].expand(3, -1, -1), like=record)
             there = photo.target.exists() and photo.target.read_bytes() == content
             if photo.target.exists() and not there and not overwrite:
                 raise RestoreError(

@@ -41,10 +41,10 @@ def generate_files(
         raise RestoreError(f"{n} images need one class label or {n}, got {len(labels)}")
     labels = None if labels is None else list(labels) * (n if len(labels) == 1 else 1)
     out = Path(out)
-    files.writable_folder(out)
+    files.make_writable_folder(out)
     paths = [out / f"sample-{i:04d}.png" for i in range(n)]
     places = [Photo(path.with_suffix(""), path) for path in paths]
-    files.check_outputs(places, [place.written() for place in places], overwrite)
+    files.check_outputs(places, [place.outputs() for place in places], overwrite)
     for first in range(0, n, batch_size):
         count = min(batch_size, n - first)
         images = restorer.generate(
@@ -65,7 +65,7 @@ def generate_files(
             sidecar |= {"backbone": restorer.name, "steps": steps, "ddim_eta": ddim_eta, "seed": seed, "index": i}
             sidecar |= {"guidance": guidances.describe(guidance), "label": None if labels is None else labels[i]}
             sidecar |= {"prompt": prompt, "negative_prompt": negative_prompt}
-            with places[i].whole():
+            with places[i].remove_on_failure():
                 disk.write_json(places[i].sidecar, sidecar)
                 io.write_image(paths[i], image)
             yield paths[i]

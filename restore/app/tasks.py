@@ -18,9 +18,9 @@ from operators.naming import suggest
 from restore.app.files import Photo
 from restore.disk import hash_file
 from restore.images import io, masks
-from restore.images.estimate import noise_level
+from restore.images.estimate import estimate_noise
 from restore.images.masks import Mask
-from restore.images.resampling import Resampled
+from restore.images.resampling import Resampling
 from restore.paths import configs_dir
 from restore.samplers.noise import measurement_generator
 
@@ -59,7 +59,7 @@ class Task:
         if isinstance(mask, Mask):
             config["mask"] = mask.of(photo)
         if estimated:
-            sigma = float(f"{noise_level(io.read_image(photo).pixels):.3g}")
+            sigma = float(f"{estimate_noise(io.read_image(photo).pixels):.3g}")
             config["noise"] = {"name": "gaussian", "sigma": sigma} if sigma else None
         return Task(self.name, config)
 
@@ -83,7 +83,7 @@ def find_task(
     braces; "module:attribute", an operator of one's own. mask and kernel replace the task's own; a mask may be a folder
     of masks with the photos' names, or "auto": proposed from each photo, see restore.images.damage, with the setting
     `sensitivity`; invert_mask, mask_threshold: see restore.images.masks.read_mask. The setting sigma="auto": estimated
-    from each photo, see restore.images.estimate.noise_level.
+    from each photo, see restore.images.estimate.estimate_noise.
     Raises RestoreError for an unknown task or a file that does not fit it.
     """
     known = {path.stem: path for path in sorted((configs_dir() / "task").glob("*.yaml"))}
@@ -149,16 +149,16 @@ def read_yaml(source: str | Path, what: str) -> Any:
 
 
 def measured(
-    photo: Photo, task: Task, degrade: bool, seed: int, resampled: Resampled | None = None
+    photo: Photo, task: Task, degrade: bool, seed: int, resampled: Resampling | None = None
 ) -> tuple[io.ImageRecord, torch.Tensor | None, Any, torch.Tensor]:
     """(record, clean or None, operator, y): the input is the clean photo with `degrade`, else y itself."""
     record = io.read_image(photo.source)
     height, width = record.size
     if degrade:
-        clean = resampled.truth(record.pixels) if resampled else record.pixels
-        x = resampled.enlarged(clean, photo.source.name) if resampled else clean
+        clean = resampled.prepare_truth(record.pixels) if resampled else record.pixels
+        x = resampled.enlarge(clean, photo.source.name) if resampled else clean
         if resampled and isinstance(task.config.get("mask"), Mask):
-            mask = resampled.enlarged_mask(task.config["mask"].read(record.size))
+            mask = resampled.enlarge_mask(task.config["mask"].read(record.size))
             task = Task(task.name, task.config | {"mask": mask})
         operator = task.build(*x.shape[-2:])
         return record, clean, operator, operator(x, measurement_generator(seed, photo.image_id))
@@ -175,7 +175,7 @@ def measured(
         if task.config["name"] == "inpainting_mask":
             y = operator.A(y)
     if resampled:
-        operator = resampled.measuring(operator, size, photo.source.name)
+        operator = resampled.adapt_operator(operator, size, photo.source.name)
     return record, None, operator, y
 
 

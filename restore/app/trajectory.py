@@ -27,7 +27,7 @@ class Trajectory:
 
     def estimates(self) -> PIL.Image.Image:
         """x0_hat side by side."""
-        return grids.strip([io.to_pil(x0_hat) for _, x0_hat, _ in self.steps])
+        return grids.draw_strip([io.to_pil(x0_hat) for _, x0_hat, _ in self.steps])
 
     @property
     def guided(self) -> bool:
@@ -53,7 +53,7 @@ class Trajectory:
             titles.append("\n".join(filter(None, [f"{name} {options['scale']:g}", layers, f"white: {largest:.2g}"])))
             pictures.append(cells)
             captions.append(["" if signal is None else f"{float(signal.mean()):.3g}" for signal in row])
-        return grids.comparison_grid(pictures, [f"t = {t:g}" for t, _, _ in self.steps], titles, captions, cell=128)
+        return grids.draw_grid(pictures, [f"t = {t:g}" for t, _, _ in self.steps], titles, captions, cell=128)
 
 
 def _grey(signal: torch.Tensor, largest: float) -> torch.Tensor:

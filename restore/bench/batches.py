@@ -11,7 +11,7 @@ from operators import RestoreError
 from restore import disk
 from restore.bench import datasets
 from restore.bench.config import pairs
-from restore.images.folder import file_name
+from restore.images.folder import to_file_name
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Batch:
 
     def rows(self, run: Path) -> list[Path]:
         """The files whose presence means that an image is done: they are written last."""
-        return [self.results(run) / "rows" / f"{file_name(i)}.json" for i in self.ids]
+        return [self.results(run) / "rows" / f"{to_file_name(i)}.json" for i in self.ids]
 
     def done(self, run: Path) -> bool:
         return all(read_row(path) is not None for path in self.rows(run))
@@ -91,7 +91,7 @@ def expand(config: Mapping[str, Any], images: datasets.ImageSet | None) -> list[
             batches.append(Batch(task, method, index, tuple(ids[first : first + size])))
     backbones = list(dict.fromkeys(task["backbone"] for task in config["tasks"].values()))
     batches.sort(key=lambda batch: (backbones.index(config["tasks"][batch.task]["backbone"]), batch.index))
-    names = [file_name(i) for i in (images.ids if images is not None else [])]
+    names = [to_file_name(i) for i in (images.ids if images is not None else [])]
     if len(set(names)) != len(names):
         raise RestoreError("two images would be written to one file: folders become __ in names; rename one of them")
     return batches

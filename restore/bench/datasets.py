@@ -18,8 +18,8 @@ from operators import RestoreError
 from operators.naming import check_known
 from restore.disk import hash_file
 from restore.images import io
-from restore.images.folder import IMAGE_SUFFIXES, centre_crop, list_images, read_rgb
-from restore.images.resampling import stretched
+from restore.images.folder import IMAGE_SUFFIXES, crop_centre, list_images, read_rgb
+from restore.images.resampling import stretch_range
 
 # The sets of the literature: their side and, where the paper that introduced the protocol names them, the files.
 KNOWN_SETS: dict[str, dict[str, Any]] = {
@@ -65,8 +65,8 @@ class ImageSet:
 
     def pixels(self, i: int) -> np.ndarray:
         """Image i as uint8 (H, W, 3), preprocessed."""
-        pixels = centre_crop(read_rgb(self.paths[i]), self.size)
-        return io.to_uint8(stretched(io.to_tensor(pixels)))[0] if self.stretch else pixels
+        pixels = crop_centre(read_rgb(self.paths[i]), self.size)
+        return io.to_uint8(stretch_range(io.to_tensor(pixels)))[0] if self.stretch else pixels
 
     def tensor(self, i: int) -> torch.Tensor:
         """Image i as float32 (3, H, W) in [-1, 1]."""

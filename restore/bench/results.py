@@ -20,7 +20,7 @@ from restore.bench.baselines import BASELINES
 from restore.bench.batches import image_ids, read_row
 from restore.bench.config import method_of, pairs, settings
 from restore.images import io
-from restore.images.folder import file_name, list_images, read_rgb
+from restore.images.folder import list_images, read_rgb, to_file_name
 from restore.metrics import evaluate, sets, table
 from restore.metrics.statistics import bootstrap_mean
 
@@ -69,7 +69,7 @@ def read_rows(run: Path, task: str, method: str, ids: Sequence[str]) -> tuple[li
     folder = run / "results" / task / method
     rows, missing = [], []
     for image_id in ids:
-        row = read_row(folder / "rows" / f"{file_name(image_id)}.json")
+        row = read_row(folder / "rows" / f"{to_file_name(image_id)}.json")
         if row is None:
             missing.append(image_id)
         else:
@@ -189,7 +189,7 @@ def _from_files(run, config, task, method, rows, complete, functions, device) ->
     """Paired metrics per image and the set metrics of one cell, from its PNG files."""
     wanted, options = config["metrics"], metric_options(config)
     folder = run / "results" / task / method
-    files = {row["image"]: folder / f"{file_name(row['image'])}.png" for row in rows}
+    files = {row["image"]: folder / f"{to_file_name(row['image'])}.png" for row in rows}
     truth = {key: run / "truth" / path.name for key, path in files.items()}
     result: dict[str, Any] = {"paired": {}, "set_values": {}}
     if functions:

@@ -13,7 +13,7 @@ from operators import RestoreError
 from restore import guidance as guidances
 from restore.bench.baselines import BASELINES
 from restore.bench.config import method_of
-from restore.images.resampling import Resampled, enlarge
+from restore.images.resampling import Resampling, enlarge_image
 from restore.samplers.noise import ImageNoise, derive_seed, measurement_generator
 
 
@@ -64,9 +64,9 @@ def restore_batch(
     """
     own_size = x.shape[-1]
     side = task["solve_at"]
-    resampled = Resampled(side, task["resample"]) if side and side != own_size else None
+    resampled = Resampling(side, task["resample"]) if side and side != own_size else None
     if resampled:
-        x = enlarge(x, side, method=resampled.method)
+        x = enlarge_image(x, side, method=resampled.method)
     each = [build_operator(task, tuple(x.shape[-2:]), i, seed) for i in (ids if task["per_image"] else ids[:1])]
     # Image by image and on the CPU: the measurement has the same bytes in every batch and on every device.
     y = torch.cat(
@@ -85,7 +85,7 @@ def restore_batch(
         ratio = None if done.residual_ratio is None else done.residual_ratio[:, 0].cpu()
         result = Estimates(done.samples.cpu(), done.nfe, ratio, protocol=done.protocol)
     if resampled:
-        result.samples = resampled.back(result.samples, (own_size, own_size))
+        result.samples = resampled.reduce(result.samples, (own_size, own_size))
     result.measurement = y
     return result
 

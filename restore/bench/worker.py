@@ -25,7 +25,7 @@ from restore.bench.batches import Batch, read_prompts
 from restore.bench.config import settings
 from restore.bench.sampling import Estimates
 from restore.images import io
-from restore.images.folder import file_name
+from restore.images.folder import to_file_name
 from restore.metrics import single
 from restore.metrics.table import BASE_METRICS
 from restore.restoration import choose_device
@@ -146,7 +146,7 @@ class Worker:
         several = made.samples.shape[1] > 1
         spreads = single.spread(made.samples) if several else None
         for b, image_id in enumerate(batch.ids):
-            name = file_name(image_id)
+            name = to_file_name(image_id)
             row: dict[str, Any] = {"image": image_id, "nfe": made.nfe}
             if self.images is not None:
                 truth = self.images.pixels(self.index[image_id])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from operators import RestoreError
 from operators.validate import require_number
-from restore.images.io import with_channels
+from restore.images.io import convert_channels
 
 EIGHT = np.ones((3, 3))  # neighbours, the diagonal ones too
 SIDE = 1024  # pixels of the shorter side beyond which a photo is looked at reduced
@@ -24,7 +24,7 @@ LINE, SPECK = 0.06, 0.04  # of the shorter side: shortest line, longest speck
 GROWTH, SAME = 0.05, 0.08  # largest share of the photo a stain may cover; colour difference within one, on [-1, 1]
 
 
-def damage_mask(x: torch.Tensor, sensitivity: float = 0.5) -> torch.Tensor:
+def detect_damage(x: torch.Tensor, sensitivity: float = 0.5) -> torch.Tensor:
     """A proposal (1, 1, H, W), 1 where the photo is to be kept, 0 where it looks damaged; all 1 where nothing does.
 
     x: one photo, (1 or 3, H, W) or (1, 1 or 3, H, W) in [-1, 1]. sensitivity: 0 (only the most obvious) to 1 (more
@@ -39,7 +39,7 @@ def damage_mask(x: torch.Tensor, sensitivity: float = 0.5) -> torch.Tensor:
     x = x[None] if x.ndim == 3 else x
     if len(x) != 1 or min(x.shape[-2:]) < 32:
         raise RestoreError(f"damage is looked for in one photo of 32 pixels a side or more, not {tuple(x.shape)}")
-    x = with_channels(x.detach().float().cpu(), 3).clamp(-1, 1)
+    x = convert_channels(x.detach().float().cpu(), 3).clamp(-1, 1)
     size, factor = x.shape[-2:], -(-min(x.shape[-2:]) // SIDE)
     small = F.avg_pool2d(x, factor, ceil_mode=True)[0].numpy()
     colour = small.max(0) - small.min(0)

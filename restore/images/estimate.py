@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from operators import RestoreError
 from operators.kernels import LARGEST, rasterise
 from operators.validate import require_integer
-from restore.images.damage import damage_mask
-from restore.images.io import with_channels
+from restore.images.damage import detect_damage
+from restore.images.io import convert_channels
 
-__all__ = ["blur_size", "damage_mask", "grey_share", "motion_path_kernel", "noise_level"]
+__all__ = ["estimate_blur", "detect_damage", "measure_grey_share", "rasterise_path", "estimate_noise"]
 
 BLOCK = 8  # pixels; side of the blocks in which noise is looked for
 SMOOTH = 0.15  # share of the blocks taken: those without structure
@@ -28,7 +28,7 @@ LIMIT = 1 - 1 / 255  # beyond it 8 bits are clipped
 _OPPONENT = ((1, 1, 1), (1, 0, -1), (1, -2, 1))  # brightness and two colour differences
 
 
-def noise_level(x: torch.Tensor) -> float:
+def estimate_noise(x: torch.Tensor) -> float:
     """sigma_y of the white Gaussian noise in a photo, the standard deviation on [-1, 1].
 
     x: (1 or 3, H, W) or (B, 1 or 3, H, W) in [-1, 1]; a batch is one photo's pieces. The energy of the finest diagonal
@@ -41,7 +41,7 @@ def noise_level(x: torch.Tensor) -> float:
     x = _pixels(x)
     if min(x.shape[-2:]) < 4 * BLOCK:
         raise RestoreError(f"noise is measured in photos of {4 * BLOCK} pixels a side or more, not {_size(x)}")
-    if grey_share(x) == 1:
+    if measure_grey_share(x) == 1:
         x = x[:, :1]
     planes = [_Blocks(plane) for plane in x.split(1, 1)]
     brightest = torch.stack([block.mean.abs() for block in planes]).amax(0)
@@ -89,10 +89,10 @@ class _Blocks:
         return tuple(float(energy[usable][smooth].median()) / 0.977 for energy in (self.fine, self.next))
 
 
-def blur_size(x: torch.Tensor) -> float:
+def estimate_blur(x: torch.Tensor) -> float:
     """Standard deviation, in pixels, of the Gaussian blur in a photo: a starting point for a person to adjust.
 
-    x: as in `noise_level`. How much the strongest edges lose when they are blurred once more: between derivatives of
+    x: as in `estimate_noise`. How much the strongest edges lose when they are blurred once more: between derivatives of
     Gaussians of std a and b the slope of a step blurred by s falls by R, R^2 = (s^2 + b^2) / (s^2 + a^2) (Zhuo & Sim
     2011, Eq. 7). Thin lines fall faster and read as less blur, gradual shadows as more; the 70th percentile is taken.
     Of a photo above 1536 pixels a side the middle is taken. A sharp photo reads 0 to 1, and so does one without edges.
@@ -103,7 +103,7 @@ def blur_size(x: torch.Tensor) -> float:
     x = x[..., top : top + MIDDLE, left : left + MIDDLE]
     if min(x.shape[-2:]) < 32:
         raise RestoreError(f"blur is measured in photos of 32 pixels a side or more, not {_size(x)}")
-    noise = noise_level(x) / math.sqrt(x.shape[1] if grey_share(x) < 1 else 1)
+    noise = estimate_noise(x) / math.sqrt(x.shape[1] if measure_grey_share(x) < 1 else 1)
     size = 0.0
     for std in (1.0, 2.0, 4.0):  # the finest that the noise leaves readable
         if min(x.shape[-2:]) < 12 * std:
@@ -139,7 +139,7 @@ def _edges(plane: np.ndarray, a: float, b: float, noise: float) -> np.ndarray:
     return np.stack(slopes)[:, kept]
 
 
-def motion_path_kernel(points: torch.Tensor | np.ndarray | list, size: int | None = None) -> torch.Tensor:
+def rasterise_path(points: torch.Tensor | np.ndarray | list, size: int | None = None) -> torch.Tensor:
     """The blur kernel (k, k) float64, sum one, of a camera that moved along a path drawn by hand, at constant speed.
 
     points: (N, 2) pixels (x to the right, y down), joined by straight lines; where they lie on the page does not
@@ -167,7 +167,7 @@ def motion_path_kernel(points: torch.Tensor | np.ndarray | list, size: int | Non
     return torch.from_numpy(rasterise(size // 2 - path, size))
 
 
-def grey_share(x: torch.Tensor, tolerance: float = 0.0) -> float:
+def measure_grey_share(x: torch.Tensor, tolerance: float = 0.0) -> float:
     """The share of pixels whose channels differ by no more than `tolerance`; 1 of a picture with one channel."""
     return float((x.amax(-3) - x.amin(-3) <= tolerance).double().mean())
 
@@ -175,7 +175,7 @@ def grey_share(x: torch.Tensor, tolerance: float = 0.0) -> float:
 def _pixels(x: torch.Tensor) -> torch.Tensor:
     """(B, 1 or 3, H, W) float32 on the CPU."""
     x = x[None] if x.ndim == 3 else x
-    return with_channels(x.detach().float().cpu(), None if x.shape[-3] == 1 else 3)
+    return convert_channels(x.detach().float().cpu(), None if x.shape[-3] == 1 else 3)
 
 
 def _size(x: torch.Tensor) -> str:

@@ -43,7 +43,7 @@ def list_images(folder: str | os.PathLike) -> tuple[dict[str, Path], list[str]]:
     return found, ignored
 
 
-def file_name(image_id: str) -> str:
+def to_file_name(image_id: str) -> str:
     """The id as one file stem: folders become "__", so that a results folder stays flat."""
     return image_id.replace("/", "__")
 
@@ -53,7 +53,7 @@ def read_rgb(path: str | os.PathLike) -> np.ndarray:
     return io.to_uint8(io.read_image(path).pixels[0])
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def read_image_size(path: Path) -> tuple[int, int]:
     """(height, width) of a file as displayed, from its header."""
     try:
         with Image.open(path) as image:
@@ -64,7 +64,7 @@ def image_size(path: Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def centre_crop(pixels: np.ndarray, size: int | None) -> np.ndarray:
+def crop_centre(pixels: np.ndarray, size: int | None) -> np.ndarray:
     """uint8 (H, W, 3) to (size, size, 3): shorter side by antialiased bicubic, then centre crop."""
     height, width = pixels.shape[:2]
     if size is None or (height, width) == (size, size):

@@ -16,7 +16,7 @@ _GAP = 6
 _INK, _PAPER = (20, 20, 20), (255, 255, 255)
 
 
-def comparison_grid(
+def draw_grid(
     rows: Sequence[Sequence[torch.Tensor | PIL.Image.Image | None]],
     column_titles: Sequence[str],
     row_titles: Sequence[str] | None = None,
@@ -45,7 +45,7 @@ def comparison_grid(
     side_width = int(max((font.getlength(line) for side in sides for line in side.split("\n")), default=-_GAP)) + _GAP
     feet = [[_wrap(text, small, cell) for text in line] for line in captions or []]
     foot_height = max((_text_height(line, small) for line in feet), default=0)
-    pictures = [[None if image is None else fit(image, cell) for image in row] for row in rows]
+    pictures = [[None if image is None else fit_image(image, cell) for image in row] for row in rows]
     heights = [picture.height for row in pictures for picture in row if picture is not None]
     high = max([*heights, _text_height(sides, font)]) if heights else cell
     step_x, step_y = cell + _GAP, high + foot_height + _GAP
@@ -71,16 +71,16 @@ def comparison_grid(
     return sheet
 
 
-def strip(
+def draw_strip(
     images: Sequence[torch.Tensor | PIL.Image.Image], titles: Sequence[str] | None = None, cell: int = 128
 ) -> PIL.Image.Image:
     """Images side by side, e.g. x0_hat through time, with optional titles ("t = 800"). RestoreError when empty."""
     if not images:
         raise RestoreError("There is no image to put on the strip.")
-    return comparison_grid([list(images)], list(titles) if titles else [""] * len(images), cell=cell, font_size=14)
+    return draw_grid([list(images)], list(titles) if titles else [""] * len(images), cell=cell, font_size=14)
 
 
-def fit(image: torch.Tensor | PIL.Image.Image, cell: int) -> PIL.Image.Image:
+def fit_image(image: torch.Tensor | PIL.Image.Image, cell: int) -> PIL.Image.Image:
     """An RGB picture whose longer side is at most `cell`: enlarged by a whole factor (nearest) or reduced (Lanczos)."""
     picture = image.convert("RGB") if isinstance(image, PIL.Image.Image) else to_pil(image)
     longest = max(picture.size)

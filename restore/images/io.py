@@ -66,7 +66,7 @@ class ImageRecord:
 
 
 @contextmanager
-def explained(path: Path, kind: str, hint: str) -> Iterator[None]:
+def explain_errors(path: Path, kind: str, hint: str) -> Iterator[None]:
     """Within the block, what the readers of files raise becomes one sentence."""
     try:
         yield
@@ -86,19 +86,19 @@ def read_image(path: str | Path) -> ImageRecord:
     """
     path = Path(path)
     hint = UNREADABLE if pillow_heif or path.suffix.lower() not in (".heic", ".heif") else "install pillow-heif"
-    with explained(path, "image", hint), PIL.Image.open(path) as opened:
+    with explain_errors(path, "image", hint), PIL.Image.open(path) as opened:
         frames = getattr(opened, "n_frames", 1) if opened.format != "MPO" else 1  # MPO: a phone's JPEG with extras
         if frames > 1:
             raise RestoreError(f"{path} holds {frames} frames or pages: extract the one to restore into its own file.")
         bits = 16 if sixteen.is_sixteen_bit(opened) else 8
-        if bits == 8 or opened.format != "TIFF":  # Pillow turns a loaded TIFF file upright, its reader of 16 bits not
+        if bits == 8 or opened.format != "TIFF":  # Pillow turns a loaded TIFF file upright
             opened.load()
         samples = _eight_bit_samples(opened, path) if bits == 8 else sixteen.read_samples(path, opened)
         exif = opened.getexif()  # after loading: a PNG file may hold it behind the pixels
         icc = opened.info.get("icc_profile") if opened.mode != "CMYK" else None
         image_format = "JPEG" if opened.format == "MPO" else opened.format
     orientation = exif.get(_ORIENTATION, 1)
-    values = torch.from_numpy(np.ascontiguousarray(upright(samples, orientation)).astype(np.float32))
+    values = torch.from_numpy(np.ascontiguousarray(apply_orientation(samples, orientation)).astype(np.float32))
     values = values.permute(2, 0, 1)[None] / (255 if bits == 8 else 65535)
     channels = values.shape[1]
     colour = values[:, :1].expand(-1, 3, -1, -1) if channels <= 2 else values[:, :3]
@@ -117,10 +117,10 @@ def read_image(path: str | Path) -> ImageRecord:
 
 def write_image(path: str | Path, image: torch.Tensor, like: ImageRecord | None = None, colour: bool = False) -> None:
     """Write what `encoded` makes of this, atomically (see `disk.open_atomic`). RestoreError also for a full disk."""
-    disk.write_bytes(path, encoded(path, image, like, colour))
+    disk.write_bytes(path, encode_image(path, image, like, colour))
 
 
-def encoded(path: str | Path, image: torch.Tensor, like: ImageRecord | None = None, colour: bool = False) -> bytes:
+def encode_image(path: str | Path, image: torch.Tensor, like: ImageRecord | None = None, colour: bool = False) -> bytes:
     """The file of `image`, (3, H, W) or (1, 3, H, W) in about [-1, 1] (clamped), in the format of `path`'s suffix.
 
     like: the photo it was made from: greyscale, alpha (resized if the size changed), 16 bits, colour
@@ -163,17 +163,17 @@ def encoded(path: str | Path, image: torch.Tensor, like: ImageRecord | None = No
     return buffer.getvalue()
 
 
-def kind(path: Path) -> str:
+def detect_format(path: Path) -> str:
     """Pillow's name of a file's format, by its content. RestoreError where it is no image."""
-    with explained(path, "image", UNREADABLE), PIL.Image.open(path) as opened:
+    with explain_errors(path, "image", UNREADABLE), PIL.Image.open(path) as opened:
         return opened.format
 
 
-def check_target(source: Path, target: Path) -> None:
+def check_alpha(source: Path, target: Path) -> None:
     """Raises RestoreError where `target`'s format cannot hold the transparency of `source`; reads its header only."""
     if _FORMATS.get(target.suffix.lower()) not in _OPAQUE:
         return
-    with explained(source, "image", UNREADABLE), PIL.Image.open(source) as opened:
+    with explain_errors(source, "image", UNREADABLE), PIL.Image.open(source) as opened:
         if _transparent(opened):
             raise RestoreError(_no_alpha(target, source))
 
@@ -194,7 +194,7 @@ def to_tensor(image: Any, *, channels: int | None = 3, largest: float = 8.0) -> 
         return _stacked([to_tensor(item, channels=channels, largest=largest) for item in image])
     if isinstance(image, (str, Path)):
         record = read_image(image)
-        return with_channels(record.pixels[:, :1] if record.grey else record.pixels, channels)
+        return convert_channels(record.pixels[:, :1] if record.grey else record.pixels, channels)
     if isinstance(image, PIL.Image.Image):
         sixteen_bit = image.mode.startswith("I;16")
         image = np.asarray(image).astype(np.uint16) if sixteen_bit else _eight_bit_samples(image, "The picture")
@@ -224,7 +224,7 @@ def to_tensor(image: Any, *, channels: int | None = 3, largest: float = 8.0) -> 
                     f"A float tensor is taken as [-1, 1], this one {_span(values)}: divide 0..255 by 127.5 and "
                     "subtract 1."
                 )
-            return with_channels(values, channels)
+            return convert_channels(values, channels)
     else:
         raise RestoreError(
             f"An image must be a PIL image, a path, a numpy array, a torch tensor or a list of them, "
@@ -232,10 +232,10 @@ def to_tensor(image: Any, *, channels: int | None = 3, largest: float = 8.0) -> 
         )
     if values.numel() and not (values.min() >= -1e-6 and values.max() <= whole + 1e-6):
         raise RestoreError(f"An image of integers counts 0..{whole}, this one {_span(values)}.")
-    return with_channels(values / whole * 2 - 1, channels)
+    return convert_channels(values / whole * 2 - 1, channels)
 
 
-def with_channels(values: torch.Tensor, channels: int | None) -> torch.Tensor:
+def convert_channels(values: torch.Tensor, channels: int | None) -> torch.Tensor:
     """(B, C, H, W) from (C, H, W) or (B, C, H, W) pixels, with as many channels as `to_tensor` says. RestoreError."""
     values = values[None] if values.ndim == 3 and values.shape[0] in (1, 2, 3, 4) else values
     if not values.numel():
@@ -264,7 +264,7 @@ def to_pil(image: torch.Tensor) -> PIL.Image.Image:
     return PIL.Image.fromarray(to_uint8(_checked(image)[0]))
 
 
-def upright(samples: np.ndarray, orientation: int) -> np.ndarray:
+def apply_orientation(samples: np.ndarray, orientation: int) -> np.ndarray:
     """Undo an EXIF orientation (1 to 8, TIFF 6.0 tag 274) on an array (H, W, ...)."""
     flips = {
         2: lambda a: a[:, ::-1],

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from operators import RestoreError
-from restore.images.damage import damage_mask
+from restore.images.damage import detect_damage
 from restore.images.folder import IMAGE_SUFFIXES
-from restore.images.io import explained, read_image
+from restore.images.io import explain_errors, read_image
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Mask:
     @functools.cached_property
     def _proposed(self) -> torch.Tensor:
         # Kept: the plan and the restoration of a photo both need it, and looking takes seconds on a large one.
-        return damage_mask(read_image(self.path).pixels, self.sensitivity)
+        return detect_damage(read_image(self.path).pixels, self.sensitivity)
 
 
 def read_mask(
@@ -102,7 +102,7 @@ def read_kernel(path: str | Path) -> torch.Tensor:
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    with explained(path, "kernel", "expected .npy, .txt, .csv or a grey picture"):
+    with explain_errors(path, "kernel", "expected .npy, .txt, .csv or a grey picture"):
         if suffix == ".npy":
             values = np.lib.format.open_memmap(path, mode="r")  # a header may claim any size
         elif suffix in (".txt", ".csv"):

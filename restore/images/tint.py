@@ -8,7 +8,7 @@ import torch.nn.functional as F
 TYPICAL, LARGEST = 0.03, 0.08  # on [-1, 1]: how far blocks of a photo without colours may be off its one hue
 
 
-def one_hue(x: torch.Tensor) -> torch.Tensor | None:
+def estimate_tint(x: torch.Tensor) -> torch.Tensor | None:
     """The tint of a photo without colours of its own (1, 3, H, W): (5, 3); None for a colour photo.
 
     Rows 0 to 3: what each channel differs from their mean, as a cubic of it; 4: the mean's range, repeated. A photo has
@@ -27,7 +27,7 @@ def one_hue(x: torch.Tensor) -> torch.Tensor | None:
     return torch.cat([tint, torch.stack([low, high, high])[None]])
 
 
-def tinted(images: torch.Tensor, tint: torch.Tensor) -> torch.Tensor:
+def apply_tint(images: torch.Tensor, tint: torch.Tensor) -> torch.Tensor:
     """Images (..., 3, H, W) with the brightness they have and the colours of `tint`, see `one_hue`."""
     brightness = images.double().mean(-3, keepdim=True)
     inside = brightness.clamp(float(tint[4, 0]), float(tint[4, 1]))

@@ -14,7 +14,7 @@ import torch
 
 from operators import RestoreError
 from restore import disk
-from restore.images.folder import image_size, list_images, read_rgb
+from restore.images.folder import list_images, read_image_size, read_rgb
 from restore.metrics import sets, table
 from restore.metrics.statistics import BootstrapMean, bootstrap_mean
 from restore.versions import collect_versions
@@ -104,7 +104,7 @@ def evaluate(
         missing = [key for key in truth if key not in found]
         extra = [key for key in found if key not in truth]
         for key in (key for key in truth if key in found):
-            (common if image_size(found[key]) == image_size(truth[key]) else mismatched).append(key)
+            (common if read_image_size(found[key]) == read_image_size(truth[key]) else mismatched).append(key)
         if len(missing) == len(truth):
             raise RestoreError(
                 f"{results} and {reference} must share names of images to be compared one by one, got none; rename"

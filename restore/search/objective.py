@@ -26,7 +26,7 @@ from restore import disk
 from restore.bench import results
 from restore.bench.batches import read_prompts
 from restore.images import io
-from restore.images.folder import file_name, list_images, read_rgb
+from restore.images.folder import list_images, read_rgb, to_file_name
 from restore.metrics import sets, table
 from restore.restoration import choose_device
 from restore.search import prompted
@@ -102,14 +102,16 @@ class Cell:
 
     @property
     def files(self) -> list[Path]:
-        return [self.run / "results" / self.task / self.method / f"{file_name(row['image'])}.png" for row in self.rows]
+        return [
+            self.run / "results" / self.task / self.method / f"{to_file_name(row['image'])}.png" for row in self.rows
+        ]
 
     @property
     def set_values(self) -> dict[str, float]:
         return results.kept_metrics(self.run, self.task, self.method).get("set_values", {})
 
     def truth(self) -> list[Path]:
-        return [self.run / "truth" / f"{file_name(row['image'])}.png" for row in self.rows]
+        return [self.run / "truth" / f"{to_file_name(row['image'])}.png" for row in self.rows]
 
 
 def per_image(cell: Cell, name: str, function: Callable | None = None) -> tuple[float, np.ndarray | None]:

@@ -126,7 +126,7 @@ def write_grid(path: Path, images: torch.Tensor) -> None:
     side = math.isqrt(len(images))
     rows = [list(images[r * side : (r + 1) * side].cpu()) for r in range(side)]
     disk.make_folder(path.parent)
-    io.write_image(path, io.to_tensor(grids.comparison_grid(rows, [""] * side))[0])
+    io.write_image(path, io.to_tensor(grids.draw_grid(rows, [""] * side))[0])
 
 
 def build_model(config: DictConfig, labels: int = 0) -> UNet2DModel:

@@ -1,22 +1,31 @@
-"""Known checkpoints: what they are, where from, under which licence; pulled, verified, cached, found, loaded."""
+"""Known checkpoints: registry, download, checksums, cache, loading."""
 
-from restore.zoo.load import describe, listing, load_backbone
-from restore.zoo.registry import Model, model, models
-from restore.zoo.store import Located, by_hand, cache_dir, forget, import_file, is_offline, locate, pull
+from restore.zoo.load import describe_model, list_models, load_backbone
+from restore.zoo.registry import Model, find_model, read_registry
+from restore.zoo.store import (
+    Located,
+    cache_dir,
+    explain_download,
+    forget_checksum,
+    import_file,
+    is_offline,
+    locate,
+    pull,
+)
 
 __all__ = [
     "Located",
     "Model",
-    "by_hand",
     "cache_dir",
-    "describe",
-    "forget",
+    "describe_model",
+    "explain_download",
+    "find_model",
+    "forget_checksum",
     "import_file",
     "is_offline",
-    "listing",
+    "list_models",
     "load_backbone",
     "locate",
-    "model",
-    "models",
     "pull",
+    "read_registry",
 ]

@@ -30,7 +30,7 @@ class _Cut(Exception):
     """The connection ended early; the part on the disk is good."""
 
 
-def fetch(
+def fetch_file(
     urls: tuple[str, ...],
     target: Path,
     size: int | None = None,
@@ -68,13 +68,13 @@ def fetch(
     raise RestoreError(f"{target.name} could not be downloaded{why}. {by_hand}".strip())
 
 
-def check(path: Path, size: int | None, sha256: str | None, name: str | None = None) -> str:
+def verify_file(path: Path, size: int | None, sha256: str | None, name: str | None = None) -> str:
     """The SHA-256 of `path` after checking size, checksum and completeness; RestoreError otherwise."""
     name = name or path.name
     actual = path.stat().st_size
     if size is not None and actual != size:
         raise RestoreError(f"{name} has {actual} bytes instead of {size}: it is incomplete or another file.")
-    problem = damage(path)
+    problem = find_damage(path)
     if problem:
         raise RestoreError(f"{name} {problem}: fetch it again.")
     digest = disk.hash_file(path)
@@ -85,7 +85,7 @@ def check(path: Path, size: int | None, sha256: str | None, name: str | None = N
     return digest
 
 
-def damage(path: Path) -> str:
+def find_damage(path: Path) -> str:
     """What a look at a weight file's own structure finds wrong with it ("" for nothing); no checksum needed."""
     size = path.stat().st_size
     with path.open("rb") as handle:
@@ -128,7 +128,7 @@ def _fetch_one(
             time.sleep(patience * 2 ** max(0, failures - 1))
             continue
         try:
-            digest = check(part, size, sha256, target.name)
+            digest = verify_file(part, size, sha256, target.name)
             accept(part)
         except RestoreError as problem:
             part.unlink()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from operators import RestoreError
-from restore.zoo.registry import models
+from restore.zoo.registry import read_registry
 from restore.zoo.store import Located, is_offline, locate, pull
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _autoencoder(name: str | Path, offline: bool | None):
     return load_vae(found.path)
 
 
-def describe(name: str) -> str:
+def describe_model(name: str) -> str:
     """Everything the registry knows of a model, for `restore models show`."""
     found = locate(name)
     entry = found.entry
@@ -101,10 +101,10 @@ def describe(name: str) -> str:
     return "\n".join(lines)
 
 
-def listing() -> list[str]:
+def list_models() -> list[str]:
     """One line per registered model, for `restore models list`."""
     lines = [f"{'name':24} {'kind':17} {'px':>5}  here  licence"]
-    for name, entry in models().items():
+    for name, entry in read_registry().items():
         here = "yes" if locate(name).path is not None else "no"
         lines.append(f"{name:24} {entry.kind:17} {entry.resolution:5}  {here:4}  {entry.licence.split('. ')[0]}")
     return lines

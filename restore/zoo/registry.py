@@ -53,7 +53,7 @@ class Hub:
 
 
 @dataclass(frozen=True)
-class Guidance:
+class PublishedGuidance:
     """Published settings of Perturbed-Attention Guidance for this network, and where they are from."""
 
     layers: tuple[str, ...]
@@ -82,7 +82,7 @@ class Model:
     parameters: int | None = None
     classes: int | None = None
     options: Mapping[str, Any] | None = None
-    guidance: Guidance | None = None
+    guidance: PublishedGuidance | None = None
     citation: str | None = None
     notes: str | None = None
     subject: str | None = None
@@ -98,7 +98,7 @@ class Model:
         return {**(self.options or {}), **({"resolution": self.resolution} if self.kind == "adm" else {})}
 
 
-def models(folder: Path | None = None) -> dict[str, Model]:
+def read_registry(folder: Path | None = None) -> dict[str, Model]:
     """All registered models by name, sorted; from `folder` instead of the shipped configs/model if given.
 
     Raises RestoreError for a YAML file with an unknown, missing or misplaced key.
@@ -106,9 +106,9 @@ def models(folder: Path | None = None) -> dict[str, Model]:
     return {path.stem: _read(path) for path in sorted((folder or configs_dir() / "model").glob("*.yaml"))}
 
 
-def model(name: str, folder: Path | None = None) -> Model:
+def find_model(name: str, folder: Path | None = None) -> Model:
     """The entry called `name`; RestoreError with the nearest name when there is none."""
-    known = models(folder)
+    known = read_registry(folder)
     if name not in known:
         raise RestoreError(f"There is no model called {name!r}; {suggest(name, known)}")
     return known[name]
@@ -123,7 +123,7 @@ def _read(path: Path) -> Model:
         if type(error).__module__.split(".")[0] != "yaml":
             raise
         raise RestoreError(f"{path} is not a readable YAML file: {error}") from error
-    nested = {"download": Download, "hub": Hub, "guidance": Guidance}
+    nested = {"download": Download, "hub": Hub, "guidance": PublishedGuidance}
     if not isinstance(content, dict):
         raise RestoreError(f"{path} must hold the keys of a model, not a {type(content).__name__}.")
     values = {"name": path.stem} | content
@@ -154,7 +154,7 @@ def _record(record: type, values: Any, path: Path, prefix: str) -> Any:
         raise RestoreError(f"{path}: {', '.join(prefix + key for key in missing)} is missing.") from error
 
 
-def kind_of(content: Mapping[str, Any]) -> str | None:
+def detect_kind(content: Mapping[str, Any]) -> str | None:
     """The kind of model that a diffusers model_index.json or config.json describes; None for what is not known."""
     if "unet" in content:
         latent = any(part in content for part in ("vqvae", "vae"))
@@ -164,7 +164,7 @@ def kind_of(content: Mapping[str, Any]) -> str | None:
     return next((kind for part, kind in CLASSES.items() if any(name.startswith(part) for name in names)), None)
 
 
-def shipped_folder(entry: Model) -> Path:
+def find_shipped_folder(entry: Model) -> Path:
     """The folder of a model that comes with the package; RestoreError when it is not there."""
     folder = data_dir() / str(entry.folder)
     if not folder.is_dir():

@@ -71,7 +71,7 @@ def locate(name_or_path: str | Path) -> Located:
     Raises RestoreError for anything else, with the nearest registered names.
     """
     name, path = str(name_or_path), Path(name_or_path).expanduser()
-    known = registry.models()
+    known = registry.read_registry()
     if name in known:
         entry = known[name]
         return Located(name, entry.kind, _present(entry), entry.hub, entry.loading, entry)
@@ -103,7 +103,7 @@ def pull(
     fetched again); a cut download continues where it stopped. Two processes pulling the same model
     download it once. Where the registry knows no checksum, the network is built from the file once; its
     checksum is then recorded beside it and verified from then on, so that a file whose publisher replaced it
-    is refused like a corrupted one (see `forget`). offline=True (default: $RESTORE_OFFLINE) never uses the
+    is refused like a corrupted one (see `forget_checksum`). offline=True (default: $RESTORE_OFFLINE) never uses the
     network. progress(bytes_so_far, bytes_in_all_or_None) is called while downloading a single file; for hub
     models the hub client shows its own bars.
     Raises RestoreError when the model is not there and cannot be fetched, naming the file, where it is
@@ -135,7 +135,7 @@ def import_file(name: str, path: str | Path) -> Path:
     expected and actual), one that is not this kind of model, a model that is no single file, and a full
     disk; the cache is unchanged then.
     """
-    entry, path = registry.model(name), Path(path).expanduser()
+    entry, path = registry.find_model(name), Path(path).expanduser()
     if entry.download is None:
         raise RestoreError(
             f"{name} is not a single file: give its folder itself as the backbone, there is nothing to import."
@@ -152,20 +152,20 @@ def import_file(name: str, path: str | Path) -> Path:
     return target
 
 
-def forget(name: str) -> None:
+def forget_checksum(name: str) -> None:
     """Drop the checksum recorded when the file of the registered model `name` was first seen.
 
     For a file that is rightly another one than before; the weights in the cache stay until one replaces them.
     Raises RestoreError when none is recorded.
     """
-    entry = registry.model(name)
+    entry = registry.find_model(name)
     record = _record_path(_target(entry)) if entry.download is not None else None
     if record is None or not record.exists():
         raise RestoreError(f"No checksum of {name} is recorded on this machine; there is nothing to forget.")
     record.unlink()
 
 
-def by_hand(entry: Model) -> str:
+def explain_download(entry: Model) -> str:
     """How to get a registered single-file model without this program's downloader."""
     if entry.download is None:
         return ""
@@ -177,7 +177,7 @@ def _pull_file(entry: Model, offline: bool, verify: bool, progress: download.Pro
     target, source = _target(entry), entry.download
     if not target.exists() and offline:
         raise RestoreError(
-            f"{entry.name} needs the file {target}, which is not there, and the run is offline. {by_hand(entry)}"
+            f"{entry.name} needs {target}, which is missing, and the run is offline. {explain_download(entry)}"
         )
     with _locked(target):
         if target.exists():
@@ -188,10 +188,10 @@ def _pull_file(entry: Model, offline: bool, verify: bool, progress: download.Pro
                 return target
             except RestoreError as error:
                 if offline:
-                    raise RestoreError(f"{error} The run is offline. {by_hand(entry)}") from error
+                    raise RestoreError(f"{error} The run is offline. {explain_download(entry)}") from error
         first_time = _recorded(target) is None
-        help = by_hand(entry) + _first_use(entry)
-        digest = download.fetch(
+        help = explain_download(entry) + _first_use(entry)
+        digest = download.fetch_file(
             source.urls, target, *_expected(entry), help, progress, accept=lambda part: _require_model(entry, part)
         )
         if first_time:
@@ -202,7 +202,7 @@ def _pull_file(entry: Model, offline: bool, verify: bool, progress: download.Pro
 def _check(entry: Model, path: Path) -> str:
     """The SHA-256 of `path` after everything that can be asked of it; RestoreError otherwise."""
     try:
-        digest = download.check(path, *_expected(entry), str(path))
+        digest = download.verify_file(path, *_expected(entry), str(path))
     except RestoreError as error:
         raise RestoreError(f"{error}{_first_use(entry)}") from error
     _require_model(entry, path)
@@ -239,7 +239,7 @@ def _target(entry: Model) -> Path:
 
 def _present(entry: Model) -> Path | None:
     if entry.folder is not None:
-        return registry.shipped_folder(entry)
+        return registry.find_shipped_folder(entry)
     if entry.hub is not None:
         return _snapshot(entry.hub, offline=True)
     target = _target(entry)
@@ -313,7 +313,7 @@ def _kind_of_folder(folder: Path) -> str:
         if (folder / name).is_file():
             try:
                 content = json.loads((folder / name).read_text(encoding="utf-8"))
-                kind = registry.kind_of(content)
+                kind = registry.detect_kind(content)
             except (OSError, ValueError, AttributeError) as error:
                 raise RestoreError(f"{folder / name} is not a model configuration: {error}") from error
             if kind is not None or name == "model_index.json":
@@ -328,7 +328,7 @@ def _kind_of_file(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix not in _WEIGHT_SUFFIXES:
         raise RestoreError(f"{path} is no weight file: expected one ending in {' '.join(_WEIGHT_SUFFIXES)}.")
-    if problem := download.damage(path):
+    if problem := download.find_damage(path):
         raise RestoreError(f"{path} {problem}.")
     names = _names(path)
     if b"model.diffusion_model." in names:

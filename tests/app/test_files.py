@@ -178,7 +178,7 @@ def test_differences_are_said_by_their_innermost_name():
 def test_names_that_differ_in_case_only_collide(tmp_path):
     photos = [files.Photo(tmp_path / name, tmp_path / "out" / name) for name in ("a.png", "A.png")]
     with pytest.raises(RestoreError, match="both write"):
-        files.check_outputs(photos, [photo.written() for photo in photos])
+        files.check_outputs(photos, [photo.outputs() for photo in photos])
 
 
 def test_what_a_killed_process_was_writing_is_removed(restore, photo, tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from restore.app import run, tasks
 from restore.images import io
-from restore.images.tint import one_hue
+from restore.images.tint import estimate_tint
 from restore.paths import data_dir
 
 PHOTOS = data_dir() / "photos"
@@ -106,7 +106,7 @@ def test_a_photo_of_one_hue_gains_no_colour(tmp_path, tint):
         task = tasks.find_task("denoise", {"sigma": 0.3})
         assert all(outcome.error is None for outcome in run.restore_files(photos, restorer, task, **options))
         assert ("one_hue" in json.loads(photos[0].sidecar.read_text())) == (name == "scan.png")
-        return [io.read_image(photos[0].beside(end)).pixels for end in ("", "-sample1", "-mean")]
+        return [io.read_image(photos[0].companion(end)).pixels for end in ("", "-sample1", "-mean")]
 
     for pixels in result("scan.png"):
         offsets = pixels - pixels.mean(1, True)
@@ -114,4 +114,4 @@ def test_a_photo_of_one_hue_gains_no_colour(tmp_path, tint):
         assert (offsets - expected[:, None, None]).abs().max() < 0.02
     if not any(tint):
         io.write_image(tmp_path / "colour.png", io.read_image(FACE).pixels)
-        assert one_hue(result("colour.png")[0]) is None
+        assert estimate_tint(result("colour.png")[0]) is None

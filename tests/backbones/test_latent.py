@@ -317,9 +317,9 @@ def test_folders_that_are_no_such_model_get_a_sentence(tmp_path, folders):
 
 
 def test_the_published_models_are_registered():
-    assert {name: entry.kind for name, entry in zoo.models().items() if name.startswith("ldm")} == {
+    assert {name: entry.kind for name, entry in zoo.read_registry().items() if name.startswith("ldm")} == {
         "ldm-celebahq-256": "latent",
         "ldm-ffhq-256": "latent",
     }
-    assert "unpack model.ckpt" in zoo.by_hand(zoo.model("ldm-ffhq-256"))
+    assert "unpack model.ckpt" in zoo.explain_download(zoo.find_model("ldm-ffhq-256"))
     assert tiny_autoencoder("VQModel").config.scaling_factor == 1.0

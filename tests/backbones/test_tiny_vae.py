@@ -95,7 +95,7 @@ def test_mistakes(folders, monkeypatch, tmp_path):
 
 def test_the_registered_ones():
     for name in CHANNELS:
-        entry = zoo.models()[name]
+        entry = zoo.read_registry()[name]
         assert (entry.kind, entry.licence, entry.hub.repo) == ("autoencoder", "MIT", f"madebyollin/{name}")
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from operators import RestoreError
 from restore.bench import datasets
-from restore.images.folder import centre_crop, list_images, read_rgb
+from restore.images.folder import crop_centre, list_images, read_rgb
 
 
 def test_ffhq_takes_exactly_the_first_thousand_and_names_what_is_missing(tmp_path, smooth_images, write_images):
@@ -38,13 +38,13 @@ def test_imagenet_needs_its_list_and_follows_its_order(tmp_path, smooth_images, 
 def test_resizing_is_antialiased_and_centred():
     stripes = np.zeros((100, 300, 3), np.uint8)
     stripes[:, ::2] = 255
-    small = centre_crop(stripes, 25)
+    small = crop_centre(stripes, 25)
     assert small.shape == (25, 25, 3)
     # Without antialiasing, one-pixel stripes would stay black and white.
     assert abs(int(small.mean()) - 127) < 3 and small[5:-5, 5:-5].std() < 12
     ramp = np.repeat(np.arange(300, dtype=np.uint16)[None, :, None] * 255 // 299, 100, 0).astype(np.uint8).repeat(3, 2)
-    assert centre_crop(ramp, 100)[:, :, 0].mean() == pytest.approx(127.0, abs=1.0)
-    assert centre_crop(ramp, None) is ramp
+    assert crop_centre(ramp, 100)[:, :, 0].mean() == pytest.approx(127.0, abs=1.0)
+    assert crop_centre(ramp, None) is ramp
 
 
 def test_the_digest_follows_content_order_and_size(tmp_path, smooth_images, write_images):

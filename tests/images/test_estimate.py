@@ -10,9 +10,9 @@ import torch
 import operators
 from operators import RestoreError
 from restore.images import io
-from restore.images.estimate import blur_size, damage_mask, grey_share, motion_path_kernel, noise_level
+from restore.images.estimate import detect_damage, estimate_blur, estimate_noise, measure_grey_share, rasterise_path
 from restore.images.masks import read_mask
-from restore.images.tint import one_hue, tinted
+from restore.images.tint import apply_tint, estimate_tint
 from restore.paths import data_dir
 
 PHOTOS, MASKS = data_dir() / "photos", data_dir() / "masks"
@@ -33,26 +33,26 @@ def noisy(x, sigma, seed=0):
 def test_noise_level_of_a_photo(name):
     x = photo(name)
     for sigma in (0.02, 0.05, 0.2):
-        assert noise_level(noisy(x, sigma)) == pytest.approx(sigma, rel=0.1)
+        assert estimate_noise(noisy(x, sigma)) == pytest.approx(sigma, rel=0.1)
     grey = x.mean(1, keepdim=True)
     for sigma in (0.05, 0.2):
-        assert noise_level(noisy(grey, sigma)) == pytest.approx(sigma, rel=0.15)
+        assert estimate_noise(noisy(grey, sigma)) == pytest.approx(sigma, rel=0.15)
     # Grey stored as RGB has one plane's noise three times, not three planes'.
-    assert noise_level(noisy(grey, 0.1).expand(-1, 3, -1, -1)) == noise_level(noisy(grey, 0.1))
-    assert noise_level(noisy(x, 0.1)[0]) == noise_level(noisy(x, 0.1))
+    assert estimate_noise(noisy(grey, 0.1).expand(-1, 3, -1, -1)) == estimate_noise(noisy(grey, 0.1))
+    assert estimate_noise(noisy(x, 0.1)[0]) == estimate_noise(noisy(x, 0.1))
 
 
 def test_noise_level_is_not_fooled():
     x = photo(CAT)
-    assert noise_level(torch.zeros(3, 40, 40)) == 0
-    assert noise_level(x) < 0.008  # rounding to 8 bits alone is 0.0023
+    assert estimate_noise(torch.zeros(3, 40, 40)) == 0
+    assert estimate_noise(x) < 0.008  # rounding to 8 bits alone is 0.0023
     framed = torch.full((1, 3, 600, 700), 0.97)  # a flat border, nearly white, of more than half the area
     framed[..., 100:400, 100:551] = noisy(x, 0.1)
-    assert noise_level(framed) == pytest.approx(0.1, rel=0.1)
+    assert estimate_noise(framed) == pytest.approx(0.1, rel=0.1)
     dark = noisy(x * 0.4 - 0.6, 0.1)  # half of it is near to black, where noise is clipped
-    assert noise_level(dark) == pytest.approx(0.1, rel=0.2)
+    assert estimate_noise(dark) == pytest.approx(0.1, rel=0.2)
     with pytest.raises(RestoreError, match="32 pixels"):
-        noise_level(x[..., :20])
+        estimate_noise(x[..., :20])
 
 
 def test_noise_level_takes_what_compression_left(tmp_path):
@@ -60,35 +60,35 @@ def test_noise_level_takes_what_compression_left(tmp_path):
     x = noisy(photo(COFFEE), 0.1)
     io.to_pil(x).save(tmp_path / "x.jpg", quality=95, subsampling=2)
     left = io.read_image(tmp_path / "x.jpg").pixels
-    assert 0.05 < noise_level(left) < 0.11
-    assert noise_level(left) > 2 * float((left - left.mean(1, True)).diff(dim=-1).std()) / 3
+    assert 0.05 < estimate_noise(left) < 0.11
+    assert estimate_noise(left) > 2 * float((left - left.mean(1, True)).diff(dim=-1).std()) / 3
 
 
 @pytest.mark.parametrize("name", [COFFEE, CAT])
 def test_blur_size_of_a_photo(name):
     x = photo(name)
-    assert blur_size(x) < 1
+    assert estimate_blur(x) < 1
     found = []
     for std in (2.0, 4.0):
         blurred = operators.GaussianBlur(33, std).A(x)
         for sigma in (0.0, 0.05):
-            found.append(blur_size(noisy(blurred, sigma)))
+            found.append(estimate_blur(noisy(blurred, sigma)))
             assert found[-1] == pytest.approx(std, rel=0.3)
     assert max(found[:2]) < min(found[2:])
-    assert blur_size(torch.zeros(1, 3, 64, 64)) == 0
+    assert estimate_blur(torch.zeros(1, 3, 64, 64)) == 0
     with pytest.raises(RestoreError, match="32 pixels"):
-        blur_size(x[..., :20])
+        estimate_blur(x[..., :20])
 
 
 def test_blur_size_says_more_for_more():
     x = photo(ASTRONAUT)
-    sizes = [blur_size(operators.GaussianBlur(41, std).A(x)) for std in (1.0, 2.5, 5.0)]
+    sizes = [estimate_blur(operators.GaussianBlur(41, std).A(x)) for std in (1.0, 2.5, 5.0)]
     assert sizes == sorted(sizes) and sizes[-1] == pytest.approx(5, rel=0.2)
 
 
 def test_a_path_drawn_by_hand_is_the_trace_of_a_point_of_light():
     path = [(100, 50), (110, 50), (110, 56)]  # to the right, then down
-    kernel = motion_path_kernel(path)
+    kernel = rasterise_path(path)
     assert kernel.dtype == torch.float64 and kernel.shape[0] % 2 == 1 and float(kernel.sum()) == pytest.approx(1)
     light = torch.zeros(1, 3, 41, 41, dtype=torch.float64)
     light[..., 20, 20] = 1
@@ -103,9 +103,9 @@ def test_a_path_drawn_by_hand_is_the_trace_of_a_point_of_light():
     assert abs(float((trace.sum(0) * grid).sum())) < 0.05 and abs(float((trace.sum(1) * grid).sum())) < 0.05
     # A constant speed: one of many points and one of few are the same path.
     many = [(100 + k / 10, 50) for k in range(100)] + [(110, 50), (110, 56)]
-    assert torch.allclose(motion_path_kernel(many), kernel, atol=1e-6)
-    assert motion_path_kernel(np.array(path), size=31).shape == (31, 31)
-    assert torch.equal(motion_path_kernel([(3, 4)]), torch.ones(1, 1, dtype=torch.float64))
+    assert torch.allclose(rasterise_path(many), kernel, atol=1e-6)
+    assert rasterise_path(np.array(path), size=31).shape == (31, 31)
+    assert torch.equal(rasterise_path([(3, 4)]), torch.ones(1, 1, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -124,12 +124,12 @@ def test_a_path_drawn_by_hand_is_the_trace_of_a_point_of_light():
 )
 def test_no_path(points, size, sentence):
     with pytest.raises(RestoreError, match=sentence):
-        motion_path_kernel(points, size)
+        rasterise_path(points, size)
 
 
 def test_damage_of_the_shipped_photo_is_found():
     """Scratches of 5 pixels and the two stains they run into; the cat's whiskers and eyes are none."""
-    proposed = damage_mask(photo("chelsea-scratched.jpg")) == 0
+    proposed = detect_damage(photo("chelsea-scratched.jpg")) == 0
     drawn = read_mask(MASKS / "chelsea-scratches.png") == 0
     assert float(proposed[drawn].float().mean()) > 0.75  # recall
     assert float(drawn[proposed].float().mean()) > 0.95  # precision
@@ -162,37 +162,37 @@ def test_drawn_scratches_and_specks_are_found(name, grey):
     x = photo(name)
     x = x.mean(1, keepdim=True) if grey else x
     damaged, truth = drawn_damage(x)
-    found = damage_mask(noisy(damaged, 0.02))[0, 0].numpy() == 0
+    found = detect_damage(noisy(damaged, 0.02))[0, 0].numpy() == 0
     assert (found & truth).sum() / truth.sum() > 0.6
     near = scipy.ndimage.binary_dilation(truth, np.ones((3, 3)), iterations=3)
     assert (found & ~near).mean() < 0.035  # highlights of the cup and the helmet
 
 
 def test_undamaged_photos_are_left_alone():
-    shares = [1 - float(damage_mask(photo(name)).mean()) for name in (COFFEE, CAT, ASTRONAUT)]
+    shares = [1 - float(detect_damage(photo(name)).mean()) for name in (COFFEE, CAT, ASTRONAUT)]
     assert max(shares) < 0.01
     for name in ("astronaut-face-64.png", "chelsea-face-64.png", "generated-face-64-1.png"):
-        assert damage_mask(photo(name)).min() == 1
-    assert damage_mask(torch.zeros(1, 3, 50, 50)).min() == 1
+        assert detect_damage(photo(name)).min() == 1
+    assert detect_damage(torch.zeros(1, 3, 50, 50)).min() == 1
 
 
 def test_sensitivity_finds_more():
     x = drawn_damage(photo(COFFEE))[0]
-    shares = [1 - float(damage_mask(x, sensitivity).mean()) for sensitivity in (0.0, 0.5, 1.0)]
+    shares = [1 - float(detect_damage(x, sensitivity).mean()) for sensitivity in (0.0, 0.5, 1.0)]
     assert shares == sorted(shares) and shares[0] < shares[2]
     for wrong in (-0.1, 1.5, float("nan"), "high"):
         with pytest.raises(RestoreError, match="sensitivity"):
-            damage_mask(x, wrong)
+            detect_damage(x, wrong)
     for wrong in (x[..., :20], torch.cat([x, x])):
         with pytest.raises(RestoreError, match="one photo"):
-            damage_mask(wrong)
+            detect_damage(wrong)
 
 
 def test_a_large_photo_is_looked_at_reduced():
     """A scratch of two pixels survives a reduction by two; the proposal has the photo's own, odd size."""
     x = torch.nn.functional.interpolate(photo(COFFEE), (1201, 1799), mode="bicubic")
     x[..., 400:1150, 1650:1652] = 1
-    mask = damage_mask(x)
+    mask = detect_damage(x)
     assert mask.shape == (1, 1, 1201, 1799)
     assert float((mask[..., 420:1130, 1650:1652] == 0).float().mean()) > 0.9
 
@@ -204,15 +204,15 @@ def test_one_hue_is_kept_and_colours_are_colours():
         None
     ]
     for scan in (grey, sepia, noisy(sepia, 0.05)):
-        tint = one_hue(scan)
+        tint = estimate_tint(scan)
         assert tint is not None
         coloured = scan + 0.3 * (x - x.mean(1, keepdim=True)) + 0.02
-        back = tinted(coloured[None], tint)[0]
+        back = apply_tint(coloured[None], tint)[0]
         assert torch.allclose(back.mean(1), coloured.mean(1), atol=1e-6)  # no brightness is lost
         assert (back - scan).abs().mean() < 0.25 * (coloured - scan).abs().mean() + 0.06
-    back = tinted(grey + torch.tensor([0.1, 0.0, -0.1])[:, None, None], one_hue(grey))
-    assert grey_share(back) == 1 or (back.amax(1) - back.amin(1)).max() < 1e-6
+    back = apply_tint(grey + torch.tensor([0.1, 0.0, -0.1])[:, None, None], estimate_tint(grey))
+    assert measure_grey_share(back) == 1 or (back.amax(1) - back.amin(1)).max() < 1e-6
     red = grey.clone()
     red[..., 100:120, 100:120] += torch.tensor([0.3, -0.2, -0.2])[:, None, None]  # 0.3 % of the photo
     for colour in (x, photo(COFFEE), photo(ASTRONAUT), photo("coffee-64.png"), red):
-        assert one_hue(colour) is None
+        assert estimate_tint(colour) is None

@@ -290,29 +290,29 @@ def test_inputs_and_outputs(tmp_path):
         with pytest.raises(RestoreError):
             files.expand_inputs([wrong] if wrong else [])
     sources = files.expand_inputs([source])
-    assert [path.name for path in files.output_paths(sources, out)] == ["a.jpg", "b.png", "c.png"]
-    assert [path.name for path in files.output_paths(sources, out, png=True, tag="-x")] == [
+    assert [path.name for path in files.choose_targets(sources, out)] == ["a.jpg", "b.png", "c.png"]
+    assert [path.name for path in files.choose_targets(sources, out, png=True, tag="-x")] == [
         "a-x.png",
         "b-x.png",
         "c-x.png",
     ]
-    assert files.output_paths(sources[:1], out / "r.png") == [out / "r.png"] and list(out.iterdir()) == []
+    assert files.choose_targets(sources[:1], out / "r.png") == [out / "r.png"] and list(out.iterdir()) == []
     with pytest.raises(RestoreError, match="a.jpg and .*a.png have the same name"):
-        files.output_paths([source / "a.jpg", tmp_path / "a.png"], out)
+        files.choose_targets([source / "a.jpg", tmp_path / "a.png"], out)
     with pytest.raises(RestoreError, match="overwrite the input"):
-        files.output_paths(sources, source)
+        files.choose_targets(sources, source)
     with pytest.raises(RestoreError, match="3 inputs"):
-        files.output_paths(sources, out / "r.png")
+        files.choose_targets(sources, out / "r.png")
     with pytest.raises(RestoreError, match="cannot create the folder"):
-        files.output_paths(sources, source / "b.png" / "deeper")
+        files.choose_targets(sources, source / "b.png" / "deeper")
     with pytest.raises(RestoreError, match="cannot create the folder|cannot write"):
-        files.output_paths(sources, "/proc/nowhere")
+        files.choose_targets(sources, "/proc/nowhere")
 
 
 def test_comparison_grid_shows_every_cell():
     torch.manual_seed(0)
     small, wide = torch.rand(3, 16, 16) * 2 - 1, torch.rand(1, 3, 100, 400) * 2 - 1
-    sheet = grids.comparison_grid(
+    sheet = grids.draw_grid(
         [[small, None], [wide, PIL.Image.new("RGB", (4, 4), "red")]],
         ["input", "a long title that wraps"],
         ["one", "two"],
@@ -334,10 +334,10 @@ def test_comparison_grid_shows_every_cell():
     red = (pixels == [255, 0, 0]).all(-1)
     assert red.sum() == 96 * 96
     with pytest.raises(RestoreError, match="2 images"):
-        grids.comparison_grid([[small]], ["a", "b"])
-    wide_rows = grids.comparison_grid([[wide], [wide]], ["photos"], cell=96)
+        grids.draw_grid([[small]], ["a", "b"])
+    wide_rows = grids.draw_grid([[wide], [wide]], ["photos"], cell=96)
     assert 2 * 24 < wide_rows.height < 2 * 24 + 60  # as high as their pictures, not as their cells
-    assert grids.strip([small] * 3, ["t = 9", "t = 5", "t = 0"], cell=64).width > 3 * 64
+    assert grids.draw_strip([small] * 3, ["t = 9", "t = 5", "t = 0"], cell=64).width > 3 * 64
 
 
 def test_shipped_files_are_found_and_usable():

@@ -23,31 +23,31 @@ def test_enlarge_is_pillows_bicubic_and_reduce_is_antialiased():
     levels = np.random.default_rng(0).integers(60, 200, (32, 32), dtype=np.uint8)
     image = torch.from_numpy(levels).float()[None, None].repeat(1, 3, 1, 1) / 127.5 - 1
     theirs = np.asarray(Image.fromarray(levels).convert("F").resize((64, 64), Image.BICUBIC)) / 127.5 - 1
-    assert float((resampling.enlarge(image, 64)[0, 0] - torch.tensor(theirs)).abs().max()) < 1e-5
+    assert float((resampling.enlarge_image(image, 64)[0, 0] - torch.tensor(theirs)).abs().max()) < 1e-5
     stripes = torch.ones(1, 3, 64, 64)
     stripes[..., ::2] = -1
     # A pattern above the small grid's Nyquist frequency vanishes; nearest turns it into a flat colour.
-    assert float(resampling.reduce(stripes, 32)[..., 4:-4].abs().max()) < 0.1
-    assert float(resampling.reduce(stripes, 32, method="nearest").abs().min()) == 1
+    assert float(resampling.reduce_image(stripes, 32)[..., 4:-4].abs().max()) < 0.1
+    assert float(resampling.reduce_image(stripes, 32, method="nearest").abs().min()) == 1
 
 
 def test_reference_resampling():
     image = torch.tensor([-0.5, 0.0, 0.25, 0.5]).view(1, 1, 2, 2).expand(2, 3, 2, 2) * torch.tensor([1.0, 0.5]).view(
         2, 1, 1, 1
     )
-    big = resampling.enlarge(image, 4, **resampling.REFERENCE)
+    big = resampling.enlarge_image(image, 4, **resampling.REFERENCE)
     expected = torch.tensor([-1.0, 0.0, 0.5, 1.0]).view(1, 1, 2, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
     assert torch.allclose(big, expected.expand(2, 3, 4, 4))
-    assert torch.allclose(resampling.reduce(big, 2, method="nearest"), expected[..., ::2, ::2].expand(2, 3, 2, 2))
-    assert not resampling.enlarge(torch.full((1, 3, 2, 2), 0.3), 4, stretch=True).isnan().any()
+    assert torch.allclose(resampling.reduce_image(big, 2, method="nearest"), expected[..., ::2, ::2].expand(2, 3, 2, 2))
+    assert not resampling.enlarge_image(torch.full((1, 3, 2, 2), 0.3), 4, stretch=True).isnan().any()
     with pytest.raises(RestoreError, match="unknown resampling 'lanczos'"):
-        resampling.enlarge(image, 4, method="lanczos")
+        resampling.enlarge_image(image, 4, method="lanczos")
 
 
 def test_measured_small_is_the_operator_of_the_reduced_image():
     noise = operators.GaussianNoise(0.05)
     blur = operators.GaussianBlur(15, 1.5, noise=noise)
-    composed = resampling.measured_small(blur)
+    composed = resampling.reduce_before(blur)
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     small = operators.SuperResolution(2).A(x)
     assert torch.equal(composed.A(x), blur.A(small)) and composed.noise is noise

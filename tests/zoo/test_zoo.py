@@ -109,7 +109,7 @@ def serving(content, **options):
 
 
 def fetch(server, target, **options):
-    return download.fetch((server.url,), target, patience=0.01, **options)
+    return download.fetch_file((server.url,), target, patience=0.01, **options)
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_a_cut_download_continues_where_it_stopped(tmp_path):
 def test_a_killed_process_leaves_a_part_that_the_next_one_finishes(tmp_path):
     content = archive()
     code = "import sys; from pathlib import Path; from restore.zoo import download;"
-    code += "download.fetch((sys.argv[1],), Path(sys.argv[2]), progress=lambda *_: __import__('os')._exit(9))"
+    code += "download.fetch_file((sys.argv[1],), Path(sys.argv[2]), progress=lambda *_: __import__('os')._exit(9))"
     with serving(content, cut=[120_000]) as server:
         target = tmp_path / "w.pt"
         done = subprocess.run([sys.executable, "-c", code, server.url, str(target)], cwd=Path(__file__).parents[2])
@@ -217,14 +217,14 @@ def test_wrong_content_is_refused_and_nothing_is_left(tmp_path):
     with serving(content[:-2000]) as server, pytest.raises(RestoreError, match="end of its archive is missing"):
         fetch(server, tmp_path / "w.pt")  # truncated at the publisher, no checksum known
     with pytest.raises(RestoreError, match="broke 2 times"):
-        download.fetch(("http://127.0.0.1:9/w.pt",), tmp_path / "w.pt", patience=0.01, attempts=2)
+        download.fetch_file(("http://127.0.0.1:9/w.pt",), tmp_path / "w.pt", patience=0.01, attempts=2)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_second_address_is_tried(tmp_path):
     content = archive()
     with serving(content, html=True) as first, serving(content) as second:
-        download.fetch((first.url, second.url), tmp_path / "w.pt", sha256=sha(content))
+        download.fetch_file((first.url, second.url), tmp_path / "w.pt", sha256=sha(content))
     assert len(first.requests) == len(second.requests) == 1
 
 
@@ -254,11 +254,11 @@ def test_an_unknown_checksum_is_recorded_and_then_verified(cache, register):
         server.content = weights(**{"out.2.bias": torch.ones(6).half()})
         with pytest.raises(RestoreError, match=f"{sha(content)}.*restore models forget small"):
             zoo.pull("small")
-        zoo.forget("small")
+        zoo.forget_checksum("small")
         assert zoo.pull("small").read_bytes() == server.content
-        zoo.forget("small")
+        zoo.forget_checksum("small")
         with pytest.raises(RestoreError, match="nothing to forget"):
-            zoo.forget("small")
+            zoo.forget_checksum("small")
         assert zoo.locate("small").path == path  # the weights themselves stay
 
 
@@ -411,7 +411,7 @@ def test_finding_things_imports_no_torch():
 
 
 def test_every_shipped_entry_is_complete():
-    entries = zoo.models()
+    entries = zoo.read_registry()
     assert {"embedded", "adm-ffhq-256", "adm-imagenet-256", "adm-imagenet-512", "sd-1.5"} <= set(entries)
     for entry in entries.values():
         assert entry.licence and entry.title and entry.resolution in (64, 128, 256, 512, 1024)
@@ -420,7 +420,7 @@ def test_every_shipped_entry_is_complete():
                 url.startswith("https://") for url in entry.download.urls
             )
             assert entry.kind == "latent" or entry.options["attention_order"] in ("legacy", "new")
-            assert "restore models import" in zoo.by_hand(entry)
+            assert "restore models import" in zoo.explain_download(entry)
     assert entries["adm-imagenet-256"].download.size > 4 * entries["adm-imagenet-256"].parameters
     assert entries["adm-imagenet-256-cond"].class_conditional and not entries["adm-ffhq-256"].class_conditional
 
@@ -451,11 +451,11 @@ def test_registry_mistakes_are_named(tmp_path, change, message):
     }
     (tmp_path / "m.yaml").write_text(json.dumps(entry | change))
     if message is None:
-        assert registry.models(tmp_path)["m"].resolution == 64
+        assert registry.read_registry(tmp_path)["m"].resolution == 64
         (tmp_path / "m.yaml").write_text("a: [1")
         message = "not a readable YAML"
     with pytest.raises(RestoreError, match=message):
-        registry.models(tmp_path)
+        registry.read_registry(tmp_path)
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

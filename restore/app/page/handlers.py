@@ -121,7 +121,7 @@ class Handlers:
 
     def measure_blur(self, photo: str | None, stage: str) -> float:
         with show_errors(photo):
-            return max(0.3, round(estimate.blur_size(_read_edited(photo, stage)), 1))
+            return max(0.3, round(estimate.estimate_blur(_read_edited(photo, stage)), 1))
 
     def estimate(self, **values: Any) -> dict[Any, Any]:
         """Say what the first photo takes, and whether the prior fits it."""

@@ -73,7 +73,9 @@ class Priors:
 
 def list_priors() -> dict[str, Model]:
     """Return the registered priors that need no class, smallest pictures first."""
-    priors = {name: entry for name, entry in zoo.models().items() if entry.kind != "autoencoder" and not entry.classes}
+    priors = {
+        name: entry for name, entry in zoo.read_registry().items() if entry.kind != "autoencoder" and not entry.classes
+    }
     return dict(sorted(priors.items(), key=lambda item: item[1].resolution))
 
 
@@ -93,7 +95,7 @@ def describe_fit(priors: Priors, name: str | None, plan: Plan | None = None) -> 
 
 def format_fit(prior: Any, plan: Plan | None = None) -> str:
     """Return what the prior of a Restorer knows and whether the photo fits. plan: of this photo, for its size."""
-    entry = zoo.models().get(prior.name)
+    entry = zoo.read_registry().get(prior.name)
     side = prior.backbone.resolution * prior.backbone.downscale
     sentence = f"This prior knows {side}-pixel {(entry and entry.subject) or 'pictures'}."
     if plan is not None and plan.windows > 1:

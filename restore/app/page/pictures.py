@@ -20,7 +20,7 @@ from operators import RestoreError
 from restore.app.page.request import PAINT_FIRST, estimate_sigma
 from restore.images import damage
 from restore.images import io as images
-from restore.images.folder import image_size
+from restore.images.folder import read_image_size
 from restore.images.io import ImageRecord
 from restore.images.masks import read_mask
 
@@ -58,7 +58,7 @@ class Preview:
 def read_photo(path: str | Path) -> ImageRecord:
     """Read an uploaded photo. Raises RestoreError, before it is decoded, for more than LARGEST_PHOTO pixels."""
     try:
-        height, width = image_size(Path(path))
+        height, width = read_image_size(Path(path))
     except PIL.Image.DecompressionBombError:
         raise RestoreError(f"the photo has far more than {LARGEST_PHOTO / 1e6:.0f} million pixels") from None
     if height * width > LARGEST_PHOTO:
@@ -113,7 +113,7 @@ def write_mask(path: Path, missing: np.ndarray, size: tuple[int, int]) -> Path:
 
 def propose_mask(pixels: torch.Tensor, sensitivity: float) -> np.ndarray:
     """Return where scratches and dust may be in (1, 3, H, W): (H, W), True there. Raises RestoreError if nowhere."""
-    missing = (damage.damage_mask(pixels, sensitivity)[0, 0] < 0.5).numpy()
+    missing = (damage.detect_damage(pixels, sensitivity)[0, 0] < 0.5).numpy()
     if not missing.any():
         raise RestoreError(
             "no scratches and no dust were found: raise the sensitivity, or paint over the damage by hand"

@@ -78,7 +78,7 @@ def make_task(request: Request, pixels: torch.Tensor, folder: Path, mask: Path |
             if len(request.path) < 2:
                 raise RestoreError("draw how the camera moved first")
             kernel = folder / "kernel.npy"
-            np.save(kernel, estimate.motion_path_kernel(torch.tensor(request.path)).double().numpy())
+            np.save(kernel, estimate.rasterise_path(torch.tensor(request.path)).double().numpy())
             return find_task("blur", settings, kernel=kernel)
         std = _require_range(request.std, "the size of the blur", 0.1, 50)
         radius = min(math.ceil(3 * std), min(pixels.shape[-2:]) - 1)
@@ -91,7 +91,7 @@ def estimate_sigma(pixels: torch.Tensor) -> float:
     if min(pixels.shape[-2:]) < 32:
         return 0.05
     low, high = SIGMA_RANGE
-    return min(max(round(estimate.noise_level(pixels), 3), low), high)
+    return min(max(round(estimate.estimate_noise(pixels), 3), low), high)
 
 
 def parse_path(text: str | None, extent: float) -> list[list[float]]:

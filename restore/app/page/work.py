@@ -212,15 +212,15 @@ def _collect_result(photo: Path, selected: Photo, request: Request, edits: Edits
         edited = {"turns": edits.turns, "crop": list(edits.crop), "sha256": disk.hash_file(photo)}
         sidecar |= {"input": photo.name, "edited": edited}
         disk.write_json(selected.sidecar, sidecar)
-    names = [selected.target] + [selected.beside(f"-sample{k}") for k in range(1, request.samples)]
-    spread, guidance = selected.beside(SPREAD, ".png"), selected.beside(SIGNALS, ".png")
+    names = [selected.target] + [selected.companion(f"-sample{k}") for k in range(1, request.samples)]
+    spread, guidance = selected.companion(SPREAD, ".png"), selected.companion(SIGNALS, ".png")
     results = [io.read_image(path).pixels for path in names]
     samples = [pictures.render(x, smallest=SMALLEST) for x in results]
     before = pictures.render(io.read_image(selected.source).pixels, smallest=SMALLEST)
     guessed = None
     if request.samples > 1:
         guessed = pictures.draw_spread(results[0], (io.read_image(spread).pixels[:, :1] + 1) / 4)
-    files = [*names, selected.beside(MEAN), spread, guidance, selected.sidecar]
+    files = [*names, selected.companion(MEAN), spread, guidance, selected.sidecar]
     return Result(
         photo.name,
         seconds=seconds,
