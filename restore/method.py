@@ -71,9 +71,9 @@ class Method:
     def describe(self) -> dict[str, Any]:
         """Everything, ready for JSON; `from_config` reads it back where no function was given."""
         described = {
-            "sampler": samplers.name_of(self.sampler),
+            "sampler": samplers.sampler_name(self.sampler),
             "steps": self.steps if isinstance(self.steps, (int, str, type(None))) else list(self.steps),
-            "parameters": {key: samplers.name_of(v) if callable(v) else v for key, v in self.parameters.items()},
+            "parameters": {key: samplers.sampler_name(v) if callable(v) else v for key, v in self.parameters.items()},
             "guidance": guidances.describe(self.guidance),
             "source": self.source,
         }
@@ -113,8 +113,8 @@ def find(
     if sampler is None:
         own = default(backbone, task, operator, kind, quality or QUALITIES[1], linear, windows, several)
         sampler = own["sampler"]
-    name = samplers.name_of(sampler)
-    samplers.find(sampler)
+    name = samplers.sampler_name(sampler)
+    samplers.find_sampler(sampler)
     entries = [entry for entry in _entries() if entry["sampler"] == name]
     for entry in entries:
         fits = _matches(entry["backbone"], backbone) and any(_matches(entry["task"], n) for n in (task, operator))
@@ -151,7 +151,7 @@ def default(
 
 def reference(sampler: str | Callable) -> dict[str, Any]:
     """Parameters that make a sampler compute what its authors' code does. RestoreError where there are none."""
-    name = samplers.name_of(sampler)
+    name = samplers.sampler_name(sampler)
     block = _yaml(name).get("reference") if (configs_dir() / "method" / f"{name}.yaml").is_file() else None
     if not block:
         raise RestoreError(f"sampler {name} has no reference preset: its default is what its authors' code does")

@@ -20,8 +20,8 @@ from restore.images import io
 from restore.method import Method
 from restore.restoration import Restoration, choose_device, class_index, explain_out_of_memory, rows_of, watching
 from restore.samplers.generate import generate
+from restore.samplers.likelihood import is_linear_gaussian
 from restore.samplers.noise import ImageNoise
-from restore.samplers.steps import linear_gaussian
 
 
 def load(
@@ -97,18 +97,19 @@ class Restorer:
         Raises RestoreError for several samples by a sampler that draws nothing.
         """
         name = getattr(operator, "name", type(operator).__name__)
-        linear = linear_gaussian(operator)
+        linear = is_linear_gaussian(operator)
         size = size or getattr(operator, "image_size", None) or (0, 0)
         windows = max(size) > self.backbone.resolution * self.backbone.downscale
         found = method.find(self.name, task, name, sampler, data, self.kind, quality, linear, windows, samples > 1)
-        if samples > 1 and samplers.name_of(found.sampler) in samplers.DETERMINISTIC:
+        if samples > 1 and samplers.sampler_name(found.sampler) in samplers.DETERMINISTIC:
             raise RestoreError(
-                f"sampler {samplers.name_of(found.sampler)} draws nothing, its samples would be equal: give samples=1"
+                f"sampler {samplers.sampler_name(found.sampler)} draws nothing, its samples would be equal: "
+                "give samples=1"
             )
         more = method.reference(found.sampler) if reference else {}
         chosen = found.changed(parameters={**more, **(parameters or {})}, **changes)
         if chosen.steps is None:
-            raise RestoreError(f"sampler {samplers.name_of(chosen.sampler)} has no preset here: give steps=N")
+            raise RestoreError(f"sampler {samplers.sampler_name(chosen.sampler)} has no preset here: give steps=N")
         return chosen
 
     def default_layers(self) -> list[str]:
@@ -223,7 +224,7 @@ class Restorer:
     def _restore(
         self, y, operator, prior, chosen: Method, ids, samples, seed, batch_size, condition, callback
     ) -> Restoration:
-        function, used = samplers.find(chosen.sampler), {}
+        function, used = samplers.find_sampler(chosen.sampler), {}
         started = time.perf_counter()
         items = [(b, k) for b in range(len(y)) for k in range(samples)]
         results, calls = [], 0

@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import operators
 from restore.backbones.adm import ADM
 from restore.backbones.sizes import Sized
+from restore.paths import configs_dir
 
 GOLDEN = Path(__file__).parent / "golden"
 STORED = (1, 2, 5, 6, 10, 11)  # numbers of steps after which the iterate is stored
@@ -41,6 +43,11 @@ class Case:
 
     def draw(self, j: int) -> torch.Tensor:
         return self.bank[j].reshape(1, 3, 32, 32)
+
+
+def reference(sampler: str) -> dict:
+    """The parameters that make a sampler compute what its authors' code does."""
+    return yaml.safe_load((configs_dir() / "method" / f"{sampler}.yaml").read_text())["reference"]["parameters"]
 
 
 def cases(name: str) -> list[str]:

@@ -112,7 +112,7 @@ def test_every_sampler_and_guidance_has_a_page():
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_options_of_a_sampler(name):
-    own = samplers.parameters_of(generate if name == "generate" else name)
+    own = samplers.sampler_parameters(generate if name == "generate" else name)
     check_options(page("samplers", name), own)
 
 
@@ -218,7 +218,7 @@ def test_evaluations_of_presets_are_as_the_overview_says(name, measured):
     kind = "latents" if name in ("psld", "resample") else "pixels"
     prior = "embedded-latent" if name == "psld" else "embedded"
     preset = method.find(prior, "sr4", "super_resolution", name, kind=kind).changed(guidance=None)
-    own = {key: item.default for key, item in samplers.parameters_of(name).items()}
+    own = {key: item.default for key, item in samplers.sampler_parameters(name).items()}
     steps = len(restorer.backbone.schedule.timesteps(preset.steps))
     assert int(stated) == eval(formula, {}, {**own, **preset.parameters, "steps": steps})
 

@@ -86,7 +86,7 @@ def check_settings(settings: dict[str, Any], sampler: str | None, options: Itera
             raise RestoreError(f"'{name}' is not a setting but an option: {name}={value}")
     known: dict[str, Any] = {}
     for function in samplers.SAMPLERS if sampler is None else [sampler]:
-        known |= samplers.parameters_of(function)
+        known |= samplers.sampler_parameters(function)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         return
     check_known(settings, known, "no sampler has the parameter" if sampler is None else f"sampler {sampler} has no")

@@ -123,7 +123,7 @@ class Planner:
                 break
         else:
             seconds = None
-        sampler, steps = samplers.name_of(method.sampler), method.steps
+        sampler, steps = samplers.sampler_name(method.sampler), method.steps
         name = f"{sampler} in {steps} steps" if isinstance(steps, int) else f"{sampler} {steps}"
         return Plan(size, name, samples, windows, demand.evaluations, seconds, int(memory), available, *way)
 

@@ -106,7 +106,7 @@ def rehearse(restorer: Any, task: Task, size: tuple[int, int], method: Method) -
         y = operator(x, measurement_generator(0, "rehearsal")).to(device)
         started = time.perf_counter()
         with LiveBytes() as live:
-            samplers.find(method.sampler)(
+            samplers.find_sampler(method.sampler)(
                 prior, operator, y, noise=ImageNoise([(0, "", 0)], device), steps=steps, **method.parameters
             )
     seconds = time.perf_counter() - started

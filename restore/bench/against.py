@@ -84,7 +84,7 @@ class Contest:
 
     def ours(self, sampler: str) -> Side:
         method = self.restorer.method(self.operator, sampler=sampler, guidance=None)
-        function = samplers.find(sampler)
+        function = samplers.find_sampler(sampler)
 
         def run(evaluations: int, seed: int) -> torch.Tensor:
             return function(

@@ -211,7 +211,7 @@ BUDGETS, TUNED = (20, 50, 100, 1000), 100
 
 def dps(prior, operator, y, *, steps: int, pull: float, **more) -> torch.Tensor:
     """DPS with zeta = pull / steps: as many small steps pull as far as few large ones."""
-    return samplers.dps(prior, operator, y, steps=steps, zeta=pull / steps, **more)
+    return samplers.find_sampler("dps")(prior, operator, y, steps=steps, zeta=pull / steps, **more)
 
 
 def _each(steps: str) -> dict[int, dict[str, Any]]:
@@ -266,7 +266,7 @@ def measure(prior: MixturePrior, sampler: str | Callable, options: Mapping[str, 
     rows = []
     for operator in tasks(sigma).values():
         y, truth = problem(prior, operator, seed)
-        run = partial(samplers.find(sampler), prior, operator, **options)
+        run = partial(samplers.find_sampler(sampler), prior, operator, **options)
         try:
             rows.append(compare(prior, y, truth, lambda y, noise, run=run: run(y, noise=noise), n, seed))
         except RestoreError:

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import torch
 
 from operators.naming import check_known
-from restore.backbones.base import Backbone
 from restore.backbones.schedule import Schedule
 from restore.guidance import estimator
-from restore.samplers.likelihood import likelihood_variance, norm_of
-from restore.samplers.steps import require_finite
-
-REFERENCE = {"latent_clamp": 1.0}
-"""What the authors' code does beyond the paper, on latents alone."""
+from restore.samplers.likelihood import find_data_norm, likelihood_variance
+from restore.samplers.steps import report, require_finite
 
 
 def daps(
-    prior: Backbone,
+    prior,
     operator,
-    y: torch.Tensor,
+    y,
     *,
-    noise: Callable[..., torch.Tensor],
-    steps: int | str | Sequence[float],
+    noise,
+    steps,
     guidance=None,
-    condition: Any = None,
+    condition=None,
+    callback=None,
     sigma_max: float = 100.0,
     sigma_min: float = 0.1,
     ode_steps: int = 5,
@@ -38,9 +34,8 @@ def daps(
     tau: float | None = 0.01,
     momentum: float = 0.0,
     conditional: str = "gaussian",
-    data_norm: str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    data_norm: str | Callable | None = None,
     latent_clamp: float | None = None,
-    callback: Callable[[dict], None] | None = None,
 ) -> torch.Tensor:
     """Sample x_0 ~ p(x_0 | y) approximately: at every noise level sigma_k, in coordinates x = x_0 + sigma n,
 
@@ -48,34 +43,29 @@ def daps(
         x0_y     a sample of exp(-||y - A(x_0)||² / tau²) N(x_0; x0_hat, sigma_k²), by `mcmc_steps` Langevin steps
         x_{k+1} = x0_y + sigma_{k+1} n.
 
-    The network is never differentiated, A and the decoder are: any differentiable operator will do, linear or not.
+    The network is never differentiated. The arguments of all samplers are in `restore.samplers`.
 
-    prior: a backbone of the image's size (restore.backbones.sizes.Sized). On latents (LatentDAPS) x is the latent,
-        and A(decode(x)) takes the place of A(x). y: measurement (B, ...).
-    noise: noise(k, shape, kind) -> standard normal, of the kinds "start", "latent" (the x_k), "langevin" and
-        "velocity".
+    prior: on latents (LatentDAPS) x is the latent, and A(decode(x)) takes the place of A(x).
+    operator: a differentiable `A`, linear or not. noise: "latent" makes x_k; also "langevin" and "velocity".
     steps: how many levels sigma_k, between sigma_max (at most the trained one) and sigma_min with rho = 7 (Karras et
-        al. 2022, eq. 5), or the times of the levels as `Schedule.timesteps` takes them. Network evaluations:
-        steps · ode_steps, twice that with a guidance.
+        al. 2022, eq. 5), or the times of the levels. Network evaluations: steps · ode_steps, twice that if guided.
     ode_steps, ode_sigma_min: the grid of the ODE, rho = 7 too; it ends at ode_sigma_min without a last denoising.
-    mcmc_steps, lr, lr_min_ratio: Langevin steps, their size at the first level, and by which factor it falls, linearly,
-        towards the last. A step is stable where lr (2 s² / tau² + 1 / sigma_k²) < 2, s the norm of A.
+    mcmc_steps, lr, lr_min_ratio: Langevin steps, their size at the first level, and the factor to which it falls
+        linearly by the last. A step is stable if lr (2 s² / tau² + 1 / sigma_k²) < 2, s the norm of A.
     tau: of the likelihood above, for y in [-1, 1]: its standard deviation is tau / sqrt(2), and the published 0.01
         belongs to sigma_y = 0.05. None: from the operator's noise, which makes it the true likelihood.
     momentum: of the Langevin steps, in [0, 1); above 0 they are the Hamiltonian Monte Carlo of the authors' code.
     conditional: "gaussian", as above, or "exact": the score at ode_sigma_min and N(x_k; x_0, sigma_k²) take the place
         of N(x_0; x0_hat, sigma_k²). Exact in the limit of many Langevin steps; one more evaluation for each.
-    data_norm: as for DPS, squared; None: "poisson" for Poisson noise, else "l2".
     latent_clamp: on latents, clamp the data term's gradient to ± this, entry by entry, before the division by tau²;
         the authors' code clamps to 1, and its step sizes for latents need it.
-    callback: called after every level with step, steps, t, x_t (x_{k+1}), x0_hat (image), z0_hat and z0_y (x0_hat and
-        x0_y as the prior has them), eps (the ODE's first), residual (of x0_y), and `used`: tau and sigma_max.
-    Returns images (B, 3, H, W), not clamped. Raises RestoreError when the iterate is no longer finite.
+    callback: after every level; also z0_hat and z0_y (x0_hat and x0_y as the prior has them). eps is the ODE's first,
+        residual that of x0_y, `used` has tau and sigma_max.
     """
     check_known([conditional], ("gaussian", "exact"), "unknown conditional")
-    schedule, norm, variance = prior.schedule, norm_of(operator, data_norm), likelihood_variance(operator, tau)
+    schedule, norm, variance = prior.schedule, find_data_norm(operator, data_norm), likelihood_variance(operator, tau)
     sigma_max = min(sigma_max, float(schedule.ratios[-1]))
-    sigmas = levels(schedule, steps, sigma_max, sigma_min)
+    sigmas = annealing_levels(schedule, steps, sigma_max, sigma_min)
     shape = (len(y), *prior.shape)
     x = sigmas[0] * noise(0, shape, "start")
 
@@ -89,7 +79,7 @@ def daps(
 
     with torch.no_grad(), estimator(prior, guidance) as estimate:
 
-        def noise_in(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        def predict_noise(x: torch.Tensor, sigma: float) -> torch.Tensor:
             t = schedule.t(sigma)
             return estimate(schedule.alpha(t) * x, t, condition)[1]
 
@@ -97,7 +87,7 @@ def daps(
             # Prior: dx / dsigma = eps down to ode_sigma_min.
             x0_hat, eps = x, None
             for s, s_next in pairwise(rho_grid(sigma, ode_sigma_min, ode_steps)):
-                slope = noise_in(x0_hat, s)
+                slope = predict_noise(x0_hat, s)
                 x0_hat, eps = x0_hat + (s_next - s) * slope, slope if eps is None else eps
 
             # Likelihood: Langevin steps, from x0_hat.
@@ -106,39 +96,28 @@ def daps(
             for j in range(mcmc_steps):
                 score = (x0_hat - x0_y) / sigma**2
                 if conditional == "exact":
-                    score = (x - x0_y) / sigma**2 - noise_in(x0_y, ode_sigma_min) / ode_sigma_min
+                    score = (x - x0_y) / sigma**2 - predict_noise(x0_y, ode_sigma_min) / ode_sigma_min
                 score = score - data_gradient(x0_y) / variance
                 n = noise(k * mcmc_steps + j, shape, "langevin")
                 v = momentum * v + step**0.5 * score + (2 * (1 - momentum)) ** 0.5 * n
                 x0_y = x0_y + step**0.5 * v
             x = x0_y + sigma_next * noise(k, shape, "latent") if sigma_next else x0_y
             require_finite(x, k, f"lr={lr:g}, tau={variance**0.5:g}")
-            if callback is not None:
-                callback(
-                    {
-                        "step": k,
-                        "steps": len(sigmas) - 1,
-                        "t": schedule.t(sigma),
-                        "x_t": x,
-                        "x0_hat": prior.decode(x0_hat),
-                        "z0_hat": x0_hat,
-                        "z0_y": x0_y,
-                        "eps": eps,
-                        "residual": norm(y - operator.A(prior.decode(x0_y)), y),
-                        "used": {"tau": variance**0.5, "sigma_max": sigmas[0]},
-                    }
-                )
+            state = {"x_t": x, "x0_hat": prior.decode(x0_hat), "z0_hat": x0_hat, "z0_y": x0_y, "eps": eps}
+            state["residual"] = norm(y - operator.A(prior.decode(x0_y)), y)
+            used = {"tau": variance**0.5, "sigma_max": sigmas[0]}
+            report(callback, k, len(sigmas) - 1, schedule.t(sigma), **state, used=used)
         return prior.decode(x)
 
 
-def levels(schedule: Schedule, steps: int | str | Sequence[float], sigma_max: float, sigma_min: float) -> list[float]:
-    """sigma / alpha of the levels to visit, descending, and 0; sigma_min stands at the place of that 0."""
+def annealing_levels(schedule: Schedule, steps, sigma_max: float, sigma_min: float) -> list[float]:
+    """Return sigma / alpha of the levels to visit, descending, with 0 in the place of sigma_min at the end."""
     if str(steps).isdecimal() and int(steps) > 0:
         return [*rho_grid(sigma_max, sigma_min, int(steps))[:-1], 0.0]
     return [*(schedule.ratio(t) for t in schedule.timesteps(steps)), 0.0]
 
 
 def rho_grid(high: float, low: float, n: int, rho: float = 7.0) -> list[float]:
-    """n + 1 levels from high to low (Karras et al. 2022, eq. 5)."""
+    """Return n + 1 levels from high to low (Karras et al. 2022, eq. 5)."""
     a, b = high ** (1 / rho), low ** (1 / rho)
     return [(a + i / n * (b - a)) ** rho for i in range(n + 1)]

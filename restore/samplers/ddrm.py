@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 
 import operators
-from restore.backbones.base import Backbone, variance_preserving
+from restore.backbones.base import variance_preserving
 from restore.guidance import estimator
-from restore.samplers.steps import SIGMA_MIN, levels, report, require_finite, require_linear_gaussian
+from restore.samplers.likelihood import SIGMA_Y_FLOOR, require_linear_gaussian
+from restore.samplers.steps import levels, report, require_finite
 
 
 @torch.no_grad()
 def ddrm(
-    prior: Backbone,
+    prior,
     operator,
-    y: torch.Tensor,
+    y,
     *,
-    noise: Callable[..., torch.Tensor],
-    steps: int | str | Sequence[float],
+    noise,
+    steps,
+    guidance=None,
+    condition=None,
+    callback=None,
     eta: float = 0.85,
     eta_b: float = 1.0,
-    guidance=None,
-    condition: Any = None,
     sigma_y: float | None = None,
-    clip: bool = False,
-    callback: Callable[[dict], None] | None = None,
+    clip: bool | None = False,
 ) -> torch.Tensor:
     """Sample x_0 ~ p(x_0 | y) approximately. With A = U S V^T, x_bar = V^T x / alpha and y_bar = S^+ U^T y, every
     coordinate moves to the next noise ratio r = sigma / alpha by itself (eq. 7, 8):
@@ -37,16 +36,15 @@ def ddrm(
         s r < sigma_y:      x0_bar + r (sqrt(1 - eta^2) (U^T y - s x0_bar) / sigma_y + eta n)
         s r >= sigma_y:     (1 - eta_b) x0_bar + eta_b y_bar + sqrt(r^2 - (eta_b sigma_y / s)^2) n
 
-    prior: a backbone of the image's size, in pixels. operator: a linear one with an SVD (see operators.svd).
-    y: measurement (B, ...). noise, steps, callback: as restore.samplers.dps.dps takes them; noise kinds "start" and
-        "latent", drawn in pixels, so that results do not depend on the choice of V.
-    eta, eta_b: the paper's. guidance: the guided eps makes x0_hat and the noise of coordinates without singular value.
-    sigma_y: None: that of the operator's noise. Below SIGMA_MIN that is taken. clip: clamp x0_hat to [-1, 1].
-    Returns images (B, 3, H, W), not clamped. Raises RestoreError where y = A x + n is not linear and Gaussian, or A
-    has no known SVD.
+    The arguments of all samplers are in `restore.samplers`; sigma_y is at least SIGMA_Y_FLOOR.
+
+    prior: in pixels. operator: a linear one with an SVD (see operators.svd). Raises RestoreError if it has none.
+    noise: drawn in pixels, so that results do not depend on the choice of V.
+    eta, eta_b: the paper's. guidance: makes x0_hat and the noise of coordinates without singular value.
     """
-    sigma_y = max(require_linear_gaussian("ddrm", prior, operator, sigma_y), SIGMA_MIN)
+    sigma_y = max(require_linear_gaussian("ddrm", prior, operator, sigma_y), SIGMA_Y_FLOOR)
     prior = variance_preserving(prior)
+    clip = prior.bounded if clip is None else clip
     visited = levels(prior.schedule, steps)
     svd = operators.svd(operator, prior.shape, y.dtype, y.device)
     s, u = svd.singular, svd.U_adjoint(y)
@@ -62,7 +60,7 @@ def ddrm(
             x0_hat = (x_t - sigma * eps) / alpha
             x0_hat = x0_hat.clamp(-1, 1) if clip else x0_hat
 
-            # Where y tells nothing, or less than x_t, its residual takes eps's place; elsewhere y itself is used.
+            # If y has less noise than x_t it is used itself, else its residual takes the place of eps.
             x0_bar, r = svd.V_adjoint(x0_hat), sigma_s / alpha_s
             n = svd.V_adjoint(noise(k, x_t.shape, "latent")) if r else torch.zeros_like(x0_bar)
             implied = torch.where(s > 0, (u - s * x0_bar) / sigma_y, svd.V_adjoint(eps))
@@ -71,5 +69,5 @@ def ddrm(
             more = (1 - eta_b) * x0_bar + eta_b * y_bar + spread * n
             x_t = alpha_s * svd.V(torch.where(sigma_bar > r, less, more))
             require_finite(x_t, k, f"eta_b={eta_b:g}")
-            report(callback, k, len(visited) - 1, t, operator, y, x0_hat, x_t=x_t, eps=eps)
+            report(callback, k, len(visited) - 1, t, x_t=x_t, x0_hat=x0_hat, eps=eps, operator=operator, y=y)
     return prior.decode(x_t)

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
 
-from restore.backbones.base import Backbone, variance_preserving
+from restore.backbones.base import variance_preserving
 from restore.guidance import estimator
-from restore.samplers.steps import Diffusion, require_finite
+from restore.samplers.steps import Diffusion, report, require_finite
 
 
 @torch.no_grad()
 def generate(
-    prior: Backbone,
+    prior,
     n: int,
     *,
-    noise: Callable[..., torch.Tensor],
-    steps: int | str | Sequence[float],
+    noise,
+    steps,
     guidance=None,
-    condition: Any = None,
+    condition=None,
+    callback=None,
     ddim_eta: float | None = None,
     clip: bool | None = None,
-    callback: Callable[[dict], None] | None = None,
 ) -> torch.Tensor:
-    """n samples x_0 ~ p(x_0) with guided scores (PAG, Ahn et al. 2024, sec. 5.1-5.2).
+    """Draw n samples x_0 ~ p(x_0) with guided scores (PAG, Ahn et al. 2024, sec. 5.1-5.2), (n, 3, H, W), not clamped.
 
-    condition: class labels (n,) or what the prior takes. The other arguments are those of `restore.samplers.dps.dps`.
-    Returns images (n, 3, H, W), not clamped. Raises RestoreError when the iterate is no longer finite.
+    The other arguments, and what is raised, are those of all samplers, see `restore.samplers`.
+
+    ddim_eta: None for DDPM, else DDIM(eta). callback: x0_hat is the prior's x_0, not decoded.
     """
     prior = variance_preserving(prior)
     diffusion = Diffusion(prior.schedule, prior.schedule.timesteps(steps))
@@ -41,7 +39,5 @@ def generate(
             z = noise(k, x_t.shape, "latent")
             x_t = diffusion.step(x_t, eps, strong.variance, i, z, ddim_eta=ddim_eta, clip=clip)
             require_finite(x_t, k, "ddim_eta" if ddim_eta else "guidance")
-            if callback is not None:
-                step = {"step": k, "steps": len(diffusion), "t": diffusion.timesteps[i]}
-                callback({**step, "x_t": x_t, "x0_hat": x0_hat, "eps": eps})
+            report(callback, k, len(diffusion), diffusion.timesteps[i], x_t=x_t, x0_hat=x0_hat, eps=eps)
     return prior.decode(x_t)

@@ -2,62 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 
 import operators
-from operators import RestoreError
-from restore.backbones.base import Backbone, variance_preserving
+from operators.naming import check_known
+from restore.backbones.base import variance_preserving
 from restore.guidance import estimator
-from restore.samplers.steps import SIGMA_MIN, levels, report, require_finite, require_linear_gaussian, start
+from restore.samplers.likelihood import SIGMA_Y_FLOOR, require_linear_gaussian
+from restore.samplers.steps import initialise, levels, report, require_finite
 
 
 def pigdm(
-    prior: Backbone,
+    prior,
     operator,
-    y: torch.Tensor,
+    y,
     *,
-    noise: Callable[..., torch.Tensor],
-    steps: int | str | Sequence[float],
+    noise,
+    steps,
+    guidance=None,
+    condition=None,
+    callback=None,
     eta: float = 1.0,
     weight: float = 1.0,
-    guidance=None,
-    condition: Any = None,
     sigma_y: float | None = None,
     prior_variance: float = 1.0,
     gradient: str = "added",
     start_from: str = "noise",
-    clip: bool = False,
-    callback: Callable[[dict], None] | None = None,
+    clip: bool | None = False,
 ) -> torch.Tensor:
     """Sample x_0 ~ p(x_0 | y) approximately, with p(x_0 | x_t) taken as N(x0_hat, r^2 I): DDIM steps of the gradient
 
         g = (d x0_hat / d x_t)^T A^T (A A^T + sigma_y^2 / r^2 I)^-1 (y - A x0_hat)                        (eq. 7)
 
-    prior: a backbone of the image's size, in pixels. operator: a linear one (see operators.prox_l2).
-    y: measurement (B, ...). noise, steps, callback: as restore.samplers.dps.dps takes them; noise kinds "start" and
-        "latent".
-    eta: of DDIM. weight: of g.
-    guidance: g sees the unguided x0_hat, the DDIM step the guided eps, as in DPS with PAG.
-    sigma_y: None: that of the operator's noise. With 0 the inverse is the pseudo-inverse, up to its rounding.
+    The arguments of all samplers are in `restore.samplers`. With sigma_y 0 the inverse is the pseudo-inverse, up to its
+    rounding; clip is of both x0_hat, g's and the step's.
+
+    prior: in pixels. operator: a linear one (see operators.prox_l2).
+    eta: of DDIM. weight: of g. guidance: of the DDIM step; g sees the unguided x0_hat, as in DPS with PAG.
     prior_variance: c of r^2 = c sigma^2 / (sigma^2 + c alpha^2), the paper's being 1.
     gradient: "added": alpha_s alpha_t g is added to the DDIM step (Algorithm 1, as its implementations scale it).
         "score": grad log p(y | x_t) = g / r^2 is a part of the score, in x0_hat and eps alike; exact in the limit of
-        many steps where the prior is N(m, c I), where "added" pulls the harder the more steps there are. But it trusts
+        many steps if the prior is N(m, c I), while "added" pulls the harder the more steps there are. But it trusts
         the network's Jacobian at the noisiest times: with a trained network it needs clip=True.
-    start_from: "noise", or "measurement" (see restore.samplers.steps.start). clip: clamp x0_hat, g's
-        and the step's, to [-1, 1].
-    Returns images (B, 3, H, W), not clamped. Raises RestoreError where y = A x + n is not linear and Gaussian.
     """
-    if gradient not in ("added", "score"):
-        raise RestoreError(f"gradient={gradient!r} is not known; expected added or score")
+    check_known([gradient], ("added", "score"), "unknown gradient")
     sigma_y = require_linear_gaussian("pigdm", prior, operator, sigma_y)
     prior = variance_preserving(prior)
+    clip = prior.bounded if clip is None else clip
     visited = levels(prior.schedule, steps)
-    x_t = start(start_from, prior, operator, y, sigma_y, *visited[0][1:], noise(0, (len(y), *prior.shape), "start"))
+    n = noise(0, (len(y), *prior.shape), "start")
+    x_t = initialise(start_from, prior, operator, y, sigma_y, visited[0], n)
     with estimator(prior, guidance) as estimate:
         for k, ((t, alpha, sigma), (_, alpha_s, sigma_s)) in enumerate(pairwise(visited)):
             # Score: a pass with a graph for the likelihood.
@@ -66,12 +62,12 @@ def pigdm(
             x0_hat = (x_t - sigma * strong.eps) / alpha
             x0_hat = x0_hat.clamp(-1, 1) if clip else x0_hat
 
-            # Likelihood: what y lacks, pulled back through the network.
+            # Likelihood: the residual, pulled back through the network.
             r2 = prior_variance * sigma**2 / (sigma**2 + prior_variance * alpha**2)
             with torch.no_grad():
-                lack = y - operator.A(x0_hat)
-                gamma = 1 / max(sigma_y**2 / r2, SIGMA_MIN**2)
-                v = operators.prox_l2(operator, torch.zeros_like(x0_hat), lack, gamma)
+                residual = y - operator.A(x0_hat)
+                gamma = 1 / max(sigma_y**2 / r2, SIGMA_Y_FLOOR**2)
+                v = operators.prox_l2(operator, torch.zeros_like(x0_hat), residual, gamma)
             (g,) = torch.autograd.grad(x0_hat, x_t, weight * v)
 
             # Prior: DDIM with the guided eps (Song et al. 2021, eq. 12 and 16).
@@ -86,5 +82,5 @@ def pigdm(
                 x_s = x_s + alpha_s * alpha * g if gradient == "added" else x_s
                 x_t = x_s + c1 * noise(k, x_t.shape, "latent") if c1 else x_s
                 require_finite(x_t, k, f"weight={weight:g}")
-                report(callback, k, len(visited) - 1, t, operator, y, x0_hat.detach(), x_t=x_t, eps=eps)
+                report(callback, k, len(visited) - 1, t, x_t=x_t, x0_hat=x0_hat, eps=eps, operator=operator, y=y)
     return prior.decode(x_t.detach())

@@ -2,54 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 
 import operators
 from operators import RestoreError
-from restore.backbones.base import Backbone, variance_preserving
+from restore.backbones.base import variance_preserving
 from restore.guidance import estimator
-from restore.samplers.steps import SIGMA_MIN, levels, report, require_finite, require_linear_gaussian
+from restore.samplers.likelihood import SIGMA_Y_FLOOR, require_linear_gaussian
+from restore.samplers.steps import levels, report, require_finite
 
 
 @torch.no_grad()
 def pnpdm(
-    prior: Backbone,
+    prior,
     operator,
-    y: torch.Tensor,
+    y,
     *,
-    noise: Callable[..., torch.Tensor],
-    steps: int | str | Sequence[float],
+    noise,
+    steps,
+    guidance=None,
+    condition=None,
+    callback=None,
     iterations: int = 100,
     rho_max: float = 10.0,
     rho_min: float = 0.3,
     decay: float = 0.9,
     eta: float = 1.0,
-    guidance=None,
-    condition: Any = None,
     sigma_y: float | None = None,
-    callback: Callable[[dict], None] | None = None,
 ) -> torch.Tensor:
-    """Sample (x, z) ~ p(y | z) p(x) exp(-||x - z||^2 / 2 rho^2) by drawing z and x in turn, with rho falling
+    """Sample (x, z) ~ p(y | z) p(x) exp(-||x - z||^2 / 2 rho^2) by drawing z and x in turn, while rho falls by `decay`
+    from rho_max to rho_min.
 
-    from rho_max to rho_min by `decay`. Both draws are exact but for the steps of the diffusion, so the x of the last
-    ones follow p(x | y) as rho goes to 0: the bias is that of rho_min, not that of an approximate likelihood.
+    Both draws are exact up to the discretisation of the diffusion, so x follows p(x | y) as rho goes to 0: the bias is
+    that of rho_min, not that of an approximate likelihood. The arguments of all samplers are in `restore.samplers`;
+    sigma_y is at least SIGMA_Y_FLOOR.
 
-    prior: a backbone of the image's size, in pixels. operator: a linear one (see operators.prox_l2).
-    y: measurement (B, ...). noise: as restore.samplers.dps.dps takes it, kinds "start", "latent" (counting network
-        evaluations), "posterior" and "measurement" (counting iterations).
+    prior: in pixels. operator: a linear one (see operators.prox_l2).
+    noise: "latent" counts network evaluations; also "posterior" and "measurement", counting iterations.
     steps: times from which the reverse diffusion of each iteration takes those less noisy than rho ("karras:100").
-    eta: of its DDIM steps, 1 being the stochastic ones. guidance: of its eps.
-    sigma_y: None: that of the operator's noise. Below SIGMA_MIN that is taken.
-    callback: as restore.samplers.dps.dps takes it, called after every iteration: x_t is z, x0_hat is x.
-    Returns images (B, 3, H, W), not clamped. Raises RestoreError where y = A x + n is not linear and Gaussian.
+    eta: of its DDIM steps, 1 being stochastic. guidance: of its eps.
+    callback: after every iteration; x_t is z.
     """
-    sigma_y = max(require_linear_gaussian("pnpdm", prior, operator, sigma_y), SIGMA_MIN)
+    sigma_y = max(require_linear_gaussian("pnpdm", prior, operator, sigma_y), SIGMA_Y_FLOOR)
     if not (iterations >= 1 and 0 < rho_min <= rho_max and 0 < decay <= 1):
-        raise RestoreError("pnpdm needs iterations >= 1, 0 < rho_min <= rho_max and 0 < decay <= 1")
+        raise RestoreError(
+            "pnpdm needs iterations >= 1, 0 < rho_min <= rho_max and 0 < decay <= 1, "
+            f"got {iterations}, {rho_min:g}, {rho_max:g} and {decay:g}"
+        )
     prior = variance_preserving(prior)
     times = prior.schedule.timesteps(steps)
     x, evaluations = noise(0, (len(y), *prior.shape), "start"), 0
@@ -74,5 +75,5 @@ def pnpdm(
                 evaluations += 1
             x = x_t
             require_finite(x, k, f"rho_max={rho_max:g}")
-            report(callback, k, iterations, first, operator, y, x, x_t=z, eps=eps)
+            report(callback, k, iterations, first, x_t=z, x0_hat=x, eps=eps, operator=operator, y=y)
     return prior.decode(x)

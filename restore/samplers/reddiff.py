@@ -2,72 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
 from operators.naming import lookup
-from restore.backbones.base import Backbone
 from restore.guidance import estimator
-from restore.samplers.likelihood import norm_of
-from restore.samplers.steps import require_finite
+from restore.samplers.likelihood import find_data_norm
+from restore.samplers.steps import reconstruct, report, require_finite
 
 # Weight of the prior at the noise-to-signal ratio q = sigma / alpha; the paper's choice is linear.
 WEIGHTINGS = {"linear": lambda q: q, "sqrt": lambda q: q**0.5, "square": lambda q: q * q, "constant": lambda q: 1.0}
-# Where the optimisation starts, at x of this shape.
-STARTS = {
-    "dagger": lambda prior, operator, y, shape: prior.encode(operator.A_dagger(y)),
-    "adjoint": lambda prior, operator, y, shape: prior.encode(operator.A_adjoint(y)),
-    "zero": lambda prior, operator, y, shape: y.new_zeros(shape),
-}
 
 
 def reddiff(
-    prior: Backbone,
+    prior,
     operator,
-    y: torch.Tensor,
+    y,
     *,
-    noise: Callable[..., torch.Tensor],
-    steps: int | str | Sequence[float],
+    noise,
+    steps,
     guidance=None,
-    condition: Any = None,
+    condition=None,
+    callback=None,
     lam: float = 0.25,
     lr: float = 0.1,
     weighting: str | Callable[[float], float] = "linear",
     v: float = 1.0,
+    start_from: str | None = None,
+    data_norm: str | Callable | None = None,
     start: str | None = None,
-    data_norm: str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-    callback: Callable[[dict], None] | None = None,
 ) -> torch.Tensor:
-    """The mode mu of a narrow Gaussian fitted to p(x_0 | y): one Adam step per time t, from noisy to clean, on
+    """Return the mode mu of a narrow Gaussian fitted to p(x_0 | y): one Adam step per time t, from noisy to clean, on
 
         v ||y - A(mu)||² / (2 m) + lam w(sigma_t / alpha_t) mean(sg(eps(x_t) - n) mu),   x_t = alpha_t mu + sigma_t n,
 
     m the number of entries of one y and the mean that of one image, as in the authors' code: so lam depends on how
-    many measurements there are, and sigma_y enters through it alone. The network is never differentiated, A is: any
-    differentiable operator will do, linear or not.
+    many measurements there are, and sigma_y enters only through it. The network is not differentiated. The arguments of
+    all samplers are in `restore.samplers`.
 
-    prior: a backbone of the image's size (restore.backbones.sizes.Sized); on latents mu is the latent, and decoded
-        before A. y: measurement (B, ...).
-    noise: noise(k, shape, "latent") -> standard normal, k counting from the noisiest step. Nothing else is drawn.
-    steps: times to visit, as `Schedule.timesteps` takes them. The authors' are "ddimN".
+    prior: on latents mu is the latent, and decoded before A. operator: a differentiable `A`, linear or not.
+    noise: only of kind "latent". steps: the authors' are "ddimN".
     guidance: its eps takes the place of eps, as in score distillation.
     lam, lr: lambda, and Adam's step size (betas 0.9 and 0.99). Adam moves every pixel by about lr, whatever the loss.
     weighting: w, a name in WEIGHTINGS or a function of sigma / alpha.
-    v: weight of the data term.
-    start: "dagger" (A⁺ y, the paper's), "adjoint" or "zero"; None: dagger, or zero where A is not linear.
-    data_norm: as for DPS, squared; None: "poisson" for Poisson noise, else "l2".
-    callback: called after every step with step, steps, t, x_t (mu), x0_hat (the image of (x_t − sigma eps) / alpha),
-        eps, residual (B,), and `used`: the start.
-    Returns images (B, 3, H, W), not clamped. Raises RestoreError when mu is no longer finite.
+    v: weight of the data term, whose norm is squared.
+    start_from: the first mu, any but "noise"; None: "dagger" (the paper's), or "zero" if A is not linear.
+    start: the older name of start_from.
+    callback: x_t is mu; `used` has the start.
     """
-    schedule, norm = prior.schedule, norm_of(operator, data_norm)
+    schedule, norm = prior.schedule, find_data_norm(operator, data_norm)
     w = weighting if callable(weighting) else lookup(weighting, WEIGHTINGS, "weighting")
     timesteps, shape = schedule.timesteps(steps), (len(y), *prior.shape)
-    start = start or ("dagger" if getattr(operator, "linear", True) else "zero")
+    start_from = start_from or start or ("dagger" if getattr(operator, "linear", True) else "zero")
+    sigma_y = getattr(getattr(operator, "noise", None), "sigma", None) or 0.0
     with torch.no_grad():
-        mu = lookup(start, STARTS, "start")(prior, operator, y, shape).clone().requires_grad_()
+        mu = reconstruct(start_from, prior, operator, y, sigma_y).clone().requires_grad_()
     adam = torch.optim.Adam([mu], lr=lr, betas=(0.9, 0.99))
     with estimator(prior, guidance) as estimate:
         for k, t in enumerate(timesteps):
@@ -83,20 +73,9 @@ def reddiff(
                 (mu.grad,) = torch.autograd.grad((data + regulariser).sum(), mu)
             adam.step()
             require_finite(mu, k, f"lr={lr:g}")
-            if callback is not None:
-                with torch.no_grad():
-                    x0_hat = prior.decode((x_t - sigma * eps) / alpha)
-                callback(
-                    {
-                        "step": k,
-                        "steps": len(timesteps),
-                        "t": t,
-                        "x_t": mu.detach().clone(),
-                        "x0_hat": x0_hat,
-                        "eps": eps,
-                        "residual": residual.detach(),
-                        "used": {"start": start},
-                    }
-                )
+            with torch.no_grad():
+                x0_hat = prior.decode((x_t - sigma * eps) / alpha)
+            state = {"x_t": mu.detach().clone(), "x0_hat": x0_hat, "eps": eps, "residual": residual}
+            report(callback, k, len(timesteps), t, **state, used={"start": start_from})
     with torch.no_grad():
         return prior.decode(mu.detach())

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
-from restore.backbones.base import Backbone, variance_preserving
+from restore.backbones.base import variance_preserving
 from restore.guidance import estimator
-from restore.samplers.dps import l2_norm
-from restore.samplers.likelihood import likelihood_variance
-from restore.samplers.psld import alpha_bars, psld_timesteps
-from restore.samplers.steps import require_finite
-
-REFERENCE = {"slips": True}
-"""What the authors' code does beyond the paper."""
+from restore.samplers.likelihood import l2_norm, likelihood_variance
+from restore.samplers.steps import alpha_bars, ldm_timesteps, report, require_finite
 
 
 def resample(
-    prior: Backbone,
+    prior,
     operator,
-    y: torch.Tensor,
+    y,
     *,
-    noise: Callable[..., torch.Tensor],
-    steps: int | str | Sequence[float],
+    noise,
+    steps,
     guidance=None,
-    condition: Any = None,
+    condition=None,
+    callback=None,
     zeta: float = 0.5,
     gamma: float = 40.0,
     every: int = 10,
@@ -38,7 +33,6 @@ def resample(
     tolerance: float | None = 1e-3,
     guided_estimate: bool = False,
     slips: bool = False,
-    callback: Callable[[dict], None] | None = None,
 ) -> torch.Tensor:
     """Sample z_0 with decode(z_0) ~ p(x_0 | y) approximately: DDIM steps with a DPS step of zeta alpha_bar on
     ||y - A(D(z0_hat))||, and every so often, in the last two thirds, z0_y = argmin ||y - A(D(z))||² near z0_hat and
@@ -46,38 +40,36 @@ def resample(
         z_t ~ N((s sqrt(alpha_bar) z0_y + (1 - alpha_bar) z_t) / (s + 1 - alpha_bar), (1 / s + 1 / (1 - alpha_bar))^-1),
         s = gamma (1 - alpha_bar_prev) / (1 - alpha_bar) (1 - alpha_bar / alpha_bar_prev)      (resampling, eq. 11).
 
-    prior, operator, y: as for PSLD; A alone is needed, linear or not. noise: the kinds "start" and "latent".
-    steps: how many, as for PSLD, or the times to visit.
+    The arguments of all samplers are in `restore.samplers`.
+
+    operator: a differentiable `A`, linear or not.
+    steps: a number as `restore.samplers.steps.ldm_timesteps` takes it, or the times to visit.
     every, travel: data consistency at the step numbers (from the clean end) divisible by `every`, on the estimate
         `travel` DDIM steps further on.
     pixel_lr, pixel_iterations, latent_lr, latent_iterations: AdamW on the image, which is then encoded, while a third
         of the steps or more remains; on the latent later, and once at the end.
-    tolerance: an image's optimisation ends once its root mean square residual is below; None: at sigma_y, where the
+    tolerance: an image's optimisation ends once its root mean square residual is below; None: at sigma_y, because the
         published 1e-3 fits the noise of y too.
     guidance: moves the DDIM steps; guided_estimate: also the estimates that are fitted to y. (PAG's authors keep
         those unguided in DPS and PSLD, Ahn et al. 2024, App. C.1; the gradient never sees the weak pass.)
-    slips: as the authors' code, (1 - alpha_bar) eps for sqrt(1 - alpha_bar) eps in z0_hat, and the steps of `travel`
-        with the alpha_bar of the step before.
-    callback: called after every step with step, steps, t, x_t (latent), x0_hat (image), z0_hat, eps, residual (B,),
-        and after data consistency z_start (what it started from) and z0_y.
-    Returns images decode(z_0), (B, 3, H, W), not clamped. Raises RestoreError when the iterate is no longer finite.
+    slips: two mistakes of the authors' code: (1 - alpha_bar) eps for sqrt(1 - alpha_bar) eps in z0_hat, and the steps
+        of `travel` with the alpha_bar of the step before.
+    callback: also z0_hat, and after data consistency z_start (what it started from) and z0_y.
     """
     prior = variance_preserving(prior)
-    if isinstance(steps, (int, str)):
-        steps = [prior.schedule.time(i) for i in psld_timesteps(steps, len(prior.schedule))]
-    timesteps = sorted(steps, reverse=True)
-    alpha_bar, alpha_bar_prev = alpha_bars(prior.schedule, timesteps, shift=False)
+    timesteps = ldm_timesteps(prior.schedule, steps)
+    alpha_bar, alpha_bar_prev = alpha_bars(prior.schedule, timesteps)
     N = len(timesteps)
     if tolerance is None:
         tolerance = (likelihood_variance(operator, None, "tolerance") / 2) ** 0.5
 
-    def z0_of(z, eps, a):
+    def clean(z, eps, a):
         return (z - (1 - a if slips else (1 - a) ** 0.5) * eps) / a**0.5
 
     def ddim(z, eps, a, a_prev):
         return a_prev**0.5 * (z - (1 - a) ** 0.5 * eps) / a**0.5 + (1 - a_prev) ** 0.5 * eps
 
-    def consistent(z0, in_pixels):
+    def fit_to_y(z0, in_pixels):
         if in_pixels:
             x = fit(prior.decode(z0), operator.A, y, pixel_lr, pixel_iterations, tolerance)
             return prior.encode(x)
@@ -92,7 +84,7 @@ def resample(
             z = z.detach().requires_grad_()
             strong = estimate.strong(z, t, condition)
             eps = estimate.guided(strong, z, t, condition) if guided_estimate else None
-            z0_hat = z0_of(z, strong.eps + (eps - strong.eps).detach() if guided_estimate else strong.eps, a)
+            z0_hat = clean(z, strong.eps + (eps - strong.eps).detach() if guided_estimate else strong.eps, a)
             x0_hat = prior.decode(z0_hat)
             residual = l2_norm(y - operator.A(x0_hat), y)
             (gradient,) = torch.autograd.grad(residual.sum(), z)
@@ -107,30 +99,18 @@ def resample(
                     for i in range(k + 1, min(k + travel, N - 1) + 1):
                         at = i - 1 if slips else i
                         strong, guided = estimate(z_ahead, timesteps[i], condition)
-                        z_start = z0_of(z_ahead, guided if guided_estimate else strong.eps, alpha_bar[at])
+                        z_start = clean(z_ahead, guided if guided_estimate else strong.eps, alpha_bar[at])
                         z_ahead = ddim(z_ahead, guided, alpha_bar[at], alpha_bar_prev[at])
-                    z0_y = consistent(z_start, left >= N // 3)
+                    z0_y = fit_to_y(z_start, left >= N // 3)
                     s = gamma * (1 - a_prev) / (1 - a) * (1 - a / a_prev)
                     mean = (s * a_prev**0.5 * z0_y + (1 - a_prev) * z) / (s + 1 - a_prev)
                     z = mean + (1 / (1 / s + 1 / (1 - a_prev))) ** 0.5 * noise(k, z.shape, "latent")
                     more = {"z_start": z_start, "z0_y": z0_y}
                 if left == 0:
-                    more = {"z_start": z, "z0_y": (z := consistent(z, in_pixels=False))}
+                    more = {"z_start": z, "z0_y": (z := fit_to_y(z, in_pixels=False))}
             require_finite(z, k, f"zeta={zeta:g}, pixel_lr={pixel_lr:g}, latent_lr={latent_lr:g}")
-            if callback is not None:
-                callback(
-                    {
-                        "step": k,
-                        "steps": N,
-                        "t": t,
-                        "x_t": z,
-                        "x0_hat": x0_hat.detach(),
-                        "z0_hat": z0_hat.detach(),
-                        "eps": eps,
-                        "residual": residual.detach(),
-                        **more,
-                    }
-                )
+            more = {"z0_hat": z0_hat, "residual": residual, **more}
+            report(callback, k, N, t, x_t=z, x0_hat=x0_hat, eps=eps, **more)
     with torch.no_grad():
         return prior.decode(z)
 
@@ -138,7 +118,7 @@ def resample(
 def fit(
     start: torch.Tensor, predict: Callable, y: torch.Tensor, lr: float, iterations: int, tolerance: float
 ) -> torch.Tensor:
-    """argmin mean((y - predict(x))²) near `start`, by AdamW (weight decay 0.01) from there; each image stops by
+    """Return argmin mean((y - predict(x))²) near `start`, by AdamW (weight decay 0.01) from there; each image stops by
     itself one step after its root mean square residual falls below `tolerance`."""
     with torch.enable_grad():
         x = start.detach().clone().requires_grad_()

@@ -237,12 +237,10 @@ def test_unwritable_folder_and_full_disk(command, tmp_path, monkeypatch):
 
 
 def test_out_of_memory_names_what_lowers_it(command, tmp_path, monkeypatch):
-    from restore import samplers
-
     def exhausted(*arguments, zeta=1, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setitem(samplers.SAMPLERS, "diffpir", exhausted)
+    monkeypatch.setattr("restore.samplers.diffpir.diffpir", exhausted)
     code, _, err = command("run", FACE, "--task", "sr4", "--sampler", "diffpir", "--steps", 2, "-o", tmp_path)
     assert code == 2 and "--checkpointing" in err and "--batch-size" in err
 

@@ -124,7 +124,7 @@ def test_every_entry_spends_about_its_budget():
     operator = SuperResolution(2, method="average", noise=GaussianNoise(SIGMA))
     y, truth = problem(prior, operator, 0)
     for name, entry in known.SETTINGS.items():
-        options, sampler = entry.candidates(20)[0], known.samplers.find(entry.sampler)
+        options, sampler = entry.candidates(20)[0], known.samplers.find_sampler(entry.sampler)
         got = compare(
             prior, y, truth, lambda y, noise, o=options, s=sampler: s(prior, operator, y, noise=noise, **o), 4
         )

@@ -14,7 +14,6 @@ from restore import method
 from restore.guidance import PAG
 from restore.guidance.layers import resolve
 from restore.images import resampling
-from restore.samplers.psld import REFERENCE
 
 CONFIG = OmegaConf.to_container(OmegaConf.load(Path(__file__).parents[2] / "configs" / "method" / "psld.yaml"))
 
@@ -104,14 +103,3 @@ def test_presets_are_found_and_built():
     other = method.find("some-other-latent-model", None, "denoising", "psld")
     assert other.parameters == {"eta": 1.0, "gamma": 0.1} and other.guidance is None
     assert method.find("adm-ffhq-256", None, "gaussian_blur", "dps").sampler == "dps"
-
-
-def test_the_reference_choices_in_the_file_are_those_of_the_code():
-    reference = CONFIG["reference"]
-    assert reference["parameters"] == REFERENCE
-    assert reference["resampling"] == resampling.REFERENCE
-    assert reference["operator"] == {"adjoint": "reference"}
-    assert (
-        operators.build_operator({"name": "super_resolution", "factor": 8, **reference["operator"]}).adjoint
-        == "reference"
-    )

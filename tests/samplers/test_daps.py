@@ -7,15 +7,15 @@ import pytest
 import torch
 from golden_langevin import arrange, cases, latent_bank, noise_bank, sd_prior
 from golden_samplers import network as adm_prior
-from golden_samplers import relative
+from golden_samplers import reference, relative
 
 import operators
 from operators import Clipping, GaussianNoise, PoissonNoise, RestoreError
 from restore.backbones.schedule import Schedule
 from restore.bench.known import problems, tasks
 from restore.guidance import CFG, PAG
-from restore.samplers.daps import REFERENCE, daps, levels, rho_grid
-from restore.samplers.likelihood import likelihood_variance, norm_of
+from restore.samplers.daps import annealing_levels, daps, rho_grid
+from restore.samplers.likelihood import find_data_norm, likelihood_variance
 from restore.samplers.noise import ImageNoise
 
 CASES = cases("daps", "latent_daps")
@@ -71,7 +71,7 @@ def run(priors, name, case, after=0, **changes):
         guidance=CFG(own["cfg_scale"] - 1) if own.get("cfg_scale", 1) != 1 else None,
         condition=condition,
         callback=seen.append,
-        **{**options, **REFERENCE, **changes},
+        **{**options, **reference("daps"), **changes},
     )
     return image, seen, tensors, letter
 
@@ -151,7 +151,7 @@ def test_likelihood_is_that_of_the_noise():
     for noise in (GaussianNoise(0.07), PoissonNoise(0.5)):
         operator = SimpleNamespace(noise=noise)
         exact = (d**2 / (2 * noise.std(y) ** 2)).flatten(1).sum(1)
-        assert torch.allclose(norm_of(operator, None)(d, y) ** 2 / likelihood_variance(operator, None), exact)
+        assert torch.allclose(find_data_norm(operator, None)(d, y) ** 2 / likelihood_variance(operator, None), exact)
     assert likelihood_variance(operator, 0.01) == 0.01**2
     for operator in (SimpleNamespace(noise=None), SimpleNamespace(), SimpleNamespace(noise=GaussianNoise(0.0))):
         with pytest.raises(RestoreError, match="tau must be positive"):
@@ -198,19 +198,19 @@ def test_every_draw_is_its_own(adm):
     assert len(seen) == len(set(seen)) == 1 + 3 * 3 + 2
 
 
-def test_levels():
+def test_annealing_levels():
     schedule = problems()["smooth Gaussian"].schedule
-    assert levels(schedule, "12", 100.0, 0.1)[:2] == pytest.approx([100, 68.67398], rel=1e-6)
-    assert levels(schedule, [900, 100], 100.0, 0.1) == [schedule.ratio(900), schedule.ratio(100), 0.0]
+    assert annealing_levels(schedule, "12", 100.0, 0.1)[:2] == pytest.approx([100, 68.67398], rel=1e-6)
+    assert annealing_levels(schedule, [900, 100], 100.0, 0.1) == [schedule.ratio(900), schedule.ratio(100), 0.0]
     for steps in (0, "none"):
         with pytest.raises(RestoreError, match=f"steps={steps}"):
-            levels(schedule, steps, 100.0, 0.1)
+            annealing_levels(schedule, steps, 100.0, 0.1)
 
 
 def test_bad_options_and_divergence(adm):
     operator, y = operators.SuperResolution(4), torch.zeros(1, 3, 8, 8)
     common = {"noise": ImageNoise([(0, "x", 0)]), **FEW}
-    with pytest.raises(RestoreError, match="unknown conditional 'exakt'.*exact"):
+    with pytest.raises(RestoreError, match="conditional 'exakt'.*exact"):
         daps(adm, operator, y, conditional="exakt", **common)
     with pytest.raises(RestoreError, match="not finite after step 1.*lr=1e.30"):
         daps(adm, operator, y, lr=1e30, **common)

@@ -3,7 +3,7 @@
 import golden_samplers as golden
 import pytest
 
-from restore.samplers.ddnm import ddnm, travels
+from restore.samplers.ddnm import ddnm, travel_order
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def test_whole_trajectory(prior, name):
     path, states = case["time_path_incl_travel"], []
     length, repeat = case.setting("paper l"), case.setting("paper r")
     grid = sorted(set(path) - {-1}, reverse=True)
-    assert [grid[i] for i in travels(len(grid), length, repeat)] == case["network_timesteps_in_order"]
+    assert [grid[i] for i in travel_order(len(grid), length, repeat)] == case["network_timesteps_in_order"]
 
     # Their draws count every move along the path; a journey back is `length` of them, of which the last one lasts.
     moves, evaluated = {}, 0

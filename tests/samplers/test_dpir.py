@@ -97,8 +97,8 @@ def test_a_measurement_without_noise_is_met(prior):
 def test_it_is_refused_what_it_cannot_do(prior):
     operator = operators.Denoising(noise=operators.GaussianNoise(SIGMA))
     for steps in (0, "quad:20", [10, 20], True):
-        with pytest.raises(restore.RestoreError, match="dpir takes a number of noise levels, at least 1"):
+        with pytest.raises(restore.RestoreError, match="steps must be a number of noise levels"):
             dpir(prior, operator, measured(prior, operator), noise=drawn, steps=steps)
-    with pytest.raises(restore.RestoreError, match="dpir is for Gaussian noise"):
+    with pytest.raises(restore.RestoreError, match="dpir needs Gaussian noise"):
         noisy = operators.Denoising(noise=operators.PoissonNoise(0.1))
         dpir(prior, noisy, measured(prior, operator), noise=drawn, steps=1)

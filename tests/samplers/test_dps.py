@@ -14,7 +14,8 @@ from restore.backbones.schedule import respace
 from restore.backbones.sizes import Sized
 from restore.bench.cost import LiveBytes
 from restore.guidance import PAG
-from restore.samplers.dps import DATA_NORMS, dps
+from restore.samplers.dps import dps
+from restore.samplers.likelihood import DATA_NORMS
 from restore.samplers.noise import ImageNoise
 
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -34,7 +34,7 @@ def images():
 
 def run(name, prior, operator, y, *, steps=4, keys=None, **more):
     keys = keys or [(0, f"image{i}", 0) for i in range(len(y))]
-    return samplers.find(name)(prior, operator, y, noise=ImageNoise(keys), steps=steps, **OWN[name], **more)
+    return samplers.find_sampler(name)(prior, operator, y, noise=ImageNoise(keys), steps=steps, **OWN[name], **more)
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -86,14 +86,14 @@ def test_what_is_refused(prior, images, name):
     class Latent:
         downscale = 8
 
-    with pytest.raises(RestoreError, match=f"{name} needs a linear operator, which .* is not; use dps"):
+    with pytest.raises(RestoreError, match=f"{name} needs a linear operator, got clipping; .*dps"):
         run(name, prior, operators.Clipping(), y)
-    with pytest.raises(RestoreError, match=f"{name} is for Gaussian noise, not PoissonNoise"):
+    with pytest.raises(RestoreError, match=f"{name} needs Gaussian noise, got PoissonNoise"):
         run(name, prior, operators.Denoising(noise=operators.PoissonNoise(1.0)), y)
     if name != "diffpir":  # which takes its data step in the decoded image
-        with pytest.raises(RestoreError, match=f"{name} solves for pixels"):
+        with pytest.raises(RestoreError, match=f"{name} needs a pixel prior"):
             run(name, Latent(), operators.Denoising(noise=NOISY), y)
-    with pytest.raises(RestoreError, match="sigma_y must be a number >= 0"):
+    with pytest.raises(RestoreError, match="sigma_y must be .*>= 0, got -1"):
         run(name, prior, operators.Denoising(), y, sigma_y=-1.0)
     # Poisson noise may be taken for Gaussian on demand.
     poisson = operators.Denoising(noise=operators.PoissonNoise(1.0))
@@ -204,7 +204,7 @@ def errors(name, mean, cov, operator, *, n=2000, steps, schedule=None, kind="eps
         return torch.randn(tuple(shape), generator=g, dtype=torch.float64)
 
     own = {"clip": False, **own} if name == "diffpir" else own
-    x = samplers.find(name)(prior, operator, y.expand(n, 6, 1, 1), noise=noise, steps=steps, **own).flatten(1)
+    x = samplers.find_sampler(name)(prior, operator, y.expand(n, 6, 1, 1), noise=noise, steps=steps, **own).flatten(1)
     error = (x.mean(0) - true_mean).norm() / (mean - true_mean).norm()
     return float(error), float((torch.cov(x.T) - true_cov).norm() / true_cov.norm())
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from golden_samplers import reference
 from safetensors.torch import load_file
 from tiny_sd import SCHEDULER
 
@@ -16,7 +17,8 @@ from restore.backbones.sizes import Sized
 from restore.backbones.stable_diffusion import StableDiffusion
 from restore.guidance import CFG, PAG
 from restore.samplers.noise import ImageNoise
-from restore.samplers.psld import REFERENCE, alpha_bars, psld, psld_timesteps
+from restore.samplers.psld import psld
+from restore.samplers.steps import alpha_bars, ldm_timesteps
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SETS = {name: json.loads((GOLDEN / f"{name}.json").read_text()) for name in ("psld_loop", "psld_pag_loop")}
@@ -82,13 +84,13 @@ def run(backbone, tensors, config, operator, start=SHARED["noise.latent"][0][Non
     """(z_0, the steps) of PSLD started at the given z_T."""
     steps, draw = [], changes.pop("noise", bank(tensors))
     options = {
-        "steps": psld_timesteps(config["S"], config["num_train_timesteps"], reference=True),
+        "steps": ldm_timesteps(backbone.schedule, config["S"], reference=True),
         "eta": config["omega"],
         "gamma": config["gamma"],
         "guidance": guidance_of(config),
         "condition": SHARED["context"],
         "ddim_eta": config["eta"],
-        **REFERENCE,
+        **reference("psld"),
         **changes,
     }
 
@@ -210,7 +212,7 @@ def test_batch_equals_single_images(backbone):
     tensors, config, operator = arrange("psld_pag_loop", "box", adjoint="exact")
     keys = [(0, f"image{i}", 0) for i in range(3)]
     y = torch.cat([tensors["y"] * s for s in (1.0, 0.5, -1.0)])
-    options = {"condition": None, "steps": [901, 601, 301, 1], "ddim_eta": 0.5, **REFERENCE}
+    options = {"condition": None, "steps": [901, 601, 301, 1], "ddim_eta": 0.5, **reference("psld")}
 
     def sample(rows):
         noise = ImageNoise([keys[i] for i in rows])
@@ -238,21 +240,23 @@ def test_last_step_removes_all_noise_when_t_reaches_zero():
 
 
 def test_timesteps():
-    assert psld_timesteps(10, 1000) == [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
-    assert psld_timesteps(1000, 1000) == list(range(999, -1, -1))
-    assert psld_timesteps(1000, 1000, reference=True) == list(range(1000, 0, -1))
-    assert len(psld_timesteps(30, 1000)) == 30 and len(psld_timesteps(30, 1000, reference=True)) == 31
-    assert len(set(psld_timesteps(999, 1000))) == 999 and max(psld_timesteps(999, 1000)) <= 999
+    schedule = Schedule.from_config(SCHEDULER)
+    assert ldm_timesteps(schedule, 10) == [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
+    assert ldm_timesteps(schedule, "1000") == list(range(999, -1, -1))
+    assert ldm_timesteps(schedule, 1000, reference=True) == list(range(1000, 0, -1))
+    assert len(ldm_timesteps(schedule, 30)) == 30 and len(ldm_timesteps(schedule, 30, reference=True)) == 31
+    assert len(set(ldm_timesteps(schedule, 999))) == 999 and max(ldm_timesteps(schedule, 999)) <= 999
+    assert ldm_timesteps(schedule, [1, 501, 20]) == [501, 20, 1]
     for steps in (0, -1, 1001, "karras:5"):
         with pytest.raises(RestoreError, match="between 1 and 1000"):
-            psld_timesteps(steps, 1000)
+            ldm_timesteps(schedule, steps)
 
 
 def test_bad_options(backbone):
     tensors, config, operator = arrange("psld_loop", "box")
-    with pytest.raises(RestoreError, match="encoding='mode'"):
+    with pytest.raises(RestoreError, match="encoding 'mode'"):
         run(backbone, tensors, config, operator, encoding="mode")
-    with pytest.raises(RestoreError, match="this operator has none"):
+    with pytest.raises(RestoreError, match="measurement_noise.*without Gaussian noise"):
         run(backbone, tensors, config, operators.Inpainting(tensors["mask"].float()))
     with pytest.raises(RestoreError, match="not finite after step"):
         run(backbone, tensors, config, operator, eta=1e38, **CLEAN)

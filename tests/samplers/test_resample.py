@@ -3,13 +3,13 @@
 import pytest
 import torch
 from golden_langevin import arrange, latent_bank, sd_prior
-from golden_samplers import relative
+from golden_samplers import reference, relative
 
 import operators
 from operators import GaussianNoise, RestoreError
 from restore.guidance import CFG
 from restore.samplers.noise import ImageNoise
-from restore.samplers.resample import REFERENCE, fit, resample
+from restore.samplers.resample import fit, resample
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def run(prior, **changes):
         return bank[len(drawn)].reshape(shape)
 
     options = {"steps": own["S"], "pixel_iterations": own["pixel_iters"], "latent_iterations": own["latent_iters"]}
-    options |= {"tolerance": own["pixel_eps"], **REFERENCE, **changes}
+    options |= {"tolerance": own["pixel_eps"], **reference("resample"), **changes}
     y = tensors["y"]
     image = resample(prior, operator, y, noise=noise, condition=condition, callback=seen.append, **options)
     return image, seen, tensors
