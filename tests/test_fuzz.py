@@ -250,7 +250,7 @@ def _shipped(kind):
     return [yaml.safe_load(text) for text in texts]
 
 
-CONFIGURATIONS = {"benchmark": load_config, "search": search_config.load_config}
+CONFIGURATIONS = {"benchmark": load_config, "search": search_config.load_search}
 CONFIGURATIONS["train"] = lambda config: load_training(config, ["seed=1"])
 SHIPPED = [(kind, config) for kind in CONFIGURATIONS for config in _shipped(kind)]
 

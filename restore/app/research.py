@@ -96,7 +96,7 @@ def heads(
     from restore import search
 
     if dry_run:
-        plan = search.plan(config, settings or [])
+        plan = search.plan_search(config, settings or [])
         typer.echo(f"{plan.candidates} heads")
         for part, sets, images in zip(("calibration", "test"), (plan.calibration, plan.test), plan.images, strict=True):
             typer.echo(f"{part}: {sets} evaluations (a set of heads on a task) of {images} images")
@@ -104,7 +104,7 @@ def heads(
             typer.echo(f"about {plan.nfe} network evaluations of an image, {plan.seconds / 60:.0f} minutes")
         return
     with _bars() as show:
-        found = search.heads(config, settings or [], progress=show)
+        found = search.search_heads(config, settings or [], progress=show)
     typer.echo(f"{' '.join(found.table['best']['heads'])} is the best set on the calibration images")
     typer.echo(f"{found.folder / 'guidance.yaml'}\n{found.folder / 'report.html'}\n{found.folder / 'report.md'}")
 

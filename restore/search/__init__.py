@@ -1,5 +1,5 @@
-"""HeadHunter: which attention heads to perturb, found by greedy search (arXiv 2506.10978)."""
+"""HeadHunter: greedy search for the attention heads to perturb (arXiv 2506.10978)."""
 
-from restore.search.heads import Found, Plan, heads, plan
+from restore.search.heads import SearchPlan, SearchResult, plan_search, search_heads
 
-__all__ = ["Found", "Plan", "heads", "plan"]
+__all__ = ["SearchPlan", "SearchResult", "plan_search", "search_heads"]

@@ -3,8 +3,8 @@
     S = {};  R times:  score(h) = mean over images and tasks of the objective of results guided on S + {h}, for all h;
                        S = S + the k best
 
-Every round is a benchmark (restore.bench) in a folder of its own, a candidate one of its methods: results, resuming,
-clusters and bytes are its business. The images of the search (`calibration`) and those of the numbers in the end
+Every round is a benchmark (restore.bench) in a folder of its own, and every candidate one of its methods, so that
+results, resuming and clusters work as there. The images of the search (`calibration`) and those of the final numbers
 (`test`) are never the same.
 """
 
@@ -25,20 +25,21 @@ from restore import disk
 from restore.bench import run as benchmarks
 from restore.bench.batches import Batch, image_ids
 from restore.bench.config import load_config
+from restore.bench.datasets import ImageSet
 from restore.bench.protocol import differences, format_differences
 from restore.metrics.statistics import bootstrap_mean
 from restore.search import config as configs
-from restore.search.config import Head, benchmark, guidance_on, spelled
-from restore.search.objective import Cell, Objective, cost, per_image
+from restore.search.config import Head, build_benchmark, format_heads, set_layers
+from restore.search.objective import MethodResults, Objective, Score
 
 Progress = Callable[[dict[str, Any]], None]
 
 
 @dataclass
-class Found:
-    """What `heads` found. folder: of the search. heads: the best set, in the order in which they were taken.
+class SearchResult:
+    """The result of a search. folder: of the search. heads: the best set, in the order in which they were taken.
 
-    guidance: as restore.guidance.build takes it. table: everything that the report says, search.json.
+    guidance: as restore.guidance.build takes it. table: the content of search.json, on which the report is based.
     """
 
     folder: Path
@@ -48,9 +49,12 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a search takes. evaluations: (candidate, task) pairs on the calibration images, and methods x tasks on the
-    test images; nfe and seconds: of all; None where nothing was measured."""
+class SearchPlan:
+    """The work of a search.
+
+    calibration: (candidate, task) pairs on the calibration images; test: (method, task) pairs on the test images;
+    images: of both halves; nfe, seconds: of everything, None if not measured.
+    """
 
     candidates: int
     calibration: int
@@ -60,271 +64,300 @@ class Plan:
     seconds: float | None
 
 
-def heads(
+@dataclass(frozen=True)
+class Phase:
+    """One benchmark of a search. images: of its half, None in generation."""
+
+    folder: Path
+    config: dict[str, Any]
+    images: ImageSet | None
+
+    def results(self, method: str, first: int | None = None) -> list[MethodResults]:
+        """Return the results of a method, one for each task, of the first images only if `first` is given."""
+        return [
+            MethodResults(
+                self.folder, self.config, task, method, tuple(image_ids(self.config, task, self.images)[:first])
+            )
+            for task in self.config["tasks"]
+        ]
+
+
+def search_heads(
     config: str | os.PathLike | Mapping[str, Any], overrides: Sequence[str] = (), *, progress: Progress | None = None
-) -> Found:
-    """Search, or go on with a search, and write search.json, guidance.yaml, report.html and report.md.
+) -> SearchResult:
+    """Run or continue a search, and write search.json, guidance.yaml, report.html and report.md.
 
     config, overrides: see restore.search.config; everything is in config.out, runs/<name> by default.
     halving: successive halving (Jamieson & Talwalkar 2016) within a round: all candidates on the first batch of
-        images, the better half on twice as many, and so on; the report says what was skipped.
-    progress: called with what a benchmark says and {phase}.
-    Raises RestoreError before anything runs for mistakes, images in both halves, and a folder with another search.
+        images, the better half on twice as many, and so on; the report lists what was skipped.
+    progress: called with a benchmark's progress and {phase}.
+    Raises RestoreError before anything runs for invalid configurations, images in both halves, and a folder with
+    another search.
     """
-    from restore.search.pages import write
+    from restore.search.pages import write_search_report
 
-    hunt = Hunt(configs.load_config(config, overrides), progress)
-    hunt.claim()
-    chosen: list[Head] = []
+    search = HeadSearch(configs.load_search(config, overrides), progress)
+    search.claim_folder()
+    heads: list[Head] = []
     rounds = []
-    for number in range(1, hunt.search["rounds"] + 1):
-        rounds.append(hunt.round(number, chosen))
-        chosen += [tuple(head) for head in rounds[-1]["chosen"]]
-    curve = hunt.curve(chosen)
+    for number in range(1, search.config["rounds"] + 1):
+        rounds.append(search.run_round(number, heads))
+        heads += [tuple(head) for head in rounds[-1]["chosen"]]
+    curve = search.run_curve(heads)
     best = min(curve, key=lambda point: (point["cost"], point["size"]))
-    layers = sorted(rounds[0]["layers"], key=lambda entry: entry["cost"])
-    found = {
-        "name": hunt.search["name"],
-        "objective": str(hunt.objective),
-        "pool": hunt.pool,
+    layer = min(rounds[0]["layers"], key=lambda entry: entry["cost"])["name"]
+    table = {
+        "name": search.config["name"],
+        "objective": str(search.objective),
+        "pool": search.pool,
         "none": rounds[0]["none"],
         "rounds": rounds,
         "curve": curve,
-        "best": {"size": best["size"], "heads": spelled(chosen[: best["size"]]), "layer": layers[0]["name"]},
-        "images": {part: images_of(c, hunt.images[part]) for part, c in hunt.checked.items()},
+        "best": {"size": best["size"], "heads": format_heads(heads[: best["size"]]), "layer": layer},
+        "images": {half: search.describe_images(half) for half in search.halves},
+        "test": search.run_test(heads, curve, best["size"], layer),
     }
-    found["test"] = hunt.test(chosen, curve, best["size"], layers[0]["name"])
-    guidance = guidance_on(hunt.search["guidance"], chosen[: best["size"]])
-    disk.write_json(hunt.folder / "search.json", found)
-    said = f"# {found['name']}: chosen on the calibration images by {found['objective']}, {best['cost']:.5g} with it,"
-    said += f" {found['none']['cost']:.5g} without\n"
-    disk.write_bytes(hunt.folder / "guidance.yaml", (said + yaml.safe_dump(guidance, sort_keys=False)).encode())
-    found = json.loads(json.dumps(found))
-    write(hunt.folder, found, hunt.search)
-    return Found(hunt.folder, chosen[: best["size"]], guidance, found)
+    heads = heads[: best["size"]]
+    guidance = set_layers(search.config["guidance"], heads)
+    disk.write_json(search.folder / "search.json", table)
+    comment = (
+        f"# {table['name']}: chosen on the calibration images by {table['objective']}, {best['cost']:.5g} with it,"
+    )
+    comment += f" {table['none']['cost']:.5g} without\n"
+    text = comment + yaml.safe_dump(guidance, sort_keys=False)
+    disk.write_bytes(search.folder / "guidance.yaml", text.encode())
+    table = json.loads(json.dumps(table))
+    write_search_report(search.folder, table, search.config)
+    return SearchResult(search.folder, heads, guidance, table)
 
 
-def images_of(config: Mapping[str, Any], images: Any) -> dict[str, Any]:
-    if images is not None:
-        return images.describe()
-    return {"count": len(image_ids(config, next(iter(config["tasks"])), None)), "seed": config["seed"]}
+class HeadSearch:
+    """One search: its checked configuration, the benchmarks of both halves, pool of heads and folder."""
 
-
-class Hunt:
-    """One search: its checked configuration, pool and folder."""
-
-    def __init__(self, search: dict[str, Any], progress: Progress | None = None):
-        self.search, self.progress = search, progress
-        self.folder = Path(search["out"] or Path("runs") / search["name"])
-        kind = search["rest"].get("kind", "restoration")
-        self.objective = Objective.build(search["objective"], kind, search["clip"])
-        asked = (search["rest"].get("metrics") or {}).get("names")
-        asked = (["psnr", "ssim"] if kind == "restoration" else []) if asked is None else asked
-        self.metrics = list(dict.fromkeys([*asked, *self.objective.metrics]))
-        none = {"none": {}}
-        self.checked = {
-            part: load_config(benchmark(search, part, none, names, self.folder / part))
-            for part, names in (("calibration", self.objective.metrics), ("test", self.metrics))
+    def __init__(self, config: dict[str, Any], progress: Progress | None = None):
+        self.config, self.progress = config, progress
+        self.folder = Path(config["out"] or Path("runs") / config["name"])
+        kind = config["rest"].get("kind", "restoration")
+        self.objective = Objective.from_config(config["objective"], kind, config["clip"])
+        names = (config["rest"].get("metrics") or {}).get("names")
+        if names is None:
+            names = ["psnr", "ssim"] if kind == "restoration" else []
+        self.metrics = list(dict.fromkeys([*names, *self.objective.metrics]))
+        self.halves = {
+            half: load_config(build_benchmark(config, half, {"none": {}}, names, self.folder / half))
+            for half, names in (("calibration", self.objective.metrics), ("test", self.metrics))
         }
-        backbones = {task["backbone"] for task in self.checked["test"]["tasks"].values()} - {None}
-        if backbones - {self.checked["test"]["backbone"]}:
-            raise RestoreError("a search is about the heads of one backbone; leave `backbone` out of its tasks")
-        self.images = configs.check_halves(**self.checked)
-        self.pool = self._pool()
-        self.layers = list(dict.fromkeys(layer for layer, _ in self.pool))
-        if search["top"] * search["rounds"] > len(self.pool):
-            wanted = f"rounds={search['rounds']} of top={search['top']}"
-            raise RestoreError(f"{wanted} take more heads than the {len(self.pool)} there are")
-
-    def _pool(self) -> list[Head]:
+        test = self.halves["test"]
+        if {task["backbone"] for task in test["tasks"].values()} - {None, test["backbone"]}:
+            raise RestoreError("a search must have one backbone; leave `backbone` out of its tasks")
+        self.images = configs.load_halves(**self.halves)
         from restore.restorer import load
 
-        c = self.checked["test"]
-        model = load(c["backbone"], device="cpu", precision=c["precision"], offline=c["offline"])
-        return configs.all_heads(model.backbone.attention, self.search["layers"])
+        model = load(test["backbone"], device="cpu", precision=test["precision"], offline=test["offline"])
+        self.pool = configs.list_heads(model.backbone.attention, config["layers"])
+        self.layers = list(dict.fromkeys(layer for layer, _ in self.pool))
+        if config["top"] * config["rounds"] > len(self.pool):
+            total = f"rounds={config['rounds']} of top={config['top']}"
+            raise RestoreError(
+                f"rounds and top must not take more heads than the {len(self.pool)} there are, got {total}"
+            )
 
-    def claim(self) -> None:
-        """Make the folder, or make sure that it holds this search. Raises RestoreError otherwise."""
-        drop = lambda part: {k: v for k, v in part.items() if k not in configs.CIRCUMSTANCES}  # noqa: E731
-        identity = json.loads(json.dumps(drop({**self.search, "rest": drop(self.search["rest"])})))
+    def claim_folder(self) -> None:
+        """Create the folder, or check that it has this search. Raises RestoreError otherwise."""
+
+        def drop(part: Mapping[str, Any]) -> dict[str, Any]:
+            return {k: v for k, v in part.items() if k not in configs.CIRCUMSTANCES}
+
+        identity = json.loads(json.dumps(drop({**self.config, "rest": drop(self.config["rest"])})))
         manifest = self.folder / "config.json"
         if manifest.exists():
-            found = disk.read_json(manifest)
-            if not isinstance(found, dict):
+            existing = disk.read_json(manifest)
+            if not isinstance(existing, dict):
                 raise RestoreError(f"{manifest} is damaged; start the search again in another folder")
-            changed = differences(found, identity)
-            if changed:
+            if changes := differences(existing, identity):
                 raise RestoreError(
-                    f"{self.folder} holds another search ({format_differences(changed)}); give out=FOLDER for the new"
-                    " one, or undo the change to go on"
+                    f"{self.folder} holds another search ({format_differences(changes)}); give out=FOLDER for the new"
+                    " one, or undo the change to continue"
                 )
         elif self.folder.exists() and any(not path.match(benchmarks.LEFTOVER) for path in self.folder.iterdir()):
-            raise RestoreError(f"{self.folder} is not empty and holds no search; give another out=FOLDER")
+            raise RestoreError(f"{self.folder} is not empty and has no search; give another out=FOLDER")
         disk.write_json(disk.make_folder(self.folder) / manifest.name, identity)
 
-    def guided(self, chosen: Sequence[Any], title: str | None = None) -> dict[str, Any]:
-        return {"guidance": guidance_on(self.search["guidance"], chosen), "title": title}
+    def count_images(self, half: str) -> int:
+        config = self.halves[half]
+        return len(image_ids(config, next(iter(config["tasks"])), self.images[half]))
+
+    def describe_images(self, half: str) -> dict[str, Any]:
+        if self.images[half] is not None:
+            return self.images[half].describe()
+        return {"count": self.count_images(half), "seed": self.halves[half]["seed"]}
+
+    def make_method(self, layers: Sequence[Head] | Sequence[str], title: str | None = None) -> dict[str, Any]:
+        """Return the benchmark's entry of a method guided on heads or whole layers."""
+        return {"guidance": set_layers(self.config["guidance"], layers), "title": title}
 
     def run(
-        self, part: str, where: str, methods: Mapping[str, Any], only: Callable[[Batch], bool] | None = None
-    ) -> dict[str, Any]:
-        """One benchmark, or what is left of it: its checked configuration."""
-        metrics = self.metrics if part == "test" else self.objective.metrics
-        config = benchmark(self.search, part, methods, metrics, self.folder / where)
-        report = None if self.progress is None else lambda state: self.progress({"phase": where, **state})
-        benchmarks.bench(config, progress=report, only=only)
-        return load_config(config)
+        self, half: str, name: str, methods: Mapping[str, Any], only: Callable[[Batch], bool] | None = None
+    ) -> Phase:
+        """Run or finish the benchmark `name` of these methods; only: which batches to compute now."""
+        metrics = self.metrics if half == "test" else self.objective.metrics
+        config = build_benchmark(self.config, half, methods, metrics, self.folder / name)
+        progress = None if self.progress is None else lambda state: self.progress({"phase": name, **state})
+        benchmarks.bench(config, progress=progress, only=only)
+        return Phase(self.folder / name, load_config(config), self.images[half])
 
-    def cells(
-        self, part: str, where: str, method: str, config: Mapping[str, Any], first: int | None = None
-    ) -> list[Cell]:
-        """Its cells, one of each task, of the first so many images."""
-        ids = [(task, tuple(image_ids(config, task, self.images[part])[:first])) for task in config["tasks"]]
-        return [Cell(self.folder / where, config, task, method, of) for task, of in ids]
+    def score(self, phase: Phase, method: str, none: Score | None = None) -> dict[str, Any]:
+        """Return cost and number of images of a method, and its change against `none` with the interval."""
+        results = phase.results(method)
+        score = self.objective.score(results)
+        entry = {"cost": score.value, "images": min(len(result.rows) for result in results)}
+        return entry if none is None else entry | {"change": compare_scores(score, none)}
 
-    def score(self, part: str, where: str, method: str, config: Any, none: Any = None) -> dict[str, Any]:
-        """cost of a method, over how many images, and its change against `none` (shares) with the interval."""
-        value, shares = cost(self.objective, cells := self.cells(part, where, method, config))
-        entry = {"cost": value, "images": min(len(cell.rows) for cell in cells)}
-        if none is not None:
-            entry["change"] = changed(value, shares, *none)
-        return entry
-
-    def round(self, number: int, chosen: Sequence[Head]) -> dict[str, Any]:
-        """Every head of the pool that is not chosen yet, added to those that are: ranked, and which were taken."""
-        pool = [head for head in self.pool if head not in chosen]
-        where = f"round-{number:02d}"
-        names = {f"{layer}-{head}": (layer, head) for layer, head in pool}
-        methods = {"none": {"guidance": None}} if number == 1 else {}
-        methods |= {name: self.guided([*chosen, head]) for name, head in names.items()}
-        if number == 1:
-            methods |= {f"layer-{layer}": self.guided([layer]) for layer in self.layers}
-            methods |= {"all": self.guided(self.layers)}
+    def run_round(self, number: int, heads: Sequence[Head]) -> dict[str, Any]:
+        """Add every remaining head of the pool to `heads` on trial: their ranking, and which were taken."""
+        name, first = f"round-{number:02d}", number == 1
+        candidates = {f"{layer}-{head}": (layer, head) for layer, head in self.pool if (layer, head) not in heads}
+        methods = {"none": {"guidance": None}} if first else {}
+        methods |= {key: self.make_method([*heads, head]) for key, head in candidates.items()}
+        if first:
+            methods |= {f"layer-{layer}": self.make_method([layer]) for layer in self.layers}
+            methods |= {"all": self.make_method(self.layers)}
         skipped: list[dict[str, Any]] = []
-        if self.search["halving"]:
-            config = self._halving(where, methods, names, skipped)
+        if self.config["halving"]:
+            phase = self.run_halving(name, methods, candidates, skipped)
         else:
-            config = self.run("calibration", where, methods)
-        if number == 1:
-            self.none = cost(self.objective, self.cells("calibration", where, "none", config))
-        scored = {m: self.score("calibration", where, m, config, self.none) for m in methods}
-        ranking = sorted(names, key=lambda n: (-scored[n]["images"], scored[n]["cost"]))
+            phase = self.run("calibration", name, methods)
+        if first:
+            self.none = self.objective.score(phase.results("none"))
+        scores = {method: self.score(phase, method, self.none) for method in methods}
+        ranking = sorted(candidates, key=lambda key: (-scores[key]["images"], scores[key]["cost"]))
         result = {
-            "ranking": [{"head": list(names[name]), **scored[name]} for name in ranking],
-            "chosen": [list(names[name]) for name in ranking[: self.search["top"]]],
+            "ranking": [{"head": list(candidates[key]), **scores[key]} for key in ranking],
+            "chosen": [list(candidates[key]) for key in ranking[: self.config["top"]]],
             "skipped": skipped,
         }
-        if number == 1:
-            result["none"] = {k: v for k, v in scored["none"].items() if k != "change"}
-            result["layers"] = [{"name": layer, **scored[f"layer-{layer}"]} for layer in self.layers]
-            result["all"] = scored["all"]
+        if first:
+            result["none"] = {key: scores["none"][key] for key in ("cost", "images")}
+            result["layers"] = [{"name": layer, **scores[f"layer-{layer}"]} for layer in self.layers]
+            result["all"] = scores["all"]
         return result
 
-    def _halving(self, where: str, methods: Any, names: Mapping[str, Head], skipped: list[dict[str, Any]]) -> Any:
-        """The methods on all images, but of the candidates the worse half after each doubling no further."""
-        c = self.checked["calibration"]
-        count = len(image_ids(c, next(iter(c["tasks"])), self.images["calibration"]))
-        batches, limit, left = math.ceil(count / c["batch"]), 1, list(names)
+    def run_halving(
+        self, name: str, methods: Mapping[str, Any], candidates: Mapping[str, Head], skipped: list[dict[str, Any]]
+    ) -> Phase:
+        """Run a round that drops the worse half of the candidates after each doubling, and record them in `skipped`."""
+        size, count = self.halves["calibration"]["batch"], self.count_images("calibration")
+        batches, limit, left = math.ceil(count / size), 1, list(candidates)
         if batches < 2:
             raise RestoreError(f"halving needs several batches of images: give batch= less than {count}")
         while True:
-            waits = {n: limit if n in left else 0 for n in names}
-            config = self.run(
-                "calibration", where, methods, lambda b, until=waits: b.index < until.get(b.method, batches)
+            limits = {key: limit if key in left else 0 for key in candidates}
+            phase = self.run(
+                "calibration", name, methods, lambda b, limits=limits: b.index < limits.get(b.method, batches)
             )
             if limit >= batches:
-                return config
-            seen = min(limit * c["batch"], count)
-            # Of these images alone: a search that goes on finds more, and must choose as it did before.
-            scored = {n: cost(self.objective, self.cells("calibration", where, n, config, seen))[0] for n in left}
-            ranked = sorted(left, key=scored.__getitem__)
-            keep = ranked[: max(self.search["top"], math.ceil(len(left) / 2))]
-            dropped = [list(names[n]) for n in ranked[len(keep) :]]
+                return phase
+            seen = min(limit * size, count)
+            # Of these images only: a search that is continued finds more, and must choose as it did before.
+            costs = {key: self.objective.score(phase.results(key, seen)).value for key in left}
+            ranking = sorted(left, key=costs.__getitem__)
+            keep = ranking[: max(self.config["top"], math.ceil(len(left) / 2))]
+            dropped = [list(candidates[key]) for key in ranking[len(keep) :]]
             skipped.append({"images": seen, "of": count, "heads": dropped})
-            left = [n for n in left if n in keep]
+            left = [key for key in left if key in keep]
             limit *= 2
 
-    def sizes(self, total: int) -> list[int]:
-        """Of the curve over the number of heads: what each round ended with, and powers of two between them."""
-        ends = range(self.search["top"], total + 1, self.search["top"])
-        return sorted({*ends, *(2**i for i in range(total.bit_length()))} - {0})
+    def curve_sizes(self, total: int) -> list[int]:
+        """Sizes of sets on the curve: those at the end of each round, and powers of two between them."""
+        ends = range(self.config["top"], total + 1, self.config["top"])
+        return sorted({*ends, *(2**i for i in range(total.bit_length()))})
 
-    def curve(self, chosen: Sequence[Head]) -> list[dict[str, Any]]:
-        """The first n of the chosen heads on the calibration images."""
-        sizes = self.sizes(len(chosen))
-        config = self.run("calibration", "curve", {f"heads-{n}": self.guided(chosen[:n]) for n in sizes})
+    def run_curve(self, heads: Sequence[Head]) -> list[dict[str, Any]]:
+        """Score the first n of the heads on the calibration images."""
+        sizes = self.curve_sizes(len(heads))
+        phase = self.run("calibration", "curve", {f"heads-{n}": self.make_method(heads[:n]) for n in sizes})
         return [
-            {"size": n, "heads": spelled(chosen[:n])}
-            | self.score("calibration", "curve", f"heads-{n}", config, self.none)
-            for n in sizes
+            {"size": n, "heads": format_heads(heads[:n]), **self.score(phase, f"heads-{n}", self.none)} for n in sizes
         ]
 
-    def test(self, chosen: Sequence[Head], curve: Sequence[Mapping[str, Any]], best: int, layer: str) -> dict[str, Any]:
-        """none, sets of every size, the best layer and all layers on the test images: per method and task its metrics,
-        each with its interval and its paired change against none."""
+    def run_test(
+        self, heads: Sequence[Head], curve: Sequence[Mapping[str, Any]], best: int, layer: str
+    ) -> dict[str, Any]:
+        """Compare no guidance, sets of every size, the best layer and all layers on the test images.
+
+        Returns per method and task its metrics, each with its interval and its paired change against no guidance.
+        """
         methods = {"none": {"guidance": None, "title": "no guidance"}}
         for point in curve:
             n = point["size"]
             what = "best single head" if n == 1 else f"{n} heads"
             mark = " (chosen)" if n == best else ""
-            methods[f"heads-{n}"] = self.guided(chosen[:n], f"{what}: {' '.join(point['heads'])}{mark}")
-        methods["layer"] = self.guided([layer], f"best layer: {layer}")
-        methods["all"] = self.guided(self.layers, f"all {len(self.layers)} layers")
-        config = self.run("test", "test", methods)
-        own = {name: f for name, f in self.objective.own.items() if name not in self.metrics}
-        none_cost = cost(self.objective, self.cells("test", "test", "none", config))
+            methods[f"heads-{n}"] = self.make_method(heads[:n], f"{what}: {' '.join(point['heads'])}{mark}")
+        methods["layer"] = self.make_method([layer], f"best layer: {layer}")
+        methods["all"] = self.make_method(self.layers, f"all {len(self.layers)} layers")
+        phase = self.run("test", "test", methods)
+        functions = {name: f for name, f in self.objective.functions.items() if name not in self.metrics}
+        none = {result.task: result for result in phase.results("none")}
+        none_score = self.objective.score(list(none.values()))
         table: dict[str, Any] = {}
         for method in methods:
             entry = table[method] = {"title": methods[method]["title"], "tasks": {}}
-            entry["objective"] = self.score("test", "test", method, config, none_cost)
-            bare = {c.task: c for c in self.cells("test", "test", "none", config)}
-            for cell in self.cells("test", "test", method, config):
-                shown = entry["tasks"][cell.task] = {}
-                for name in [*self.metrics, *own]:
-                    value, shares = per_image(cell, name, own.get(name))
-                    shown[name] = {"value": value} | (interval(shares) if shares is not None else {})
-                    shown[name]["change"] = changed(value, shares, *per_image(bare[cell.task], name, own.get(name)))
+            entry["objective"] = self.score(phase, method, none_score)
+            for result in phase.results(method):
+                metrics = entry["tasks"][result.task] = {}
+                for name in [*self.metrics, *functions]:
+                    score = result.score(name, functions.get(name))
+                    metrics[name] = {"value": score.value}
+                    if score.shares is not None:
+                        metrics[name] |= _estimate(score.shares, "low", "high")
+                    change = compare_scores(score, none[result.task].score(name, functions.get(name)))
+                    metrics[name]["change"] = change
         return table
 
 
-def interval(shares: Any) -> dict[str, float | None]:
+def compare_scores(score: Score, none: Score) -> dict[str, float | None]:
+    """Return score - none with the bootstrap interval of the paired differences over the images that both have."""
+    if score.shares is None or none.shares is None:
+        return {"mean": _finite(score.value - none.value), "low": None, "high": None}
+    return _estimate(score.shares - none.shares[: len(score.shares)], "mean", "low", "high")
+
+
+def _estimate(shares: Any, *keys: str) -> dict[str, float | None]:
     estimate = bootstrap_mean(shares)
-    return {key: finite(getattr(estimate, key)) for key in ("low", "high")}
+    return {key: _finite(getattr(estimate, key)) for key in keys}
 
 
-def changed(value: float, shares: Any, none: float, none_shares: Any) -> dict[str, Any]:
-    """value − none with the bootstrap interval of the paired differences over the images that both have."""
-    if shares is None or none_shares is None:
-        return {"mean": finite(value - none), "low": None, "high": None}
-    estimate = bootstrap_mean(shares - none_shares[: len(shares)])
-    return {key: finite(getattr(estimate, key)) for key in ("mean", "low", "high")}
-
-
-def finite(value: float) -> float | None:
+def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def plan(config: str | os.PathLike | Mapping[str, Any], overrides: Sequence[str] = (), *, measure: bool = True) -> Plan:
-    """How many evaluations a search takes, without halving; with `measure` their cost, extrapolated from two steps
-    without guidance and with the first and the last head."""
-    hunt = Hunt(configs.load_config(config, overrides))
-    search, pool, tasks = hunt.search, hunt.pool, len(hunt.checked["test"]["tasks"])
-    taken = [search["top"] * r for r in range(search["rounds"])]
-    sizes = len(hunt.sizes(search["top"] * search["rounds"]))
-    calibration = sum(len(pool) - n for n in taken) + len(hunt.layers) + 1 + sizes
+def plan_search(
+    config: str | os.PathLike | Mapping[str, Any], overrides: Sequence[str] = (), *, measure: bool = True
+) -> SearchPlan:
+    """Return the number of evaluations of a search, without halving.
+
+    measure: also their cost, extrapolated from two steps without guidance and with the first and the last head.
+    """
+    search = HeadSearch(configs.load_search(config, overrides))
+    pool, top, rounds = search.pool, search.config["top"], search.config["rounds"]
+    tasks, sizes = len(search.halves["test"]["tasks"]), len(search.curve_sizes(top * rounds))
+    calibration = sum(len(pool) - top * r for r in range(rounds)) + len(search.layers) + 1 + sizes
     test = sizes + 2
-    images = tuple(len(image_ids(c, next(iter(c["tasks"])), hunt.images[part])) for part, c in hunt.checked.items())
+    images = search.count_images("calibration"), search.count_images("test")
     nfe = seconds = None
     if measure:
-        methods = {"none": {"guidance": None}, "first": hunt.guided(pool[:1]), "last": hunt.guided(pool[-1:])}
-        config = benchmark(search, "calibration", methods, ["psnr"] * bool(hunt.images["test"]), hunt.folder / "absent")
-        lines = benchmarks.dry_run(config)
+        methods = {"none": {"guidance": None}, "first": search.make_method(pool[:1])}
+        methods["last"] = search.make_method(pool[-1:])
+        metrics = ["psnr"] * bool(search.images["test"])
+        lines = benchmarks.dry_run(
+            build_benchmark(search.config, "calibration", methods, metrics, search.folder / "absent")
+        )
         if all(line.seconds is not None for line in lines):
-            # How much a guided pass shares with the plain one depends on the layer: the mean of the first and the last.
-            each = {m: [sum(x.nfe for x in lines if x.method == m), sum(x.seconds for x in lines if x.method == m)]
-                    for m in methods}  # fmt: skip
-            images_guided = calibration * images[0] + test * images[1]
-            nfe = each["first"][0] * images_guided + each["none"][0] * sum(images)
-            seconds = (each["first"][1] + each["last"][1]) / 2 * images_guided + each["none"][1] * sum(images)
-            seconds /= images[0]
-    return Plan(len(pool), (calibration + 1) * tasks, (test + 1) * tasks, images, nfe, seconds)
+            by_method = {m: [line for line in lines if line.method == m] for m in methods}
+            cost = {m: sum(line.seconds for line in of) / images[0] for m, of in by_method.items()}
+            evaluations = {m: sum(line.nfe for line in of) for m, of in by_method.items()}
+            guided, plain = calibration * images[0] + test * images[1], sum(images)
+            nfe = evaluations["first"] * guided + evaluations["none"] * plain
+            # The prefix that a guided pass shares with the plain one depends on the layer: the mean of both ends.
+            seconds = (cost["first"] + cost["last"]) / 2 * guided + cost["none"] * plain
+    return SearchPlan(len(pool), (calibration + 1) * tasks, (test + 1) * tasks, images, nfe, seconds)

@@ -1,10 +1,10 @@
-"""What a search minimises: a weighted sum of metrics of a set of results, and its share of every image.
+"""The objective that a search minimises: a weighted sum of metrics of a set of results, and its share of every image.
 
-`lpips` (or any name of restore.metrics.table) alone means what that table calls better; in a mapping
-{lpips: 1.0, psnr: -0.02} the weights are those of a cost, negative where more is better. A "module:function" is
+A name of restore.metrics.table, such as `lpips`, is minimised or maximised as that table says; in a mapping
+{lpips: 1.0, psnr: -0.02} the weights are those of a cost, negative if more is better. A "module:function" is
 called as f(results, truth), images (N, 3, H, W) in [-1, 1], in generation as f(results, prompts), and returns a number
 for each image, (N,), or one for the set; its attribute `better` = 1 says that more is better. `clip_score` and
-`pick_score` are such functions (restore.search.prompted).
+`pick_score` are such functions (restore.search.clip_score).
 """
 
 from __future__ import annotations
@@ -29,66 +29,85 @@ from restore.images import io
 from restore.images.folder import list_images, read_rgb, to_file_name
 from restore.metrics import sets, table
 from restore.restoration import choose_device
-from restore.search import prompted
+from restore.search.clip_score import SCORES
 
 KERNEL_DISTANCES = ("kid", "kid_vgg16")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """weights: of metrics of the table and of `own` functions, by name; the sum of both is minimised."""
+    """The sum of metrics to minimise. weights: by name, of metrics of the table and of `functions`."""
 
     weights: Mapping[str, float]
-    own: Mapping[str, Callable]
+    functions: Mapping[str, Callable]
 
     @classmethod
-    def build(cls, config: Any, kind: str = "restoration", clip: str | None = None) -> Objective:
-        """From a name or {name: weight}; clip: the model of clip_score and pick_score, the published one when None.
+    def from_config(cls, config: Any, kind: str = "restoration", clip: str | None = None) -> Objective:
+        """Build an objective from a name or {name: weight}; clip: model of clip_score and pick_score, if not theirs.
 
         Raises RestoreError for unknown names and for weights of the wrong sign.
         """
-        single = isinstance(config, str)
-        given = {config: None} if single else config
-        if not isinstance(given, Mapping) or not given:
-            raise RestoreError(f"an objective is a metric or {{metric: weight}}, not {config!r}")
-        weights, own = {}, {}
-        for name, weight in given.items():
-            found = lookup(name, {**table.METRICS, **prompted.SCORES}, "objective")
-            if name in prompted.SCORES:
+        by_name = isinstance(config, str)
+        requested = {config: None} if by_name else config
+        if not isinstance(requested, Mapping) or not requested:
+            raise RestoreError(f"an objective must be a metric or {{metric: weight}}, got {config!r}")
+        weights, functions = {}, {}
+        for name, weight in requested.items():
+            metric = lookup(name, {**table.METRICS, **SCORES}, "objective")
+            if name in SCORES:
                 if kind != "text_to_image":
-                    raise RestoreError(f"{name} compares with a prompt, which kind={kind} has not")
-                own[name] = replace(found, model=clip, processor=clip) if clip else found
-            elif not isinstance(found, table.Metric):
-                own[name] = found
-            elif found.kind not in ("paired", "set", "samples") or (found.kind == "paired" and kind != "restoration"):
+                    raise RestoreError(f"{name} compares images with prompts, which kind={kind} does not have")
+                functions[name] = replace(metric, model=clip, processor=clip) if clip else metric
+            elif not isinstance(metric, table.Metric):
+                functions[name] = metric
+            elif metric.kind not in ("paired", "set", "samples") or (metric.kind == "paired" and kind != "restoration"):
                 raise RestoreError(f"{name} cannot be an objective of {kind}")
-            better = getattr(found, "better", 0)
-            if single and not better and name not in own:
-                raise RestoreError(f"{name} has no better and worse; give objective={{{name}: WEIGHT}} to minimise it")
-            weight = float(-better or 1) if single else weight
+            better = getattr(metric, "better", 0)
+            if by_name and not better and name not in functions:
+                raise RestoreError(f"{name} has no direction; give objective={{{name}: WEIGHT}} to minimise it")
+            weight = float(-better or 1) if by_name else weight
             if not isinstance(weight, (int, float)) or isinstance(weight, bool) or weight * better > 0 or not weight:
                 sign = "negative" if better > 0 else "positive" if better else "a number"
-                raise RestoreError(f"an objective is minimised: the weight of {name} must be {sign}, not {weight}")
+                raise RestoreError(f"an objective is minimised: the weight of {name} must be {sign}, got {weight}")
             weights[name] = float(weight)
-        return cls(weights, own)
+        return cls(weights, functions)
 
     @property
     def metrics(self) -> list[str]:
-        """What a benchmark must measure for it."""
-        return [name for name in self.weights if name not in self.own]
+        """The metrics that a benchmark must measure for it."""
+        return [name for name in self.weights if name not in self.functions]
 
     @property
-    def of_sets(self) -> list[str]:
+    def set_metrics(self) -> list[str]:
         return [name for name in self.metrics if table.find_metric(name).kind == "set"]
 
     def __str__(self) -> str:
         terms = [f"{w:+g} {name}".replace("+1 ", "+").replace("-1 ", "-") for name, w in self.weights.items()]
         return " ".join(terms).removeprefix("+")
 
+    def score(self, task_results: Sequence[MethodResults]) -> Score:
+        """Return the mean over tasks; task_results: of one method, one for each task."""
+        value, shares = 0.0, 0.0
+        for result in task_results:
+            for name, weight in self.weights.items():
+                one = result.score(name, self.functions.get(name))
+                value += weight * one.value / len(task_results)
+                missing = shares is None or one.shares is None
+                shares = None if missing else shares + weight * one.shares / len(task_results)
+        return Score(value, shares)
+
 
 @dataclass(frozen=True)
-class Cell:
-    """The results of one method on one task in a benchmark's folder, finished ones in order. ids: all of its images."""
+class Score:
+    """A metric of a set of images. shares: (N,) of the images, whose mean is the value; None if it has none."""
+
+    value: float
+    shares: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class MethodResults:
+    """The finished results of one method on one task in a benchmark's folder. ids: all of its images."""
 
     run: Path
     config: Mapping[str, Any]
@@ -107,44 +126,65 @@ class Cell:
         ]
 
     @property
-    def set_values(self) -> dict[str, float]:
-        return results.kept_metrics(self.run, self.task, self.method).get("set_values", {})
-
     def truth(self) -> list[Path]:
         return [self.run / "truth" / f"{to_file_name(row['image'])}.png" for row in self.rows]
 
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of every image, as the worker gave it; empty without a file of prompts."""
+        file = self.config["tasks"][self.task]["prompts"]
+        prompts, grouped = read_prompts(file) if file else [""], self.config["metrics"]["group_by_prompt"]
+        numbers = [int(row["image"].split("-")[0]) for row in self.rows]
+        return [prompts[i if grouped else i % len(prompts)] for i in numbers]
 
-def per_image(cell: Cell, name: str, function: Callable | None = None) -> tuple[float, np.ndarray | None]:
-    """(value of a metric on a cell, (N,) shares of its images, whose mean is the value).
+    def score(self, name: str, function: Callable | None = None) -> Score:
+        """Return a metric of these results; function: for names that are not in the table.
 
-    Of a kernel distance the shares are the jackknife's pseudo-values; of other metrics of sets there are none.
-    function: for names that are not of the table.
-    """
-    if function is not None:
-        each = _of_function(cell, name, function)
-        return float(each.mean()), each if len(each) == len(cell.rows) else None
-    if table.find_metric(name).kind != "set":
-        each = np.array([np.inf if row[name] is None else row[name] for row in cell.rows], dtype=np.float64)
-        return float(each.mean()), each
-    value = cell.set_values[name]
-    if name not in KERNEL_DISTANCES:
-        return value, None
-    options = results.metric_options(cell.config)
-    network, layer = table.find_metric(name).network(options)
-    reference = cell.config["metrics"]["reference"]
-    theirs = list(list_images(reference)[0].values()) if reference else cell.truth()
-    device = str(choose_device(cell.config["device"])).replace("mps", "cpu")
-    where = {"weights": options.weights, "cache": cell.run / "features", "device": device}
-    x, y = (sets.extract_features(files, network, [layer], **where)[layer] for files in (cell.files, theirs))
-    each = kernel_shares(x.double().numpy(), y.double().numpy(), together=reference is None)
-    # The package's own value may be over subsets of large sets.
-    return value, each + (value - each.mean())
+        The shares of a kernel distance are the jackknife's pseudo-values; other metrics of sets have none.
+        """
+        if function is not None:
+            each = self._call_function(name, function)
+            return Score(float(each.mean()), each if len(each) == len(self.rows) else None)
+        metric = table.find_metric(name)
+        if metric.kind != "set":
+            each = np.array([np.inf if row[name] is None else row[name] for row in self.rows], dtype=np.float64)
+            return Score(float(each.mean()), each)
+        value = results.kept_metrics(self.run, self.task, self.method)["set_values"][name]
+        if name not in KERNEL_DISTANCES:
+            return Score(value, None)
+        options = results.metric_options(self.config)
+        network, layer = metric.network(options)
+        reference = self.config["metrics"]["reference"]
+        theirs = list(list_images(reference)[0].values()) if reference else self.truth
+        device = str(choose_device(self.config["device"])).replace("mps", "cpu")
+        shared = {"weights": options.weights, "cache": self.run / "features", "device": device}
+        x, y = (sets.extract_features(files, network, [layer], **shared)[layer] for files in (self.files, theirs))
+        each = jackknife_kernel_distance(x.double().numpy(), y.double().numpy(), paired=reference is None)
+        # The value itself may be over subsets of large sets.
+        return Score(value, each + (value - each.mean()))
+
+    def _call_function(self, name: str, function: Callable) -> np.ndarray:
+        """(N,) or (1,) values, kept beside the benchmark's metrics under the hash of the results."""
+        path = self.run / "objective" / self.task / f"{self.method}.{name.replace(':', '.')}.json"
+        text = json.dumps([name, results.source(function), [row["sha256"] for row in self.rows]])
+        key = hashlib.sha256(text.encode()).hexdigest()
+        kept = disk.read_json(path)
+        if isinstance(kept, dict) and kept.get("key") == key:
+            return np.asarray(kept["values"], dtype=np.float64)
+        truth = _stack(self.truth) if self.config["kind"] == "restoration" else self.prompts
+        values = torch.as_tensor(function(_stack(self.files), truth), dtype=torch.float64)
+        if values.shape not in ((), (len(self.rows),)) or not torch.isfinite(values).all():
+            raise RestoreError(
+                f"the objective {name} must return one finite number or (N,) of them, got {tuple(values.shape)}"
+            )
+        disk.write_json(disk.make_folder(path.parent) / path.name, {"key": key, "values": values.reshape(-1).tolist()})
+        return values.reshape(-1).numpy()
 
 
-def kernel_shares(x: np.ndarray, y: np.ndarray, together: bool) -> np.ndarray:
-    """Jackknife pseudo-values n d − (n − 1) d_{−i} of the unbiased squared MMD of features (N, C), (M, C).
+def jackknife_kernel_distance(x: np.ndarray, y: np.ndarray, paired: bool) -> np.ndarray:
+    """Return the pseudo-values n d - (n - 1) d_{-i} of the unbiased squared MMD of features (N, C), (M, C).
 
-    The kernel is KID's, (x.y / C + 1)^3. together: leaving out a result leaves out its truth as well.
+    The kernel is KID's, (x.y / C + 1)^3. paired: leaving out a result leaves out its truth as well.
     """
     xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
     n, m = xy.shape
@@ -154,49 +194,14 @@ def kernel_shares(x: np.ndarray, y: np.ndarray, together: bool) -> np.ndarray:
     def distance(sum_xx, sum_yy, sum_xy, n, m):
         return sum_xx / (n * (n - 1)) + sum_yy / (m * (m - 1)) - 2 * sum_xy / (n * m)
 
-    whole = distance(xx.sum(), yy.sum(), xy.sum(), n, m)
-    rest_xx = xx.sum() - 2 * xx.sum(1)
-    if together:
+    rest_xx, rest_yy, rest_xy = xx.sum() - 2 * xx.sum(1), yy.sum(), xy.sum() - xy.sum(1)
+    if paired:
         rest_xy = xy.sum() - xy.sum(0) - xy.sum(1) + np.diag(xy)
-        without = distance(rest_xx, yy.sum() - 2 * yy.sum(1), rest_xy, n - 1, m - 1)
+        rest_yy, m_rest = yy.sum() - 2 * yy.sum(1), m - 1
     else:
-        without = distance(rest_xx, yy.sum(), xy.sum() - xy.sum(1), n - 1, m)
-    return n * whole - (n - 1) * without
-
-
-def cost(objective: Objective, cells: Sequence[Cell]) -> tuple[float, np.ndarray | None]:
-    """(the objective, (N,) shares of the images) averaged over the tasks; cells: one of each task, of one method."""
-    value, shares = 0.0, 0.0
-    for cell in cells:
-        for name, weight in objective.weights.items():
-            one, each = per_image(cell, name, objective.own.get(name))
-            value += weight * one / len(cells)
-            shares = None if each is None or shares is None else shares + weight * each / len(cells)
-    return value, shares
-
-
-def _of_function(cell: Cell, name: str, function: Callable) -> np.ndarray:
-    """(N,) or (1,) values, kept beside the benchmark's own under the hash of the results."""
-    kept = cell.run / "objective" / cell.task / f"{cell.method}.{name.replace(':', '.')}.json"
-    text = json.dumps([name, results.source(function), [row["sha256"] for row in cell.rows]])
-    key = hashlib.sha256(text.encode()).hexdigest()
-    found = disk.read_json(kept)
-    if isinstance(found, dict) and found.get("key") == key:
-        return np.asarray(found["values"], dtype=np.float64)
-    other = _stack(cell.truth()) if cell.config["kind"] == "restoration" else prompts_of(cell)
-    values = torch.as_tensor(function(_stack(cell.files), other), dtype=torch.float64)
-    if values.shape not in ((), (len(cell.rows),)) or not torch.isfinite(values).all():
-        raise RestoreError(f"the objective {name} must return (N,) finite numbers or one, not {tuple(values.shape)}")
-    disk.write_json(disk.make_folder(kept.parent) / kept.name, {"key": key, "values": values.reshape(-1).tolist()})
-    return values.reshape(-1).numpy()
-
-
-def prompts_of(cell: Cell) -> list[str]:
-    """The prompt of every finished image, as the worker gave it; empty without a file of prompts."""
-    file = cell.config["tasks"][cell.task]["prompts"]
-    prompts, grouped = read_prompts(file) if file else [""], cell.config["metrics"]["group_by_prompt"]
-    numbers = [int(row["image"].split("-")[0]) for row in cell.rows]
-    return [prompts[i if grouped else i % len(prompts)] for i in numbers]
+        m_rest = m
+    without = distance(rest_xx, rest_yy, rest_xy, n - 1, m_rest)
+    return n * distance(xx.sum(), yy.sum(), xy.sum(), n, m) - (n - 1) * without
 
 
 def _stack(files: Sequence[Path]) -> torch.Tensor:

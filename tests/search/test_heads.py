@@ -31,7 +31,7 @@ from restore.images import io
 from restore.images.folder import read_rgb
 from restore.metrics import sets, single
 from restore.search import config as configs
-from restore.search import heads, objective, plan
+from restore.search import objective, plan_search, search_heads
 
 NOISE = {"name": "gaussian", "sigma": 0.05}
 FILES = ("search.json", "guidance.yaml", "report.html", "report.md")
@@ -58,9 +58,9 @@ load = functools.cache(restore.load)
 
 def results_of(config, layers):
     """(results, truths) of the calibration images by the sampler itself, without a search."""
-    methods = {"one": {"guidance": configs.guidance_on(config["guidance"], layers) if layers else None}}
-    search = configs.load_config(config)
-    checked = load_config(configs.benchmark(search, "calibration", methods, ["psnr"], "nowhere"))
+    methods = {"one": {"guidance": configs.set_layers(config["guidance"], layers) if layers else None}}
+    search = configs.load_search(config)
+    checked = load_config(configs.build_benchmark(search, "calibration", methods, ["psnr"], "nowhere"))
     images = load_images(checked)
     restorer = load(config["backbone"], device="cpu")
     x = torch.stack([images.tensor(i) for i in range(len(images))])
@@ -78,7 +78,7 @@ def results_of(config, layers):
 
 def test_one_round_is_brute_force(config):
     torch.set_num_threads(1)
-    found = heads(config)
+    found = search_heads(config)
     pool = [(layer, head) for layer, n in _heads(config).items() for head in range(n)]
     assert sorted(map(tuple, found.table["pool"])) == sorted(pool)
     costs = {}
@@ -108,7 +108,7 @@ def test_a_planted_set_is_found(config, name, monkeypatch):
     wanted = [("i3", 1), ("o0", 0)]
     results, truth = results_of(config, wanted)
     monkeypatch.setattr(planted, "TARGETS", {x.numpy().tobytes(): y for x, y in zip(truth, results, strict=True)})
-    found = heads(config | {"objective": f"planted:{name}", "rounds": 2})
+    found = search_heads(config | {"objective": f"planted:{name}", "rounds": 2})
     assert sorted(found.heads) == wanted
     assert found.table["curve"][-1]["cost"] == pytest.approx(0, abs=1e-12) or name == "closeness"
     assert guidances.build(found.guidance).terms[0].branch.layers == ("i3:1", "o0:0")
@@ -121,7 +121,7 @@ def test_a_planted_set_is_found(config, name, monkeypatch):
 
 
 def test_the_report_says_which_number_is_from_which_images(config):
-    found = heads(config | {"rounds": 2, "tasks": config["tasks"] | {"box": {"operator": "inpaint-box"}}})
+    found = search_heads(config | {"rounds": 2, "tasks": config["tasks"] | {"box": {"operator": "inpaint-box"}}})
     page, text = ((found.folder / f"report.{kind}").read_text() for kind in ("html", "md"))
     digests = [found.table["images"][part]["sha256"][:12] for part in ("calibration", "test")]
     for written in (page, text):
@@ -140,10 +140,10 @@ def test_halving_finds_the_plant_and_says_what_it_skipped(config, monkeypatch):
     wanted = [("m1", 1)]
     results, truth = results_of(config, wanted)
     monkeypatch.setattr(planted, "TARGETS", {x.numpy().tobytes(): y for x, y in zip(truth, results, strict=True)})
-    found = heads(config | {"objective": "planted:distance", "halving": True})
+    found = search_heads(config | {"objective": "planted:distance", "halving": True})
     for kept in found.folder.rglob("objective/**/*.json"):  # a value that cannot be read is computed again
         kept.write_text("{")
-    assert heads(config | {"objective": "planted:distance", "halving": True}).table == found.table
+    assert search_heads(config | {"objective": "planted:distance", "halving": True}).table == found.table
     (skipped,) = found.table["rounds"][0]["skipped"]
     pool = len(found.table["pool"])
     assert found.heads == wanted
@@ -160,7 +160,7 @@ def test_halving_finds_the_plant_and_says_what_it_skipped(config, monkeypatch):
 
 def _child(config):
     torch.set_num_threads(1)
-    heads(config)
+    search_heads(config)
 
 
 def contents(run: Path) -> dict[str, bytes]:
@@ -172,7 +172,7 @@ def test_kills_change_nothing(config, tmp_path):
     torch.set_num_threads(1)
     config |= {"rounds": 2, "halving": True}
     whole = dict(config, out=str(tmp_path / "undisturbed"))
-    heads(whole)
+    search_heads(whole)
     context, kills, chance = multiprocessing.get_context("fork"), 0, random.Random(0)
     for _ in range(60):
         child = context.Process(target=_child, args=(config,))
@@ -188,7 +188,7 @@ def test_kills_change_nothing(config, tmp_path):
     assert contents(Path(config["out"])) == contents(Path(whole["out"]))
     search = Path(whole["out"]) / "search.json"
     before = {path: path.stat().st_mtime_ns for path in Path(config["out"]).rglob("results/**/*.png")}
-    assert heads(config).table == json.loads(search.read_text())
+    assert search_heads(config).table == json.loads(search.read_text())
     assert before == {path: path.stat().st_mtime_ns for path in Path(config["out"]).rglob("results/**/*.png")}
 
 
@@ -196,7 +196,7 @@ def test_halves_that_share_an_image_are_refused(config, tmp_path):
     pixels = read_rgb(tmp_path / "some" / "00002.png")
     Image.fromarray(pixels).save(tmp_path / "others" / "another-name.bmp")
     with pytest.raises(RestoreError, match="share 1 of their images, such as 00002 and another-name"):
-        heads(config)
+        search_heads(config)
     assert not Path(config["out"]).exists()
 
 
@@ -204,17 +204,17 @@ def test_halves_that_share_an_image_are_refused(config, tmp_path):
     "change, message",
     [
         ({"objective": {"psnr": 1.0}}, "the weight of psnr must be negative"),
-        ({"objective": "residual_ratio"}, "has no better and worse"),
+        ({"objective": "residual_ratio"}, "residual_ratio has no direction"),
         ({"objective": "lpisp"}, "did you mean 'lpips'"),
-        ({"guidance": True}, "the guidance of a search is a mapping or a list of terms, not True"),
-        ({"guidance": [3]}, "the guidance of a search is a mapping or a list of terms"),
-        ({"objective": "clip_score"}, "compares with a prompt"),
-        ({"guidance": {"pag": {"scale": 1.0, "layers": "m1"}}}, "0 terms of the guidance leave their layers open"),
-        ({"guidance": [{"pag": {"scale": 1.0}}, {"pag": {"scale": 2.0}}]}, "2 terms of the guidance"),
-        ({"objective": "kid_vgg16", "halving": True}, "kid_vgg16 is of all of them"),
+        ({"guidance": True}, "guidance of a search must be a mapping or a list of terms, got True"),
+        ({"guidance": [3]}, "guidance of a search must be a mapping or a list of terms"),
+        ({"objective": "clip_score"}, "clip_score compares images with prompts"),
+        ({"guidance": {"pag": {"scale": 1.0, "layers": "m1"}}}, "must leave its layers open, got 0 terms"),
+        ({"guidance": [{"pag": {"scale": 1.0}}, {"pag": {"scale": 2.0}}]}, "must leave its layers open, got 2 terms"),
+        ({"objective": "kid_vgg16", "halving": True}, "kid_vgg16 needs all of them"),
         ({"halving": True, "batch": 4}, "give batch= less than 4"),
-        ({"rounds": 99}, "take more heads than"),
-        ({"rounds": 0}, "rounds=0 must be"),
+        ({"rounds": 99}, "rounds and top must not take more heads than.*rounds=99"),
+        ({"rounds": 0}, "rounds must be .*rounds=0"),
         ({"rouns": 2}, "did you mean 'rounds'"),
         ({"layers": ["i4"]}, "no attention layer is called 'i4'"),
         ({"methods": {}}, "has no key 'methods'"),
@@ -225,19 +225,19 @@ def test_halves_that_share_an_image_are_refused(config, tmp_path):
 )
 def test_mistakes_are_one_sentence(config, change, message):
     with pytest.raises(RestoreError, match=message):
-        heads(config | change)
+        search_heads(config | change)
 
 
 def test_another_search_is_not_mixed_into_a_folder(config):
-    heads(config)
+    search_heads(config)
     with pytest.raises(RestoreError, match="holds another search .*guidance.pag.scale: 3.0 there, 2.0 here"):
-        heads(config, ["guidance.pag.scale=2.0"])
-    heads(config, ["title=Heads"])
+        search_heads(config, ["guidance.pag.scale=2.0"])
+    search_heads(config, ["title=Heads"])
 
 
 def test_terms_schedules_and_combinations_pass_through(config):
     guidance = {"pag": {"scale": 2.0, "strength": 0.5, "target": "uniform", "schedule": "cosine"}, "combine": "apg"}
-    made = guidances.build(configs.guidance_on(guidance, [("m1", 0), ("i3", 1), ("m1", 1)]))
+    made = guidances.build(configs.set_layers(guidance, [("m1", 0), ("i3", 1), ("m1", 1)]))
     plain = guidances.PAG(2.0, ["m1:0,1", "i3:1"], target="uniform", strength=0.5, schedule="cosine")
     assert made == guidances.Guidance(plain.terms, "apg")
 
@@ -246,7 +246,7 @@ def test_shares_of_a_kernel_distance_are_its_jackknife():
     generator = np.random.default_rng(0)
     x, y = generator.normal(size=(7, 5)), generator.normal(size=(9, 5)) + 0.3
     as_tensors = [torch.from_numpy(a) for a in (x, y)]
-    each = objective.kernel_shares(x, y, together=False)
+    each = objective.jackknife_kernel_distance(x, y, paired=False)
 
     def distance(x, y):
         k = [(a @ b.T / 5 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))]
@@ -256,7 +256,7 @@ def test_shares_of_a_kernel_distance_are_its_jackknife():
     for i in range(7):
         assert each[i] == pytest.approx(7 * distance(x, y) - 6 * distance(np.delete(x, i, 0), y))
     y = y[:7]
-    both = objective.kernel_shares(x, y, together=True)
+    both = objective.jackknife_kernel_distance(x, y, paired=True)
     for i in range(7):
         assert both[i] == pytest.approx(7 * distance(x, y) - 6 * distance(np.delete(x, i, 0), np.delete(y, i, 0)))
     assert distance(x, y) == pytest.approx(sets.kid(as_tensors[0], as_tensors[1][:7])["kid"], rel=1e-6)
@@ -289,8 +289,8 @@ def test_the_command_plans_searches_and_writes_a_guidance_that_runs(config, tmp_
 
 
 def test_a_plan_counts_what_a_search_computes(config):
-    planned = plan(config | {"rounds": 2}, measure=False)
-    found = heads(config | {"rounds": 2})
+    planned = plan_search(config | {"rounds": 2}, measure=False)
+    found = search_heads(config | {"rounds": 2})
     cells = {
         where: len([p for p in found.folder.glob(f"{where}/results/*/*") if p.is_dir()])
         for where in ("round-01", "round-02", "curve", "test")
@@ -301,13 +301,13 @@ def test_a_plan_counts_what_a_search_computes(config):
 
 def test_the_shipped_search_is_of_every_head_and_states_the_halves():
     with pytest.raises(RestoreError, match="leaves calibration.folder open"):
-        configs.load_config("embedded")
-    search = configs.load_config("embedded", ["calibration.folder=faces", "test.folder=ffhq"])
-    pool = configs.all_heads(load("embedded", device="cpu").backbone.attention, search["layers"])
+        configs.load_search("embedded")
+    search = configs.load_search("embedded", ["calibration.folder=faces", "test.folder=ffhq"])
+    pool = configs.list_heads(load("embedded", device="cpu").backbone.attention, search["layers"])
     assert len(pool) == 28 and len({layer for layer, _ in pool}) == 7
-    methods = {"one": {"guidance": configs.guidance_on(search["guidance"], pool[:3])}}
+    methods = {"one": {"guidance": configs.set_layers(search["guidance"], pool[:3])}}
     for part, count in (("calibration", 16), ("test", 64)):
-        checked = load_config(configs.benchmark(search, part, methods, ["psnr"], "nowhere"))
+        checked = load_config(configs.build_benchmark(search, part, methods, ["psnr"], "nowhere"))
         assert checked["data"]["limit"] == count and set(checked["tasks"]) == {"box", "sr4"}
         assert settings(checked, "one", "box")["parameters"] == {"lam": 3.0, "zeta": 1.0}
         assert settings(checked, "one", "sr4")["guidance"] == [{"pag": {"scale": 1.0, "layers": ["i5:0,1,2"]}}]
@@ -319,5 +319,5 @@ def test_a_damaged_manifest_is_one_sentence(config, content):
     folder.mkdir()
     (folder / "config.json").write_text(content)
     with pytest.raises(RestoreError, match="config.json is damaged; start the search again in another folder"):
-        heads(config)
+        search_heads(config)
     assert (folder / "config.json").read_text() == content

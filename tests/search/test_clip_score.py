@@ -9,8 +9,8 @@ import tiny_sd
 import torch
 
 from operators import RestoreError
-from restore.search import heads
-from restore.search.prompted import SCORES, ClipScore
+from restore.search import search_heads
+from restore.search.clip_score import SCORES, ClipScore
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_models_that_are_not_there_or_not_whole_are_refused(clip, tmp_path, monk
     state = load_file(clip / "model.safetensors")
     state.pop("visual_projection.weight")
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RestoreError, match="visual_projection.weight is not in it"):
+    with pytest.raises(RestoreError, match="visual_projection.weight is missing"):
         ClipScore(str(tmp_path), str(clip), True)(images, ["a"])
 
 
@@ -90,7 +90,7 @@ def test_a_search_in_text_to_image(clip, tmp_path):
         "calibration": {"count": 4, "prompts": str(tmp_path / "some.txt")},
         "test": {"count": 2, "prompts": str(tmp_path / "others.txt")},
     }
-    found = heads(config)
+    found = search_heads(config)
     assert found.table["objective"] == "-pick_score"
     assert found.guidance[1] == {"cfg": {"scale": 2.0}} and found.guidance[0]["pag"]["layers"][0].startswith("m1:")
     costs = [entry["cost"] for entry in found.table["rounds"][0]["ranking"]]
@@ -99,6 +99,6 @@ def test_a_search_in_text_to_image(clip, tmp_path):
     assert seeds == [0, 1] and "seed 1" in (found.folder / "report.md").read_text()
     none = found.table["test"]["none"]["tasks"]["text"]["pick_score"]
     assert none["low"] <= none["value"] <= none["high"]
-    assert heads(config).table == json.loads((found.folder / "search.json").read_text())
-    with pytest.raises(RestoreError, match="share 2 prompts, such as 'a cat'"):
-        heads(config, [f"test.prompts={tmp_path / 'some.txt'}"])
+    assert search_heads(config).table == json.loads((found.folder / "search.json").read_text())
+    with pytest.raises(RestoreError, match="share 2, such as 'a cat'"):
+        search_heads(config, [f"test.prompts={tmp_path / 'some.txt'}"])

@@ -17,12 +17,12 @@ from restore.zoo.store import is_offline
 
 @dataclass(frozen=True)
 class ClipScore:
-    """f(results, prompts) -> (B,): images (B, 3, H, W) in [-1, 1] and as many prompts.
+    """f(results, prompts) -> (B,): images (B, 3, H, W) in [-1, 1] and one prompt for each.
 
     model, processor: folders or hub ids of a transformers CLIPModel and its CLIPProcessor. scaled: the cosine of the
-    two embeddings times the model's exp(logit_scale), as PickScore (Kirstain et al. 2023) has it, else
+    two embeddings times the model's exp(logit_scale), as in PickScore (Kirstain et al. 2023); else
     100 max(cosine, 0), CLIP score (Hessel et al. 2021, with 100 for their 2.5).
-    Raises RestoreError when the model is not there or is another one.
+    Raises RestoreError if the model is missing, incomplete or of another kind.
     """
 
     better: ClassVar[int] = 1
@@ -34,7 +34,7 @@ class ClipScore:
     def __call__(self, results: torch.Tensor, prompts: Sequence[str], batch_size: int = 16) -> torch.Tensor:
         if len(prompts) != len(results) or not all(prompts):
             raise RestoreError("a CLIP score compares every image with its prompt; give tasks with a file of prompts")
-        model, processor = _load(self.model, self.processor)
+        model, processor = _load_clip(self.model, self.processor)
         values = []
         for first in range(0, len(results), batch_size):
             part = slice(first, first + batch_size)
@@ -55,17 +55,15 @@ SCORES = {
 
 
 @functools.lru_cache(maxsize=1)
-def _load(model: str, processor: str) -> tuple[Any, Any]:
+def _load_clip(model: str, processor: str) -> tuple[Any, Any]:
     from transformers import CLIPModel, CLIPProcessor
 
-    where = {"local_files_only": is_offline()}
+    local = {"local_files_only": is_offline()}
     try:
-        network, info = CLIPModel.from_pretrained(model, output_loading_info=True, **where)
-        # Nothing may be left at random, which transformers only warns about.
-        if info["missing_keys"]:
-            raise RestoreError(f"{model} holds no CLIP model: {sorted(info['missing_keys'])[0]} is not in it")
-        return network.eval().requires_grad_(False).to(choose_device("auto")), CLIPProcessor.from_pretrained(
-            processor, **where
-        )
+        network, info = CLIPModel.from_pretrained(model, output_loading_info=True, **local)
+        if missing := sorted(info["missing_keys"]):  # transformers only warns, and leaves them random
+            raise RestoreError(f"{model} must hold a whole CLIP model, but {missing[0]} is missing")
+        network.eval().requires_grad_(False).to(choose_device("auto"))
+        return network, CLIPProcessor.from_pretrained(processor, **local)
     except (OSError, ValueError, RuntimeError) as error:
         raise RestoreError(f"the CLIP model {model} cannot be loaded: {str(error).splitlines()[0]}") from error
