@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import scipy.fft
 import torch
 import torch.nn.functional as F
 
-from operators import kernels, separable, spectral, validate
+from operators import kernels, spectral, validate
 from operators.base import Operator
 from operators.errors import RestoreError
+from operators.separable import Kronecker, compute_dtype, filter_matrix
 
 SEPARABLE_LIMIT = 384  # pixels; beyond it two dense matrices cost more than the FFT
 
@@ -38,70 +37,65 @@ class Blur(Operator):
     has_reference = True
     derived = ("radius",)
 
-    def __init__(
-        self,
-        kernel,
-        *,
-        normalize: bool = False,
-        border: str = "reflect",
-        noise=None,
-        image_size=None,
-        adjoint: str = "exact",
-    ):
+    def __init__(self, kernel, *, normalize=False, border="reflect", noise=None, image_size=None, adjoint="exact"):
         super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
-        if border not in ("reflect", "circular"):
-            raise RestoreError(f"border must be 'reflect' or 'circular', got {border!r}.")
-        self.border = border
+        self.border = validate.require_choice(border, "border", ("reflect", "circular"))
         self.kernel = as_kernel(kernel, normalize)
         self.radius = (self.kernel.shape[-2] // 2, self.kernel.shape[-1] // 2)
         if self.image_size is not None:
             self._check_radius(*self.image_size)
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
-        self._check_blurred(x)
+        self._check_image(x)
+        factors = self._separate(x)
+        if factors is not None:
+            return factors.apply(x)
         (height, width), (ry, rx) = x.shape[2:], self._margin
-        like = separable.like(x)
-        size, spectrum = self._spectrum(height, width, like)
-        padded = F.pad(x.to(like.dtype), (rx, rx, ry, ry), mode="reflect")
+        size, spectrum = self._spectrum(x)
+        padded = F.pad(x.to(compute_dtype(x)), (rx, rx, ry, ry), mode="reflect")
         y = torch.fft.irfft2(torch.fft.rfft2(padded, s=size) * spectrum.conj(), s=size)
         return y[..., :height, :width].to(x.dtype)
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        self._check_image(y)
         if self.adjoint == "reference":
+            super()._check_image(y)
             return y
-        self._check_blurred(y)
+        self._check_image(y)
+        factors = self._separate(y)
+        if factors is not None:
+            return factors.mT.apply(y)
         (height, width), (ry, rx) = y.shape[2:], self._margin
-        like = separable.like(y)
-        size, spectrum = self._spectrum(height, width, like)
-        z = torch.fft.irfft2(torch.fft.rfft2(y.to(like.dtype), s=size) * spectrum, s=size)
+        size, spectrum = self._spectrum(y)
+        z = torch.fft.irfft2(torch.fft.rfft2(y.to(compute_dtype(y)), s=size) * spectrum, s=size)
         z = z[..., : height + 2 * ry, : width + 2 * rx]
         return fold_reflection(fold_reflection(z, ry).mT, rx).mT.to(y.dtype)
 
-    def factors(self, image_shape):
+    def factors(self, image_shape) -> Kronecker | None:
         profiles = self._profiles() if self.border == "reflect" else None
         if profiles is None:
             return None
         self._check_radius(*image_shape[1:])
-        return None, *(separable.filter_matrix(n, p) for n, p in zip(image_shape[1:], profiles, strict=True))
+        return Kronecker(None, *(filter_matrix(n, p) for n, p in zip(image_shape[1:], profiles, strict=True)))
 
     def decompose(self, image_shape, full: bool):
         if self.border == "reflect":
             return super().decompose(image_shape, full)
         self._check_radius(*image_shape[1:])
-        return spectral.circular(torch.fft.fft2(self._rolled(*image_shape[1:])).conj())
+        return spectral.decompose_circular(torch.fft.fft2(self._roll_kernel(*image_shape[1:])).conj())
 
     def __getitem__(self, rows) -> Blur:
         if self.kernel.ndim == 2 or len(self.kernel) == 1:
             return self
-        chosen = copy.copy(self)
-        chosen.kernel = validate.select_images(self.kernel, rows, "kernels")
-        return chosen
+        return self._with(kernel=validate.select_images(self.kernel, rows, "kernels"))
 
     @property
     def _margin(self) -> tuple[int, int]:
         """Pixels by which the image is continued before the transform."""
         return self.radius if self.border == "reflect" else (0, 0)
+
+    def _separate(self, x: torch.Tensor) -> Kronecker | None:
+        """The matrices to compute x with instead of the FFT, or None."""
+        return None
 
     def _profiles(self) -> tuple[np.ndarray, np.ndarray] | None:
         """(column, row) whose outer product is the kernel, or None."""
@@ -110,48 +104,39 @@ class Blur(Operator):
         u, s, vh = np.linalg.svd(self.kernel.numpy())
         return (u[:, 0] * s[0], vh[0]) if (s[1:] <= 1e-14 * s[0]).all() else None
 
-    def _rolled(self, height: int, width: int) -> torch.Tensor:
+    def _roll_kernel(self, height: int, width: int) -> torch.Tensor:
         """The kernels (1 or B, 1, height, width) with the anchor at pixel (0, 0)."""
         kernel = self.kernel.reshape(-1, 1, *self.kernel.shape[-2:])
         kernel = F.pad(kernel, (0, width - kernel.shape[-1], 0, height - kernel.shape[-2]))
         return kernel.roll((-self.radius[0], -self.radius[1]), (-2, -1))
 
-    def _spectrum(self, height: int, width: int, like: torch.Tensor) -> tuple[tuple[int, int], torch.Tensor]:
+    def _spectrum(self, x: torch.Tensor) -> tuple[tuple[int, ...], torch.Tensor]:
         """FFT size for the continued image, and the kernels' spectra (1 or B, 1, ...) at that size."""
-        if self.border == "circular":
-            size = (height, width)
-        else:
-            size = tuple(
-                scipy.fft.next_fast_len(side + 2 * r, True)
-                for side, r in zip((height, width), self.radius, strict=True)
-            )
+        size = tuple(x.shape[2:])
+        if self.border == "reflect":
+            size = tuple(scipy.fft.next_fast_len(n + 2 * r, True) for n, r in zip(size, self.radius, strict=True))
 
         def make():
-            kernel = self.kernel.reshape(-1, 1, *self.kernel.shape[-2:])
-            kernel = self._rolled(*size) if self.border == "circular" else kernel
+            circular = self.border == "circular"
+            kernel = self._roll_kernel(*size) if circular else self.kernel.reshape(-1, 1, *self.kernel.shape[-2:])
             return torch.view_as_real(torch.fft.rfft2(kernel, s=size))
 
-        return size, torch.view_as_complex(self._buffer(("spectrum", size), make, like))
+        return size, torch.view_as_complex(self._buffer(("spectrum", size), make, compute_dtype(x), x.device))
 
-    def _check_blurred(self, x: torch.Tensor) -> None:
-        self._check_image(x)
+    def _check_image(self, x: torch.Tensor) -> None:
+        super()._check_image(x)
         self._check_radius(*x.shape[2:])
-        if self.kernel.ndim == 3 and len(self.kernel) not in (1, len(x)):
-            raise RestoreError(f"there are {len(self.kernel)} kernels for {len(x)} images; give one, or one per image.")
+        if self.kernel.ndim == 3:
+            validate.require_count(self.kernel, "kernel", x)
 
     def _check_radius(self, height: int, width: int) -> None:
-        kh, kw = self.kernel.shape[-2:]
-        if self.border == "reflect":
-            fits, rule = (
-                self.radius[0] < height and self.radius[1] < width,
-                "its radius must be smaller than both sides",
-            )
-        else:
-            fits, rule = kh <= height and kw <= width, "with a circular border it must not exceed the image"
-        if not fits:
+        (kh, kw), (ry, rx) = self.kernel.shape[-2:], self.radius
+        reflect = self.border == "reflect"
+        if not (ry < height and rx < width if reflect else kh <= height and kw <= width):
+            limit = "have a radius below both sides" if reflect else "not exceed the image with a circular border"
             raise RestoreError(
-                f"the blur kernel ({kh} x {kw}, radius {max(self.radius)}) is too large for an image of "
-                f"{height} x {width}: {rule}; use a smaller kernel_size."
+                f"kernel must {limit}, got {kh} x {kw} (radius {max(ry, rx)}) for an image of {height} x {width}; "
+                "try a smaller kernel_size"
             )
 
 
@@ -164,16 +149,7 @@ class GaussianBlur(Blur):
     name = "gaussian_blur"
     derived = ("radius", "profile", "kernel")
 
-    def __init__(
-        self,
-        kernel_size: int = 61,
-        std: float = 3.0,
-        *,
-        border: str = "reflect",
-        noise=None,
-        image_size=None,
-        adjoint: str = "exact",
-    ):
+    def __init__(self, kernel_size=61, std=3.0, *, border="reflect", noise=None, image_size=None, adjoint="exact"):
         self.kernel_size, self.std = kernel_size, std
         self.profile = kernels.gaussian_profile(kernel_size, std)
         if kernel_size % 2 == 0:
@@ -181,32 +157,12 @@ class GaussianBlur(Blur):
         kernel = np.outer(self.profile, self.profile)
         super().__init__(kernel, border=border, noise=noise, image_size=image_size, adjoint=adjoint)
 
-    def A(self, x: torch.Tensor) -> torch.Tensor:
-        self._check_blurred(x)
-        matrices = self._matrices(x)
-        return super().A(x) if matrices is None else separable.apply(matrices, x)
-
-    def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        self._check_image(y)
-        if self.adjoint == "reference":
-            return y
-        self._check_blurred(y)
-        matrices = self._matrices(y)
-        return super().A_adjoint(y) if matrices is None else separable.apply(separable.transposed(matrices), y)
-
     def _profiles(self):
         return self.profile, self.profile
 
-    def _matrices(self, x: torch.Tensor) -> separable.Factors | None:
-        if self.border == "circular" or max(x.shape[2:]) > SEPARABLE_LIMIT:
-            return None
-
-        def matrix(size):
-            return self._buffer(
-                ("matrix", size), lambda: separable.filter_matrix(size, self.profile), separable.like(x)
-            )
-
-        return None, matrix(x.shape[2]), matrix(x.shape[3])
+    def _separate(self, x: torch.Tensor) -> Kronecker | None:
+        large = max(x.shape[2:]) > SEPARABLE_LIMIT
+        return None if large or self.border == "circular" else self._cached_factors(x.shape, x)
 
 
 class MotionBlur(Blur):
@@ -216,15 +172,7 @@ class MotionBlur(Blur):
     derived = ("radius", "kernel")
 
     def __init__(
-        self,
-        kernel_size: int = 61,
-        intensity: float = 0.5,
-        seed: int = 0,
-        *,
-        border: str = "reflect",
-        noise=None,
-        image_size=None,
-        adjoint: str = "exact",
+        self, kernel_size=61, intensity=0.5, seed=0, *, border="reflect", noise=None, image_size=None, adjoint="exact"
     ):
         self.kernel_size, self.intensity, self.seed = kernel_size, intensity, seed
         kernel = kernels.motion_kernel(kernel_size, intensity, seed)
@@ -232,7 +180,7 @@ class MotionBlur(Blur):
 
 
 def as_kernel(kernel, normalize: bool = False) -> torch.Tensor:
-    """A checked float64 kernel (kh, kw) or (B, kh, kw) with odd sides; an even one is continued with zeros.
+    """Return a float64 kernel (kh, kw) or (B, kh, kw) with odd sides; an even one is continued with zeros.
 
     Raises RestoreError as described in `Blur`.
     """
@@ -241,30 +189,27 @@ def as_kernel(kernel, normalize: bool = False) -> torch.Tensor:
             kernel = torch.from_numpy(np.array(kernel, dtype=np.float64))
         kernel = kernel.detach().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError):
-        raise RestoreError(f"the blur kernel must be a 2-D tensor or array, got {type(kernel).__name__}.") from None
+        raise RestoreError(f"kernel must be a 2-D tensor or array, got {type(kernel).__name__}") from None
     while kernel.ndim > 2 and kernel.shape[0] == 1:
         kernel = kernel[0]
     if kernel.ndim == 4 and kernel.shape[1] == 1:
         kernel = kernel[:, 0]
     if kernel.ndim not in (2, 3) or kernel.numel() == 0:
-        raise RestoreError(
-            f"the blur kernel must be 2-D, or (B, kh, kw) for one per image, and not empty, got {tuple(kernel.shape)}."
-        )
+        shape = tuple(kernel.shape)
+        raise RestoreError(f"kernel must be 2-D, or (B, kh, kw) for one per image, and not empty, got {shape}")
     if not torch.isfinite(kernel).all():
-        raise RestoreError("the blur kernel holds NaN or infinite values; expected finite weights that sum to one.")
+        raise RestoreError("kernel must hold finite weights that sum to one, got NaN or infinity")
     totals = kernel.sum((-2, -1), keepdim=True)
     if normalize and (totals.abs() > 1e-12).all():
         kernel = kernel / totals
     elif ((totals - 1.0).abs() > 1e-3).any():
         total = totals.flatten()[(totals - 1.0).abs().argmax()].item()
-        raise RestoreError(
-            f"the blur kernel sums to {total:.6g}, but must sum to one; divide it by its sum or pass normalize=True."
-        )
+        raise RestoreError(f"kernel must sum to one, got a sum of {total:.6g}; try normalize=True")
     return F.pad(kernel, (0, 1 - kernel.shape[-1] % 2, 0, 1 - kernel.shape[-2] % 2)).contiguous()
 
 
 def fold_reflection(z: torch.Tensor, radius: int) -> torch.Tensor:
-    """Transpose of reflection padding along dim -2: the mirrored margins are added back to the inside."""
+    """Apply the transpose of reflection padding along dim -2: the mirrored margins are added back to the inside."""
     if radius == 0:
         return z
     height = z.shape[-2] - 2 * radius

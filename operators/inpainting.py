@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 
 from operators import spectral, validate
@@ -25,112 +23,93 @@ class Inpainting(Operator):
     name = "inpainting"
     has_reference = True
 
-    def __init__(self, mask, *, noise=None, image_size=None, adjoint: str = "exact"):
+    def __init__(self, mask, *, noise=None, image_size=None, adjoint="exact"):
         self.mask = as_mask(mask)
-        size = tuple(self.mask.shape[2:])
-        super().__init__(noise=noise, image_size=size if image_size is None else image_size, adjoint=adjoint)
-        if self.image_size != size:
+        height, width = self.mask.shape[2:]
+        super().__init__(noise=noise, image_size=(height, width) if image_size is None else image_size, adjoint=adjoint)
+        if self.image_size != (height, width):
             raise RestoreError(
-                f"the mask is {size[0]} x {size[1]} (height x width), but the image is {self.image_size[0]} x "
-                f"{self.image_size[1]}; give a mask of the image's size."
+                f"mask must be {self.image_size[0]} x {self.image_size[1]} (height x width), the image_size, got "
+                f"{height} x {width}; try resizing it"
             )
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
-        return self._mask(x) * x
+        self._check_image(x)
+        validate.require_count(self.mask, "mask", x)
+        return self._buffer(("mask",), lambda: self.mask, x.dtype, x.device) * x
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        return y if self.adjoint == "reference" else self._mask(y) * y
+        return y if self.adjoint == "reference" else self.A(y)
 
-    def A_dagger(self, y: torch.Tensor) -> torch.Tensor:
-        """Closed form: a mask is its own pseudo-inverse."""
-        return self._mask(y) * y
+    A_dagger = A  # a mask is its own pseudo-inverse
 
     def decompose(self, image_shape, full: bool):
-        identity = (None, None, None)
-        return spectral.KroneckerSVD(self.mask.double(), identity, identity)
+        return spectral.KroneckerSVD(self.mask.double())
 
     def __getitem__(self, rows) -> Inpainting:
-        if len(self.mask) == 1:
-            return self
-        chosen = copy.copy(self)
-        chosen.mask = validate.select_images(self.mask, rows, "masks")
-        return chosen
-
-    def _mask(self, x: torch.Tensor) -> torch.Tensor:
-        validate.require_images(x)
-        if tuple(x.shape[2:]) != self.image_size:
-            raise RestoreError(
-                f"the mask is {self.image_size[0]} x {self.image_size[1]} (height x width), but the image is "
-                f"{x.shape[2]} x {x.shape[3]}; give a mask of the image's size."
-            )
-        if len(self.mask) not in (1, len(x)):
-            raise RestoreError(f"there are {len(self.mask)} masks for {len(x)} images; give one, or one per image.")
-        return self._buffer(("mask",), lambda: self.mask, x)
+        return self if len(self.mask) == 1 else self._with(mask=validate.select_images(self.mask, rows, "masks"))
 
 
 def as_mask(mask) -> torch.Tensor:
-    """A checked float32 mask (1 or B, 1, H, W), 1 = known.
+    """Return a float32 mask (1 or B, 1, H, W), 1 = known.
 
     mask: bool, or 0 and 1, or uint8 0 and 255; tensor or array of shape (H, W), (1, H, W) or (B, 1, H, W).
-    Raises RestoreError for anything else, and where a mask has no known pixel or no hole.
+    Raises RestoreError for anything else, and if a mask has no known pixel or no hole.
     """
     try:
         mask = torch.as_tensor(mask).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
-        raise RestoreError(f"the mask must be a tensor or array, got {type(mask).__name__}.") from None
+        raise RestoreError(f"mask must be a tensor or array, got {type(mask).__name__}") from None
     shape = tuple(mask.shape)
     if mask.ndim in (2, 3) and mask.numel():
         mask = mask.reshape(-1, 1, *shape[-2:])
     if mask.ndim != 4 or mask.shape[1] != 1 or mask.numel() == 0 or (len(shape) == 3 and shape[0] != 1):
-        raise RestoreError(f"the mask must have one channel: (H, W), (1, H, W) or (B, 1, H, W), got {shape}.")
+        raise RestoreError(f"mask must have one channel, (H, W), (1, H, W) or (B, 1, H, W), got {shape}")
     if mask.dtype == torch.uint8 and mask.max() == 255:
         mask = mask / 255
     mask = mask.to(torch.float32)
     if torch.isnan(mask).any():
-        raise RestoreError("the mask holds NaN; expected only 0 (hole) and 1 (known).")
+        raise RestoreError("mask must hold only 0 (hole) and 1 (known), got NaN")
     other = mask[(mask != 0) & (mask != 1)]
     if len(other):
-        raise RestoreError(f"the mask must hold only 0 (hole) and 1 (known), found {other[0]:g}; threshold it first.")
+        raise RestoreError(f"mask must hold only 0 (hole) and 1 (known), got {other[0]:g}; try a threshold")
     known = mask.flatten(1).mean(dim=1)
     if (known == 0).any():
-        raise RestoreError("the mask has no known pixel (1 is known, 0 a hole); if it is inverted, use 1 - mask.")
+        raise RestoreError("mask must have a known pixel (1), got only holes (0); try 1 - mask if it is inverted")
     if (known == 1).any():
-        raise RestoreError("the mask has no hole (1 is known, 0 a hole), so there is nothing to fill; use denoising.")
+        raise RestoreError("mask must have a hole (0), got only known pixels (1); try denoising")
     return mask
 
 
 def box_mask(image_size, *, size=None, margin=None, top=None, left=None, seed: int = 0) -> torch.Tensor:
-    """A mask (1, 1, H, W) with one rectangular hole, at random from `seed` unless top and left are given.
+    """Return a mask (1, 1, H, W) with one rectangular hole, at random from `seed` unless top and left are given.
 
-    The law of DPS: top is uniform on the integers of [margin, H - size - margin), left likewise.
+    As in DPS, top is uniform on the integers of [margin, H - size - margin), left likewise.
 
     image_size: H = W, or (H, W). size: of the hole, one number or (height, width); half the image by
     default. margin: smallest distance to the border, one number or (vertical, horizontal); 1/16 of the
     image by default. At 256 pixels these are DPS's 128 and 16. top, left: ignore margin and seed.
-    Raises RestoreError where the hole does not fit.
+    Raises RestoreError if the hole does not fit.
     """
     image_size = validate.require_size(image_size)
-    size = (
-        tuple(max(side // 2, 1) for side in image_size) if size is None else validate.require_size(size, "the box size")
-    )
+    size = validate.require_size(tuple(max(side // 2, 1) for side in image_size) if size is None else size, "size")
     if margin is None:
         margin = tuple(side // 16 for side in image_size)
-    else:
-        margin = (margin, margin) if not isinstance(margin, (list, tuple)) else tuple(margin)
-        margin = tuple(validate.require_integer(m, "the box margin", minimum=0) for m in margin)
+    margin = margin if isinstance(margin, (list, tuple)) else (margin, margin)
     random = validate.make_random_state(seed)
     corner = []
     for side, length, gap, given in zip(image_size, size, margin, (top, left), strict=True):
+        gap = validate.require_integer(gap, "margin", minimum=0)
         if given is not None:
-            start = validate.require_integer(given, "the box corner", minimum=0)
+            start = validate.require_integer(given, "top and left", minimum=0)
             fits = start + length <= side
         else:
             fits = side - length - gap > gap
             start = random.randint(gap, side - length - gap) if fits else 0
         if not fits:
             raise RestoreError(
-                f"a box of {size[0]} x {size[1]} with margin {gap} does not fit into an image of "
-                f"{image_size[0]} x {image_size[1]}; choose a smaller size or margin, or another corner."
+                f"size must fit into the image of {image_size[0]} x {image_size[1]}, got {size[0]} x {size[1]} with "
+                f"margin {gap}; try a smaller size or margin, or another top and left"
             )
         corner.append(start)
     mask = torch.ones(1, 1, *image_size)
@@ -139,15 +118,15 @@ def box_mask(image_size, *, size=None, margin=None, top=None, left=None, seed: i
 
 
 def random_mask(image_size, *, fraction=(0.3, 0.7), seed: int = 0) -> torch.Tensor:
-    """A mask (1, 1, H, W) with single missing pixels, shared by the channels.
+    """Return a mask (1, 1, H, W) with single missing pixels, shared by the channels.
 
-    The law of DPS: p is uniform on `fraction` = (low, high) (or equal to it, if it is one number), and
+    As in DPS, p is uniform on `fraction` = (low, high) (or equal to it, if it is one number), and
     exactly int(H W p) pixels, drawn without replacement, are holes.
     """
     height, width = validate.require_size(image_size)
     low, high = fraction if isinstance(fraction, (list, tuple)) else (fraction, fraction)
-    low = validate.require_number(low, "the fraction of holes", low=0.0, high=1.0)
-    high = validate.require_number(high, "the fraction of holes", low=low, high=1.0)
+    low = validate.require_number(low, "fraction", low=0.0, high=1.0)
+    high = validate.require_number(high, "fraction", low=low, high=1.0)
     random = validate.make_random_state(seed)
     holes = int(height * width * random.uniform(low, high))
     mask = torch.ones(height * width)

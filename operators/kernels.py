@@ -7,35 +7,32 @@ import scipy.ndimage
 import torch
 
 from operators import validate
-from operators.errors import RestoreError
 
 TRAJECTORY_STEPS = 512
 LARGEST = 4096  # side and std, in pixels: beyond any camera's blur, and a matter of memory
 
 
 def gaussian_profile(size: int = 61, std: float = 3.0) -> np.ndarray:
-    """The Gaussian kernel's centre row: scipy's gaussian_filter of a unit impulse, as in DPS.
+    """Return the Gaussian kernel's 1-D profile: scipy's gaussian_filter of a unit impulse, as in DPS.
 
     The tails are cut at 4 std, so that a kernel of size 61 and std 3 has 25 nonzero taps; a size too
     small for std folds the missing tails back in. size, std: in pixels.
     """
-    size = validate.require_integer(size, "the kernel size", maximum=LARGEST)
-    std = validate.require_number(std, "the blur's std", high=LARGEST)
-    if std <= 0:
-        raise RestoreError(f"the blur's std must be positive, got {std!r}.")
+    size = validate.require_integer(size, "kernel_size", maximum=LARGEST)
+    std = validate.require_number(validate.require_positive(std, "std"), "std", high=LARGEST)
     impulse = np.zeros(size)
     impulse[size // 2] = 1.0
     return scipy.ndimage.gaussian_filter1d(impulse, std)
 
 
 def gaussian_kernel(size: int = 61, std: float = 3.0) -> torch.Tensor:
-    """Gaussian kernel (size, size): the outer product of `gaussian_profile` with itself."""
+    """Return a Gaussian kernel (size, size): the outer product of `gaussian_profile` with itself."""
     profile = gaussian_profile(size, std)
     return torch.from_numpy(np.outer(profile, profile))
 
 
 def motion_kernel(size: int = 61, intensity: float = 0.5, seed: int = 0) -> torch.Tensor:
-    """Blur of a camera that moves along a random path during the exposure; the same for the same seed.
+    """Return the blur kernel of a camera that moves along a random path during the exposure, determined by the seed.
 
     After Boracchi & Foi, "Modeling the performance of image restoration from motion blur" (IEEE TIP
     2012), Sec. II: a particle of constant speed and random first direction is steered by small random
@@ -43,13 +40,13 @@ def motion_kernel(size: int = 61, intensity: float = 0.5, seed: int = 0) -> torc
     thrown almost backwards (a jerk). The kernel is the time it spends in each pixel.
 
     size: any, in pixels. The path is between 0.3 and 1 times as long as that, its centre of mass is
-        the kernel's centre (no shift of the image), and it is shrunk where it would leave the square.
+        the kernel's centre (no shift of the image), and it is shrunk if it would leave the square.
     intensity: in [0, 1], strength of all three disturbances; 0 is a straight line.
     """
-    size = validate.require_integer(size, "the kernel size", maximum=LARGEST)
-    intensity = validate.require_number(intensity, "the motion's intensity", low=0.0, high=1.0)
+    size = validate.require_integer(size, "kernel_size", maximum=LARGEST)
+    intensity = validate.require_number(intensity, "intensity", low=0.0, high=1.0)
     random = validate.make_random_state(seed)
-    path = _trajectory(random, intensity) * size * random.uniform(0.3, 1.0)
+    path = _draw_trajectory(random, intensity) * size * random.uniform(0.3, 1.0)
     coarse = np.arange(len(path))
     times = np.linspace(0, coarse[-1], max(len(path), 8 * size))  # samples an eighth of a pixel apart at most
     path = np.stack([np.interp(times, coarse, path[:, axis]) for axis in (0, 1)], axis=1)
@@ -59,7 +56,7 @@ def motion_kernel(size: int = 61, intensity: float = 0.5, seed: int = 0) -> torc
     return torch.from_numpy(rasterise(path + size // 2, size))
 
 
-def _trajectory(random: np.random.RandomState, intensity: float) -> np.ndarray:
+def _draw_trajectory(random: np.random.RandomState, intensity: float) -> np.ndarray:
     """Positions (TRAJECTORY_STEPS + 1, 2) of the particle at equal times, in units of the path's length."""
     dt = 1.0 / TRAJECTORY_STEPS
     tremor = intensity * random.uniform(1.0, 4.0)  # radians of heading lost per exposure
@@ -83,7 +80,7 @@ def _trajectory(random: np.random.RandomState, intensity: float) -> np.ndarray:
 
 
 def rasterise(path: np.ndarray, size: int) -> np.ndarray:
-    """Time spent in each pixel (row, column), sum one; each sample is shared by its four nearest pixels.
+    """Return the share of time spent in each pixel (row, column); a sample is split among its four nearest pixels.
 
     path: (n, 2) positions in pixels at equal times, inside [0, size - 1].
     """

@@ -1,4 +1,4 @@
-"""Names given by people: looked up in a table, or imported as `module:attribute`; a wrong one names its neighbours."""
+"""Names typed by users, looked up in a table or imported as `module:attribute`; a wrong one names its neighbours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from operators.errors import RestoreError
 
 
 def suggest(name: Any, known: Iterable[str]) -> str:
-    """ "did you mean 'sr4'?", or everything that is known where nothing is near."""
+    """Return "did you mean 'sr4'?" for the nearest known name, or the list of all if none is near."""
     known = [str(item) for item in known]
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     near.sort(key=lambda item: sorted(item) != sorted(str(name)))  # swapped letters first: 'pga' is 'pag', not 'tpg'
@@ -19,38 +19,38 @@ def suggest(name: Any, known: Iterable[str]) -> str:
 
 
 def lookup(name: Any, table: Mapping[str, Any], what: str) -> Any:
-    """table[name], or the attribute that "module:attribute" imports.
+    """Return table[name], or the attribute that "module:attribute" imports.
 
-    what: the kind of thing in words ("sampler"), for the message. Raises RestoreError for an unknown name (with
-    the nearest known one), and for a module or attribute that is not there.
+    what: what the table holds, for the message ("sampler"). Raises RestoreError for an unknown name (with
+    the nearest known one), and for a module or attribute that does not exist.
     """
     if isinstance(name, str) and name in table:
         return table[name]
     if isinstance(name, str) and ":" in name:
         return import_object(name, what)
-    raise RestoreError(f"unknown {what} '{_line(name)}'; {suggest(name, table)} (your own: module:attribute)")
+    raise RestoreError(f"unknown {what} '{_flatten(name)}'; {suggest(name, table)} (your own: module:attribute)")
 
 
 def import_object(name: str, what: str) -> Any:
-    """The object "module:attribute" names. Raises RestoreError when it cannot be imported."""
+    """Return the object that "module:attribute" names. Raises RestoreError if it cannot be imported."""
     module, _, attribute = name.partition(":")
     try:
-        found: Any = importlib.import_module(module)
+        value: Any = importlib.import_module(module)
         for part in attribute.split("."):
-            found = getattr(found, part)
+            value = getattr(value, part)
     except (ImportError, AttributeError, ValueError) as error:
-        raise RestoreError(f"the {what} '{_line(name)}' cannot be imported: {_line(error)}") from None
-    return found
+        raise RestoreError(f"the {what} '{_flatten(name)}' cannot be imported: {_flatten(error)}") from None
+    return value
 
 
 def check_known(names: Iterable[Any], known: Iterable[str], what: str) -> None:
-    """Raises RestoreError for the first of `names` that is not known; what: e.g. "sampler dps has no parameter"."""
+    """Raise RestoreError for the first of `names` that is not known; what: e.g. "sampler dps has no parameter"."""
     known = list(known)
     for name in names:
         if name not in known:
-            raise RestoreError(f"{what} '{_line(name)}'; {suggest(name, known)}")
+            raise RestoreError(f"{what} '{_flatten(name)}'; {suggest(name, known)}")
 
 
-def _line(value: Any) -> str:
-    """`value` in words, in one line."""
+def _flatten(value: Any) -> str:
+    """`value` as text on one line."""
     return " ".join(str(value).split())

@@ -20,17 +20,17 @@ class GaussianNoise:
         self.sigma = validate.require_number(sigma, "sigma", low=0.0)
 
     def __call__(self, y: torch.Tensor, generator=None) -> torch.Tensor:
-        """generator: see `Operator.__call__`. Differentiable with respect to y."""
+        """Return the noisy y, differentiable with respect to y. generator: see `Operator.__call__`."""
 
         def draw(part, g):
             # always float32, so that float64 and half precision see the same noise
             device = part.device if g is None else g.device
             return torch.randn(part.shape, generator=g, device=device).to(part.dtype).to(part.device)
 
-        return y + self.sigma * per_image(y, generator, draw)
+        return y + self.sigma * draw_per_image(y, generator, draw)
 
     def std(self, y: torch.Tensor) -> torch.Tensor:
-        """Standard deviation of the noise at each entry of the noiseless measurement y."""
+        """Return the standard deviation of the noise at each entry of the noiseless measurement y."""
         return torch.full_like(y, self.sigma)
 
     def __repr__(self) -> str:
@@ -49,13 +49,11 @@ class PoissonNoise:
     """
 
     def __init__(self, rate: float = 1.0, *, clip: bool = True):
-        self.rate = validate.require_number(rate, "the Poisson rate")
-        if self.rate <= 0:
-            raise RestoreError(f"the Poisson rate must be positive, got {rate!r}.")
+        self.rate = validate.require_positive(rate, "rate")
         self.clip = bool(clip)
 
     def __call__(self, y: torch.Tensor, generator=None) -> torch.Tensor:
-        """generator: see `Operator.__call__`. The result does not depend on y differentiably."""
+        """Return the noisy y, without a gradient. generator: see `Operator.__call__`."""
         scale = 255.0 * self.rate
 
         def draw(part, g):
@@ -64,22 +62,22 @@ class PoissonNoise:
             counts = torch.poisson(expected.to(device), generator=g)
             return (counts / scale * 2.0 - 1.0).to(part.dtype).to(part.device)
 
-        noisy = per_image(y, generator, draw)
+        noisy = draw_per_image(y, generator, draw)
         return noisy.clamp(-1.0, 1.0) if self.clip else noisy
 
     def std(self, y: torch.Tensor) -> torch.Tensor:
-        """Standard deviation of the (unclipped) noise at each entry of the noiseless measurement y."""
+        """Return the standard deviation of the (unclipped) noise at each entry of the noiseless measurement y."""
         return (2.0 * (y.clamp(-1.0, 1.0) + 1.0) / (255.0 * self.rate)).sqrt()
 
     def __repr__(self) -> str:
         return f"PoissonNoise({self.rate:g})"
 
 
-def per_image(y: torch.Tensor, generator, draw: Callable) -> torch.Tensor:
-    """draw(y, generator), or draw(y[i:i+1], generator[i]) for each image if there is a list of generators."""
+def draw_per_image(y: torch.Tensor, generator, draw: Callable) -> torch.Tensor:
+    """Return draw(y, generator), or draw(y[i:i+1], generator[i]) for each image if there is a list of generators."""
     if generator is None or isinstance(generator, torch.Generator):
         return draw(y, generator)
     if not isinstance(generator, Sequence) or len(generator) != len(y):
-        count = len(generator) if isinstance(generator, Sequence) else type(generator).__name__
-        raise RestoreError(f"expected one torch.Generator or one for each of the {len(y)} images, got {count}.")
+        given = len(generator) if isinstance(generator, Sequence) else type(generator).__name__
+        raise RestoreError(f"generator must be one torch.Generator or one for each of the {len(y)} images, got {given}")
     return torch.cat([draw(y[i : i + 1], g) for i, g in enumerate(generator)])

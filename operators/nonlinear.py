@@ -1,13 +1,14 @@
-"""Degradations that are not linear: they have A alone, for samplers that need no transpose (DPS, DAPS, RED-diff)."""
+"""Nonlinear degradations: they only have A, for samplers that need no transpose (DPS, DAPS, RED-diff)."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from operators import separable, validate
+from operators import validate
 from operators.base import Operator
 from operators.errors import RestoreError
+from operators.separable import compute_dtype
 
 
 class Clipping(Operator):
@@ -19,11 +20,9 @@ class Clipping(Operator):
     name = "clipping"
     linear = False
 
-    def __init__(self, gain: float = 2.0, *, noise=None, image_size=None, adjoint: str = "exact"):
+    def __init__(self, gain: float = 2.0, *, noise=None, image_size=None, adjoint="exact"):
         super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
-        self.gain = validate.require_number(gain, "the gain")
-        if self.gain <= 0:
-            raise RestoreError(f"the gain must be positive, got {gain!r}.")
+        self.gain = validate.require_positive(gain, "gain")
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         self._check_image(x)
@@ -31,40 +30,40 @@ class Clipping(Operator):
 
 
 class PhaseRetrieval(Operator):
-    """y = |F P x|: magnitude of the orthonormal Fourier transform of the zero-padded image, each channel by itself.
+    """y = |F P x|: magnitude of the orthonormal Fourier transform of the zero-padded image, per channel.
 
     oversample: P adds int(side oversample / 8) zeros at each of the four borders, as DPS does with 2.0 (Chung et al.
-        2023, App. B: 256 -> 384 pixels). The zero frequency is in the middle of y. x and its half turn have one y.
+        2023, App. B: 256 -> 384 pixels). The zero frequency is in the middle of y. x and its half turn have the same y.
 
     y (B, C, h, w) is not in [-1, 1]: its mean square is that of the padded image. Its gradient at |.| = 0 is 0.
-    Raises RestoreError where no image size fits y.
+    Raises RestoreError if no image size fits y.
     """
 
     name = "phase_retrieval"
     linear = False
 
-    def __init__(self, oversample: float = 2.0, *, noise=None, image_size=None, adjoint: str = "exact"):
+    def __init__(self, oversample: float = 2.0, *, noise=None, image_size=None, adjoint="exact"):
         super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
         self.oversample = validate.require_number(oversample, "oversample", low=0.0)
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         self._check_image(x)
         rows, columns = (self._margin(side) for side in x.shape[2:])
-        padded = F.pad(x.to(separable.compute_dtype(x)), (columns, columns, rows, rows))
+        padded = F.pad(x.to(compute_dtype(x)), (columns, columns, rows, rows))
         return torch.fft.fftshift(torch.fft.fft2(padded, norm="ortho"), dim=(-2, -1)).abs().to(x.dtype)
 
     def image_shape(self, y: torch.Tensor) -> tuple[int, ...]:
-        validate.require_images(y, "the measurement")
-        return (*y.shape[:2], *(self._side(side) for side in y.shape[2:]))
+        validate.require_images(y, "y")
+        return (*y.shape[:2], *(self._find_side(side) for side in y.shape[2:]))
 
     def _margin(self, side: int) -> int:
         return int(self.oversample / 8.0 * side)
 
-    def _side(self, measured: int) -> int:
-        """The side of the image whose measurement has `measured` pixels; the padded side grows with it, strictly."""
+    def _find_side(self, measured: int) -> int:
+        """The image's side for a padded side of `measured` pixels, which grows strictly with it."""
         for side in range(measured, 0, -1):
             if side + 2 * self._margin(side) == measured:
                 return side
         raise RestoreError(
-            f"no image has a measurement of {measured} pixels a side with oversample {self.oversample:g}."
+            f"y must have the sides of a padded image with oversample {self.oversample:g}, got {measured}"
         )

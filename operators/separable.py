@@ -1,67 +1,55 @@
-"""Separable linear maps M_c x M_h x M_w (channels, rows, columns): resizing, Gaussian blur, loss of colour."""
+"""Separable linear maps: one matrix per axis, for resizing, Gaussian blur and the loss of colour."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-Factors = Sequence  # (channels, rows, columns): a matrix each, None for the identity
 
+class Kronecker(NamedTuple):
+    """The map of images (B, C, H, W) given by a matrix per axis; None is the identity."""
 
-def apply(factors: Factors, x: torch.Tensor) -> torch.Tensor:
-    """The Kronecker product of `factors` applied to x (B, C, H, W) -> (B, c, h, w), in x's dtype.
+    channels: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
 
-    Computed in the factors' dtype. Autocast is switched off: it would round the data term to half precision.
-    """
-    channels, rows, columns = factors
-    known = [factor for factor in factors if factor is not None]
-    if not known:
-        return x
-    with torch.autocast(x.device.type, enabled=False):
-        result = x.to(known[0].dtype)
-        if columns is not None:
-            result = torch.matmul(result, columns.mT)
-        if rows is not None:
-            result = torch.matmul(rows, result)
-        if channels is not None:
-            result = torch.einsum("dc,bchw->bdhw", channels, result)
-        return result.to(x.dtype)
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x (B, C, H, W) to (B, c, h, w), in the matrices' dtype; the result has x's dtype.
 
+        Autocast is switched off: it would round the data term to half precision.
+        """
+        matrix = next((matrix for matrix in self if matrix is not None), None)
+        if matrix is None:
+            return x
+        with torch.autocast(x.device.type, enabled=False):
+            result = x.to(matrix.dtype)
+            if self.columns is not None:
+                result = torch.matmul(result, self.columns.mT)
+            if self.rows is not None:
+                result = torch.matmul(self.rows, result)
+            if self.channels is not None:
+                result = torch.einsum("dc,bchw->bdhw", self.channels, result)
+            return result.to(x.dtype)
 
-def transposed(factors: Factors) -> Factors:
-    return tuple(None if factor is None else factor.mT for factor in factors)
+    def each(self, function: Callable) -> Kronecker:
+        """Return the Kronecker product of function(matrix), the identity kept."""
+        return Kronecker(*(None if matrix is None else function(matrix) for matrix in self))
+
+    @property
+    def mT(self) -> Kronecker:
+        return self.each(lambda matrix: matrix.mT)
+
+    def to(self, target) -> Kronecker:
+        return self.each(lambda matrix: matrix.to(target))
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """Half precision images are measured in float32: a data term rounded to 8 bits is useless."""
+    """Return the dtype to compute in: float32 for half precision, as a data term rounded to 8 bits is useless."""
     return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-
-
-def like(x: torch.Tensor) -> torch.Tensor:
-    """An empty tensor that tells `Operator._buffer` in which dtype to compute for x."""
-    return torch.empty(0, dtype=compute_dtype(x), device=x.device)
-
-
-def mirror(index: np.ndarray, size: int) -> np.ndarray:
-    """Symmetric extension of 0..size-1, the edge repeated (MATLAB 'symmetric', numpy 'symmetric')."""
-    index = np.mod(index, 2 * size)
-    return np.where(index < size, index, 2 * size - 1 - index)
-
-
-def reflect(index: np.ndarray, size: int) -> np.ndarray:
-    """Reflection of 0..size-1 about the edge pixels' centres (torch 'reflect'); overhang below size."""
-    index = np.abs(index)
-    return np.where(index < size, index, 2 * (size - 1) - index)
-
-
-def scatter(index: np.ndarray, weights: np.ndarray, size: int) -> torch.Tensor:
-    """Matrix (outputs, size) whose row i holds weights[i, k] at column index[i, k], repeated columns added."""
-    matrix = np.zeros((index.shape[0], size))
-    np.add.at(matrix, (np.arange(index.shape[0])[:, None], index), weights)
-    return torch.from_numpy(matrix)
 
 
 def cubic(t: np.ndarray) -> np.ndarray:
@@ -90,11 +78,20 @@ def downsampling_matrix(size: int, factor: int, method: str) -> torch.Tensor:
         weights = cubic(distance / factor)
     else:  # length of pixel [-1/2, 1/2] + distance that lies inside the box
         weights = np.clip(factor / 2 + 0.5 - np.abs(distance), 0.0, 1.0)
-    return scatter(mirror(index, size), weights / weights.sum(axis=1, keepdims=True), size)
+    margin = int(max(-index.min(), index.max() + 1 - size))
+    source = np.pad(np.arange(size), margin, mode="symmetric")[index + margin]
+    return _scatter(source, weights / weights.sum(axis=1, keepdims=True), size)
 
 
 def filter_matrix(size: int, profile: np.ndarray) -> torch.Tensor:
     """1-D cross-correlation with an odd `profile` and reflection at both ends, as a (size, size) matrix."""
-    radius = len(profile) // 2
-    index = reflect(np.arange(size)[:, None] + np.arange(-radius, radius + 1), size)
-    return scatter(index, np.broadcast_to(profile, index.shape), size)
+    source = np.pad(np.arange(size), len(profile) // 2, mode="reflect")
+    source = np.lib.stride_tricks.sliding_window_view(source, len(profile))
+    return _scatter(source, np.broadcast_to(profile, source.shape), size)
+
+
+def _scatter(source: np.ndarray, weights: np.ndarray, size: int) -> torch.Tensor:
+    """Matrix (outputs, size) whose row i adds weights[i, k] at column source[i, k]."""
+    matrix = np.zeros((len(source), size))
+    np.add.at(matrix, (np.arange(len(source))[:, None], source), weights)
+    return torch.from_numpy(matrix)

@@ -2,59 +2,56 @@
 
 Both classes offer `singular`, `U(c)`, `U_adjoint(y)`, `V(c)` and `V_adjoint(x)`. A coordinate vector c has the
 layout (B, C, H, W) of the image, for U as for V: entry (b, k, i, j) of `singular`, `U_adjoint(y)` and
-`V_adjoint(x)` belongs to one and the same pair of singular vectors, so that U_adjoint(A(x)) = singular *
-V_adjoint(x), whatever the order in memory. singular = 0 marks what y does not determine; U ignores
-coordinates for which y has no entry, and U_adjoint sets them to 0.
+`V_adjoint(x)` belongs to the same pair of singular vectors, so that U_adjoint(A(x)) = singular * V_adjoint(x).
+singular = 0 marks what y does not determine; U ignores coordinates for which y has no entry, and U_adjoint
+sets them to 0.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 import torch.nn.functional as F
 
-from operators import separable
+from operators.separable import Kronecker
 
 LIMIT = 2048  # the largest matrix that is decomposed: some seconds once, 32 MB in float64
 
 
 @dataclasses.dataclass
 class KroneckerSVD:
-    """SVD of a Kronecker product, or with left = right = (None, None, None) of a diagonal operator.
+    """SVD of a Kronecker product, or with the identities left = right = Kronecker() of a diagonal operator.
 
-    singular: (1 or B, 1 or C, 1 or H, 1 or W), broadcast over the coordinates. left, right: U's and V's factors
-    over channels, rows and columns (see `separable.apply`). Where right's factors are thin (only the row space of
-    A), so is the layout of the coordinates.
+    singular: (1 or B, 1 or C, 1 or H, 1 or W), broadcast over the coordinates. left, right: U and V. If right's
+    matrices are thin (only the row space of A), so is the layout of the coordinates.
     """
 
     singular: torch.Tensor
-    left: separable.Factors
-    right: separable.Factors
+    left: Kronecker = Kronecker()
+    right: Kronecker = Kronecker()
 
     def U(self, c: torch.Tensor) -> torch.Tensor:
-        for axis, factor in zip((1, 2, 3), self.left, strict=True):
-            c = c if factor is None else c.narrow(axis, 0, factor.shape[1])
-        return separable.apply(self.left, c)
+        for axis, matrix in enumerate(self.left, start=1):
+            c = c if matrix is None else c.narrow(axis, 0, matrix.shape[1])
+        return self.left.apply(c)
 
     def U_adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        c = separable.apply(separable.transposed(self.left), y)
+        c = self.left.mT.apply(y)
         missing = [
-            0 if factor is None else factor.shape[1] - given
-            for factor, given in zip(self.right, c.shape[1:], strict=True)
+            0 if matrix is None else matrix.shape[1] - given
+            for matrix, given in zip(self.right, c.shape[1:], strict=True)
         ]
         return F.pad(c, (0, missing[2], 0, missing[1], 0, missing[0]))
 
     def V(self, c: torch.Tensor) -> torch.Tensor:
-        return separable.apply(self.right, c)
+        return self.right.apply(c)
 
     def V_adjoint(self, x: torch.Tensor) -> torch.Tensor:
-        return separable.apply(separable.transposed(self.right), x)
+        return self.right.mT.apply(x)
 
     def to(self, target) -> KroneckerSVD:
-        move = functools.partial(_move_all, target=target)
-        return KroneckerSVD(self.singular.to(target), move(self.left), move(self.right))
+        return KroneckerSVD(self.singular.to(target), self.left.to(target), self.right.to(target))
 
 
 @dataclasses.dataclass
@@ -71,10 +68,10 @@ class FourierSVD:
     phase: torch.Tensor
 
     def U(self, c: torch.Tensor) -> torch.Tensor:
-        return self._turned(self.V(c), torch.view_as_complex(self.phase))
+        return self._rotate(self.V(c), torch.view_as_complex(self.phase))
 
     def U_adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        return self.V(self._turned(y, torch.view_as_complex(self.phase).conj()))
+        return self.V(self._rotate(y, torch.view_as_complex(self.phase).conj()))
 
     def V(self, c: torch.Tensor) -> torch.Tensor:
         spectrum = torch.fft.fft2(c.to(self.singular.dtype), norm="ortho")
@@ -85,40 +82,33 @@ class FourierSVD:
     def to(self, target) -> FourierSVD:
         return FourierSVD(self.singular.to(target), self.phase.to(target))
 
-    def _turned(self, x: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
+    def _rotate(self, x: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
         return torch.fft.ifft2(phase * torch.fft.fft2(x.to(self.singular.dtype))).real.to(x.dtype)
 
 
-def kronecker(factors: separable.Factors, full: bool) -> KroneckerSVD | None:
-    """The SVD of a Kronecker product of float64 matrices; None where one exceeds LIMIT or has more rows than columns.
+def decompose_kronecker(factors: Kronecker, full: bool) -> KroneckerSVD | None:
+    """Return the SVD of float64 matrices; None if one exceeds LIMIT or has more rows than columns.
 
-    full: with all of V; otherwise the row space of A alone, which is cheaper. A singular value below
+    full: with all of V; otherwise only the row space of A, which is cheaper. A singular value below
     the rounding error of its matrix's largest is set to 0 (as in torch.linalg.pinv).
     """
-    singular, left, right = torch.ones(1, 1, 1, 1, dtype=torch.float64), [], []
-    for axis, matrix in zip((1, 2, 3), factors, strict=True):
+    singular, left, right = torch.ones(1, 1, 1, 1, dtype=torch.float64), [None] * 3, [None] * 3
+    for axis, matrix in enumerate(factors):
         if matrix is None:
-            left.append(None)
-            right.append(None)
             continue
         if (max if full else min)(matrix.shape) > LIMIT or matrix.shape[0] > matrix.shape[1]:
             return None
-        u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=full)
+        left[axis], s, vh = torch.linalg.svd(matrix.double(), full_matrices=full)
         s = torch.where(s > s[0] * max(matrix.shape) * torch.finfo(s.dtype).eps, s, 0.0)
         s = F.pad(s, (0, vh.shape[0] - len(s)))
-        singular = singular * s.view([-1 if dim == axis else 1 for dim in range(4)])
-        left.append(u)
-        right.append(vh.mT)
-    return KroneckerSVD(singular, tuple(left), tuple(right))
+        singular = singular * s.view([-1 if dim == axis + 1 else 1 for dim in range(4)])
+        right[axis] = vh.mT
+    return KroneckerSVD(singular, Kronecker(*left), Kronecker(*right))
 
 
-def circular(transfer: torch.Tensor) -> FourierSVD:
-    """The SVD of the circular convolution with the complex spectrum `transfer` (1 or B, 1, H, W), float64."""
+def decompose_circular(transfer: torch.Tensor) -> FourierSVD:
+    """Return the SVD of the circular convolution with the complex spectrum `transfer` (1 or B, 1, H, W), float64."""
     size = transfer.abs()
     known = size > size.amax((-2, -1), keepdim=True) * max(transfer.shape[-2:]) * torch.finfo(size.dtype).eps
     phase = torch.where(known, transfer / size.where(known, 1.0), 1.0)
     return FourierSVD(size.where(known, 0.0), torch.view_as_real(phase).contiguous())
-
-
-def _move_all(factors: separable.Factors, target) -> separable.Factors:
-    return tuple(None if factor is None else factor.to(target) for factor in factors)

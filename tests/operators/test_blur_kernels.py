@@ -61,14 +61,14 @@ def test_radius_may_reach_but_not_exceed_the_image():
             make(61, image_size=(30, 64))
         with pytest.raises(operators.RestoreError, match=r"radius 30.*64 x 30"):
             make(61).A(image((64, 30)))
-        with pytest.raises(operators.RestoreError, match="too large"):
+        with pytest.raises(operators.RestoreError, match="radius 30"):
             make(61).A_adjoint(image((64, 30)))
 
 
 def test_bad_kernels():
     cases = [
-        (torch.ones(3, 3), "sums to 9, but must sum to one; divide it by its sum or pass normalize=True"),
-        (torch.zeros(3, 3), "sums to 0"),
+        (torch.ones(3, 3), "kernel must sum to one, got a sum of 9.*normalize=True"),
+        (torch.zeros(3, 3), "sum of 0"),
         (torch.full((3, 3), float("nan")), "NaN"),
         (torch.ones(3), "2-D"),
         (torch.ones(2, 2, 3, 3), "2-D"),
@@ -79,7 +79,7 @@ def test_bad_kernels():
     for kernel, message in cases:
         with pytest.raises(operators.RestoreError, match=message):
             operators.Blur(kernel)
-    with pytest.raises(operators.RestoreError, match="sums to 0"):
+    with pytest.raises(operators.RestoreError, match="sum of 0"):
         operators.Blur(torch.zeros(3, 3), normalize=True)
     x = image((9, 9))
     assert (
@@ -91,8 +91,8 @@ def test_bad_kernels():
 
 def test_bad_options():
     for options, message in [
-        ({"kernel_size": 0}, "kernel size"),
-        ({"kernel_size": 6.5}, "kernel size"),
+        ({"kernel_size": 0}, "kernel_size"),
+        ({"kernel_size": 6.5}, "kernel_size"),
         ({"std": 0.0}, "std must be positive"),
         ({"std": -1.0}, "std must be positive"),
         ({"std": float("nan")}, "finite"),

@@ -57,14 +57,14 @@ def test_rows_of_a_batch(name, rows):
     prox = operator.prox_l2(x, y, 2.0)[index]
     assert (chosen.prox_l2(x[index], y[index], 2.0) - prox).abs().max() < 1e-8
     assert (operator.A(x) - y).abs().max() == 0  # the original is what it was
-    with pytest.raises(operators.RestoreError, match="for 7 images"):
+    with pytest.raises(operators.RestoreError, match="7 images, got 3"):
         operator.A(image(7))
 
 
 @pytest.mark.parametrize("name", PER_IMAGE)
 def test_rows_that_do_not_exist(name):
     for rows in ([3], ["first"], [0.5]):
-        with pytest.raises(operators.RestoreError, match="there are 3 (masks|kernels), of which .* cannot be taken"):
+        with pytest.raises(operators.RestoreError, match="indices of the 3 (masks|kernels), got"):
             PER_IMAGE[name]()[rows]
 
 
@@ -95,7 +95,7 @@ def test_one_kernel_per_image(border):
     assert (operator.A(x.float()).double() - expected).abs().max() < 1e-5
     scaled = each * torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)[:, None, None]
     assert (operators.Blur(scaled, normalize=True, border=border).A(x) - expected).abs().max() < 1e-14
-    with pytest.raises(operators.RestoreError, match="sums to 2"):
+    with pytest.raises(operators.RestoreError, match="sum of 2"):
         operators.Blur(torch.stack([each[0], 2 * each[1]]))
 
 
@@ -109,7 +109,7 @@ def test_circular_border_is_scipys_wrap():
         assert np.abs(operator.A(x)[0].numpy() - np.stack(expected)).max() < 1e-14
         assert operators.check_operator(operator, (2, 3, 9, 8)) < 1e-14
     assert operators.MotionBlur(5, border="circular").A(x).shape == x.shape
-    with pytest.raises(operators.RestoreError, match="11 x 11.*9 x 8: with a circular border"):
+    with pytest.raises(operators.RestoreError, match="circular border, got 11 x 11.*9 x 8"):
         operators.GaussianBlur(11, 1.0, border="circular").A(x)
     with pytest.raises(operators.RestoreError, match="'reflect' or 'circular'"):
         operators.Blur([[1.0]], border="mirror")
@@ -149,9 +149,9 @@ def test_image_shape_refuses():
             (operators.prox_l2, (y, y, 1.0)),
             (operators.regularised_inverse, (y, 1.0)),
         ):
-            with pytest.raises(operators.RestoreError, match=f"needs A and A_adjoint, got {type(none).__name__}"):
+            with pytest.raises(operators.RestoreError, match=rf"A\(x\) and A_adjoint\(y\), got {type(none).__name__}"):
                 ask(none, *arguments)
-    with pytest.raises(operators.RestoreError, match=r"\(3, 3, 17, 12\) does not fit the operator: sizes 3 and 4"):
+    with pytest.raises(operators.RestoreError, match=r"\(3, 3, 17, 12\): sizes 3 and 4"):
         operators.image_shape(Broken(), y)
     small = image(size=(4, 4))
     for operator in (
@@ -159,9 +159,9 @@ def test_image_shape_refuses():
         operators.Colorization(),
         operators.SuperResolution(2, image_size=9),
     ):
-        with pytest.raises(operators.RestoreError, match="(does not fit the operator|matching image_size)"):
+        with pytest.raises(operators.RestoreError, match="y must .*, got .*4"):
             operators.image_shape(operator, small)
-    with pytest.raises(operators.RestoreError, match=r"the measurement must be .* \(B, C, H, W\)"):
+    with pytest.raises(operators.RestoreError, match=r"y must be .* \(B, C, H, W\)"):
         operators.image_shape(operators.Denoising(), y[0])
     with pytest.raises(operators.RestoreError, match="must return images"):
         operators.image_shape(Flat(), y)
@@ -195,12 +195,12 @@ def test_who_has_no_reference_transpose():
             return 2 * x
 
     for operator in (operators.Colorization(), Mine(), operators.Colorization() @ operators.SuperResolution(2)):
-        with pytest.raises(operators.RestoreError, match="reference repositories have no (colorization|mine)"):
+        with pytest.raises(operators.RestoreError, match="adjoint must be .* (colorization|mine)"):
             operators.with_adjoint(operator, "reference")
         assert operators.with_adjoint(operator, "exact") is operator
-    with pytest.raises(operators.RestoreError, match="reference repositories have no mine"):
+    with pytest.raises(operators.RestoreError, match="adjoint must be .* mine"):
         Mine(adjoint="reference")
-    with pytest.raises(operators.RestoreError, match="not a Foreign"):
+    with pytest.raises(operators.RestoreError, match="adjoint must be .* Foreign"):
         operators.with_adjoint(Foreign(), "reference")
     with pytest.raises(operators.RestoreError, match="'exact' or 'reference'"):
         operators.with_adjoint(operators.Denoising(), "transpose")

@@ -221,7 +221,7 @@ def test_reference_transposes():
     )
     with pytest.raises(operators.RestoreError, match="'exact' or 'reference'"):
         operators.Denoising(adjoint="transpose")
-    with pytest.raises(operators.RestoreError, match="no colorization"):
+    with pytest.raises(operators.RestoreError, match="adjoint must be .* colorization"):
         operators.Colorization(adjoint="reference")
 
 
