@@ -178,7 +178,7 @@ def _check(config: dict[str, Any]) -> None:
             if not isinstance(task["operator"], dict) or not task["operator"]:
                 raise RestoreError(f"tasks.{name} lacks its operator, such as {{name: super_resolution, factor: 8}}")
             with _at(f"tasks.{name}"):
-                lookup(task["operator"].get("name"), factory.OPERATORS, "operator")
+                factory.find_operator(task["operator"].get("name"))
                 check_known([task["resample"]], ("bicubic", "nearest"), "there is no resampling")
         elif not task["count"]:
             raise RestoreError(f"tasks.{name} lacks count, the number of images to make")
