@@ -15,12 +15,12 @@ from PIL import Image
 
 import restore
 from restore import samplers
-from restore.app import tasks
 from restore.guidance import SAG, SWG, TPG, TSG, Guidance
 from restore.images import grids, io
 from restore.paths import data_dir
 from restore.restorer import Restorer
 from restore.samplers.noise import measurement_generator
+from restore.task import load_task
 
 PHOTOS = {"pixels": "astronaut-face-64", "latents": "astronaut-face-128"}
 SAMPLES = 8
@@ -64,7 +64,7 @@ def restoration(restorer: Restorer, name: str, steps: Any = None) -> Image.Image
     photo = io.read_image(data_dir() / "photos" / f"{image_id}.png")
     rows, one = [], name in samplers.DETERMINISTIC
     for task in ("sr4", "inpaint-box"):
-        operator = tasks.find_task(task, {"sigma": 0.0} if name == "ddnm" else {}).build(*photo.size)
+        operator = load_task(task, {"sigma": 0.0} if name == "ddnm" else {}).build(*photo.size)
         y = operator(photo.pixels, [measurement_generator(0, image_id)])
         chosen = {**(SAMPLERS | LATENT_SAMPLERS)[name], **({} if steps is None else {"steps": steps})}
         if one:

@@ -1,4 +1,4 @@
-"""YAML files and mappings with `key=value` overrides, read in one place: every mistake is one sentence."""
+"""Reads YAML files and mappings with `key=value` overrides; every mistake is one sentence."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def read_config(
     folder: str,
     defaults: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A file (or the name of one shipped in configs/`folder`) or a mapping with its overrides, as plain containers.
+    """Return a configuration with its overrides as plain containers.
 
-    overrides: `key=value` with dots between levels. defaults: of what a file may leave out; where they are given,
-    overrides are of keys that are there alone.
-    Raises RestoreError for what is no YAML mapping and for values left open (`???`).
+    config: a file, the name of one shipped in configs/`folder`, or a mapping. overrides: `key=value` with dots between
+    levels. defaults: values of keys that a file may leave out; if given, overrides may only name existing keys.
+    Raises RestoreError if the content is not a YAML mapping, and for values left open (`???`).
     """
     for setting in overrides:
         if "=" not in setting:
-            raise RestoreError(f"{setting} is no setting; write key=value")
+            raise RestoreError(f"a setting must be key=value, got {setting}")
     try:
         is_file = isinstance(config, (str, os.PathLike))
         given = OmegaConf.load(_find(config, folder)) if is_file else OmegaConf.create(copy.deepcopy(dict(config)))
@@ -53,8 +53,24 @@ def read_config(
     return plain
 
 
+def read_yaml(source: str | os.PathLike, what: str = "configuration") -> Any:
+    """Return the content of a YAML file, or of YAML text between braces or brackets, as plain containers.
+
+    what: names the file in messages. Raises RestoreError if the file is missing or is not readable YAML.
+    """
+    text = str(source)
+    try:
+        loaded = OmegaConf.create(text) if text.lstrip()[:1] in ("{", "[") else OmegaConf.load(text)
+        return OmegaConf.to_container(loaded, resolve=True)
+    except FileNotFoundError:
+        raise RestoreError(f"the {what} file {text} does not exist") from None
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, AttributeError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RestoreError(f"the {what} {text} is not readable YAML: {reason}") from None
+
+
 def fill(schema: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` with the defaults of a schema, its names and types checked. RestoreError for what does not fit."""
+    """Return `given` completed with the defaults of a schema. Raises RestoreError for wrong names and types."""
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), given)
         for key in sorted(OmegaConf.missing_keys(merged)):
@@ -62,7 +78,7 @@ def fill(schema: type, given: Mapping[str, Any]) -> dict[str, Any]:
         return OmegaConf.to_container(merged)
     except OmegaConfBaseException as error:
         raise RestoreError(_sentence(error)) from error
-    except (TypeError, ValueError) as error:  # a list where the schema has a mapping, or the other way round
+    except (TypeError, ValueError) as error:  # a list in place of a mapping, or the other way round
         raise RestoreError(f"the configuration cannot be read: {' '.join(str(error).split())}") from error
 
 
@@ -76,7 +92,7 @@ def _find(config: str | os.PathLike, kind: str) -> Path:
 
 
 def _keys(config: DictConfig, prefix: str = "") -> list[str]:
-    """All keys, in dots."""
+    """All keys, with dots between levels."""
     keys = []
     for key in config:
         keys.append(f"{prefix}{key}")
@@ -86,7 +102,7 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
 
 
 def _sentence(error: OmegaConfBaseException) -> str:
-    """What OmegaConf found, in one sentence with the key in dots."""
+    """OmegaConf's complaint in one sentence, with the full key."""
     if isinstance(error, ConfigKeyError) and is_dataclass(error.object_type):
         known = [f.name for f in fields(error.object_type)]
         return f"the configuration has no key {error.full_key}; {suggest(error.key, known)}"

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from operators import RestoreError
 from operators.naming import check_known, suggest
 from restore import guidance as guidances
 from restore import samplers
+from restore.config import read_yaml
 from restore.guidance import Guidance
 from restore.paths import configs_dir
 
@@ -21,13 +20,15 @@ QUALITIES = ("fast", "balanced", "best")
 
 @dataclass(frozen=True)
 class Method:
-    """One way to restore.
+    """One way to restore: everything that is decided before the first step.
 
     sampler: a name in restore.samplers.SAMPLERS, "module:function" or a function.
-    steps: what the sampler takes (see restore.backbones.schedule.Schedule.timesteps); None: not settled yet.
-    parameters: the sampler's own keywords. guidance: of its score estimate, None for none.
-    unguided: parameters that replace those when there is no guidance: the plain sampler as it was published.
+    steps: as Schedule.timesteps takes them; None: not decided yet.
+    parameters: the sampler's own keyword arguments.
+    guidance: of the sampler's score estimate, or None.
+    unguided: parameters that replace those above without guidance: the sampler's published settings.
     source: where the numbers come from.
+    adjoint: "exact", or "reference" for the approximate transposes of the published code (operators.with_adjoint).
     """
 
     sampler: str | Callable
@@ -36,40 +37,52 @@ class Method:
     guidance: Guidance | None = None
     unguided: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
+    adjoint: str = "exact"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Method:
-        """From the keys of the same names, `guidance` as restore.guidance.build takes it. Raises RestoreError."""
+        """Build a method from a mapping with the keys of this class; `guidance` as restore.guidance.build takes it.
+
+        Raises RestoreError for an unknown key and if there is no sampler.
+        """
         check_known(config, cls.__dataclass_fields__, "a method has no key")
         if not config.get("sampler"):
             raise RestoreError("a method needs a sampler")
-        kept = {key: value for key, value in config.items() if value is not None}
-        return cls(**{**kept, "guidance": guidances.build(config.get("guidance"))})
+        given = {key: value for key, value in config.items() if value is not None}
+        return cls(**{**given, "guidance": guidances.build(config.get("guidance"))})
 
-    def changed(
+    def override(
         self,
         *,
         steps: int | str | None = None,
         guidance: Guidance | None | str = "preset",
         parameters: Mapping[str, Any] | None = None,
     ) -> Method:
-        """With what a caller gives in place of its own; guidance "preset" keeps it, None is the plain sampler.
+        """Return the method with a caller's choices in place of its own.
 
-        Where the result is not guided, `unguided` applies; what the caller gives always does. Raises RestoreError
-        for a guidance that is none, an unknown parameter and one that is still missing.
+        guidance: "preset" keeps the method's, None removes it; without guidance `unguided` applies, below the
+        caller's parameters. Raises RestoreError for an invalid guidance, and unknown or missing parameters.
         """
         guidance = guidances.chosen(guidance, self.guidance)
-        own = dict(self.parameters)
+        merged = dict(self.parameters)
         if guidance is None or not any(term.scale for term in guidance.terms):
-            own |= self.unguided
-        own |= parameters or {}
-        samplers.check_parameters(self.sampler, own)
-        return replace(
-            self, steps=_steps(self.steps if steps is None else steps), guidance=guidance, parameters=own, unguided={}
-        )
+            merged |= self.unguided
+        merged |= parameters or {}
+        samplers.check_parameters(self.sampler, merged)
+        if steps is None:
+            steps = self.steps
+        if isinstance(steps, str) and steps.isdecimal():
+            steps = int(steps)
+        return replace(self, steps=steps, guidance=guidance, parameters=merged, unguided={})
+
+    def check_samples(self, samples: int) -> None:
+        """Raise RestoreError if several samples are requested of a deterministic sampler."""
+        name = samplers.sampler_name(self.sampler)
+        if samples > 1 and name in samplers.DETERMINISTIC:
+            raise RestoreError(f"samples must be 1 for the deterministic sampler {name}, got {samples}")
 
     def describe(self) -> dict[str, Any]:
-        """Everything, ready for JSON; `from_config` reads it back where no function was given."""
+        """Return the method as plain data for JSON; `from_config` reads it back unless it holds functions."""
         described = {
             "sampler": samplers.sampler_name(self.sampler),
             "steps": self.steps if isinstance(self.steps, (int, str, type(None))) else list(self.steps),
@@ -77,90 +90,110 @@ class Method:
             "guidance": guidances.describe(self.guidance),
             "source": self.source,
         }
-        return {**described, "unguided": dict(self.unguided)} if self.unguided else described
+        if self.unguided:
+            described["unguided"] = dict(self.unguided)
+        if self.adjoint != "exact":
+            described["adjoint"] = self.adjoint
+        return described
 
 
-def find(
-    backbone: str,
-    task: str | None,
-    operator: str,
-    sampler: str | Callable | None = None,
-    data: str | None = None,
-    kind: str = "pixels",
-    quality: str | None = None,
-    linear: bool = True,
-    windows: bool = False,
-    several: bool = False,
-) -> Method:
-    """The first preset of configs/method that fits.
+@dataclass(frozen=True)
+class Situation:
+    """What a preset is looked up by.
 
-    backbone, task, operator: names (task: of configs/task, operator: an operator's `name`); an entry's `backbone`
-        and `task` are a name, a list of names or "*", and its task may name either. kind: "pixels" or "latents", for
-        entries that name one. sampler: None takes the one that configs/method/defaults.yaml names for both. linear:
-        that y = A x + n is linear and Gaussian, which most of those samplers need. windows: that the image is larger
-        than the backbone's. several: that more than one sample is wanted, which a sampler that draws nothing has not.
-    data: "ffhq" or "imagenet", where settings were published for both with one backbone; None takes the first.
-    A sampler without any preset file (a caller's own) has no settings but its own defaults.
-    Raises RestoreError for an unknown sampler and where no preset fits.
+    backbone, operator, task: names (task: of configs/task; operator: an operator's `name`).
+    kind: "pixels" or "latents", what the backbone works on.
+    linear: whether y = A x + n is linear with Gaussian noise, or none.
+    windows: whether the image is larger than the backbone's.
+    samples: how many are wanted of each image.
+    data: "ffhq" or "imagenet", if settings were published for both with one backbone; None: the first.
+    """
+
+    backbone: str
+    operator: str
+    task: str | None = None
+    kind: str = "pixels"
+    linear: bool = True
+    windows: bool = False
+    samples: int = 1
+    data: str | None = None
+
+    def matches(self, entry: Mapping[str, Any]) -> bool:
+        """Whether an entry of configs/method fits: its `backbone` and `task` are a name, a list of names or "*"; the
+        task may be either the task's or the operator's name."""
+        tasks = (self.task, self.operator)
+        return (
+            _matches(entry["backbone"], self.backbone)
+            and any(_matches(entry["task"], name) for name in tasks)
+            and _matches(entry.get("kind", "*"), self.kind)
+            and self.data in (None, entry.get("data", self.data))
+        )
+
+
+def find_preset(situation: Situation, sampler: str | Callable | None = None, quality: str | None = None) -> Method:
+    """Return the first preset of configs/method that fits.
+
+    sampler: None takes the one that configs/method/defaults.yaml names for the situation and `quality` (one of
+    QUALITIES, default "balanced"). A sampler without a preset file (a caller's own) has only its own defaults.
+    Raises RestoreError for an unknown sampler, quality or data set, and if no preset fits.
     """
     if sampler is not None and quality is not None:
         raise RestoreError(f"quality='{quality}' chooses the sampler; give either quality or sampler")
-    if data is not None:
-        check_known(
-            [data], {entry["data"] for entry in _entries() if "data" in entry}, "no settings were published for"
-        )
-    own = {}
+    if situation.data is not None:
+        published = {entry["data"] for entry in _presets() if "data" in entry}
+        check_known([situation.data], published, "no settings were published for")
+    default: dict[str, Any] = {}
     if sampler is None:
-        own = default(backbone, task, operator, kind, quality or QUALITIES[1], linear, windows, several)
-        sampler = own["sampler"]
+        default = find_default(situation, quality or "balanced")
+        sampler = default["sampler"]
     name = samplers.sampler_name(sampler)
     samplers.find_sampler(sampler)
-    entries = [entry for entry in _entries() if entry["sampler"] == name]
-    for entry in entries:
-        fits = _matches(entry["backbone"], backbone) and any(_matches(entry["task"], n) for n in (task, operator))
-        if fits and _matches(entry.get("kind", "*"), kind) and data in (None, entry.get("data", data)):
-            wanted = {key: entry.get(key) for key in Method.__dataclass_fields__}
-            return Method.from_config({**wanted, **own, "sampler": sampler})
-    if entries:
-        raise RestoreError(f"no preset of sampler {name} fits backbone {backbone} and task {task or operator}")
+    presets = [entry for entry in _presets() if entry["sampler"] == name]
+    for entry in presets:
+        if situation.matches(entry):
+            keys = {key: entry.get(key) for key in Method.__dataclass_fields__}
+            return Method.from_config({**keys, **default, "sampler": sampler})
+    if presets:
+        task = situation.task or situation.operator
+        raise RestoreError(f"no preset of sampler {name} fits backbone {situation.backbone} and task {task}")
     return Method(sampler, source="no preset: the sampler's own defaults")
 
 
-def default(
-    backbone: str,
-    task: str | None,
-    operator: str,
-    kind: str,
-    quality: str,
-    linear: bool = True,
-    windows: bool = False,
-    several: bool = False,
-) -> dict[str, Any]:
-    """The sampler, and the steps and parameters where they differ from its preset's, when no sampler is named."""
+def find_default(situation: Situation, quality: str) -> dict[str, Any]:
+    """Return the default sampler, with steps and parameters if they differ from its preset's.
+
+    Raises RestoreError for an unknown quality.
+    """
     if quality not in QUALITIES:
         raise RestoreError(f"unknown quality '{quality}'; {suggest(quality, QUALITIES)}")
-    for entry in _yaml("defaults")["defaults"]:
-        fits = _matches(entry["backbone"], backbone) and any(_matches(entry["task"], n) for n in (task, operator))
-        fits = fits and _matches(entry["kind"], kind) and linear >= entry.get("linear", False)
-        fits = fits and windows >= entry.get("windows", False)
-        fits = fits and not (several and entry["sampler"] in samplers.DETERMINISTIC)
-        if fits and _matches(entry.get("quality", "*"), quality):
+    for entry in _read_method_file("defaults")["defaults"]:
+        if (
+            situation.matches(entry)
+            and situation.linear >= entry.get("linear", False)
+            and situation.windows >= entry.get("windows", False)
+            and not (situation.samples > 1 and entry["sampler"] in samplers.DETERMINISTIC)
+            and _matches(entry.get("quality", "*"), quality)
+        ):
             return {key: entry[key] for key in ("sampler", "steps", "parameters") if key in entry}
-    raise RestoreError(f"configs/method/defaults.yaml names no sampler for {backbone}")
+    raise RestoreError(f"configs/method/defaults.yaml names no sampler for {situation.backbone}")
 
 
-def reference(sampler: str | Callable) -> dict[str, Any]:
-    """Parameters that make a sampler compute what its authors' code does. RestoreError where there are none."""
+def find_reference(sampler: str | Callable) -> dict[str, Any]:
+    """Return the `reference` block of a sampler's file, which makes it compute what its authors' code does.
+
+    Keys: parameters, and optionally adjoint. Raises RestoreError if the sampler has no such block.
+    """
     name = samplers.sampler_name(sampler)
-    block = _yaml(name).get("reference") if (configs_dir() / "method" / f"{name}.yaml").is_file() else None
+    is_shipped = (configs_dir() / "method" / f"{name}.yaml").is_file()
+    block = _read_method_file(name).get("reference") if is_shipped else None
     if not block:
         raise RestoreError(f"sampler {name} has no reference preset: its default is what its authors' code does")
-    return dict(block["parameters"])
+    return block
 
 
-def default_layers(backbone: str) -> list[str]:
-    """The layers of the first preset with PAG that names this backbone; [] when there is none."""
-    for entry in _entries():
+def find_pag_layers(backbone: str) -> list[str]:
+    """Return the layers of the first preset with PAG that names this backbone; [] if there is none."""
+    for entry in _presets():
         pag = (entry.get("guidance") or {}).get("pag")
         if pag and entry["backbone"] != "*" and _matches(entry["backbone"], backbone):
             return list(pag["layers"])
@@ -168,20 +201,16 @@ def default_layers(backbone: str) -> list[str]:
 
 
 @lru_cache
-def _yaml(name: str) -> dict[str, Any]:
-    return OmegaConf.to_container(OmegaConf.load(configs_dir() / "method" / f"{name}.yaml"))
+def _read_method_file(name: str) -> dict[str, Any]:
+    return read_yaml(configs_dir() / "method" / f"{name}.yaml")
 
 
 @lru_cache
-def _entries() -> tuple[dict, ...]:
-    files = sorted(path.stem for path in (configs_dir() / "method").glob("*.yaml") if path.stem != "defaults")
-    return tuple({"sampler": _yaml(name)["sampler"], **entry} for name in files for entry in _yaml(name)["presets"])
+def _presets() -> tuple[dict, ...]:
+    names = sorted(path.stem for path in (configs_dir() / "method").glob("*.yaml") if path.stem != "defaults")
+    files = [_read_method_file(name) for name in names]
+    return tuple({"sampler": file["sampler"], **entry} for file in files for entry in file["presets"])
 
 
 def _matches(pattern: str | list[str], name: str | None) -> bool:
     return pattern == "*" or name == pattern or (isinstance(pattern, list) and name in pattern)
-
-
-def _steps(steps: Any) -> Any:
-    """A number of steps as an int wherever it is one, however it was written."""
-    return int(steps) if isinstance(steps, str) and steps.isdecimal() else steps

@@ -1,8 +1,9 @@
-"""What a call of a Restorer gives, and the machine it runs on."""
+"""The result of a restoration, and helpers of a run: devices, memory errors, conditions, callbacks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +51,10 @@ class Restoration:
 
 
 def choose_device(device: str) -> torch.device:
-    """ "auto" or a torch device name. Raises RestoreError when this machine does not have it."""
+    """Return torch's device of a name; "auto" is CUDA, else MPS, else the CPU.
+
+    Raises RestoreError if this machine does not have it.
+    """
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -63,23 +67,22 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-class explain_out_of_memory:
-    """Context manager that turns an allocation failure into a RestoreError naming what lowers the memory."""
+@contextmanager
+def explain_out_of_memory() -> Iterator[None]:
+    """Turn an allocation failure within the block into a RestoreError that names what lowers the memory."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        is_cpu_failure = "can't allocate memory" in str(error)
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not is_cpu_failure:
+            raise
+        raise RestoreError(
+            "out of memory; try checkpointing=True, a smaller batch_size or max_windows, or precision='bf16'"
+        ) from error
 
-    def __enter__(self) -> None:
-        return None
 
-    def __exit__(self, kind, error, traceback) -> None:
-        text = str(error)
-        failed = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if failed or (isinstance(error, RuntimeError) and "can't allocate memory" in text):
-            raise RestoreError(
-                "out of memory; use checkpointing=True, a smaller batch_size or max_windows, or precision='bf16'"
-            ) from error
-
-
-def class_index(label: int | str, classes: int, names: Sequence[str]) -> int:
-    """The class of that number or name. Raises RestoreError when there is none."""
+def find_class(label: int | str, classes: int, names: Sequence[str]) -> int:
+    """Return the index of a class given by number or name. Raises RestoreError if there is none."""
     if isinstance(label, str) and not label.isdecimal():
         check_known([label], names, "the backbone has no class called")
         return list(names).index(label)
@@ -88,23 +91,27 @@ def class_index(label: int | str, classes: int, names: Sequence[str]) -> int:
     return int(label)
 
 
-def rows_of(condition: Any, rows: list[int]) -> Any:
-    """The conditions of these images; one that serves all of them is passed on."""
+def select_condition(condition: Any, rows: list[int]) -> Any:
+    """Return the conditions of these images; a single one serves them all."""
     if not isinstance(condition, torch.Tensor) or condition.dim() == 0 or len(condition) == 1:
         return condition
     return condition[rows]
 
 
-def watching(
+def observe_run(
     callback: Callable | None, guidance: Guidance | None, used: dict, first: int, count: int, total: int
 ) -> tuple[Guidance | None, Callable[[dict], None]]:
-    """(guidance, callback) for a sampler: what it used is kept, each step passed on with its place and `signals`."""
-    seen: dict[int, torch.Tensor] = {}
+    """Return (guidance, callback) for a sampler that collect `used` and extend what the caller's callback receives.
 
-    def watch(step: dict) -> None:
+    first, count, total: the samples of this batch among all; the callback receives them with the guidance's `signals`.
+    """
+    signals: dict[int, torch.Tensor] = {}
+
+    def receive(step: dict) -> None:
         used.update(step.get("used", {}))
         if callback is not None:
-            more = {} if guidance is None else {"signals": [seen.pop(k, None) for k in range(len(guidance.terms))]}
-            callback({**step, **more, "first": first, "count": count, "total": total})
+            terms = range(len(guidance.terms)) if guidance is not None else ()
+            own = {} if guidance is None else {"signals": [signals.pop(k, None) for k in terms]}
+            callback({**step, **own, "first": first, "count": count, "total": total})
 
-    return guidance if guidance is None or callback is None else watched(guidance, seen), watch
+    return guidance if guidance is None or callback is None else watched(guidance, signals), receive

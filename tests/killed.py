@@ -27,7 +27,8 @@ def command(*arguments):
 def one_step(photo, out, task, memory, pipe):
     """Restores `photo` in one step; sends its plan, then (error, peak of resident bytes, of those new)."""
     import restore
-    from restore.app import files, plan, run, tasks
+    from restore.app import files, plan, run
+    from restore.task import load_task
 
     torch.set_num_threads(1)
     prior = restore.load("embedded", device="cpu")
@@ -35,6 +36,6 @@ def one_step(photo, out, task, memory, pipe):
     prior.windows |= {"overlap": 0.0}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     options = {"steps": 1, "planner": plan.Planner(prior, memory), "announce": pipe.send}
-    (outcome,) = run.restore_files(files.find_photos([photo], out), prior, tasks.find_task(task), **options)
+    (outcome,) = run.restore_files(files.find_photos([photo], out), prior, load_task(task), **options)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     pipe.send((outcome.error, after, after - before))

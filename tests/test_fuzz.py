@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from operators import RestoreError
-from restore.app import cli, options, tasks
+from restore.app import cli, options
 from restore.backbones.schedule import Schedule
 from restore.bench.config import load_config
 from restore.images import masks
@@ -24,6 +24,7 @@ from restore.images.io import read_image
 from restore.paths import configs_dir
 from restore.report.tables import read_run
 from restore.search import config as search_config
+from restore.task import load_task
 from restore.training import load_config as load_training
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -191,7 +192,7 @@ def test_kernels(tmp_path, content, suffix):
 def test_tasks(tmp_path, content, name):
     (tmp_path / "task.yaml").write_text(yaml.safe_dump({"name": name, **content}))
     with one_sentence():
-        tasks.find_task(str(tmp_path / "task.yaml")).build(16, 16)
+        load_task(str(tmp_path / "task.yaml")).build(16, 16)
 
 
 @examples(500)
@@ -201,7 +202,7 @@ def test_tasks(tmp_path, content, name):
 def test_texts_of_yaml(tmp_path, text):
     (tmp_path / "a.yaml").write_bytes(text)
     for read in (
-        lambda: tasks.find_task(str(tmp_path / "a.yaml")).build(16, 16),
+        lambda: load_task(str(tmp_path / "a.yaml")).build(16, 16),
         lambda: options.parse_guidance(str(tmp_path / "a.yaml"), None, None, None, None),
         lambda: load_config(tmp_path / "a.yaml"),
     ):
@@ -218,7 +219,7 @@ def test_texts_of_yaml(tmp_path, text):
 def test_settings(written, task, sampler):
     with one_sentence():
         _, found = options.split_settings([f"{name}={value}" for name, value in written])
-        task = tasks.find_task(task, found)
+        task = load_task(task, found)
         options.check_settings(found, sampler, ["seed", "samples"])
         task.build(16, 16)
 

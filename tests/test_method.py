@@ -5,42 +5,46 @@ import pytest
 import restore
 from restore import method
 from restore.guidance import CFG, PAG
-from restore.method import Method
+from restore.method import Method, Situation, find_preset
 from restore.paths import configs_dir
 
 
+def find(backbone, task, operator, sampler=None, data=None, *, quality=None, **situation):
+    return find_preset(Situation(backbone, operator, task, data=data, **situation), sampler, quality)
+
+
 def test_published_presets():
-    ffhq = method.find("adm-ffhq-256", "sr8", "super_resolution", "dps")
+    ffhq = find("adm-ffhq-256", "sr8", "super_resolution", "dps")
     assert ffhq.parameters == {"zeta": 1.0} and ffhq.guidance.terms[0].scale == 1.0 and "Table 7" in ffhq.source
-    sd = method.find("sd-1.5", None, "motion_blur", kind="latents")
+    sd = find("sd-1.5", None, "motion_blur", kind="latents")
     assert sd.sampler == "psld" and sd.parameters == {"eta": 0.15, "gamma": 0.015}
-    assert method.find("sd-1.5", None, "motion_blur", "psld", "imagenet").parameters == {"eta": 0.3, "gamma": 0.03}
-    assert sd.changed(guidance=None).parameters == sd.changed(guidance=PAG(0.0, "m1")).parameters
-    assert sd.changed(guidance=None).parameters == {"eta": 1.0, "gamma": 0.1}
-    assert sd.changed().parameters == {"eta": 0.15, "gamma": 0.015} and sd.changed().guidance == sd.guidance
-    assert method.find("someone's.pt", None, "inpainting", "dps").parameters == {"zeta": 0.5}
-    daps = method.find("someone's.pt", "inpaint-random", "inpainting", "daps")
+    assert find("sd-1.5", None, "motion_blur", "psld", "imagenet").parameters == {"eta": 0.3, "gamma": 0.03}
+    assert sd.override(guidance=None).parameters == sd.override(guidance=PAG(0.0, "m1")).parameters
+    assert sd.override(guidance=None).parameters == {"eta": 1.0, "gamma": 0.1}
+    assert sd.override().parameters == {"eta": 0.15, "gamma": 0.015} and sd.override().guidance == sd.guidance
+    assert find("someone's.pt", None, "inpainting", "dps").parameters == {"zeta": 0.5}
+    daps = find("someone's.pt", "inpaint-random", "inpainting", "daps")
     assert daps.steps == 200 and daps.parameters["lr"] == 1e-4
-    daps = method.find("sd-1.5", None, "inpainting", "daps", kind="latents")
+    daps = find("sd-1.5", None, "inpainting", "daps", kind="latents")
     assert daps.parameters["latent_clamp"] == 1 and daps.parameters["lr"] == 1.11e-6 and daps.parameters["tau"] == 0.01
     for file in (configs_dir() / "method").glob("*.yaml"):
-        assert all(entry["source"] for entry in method._entries()), file
+        assert all(entry["source"] for entry in method._presets()), file
 
 
 def test_what_a_caller_gives_counts():
-    preset = method.find("sd-1.5", None, "motion_blur", "psld")
-    changed = preset.changed(steps="100", guidance=None, parameters={"eta": 0.3})
+    preset = find("sd-1.5", None, "motion_blur", "psld")
+    changed = preset.override(steps="100", guidance=None, parameters={"eta": 0.3})
     assert changed.steps == 100 and changed.parameters == {"eta": 0.3, "gamma": 0.1} and changed.guidance is None
-    assert preset.changed(steps="ddim50").steps == "ddim50"
+    assert preset.override(steps="ddim50").steps == "ddim50"
     for options, message in [
         ({"parameters": {"etta": 1}}, "did you mean 'eta'"),
         ({"guidance": "off"}, "guidance"),
         ({"guidance": {}}, "guidance"),
     ]:
         with pytest.raises(restore.RestoreError, match=message):
-            preset.changed(**options)
+            preset.override(**options)
     with pytest.raises(restore.RestoreError, match="needs the parameter 'zeta'"):
-        Method("dps", 10).changed()
+        Method("dps", 10).override()
 
 
 def test_a_method_is_read_back_from_its_description():
@@ -59,30 +63,30 @@ def test_presets_of_a_task_come_before_those_of_its_operator(monkeypatch):
         {"sampler": "dps", "backbone": "x", "task": task, "steps": steps, "parameters": {"zeta": 1.0}, "source": "here"}
         for task, steps in (("sr8", 8), (["sr4", "super_resolution"], 4), ("*", 1))
     )
-    monkeypatch.setattr(method, "_entries", lambda: entries)
-    found = [method.find("x", task, "super_resolution", "dps").steps for task in ("sr8", "sr4", None)]
-    assert found == [8, 4, 4] and method.find("x", "blur", "gaussian_blur", "dps").steps == 1
+    monkeypatch.setattr(method, "_presets", lambda: entries)
+    found = [find("x", task, "super_resolution", "dps").steps for task in ("sr8", "sr4", None)]
+    assert found == [8, 4, 4] and find("x", "blur", "gaussian_blur", "dps").steps == 1
 
 
 def test_defaults_name_a_sampler_for_every_quality():
     """Without a sampler: DiffPIR for linear operators in pixels, DPS for others, PSLD on latents; never guided."""
     for backbone in ("embedded", "someone's.pt"):
-        found = {q: method.find(backbone, "sr4", "super_resolution", quality=q) for q in method.QUALITIES}
+        found = {q: find(backbone, "sr4", "super_resolution", quality=q) for q in method.QUALITIES}
         assert [m.sampler for m in found.values()] == ["diffpir"] * 3 and not any(m.guidance for m in found.values())
         steps = [int(str(m.steps).removeprefix("quad:")) for m in found.values()]
         assert steps == sorted(steps) and steps[0] < steps[-1] <= 100
-        assert method.find(backbone, "sr4", "super_resolution") == found["balanced"]
-        assert method.find(backbone, None, "phase_retrieval", linear=False).sampler == "dps"
-    assert method.find("sd-1.5", None, "inpainting", kind="latents", quality="fast").sampler == "psld"
-    assert method.find("embedded", None, "inpainting", "dps").guidance.terms[0].scale == 1.0  # PAG, one word away
+        assert find(backbone, "sr4", "super_resolution") == found["balanced"]
+        assert find(backbone, None, "phase_retrieval", linear=False).sampler == "dps"
+    assert find("sd-1.5", None, "inpainting", kind="latents", quality="fast").sampler == "psld"
+    assert find("embedded", None, "inpainting", "dps").guidance.terms[0].scale == 1.0  # PAG, one word away
     with pytest.raises(restore.RestoreError, match="did you mean 'fast'"):
-        method.find("embedded", None, "inpainting", quality="fsat")
+        find("embedded", None, "inpainting", quality="fsat")
 
 
 def test_photos_in_windows_get_one_estimate_unless_samples_are_asked_for():
     how = {"backbone": "embedded", "task": "sr4", "operator": "super_resolution"}
-    assert method.find(**how, windows=True).sampler == "dpir"
-    assert method.find(**how).sampler == method.find(**how, windows=True, several=True).sampler == "diffpir"
-    assert method.find("embedded", "inpaint", "inpainting", windows=True).sampler == "diffpir"
-    assert method.find("embedded", "denoise", "denoising", windows=True).steps == 1
-    assert method.find("someone's.pt", "sr4", "super_resolution", windows=True).sampler == "diffpir"
+    assert find(**how, windows=True).sampler == "dpir"
+    assert find(**how).sampler == find(**how, windows=True, samples=2).sampler == "diffpir"
+    assert find("embedded", "inpaint", "inpainting", windows=True).sampler == "diffpir"
+    assert find("embedded", "denoise", "denoising", windows=True).steps == 1
+    assert find("someone's.pt", "sr4", "super_resolution", windows=True).sampler == "diffpir"

@@ -18,11 +18,13 @@ from PIL import Image
 import operators
 import restore
 from restore import guidance as guidances
-from restore import method, samplers
-from restore.app import cli, options, tasks
+from restore import samplers
+from restore.app import cli, options
 from restore.bench.config import load_config
 from restore.guidance import base, estimator, targets
+from restore.method import Situation, find_preset
 from restore.samplers.generate import generate
+from restore.task import load_task
 
 DOCS = Path(__file__).parents[1] / "docs"
 SAMPLERS = [*samplers.SAMPLERS, "generate"]
@@ -145,12 +147,13 @@ def test_the_calls_of_a_sampler_say_the_same(name):
     text = page("samplers", name)
     given = command(block(text, "bash"))
     _, settings = options.split_settings(given["inputs"])
-    task = tasks.find_task(given["task"], settings)
+    task = load_task(given["task"], settings)
     options.check_settings(settings, given["sampler"], given)
     said = (given["sampler"], options.parse_steps(given["steps"]), settings)
     kind = "pixels" if given["backbone"] == "embedded" else "latents"
-    preset = method.find(given["backbone"], given["task"], task.config["name"], given["sampler"], kind=kind)
-    assert preset.changed(steps=said[1], parameters=settings).sampler == name
+    situation = Situation(given["backbone"], task.config["name"], given["task"], kind)
+    preset = find_preset(situation, given["sampler"])
+    assert preset.override(steps=said[1], parameters=settings).sampler == name
 
     _, python = keywords(block(text, "python"))
     guidance = python.pop("guidance", "preset")
@@ -217,7 +220,7 @@ def test_evaluations_of_presets_are_as_the_overview_says(name, measured):
     formula = re.search(r"\*\*Evaluations:\*\* `([^`]+)`", page("samplers", name))[1]
     kind = "latents" if name in ("psld", "resample") else "pixels"
     prior = "embedded-latent" if name == "psld" else "embedded"
-    preset = method.find(prior, "sr4", "super_resolution", name, kind=kind).changed(guidance=None)
+    preset = find_preset(Situation(prior, "super_resolution", "sr4", kind), name).override(guidance=None)
     own = {key: item.default for key, item in samplers.sampler_parameters(name).items()}
     steps = len(restorer.backbone.schedule.timesteps(preset.steps))
     assert int(stated) == eval(formula, {}, {**own, **preset.parameters, "steps": steps})

@@ -123,14 +123,15 @@ def run(
 ) -> None:
     """Restore images: `restore run photo.png --task sr4 -o restored/`."""
     from restore import restorer
-    from restore.app import files, tasks
+    from restore.app import files
     from restore.app import run as work
     from restore.app.plan import Planner
     from restore.images.resampling import select_resampling
+    from restore.task import load_task
 
     names, settings = split_settings(inputs)
     masked = {"mask": mask, "invert_mask": invert_mask, "mask_threshold": mask_threshold}
-    found = tasks.find_task(task, settings, kernel=kernel, **masked)
+    found = load_task(task, settings, kernel=kernel, **masked)
     check_settings(settings, sampler, context.params)
     guided = parse_guidance(guidance, pag_scale, layers, target, strength)
     resampled = select_resampling(solve_at, resample, reference)
@@ -198,12 +199,13 @@ def degrade(
     """Degrade clean images: `restore degrade photo.png --task motion-blur -o blurred/`."""
     import operators
     from operators.naming import check_known
-    from restore.app import files, tasks
+    from restore.app import files
     from restore.app import run as work
+    from restore.task import load_task
 
     names, settings = split_settings(inputs)
     masked = {"mask": mask, "invert_mask": invert_mask, "mask_threshold": mask_threshold}
-    found = tasks.find_task(task, settings, kernel=kernel, **masked)
+    found = load_task(task, settings, kernel=kernel, **masked)
     check_known(settings, ["sigma", *operators.operator_options(found.config["name"])], f"task {task} has no setting")
     report(
         work.degrade_files(

@@ -14,7 +14,7 @@ import torch
 
 from operators import RestoreError
 from restore import disk
-from restore.app import files, tasks
+from restore.app import files
 from restore.bench.baselines import baseline
 from restore.guidance import PAG, Guidance
 from restore.images import grids, io
@@ -22,6 +22,7 @@ from restore.metrics.single import LPIPS, psnr, ssim
 from restore.paths import data_dir
 from restore.restorer import Restorer, load
 from restore.samplers.noise import measurement_generator
+from restore.task import load_task
 from restore.versions import get_version
 
 
@@ -158,7 +159,7 @@ def run_demo(
 
 def _restored(restorer, part: Part, task: str, x, ids, seed: int, steps, progress) -> Restored:
     """x measured once and restored by the baseline and every method. progress: callback of the i-th method."""
-    operator = tasks.find_task(task, dict(part.tasks[task])).build(*x.shape[-2:])
+    operator = load_task(task, dict(part.tasks[task])).build(*x.shape[-2:])
     y = operator(x, [measurement_generator(seed, name) for name in ids])
     begun = time.perf_counter()
     estimates = {BASELINE: baseline(y, operator)}

@@ -117,7 +117,7 @@ def parse_labels(labels: str | None) -> list[str] | None:
 
 def parse_pag(target: str | None, strength: str | None) -> tuple[Any, Any]:
     """Target and strength as PAG takes them: a name, a number, or YAML between braces. Raises RestoreError."""
-    from restore.app.tasks import read_yaml
+    from restore.config import read_yaml
 
     def value(text: str | None, what: str) -> Any:
         return read_yaml(text, what) if text is not None and text.lstrip().startswith("{") else text
@@ -140,7 +140,7 @@ def parse_guidance(
     without a network. Raises RestoreError."""
     from restore import guidance as guidances
     from restore.app.run import ChangedPAG
-    from restore.app.tasks import read_yaml
+    from restore.config import read_yaml
     from restore.guidance import PAG
 
     change = ChangedPAG(scale, layers, *parse_pag(target, strength))

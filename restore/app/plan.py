@@ -22,13 +22,13 @@ from operators import RestoreError
 from restore import samplers
 from restore.app.machine import available_memory
 from restore.app.rehearsal import Demand, rehearse
-from restore.app.tasks import Task
 from restore.backbones.checkpointing import set_checkpointing
 from restore.backbones.sizes import Sized
 from restore.bench.cost import counting
 from restore.guidance import describe, estimator
 from restore.images.resampling import Resampling
 from restore.method import Method
+from restore.task import Task
 
 # What LiveBytes does not see: the convolution library's copies and the allocator's fragments.
 OVERHEAD, FIXED = 1.25, 100e6

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 
 from restore import samplers
-from restore.app.tasks import Task
 from restore.backbones.base import Prediction
 from restore.backbones.sizes import Sized
 from restore.bench.cost import LiveBytes
 from restore.images.masks import Mask
 from restore.method import Method
 from restore.samplers.noise import ImageNoise, measurement_generator
+from restore.task import Task
 
 SIDE, STEPS = 96, 100  # of the small picture, in pixels; the most steps that are run
 

@@ -19,7 +19,6 @@ from restore import guidance as guidances
 from restore.app import files
 from restore.app.files import DEGRADED, MEAN, SIGNALS, SPREAD, TRAJECTORY, Photo
 from restore.app.plan import Plan, Planner
-from restore.app.tasks import Task, measured
 from restore.app.trajectory import Trajectory
 from restore.guidance import Guidance
 from restore.guidance.layers import Strength
@@ -28,6 +27,7 @@ from restore.images.resampling import Resampling
 from restore.images.tint import apply_tint, estimate_tint
 from restore.metrics.single import psnr, ssim
 from restore.restoration import explain_out_of_memory
+from restore.task import Task, measure_photo
 from restore.versions import get_version
 
 # Of a Restorer's protocol: what makes a result another one. The rest (threads, batch size, ...) concerns rounding.
@@ -128,8 +128,10 @@ def restore_files(
     for photo in photos:
         started, trajectory = time.perf_counter(), Trajectory(callback) if save_trajectory else None
         try:
-            task = every.of(photo.source, degrade)
-            record, clean, operator, y = measured(photo, task, degrade, seed, resampled)
+            task = every.for_photo(photo.source, degrade)
+            noise = {"image_id": photo.image_id, "seed": seed}
+            measurement = measure_photo(photo.source, task, degrade=degrade, resampling=resampled, **noise)
+            record, clean, operator, y = vars(measurement).values()
             options = {"task": task.name, "sampler": sampler, "quality": quality, "data": data}
             chosen, asked = guidance, {**options, "steps": steps, "reference": reference, "parameters": parameters}
             asked |= {"samples": samples, "size": operators.image_shape(operator, y)[-2:]}
@@ -268,7 +270,9 @@ def degrade_files(photos: Iterable[Photo], task: Task, *, seed: int = 0, overwri
     files.check_outputs(photos, [[photo.target] for photo in photos], overwrite=True)
     for photo in photos:
         try:
-            record, _, _, y = measured(photo, task.of(photo.source, True), True, seed)
+            one = task.for_photo(photo.source, True)
+            measurement = measure_photo(photo.source, one, image_id=photo.image_id, degrade=True, seed=seed)
+            record, y = measurement.record, measurement.y
             content = io.encode_image(photo.target, y[0].expand(3, -1, -1), like=record)
             there = photo.target.exists() and photo.target.read_bytes() == content
             if photo.target.exists() and not there and not overwrite:

@@ -8,17 +8,18 @@ import torchvision
 from PIL import Image
 
 from operators import RestoreError
-from restore.app import demo, tasks
+from restore.app import demo
 from restore.app.demo import PARTS, methods, run_demo
 from restore.metrics import weights
 from restore.paths import data_dir
 from restore.restorer import load
+from restore.task import load_task
 
 
 @pytest.mark.parametrize("part", [part for part in PARTS if part.sampler], ids=lambda part: part.backbone)
 def test_columns_follow_the_best_quality(part):
     """The part's own sampler and what quality="best" names, each plain and with PAG; DiffPIR where they are one."""
-    restorer, operator = load(part.backbone), tasks.find_task("sr4").build(64, 64)
+    restorer, operator = load(part.backbone), load_task("sr4").build(64, 64)
     columns = methods(restorer, operator, "sr4", part.sampler)
     plain = [restorer.method(operator, task="sr4", **options) for options in columns.values()]
     best = restorer.method(operator, task="sr4", quality="best").sampler

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 import restore
-from restore.app import files, plan, rehearsal, run, tasks
+from restore.app import files, plan, rehearsal, run
 from restore.images.io import read_image
 from restore.paths import data_dir
+from restore.task import load_task
 
 MEMORY = 4e9
 TASK = "denoise"
@@ -44,7 +45,7 @@ def cut_out(photo, height, width):
 
 
 def restored(prior, x, **options):
-    operator = tasks.find_task(TASK).build(*x.shape[-2:])
+    operator = load_task(TASK).build(*x.shape[-2:])
     y = operator(x, torch.Generator().manual_seed(0))
     return prior(y, operator, task=TASK, **options).samples[:, 0]
 
@@ -52,7 +53,7 @@ def restored(prior, x, **options):
 def test_the_plan_stays_within_4_gb(photo, prior, tmp_path):
     photos = files.find_photos([photo], tmp_path / "out")
     planner = plan.Planner(prior, MEMORY)
-    (outcome,) = run.restore_files(photos, prior, tasks.find_task(TASK), planner=planner, dry_run=True)
+    (outcome,) = run.restore_files(photos, prior, load_task(TASK), planner=planner, dry_run=True)
     print(outcome.line())
     assert outcome.error is None and outcome.plan.fits and outcome.plan.memory < MEMORY
     assert outcome.plan.size == (3000, 4000) and outcome.plan.windows == 93 * 124
@@ -66,7 +67,7 @@ def test_the_estimate_is_within_half_of_the_time_taken(photo, prior, monkeypatch
         monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=process_time))
     torch.set_num_threads(1)
     x, ratios = cut_out(photo, 96, 160), []
-    task = tasks.find_task(TASK)
+    task = load_task(TASK)
     for _ in range(3):
         method = prior.method(task.build(*x.shape[-2:]), task=TASK)
         planned = plan.Planner(prior, MEMORY).plan(task, tuple(x.shape[-2:]), method)

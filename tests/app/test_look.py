@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from restore.app import run, tasks
+from restore.app import run
 from restore.images import io
 from restore.images.tint import estimate_tint
 from restore.paths import data_dir
+from restore.task import load_task
 
 PHOTOS = data_dir() / "photos"
 FACE = PHOTOS / "astronaut-face-64.png"
@@ -103,7 +104,7 @@ def test_a_photo_of_one_hue_gains_no_colour(tmp_path, tint):
 
     def result(name):
         photos = find_photos([str(tmp_path / name)], tmp_path / "out")
-        task = tasks.find_task("denoise", {"sigma": 0.3})
+        task = load_task("denoise", {"sigma": 0.3})
         assert all(outcome.error is None for outcome in run.restore_files(photos, restorer, task, **options))
         assert ("one_hue" in json.loads(photos[0].sidecar.read_text())) == (name == "scan.png")
         return [io.read_image(photos[0].companion(end)).pixels for end in ("", "-sample1", "-mean")]

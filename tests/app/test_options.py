@@ -10,9 +10,10 @@ from PIL import Image
 import operators
 from operators import RestoreError
 from restore import guidance as guidances
-from restore.app import cli, options, run, tasks
+from restore.app import cli, options, run
 from restore.guidance import CFG, PAG
 from restore.paths import data_dir
+from restore.task import load_task, measure_photo
 
 FACE = data_dir() / "photos" / "astronaut-face-64.png"
 
@@ -211,26 +212,26 @@ def test_version_help_and_completion(command):
 
 def test_a_task_is_found_by_name_factor_file_and_text(tmp_path):
     settings = {"sigma": 0.1, "zeta": 2.0}
-    found = tasks.find_task("sr2", settings)
+    found = load_task("sr2", settings)
     assert (found.name, found.factor, settings) == ("sr2", 2, {"zeta": 2.0})
     assert found.config["noise"] == {"name": "gaussian", "sigma": 0.1}
     (tmp_path / "mine.yaml").write_text("name: gaussian_blur\nstd: 2.0\nkernel_size: 9\n")
-    mine = tasks.find_task(str(tmp_path / "mine.yaml"))
+    mine = load_task(str(tmp_path / "mine.yaml"))
     assert mine.name == "mine" and isinstance(mine.build(32, 32), operators.GaussianBlur)
-    assert tasks.find_task("{name: denoising, noise: null}").build(8, 8).noise is None
+    assert load_task("{name: denoising, noise: null}").build(8, 8).noise is None
     for text, message in (
-        ("- name\n- b\n", "operator's name"),
-        ("std: 2\n", "operator's name"),
+        ("- name\n- b\n", "operator"),
+        ("std: 2\n", "operator"),
         ("name: [\n", "not readable"),
         ("\x00\x01", "not readable"),
     ):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(RestoreError, match=message) as caught:
-            tasks.find_task(str(tmp_path / "bad.yaml"))
+            load_task(str(tmp_path / "bad.yaml"))
         assert len(str(caught.value).splitlines()) == 1
     (tmp_path / "binary.yaml").write_bytes(bytes(range(256)))
     with pytest.raises(RestoreError, match="not readable"):
-        tasks.find_task(str(tmp_path / "binary.yaml"))
+        load_task(str(tmp_path / "binary.yaml"))
 
 
 def test_a_grey_measurement_is_asked_for_by_the_operator(tmp_path):
@@ -239,5 +240,6 @@ def test_a_grey_measurement_is_asked_for_by_the_operator(tmp_path):
 
     Image.open(FACE).save(tmp_path / "a.png")
     photos = find_photos([tmp_path / "a.png"], tmp_path / "out")
-    record, _, operator, y = tasks.measured(photos[0], tasks.find_task("colorize"), False, 0)
-    assert y.shape == (1, 1, 64, 64) and torch.allclose(y, operator.A(record.pixels), atol=1e-6)
+    found = measure_photo(photos[0].source, load_task("colorize"), image_id="a")
+    assert found.y.shape == (1, 1, 64, 64)
+    assert torch.allclose(found.y, found.operator.A(found.record.pixels), atol=1e-6)

@@ -43,11 +43,11 @@ def restored(restorer, photos, wanted, folder, edits=None, mask=None):
 
 def test_a_photo_is_restored_as_by_the_command(restorer, tmp_path):
     from restore.app import files, run
-    from restore.app.tasks import find_task
+    from restore.task import load_task
 
     (done,) = restored(restorer, [SCRATCHED], Request("fill", sigma=0.05, **QUICK), tmp_path / "page", mask=MASK)
     photos = files.find_photos([str(SCRATCHED)], tmp_path)
-    (outcome,) = run.restore_files(photos, restorer, find_task("inpaint", mask=MASK), quality="fast", steps=2)
+    (outcome,) = run.restore_files(photos, restorer, load_task("inpaint", mask=MASK), quality="fast", steps=2)
     assert done.error is None and done.sidecar["residual_ratio"] == outcome.numbers["residual_ratio"]
     assert done.files[0].read_bytes() == outcome.photo.target.read_bytes()
     assert {path.name for path in done.files} == {SCRATCHED.name, f"{SCRATCHED.stem}.json"}

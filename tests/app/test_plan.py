@@ -13,9 +13,10 @@ from PIL import Image
 import restore
 from operators import RestoreError
 from restore import PAG
-from restore.app import cli, machine, plan, run, tasks
+from restore.app import cli, machine, plan, run
 from restore.app.files import find_photos
 from restore.bench.cost import LiveBytes
+from restore.task import load_task
 
 GUIDED = PAG(1.0, layers="m1")
 SIZE = (40, 56)  # of 16-pixel windows: 4 x 6
@@ -32,14 +33,14 @@ def latent(tmp_path_factory):
 
 
 def planned(restorer, task, size=SIZE, memory=None, samples=1, batch_size=1, **method):
-    task = tasks.find_task(task)
+    task = load_task(task)
     chosen = restorer.method(task.build(*size), task=task.name, **method)
     planner = plan.Planner(restorer, memory)
     return planner, planner.plan(task, size, chosen, samples=samples, batch_size=batch_size)
 
 
 def restored(restorer, task, size=SIZE, **options):
-    operator = tasks.find_task(task).build(*size)
+    operator = load_task(task).build(*size)
     x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     y = operator(x, torch.Generator().manual_seed(1))
     return lambda: restorer(y, operator, task=task, **options)
@@ -117,7 +118,7 @@ def test_what_memory_forces_first_leaves_the_bytes_as_they_are(small, guidance):
 def test_a_photo_that_does_not_fit_is_refused_unless_forced(small, tmp_path):
     Image.fromarray(np.zeros((40, 56, 3), np.uint8)).save(tmp_path / "a.png")
     photos = find_photos([tmp_path / "a.png"], tmp_path / "out")
-    task, options = tasks.find_task("denoise"), {"sampler": "dps", "steps": 2, "guidance": None}
+    task, options = load_task("denoise"), {"sampler": "dps", "steps": 2, "guidance": None}
     planner, said = plan.Planner(small, 1e6), []
     (refused,) = run.restore_files(photos, small, task, planner=planner, announce=said.append, **options)
     assert "a.png would take 0.1 GB" in refused.error and "0.0 GB are free" in refused.error and len(said) == 1

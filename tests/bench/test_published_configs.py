@@ -13,7 +13,7 @@ from restore.bench.baselines import BASELINES
 from restore.bench.config import load_config, method_of, pairs, settings
 from restore.bench.run import bench
 from restore.guidance import resolve
-from restore.method import find
+from restore.method import Situation, find_preset
 from restore.metrics import weights
 from restore.paths import configs_dir
 from restore.report.write import write_report
@@ -177,8 +177,8 @@ def test_no_row_repeats_another(name):
             chosen = method_of(wanted)
             backbone = own["backbone"] or config["backbone"]
             kind = "latents" if "latent" in backbone or backbone.startswith("sd-") else "pixels"
-            preset = find(backbone, None, own["operator"]["name"], chosen.sampler, kind=kind)
-            whole = preset.changed(steps=chosen.steps, guidance=chosen.guidance, parameters=chosen.parameters)
+            preset = find_preset(Situation(backbone, own["operator"]["name"], kind=kind), chosen.sampler)
+            whole = preset.override(steps=chosen.steps, guidance=chosen.guidance, parameters=chosen.parameters)
             whole = {key: value for key, value in whole.describe().items() if key != "source"}
         same = rows.setdefault((task, json.dumps(whole, sort_keys=True, default=str)), method)
         assert same == method, f"{task}: {method} is {same}"

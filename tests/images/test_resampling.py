@@ -10,10 +10,11 @@ from PIL import Image
 
 import operators
 from operators import RestoreError
-from restore import method
 from restore.guidance import PAG
 from restore.guidance.layers import resolve
 from restore.images import resampling
+from restore.method import Situation, find_preset
+from restore.samplers.psld import REFERENCE
 
 CONFIG = OmegaConf.to_container(OmegaConf.load(Path(__file__).parents[2] / "configs" / "method" / "psld.yaml"))
 
@@ -97,9 +98,20 @@ def test_presets_are_table_5(data):
 
 
 def test_presets_are_found_and_built():
-    found = method.find("sd-1.5", None, "gaussian_blur", "psld")
+    found = find_preset(Situation("sd-1.5", "gaussian_blur"), "psld")
     assert found.parameters == {"eta": 0.1, "gamma": 0.01} and found.steps == 1000
     assert found.guidance == PAG(5.0, layers=["input_blocks.8.1.transformer_blocks.0.attn1"])
-    other = method.find("some-other-latent-model", None, "denoising", "psld")
+    other = find_preset(Situation("some-other-latent-model", "denoising"), "psld")
     assert other.parameters == {"eta": 1.0, "gamma": 0.1} and other.guidance is None
-    assert method.find("adm-ffhq-256", None, "gaussian_blur", "dps").sampler == "dps"
+    assert find_preset(Situation("adm-ffhq-256", "gaussian_blur"), "dps").sampler == "dps"
+
+
+def test_the_reference_choices_in_the_file_are_those_of_the_code():
+    reference = CONFIG["reference"]
+    assert reference["parameters"] == REFERENCE
+    assert reference["resampling"] == resampling.REFERENCE
+    assert reference["operator"] == {"adjoint": "reference"}
+    assert (
+        operators.build_operator({"name": "super_resolution", "factor": 8, **reference["operator"]}).adjoint
+        == "reference"
+    )

@@ -13,8 +13,8 @@ import torch
 
 from operators import RestoreError
 from operators.naming import check_known
-from restore.app.tasks import Task, find_task
 from restore.images import estimate
+from restore.task import Task, load_task
 
 # name -> (plain words, the field's term)
 PLAIN = {
@@ -67,11 +67,11 @@ def make_task(request: Request, pixels: torch.Tensor, folder: Path, mask: Path |
     if request.task == "fill":
         if mask is None:
             raise RestoreError(PAINT_FIRST)
-        return find_task("inpaint", settings, mask=mask)
+        return load_task("inpaint", settings, mask=mask)
     if request.task == "enlarge":
         if request.factor not in FACTORS:
             raise RestoreError(f"a photo is enlarged by {', '.join(map(str, FACTORS))}, not by {request.factor}")
-        return find_task(f"sr{request.factor}", settings)
+        return load_task(f"sr{request.factor}", settings)
     if request.task == "sharpen":
         check_known([request.blur], BLURS, "there is no blur called")
         if request.blur == "motion":
@@ -79,11 +79,11 @@ def make_task(request: Request, pixels: torch.Tensor, folder: Path, mask: Path |
                 raise RestoreError("draw how the camera moved first")
             kernel = folder / "kernel.npy"
             np.save(kernel, estimate.rasterise_path(torch.tensor(request.path)).double().numpy())
-            return find_task("blur", settings, kernel=kernel)
+            return load_task("blur", settings, kernel=kernel)
         std = _require_range(request.std, "the size of the blur", 0.1, 50)
         radius = min(math.ceil(3 * std), min(pixels.shape[-2:]) - 1)
-        return find_task("gaussian-blur", settings | {"std": std, "kernel_size": 2 * radius + 1})
-    return find_task("denoise" if request.task == "denoise" else "colorize", settings)
+        return load_task("gaussian-blur", settings | {"std": std, "kernel_size": 2 * radius + 1})
+    return load_task("denoise" if request.task == "denoise" else "colorize", settings)
 
 
 def estimate_sigma(pixels: torch.Tensor) -> float:

@@ -1,0 +1,267 @@
+"""A task: an operator's configuration, looked up by name, built for an image's size, and measured."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import operators
+from operators import RestoreError, validate
+from operators.naming import suggest
+from restore.config import read_yaml
+from restore.disk import hash_file
+from restore.images import io, masks
+from restore.images.estimate import estimate_noise
+from restore.images.masks import Mask
+from restore.images.resampling import Resampling
+from restore.paths import configs_dir
+from restore.samplers.noise import derive_seed, measurement_generator
+
+AUTO = "auto"
+ESTIMATED = {"name": "gaussian", "sigma": AUTO}  # noise whose level is estimated from the photo
+# Operators' names in place of a task's, as earlier versions and other packages have them.
+ALIASES = {
+    "inpainting": "inpaint",
+    "inpainting_mask": "inpaint",
+    "inpainting_box": "inpaint-box",
+    "inpainting_random": "inpaint-random",
+    "gaussian_blur": "gaussian-blur",
+    "motion_blur": "motion-blur",
+    "denoising": "denoise",
+    "colorization": "colorize",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is restored. name: of configs/task, for presets. config: as operators.build_operator takes it; its mask may
+    be a Mask file that is not read yet."""
+
+    name: str
+    config: dict[str, Any]
+
+    @property
+    def factor(self) -> int:
+        """How many times larger than the photo its restoration is."""
+        return self.config.get("factor", 1)
+
+    def build(self, height: int, width: int) -> Any:
+        """Return the operator for an image of this size. Raises RestoreError if a mask file does not fit it."""
+        config = dict(self.config)
+        if isinstance(config.get("mask"), Mask):
+            config["mask"] = config["mask"].read((height, width))
+        return operators.build_operator(config, image_size=(height, width))
+
+    def for_photo(self, photo: Path, degrade: bool = False) -> Task:
+        """Return the task with this photo's own mask and, if they are "auto", its estimated mask and noise level.
+
+        Raises RestoreError for "auto" with a photo that is to be degraded first.
+        """
+        config, mask = dict(self.config), self.config.get("mask")
+        is_estimated = config.get("noise") == ESTIMATED
+        if degrade and (is_estimated or (isinstance(mask, Mask) and mask.sensitivity is not None)):
+            raise RestoreError("mask=auto and sigma=auto look at a damaged photo; this one is to be degraded first")
+        if isinstance(mask, Mask):
+            config["mask"] = mask.of(photo)
+        if is_estimated:
+            sigma = float(f"{estimate_noise(io.read_image(photo).pixels):.3g}")
+            config["noise"] = {"name": "gaussian", "sigma": sigma} if sigma else None
+        return Task(self.name, config)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the configuration for JSON, with files and arrays as hashes of their content."""
+        return {"task": self.name, **{key: _describe(value) for key, value in self.config.items()}}
+
+
+def read_task(name: str) -> dict[str, Any]:
+    """Return the operator's mapping of a shipped task (configs/task), or of a YAML file or text between braces.
+
+    Raises RestoreError for an unknown task and unreadable YAML.
+    """
+    files = {path.stem: path for path in sorted((configs_dir() / "task").glob("*.yaml"))}
+    name = ALIASES.get(name, name)
+    factor = None
+    if name.startswith("sr") and name[2:].isdecimal() and name not in files:
+        name, factor = "sr4", int(name[2:])
+    if name not in files and not _is_yaml(name):
+        raise RestoreError(f"unknown task '{name}'; {suggest(name, [*files, 'srN'])} (or a YAML file)")
+    config = read_yaml(files.get(name, name), "task")
+    if not isinstance(config, dict) or "name" not in config:
+        raise RestoreError(f"task {name} must name its operator, got no 'name'; try {{name: gaussian_blur}}")
+    return config if factor is None else config | {"factor": factor}
+
+
+def load_task(
+    task: str,
+    settings: dict[str, Any] | None = None,
+    *,
+    mask: Path | None = None,
+    kernel: Path | None = None,
+    invert_mask: bool = False,
+    mask_threshold: int | None = None,
+) -> Task:
+    """Return a task with the `settings` that its operator knows, which are removed from the dictionary.
+
+    task: a file of configs/task; sr2, sr3, ... for other factors; a YAML file, or its text between braces;
+        "module:attribute", a user's operator.
+    mask, kernel: files that replace the task's own. A mask may be a folder of masks with the photos' names, or "auto":
+        proposed from each photo (restore.images.damage), with the setting `sensitivity`.
+    invert_mask, mask_threshold: see restore.images.masks.read_mask.
+    settings: the operator's options, and `sigma`, the noise's standard deviation on [-1, 1]; "auto" estimates it from
+        each photo (restore.images.estimate).
+    Raises RestoreError for an unknown task and files that do not fit it.
+    """
+    settings = {} if settings is None else settings
+    task = ALIASES.get(task, task)
+    if task == "inpaint" and mask is None:
+        config = read_task("inpaint-box")
+    elif ":" in task and not _is_yaml(task):
+        config = {"name": task}
+    else:
+        config = read_task(task)
+    if _is_yaml(task):
+        task = str(config["name"]) if "{" in task else Path(task).stem
+    if mask is not None:
+        config = _use_mask(config, task, Mask(Path(mask), invert_mask, mask_threshold), settings)
+    elif invert_mask or mask_threshold is not None:
+        raise RestoreError("invert_mask= and mask_threshold= need mask=FILE")
+    if kernel is not None:
+        if "blur" not in str(config["name"]):
+            raise RestoreError(f"kernel={kernel} does not apply to task {task}; it belongs to blur")
+        config = {"name": "blur", "noise": config.get("noise"), "kernel": masks.read_kernel(kernel)}
+    elif config["name"] == "blur" and "kernel" not in config:
+        raise RestoreError("task blur needs kernel=FILE")
+    if "sigma" in settings:
+        sigma = settings.pop("sigma")
+        config["noise"] = {"name": "gaussian", "sigma": sigma} if sigma else None
+    for key in [key for key in settings if key in operators.operator_options(config["name"])]:
+        config[key] = settings.pop(key)
+    if config.get("noise") != ESTIMATED:
+        operators.build_noise(config.get("noise"))
+    return Task(task, config)
+
+
+def _use_mask(config: dict[str, Any], task: str, mask: Mask, settings: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of an inpainting task with a mask file."""
+    if not str(config["name"]).startswith("inpainting"):
+        raise RestoreError(f"mask={mask.path} does not apply to task {task}; it belongs to inpaint")
+    if str(mask.path) == AUTO:
+        if mask.invert or mask.threshold is not None:
+            raise RestoreError("invert_mask= and mask_threshold= are for a mask from a file, not for mask=auto")
+        sensitivity = validate.require_number(settings.pop("sensitivity", 0.5), "sensitivity", low=0.0, high=1.0)
+        mask = replace(mask, sensitivity=sensitivity)
+    elif not mask.path.is_dir():
+        mask.read()
+    return {"name": "inpainting_mask", "noise": config.get("noise"), "mask": mask}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A photo as it is restored. record: the file's picture. clean: (1, 3, H, W), the truth of a degraded photo, else
+    None. y: measurement (1, ...) of `operator`."""
+
+    record: io.ImageRecord
+    clean: torch.Tensor | None
+    operator: Any
+    y: torch.Tensor
+
+
+def measure_photo(
+    photo: Path,
+    task: Task,
+    *,
+    image_id: str,
+    degrade: bool = False,
+    seed: int = 0,
+    resampling: Resampling | None = None,
+) -> Measurement:
+    """Read a photo as a measurement: degraded by the task with `degrade`, else as it is.
+
+    image_id, seed: of the measurement's noise. resampling: restore at another size.
+    Raises RestoreError if the photo cannot be read or the task needs a mask that is not given.
+    """
+    record = io.read_image(photo)
+    height, width = record.size
+    if degrade:
+        clean = resampling.prepare_truth(record.pixels) if resampling else record.pixels
+        x = resampling.enlarge(clean, photo.name) if resampling else clean
+        if resampling and isinstance(task.config.get("mask"), Mask):
+            mask = resampling.enlarge_mask(task.config["mask"].read(record.size))
+            task = Task(task.name, task.config | {"mask": mask})
+        operator = task.build(*x.shape[-2:])
+        return Measurement(record, clean, operator, operator(x, measurement_generator(seed, image_id)))
+    if task.config["name"] in ("inpainting_box", "inpainting_random"):
+        raise RestoreError(
+            f"{photo.name}: inpainting a damaged photo needs mask=FILE (white: known pixels); "
+            "with degrade=True the task cuts its own hole into a clean photo"
+        )
+    size = (height * task.factor, width * task.factor)
+    operator = task.build(*size)
+    with torch.no_grad():
+        channels = operator.A(torch.zeros(1, 3, *size)).shape[1]
+        y = io.to_tensor(record.pixels, channels=1) if channels == 1 else record.pixels
+        if task.config["name"] == "inpainting_mask":
+            y = operator.A(y)
+    if resampling:
+        operator = resampling.adapt_operator(operator, size, photo.name)
+    return Measurement(record, None, operator, y)
+
+
+def measure_batch(
+    config: Mapping[str, Any], x: torch.Tensor, image_ids: Sequence[str], *, seed: int = 0, per_image: bool = False
+) -> tuple[Any, torch.Tensor]:
+    """Degrade images (B, 3, H, W) and return (operator, y).
+
+    config: as operators.build_operator takes it. per_image: a random mask or kernel of its own for every image.
+    Each image's operator and noise depend only on (seed, its id): y has the same bytes in every batch and on every
+    device.
+    Raises RestoreError for operators that cannot share a batch.
+    """
+    size = tuple(x.shape[-2:])
+    if per_image:
+        # numpy's legacy generators, which the masks' published law uses, take 32-bit seeds.
+        seeds = [derive_seed(seed, image_id, "operator") % 2**32 for image_id in image_ids]
+        each = [operators.build_operator({**config, "seed": own}, image_size=size) for own in seeds]
+    else:
+        each = [operators.build_operator(dict(config), image_size=size)] * len(image_ids)
+    y = [A(x[b : b + 1], measurement_generator(seed, image_ids[b])) for b, A in enumerate(each)]
+    return join_operators(each) if per_image else each[0], torch.cat(y)
+
+
+def join_operators(each: Sequence[Any]) -> Any:
+    """Return one operator for a batch of images with masks or kernels of their own.
+
+    Raises RestoreError for other operators.
+    """
+    first = each[0]
+    if len(each) == 1:
+        return first
+    common = {"noise": first.noise, "image_size": first.image_size, "adjoint": first.adjoint}
+    if isinstance(first, operators.Inpainting):
+        joined = operators.Inpainting(torch.cat([a.mask for a in each]), **common)
+    elif isinstance(first, operators.Blur):
+        joined = operators.Blur(torch.stack([a.kernel for a in each]), **common)
+    else:
+        raise RestoreError(f"operators of {first.name} cannot share a batch; give batch=1, or per_image=false")
+    joined.name = first.name  # by which presets are found
+    return joined
+
+
+def _is_yaml(task: str) -> bool:
+    return task.lower().endswith((".yaml", ".yml")) or task.lstrip().startswith("{")
+
+
+def _describe(value: Any) -> Any:
+    if isinstance(value, Mask):
+        options = {"invert": value.invert or None, "threshold": value.threshold, "sensitivity": value.sensitivity}
+        given = {key: option for key, option in options.items() if option is not None}
+        return {"file": value.path.name, "sha256": hash_file(value.path), **given}
+    if isinstance(value, torch.Tensor):
+        content = value.detach().cpu().contiguous().numpy().tobytes()
+        return {"shape": list(value.shape), "sha256": hashlib.sha256(content).hexdigest()}
+    return value if isinstance(value, (type(None), bool, int, float, str, list, dict)) else repr(value)
