@@ -39,9 +39,12 @@ class Method:
     source: str = ""
     adjoint: str = "exact"
 
+    def __post_init__(self):
+        object.__setattr__(self, "guidance", guidances.as_guidance(self.guidance))
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Method:
-        """Build a method from a mapping with the keys of this class; `guidance` as restore.guidance.build takes it.
+        """Build a method from a mapping with the keys of this class; `guidance` as in restore.guidance.build_guidance.
 
         Raises RestoreError for an unknown key and if there is no sampler.
         """
@@ -49,7 +52,7 @@ class Method:
         if not config.get("sampler"):
             raise RestoreError("a method needs a sampler")
         given = {key: value for key, value in config.items() if value is not None}
-        return cls(**{**given, "guidance": guidances.build(config.get("guidance"))})
+        return cls(**{**given, "guidance": guidances.build_guidance(config.get("guidance"))})
 
     def override(
         self,
@@ -63,7 +66,7 @@ class Method:
         guidance: "preset" keeps the method's, None removes it; without guidance `unguided` applies, below the
         caller's parameters. Raises RestoreError for an invalid guidance, and unknown or missing parameters.
         """
-        guidance = guidances.chosen(guidance, self.guidance)
+        guidance = guidances.resolve_guidance(guidance, self.guidance)
         merged = dict(self.parameters)
         if guidance is None or not any(term.scale for term in guidance.terms):
             merged |= self.unguided
@@ -87,7 +90,7 @@ class Method:
             "sampler": samplers.sampler_name(self.sampler),
             "steps": self.steps if isinstance(self.steps, (int, str, type(None))) else list(self.steps),
             "parameters": {key: samplers.sampler_name(v) if callable(v) else v for key, v in self.parameters.items()},
-            "guidance": guidances.describe(self.guidance),
+            "guidance": guidances.describe_guidance(self.guidance),
             "source": self.source,
         }
         if self.unguided:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from operators import RestoreError
 from operators.naming import check_known
-from restore.guidance import Guidance, watched
+from restore.guidance import Guidance, record_signals
 from restore.images import io
 
 
@@ -114,4 +114,4 @@ def observe_run(
             own = {} if guidance is None else {"signals": [signals.pop(k, None) for k in terms]}
             callback({**step, **own, "first": first, "count": count, "total": total})
 
-    return guidance if guidance is None or callback is None else watched(guidance, signals), receive
+    return guidance if guidance is None or callback is None else record_signals(guidance, signals), receive

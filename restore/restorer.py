@@ -16,8 +16,8 @@ from operators import RestoreError
 from restore import method as methods
 from restore import samplers, zoo
 from restore.backbones.sizes import Sized
-from restore.guidance import Guidance, chosen
-from restore.guidance.layers import table
+from restore.guidance import Guidance, resolve_guidance
+from restore.guidance.layers import format_layer_table
 from restore.images import io
 from restore.method import Method, Situation
 from restore.restoration import (
@@ -144,7 +144,7 @@ class Restorer:
 
         layers: only what this choice selects (as guidance takes it, "i5:0,3,m1"), with the heads it selects.
         """
-        return table(self.backbone.attention, self.backbone.resolution, layers)
+        return format_layer_table(self.backbone.attention, self.backbone.resolution, layers)
 
     def __call__(
         self,
@@ -361,7 +361,7 @@ class Restorer:
             prior = self.sized(*(size or (side, side)))
             classes = None if labels is None else self._to_classes(labels)
             condition = self._encode_condition(classes, prompt, negative_prompt, prior)
-            guidance = chosen(guidance, None)
+            guidance = resolve_guidance(guidance, None)
             for start in range(0, n, batch_size):
                 rows = list(range(start, min(start + batch_size, n)))
                 observed, receive = observe_run(callback, guidance, {}, start, len(rows), n)

@@ -1,4 +1,4 @@
-"""What a user might bring from a module of their own: a sampler, an operator, a metric, a weak branch and its parts."""
+"""What users might add in a module of their own: a sampler, an operator, a metric, a guidance term and its parts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from operators import Operator
-from restore.guidance import estimator
-from restore.guidance.attention import observed
+from restore.guidance import Term, WeakPass, estimator
+from restore.guidance.attention import observe_attention
 
 
 def one_step(prior, operator, y, *, noise, steps, guidance=None, condition=None, callback=None, gain=1.0):
@@ -51,38 +51,33 @@ def late(t):
 
 
 def furthest(eps, weak):
-    """A combination: the term that differs most, alone."""
+    """A combination: only the term that differs most."""
     scale, far = max(weak, key=lambda item: float((eps - item[1]).norm()))
     return eps + scale * (eps - far)
 
 
 @dataclass(frozen=True)
-class Attended:
-    """Darkens what the middle block attends to most: a branch that observes the strong pass."""
+class Attended(Term):
+    """Darkens what the middle block attends to most: a term that observes the strong pass."""
 
     by: float = 0.5
 
     def bind(self, backbone):
-        return AttendedPass(backbone, self.by)
+        layers = [layer for layer in backbone.attention.values() if layer.short == "m1"]
+        seen = []
 
+        def record(layer, a):
+            assert not torch.is_grad_enabled() and not a.q.requires_grad
+            seen.append((a.grid, a.map().mean(dim=1).sum(dim=1)))  # (B, tokens): attention that each key receives
 
-class AttendedPass:
-    modules: tuple = ()
+        def observe():
+            seen.clear()
+            return observe_attention(layers, record, backbone.network)
 
-    def __init__(self, backbone, by):
-        self.backbone, self.by, self.seen = backbone, by, []
-        self.layers = [layer for layer in backbone.attention.values() if layer.short == "m1"]
+        def eps(x_t, t, condition, strong):
+            ((grid, weight),) = seen
+            mask = (weight > 1).view(-1, 1, *grid).to(x_t)
+            mask = torch.nn.functional.interpolate(mask, size=x_t.shape[-2:])
+            return backbone.predict(x_t * (1 - self.by * mask), t, condition).eps
 
-    def observing(self):
-        self.seen.clear()
-        return observed(self.layers, self.see, self.backbone.network)
-
-    def see(self, layer, a):
-        assert not torch.is_grad_enabled() and not a.q.requires_grad
-        self.seen.append((a.grid, a.map().mean(dim=1).sum(dim=1)))  # (B, tokens): how much each key is looked at
-
-    def eps(self, x_t, t, condition, strong):
-        ((grid, weight),) = self.seen
-        mask = (weight > 1).view(-1, 1, *grid).to(x_t)
-        mask = torch.nn.functional.interpolate(mask, size=x_t.shape[-2:])
-        return self.backbone.predict(x_t * (1 - self.by * mask), t, condition).eps
+        return WeakPass(eps, observe=observe)

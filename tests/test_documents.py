@@ -17,7 +17,7 @@ import restore
 from restore.app import cli
 from restore.app.options import parse_guidance
 from restore.app.run import ChangedPAG
-from restore.guidance import build, estimator
+from restore.guidance import build_guidance, estimator
 from restore.paths import data_dir
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +63,7 @@ def test_guidance_of_the_guidance_page_is_understood():
     backbone = restore.load("embedded").backbone
     blocks = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     for block in blocks:
-        guidance = build(yaml.safe_load(block)["guidance"])
+        guidance = build_guidance(yaml.safe_load(block)["guidance"])
         if "cfg" not in block:
             with estimator(backbone, guidance):
                 pass

@@ -32,7 +32,7 @@ def expected():
     face = io.read_image(FACE).pixels
     operator = own.Mirrored(0.4, noise=operators.GaussianNoise(0.05))
     y = operator(face, torch.Generator().manual_seed(0))
-    guidance = restore.guidance.build(GUIDANCE)
+    guidance = restore.guidance.build_guidance(GUIDANCE)
     result = restore.load("embedded")(y, operator, sampler=own.one_step, steps=1, guidance=guidance, gain=0.9)
     assert result.nfe == 3 and result.protocol["method"]["sampler"] == "own:one_step"
     plain = restore.load("embedded")(y, operator, sampler=own.one_step, steps=1, guidance=None, gain=0.9)
@@ -42,8 +42,8 @@ def expected():
 
 def test_python(expected):
     described = expected.protocol["method"]
-    assert restore.guidance.describe(restore.guidance.build(GUIDANCE)) == described["guidance"]
-    assert restore.method.Method.from_config(described).guidance == restore.guidance.build(GUIDANCE)
+    assert restore.guidance.describe_guidance(restore.guidance.build_guidance(GUIDANCE)) == described["guidance"]
+    assert restore.method.Method.from_config(described).guidance == restore.guidance.build_guidance(GUIDANCE)
     y = torch.zeros(1, 3, 8, 8)
     assert operators.check_operator(own.Mirrored(0.4), (1, 3, 8, 9)) < 1e-12  # the transpose is derived
     assert operators.prox_l2(own.Mirrored(0.4), y + 1, y, 1.0).shape == y.shape

@@ -105,7 +105,7 @@ def measured():
 
 
 def test_every_sampler_and_guidance_has_a_page():
-    assert set(GUIDANCE) == set(guidances.BRANCHES)
+    assert set(GUIDANCE) == set(guidances.TERMS)
     for kind in ("samplers", "guidance"):
         assert {path.stem for path in (DOCS / kind).glob("*.md")} == {name for k, name in PAGES if k == kind}
         overview = (DOCS / f"{kind}.md").read_text(encoding="utf-8")
@@ -120,13 +120,11 @@ def test_options_of_a_sampler(name):
 
 @pytest.mark.parametrize("name", GUIDANCE)
 def test_options_of_a_guidance(name):
-    """Python's signature, and what YAML takes: the branch's fields and those of a term."""
+    """Python's signature, which is what YAML takes, with every field of a term."""
     stated = dict(inspect.signature(GUIDANCE[name]).parameters)
     check_options(page("guidance", name), stated)
-    term = inspect.signature(base.Term).parameters
-    fields = {**term, **inspect.signature(guidances.BRANCHES[name]).parameters}
-    fields.pop("branch")
-    assert {key: item.default for key, item in fields.items()} == {key: item.default for key, item in stated.items()}
+    assert GUIDANCE[name] is guidances.TERMS[name]
+    assert inspect.signature(base.Term).parameters.keys() <= stated.keys()
 
 
 def test_targets_and_their_options():
@@ -135,7 +133,7 @@ def test_targets_and_their_options():
     assert set(rows) == set(targets.TARGETS)
     for name, (_, given) in rows.items():
         stated = dict((item + "=").split("=")[:2] for item in re.findall(r"`([^`]+)`", given))
-        known = inspect.signature(targets.FAMILIES[name]).parameters if name in targets.FAMILIES else {}
+        known = inspect.signature(targets.TARGET_FAMILIES[name]).parameters if name in targets.TARGET_FAMILIES else {}
         assert set(stated) == set(known)
         for option, default in stated.items():
             required = known[option].default is inspect.Parameter.empty
@@ -186,8 +184,8 @@ def test_the_calls_of_a_guidance_say_the_same(name, measured):
     pag = [given[key] or None for key in ("pag_scale", "layers", "target", "strength")]
     found = options.parse_guidance(given["guidance"], *pag)
     found = found.applied(None, []) if given["guidance"] is None else found
-    python = eval(block(text, "python"), {"restore": restore})
-    assert found == python == guidances.build(yaml.safe_load(block(text, "yaml"))["guidance"])
+    python = guidances.as_guidance(eval(block(text, "python"), {"restore": restore}))
+    assert found == python == guidances.build_guidance(yaml.safe_load(block(text, "yaml"))["guidance"])
     if given["backbone"] == "embedded":
         with estimator(measured[0].backbone, found):  # its layers and windows fit
             pass

@@ -148,7 +148,7 @@ def parse_guidance(
     if guidance is not None:
         if given:
             raise RestoreError("give either guidance= or pag_scale=, layers=, target= and strength=, not both")
-        return guidances.build(read_yaml(guidance, "guidance"))
+        return guidances.build_guidance(read_yaml(guidance, "guidance"))
     if given:
         if layers is not None and not layers.strip(" ,"):
             raise RestoreError("layers='' names no attention layer")

@@ -25,7 +25,7 @@ from restore.app.rehearsal import Demand, rehearse
 from restore.backbones.checkpointing import set_checkpointing
 from restore.backbones.sizes import Sized
 from restore.bench.cost import counting
-from restore.guidance import describe, estimator
+from restore.guidance import describe_guidance, estimator
 from restore.images.resampling import Resampling
 from restore.method import Method
 from restore.task import Task
@@ -197,7 +197,7 @@ class Planner:
                 return count(dataclasses.replace(method, guidance=None))
             return kept, live.peak
 
-        return self._once(["bytes", window, describe(method.guidance), demand.gradient, blocks, share], count)
+        return self._once(["bytes", window, describe_guidance(method.guidance), demand.gradient, blocks, share], count)
 
     def _code_bytes(self, prior: Sized, what: str, gradient: bool, blocks: bool) -> tuple[int, int]:
         """The same of the autoencoder for the whole image."""
@@ -235,7 +235,7 @@ class Planner:
                     strong += _timed(lambda: prior.inner.predict(x, demand.busiest), self.restorer.device)[0]
             return strong / timed, weak / timed
 
-        key = ["seconds", (h, w), timed, describe(method.guidance), demand.gradient, again, blocks]
+        key = ["seconds", (h, w), timed, describe_guidance(method.guidance), demand.gradient, again, blocks]
         strong, weak = self._once(key, measure)
         calls = {"predict": 0.0, "weak": 0.0}
         seconds = batch * demand.seconds * prior.height * prior.width

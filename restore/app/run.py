@@ -68,7 +68,7 @@ class ChangedPAG:
     def applied(self, preset: Guidance | None, layers: Sequence[str]) -> Guidance | None:
         """layers: PAG's where the preset has no PAG. Other terms of the preset stay. RestoreError: see PAG."""
         changes = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
-        terms = guidances.describe(preset) or []
+        terms = guidances.describe_guidance(preset) or []
         ours = [term["pag"] for term in terms if "pag" in term]
         if len(ours) > 1:
             raise RestoreError("the preset has several PAG terms: say all of them by guidance=")
@@ -78,7 +78,7 @@ class ChangedPAG:
             ours[0].update(changes)
         else:
             terms.insert(0, {"pag": {"layers": list(layers), **changes}})
-        return guidances.build(terms)
+        return guidances.build_guidance(terms)
 
 
 def restore_files(

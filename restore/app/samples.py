@@ -63,7 +63,8 @@ def generate_files(
         for i, image in enumerate(images, first):
             sidecar = {"version": get_version(), "files": [paths[i].name, paths[i].with_suffix(SIDECAR).name]}
             sidecar |= {"backbone": restorer.name, "steps": steps, "ddim_eta": ddim_eta, "seed": seed, "index": i}
-            sidecar |= {"guidance": guidances.describe(guidance), "label": None if labels is None else labels[i]}
+            sidecar |= {"guidance": guidances.describe_guidance(guidance)}
+            sidecar |= {"label": None if labels is None else labels[i]}
             sidecar |= {"prompt": prompt, "negative_prompt": negative_prompt}
             with places[i].remove_on_failure():
                 disk.write_json(places[i].sidecar, sidecar)

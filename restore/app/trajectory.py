@@ -37,7 +37,7 @@ class Trajectory:
     def guidance(self, described: Sequence[Mapping[str, Any]]) -> PIL.Image.Image:
         """|eps − eps_weak|, averaged over the channels: a row for each term that was ever on, the means below.
 
-        described: the guidance as restore.guidance.describe says it. Each row has its own scale, from black for 0 to
+        described: the result of restore.guidance.describe_guidance. Each row has its own scale, from black for 0 to
         white for the largest value in it, in square roots; a cell is empty where the term was off.
         """
         rows = [list(row) for row in zip(*(signals for _, _, signals in self.steps), strict=True)]

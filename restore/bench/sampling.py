@@ -182,7 +182,7 @@ def pipeline_batch(
     shape = (len(ids), pipe.unet.config.in_channels, side, side)
     latents = ImageNoise([(seed, i, 0) for i in ids], pipe.device, pipe.unet.dtype)(0, shape, "start")
     passes = 1 + len(others) + (cfg > 0)
-    with torch.no_grad(), guided(pipe, guidances.build(others or None)):
+    with torch.no_grad(), guided(pipe, guidances.build_guidance(others or None)):
         images = pipe(
             prompt=list(prompts),
             negative_prompt=[task["negative_prompt"]] * len(ids),

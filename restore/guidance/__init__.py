@@ -1,20 +1,21 @@
-"""The score estimate: weak branch x scale(t) x combination."""
+"""Guidance of the noise estimate: terms with weak passes, their scales in time, and how they are combined."""
 
-from restore.guidance.base import SCHEDULES, Estimate, Guidance, Term, estimator
-from restore.guidance.branches import BRANCHES, CFG, PAG, NullCondition, PerturbedAttention
+from restore.guidance.autoguidance import Autoguidance
+from restore.guidance.base import SCHEDULES, Estimate, Guidance, Term, WeakPass, as_guidance, estimator
+from restore.guidance.cfg import CFG
 from restore.guidance.combine import APG, COMBINATIONS, Rescale
-from restore.guidance.config import build, chosen, describe
-from restore.guidance.layers import resolve
-from restore.guidance.sag import SAG, SelfAttention
-from restore.guidance.signals import watched
+from restore.guidance.config import TERMS, build_guidance, describe_guidance, resolve_guidance
+from restore.guidance.layers import resolve_layers
+from restore.guidance.pag import PAG
+from restore.guidance.sag import SAG
+from restore.guidance.signals import record_signals
+from restore.guidance.swg import SWG
 from restore.guidance.targets import TARGETS, AttentionRecord
-from restore.guidance.tpg import TPG, ShuffledTokens
-from restore.guidance.tsg import TSG, PerturbedTime
-from restore.guidance.weaker import SWG, Autoguidance, SmallWindows, WeakerModel
+from restore.guidance.tpg import TPG
+from restore.guidance.tsg import TSG
 
 __all__ = [
     "APG",
-    "BRANCHES",
     "CFG",
     "COMBINATIONS",
     "PAG",
@@ -22,25 +23,21 @@ __all__ = [
     "SCHEDULES",
     "SWG",
     "TARGETS",
+    "TERMS",
     "TPG",
     "TSG",
     "AttentionRecord",
     "Autoguidance",
     "Estimate",
     "Guidance",
-    "NullCondition",
-    "PerturbedAttention",
-    "PerturbedTime",
     "Rescale",
-    "SelfAttention",
-    "ShuffledTokens",
-    "SmallWindows",
     "Term",
-    "WeakerModel",
-    "build",
-    "chosen",
-    "describe",
+    "WeakPass",
+    "as_guidance",
+    "build_guidance",
+    "describe_guidance",
     "estimator",
-    "resolve",
-    "watched",
+    "record_signals",
+    "resolve_guidance",
+    "resolve_layers",
 ]

@@ -1,8 +1,8 @@
-"""Changes or watches what chosen layers attend to for the duration of a `with` block, in any architecture.
+"""Perturb or observe the attention of chosen layers within a `with` block, in any architecture.
 
 The module runs unchanged, with its own processor; only what `scaled_dot_product_attention` returns inside it is
-replaced. Norms, residuals, rotary embeddings and text streams stay the processor's business. All of it concerns
-the calling thread alone.
+replaced. Norms, residuals, rotary embeddings and text streams stay the processor's business. Only the calling thread
+sees the change.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from restore.backbones.forwards import replace_forward
 from restore.guidance.targets import AttentionRecord, Draw, Target
 
 SCOPES = ("joint", "image")
-# Joint attention has image and text tokens in one sequence: whether its processor puts the image first.
+# Whether a processor of joint attention, with image and text tokens in one sequence, puts the image first.
 IMAGE_FIRST = {"JointAttnProcessor2_0": True, "FluxAttnProcessor": False}
 
 
 @dataclass(frozen=True)
-class Perturbed:
-    """One layer to perturb: which heads (None: all), by what target and how strongly (u of 0..1).
+class PerturbedLayer:
+    """One layer to perturb: which heads (None: all), by which target and how strongly (u in [0, 1]).
 
-    scope: in joint attention "joint" is the map of all tokens; "image" that of the image tokens among themselves:
-    their outputs change, the text's do not.
+    scope: in joint attention, "joint" perturbs the map of all tokens; "image" that of the image tokens among
+        themselves: their outputs change, those of the text do not.
     """
 
     layer: AttentionLayer
@@ -43,58 +43,60 @@ class Perturbed:
 
 
 @contextmanager
-def perturbed(items: Sequence[Perturbed], draw: Draw | None, network: nn.Module | None = None) -> Iterator[set[str]]:
-    """Within the block the given layers attend with the map (1 − u) A + u A' on the chosen heads.
-
-    draw(kind, shape) supplies the random targets' noise, in order of execution. network: the one that has the
-    layers at their paths; it tells the grid of tokens. Enter it around the weak pass alone. Gives the paths of the
+def perturb_attention(
+    layers: Sequence[PerturbedLayer], draw: Draw | None, network: nn.Module | None = None
+) -> Iterator[set[str]]:
+    """Within the block the given layers attend with the map (1 − u) A + u A' on their heads; yield the paths of the
     layers that ran.
+
+    draw(kind, shape) supplies the noise of random targets, in order of execution. network: the one that has the
+    layers at their paths; it gives the grid of tokens. Enter it around the weak pass only.
     """
     ran: set[str] = set()
 
-    def attend(item: Perturbed):
-        def change(record: AttentionRecord, true: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def perturb(item: PerturbedLayer):
+        def attend(record: AttentionRecord, true: Callable[[], torch.Tensor]) -> torch.Tensor:
             ran.add(item.layer.path)
-            return _mixed(item, replace(record, draw=draw), true)
+            return _mix(item, replace(record, draw=draw), true)
 
-        return change
+        return attend
 
-    with _attending([item.layer for item in items], [attend(item) for item in items], network):
+    with _replace_attention([item.layer for item in layers], [perturb(item) for item in layers], network):
         yield ran
 
 
 @contextmanager
-def observed(
+def observe_attention(
     layers: Sequence[AttentionLayer],
-    see: Callable[[AttentionLayer, AttentionRecord], None],
+    record: Callable[[AttentionLayer, AttentionRecord], None],
     network: nn.Module | None = None,
 ) -> Iterator[None]:
-    """Within the block see(layer, record) is called, without gradients, whenever one of the layers attends."""
+    """Within the block record(layer, a) is called, without gradients, whenever one of the layers attends."""
 
-    def attend(layer: AttentionLayer):
-        def look(record: AttentionRecord, true: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def observe(layer: AttentionLayer):
+        def attend(a: AttentionRecord, true: Callable[[], torch.Tensor]) -> torch.Tensor:
             with torch.no_grad():
-                see(layer, replace(record, q=record.q.detach(), k=record.k.detach(), v=record.v.detach()))
+                record(layer, replace(a, q=a.q.detach(), k=a.k.detach(), v=a.v.detach()))
             return true()
 
-        return look
+        return attend
 
-    with _attending(layers, [attend(layer) for layer in layers], network):
+    with _replace_attention(layers, [observe(layer) for layer in layers], network):
         yield
 
 
 @contextmanager
-def _attending(layers: Sequence[AttentionLayer], attends: Sequence[Callable], network: nn.Module | None):
+def _replace_attention(layers: Sequence[AttentionLayer], attends: Sequence[Callable], network: nn.Module | None):
     """Each layer's attention is attends[i](record, true), where true() computes it as the network would."""
-    around = {} if network is None else {layer.module: _around(network, layer) for layer in layers}
-    # Of what each module around a layer last got: the feature map's sides, and the tokens of (image, text).
+    around = {} if network is None else {layer.module: _enclosing(network, layer) for layer in layers}
+    # The last inputs of each module around a layer: sides of the feature map, and numbers of (image, text) tokens.
     sides: dict[nn.Module, tuple[int, int] | None] = {}
     tokens: dict[nn.Module, tuple[int, int] | None] = {}
 
     def note(module, forward):
         def run(*args, **kwargs):
-            given = _named(args, kwargs)
-            sides[module], tokens[module] = _sides(given), _tokens(given)
+            inputs = _name_inputs(args, kwargs)
+            sides[module], tokens[module] = _find_sides(inputs), _count_tokens(inputs)
             return forward(*args, **kwargs)
 
         return run
@@ -102,17 +104,17 @@ def _attending(layers: Sequence[AttentionLayer], attends: Sequence[Callable], ne
     def intercept(layer, attend):
         def make(module, forward):
             def run(*args, **kwargs):
-                given, outer = _named(args, kwargs), around.get(module, ())
-                side = _sides(given) or next((sides[m] for m in outer if sides.get(m)), None)
-                # A single block of FLUX gets image and text as one sequence: only what is around it tells them apart.
-                joint = [found for found in (_tokens(given), *(tokens.get(m) for m in outer)) if found]
+                inputs, outer = _name_inputs(args, kwargs), around.get(module, ())
+                side = _find_sides(inputs) or next((sides[m] for m in outer if sides.get(m)), None)
+                # A single block of FLUX gets image and text as one sequence: only what encloses it tells them apart.
+                joint = [pair for pair in (_count_tokens(inputs), *(tokens.get(m) for m in outer)) if pair]
                 with _Intercept(layer, attend, side, joint) as mode:
                     out = forward(*args, **kwargs)
                 if not mode.calls:
                     raise RestoreError(
-                        f"the processor {type(module.processor).__name__} of {layer.path} does not use "
-                        "scaled_dot_product_attention, so its attention cannot be perturbed or observed; use "
-                        "diffusers' default processor (network.set_default_attn_processor(), no attention slicing)"
+                        f"attention of {layer.path} cannot be perturbed or observed: its processor "
+                        f"{type(module.processor).__name__} does not use scaled_dot_product_attention; try "
+                        "network.set_default_attn_processor(), without attention slicing"
                     )
                 return out
 
@@ -127,7 +129,7 @@ def _attending(layers: Sequence[AttentionLayer], attends: Sequence[Callable], ne
         yield
 
 
-def _around(network: nn.Module, layer: AttentionLayer) -> list[nn.Module]:
+def _enclosing(network: nn.Module, layer: AttentionLayer) -> list[nn.Module]:
     """The modules that enclose the layer, the innermost first."""
     parts = layer.path.split(".")
     return [network.get_submodule(".".join(parts[:n])) for n in reversed(range(len(parts)))]
@@ -147,10 +149,10 @@ class _Intercept(TorchFunctionMode):
         self.calls += 1
         q, k, v, mask, scale = _arguments(*args, **kwargs)
         if k.shape[1] != q.shape[1]:
-            raise RestoreError(f"{self.layer.path} shares keys between heads (grouped queries), which is not supported")
+            raise RestoreError(f"grouped queries are not supported: {self.layer.path} shares keys between heads")
         image = self._image(q.shape[-2])
         tokens = q.shape[-2] if image is None else image.stop - image.start
-        record = AttentionRecord(q, k, v, mask, scale, None, _grid(self.side, tokens), image)
+        record = AttentionRecord(q, k, v, mask, scale, None, _token_grid(self.side, tokens), image)
         return self.attend(record, lambda: F.scaled_dot_product_attention(*args, **kwargs))
 
     def _image(self, tokens: int) -> slice | None:
@@ -160,35 +162,35 @@ class _Intercept(TorchFunctionMode):
         name = type(self.layer.module.processor).__name__
         if name not in IMAGE_FIRST:
             raise RestoreError(
-                f"{self.layer.path} attends to image and text jointly in a way that is not known ({name}); known: "
-                f"{', '.join(IMAGE_FIRST)}"
+                f"processor of {self.layer.path}, which attends to image and text jointly, must be one of "
+                f"{', '.join(IMAGE_FIRST)}, got {name}"
             )
         return slice(0, image) if IMAGE_FIRST[name] else slice(text, text + image)
 
 
-def _named(args: tuple, kwargs: dict) -> dict:
-    """The arguments of a block or an attention module, or of the network, by name where it matters."""
+def _name_inputs(args: tuple, kwargs: dict) -> dict:
+    """The inputs of a block, an attention module or the network, by name as far as it matters."""
     return dict(zip(("hidden_states", "encoder_hidden_states"), args, strict=False)) | kwargs
 
 
-def _sides(given: dict) -> tuple[int, int] | None:
-    """(h, w) of the feature map among the arguments, or of FLUX's packed latent, whose positions are told apart."""
-    if isinstance(given.get("img_ids"), torch.Tensor):
-        h, w = (given["img_ids"].reshape(-1, 3)[:, 1:].amax(0) + 1).tolist()
+def _find_sides(inputs: dict) -> tuple[int, int] | None:
+    """(h, w) of the feature map among the inputs, or of FLUX's packed latent, from its position ids."""
+    if isinstance(inputs.get("img_ids"), torch.Tensor):
+        h, w = (inputs["img_ids"].reshape(-1, 3)[:, 1:].amax(0) + 1).tolist()
         return int(h), int(w)
-    maps = [value for value in given.values() if isinstance(value, torch.Tensor) and value.ndim == 4]
+    maps = [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim == 4]
     return tuple(maps[0].shape[-2:]) if maps else None
 
 
-def _tokens(given: dict) -> tuple[int, int] | None:
-    """The numbers of tokens of the image and of the text among the arguments."""
-    pair = [given.get(name) for name in ("hidden_states", "encoder_hidden_states")]
+def _count_tokens(inputs: dict) -> tuple[int, int] | None:
+    """The numbers of tokens of image and text among the inputs."""
+    pair = [inputs.get(name) for name in ("hidden_states", "encoder_hidden_states")]
     if not all(isinstance(value, torch.Tensor) and value.ndim == 3 for value in pair):
         return None
     return pair[0].shape[1], pair[1].shape[1]
 
 
-def _mixed(item: Perturbed, record: AttentionRecord, true: Callable[[], torch.Tensor]) -> torch.Tensor:
+def _mix(item: PerturbedLayer, record: AttentionRecord, true: Callable[[], torch.Tensor]) -> torch.Tensor:
     """The attention output under (1 − u) A + u A' on the chosen heads and tokens, under A elsewhere."""
     rows = record.image if item.scope == "image" else None
     if item.heads is None and rows is None:
@@ -214,13 +216,13 @@ def _mixed(item: Perturbed, record: AttentionRecord, true: Callable[[], torch.Te
     return out
 
 
-def _under_target(item: Perturbed, record: AttentionRecord) -> torch.Tensor:
+def _under_target(item: PerturbedLayer, record: AttentionRecord) -> torch.Tensor:
     with torch.autocast(record.q.device.type, enabled=False):  # an explicit map is computed in fp32
         return item.target(record)
 
 
-def _grid(side: tuple[int, int] | None, tokens: int) -> tuple[int, int] | None:
-    """(h, w) of tokens that are the pixels, or the square patches, of a feature map; None where they are neither."""
+def _token_grid(side: tuple[int, int] | None, tokens: int) -> tuple[int, int] | None:
+    """(h, w) of tokens that are the pixels, or the square patches, of a feature map; None if they are neither."""
     if side is None or side[0] * side[1] % tokens:
         return None
     patch = math.isqrt(side[0] * side[1] // tokens)

@@ -2,36 +2,29 @@
 
     eps_guided = eps + sum_k s_k(t) (eps − eps_weak_k)                       (PAG, Ahn et al. 2024, eq. 14)
 
-Three independent things. A *weak branch* says how the prediction is made worse, a *schedule* how the scale depends on
-t, a *combination* how strong and weak meet (the sum above, or another of restore.guidance.combine). Scales follow
-the paper: s = 0 is off. In the two other conventions in use the same guidance is s + 1 (the PAG repository, and
-diffusers' `guidance_scale` for CFG).
-
-A weak branch is a frozen dataclass with `bind(backbone)`, which returns an object with
-
-    eps(x_t, t, condition, strong) -> eps_weak (B, C, H, W), or None where there is nothing to contrast;
-    modules: those that behave differently in the weak pass when nothing else does (empty: the input or the
-        condition differs, nothing can be shared with the strong pass);
-    observing() (optional): a context manager that is entered around the strong pass, for a branch that needs to
-        see something of it (restore.guidance.attention.observed).
+Three independent choices: how each *term* makes its weak prediction, how its scale depends on t (its *schedule*), and
+how strong and weak predictions meet (the *combination*: the sum above, or another of restore.guidance.combine). Scales
+follow the paper: s = 0 is off. In the two other conventions in use the same guidance is s + 1 (the PAG repository,
+and diffusers' `guidance_scale` for CFG).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from operators import RestoreError
 from operators.naming import lookup
 from restore.backbones.base import Backbone, Prediction
 from restore.backbones.forwards import find_compiled, run_uncompiled
 from restore.backbones.prefix import Tape, Trace
-from restore.guidance import combine as combinations
+from restore.guidance.combine import find_combination, weighted_sum
 
 # Factors on the scale by u = t / T, T the noisiest time (u falls from 1 to 0 in sampling), each of mean 1 over u, so
 # that s keeps its meaning. The falling ones are those of Wang et al. 2024: weak in the noise, strong at the end.
@@ -43,32 +36,54 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 @dataclass(frozen=True)
-class Term:
-    """One weak branch with its scale s(t).
+class WeakPass:
+    """A term's weak prediction on one backbone.
 
-    scale: s, 0 is off: no weak pass is run. interval: (t_high, t_low), times between which, both included, the
-        guidance acts; None: always. schedule: factor on s: a name in SCHEDULES, or a function t -> factor or its
-        "module:function". Where the factor is 0 no weak pass is run either.
+    eps: function (x_t, t, condition, strong) -> eps_weak (B, C, H, W); None if there is nothing to contrast.
+    modules: those that behave differently in the weak pass on the same input. What is computed before the first of
+        them is taken from the strong pass. Empty if the input or the condition differs: nothing can be shared.
+    observe: function () -> context manager that is entered around the strong pass, for a term that needs to see
+        something of it (restore.guidance.attention.observe_attention).
     """
 
-    branch: Any
+    eps: Callable[[torch.Tensor, float, Any, Prediction], torch.Tensor | None]
+    modules: Sequence[nn.Module] = ()
+    observe: Callable[[], AbstractContextManager] | None = None
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of a guidance, the base of PAG, CFG and the others. `a + b` is a Guidance with both.
+
+    A subclass is a frozen dataclass that adds its options and `bind`.
+
+    scale: s; 0 is off: no weak pass is run.
+    interval: (t_high, t_low), the times between which the guidance acts, both included; None: always.
+    schedule: factor on s: a name in SCHEDULES, or a function t -> factor or its "module:function". No weak pass is
+        run at times where the factor is 0.
+    """
+
     scale: float
-    interval: tuple[float, float] | None = None
-    schedule: str | Callable[[float], float] = "constant"
+    interval: tuple[float, float] | None = field(default=None, kw_only=True)
+    schedule: str | Callable[[float], float] = field(default="constant", kw_only=True)
 
     def __post_init__(self):
         if not (isinstance(self.scale, (int, float)) and math.isfinite(self.scale)):
-            raise RestoreError(f"a guidance scale must be a finite number, not {self.scale}")
+            raise RestoreError(f"scale of a guidance must be a finite number, got {self.scale!r}")
         interval = self.interval
         if interval is not None:
             if isinstance(interval, str) or len(interval) != 2 or interval[0] < interval[1]:
-                raise RestoreError(f"an interval is (t_high, t_low) with t_high >= t_low, not {interval}")
+                raise RestoreError(f"interval must be (t_high, t_low) with t_high >= t_low, got {interval!r}")
             object.__setattr__(self, "interval", tuple(interval))
         if not callable(self.schedule):
             lookup(self.schedule, SCHEDULES, "guidance schedule")
 
-    def at(self, t: float, backbone: Backbone) -> float:
-        """s(t). Raises RestoreError for a named schedule on a backbone that does not tell its noisiest time."""
+    def bind(self, backbone: Backbone) -> WeakPass:
+        """Return the weak pass on `backbone`. Raises RestoreError if the options do not fit it."""
+        raise NotImplementedError
+
+    def scale_at(self, t: float, backbone: Backbone) -> float:
+        """Return s(t). Raises RestoreError for a named schedule if the backbone's noise levels are unknown."""
         if self.interval is not None and not self.interval[0] >= t >= self.interval[1]:
             return 0.0
         if self.schedule == "constant":
@@ -77,15 +92,20 @@ class Term:
             function = self.schedule if callable(self.schedule) else lookup(self.schedule, {}, "guidance schedule")
             return self.scale * function(t)
         if backbone.schedule is None:
-            raise RestoreError(f"the guidance schedule '{self.schedule}' needs noise levels, which are not known here")
+            raise RestoreError(
+                f"schedule must be 'constant' or a function where noise levels are unknown, got '{self.schedule}'"
+            )
         return self.scale * SCHEDULES[self.schedule](min(max(t / backbone.schedule.ts[-1], 0.0), 1.0))
+
+    def __add__(self, other: Term | Guidance) -> Guidance:
+        return as_guidance(self) + other
 
 
 @dataclass(frozen=True)
 class Guidance:
     """Terms on one strong pass, and how they meet; `a + b` has the terms of both.
 
-    combine: see restore.guidance.combine: a name, {name: options}, "module:function" or the thing itself.
+    combine: see restore.guidance.combine: a name, {name: options}, "module:function" or the combination itself.
     """
 
     terms: tuple[Term, ...]
@@ -93,39 +113,53 @@ class Guidance:
 
     def __post_init__(self):
         object.__setattr__(self, "terms", tuple(self.terms))
-        object.__setattr__(self, "combine", combinations.find(self.combine))
+        object.__setattr__(self, "combine", find_combination(self.combine))
         if not all(isinstance(term, Term) for term in self.terms):
-            raise RestoreError(f"the terms of a guidance are Term(branch, scale, ...), not {self.terms!r}")
+            raise RestoreError(f"terms of a guidance must be instances of Term such as PAG and CFG, got {self.terms!r}")
 
-    def __add__(self, other: Guidance) -> Guidance:
-        if not isinstance(other, Guidance):
+    def __add__(self, other: Term | Guidance) -> Guidance:
+        if not isinstance(other, (Term, Guidance)):
             return NotImplemented
-        own = {id(part): part for part in (self.combine, other.combine) if part is not combinations.weighted_sum}
-        if len(own) > 1 and self.combine != other.combine:
-            raise RestoreError(f"two combinations meet in a sum of guidances: {self.combine} and {other.combine}")
-        return Guidance(self.terms + other.terms, next(iter(own.values()), "sum"))
+        other = as_guidance(other)
+        combinations = [part for part in (self.combine, other.combine) if part is not weighted_sum]
+        if len(combinations) == 2 and combinations[0] != combinations[1]:
+            raise RestoreError(f"guidances in a sum must have one combination, got {self.combine} and {other.combine}")
+        return Guidance(self.terms + other.terms, combinations[0] if combinations else "sum")
+
+
+def as_guidance(value: Term | Guidance | None) -> Guidance | None:
+    """Return a Guidance of one term for a Term, and a Guidance or None unchanged. Raises RestoreError otherwise."""
+    if isinstance(value, Term):
+        return Guidance((value,))
+    if value is None or isinstance(value, Guidance):
+        return value
+    raise RestoreError(f'guidance must be None or a guidance such as restore.PAG(1.0, layers="i9"), got {value!r}')
 
 
 class Estimate:
-    """Calls the backbone with guidance; made by `estimator`. evaluations: network passes so far."""
+    """The guided noise estimate of one run; see `estimator`.
 
-    def __init__(self, backbone: Backbone, guidance: Guidance | None, share_prefix: bool = True):
-        self.backbone = backbone
-        terms = guidance.terms if guidance is not None else ()
-        self.branches = [(term, term.branch.bind(backbone)) for term in terms if term.scale != 0]
-        self.trace, self.compiled = Trace(backbone.network), find_compiled(backbone.network) if self.branches else []
+    evaluations: network passes so far.
+    """
+
+    def __init__(self, backbone: Backbone, guidance: Term | Guidance | None, share_prefix: bool = True):
+        self.backbone, guidance = backbone, as_guidance(guidance)
+        self.terms = [term for term in (guidance.terms if guidance is not None else ()) if term.scale != 0]
+        self.passes = [term.bind(backbone) for term in self.terms]
+        self.trace, self.compiled = Trace(backbone.network), find_compiled(backbone.network) if self.terms else []
         share_prefix = share_prefix and getattr(backbone, "share_prefix", True)
-        self.tapes = [Tape(branch.modules) if share_prefix and branch.modules else None for _, branch in self.branches]
-        self.combine = _bound(guidance.combine, backbone) if self.branches else None
+        self.tapes = [Tape(weak.modules) if share_prefix and weak.modules else None for weak in self.passes]
+        combine = guidance.combine if self.terms else None
+        self.combine = combine.bind(backbone) if hasattr(combine, "bind") else lambda eps, weak, *_: combine(eps, weak)
         self.evaluations = 0
 
     def __call__(self, x_t: torch.Tensor, t: float, condition: Any = None) -> tuple[Prediction, torch.Tensor]:
-        """(strong, eps_guided): both halves at once, for samplers that need no gradient in between."""
+        """Return (strong, eps_guided), for samplers that need no gradient between the two."""
         strong = self.strong(x_t, t, condition)
         return strong, self.guided(strong, x_t, t, condition)
 
     def strong(self, x_t: torch.Tensor, t: float, condition: Any = None) -> Prediction:
-        """The plain Prediction, with a graph to x_t if x_t requires a gradient."""
+        """Return the plain Prediction, with a graph to x_t if x_t requires a gradient."""
         self.close()
         try:
             return self._strong(x_t, t, condition)
@@ -135,46 +169,42 @@ class Estimate:
 
     @torch.no_grad()
     def guided(self, strong: Prediction, x_t: torch.Tensor, t: float, condition: Any = None) -> torch.Tensor:
-        """The guided eps, detached, given the strong prediction of the same arguments, which must be the last one.
+        """Return the guided eps, detached. `strong` must be the last strong prediction, of the same arguments.
 
-        Called after the backward through `strong`, the weak passes need memory that the graph no longer
-        holds. Without an active term this is strong.eps and no weak pass is run.
+        Called after the backward through `strong`, the weak passes need memory that the graph no longer holds.
+        Without an active term this is strong.eps and no weak pass is run.
         """
-        eps, x_t, weak = strong.eps.detach(), x_t.detach(), []
+        eps, x_t, predictions = strong.eps.detach(), x_t.detach(), []
         try:
-            for scale, branch, tape in self._active(t):
+            for scale, weak, tape in self._active(t):
                 with ExitStack() as stack:
-                    if branch.modules:
+                    if weak.modules:
                         stack.enter_context(run_uncompiled(self.compiled))
                     if tape is not None and tape.recorded:
                         stack.enter_context(tape.replaying())
-                    eps_weak = branch.eps(x_t, t, condition, strong)
+                    eps_weak = weak.eps(x_t, t, condition, strong)
                 if eps_weak is not None:
                     self.evaluations += 1
-                    weak.append((scale, eps_weak))
+                    predictions.append((scale, eps_weak))
         finally:
             self.close()
-        return self.combine(eps, weak, x_t, t) if weak else eps
+        return self.combine(eps, predictions, x_t, t) if predictions else eps
 
-    def _active(self, t: float) -> list[tuple[float, Any, Tape | None]]:
-        scales = [term.at(t, self.backbone) for term, _ in self.branches]
-        return [
-            (scale, branch, tape)
-            for scale, (_, branch), tape in zip(scales, self.branches, self.tapes, strict=True)
-            if scale != 0
-        ]
+    def _active(self, t: float) -> list[tuple[float, WeakPass, Tape | None]]:
+        scales = [term.scale_at(t, self.backbone) for term in self.terms]
+        return [item for item in zip(scales, self.passes, self.tapes, strict=True) if item[0] != 0]
 
     def _strong(self, x_t: torch.Tensor, t: float, condition: Any) -> Prediction:
         active = self._active(t)
         tapes = [tape for _, _, tape in active if tape is not None]
-        watch = [branch.observing() for _, branch, _ in active if hasattr(branch, "observing")]
+        observers = [weak.observe() for _, weak, _ in active if weak.observe is not None]
         with ExitStack() as stack:
-            if tapes or watch:
+            if tapes or observers:
                 stack.enter_context(run_uncompiled(self.compiled))
-            for context in watch:
-                stack.enter_context(context)
+            for observer in observers:
+                stack.enter_context(observer)
             if tapes and not self.trace.calls:
-                stack.enter_context(self.trace.listening())  # this once nothing is shared
+                stack.enter_context(self.trace.listening())  # the first pass finds the prefix; nothing is shared yet
                 tapes = []
             for tape in tapes:
                 if not tape.queues:
@@ -184,22 +214,24 @@ class Estimate:
             return self.backbone.predict(x_t, t, condition)
 
     def close(self) -> None:
-        """Drop the recordings of a pass that did not come to its end."""
+        """Drop the recordings of a pass that was interrupted."""
         for tape in self.tapes:
             if tape is not None:
                 tape.clear()
 
 
 @contextmanager
-def estimator(backbone: Backbone, guidance: Guidance | None = None, *, share_prefix: bool = True) -> Iterator[Estimate]:
+def estimator(
+    backbone: Backbone, guidance: Term | Guidance | None = None, *, share_prefix: bool = True
+) -> Iterator[Estimate]:
     """`with estimator(backbone, guidance) as estimate: strong, eps_guided = estimate(x_t, t, condition)`, or, with a
     backward in between, `strong = estimate.strong(x_t, t)` and `eps_guided = estimate.guided(strong, x_t, t)`.
 
     One estimator serves one run: a combination may remember its steps. Weak passes run without gradients, after
     the strong one, and from the second step on take from it what the two have in common (share_prefix=False:
-    compute everything twice; same bits). What is changed on the network during a pass is seen by this thread
-    alone and gone after it, so a backward between two calls, and other threads, see the true network.
-    Raises RestoreError for unknown layers or heads, and CFG without a null condition.
+    compute everything twice; same bits). Changes to the network during a pass are seen by this thread only and are
+    gone after it, so a backward between two calls, and other threads, see the true network.
+    Raises RestoreError for unknown layers or heads, and for CFG without a null condition.
     """
     estimate = Estimate(backbone, guidance, share_prefix)
     try:
@@ -208,13 +240,7 @@ def estimator(backbone: Backbone, guidance: Guidance | None = None, *, share_pre
         estimate.close()
 
 
-def require_prior(backbone: Backbone, what: str) -> None:
-    """Raises RestoreError for the network of a diffusers pipeline, which knows neither images nor clean estimates."""
+def require_prior(backbone: Backbone, name: str) -> None:
+    """Raises RestoreError for the network of a diffusers pipeline, which gives neither images nor clean estimates."""
     if not hasattr(backbone, "downscale"):
-        raise RestoreError(f"{what} needs clean estimates, which a network inside a pipeline does not tell; use pag")
-
-
-def _bound(combine: Any, backbone: Backbone) -> Callable[..., torch.Tensor]:
-    if hasattr(combine, "bind"):
-        return combine.bind(backbone)
-    return lambda eps, weak, x_t, t: combine(eps, weak)
+        raise RestoreError(f"{name} needs clean estimates, which a network inside a pipeline does not give; use pag")

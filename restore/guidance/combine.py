@@ -1,8 +1,8 @@
-"""How a strong prediction and weak ones become the guided one.
+"""Combinations: how a strong prediction and weak ones become the guided one.
 
 A combination is a function (eps, weak) -> guided eps: eps (B, C, H, W) the strong prediction, weak a list of
-(scale, eps_weak), every eps in the same shape. One that needs more, the noise levels or a memory of the steps
-before, is an object with `bind(backbone)`, which gives the function of one run, called as (eps, weak, x_t, t).
+(scale, eps_weak) of the same shape. One that needs noise levels or a memory of earlier steps is an object with
+`bind(backbone)`, which returns the function of one run, called as (eps, weak, x_t, t).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 
 from operators import RestoreError
 from operators.naming import lookup
-from restore.guidance.options import made, named
+from restore.guidance.options import construct, parse_spec
 
 Weak = list[tuple[float, torch.Tensor]]
 
 
 def weighted_sum(eps: torch.Tensor, weak: Weak) -> torch.Tensor:
-    """eps + sum_k s_k (eps − eps_weak_k) (PAG, Ahn et al. 2024, eq. 14)."""
+    """Return eps + sum_k s_k (eps − eps_weak_k) (PAG, Ahn et al. 2024, eq. 14)."""
     guided = eps
     for scale, eps_weak in weak:
         guided = guided + scale * (eps - eps_weak)
@@ -30,16 +30,16 @@ def weighted_sum(eps: torch.Tensor, weak: Weak) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Rescale:
-    """The sum, brought back to the strong prediction's standard deviation (Lin et al. 2024, eqs. 14-16).
+    """The sum, rescaled to the strong prediction's standard deviation, per image (Lin et al. 2024, eqs. 14-16).
 
-    phi: share of the rescaled prediction in the result, 0 (the plain sum) to 1. Each image has its own deviation.
+    phi: share of the rescaled prediction in the result, 0 (the plain sum) to 1.
     """
 
     phi: float = 0.7
 
     def __post_init__(self):
         if not 0 <= self.phi <= 1:
-            raise RestoreError(f"phi of rescale must lie in [0, 1], not {self.phi}")
+            raise RestoreError(f"phi of rescale must be in [0, 1], got {self.phi}")
 
     def __call__(self, eps: torch.Tensor, weak: Weak) -> torch.Tensor:
         guided = weighted_sum(eps, weak)
@@ -50,15 +50,15 @@ class Rescale:
 
 @dataclass(frozen=True)
 class APG:
-    """Adaptive projected guidance (Sadat et al. 2025, Alg. 1), on clean estimates, with norms of each image.
+    """Adaptive projected guidance (Sadat et al. 2025, Alg. 1), on clean estimates, with norms per image.
 
-    With D = x0_hat of the strong pass and the update d = D − D_weak (of several terms the mean, weighted by their
-    scales): d is averaged over the steps, shortened to a length of at most `threshold`, and its part along D,
-    which only adds contrast, is multiplied by eta; then D + s d.
+    With D = x0_hat of the strong pass and the update d = D − D_weak (for several terms their mean, weighted by scale):
+    d is averaged over the steps, clipped to a norm of at most `threshold`, and its part along D, which only adds
+    contrast, is multiplied by eta; then D + s d.
 
-    eta: 0 drops the parallel part, 1 keeps it. momentum: factor on the mean of the steps before, negative in the
-    paper (−0.5 to −0.75); 0: none. threshold: of ||d||_2 over an image's values, or None (the paper takes 2.5 to
-    15 for latents, by model).
+    eta: 0 drops the parallel part, 1 keeps it.
+    momentum: factor on the running mean, negative in the paper (−0.5 to −0.75); 0: none.
+    threshold: largest ||d||_2 over an image's values, or None (the paper has 2.5 to 15 for latents, by model).
     """
 
     eta: float = 0.0
@@ -67,12 +67,12 @@ class APG:
 
     def __post_init__(self):
         if not abs(self.momentum) < 1:
-            raise RestoreError(f"the momentum of apg must lie between -1 and 1, not {self.momentum}")
+            raise RestoreError(f"momentum of apg must be in (-1, 1), got {self.momentum}")
         if self.threshold is not None and not self.threshold > 0:
-            raise RestoreError(f"the threshold of apg must be positive or None, not {self.threshold}")
+            raise RestoreError(f"threshold of apg must be positive or None, got {self.threshold}")
 
     def bind(self, backbone) -> Callable[..., torch.Tensor]:
-        """The function of one run, which remembers its own steps alone."""
+        """Return the function of one run, which remembers only its own steps."""
         mean: torch.Tensor | None = None
 
         def combine(eps: torch.Tensor, weak: Weak, x_t: torch.Tensor, t: float) -> torch.Tensor:
@@ -81,7 +81,7 @@ class APG:
             total = sum(abs(scale) for scale, _ in weak)
             d = sum((scale / total) * (eps_weak - eps) for scale, eps_weak in weak) * (sigma / alpha)
             if self.momentum:
-                # Another number of images is another run.
+                # A batch of another size belongs to another run.
                 mean = d if mean is None or mean.shape != d.shape else d + self.momentum * mean
                 d = mean
             if self.threshold is not None:
@@ -102,15 +102,15 @@ def _norm(x: torch.Tensor) -> torch.Tensor:
 COMBINATIONS: dict[str, Any] = {"sum": weighted_sum, "rescale": Rescale, "apg": APG}
 
 
-def find(combine: Any) -> Any:
-    """A combination from its name in COMBINATIONS or "module:attribute", a mapping {name: options}, or itself.
+def find_combination(combine: Any) -> Any:
+    """Return a combination from its name in COMBINATIONS or "module:attribute", {name: options}, or itself.
 
     Raises RestoreError for an unknown name or option.
     """
     if not isinstance(combine, (str, Mapping)):
         if callable(combine) or hasattr(combine, "bind"):
             return combine
-        raise RestoreError(f"a combination is a name, a mapping or a function, not {combine!r}")
-    name, options = named(combine, "combination")
-    found = lookup(name, COMBINATIONS, "combination")
-    return made(found, options, f"combination {name}") if isinstance(found, type) or options else found
+        raise RestoreError(f"combine must be a name, a mapping or a function, got {combine!r}")
+    name, options = parse_spec(combine, "combination")
+    entry = lookup(name, COMBINATIONS, "combination")
+    return construct(entry, options, f"combination {name}") if isinstance(entry, type) or options else entry

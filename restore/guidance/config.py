@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from operators import RestoreError
-from operators.naming import check_known, lookup
-from restore.guidance.base import Guidance, Term
-from restore.guidance.branches import BRANCHES
+from operators.naming import lookup
+from restore.guidance.autoguidance import Autoguidance
+from restore.guidance.base import Guidance, Term, as_guidance
+from restore.guidance.cfg import CFG
 from restore.guidance.combine import COMBINATIONS, weighted_sum
-from restore.guidance.options import changed, described, made, named, plain
+from restore.guidance.options import construct, describe_spec, parse_spec, to_plain
+from restore.guidance.pag import PAG
+from restore.guidance.sag import SAG
+from restore.guidance.swg import SWG
+from restore.guidance.tpg import TPG
+from restore.guidance.tsg import TSG
 
-TERM = [item.name for item in dataclasses.fields(Term) if item.name != "branch"]
+TERMS: dict[str, type[Term]] = {
+    "pag": PAG,
+    "cfg": CFG,
+    "sag": SAG,
+    "tpg": TPG,
+    "tsg": TSG,
+    "autoguidance": Autoguidance,
+    "swg": SWG,
+}
 
 
-def build(config: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> Guidance | None:
-    """{"pag": {"scale": 1.0, "layers": "i9"}, "cfg": {...}}, or a list of such terms, as a Guidance; nothing -> None.
+def build_guidance(config: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> Guidance | None:
+    """Return the Guidance of {"pag": {"scale": 1.0, "layers": "i9"}, "cfg": {...}}, or of a list of such terms.
 
-    A list has one-key mappings {"pag": {...}} or mappings {"name": "pag", ...}, several of a name if need be. A name
-    is one of BRANCHES or "module:Class"; the options are the branch's own and scale, interval, schedule of Term.
-    "combine" beside the terms is a combination: "apg", {"rescale": {"phi": 0.5}}, "module:function".
-    Raises RestoreError, in one sentence, for whatever does not fit.
+    A list has one-key mappings {"pag": {...}} or mappings {"name": "pag", ...}, and may repeat a name. A name is one
+    of TERMS or "module:Class"; the options are the fields of that class. "combine" beside the terms is a combination:
+    "apg", {"rescale": {"phi": 0.5}}, "module:function". Without terms the result is None.
+    Raises RestoreError for unknown names, unknown, missing or wrong options, and data of another form.
     """
     if isinstance(config, Mapping):
         entries = [config] if "name" in config else [{name: options} for name, options in config.items()]
@@ -33,55 +45,47 @@ def build(config: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> Gui
         entries = []
     else:
         raise RestoreError(
-            f"guidance is a mapping such as {{pag: {{scale: 1.0, layers: i9}}}} or a list, not {config!r}"
+            f"guidance must be a mapping such as {{pag: {{scale: 1.0, layers: i9}}}} or a list of these, got {config!r}"
         )
     terms, combine = [], "sum"
     for entry in entries:
         if isinstance(entry, Mapping) and list(entry) == ["combine"]:
             combine = entry["combine"]
-        else:
-            terms.append(_term(entry))
+            continue
+        name, options = parse_spec(entry, "guidance term")
+        term = construct(lookup(name, TERMS, "guidance"), options, f"guidance.{name}")
+        if not isinstance(term, Term):
+            raise RestoreError(f"guidance.{name} must be a subclass of restore.guidance.Term, got {to_plain(term)}")
+        terms.append(term)
     return Guidance(tuple(terms), combine) if terms else None
 
 
-def _term(entry: Any) -> Term:
-    name, options = named(entry, "guidance term")
-    make, what = lookup(name, BRANCHES, "guidance"), f"guidance.{name}"
-    own = inspect.signature(make).parameters
-    check_known(options, [*TERM, *own], f"{what} has no option")
-    if "scale" not in options:
-        raise RestoreError(f"{what} needs the option 'scale'")
-    branch = made(make, {key: value for key, value in options.items() if key in own}, what)
-    return Term(branch, **{key: value for key, value in options.items() if key in TERM})
+def describe_guidance(guidance: Term | Guidance | None) -> list[dict[str, Any]] | None:
+    """Return what `build_guidance` takes, JSON-ready and without defaults; None for no guidance.
 
-
-def describe(guidance: Guidance | None) -> list[dict[str, Any]] | None:
-    """What `build` takes, JSON-ready, defaults left out; None for no guidance.
-
-    Where every part is plain data or a function of a module, build(describe(g)) == g; tensors are described by
-    shape and hash.
+    build_guidance(describe_guidance(g)) == g if every part is plain data or a function of a module; tensors are
+    described by shape and hash.
     """
+    guidance = as_guidance(guidance)
     if guidance is None:
         return None
-    entries: list[dict[str, Any]] = []
-    for term in guidance.terms:
-        name, own = described(term.branch, BRANCHES)
-        scale = changed(dataclasses.replace(term, branch=None))
-        scale.pop("branch", None)
-        entries.append({name: {**scale, **own}})
+    entries: list[dict[str, Any]] = [dict([describe_spec(term, TERMS)]) for term in guidance.terms]
     if guidance.combine is not weighted_sum:
-        name, options = described(guidance.combine, COMBINATIONS)
+        name, options = describe_spec(guidance.combine, COMBINATIONS)
         entries.append({"combine": {name: options} if options else name})
     return entries
 
 
-def chosen(value: Any, preset: Guidance | None) -> Guidance | None:
-    """The guidance meant by an argument: None, a Guidance, or "preset" for the preset's. RestoreError for any other."""
-    if value is None or isinstance(value, Guidance):
-        return value
+def resolve_guidance(value: Any, preset: Guidance | None) -> Guidance | None:
+    """Return the guidance meant by an argument: None, a guidance, or "preset" for the preset's.
+
+    Raises RestoreError for anything else.
+    """
     if isinstance(value, str) and value == "preset":
         return preset
+    if value is None or isinstance(value, (Term, Guidance)):
+        return as_guidance(value)
     raise RestoreError(
-        'guidance is None (no guidance), "preset" or a guidance such as restore.PAG(1.0, layers="i9"), '
-        f"not {plain(value)!r}"
+        'guidance must be None (no guidance), "preset" or a guidance such as restore.PAG(1.0, layers="i9"), '
+        f"got {to_plain(value)!r}"
     )

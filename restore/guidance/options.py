@@ -1,4 +1,4 @@
-"""Things given by a name and options, as YAML writes them: found, made, and described again."""
+"""Objects given by name and options, as YAML writes them: construct them, and describe them again."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from operators import RestoreError
 from operators.naming import check_known
 
 
-def named(spec: Any, what: str) -> tuple[str, dict[str, Any]]:
-    """(name, options) of "name", {name: options} or {"name": name, ...options}. RestoreError for anything else."""
+def parse_spec(spec: Any, what: str) -> tuple[str, dict[str, Any]]:
+    """Return (name, options) of "name", {name: options} or {"name": name, **options}. Raises RestoreError if `spec` is
+    none of these."""
     if isinstance(spec, str):
         return spec, {}
     if isinstance(spec, Mapping) and "name" in spec:
@@ -24,11 +25,11 @@ def named(spec: Any, what: str) -> tuple[str, dict[str, Any]]:
         ((name, options),) = spec.items()
         if options is None or isinstance(options, Mapping):
             return str(name), dict(options or {})
-    raise RestoreError(f"a {what} is a name, {{name: options}} or a mapping with 'name', not {spec!r}")
+    raise RestoreError(f"{what} must be a name, {{name: options}} or a mapping with 'name', got {spec!r}")
 
 
-def made(make: Callable, options: Mapping[str, Any], what: str) -> Any:
-    """make(**options). Raises RestoreError for an option it does not know, and for one it needs and is not given."""
+def construct(make: Callable, options: Mapping[str, Any], what: str) -> Any:
+    """Return make(**options). Raises RestoreError for an unknown option, and if a required one is missing."""
     known = inspect.signature(make).parameters
     check_known(options, known, f"{what} has no option")
     missing = [name for name, item in known.items() if item.default is item.empty and name not in options]
@@ -37,36 +38,34 @@ def made(make: Callable, options: Mapping[str, Any], what: str) -> Any:
     return make(**options)
 
 
-def described(thing: Any, table: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """(name, options) of a function or of a frozen dataclass, whose defaults are left out; JSON-ready.
+def describe_spec(value: Any, table: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return (name, options) of a function or of a frozen dataclass, JSON-ready and without defaults.
 
-    The name is the one in `table`, else "module:qualname".
+    The name is that in `table`, else "module:qualname".
     """
-    kind = thing if inspect.isroutine(thing) else type(thing)
-    name = next((key for key, value in table.items() if value is kind), f"{kind.__module__}:{kind.__qualname__}")
-    if not dataclasses.is_dataclass(thing):
-        return name, {}
-    return name, changed(thing)
+    kind = value if inspect.isroutine(value) else type(value)
+    name = next((key for key, entry in table.items() if entry is kind), f"{kind.__module__}:{kind.__qualname__}")
+    return name, non_defaults(value) if dataclasses.is_dataclass(value) else {}
 
 
-def changed(thing: Any) -> dict[str, Any]:
-    """The fields of a dataclass that differ from their defaults, JSON-ready."""
-    given = {}
-    for item in dataclasses.fields(thing):
-        value = getattr(thing, item.name)
-        if item.init and (isinstance(value, torch.Tensor) or value != item.default):
-            given[item.name] = plain(value)
-    return given
+def non_defaults(value: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that differ from their defaults, JSON-ready."""
+    options = {}
+    for item in dataclasses.fields(value):
+        option = getattr(value, item.name)
+        if item.init and (isinstance(option, torch.Tensor) or option != item.default):
+            options[item.name] = to_plain(option)
+    return options
 
 
-def plain(value: Any) -> Any:
-    """JSON-ready: functions as "module:qualname", tensors by shape and hash."""
+def to_plain(value: Any) -> Any:
+    """Return `value` JSON-ready: functions as "module:qualname", tensors by shape and hash."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [to_plain(item) for item in value]
     if isinstance(value, torch.Tensor):
         data = value.detach().cpu().contiguous()
         digest = hashlib.sha256(data.view(torch.uint8).numpy().tobytes() if data.ndim else str(data).encode())
@@ -75,8 +74,8 @@ def plain(value: Any) -> Any:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
-def frozen(value: Any) -> Any:
-    """Lists as tuples, also inside mappings: what is equal after a way through YAML."""
+def freeze(value: Any) -> Any:
+    """Return lists as tuples, also inside mappings, so that values compare equal after a round trip through YAML."""
     if isinstance(value, Mapping):
-        return {key: frozen(item) for key, item in value.items()}
-    return tuple(frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
+        return {key: freeze(item) for key, item in value.items()}
+    return tuple(freeze(item) for item in value) if isinstance(value, (list, tuple)) else value

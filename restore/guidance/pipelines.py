@@ -21,8 +21,8 @@ from operators.naming import suggest
 from restore.backbones.base import Prediction
 from restore.backbones.forwards import replace_forward
 from restore.backbones.schedule import Schedule
-from restore.guidance.base import Estimate, Guidance
-from restore.guidance.branches import NullCondition
+from restore.guidance.base import Estimate, Guidance, Term, as_guidance
+from restore.guidance.cfg import CFG
 
 PARTS = ("auto", "all", "second", "first")
 # The rows with the prompt where a pipeline puts the same latents twice into the batch, if not the second half. FLUX's
@@ -31,70 +31,65 @@ WITH_PROMPT = {"FluxTransformer2DModel": "all", "DiTTransformer2DModel": "first"
 
 
 @contextmanager
-def guided(pipe: Any, guidance: Guidance | None, *, conditional: str = "auto") -> Iterator[Any]:
-    """Within the block `pipe` (a diffusers pipeline, or its U-Net or transformer alone) predicts with `guidance`.
+def guided(pipe: Any, guidance: Term | Guidance | None, *, conditional: str = "auto") -> Iterator[Any]:
+    """Within the block `pipe` (a diffusers pipeline, or only its U-Net or transformer) predicts with `guidance`.
 
         with guided(pipe, PAG(scale=3.0, layers="m1")):
             image = pipe("a cat", guidance_scale=7.5).images[0]
 
-    Where the pipeline does classifier-free guidance, its batch is [without prompt u, with prompt c] and it
-    computes u + g (c - u). The weak pass then runs on the half with the prompt alone and s (c - c_weak) is
-    added to both halves, which makes the pipeline's own formula
+    With classifier-free guidance the pipeline's batch is [without prompt u, with prompt c], and it computes
+    u + g (c - u). The weak pass then runs only on the half with the prompt and s (c - c_weak) is added to both halves,
+    which turns the pipeline's own formula into
 
         c + w (c - u) + s (c - c_weak),   w = g - 1                      (PAG, Ahn et al. 2024, eq. 14).
 
-    Combining predictions with weights that add up to 1 is the same for eps, v, x0 and velocities, so any prediction
-    type and scheduler will do. Times of the guidance's interval and schedule run to the scheduler's number of training
-    steps, FLUX's too.
-
-    conditional: which images of the network's batch have the prompt: "all", the "second" half (diffusers), the
-        "first" half (threestudio, DiT), or "auto": what the pipeline does where it does classifier-free guidance,
-        else all. For a network alone "auto" is "all".
-    Gradients of the output, where enabled, are those of the unperturbed prediction. Threads that call the
-    pipeline within the block are guided independently of each other.
-    Raises RestoreError for a pipeline without a network that is known, unknown layers, CFG terms (use the pipeline's
+    conditional: which part of the batch has the prompt: "all", the "second" half (diffusers), the "first" half
+        (threestudio, DiT), or "auto": as the pipeline lays out its classifier-free guidance, "all" without it and for
+        a network given without its pipeline.
+    Gradients of the output, if enabled, are those of the unguided prediction. Threads that call the pipeline within
+    the block are guided independently of each other.
+    Raises RestoreError for a pipeline without a known network, unknown layers, CFG terms (use the pipeline's
     guidance_scale), combinations that need noise levels, and batches whose layout "auto" does not recognise.
     """
     if conditional not in PARTS:
-        raise RestoreError(f"conditional={conditional!r} is not known; {suggest(conditional, PARTS)}")
+        raise RestoreError(f"unknown conditional={conditional!r}; {suggest(conditional, PARTS)}")
     network = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     if network is None or not any(hasattr(network, name) for name in ("down_blocks", "transformer_blocks")):
         raise RestoreError(
-            f"{type(pipe).__name__} has no U-Net and no transformer to guide; expected a diffusers pipeline with one"
+            f"pipe must be a diffusers pipeline with a U-Net or a transformer, got {type(pipe).__name__}"
         )
-    if any(isinstance(term.branch, NullCondition) for term in (guidance.terms if guidance is not None else ())):
-        raise RestoreError(
-            "inside a pipeline classifier-free guidance is the pipeline's: pass it guidance_scale = w + 1"
-        )
+    guidance = as_guidance(guidance)
+    if guidance is not None and any(isinstance(term, CFG) for term in guidance.terms):
+        raise RestoreError("cfg is done by the pipeline itself; call it with guidance_scale = w + 1")
     if guidance is not None and hasattr(guidance.combine, "bind"):
         raise RestoreError(
             f"the combination {guidance.combine} needs noise levels and a clean estimate, which a network inside "
-            "a pipeline does not tell; use sum or rescale"
+            "a pipeline does not give; use sum or rescale"
         )
     adapter = PipelineNetwork(network, pipe)
-    Estimate(adapter, guidance)  # what is wrong with it is said here, not within the pipeline's call
-    own = threading.local()
+    Estimate(adapter, guidance)  # raises errors here rather than within the pipeline's call
+    local = threading.local()
 
     def guide(network, inner):
         def forward(*args, **kwargs):
-            if not hasattr(own, "estimate"):
-                own.estimate, own.last = Estimate(adapter, guidance), None
-            estimate, x, t = own.estimate, latent_of(args, kwargs), timestep_of(network, args, kwargs)
-            if own.last is not None and own.last[0] is x and own.last[1] == t and is_flux(network):
-                # FLUX's pass without the prompt: shifted as the one with it, so that their difference is not.
+            if not hasattr(local, "estimate"):
+                local.estimate, local.last = Estimate(adapter, guidance), None
+            estimate, x, t = local.estimate, find_latent(args, kwargs), find_timestep(network, args, kwargs)
+            if local.last is not None and local.last[0] is x and local.last[1] == t and is_flux(network):
+                # FLUX's pass without the prompt gets the shift of the one with it, so that their difference does not.
                 with replace_forward([network], lambda *_: inner):
-                    return _shifted(network(*args, **kwargs), own.last[2])
+                    return _shift(network(*args, **kwargs), local.last[2])
             call = NetworkCall(args, kwargs, conditional_rows(pipe, network, x, conditional), estimate.tapes)
-            before, own.last = estimate.evaluations, None
-            # The network is itself again, so that its passes are not guided in turn.
+            before, local.last = estimate.evaluations, None
+            # Within the network's own passes its forward is the original one, so that they are not guided in turn.
             with replace_forward([network], lambda *_: inner):
                 strong, eps = estimate(x[call.rows], t, call)
             if estimate.evaluations == before + 1:
                 return call.output
             # The same shift in both halves, so that the pipeline's u + g (c - u) is shifted by it once.
             shift = eps - strong.eps.detach()
-            own.last = (x, t, shift)
-            return _shifted(call.output, torch.cat([shift] * (len(x) // len(shift))))
+            local.last = (x, t, shift)
+            return _shift(call.output, torch.cat([shift] * (len(x) // len(shift))))
 
         return forward
 
@@ -104,7 +99,7 @@ def guided(pipe: Any, guidance: Guidance | None, *, conditional: str = "auto") -
 
 @dataclass
 class NetworkCall:
-    """One call of the network by the pipeline: its arguments, the rows with the prompt, what the strong pass gave."""
+    """One call of the network by the pipeline: its arguments, the rows with the prompt, the strong pass's output."""
 
     args: tuple
     kwargs: dict
@@ -114,10 +109,10 @@ class NetworkCall:
 
 
 class PipelineNetwork:
-    """The network of a pipeline with the part of the Backbone protocol that guidance needs; `condition` is a
-    NetworkCall.
+    """The network of a pipeline with the part of the Backbone protocol that guidance needs.
 
-    x_t and predictions are those of the rows with the prompt; the strong pass computes the whole batch.
+    `condition` is a NetworkCall. x_t and predictions are those of the rows with the prompt; the strong pass computes
+    the whole batch.
     """
 
     null_condition = None
@@ -128,16 +123,16 @@ class PipelineNetwork:
 
     @property
     def schedule(self) -> Schedule | None:
-        """The pipeline's noise levels; None for a network alone."""
+        """The pipeline's noise levels; None for a network without its pipeline."""
         scheduler = getattr(self.pipe, "scheduler", None)
         if scheduler is None:
             return None
         return Schedule.from_config({"_class_name": type(scheduler).__name__, **scheduler.config})
 
     def predict(self, x_t: torch.Tensor, t: float, condition: NetworkCall) -> Prediction:
-        """The first prediction of a call is the strong one; later ones are weak and made on its rows alone."""
+        """The first prediction of a call is the strong one; later ones are weak and made only on its rows."""
         call = condition
-        x = latent_of(call.args, call.kwargs)
+        x = find_latent(call.args, call.kwargs)
 
         def part(value):
             batched = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == len(x)
@@ -158,7 +153,7 @@ class PipelineNetwork:
 
 
 def attention_layers(network: nn.Module) -> dict:
-    """Self-attention layers of a diffusers U-Net or transformer under the names of its backbone."""
+    """Return the self-attention layers of a diffusers U-Net or transformer under the names of its backbone."""
     from diffusers import UNet2DModel
 
     network = getattr(network, "_orig_mod", network)
@@ -175,47 +170,46 @@ def is_flux(network: nn.Module) -> bool:
     return type(getattr(network, "_orig_mod", network)).__name__ == "FluxTransformer2DModel"
 
 
-def latent_of(args: tuple, kwargs: dict) -> torch.Tensor:
-    """x of a call of the network: the first argument, called sample by U-Nets and hidden_states by transformers."""
+def find_latent(args: tuple, kwargs: dict) -> torch.Tensor:
+    """Return x of a call: the first argument, called sample by U-Nets and hidden_states by transformers."""
     return args[0] if args else kwargs["sample"] if "sample" in kwargs else kwargs["hidden_states"]
 
 
 def conditional_rows(pipe: Any, network: nn.Module, x: torch.Tensor, conditional: str) -> slice:
-    """The images of the batch x that have the prompt. Raises RestoreError when "auto" cannot tell."""
+    """Return the rows of the batch x that have the prompt. Raises RestoreError if "auto" cannot tell."""
     half = len(x) // 2
     if conditional == "auto":
         if isinstance(pipe, nn.Module):
             return slice(None)
-        # Some pipelines do not say; all of them put the same latents twice into the batch.
-        says = getattr(pipe, "do_classifier_free_guidance", None)
+        # Not all pipelines have this attribute; all of them put the same latents twice into the batch.
+        does_cfg = getattr(pipe, "do_classifier_free_guidance", None)
         doubled = len(x) % 2 == 0 and torch.equal(x[:half], x[half:])
-        if says and not doubled:
+        if does_cfg and not doubled:
             raise RestoreError(
-                "the pipeline does classifier-free guidance, but its batch is not [without, with prompt]; name the "
-                "part with the prompt: guided(..., conditional='second'), 'first' or 'all'"
+                "the pipeline does classifier-free guidance, but its batch is not [without, with prompt]; try "
+                "guided(..., conditional='second'), 'first' or 'all', the part with the prompt"
             )
         usual = WITH_PROMPT.get(type(getattr(network, "_orig_mod", network)).__name__, "second")
-        conditional = usual if doubled and says is not False else "all"
+        conditional = usual if doubled and does_cfg is not False else "all"
     if conditional == "all":
         return slice(None)
     if len(x) % 2:
-        raise RestoreError(f"conditional={conditional!r} needs a batch of two halves, not of {len(x)} images")
+        raise RestoreError(f"conditional={conditional!r} needs a batch of two halves, got {len(x)} images")
     return slice(half, None) if conditional == "second" else slice(0, half)
 
 
-def timestep_of(network: nn.Module, args: tuple, kwargs: dict) -> float:
-    """The timestep of a call; the pipeline's may be a number or a tensor, alike for the whole batch. FLUX counts from 0
-    to 1, its scheduler to 1000."""
+def find_timestep(network: nn.Module, args: tuple, kwargs: dict) -> float:
+    """Return the timestep of a call, a number or a tensor with one value for the whole batch."""
     t = kwargs["timestep"] if "timestep" in kwargs else args[1]
     t = float(t.flatten()[0]) if isinstance(t, torch.Tensor) else float(t)
-    return 1000 * t if is_flux(network) else t
+    return 1000 * t if is_flux(network) else t  # FLUX counts from 0 to 1, its scheduler to 1000
 
 
 def _sample(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output.sample
 
 
-def _shifted(output: Any, shift: torch.Tensor) -> Any:
-    """The network's output, a tuple or an object, with `shift` added to its prediction."""
+def _shift(output: Any, shift: torch.Tensor) -> Any:
+    """Add `shift` to the prediction in the network's output, a tuple or an object."""
     moved = _sample(output) + shift
     return (moved, *output[1:]) if isinstance(output, tuple) else type(output)(sample=moved)

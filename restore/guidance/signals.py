@@ -1,47 +1,42 @@
-"""What each weak branch contributes at every step, |eps − eps_weak|, for people to look at (PAG, Figs. 3 and 42)."""
+"""The contribution of each term at every step, |eps − eps_weak|, as in PAG's Figs. 3 and 42."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 
-from restore.backbones.base import Backbone, Prediction
-from restore.guidance.base import Guidance
+from restore.backbones.base import Backbone
+from restore.guidance.base import Guidance, Term, WeakPass, as_guidance
 
 
-def watched(guidance: Guidance, seen: dict[int, torch.Tensor]) -> Guidance:
-    """The same guidance, which notes every weak prediction it makes.
+def record_signals(guidance: Term | Guidance, signals: dict[int, torch.Tensor]) -> Guidance:
+    """Return the same guidance, which also writes each weak prediction's signal into `signals`.
 
-    seen[k]: of the last one of term k, |eps − eps_weak| averaged over the channels, (B, 1, h, w), h and w those of x_t.
+    signals[k]: |eps − eps_weak| of the last prediction of term k, averaged over the channels, (B, 1, h, w), h and w
+    those of x_t.
     """
+    guidance = as_guidance(guidance)
     terms = [
-        dataclasses.replace(term, branch=_Watched(term.branch, number, seen))
-        for number, term in enumerate(guidance.terms)
+        _Recorded(term.scale, term, k, signals, interval=term.interval, schedule=term.schedule)
+        for k, term in enumerate(guidance.terms)
     ]
     return dataclasses.replace(guidance, terms=tuple(terms))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Watched:
-    branch: Any
-    number: int
-    seen: dict[int, torch.Tensor]
+class _Recorded(Term):
+    term: Term
+    index: int
+    signals: dict[int, torch.Tensor]
 
-    def bind(self, backbone: Backbone) -> _WatchedPass:
-        return _WatchedPass(self.branch.bind(backbone), self.number, self.seen)
+    def bind(self, backbone: Backbone) -> WeakPass:
+        weak = self.term.bind(backbone)
 
+        def eps(x_t, t, condition, strong):
+            eps_weak = weak.eps(x_t, t, condition, strong)
+            if eps_weak is not None:
+                self.signals[self.index] = (strong.eps.detach() - eps_weak).abs().mean(dim=1, keepdim=True)
+            return eps_weak
 
-class _WatchedPass:
-    def __init__(self, inner: Any, number: int, seen: dict[int, torch.Tensor]):
-        self.inner, self.number, self.seen = inner, number, seen
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def eps(self, x_t: torch.Tensor, t: float, condition: Any, strong: Prediction) -> torch.Tensor | None:
-        weak = self.inner.eps(x_t, t, condition, strong)
-        if weak is not None:
-            self.seen[self.number] = (strong.eps.detach() - weak).abs().mean(dim=1, keepdim=True)
-        return weak
+        return dataclasses.replace(weak, eps=eps)

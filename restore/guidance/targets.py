@@ -1,24 +1,25 @@
-"""What a perturbed attention map is replaced by.
+"""Targets: the maps that perturbed attention uses in place of the network's own.
 
 A target is a function of one `AttentionRecord` that returns the attention output under the perturbed map, of q's
-shape (with v's width). Strength and choice of heads are the caller's business: every target is linear in the map
-it returns, so (1 − u) A + u A' is a lerp of the two outputs.
+shape (with v's width). Strength and choice of heads are left to the caller: the output is linear in the map, so
+(1 − u) A + u A' is a lerp of the two outputs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from kornia.filters import gaussian_blur2d
 
 from operators import RestoreError
 from operators.naming import lookup
-from restore.guidance.options import made, named
+from restore.guidance.options import construct, parse_spec
 
 Draw = Callable[[str, tuple[int, ...]], torch.Tensor]
 
@@ -31,8 +32,8 @@ class AttentionRecord:
     mask: additive or boolean, broadcastable to (B, heads, queries, keys), or None.
     scale: the factor on q kᵀ; None: 1/sqrt(d).
     draw: draw(kind, shape) gives fp32 noise, kind "uniform" on [0, 1) or "normal".
-    grid: (h, w), the rows and columns in which the image tokens lie, row by row; None where it is not known.
-    image: which tokens are the image's where text tokens attend with them (joint attention); None: all of them.
+    grid: (h, w), rows and columns of the image tokens, which are in row-major order; None if unknown.
+    image: which tokens are the image's if text tokens attend with them (joint attention); None: all of them.
     """
 
     q: torch.Tensor
@@ -45,7 +46,7 @@ class AttentionRecord:
     image: slice | None = None
 
     def logits(self, q: torch.Tensor | None = None) -> torch.Tensor:
-        """The map before the softmax, (B, heads, queries, keys), in fp32 (fp64 where q is); of other queries q."""
+        """Return the map before the softmax, (B, heads, queries, keys), in fp32 (fp64 if q is); q: other queries."""
         q = self.q if q is None else q
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         raw = (_wide(q) * scale) @ _wide(self.k).transpose(-2, -1)
@@ -56,11 +57,11 @@ class AttentionRecord:
         return raw + self.mask.to(raw.dtype)
 
     def map(self) -> torch.Tensor:
-        """A = softmax(logits), (B, heads, queries, keys)."""
+        """Return A = softmax(logits), (B, heads, queries, keys)."""
         return F.softmax(self.logits(), dim=-1)
 
     def under(self, weights: torch.Tensor) -> torch.Tensor:
-        """The output under the map `weights`, in v's precision."""
+        """Return the output under the map `weights`, in v's precision."""
         return (weights @ self.v.to(weights.dtype)).to(self.v.dtype)
 
 
@@ -71,16 +72,26 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _check_rate(rate: float) -> None:
+def _require_rate(rate: float) -> None:
     if not 0 <= rate < 1:
-        raise RestoreError(f"the share of entries to drop must lie in [0, 1), not {rate}")
+        raise RestoreError(f"rate must be in [0, 1), got {rate}")
+
+
+def _require_kernel(kernel: int) -> None:
+    if kernel < 1 or kernel % 2 == 0:
+        raise RestoreError(f"kernel must be a positive odd number, got {kernel}")
+
+
+def _require_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise RestoreError(f"{name} must be positive, got {value}")
 
 
 def identity(a: AttentionRecord) -> torch.Tensor:
-    """A' = I: every token attends to itself alone (PAG, Ahn et al. 2024, eq. 13)."""
+    """A' = I: every token attends only to itself (PAG, Ahn et al. 2024, eq. 13)."""
     queries, keys = a.q.shape[-2], a.k.shape[-2]
     if queries != keys:
-        raise RestoreError(f"the identity map needs self-attention, but it has {queries} queries and {keys} keys")
+        raise RestoreError(f"target identity needs as many queries as keys, got {queries} queries and {keys} keys")
     return a.v
 
 
@@ -92,7 +103,7 @@ def uniform(a: AttentionRecord) -> torch.Tensor:
 
 
 def mean_query(a: AttentionRecord) -> torch.Tensor:
-    """Every query replaced by their mean: SEG (Hong 2024) at infinite blur."""
+    """A' of the mean query: SEG (Hong 2024) at infinite blur."""
     mean = a.q.mean(dim=-2, keepdim=True)
     if a.mask is not None and a.mask.shape[-2] > 1:
         mean = mean.expand_as(a.q)
@@ -101,26 +112,24 @@ def mean_query(a: AttentionRecord) -> torch.Tensor:
 
 
 def seg(sigma: float = math.inf) -> Target:
-    """Every query replaced by its neighbours' Gaussian mean on the grid of image tokens (SEG, Hong 2024).
+    """A' of queries blurred on the grid of image tokens (SEG, Hong 2024).
 
-    sigma: of the blur, in tokens, reflected at the border; infinite: mean_query. The kernel reaches 3 sigma, and half
-        the grid's side at most, as the authors'. Queries of text tokens stay.
+    sigma: of the Gaussian blur, in tokens, reflected at the border; infinite: mean_query. The kernel reaches 3 sigma,
+        at most half the grid's side, as in the authors' code. Queries of text tokens are unchanged.
     """
-    if not sigma > 0:
-        raise RestoreError(f"seg needs a positive sigma, not {sigma}")
+    _require_positive("sigma", sigma)
     if sigma == math.inf:
         return mean_query
     taps = math.ceil(6 * sigma) + 1 - math.ceil(6 * sigma) % 2
 
     def target(a: AttentionRecord) -> torch.Tensor:
         if a.grid is None:
-            raise RestoreError(
-                "seg blurs on the grid of image tokens, which is not known in this layer; use mean_query"
-            )
+            raise RestoreError("target seg needs the grid of image tokens, unknown in this layer; try mean_query")
         rows = slice(None) if a.image is None else a.image
         q = _wide(a.q).clone()
         image = q[..., rows, :].transpose(-2, -1).unflatten(-1, a.grid)
-        blurred = gaussian_blur(image, [min(taps, side | 1) for side in a.grid], sigma)
+        size = tuple(min(taps, side | 1) for side in a.grid)
+        blurred = gaussian_blur2d(image.flatten(0, 1), size, (sigma, sigma), "reflect").view(image.shape)
         q[..., rows, :] = blurred.flatten(-2).transpose(-2, -1)
         return a.under(F.softmax(a.logits(q), dim=-1))
 
@@ -135,8 +144,7 @@ def maximum(a: AttentionRecord) -> torch.Tensor:
 
 def temperature(tau: float) -> Target:
     """A' = softmax(log A / tau): tau < 1 sharpens, tau > 1 flattens."""
-    if not tau > 0:
-        raise RestoreError(f"temperature must be positive, not {tau}")
+    _require_positive("tau", tau)
 
     def target(a: AttentionRecord) -> torch.Tensor:
         return a.under(F.softmax(a.logits() / tau, dim=-1))
@@ -145,11 +153,11 @@ def temperature(tau: float) -> Target:
 
 
 def random_mask(rate: float = 0.25, diagonal: bool = True) -> Target:
-    """A share `rate` of the entries set to −inf before the softmax, the rows so re-normalised (PAG, Table 9).
+    """A with a share `rate` of its entries masked before the softmax, which re-normalises the rows (PAG, Table 9).
 
-    diagonal=False masks off-diagonal entries only. A row left with no entry keeps that of its largest draw.
+    diagonal=False masks off-diagonal entries only. A row without any entry left keeps that of its largest draw.
     """
-    _check_rate(rate)
+    _require_rate(rate)
 
     def target(a: AttentionRecord) -> torch.Tensor:
         raw = a.logits()
@@ -165,8 +173,8 @@ def random_mask(rate: float = 0.25, diagonal: bool = True) -> Target:
 
 
 def random_drop(rate: float = 0.25) -> Target:
-    """A share `rate` of the map's entries set to zero after the softmax, the rows not re-normalised."""
-    _check_rate(rate)
+    """A with a share `rate` of its entries set to zero after the softmax, the rows not re-normalised."""
+    _require_rate(rate)
 
     def target(a: AttentionRecord) -> torch.Tensor:
         weights = a.map()
@@ -187,19 +195,18 @@ def noise(sigma: float = 0.1) -> Target:
 
 def blur(kernel: int = 5, sigma: float = 1.0) -> Target:
     """Gaussian blur of the (queries × keys) matrix itself, reflected at its border (PAG, Table 9)."""
-    if kernel < 1 or kernel % 2 == 0 or not sigma > 0:
-        raise RestoreError(f"blur needs an odd kernel and a positive sigma, not {kernel} and {sigma}")
+    _require_kernel(kernel)
+    _require_positive("sigma", sigma)
 
     def target(a: AttentionRecord) -> torch.Tensor:
-        return a.under(gaussian_blur(a.map(), (kernel, kernel), sigma))
+        return a.under(gaussian_blur2d(a.map(), (kernel, kernel), (sigma, sigma), "reflect"))
 
     return target
 
 
 def average(kernel: int = 3) -> Target:
     """Box blur of the (queries × keys) matrix itself, zeros beyond its border counted in the mean."""
-    if kernel < 1 or kernel % 2 == 0:
-        raise RestoreError(f"the average needs an odd kernel, not {kernel}")
+    _require_kernel(kernel)
 
     def target(a: AttentionRecord) -> torch.Tensor:
         weights = a.map()
@@ -209,28 +216,13 @@ def average(kernel: int = 3) -> Target:
     return target
 
 
-def gaussian_blur(x: torch.Tensor, taps: Sequence[int], sigma: float) -> torch.Tensor:
-    """x (..., h, w) under a separable Gaussian of (odd) `taps` rows and columns, reflected at the border."""
-
-    def kernel(count: int) -> torch.Tensor:
-        at = torch.arange(count, device=x.device, dtype=x.dtype) - count // 2
-        weights = torch.exp(-0.5 * (at / sigma) ** 2)
-        return weights / weights.sum()
-
-    rows, columns = taps
-    border = (columns // 2, columns // 2, rows // 2, rows // 2)
-    flat = F.pad(x.reshape(-1, 1, *x.shape[-2:]), border, mode="reflect")
-    flat = F.conv2d(F.conv2d(flat, kernel(rows).view(1, 1, -1, 1)), kernel(columns).view(1, 1, 1, -1))
-    return flat.view(x.shape)
-
-
 def seeded_draw(seed: int, t: float) -> Draw:
-    """Noise that depends on seed, time and the number of the draw alone: one draw for all images of a batch."""
+    """Return a Draw that depends only on seed, time and the number of draws before; images of a batch share it."""
     count = 0
 
     def draw(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
         nonlocal count
-        # Whole times as they are; for a time between them the bits of the fraction are added.
+        # An integer time enters as it is, any other with the bits of its floating-point value.
         time = [int(t)] if t == int(t) else [int(t), int(np.float64(t).view(np.uint64))]
         state = np.random.SeedSequence([seed, *time, count]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(state) >> 1)
@@ -256,9 +248,8 @@ TARGETS: dict[str, Target] = {
     "average": average(),
 }
 
-
-# Those with options of their own, as {name: options}.
-FAMILIES: dict[str, Callable[..., Target]] = {
+# Targets with options, given as {name: options}.
+TARGET_FAMILIES: dict[str, Callable[..., Target]] = {
     "seg": seg,
     "temperature": temperature,
     "random_mask": random_mask,
@@ -269,13 +260,13 @@ FAMILIES: dict[str, Callable[..., Target]] = {
 }
 
 
-def find(target: str | Mapping[str, Any] | Target) -> Target:
-    """A target by its name in TARGETS (the paper's parameters), {name: options} of FAMILIES, "module:function", or the
-    function itself.
+def find_target(target: str | Mapping[str, Any] | Target) -> Target:
+    """Return a target by its name in TARGETS (the paper's parameters), {name: options} of TARGET_FAMILIES,
+    "module:function", or the function itself.
 
     Raises RestoreError for an unknown name or option.
     """
     if isinstance(target, Mapping):
-        name, options = named(target, "perturbation")
-        return made(lookup(name, FAMILIES, "perturbation with options"), options, f"perturbation {name}")
-    return target if callable(target) else lookup(target, TARGETS, "perturbation")
+        name, options = parse_spec(target, "target")
+        return construct(lookup(name, TARGET_FAMILIES, "target with options"), options, f"target {name}")
+    return target if callable(target) else lookup(target, TARGETS, "target")

@@ -1,9 +1,8 @@
-"""Token perturbation guidance (TPG, Rajabi et al. 2025): the weak pass has its image tokens in disorder."""
+"""Token perturbation guidance (TPG, Rajabi et al. 2025): the weak pass sees its image tokens in random order."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,88 +12,69 @@ from torch import nn
 from operators import RestoreError
 from restore.backbones.base import AttentionLayer, Backbone, Prediction
 from restore.backbones.forwards import replace_forward
-from restore.guidance.base import Guidance, Term
-from restore.guidance.layers import choose, require_ran
-from restore.guidance.options import frozen
+from restore.guidance.base import Term, WeakPass
+from restore.guidance.layers import choose_layers, require_ran
+from restore.guidance.options import freeze
 from restore.guidance.targets import seeded_draw
 
 
 @dataclass(frozen=True)
-class ShuffledTokens:
-    """In the weak pass the image tokens enter the blocks of the chosen attention layers in random order (TPG).
+class TPG(Term):
+    """Token perturbation guidance. See Term for scale, interval and schedule.
 
-    A permutation keeps every token's norm and their mean. The block is the transformer block of the layer, or, in
-    U-Nets of pixels that have none, the attention layer with its skip connection; what lies around it stays.
+    The image tokens enter the blocks of the chosen attention layers in random order, which keeps every token's norm
+    and their mean. The block is the transformer block of the layer, or, in pixel U-Nets without transformer blocks,
+    the attention layer with its skip connection; everything around it is unchanged.
 
-    layers: as restore.guidance.layers.choose takes them, without heads.
-    noise: a seed: the permutation depends on it, t and the layer alone, and is shared by the images of a batch.
+    layers: as restore.guidance.layers.choose_layers takes them, without heads.
+    noise: a seed: the permutation depends only on it, t and the layer, and is shared by the images of a batch.
     """
 
     layers: str | Sequence[str]
     noise: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "layers", frozen(self.layers))
+        super().__post_init__()
+        object.__setattr__(self, "layers", freeze(self.layers))
 
-    def bind(self, backbone: Backbone) -> ShuffledPass:
+    def bind(self, backbone: Backbone) -> WeakPass:
         """Raises RestoreError for an unknown layer, and for heads."""
-        chosen = choose(self.layers, None, backbone.attention)
-        if any(heads is not None for _, heads in chosen):
-            raise RestoreError(f"tpg reorders the tokens of whole layers: name no heads, as {self.layers!r} does")
-        return ShuffledPass(backbone, [layer for layer, _ in chosen], self.noise)
+        layers = choose_layers(self.layers, None, backbone.attention)
+        if any(heads is not None for _, heads in layers):
+            raise RestoreError(f"layers of tpg must name no heads, got {self.layers!r}; tpg reorders whole layers")
+        paths = {block_of(backbone.network, layer): layer.path for layer, _ in layers}
 
+        def eps(x_t: torch.Tensor, t: float, condition: Any, strong: Prediction) -> torch.Tensor:
+            draw, ran = seeded_draw(self.noise, t), set()
+            orders: dict[tuple, torch.Tensor] = {}  # shared by all calls of the network, however the batch is split
 
-def TPG(
-    scale: float,
-    layers: str | Sequence[str],
-    noise: int = 0,
-    interval: tuple[float, float] | None = None,
-    schedule: Any = "constant",
-) -> Guidance:
-    """Token perturbation guidance: see ShuffledTokens for how, Term for scale, interval and schedule."""
-    return Guidance((Term(ShuffledTokens(layers, noise), scale, interval, schedule),))
+            def shuffle(module, forward):
+                def run(*args, **kwargs):
+                    tokens = args[0] if args else kwargs["hidden_states"]
+                    count = tokens.shape[-2] if tokens.ndim == 3 else tokens.shape[-2] * tokens.shape[-1]
+                    if (module, count) not in orders:
+                        orders[module, count] = draw("uniform", (1, count))[0].argsort().to(tokens.device)
+                    order = orders[module, count]
+                    ran.add(paths[module])
+                    if tokens.ndim == 3:
+                        tokens = tokens[:, order]
+                    else:
+                        tokens = tokens.flatten(2)[..., order].view(tokens.shape)
+                    if args:
+                        return forward(tokens, *args[1:], **kwargs)
+                    return forward(**kwargs | {"hidden_states": tokens})
 
+                return run
 
-class ShuffledPass:
-    """TPG's weak pass."""
+            with replace_forward(paths, shuffle):
+                weak = backbone.predict(x_t, t, condition)
+            require_ran(paths.values(), ran)
+            return weak.eps
 
-    def __init__(self, backbone: Backbone, layers: Sequence[AttentionLayer], seed: int):
-        self.backbone, self.seed = backbone, seed
-        self.blocks = {block_of(backbone.network, layer): layer.path for layer in layers}
-        self.modules = list(self.blocks)
-
-    def eps(self, x_t: torch.Tensor, t: float, condition: Any, strong: Prediction) -> torch.Tensor:
-        with self._shuffling(t) as ran:
-            eps = self.backbone.predict(x_t, t, condition).eps
-        require_ran(self.blocks.values(), ran)
-        return eps
-
-    @contextmanager
-    def _shuffling(self, t: float):
-        draw, ran = seeded_draw(self.seed, t), set()
-        orders: dict[tuple, torch.Tensor] = {}  # one for all calls of the network, whatever they are divided into
-
-        def make(module, forward):
-            def run(*args, **kwargs):
-                tokens = args[0] if args else kwargs["hidden_states"]
-                count = tokens.shape[-2] if tokens.ndim == 3 else tokens.shape[-2] * tokens.shape[-1]
-                if (module, count) not in orders:
-                    orders[module, count] = draw("uniform", (1, count))[0].argsort().to(tokens.device)
-                order = orders[module, count]
-                ran.add(self.blocks[module])
-                if tokens.ndim == 3:
-                    tokens = tokens[:, order]
-                else:
-                    tokens = tokens.flatten(2)[..., order].view(tokens.shape)
-                return forward(tokens, *args[1:], **kwargs) if args else forward(**kwargs | {"hidden_states": tokens})
-
-            return run
-
-        with replace_forward(self.modules, make):
-            yield ran
+        return WeakPass(eps, list(paths))
 
 
 def block_of(network: nn.Module, layer: AttentionLayer) -> nn.Module:
-    """The transformer block that owns the layer; the layer itself where it is one of a list."""
+    """Return the transformer block that owns the layer; the layer itself if it is an item of a list."""
     owner, _, name = layer.path.rpartition(".")
     return layer.module if name.isdecimal() else network.get_submodule(owner)

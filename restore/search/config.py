@@ -20,7 +20,7 @@ from restore.bench.batches import load_images, read_prompts
 from restore.bench.datasets import ImageSet
 from restore.bench.schema import Benchmark, Data
 from restore.config import fill, read_config
-from restore.guidance.options import named
+from restore.guidance.options import parse_spec
 from restore.search.objective import Objective
 
 Head = tuple[str, int]  # (layer, head)
@@ -39,7 +39,7 @@ class ImageHalf(Data):
 class Search:
     """The keys of a search, beside those of a benchmark except `data` and `methods`.
 
-    method: a benchmark's method without guidance. guidance: as restore.guidance.build takes it, with one term whose
+    method: a benchmark's method without guidance. guidance: as in restore.guidance.build_guidance, with one term whose
     `layers` are left out: those are searched. objective: see restore.search.objective; clip: folder or hub id of the
     model of clip_score or pick_score, None: the published one. layers: layers whose heads are searched; None: all.
     rounds: R; top: k heads taken in each. halving: see restore.search.heads.
@@ -101,8 +101,8 @@ def find_open_term(config: Any) -> tuple[list[dict[str, Any]], int]:
     for i, entry in enumerate(terms):
         if list(entry) == ["combine"]:
             continue
-        name, options = named(entry, "guidance term")
-        accepted = inspect.signature(lookup(name, guidances.BRANCHES, "guidance")).parameters
+        name, options = parse_spec(entry, "guidance term")
+        accepted = inspect.signature(lookup(name, guidances.TERMS, "guidance")).parameters
         if "layers" in accepted and not {"layers", "heads"} & set(options):
             open_terms.append(i)
     if len(open_terms) != 1:
@@ -116,7 +116,7 @@ def find_open_term(config: Any) -> tuple[list[dict[str, Any]], int]:
 def set_layers(config: Any, layers: Sequence[Head] | Sequence[str]) -> list[dict[str, Any]]:
     """Return the guidance with `layers`, heads or names of whole layers, as the layers of its open term."""
     terms, i = find_open_term(config)
-    name, options = named(terms[i], "guidance term")
+    name, options = parse_spec(terms[i], "guidance term")
     terms[i] = {name: {**options, "layers": format_heads(layers)}}
     return terms
 
@@ -132,7 +132,7 @@ def format_heads(heads: Sequence[Head] | Sequence[str]) -> list[str]:
 
 def list_heads(attention: Mapping[str, AttentionLayer], layers: Sequence[str] | None = None) -> list[Head]:
     """Return every (layer, head) in order of execution, of all layers or those named, under the shortest names."""
-    selected = guidances.resolve(layers, attention) if layers is not None else list(attention.values())
+    selected = guidances.resolve_layers(layers, attention) if layers is not None else list(attention.values())
     short = [layer.short for layer in attention.values()]
     if not selected:
         raise RestoreError("this backbone has no self-attention layer to search")

@@ -39,7 +39,7 @@ Progress = Callable[[dict[str, Any]], None]
 class SearchResult:
     """The result of a search. folder: of the search. heads: the best set, in the order in which they were taken.
 
-    guidance: as restore.guidance.build takes it. table: the content of search.json, on which the report is based.
+    guidance: as in restore.guidance.build_guidance. table: the content of search.json, on which the report is based.
     """
 
     folder: Path

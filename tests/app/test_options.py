@@ -85,9 +85,9 @@ def test_a_sampler_and_an_operator_of_ones_own(command, tmp_path):
 def test_the_preset_keeps_its_other_terms_when_pag_is_changed():
     changed = run.ChangedPAG(scale=3.0, layers="i5:0,3", strength=0.5).applied(CFG(2.0) + PAG(1.0, layers="i5"), [])
     assert changed == CFG(2.0) + PAG(3.0, layers="i5:0,3", strength=0.5)
-    assert run.ChangedPAG(layers="m1").applied(PAG(1.5, layers="i5"), []) == PAG(1.5, layers="m1")
+    assert run.ChangedPAG(layers="m1").applied(PAG(1.5, layers="i5"), []).terms == (PAG(1.5, layers="m1"),)
     assert run.ChangedPAG(scale=2.0).applied(CFG(1.0), ["m1"]) == PAG(2.0, layers=["m1"]) + CFG(1.0)
-    assert run.ChangedPAG(scale=2.0).applied(None, ["m1"]) == PAG(2.0, layers=["m1"])
+    assert run.ChangedPAG(scale=2.0).applied(None, ["m1"]).terms == (PAG(2.0, layers=["m1"]),)
     with pytest.raises(RestoreError, match="layers= needs pag_scale="):
         run.ChangedPAG(layers="m1").applied(None, ["m1"])
     with pytest.raises(RestoreError, match="several PAG terms"):
@@ -119,7 +119,7 @@ def test_heads_with_their_strengths_and_targets_with_options(command, tmp_path):
     assert code == 0, err
     described = sidecar(tmp_path)["protocol"]["method"]["guidance"]
     expected = PAG(2, "m1:0,3", strength={"m1": {0: 0.5, 3: 1.0}}, target={"seg": {"sigma": 2}})
-    assert described == guidances.describe(expected)
+    assert described == guidances.describe_guidance(expected)
     ours = (tmp_path / "out" / "a.png").read_bytes()
     yaml = f"[{{pag: {{scale: 2, layers: 'm1:0,3', strength: {strength}, target: {target}}}}}]"
     code, _, err = command(*arguments, "--guidance", yaml)

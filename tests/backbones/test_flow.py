@@ -191,8 +191,8 @@ def test_names_on_the_real_configurations():
     }
     short = {name: [layer.short for layer in found.values()] for name, found in layers.items()}
     assert short["flux"] == [f"b{n}" for n in range(57)] and short["sd3.5"][:3] == ["b0", "b0.2", "b1"]
-    assert restore.guidance.layers.find("b19", layers["flux"]).path == "single_transformer_blocks.0.attn"
-    assert restore.guidance.layers.choose("b0.2:3,5", None, layers["sd3.5"])[0][1] == (3, 5)
+    assert restore.guidance.layers.find_layer("b19", layers["flux"]).path == "single_transformer_blocks.0.attn"
+    assert restore.guidance.layers.choose_layers("b0.2:3,5", None, layers["sd3.5"])[0][1] == (3, 5)
 
 
 def test_layers_are_listed_in_order_of_execution(folders):

@@ -18,7 +18,7 @@ from operators import RestoreError
 from restore.backbones import adm_weights
 from restore.backbones.adm import ADM, attention_layers
 from restore.backbones.prefix import Tape, Trace
-from restore.guidance.attention import Perturbed, perturbed
+from restore.guidance.attention import PerturbedLayer, perturb_attention
 from restore.guidance.targets import identity
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -52,7 +52,7 @@ def tape_before(changed, network, *args, **kwargs):
 
 
 def perturbed_all(layers):
-    return [Perturbed(layer, identity) for layer in layers]
+    return [PerturbedLayer(layer, identity) for layer in layers]
 
 
 def no_draw(kind, shape):
@@ -115,7 +115,7 @@ def test_modules_used_again_are_not_taken():
 
 
 def weak_pass(model, layers, x, t=300):
-    with torch.no_grad(), perturbed(perturbed_all(layers), no_draw):
+    with torch.no_grad(), perturb_attention(perturbed_all(layers), no_draw):
         return model.predict(x, t).eps
 
 
@@ -257,7 +257,7 @@ def test_conditional_unet(tmp_path):
         path, module = "attn1", changed
 
     def weak():
-        with torch.no_grad(), perturbed([Perturbed(Layer, identity)], no_draw):
+        with torch.no_grad(), perturb_attention([PerturbedLayer(Layer, identity)], no_draw):
             return network(x, 9, text).sample
 
     expected = weak()

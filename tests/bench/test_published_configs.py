@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from restore.bench.baselines import BASELINES
 from restore.bench.config import load_config, method_of, pairs, settings
 from restore.bench.run import bench
-from restore.guidance import resolve
+from restore.guidance import resolve_layers
 from restore.method import Situation, find_preset
 from restore.metrics import weights
 from restore.paths import configs_dir
@@ -161,7 +161,7 @@ def test_layers_exist_in_the_network_they_are_meant_for(name, stand_ins):
         guidance = settings(config, method, task)["guidance"] or {}
         for pag in [term["pag"] for term in (guidance if isinstance(guidance, list) else [guidance]) if "pag" in term]:
             layers = pag["layers"].split(",") if isinstance(pag["layers"], str) else pag["layers"]
-            assert len(resolve(layers, networks[folder].attention)) == len(layers)
+            assert len(resolve_layers(layers, networks[folder].attention)) == len(layers)
 
 
 @pytest.mark.parametrize("name", NAMES)

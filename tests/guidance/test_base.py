@@ -13,7 +13,7 @@ import restore.guidance as guidance_package
 from operators import RestoreError
 from restore.backbones.adm import ADM
 from restore.guidance import CFG, PAG, estimator
-from restore.guidance.attention import Perturbed, perturbed
+from restore.guidance.attention import PerturbedLayer, perturb_attention
 from restore.guidance.targets import identity
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -40,9 +40,9 @@ def golden():
 
 
 def perturbed_eps(model, x, t, y, *shorts, strength=1.0):
-    items = [Perturbed(layer, identity, strength) for layer in model.attention.values() if layer.short in shorts]
+    items = [PerturbedLayer(layer, identity, strength) for layer in model.attention.values() if layer.short in shorts]
     assert len(items) == len(shorts)
-    with torch.no_grad(), perturbed(items, None):
+    with torch.no_grad(), perturb_attention(items, None):
         return model.predict(x, t, y).eps
 
 
@@ -98,7 +98,7 @@ def test_several_weak_branches_share_one_strong_pass(model, golden, passes):
     strong = model.predict(x, t, y).eps
     direct = strong + (strong - perturbed_eps(model, x, t, y, "i7"))
     direct = direct - 0.5 * (strong - perturbed_eps(model, x, t, y, "o2", strength=0.4))
-    uniform = PAG(0.7, "m1", target="uniform").terms[0].branch.bind(model).eps(x, t, y, None)
+    uniform = PAG(0.7, "m1", target="uniform").bind(model).eps(x, t, y, None)
     assert relative(got[0], direct + 0.7 * (strong - uniform)) < 1e-6
 
 
@@ -157,7 +157,7 @@ def test_the_trap_would_be_noticed(plain):
 
     right = torch.autograd.grad(loss(x), x)[0]
     again = checkpoint(loss, x, use_reentrant=False)
-    with perturbed([Perturbed(layer, identity) for layer in plain.attention.values()], None):
+    with perturb_attention([PerturbedLayer(layer, identity) for layer in plain.attention.values()], None):
         try:
             wrong = torch.autograd.grad(again, x)[0]
         except torch.utils.checkpoint.CheckpointError:  # newer PyTorch compares what was saved
@@ -215,7 +215,7 @@ def test_chosen_heads(model, golden):
 
     def weak(**options):
         with torch.no_grad():
-            return PAG(1.0, "i7,m1", **options).terms[0].branch.bind(model).eps(x, t, y, None)
+            return PAG(1.0, "i7,m1", **options).bind(model).eps(x, t, y, None)
 
     assert relative(weak(heads=[0, 1]), weak()) < 1e-6
     assert torch.equal(weak(heads={"i7": [1], "middle_block.1": [1]}), weak(heads=1))
@@ -227,10 +227,10 @@ def test_chosen_heads(model, golden):
     "make, match",
     [
         (lambda: PAG(1.0, "i99"), "no attention layer is called 'i99'"),
-        (lambda: PAG(1.0, "m1", heads=[2]), r"has heads 0\.\.1, not \[2\]"),
-        (lambda: PAG(1.0, "m1", heads=[]), r"not \[\]"),
+        (lambda: PAG(1.0, "m1", heads=[2]), r"must be in 0\.\.1, got \[2\]"),
+        (lambda: PAG(1.0, "m1", heads=[]), r"got \[\]"),
         (lambda: PAG(1.0, "m1", heads={"i7": [0]}), "not among the perturbed layers"),
-        (lambda: PAG(1.0, "m1", target="ident"), "unknown perturbation 'ident'; did you mean 'identity'"),
+        (lambda: PAG(1.0, "m1", target="ident"), "unknown target 'ident'; did you mean 'identity'"),
         (lambda: PAG(float("nan"), "m1"), "finite"),
         (lambda: PAG(1.0, "m1", strength=1.5), r"\[0, 1\]"),
         (lambda: PAG(1.0, "m1", interval=(100, 200)), "t_high >= t_low"),

@@ -13,6 +13,7 @@ from tiny_sd import SCHEDULER, tiny_unet, tiny_vae
 
 import operators
 from operators import RestoreError
+from restore import zoo
 from restore.backbones.adm import ADM
 from restore.backbones.base import variance_preserving
 from restore.backbones.schedule import Schedule
@@ -26,8 +27,8 @@ from restore.guidance import (
     TSG,
     AttentionRecord,
     Autoguidance,
-    build,
-    describe,
+    build_guidance,
+    describe_guidance,
     estimator,
 )
 from restore.guidance import targets as T
@@ -158,7 +159,7 @@ def test_seg(grid, sigma):
     rows, columns = (blur_matrix(side, int(r), sigma) for side, r in zip(grid, reach, strict=True))
     image = torch.einsum("ij,bhjkd,lk->bhild", rows, q.unflatten(2, grid), columns).flatten(2, 3)
     expected = (image @ k.transpose(-2, -1) / 8**0.5).softmax(-1) @ v
-    assert relative(T.find({"seg": {"sigma": sigma}})(AttentionRecord(q, k, v, grid=grid)), expected) < 1e-12
+    assert relative(T.find_target({"seg": {"sigma": sigma}})(AttentionRecord(q, k, v, grid=grid)), expected) < 1e-12
     # In joint attention the text's queries stay.
     text = torch.randn(2, 3, 2, 8, generator=generator, dtype=torch.float64)
     joined = [torch.cat([text, part], dim=2) for part in (q, k, v)]
@@ -170,7 +171,7 @@ def test_seg(grid, sigma):
 def test_seg_knows_the_grid_of_a_network(model, x):
     """In the network, at a size that is not square; without end it is the mean query."""
     x = x[..., :24]
-    items = PAG(1.0, "m1", target={"seg": {"sigma": 0.7}}).terms[0].branch.bind(model).items
+    items = PAG(1.0, "m1", target={"seg": {"sigma": 0.7}}).perturbed_layers(model)
     attn, grid = model.attention[MIDDLE].module, []
     true, seen = items[0].target, []
     with torch.no_grad(), estimator(model, PAG(1.0, "m1", target=lambda a: seen.append(a) or true(a))) as estimate:
@@ -258,7 +259,7 @@ def test_tsg_at_another_time(model, x, shift):
     assert relative(weak_of(TSG(1.0, s=0, shift=shift), model, x, 250), expected) < 1e-12
 
 
-def test_autoguidance(model, x, tiny_adm):
+def test_autoguidance(model, x, tiny_adm, monkeypatch):
     weak = ADM.load(tiny_adm)
     weak.network.double()
     with torch.no_grad():
@@ -271,9 +272,11 @@ def test_autoguidance(model, x, tiny_adm):
         expected = other.predict(x, t).eps
         assert relative(weak_of(Autoguidance(1.0, other), model, x, 250), expected) < 1e-12
     guidance = Autoguidance(1.0, tiny_adm)  # a folder
-    with estimator(model, guidance) as a, estimator(model, guidance) as b:
-        assert a.branches[0][1].weak is b.branches[0][1].weak  # read from the disk once
-    assert build(describe(guidance)) == guidance
+    loads, load = [], zoo.load_backbone
+    monkeypatch.setattr(zoo, "load_backbone", lambda *args, **options: loads.append(args) or load(*args, **options))
+    with estimator(model, guidance), estimator(model, guidance):
+        assert len(loads) == 1
+    assert build_guidance(describe_guidance(guidance)).terms == (guidance,)
 
 
 def test_autoguidance_by_the_model_itself_changes_nothing(x, tiny_adm):
@@ -348,8 +351,8 @@ def test_every_branch_with_sampler_windows_prefix_and_combination(name, tiny_adm
     model = ADM.load(tiny_adm)
     before = state_of(model.network)
     config = configured(name, 1.5, weaker)
-    guidance = build(config)
-    assert build(json.loads(json.dumps(describe(guidance)))) == guidance
+    guidance = build_guidance(config)
+    assert build_guidance(json.loads(json.dumps(describe_guidance(guidance)))) == guidance
 
     # Generation beyond the network's size, and a sampler that differentiates through it.
     def run(guidance, size=(16, 24)):
@@ -360,7 +363,7 @@ def test_every_branch_with_sampler_windows_prefix_and_combination(name, tiny_adm
         y = operator.A(torch.zeros(2, 3, *size))
         return generated, dps(prior, operator, y, noise=noise, steps=2, zeta=0.1, guidance=guidance), prior.evaluations
 
-    plain, off, on = run(None), run(build(configured(name, 0, weaker))), run(guidance)
+    plain, off, on = run(None), run(build_guidance(configured(name, 0, weaker))), run(guidance)
     assert torch.equal(plain[0], off[0]) and torch.equal(plain[1], off[1]) and plain[2] == off[2] == 5
     assert on[2] == 10 and torch.isfinite(on[1]).all()
     assert all(relative(a, b) > 1e-5 for a, b in zip(on[:2], plain[:2], strict=True))
@@ -376,7 +379,7 @@ def test_every_branch_with_sampler_windows_prefix_and_combination(name, tiny_adm
     assert all(torch.equal(eps, results[0]) for eps in results)
     with torch.no_grad(), estimator(model, guidance) as estimate:
         assert relative(estimate(x[1:], 500)[1], results[0][1:]) < 1e-5
-    with torch.no_grad(), estimator(model, build([*config, {"combine": "apg"}])) as estimate:
+    with torch.no_grad(), estimator(model, build_guidance([*config, {"combine": "apg"}])) as estimate:
         assert relative(estimate(x, 500)[1], results[0]) > 1e-6
     with torch.no_grad(), estimator(variance_preserving(Sized(model, 16, 16)), guidance) as estimate:
         assert relative(estimate(x, 500)[1], results[0]) < 1e-5
@@ -403,7 +406,7 @@ def test_latents(name):
     config[0].get("swg", {})["window"] = 16
     z = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     prior = Sized(model, 32, 48)
-    with torch.no_grad(), estimator(prior, build(config)) as estimate:
+    with torch.no_grad(), estimator(prior, build_guidance(config)) as estimate:
         strong, eps = estimate(z, 400)
     assert eps.shape == z.shape and relative(eps, strong.eps) > 1e-6
 
@@ -421,14 +424,14 @@ def test_inside_a_pipeline(tiny_adm):
     for guidance in (SAG(1.0), Autoguidance(1.0, str(tiny_adm)), SWG(1.0, 8)):
         with pytest.raises(RestoreError, match="needs clean estimates"), guided(unet, guidance):
             pass
-    with pytest.raises(RestoreError, match="noise levels, which are not known here"), guided(unet, TSG(1.0)):
+    with pytest.raises(RestoreError, match="noise levels are unknown"), guided(unet, TSG(1.0)):
         pass
 
 
 @pytest.mark.parametrize(
     "make, match",
     [
-        (lambda: SAG(1.0, "i7,m1"), "one attention layer, not 2"),
+        (lambda: SAG(1.0, "i7,m1"), "one attention layer, got 2"),
         (lambda: SAG(1.0, taps=4), "odd taps"),
         (lambda: SAG(1.0, sigma=0), "positive sigma"),
         (lambda: TPG(1.0, "m1:0"), "name no heads"),
@@ -436,12 +439,18 @@ def test_inside_a_pipeline(tiny_adm):
         (lambda: SWG(1.0, 12), "a multiple of 8 and less than 64"),
         (lambda: SWG(1.0, 64), "a multiple of 8 and less than 64"),
         (lambda: Autoguidance(1.0, "no-such-model"), "no-such-model"),
-        (lambda: Autoguidance(1.0, latents()), "predicts 4 channels at 1/4 of an image's side, the prior 3 at 1/1"),
-        (lambda: PAG(1.0, "m1", target={"seg": {"sigma": 0}}), "positive sigma"),
-        (lambda: PAG(1.0, "m1", target={"seg": {"sgima": 1}}), "perturbation seg has no option 'sgima'; did you mean"),
-        (lambda: PAG(1.0, "m1", target={"identity": {"sigma": 1}}), "unknown perturbation with options 'identity'"),
-        (lambda: build({"sag": {"scale": 1, "layer": "m1"}}), "guidance.sag has no option 'layer'; did you mean 'lay"),
-        (lambda: build({"autoguidance": {"scale": 1}}), "needs the option 'model'"),
+        (
+            lambda: Autoguidance(1.0, latents()),
+            "3 channels at 1/1 .*, got StableDiffusion with 4 at 1/4",
+        ),
+        (lambda: PAG(1.0, "m1", target={"seg": {"sigma": 0}}), "sigma must be positive, got 0"),
+        (lambda: PAG(1.0, "m1", target={"seg": {"sgima": 1}}), "target seg has no option 'sgima'; did you mean"),
+        (lambda: PAG(1.0, "m1", target={"identity": {"sigma": 1}}), "unknown target with options 'identity'"),
+        (
+            lambda: build_guidance({"sag": {"scale": 1, "layer": "m1"}}),
+            "guidance.sag has no option 'layer'; did you mean 'lay",
+        ),
+        (lambda: build_guidance({"autoguidance": {"scale": 1}}), "needs the option 'model'"),
     ],
 )
 def test_mistakes(model, make, match):

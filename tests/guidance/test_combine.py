@@ -91,14 +91,15 @@ def test_apg_with_nothing_taken_away_is_the_sum(model, eps):
 @pytest.mark.parametrize("combine", ["rescale", APG()])
 def test_in_the_estimate(model, golden, combine):
     x, y, t = golden["x_t"], golden["y"], 321
-    guidance = Guidance((PAG(2.0, "i7") + CFG(1.0)).terms, combine)
+    guidance = Guidance((PAG(2.0, "i7"), CFG(1.0)), combine)
     with torch.no_grad(), estimator(model, guidance) as estimate:
         strong, eps = estimate(x, t, y)
-        weak = [(term.scale, branch.eps(x, t, y, strong)) for term, branch in estimate.branches]
+        passes = zip(estimate.terms, estimate.passes, strict=True)
+        weak = [(term.scale, weak_pass.eps(x, t, y, strong)) for term, weak_pass in passes]
     apply = guidance.combine.bind(model) if combine != "rescale" else lambda eps, weak, x, t: Rescale()(eps, weak)
     assert relative(eps, apply(strong.eps, weak, x, t)) < 1e-6
     assert relative(eps, weighted_sum(strong.eps, weak)) > 1e-3
-    with estimator(model, Guidance(PAG(0.0, "i7").terms, combine)) as estimate:
+    with estimator(model, Guidance((PAG(0.0, "i7"),), combine)) as estimate:
         strong, eps = estimate(x, t, y)
     assert torch.equal(eps, strong.eps)
 
@@ -112,16 +113,16 @@ def test_schedules_of_the_scale(model, golden):
         ("cosine", lambda u: 1 + math.cos(math.pi * u)),
         (lambda t: t / 100, lambda u: u * 9.99),
     ):
-        (term,) = PAG(1.5, "m1", schedule=schedule, interval=(900, 0)).terms
+        term = PAG(1.5, "m1", schedule=schedule, interval=(900, 0))
         for t in (0, 250, 300.5, 900, 901, 999):
             expected = 0.0 if t > 900 else 1.5 * factor(t / 999)
-            assert term.at(t, model) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+            assert term.scale_at(t, model) == pytest.approx(expected, rel=1e-12, abs=1e-12)
         if schedule in ("linear", "cosine"):
-            free = PAG(1.0, "m1", schedule=schedule).terms[0]
-            assert sum(free.at(t, model) for t in range(1000)) / 1000 == pytest.approx(1, abs=1e-9)
+            free = PAG(1.0, "m1", schedule=schedule)
+            assert sum(free.scale_at(t, model) for t in range(1000)) / 1000 == pytest.approx(1, abs=1e-9)
     with torch.no_grad(), estimator(model, PAG(1.5, "m1", schedule="cosine")) as estimate:
         strong, eps = estimate(x, 250, y)
-        weak = estimate.branches[0][1].eps(x, 250, y, strong)
+        weak = estimate.passes[0].eps(x, 250, y, strong)
         before = estimate.evaluations
         assert torch.equal(estimate(x, 999, y)[1], model.predict(x, 999, y).eps)
         assert estimate.evaluations == before + 1  # where the factor is zero no weak pass is run

@@ -13,7 +13,18 @@ from omegaconf import OmegaConf
 import restore
 from operators import RestoreError
 from restore.backbones.adm import ADM
-from restore.guidance import APG, CFG, PAG, Guidance, Rescale, Term, build, chosen, describe, estimator
+from restore.guidance import (
+    APG,
+    CFG,
+    PAG,
+    Guidance,
+    Rescale,
+    as_guidance,
+    build_guidance,
+    describe_guidance,
+    estimator,
+    resolve_guidance,
+)
 from restore.guidance.combine import weighted_sum
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -25,13 +36,13 @@ OWN = {
 
 def test_a_mapping_and_a_list():
     pag = {"scale": 1.0, "layers": ["i9"], "strength": 0.5}
-    assert build({"pag": pag, "cfg": {"scale": 2.0}}) == PAG(1.0, ["i9"], strength=0.5) + CFG(2.0)
+    assert build_guidance({"pag": pag, "cfg": {"scale": 2.0}}) == PAG(1.0, ["i9"], strength=0.5) + CFG(2.0)
     several = [{"pag": pag}, {"name": "pag", "scale": 3.0, "layers": "m1:0", "interval": [800, 200]}]
-    assert build(several) == PAG(1.0, ["i9"], strength=0.5) + PAG(3.0, "m1:0", interval=(800, 200))
-    assert build(None) is None and build({}) is None and build([]) is None
-    assert build({"name": "cfg", "scale": 1}) == CFG(1)
-    assert build({"cfg": {"scale": 1}, "combine": {"apg": {"eta": 0.5}}}).combine == APG(eta=0.5)
-    assert build([{"cfg": {"scale": 1}}, {"combine": "rescale"}]).combine == Rescale()
+    assert build_guidance(several) == PAG(1.0, ["i9"], strength=0.5) + PAG(3.0, "m1:0", interval=(800, 200))
+    assert build_guidance(None) is None and build_guidance({}) is None and build_guidance([]) is None
+    assert build_guidance({"name": "cfg", "scale": 1}) == as_guidance(CFG(1))
+    assert build_guidance({"cfg": {"scale": 1}, "combine": {"apg": {"eta": 0.5}}}).combine == APG(eta=0.5)
+    assert build_guidance([{"cfg": {"scale": 1}}, {"combine": "rescale"}]).combine == Rescale()
 
 
 @pytest.mark.parametrize(
@@ -41,24 +52,24 @@ def test_a_mapping_and_a_list():
         PAG(1.0, ["i9", "m1:0,1"], heads=None, target="blur", strength=0.3, interval=(900, 100), noise=4),
         PAG(2, "i5,m1", heads={"i5": [0, 2], "m1": [1]}, schedule="cosine", scope="image"),
         CFG(2.0, schedule="own:late") + PAG(0.0, "m1", target="own:reversed_values"),
-        Guidance(CFG(1.0).terms, APG(momentum=0.0, threshold=5.0)),
-        Guidance(CFG(1.0).terms + PAG(1.0, "m1").terms, {"rescale": {"phi": 0.2}}),
-        Guidance((Term(own.Attended(0.1), 3.0),), own.furthest),
+        Guidance((CFG(1.0),), APG(momentum=0.0, threshold=5.0)),
+        Guidance((CFG(1.0), PAG(1.0, "m1")), {"rescale": {"phi": 0.2}}),
+        Guidance((own.Attended(3.0, 0.1, interval=(900, 0)),), own.furthest),
     ],
 )
 def test_describe_is_the_inverse_of_build(guidance):
-    text = json.dumps(describe(guidance))
-    assert build(json.loads(text)) == guidance
-    assert describe(build(json.loads(text))) == describe(guidance)
+    text = json.dumps(describe_guidance(guidance))
+    assert build_guidance(json.loads(text)) == as_guidance(guidance)
+    assert describe_guidance(build_guidance(json.loads(text))) == describe_guidance(guidance)
 
 
 def test_what_is_described():
-    assert describe(None) is None
-    assert describe(PAG(1.0, "i9")) == [{"pag": {"scale": 1.0, "layers": "i9"}}]
+    assert describe_guidance(None) is None
+    assert describe_guidance(PAG(1.0, "i9")) == [{"pag": {"scale": 1.0, "layers": "i9"}}]
     guidance = PAG(1.0, "i9", target=own.reversed_values, schedule=own.late)
-    assert describe(guidance)[0]["pag"]["target"] == "own:reversed_values"
-    assert build(describe(guidance)) != guidance  # a name in place of the function, of the same effect
-    one, other = (describe(CFG(1.0, null=torch.full((1, 2), value)))[0]["cfg"]["null"] for value in (0.0, 1.0))
+    assert describe_guidance(guidance)[0]["pag"]["target"] == "own:reversed_values"
+    assert build_guidance(describe_guidance(guidance)).terms != (guidance,)  # a name in place of the function
+    one, other = (describe_guidance(CFG(1.0, null=torch.full((1, 2), value)))[0]["cfg"]["null"] for value in (0.0, 1.0))
     assert one.startswith("tensor (1, 2) float32 sha256 ") and one != other
 
 
@@ -66,16 +77,15 @@ def test_parts_of_a_users_module_act_from_yaml():
     """The same numbers as with the functions themselves, and as computed by hand."""
     model = ADM.load(GOLDEN / "nets/adm_a.safetensors", head_channels=16)
     text = f"[{{pag: {OWN['pag']}}}, {OWN['own']}, {{combine: 'own:furthest'}}]"
-    configured = build(OmegaConf.to_container(OmegaConf.create(text)))
-    terms = PAG(1.5, "m1", target=own.reversed_values, schedule=own.late).terms
-    given = Guidance((*terms, Term(own.Attended(0.25), 2.0)), own.furthest)
+    configured = build_guidance(OmegaConf.to_container(OmegaConf.create(text)))
+    pag = PAG(1.5, "m1", target=own.reversed_values, schedule=own.late)
+    given = Guidance((pag, own.Attended(2.0, 0.25)), own.furthest)
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     for t in (700, 300):
         with torch.no_grad(), estimator(model, configured) as a, estimator(model, given) as b:
             strong, eps = a(x, t)
             assert torch.equal(eps, b(x, t)[1])
-            branches = [branch for _, branch in a.branches]
-            weak = [branch.eps(x, t, None, strong) for branch in branches]
+            weak = [term.eps(x, t, None, strong) for term in a.passes]
         scales = [3.0, 2.0] if t == 300 else [0.0, 2.0]
         assert a.evaluations == (3 if t == 300 else 2)
         options = [(s, w) for s, w in zip(scales, weak, strict=True) if s]
@@ -93,8 +103,8 @@ def test_parts_of_a_users_module_act_from_yaml():
         ({"pag": {"layers": "m1"}}, "guidance.pag needs the option 'scale'"),
         ({"pag": {"scale": 1}}, "guidance.pag needs the option 'layers'"),
         ({"pag": None}, "guidance.pag needs the option 'scale'"),
-        ({"pag": 3.0}, "a guidance term is a name, "),
-        ({"pag": {"scale": "a", "layers": "m1"}}, "finite number, not a"),
+        ({"pag": 3.0}, "guidance term must be a name"),
+        ({"pag": {"scale": "a", "layers": "m1"}}, "finite number, got 'a'"),
         (
             {"pag": {"scale": 1, "layers": "m1", "schedule": "cosin"}},
             "unknown guidance schedule 'cosin'; did you mean 'cos",
@@ -107,34 +117,37 @@ def test_parts_of_a_users_module_act_from_yaml():
         ({"cfg": {"scale": 1, "interval": "all"}}, "t_high >= t_low"),
         ({"cfg": {"scale": 1}, "combine": "agp"}, "unknown combination 'agp'; did you mean 'apg'"),
         ({"cfg": {"scale": 1}, "combine": {"apg": {"nu": 1}}}, "combination apg has no option 'nu'"),
-        ({"cfg": {"scale": 1}, "combine": {"rescale": {"phi": 2}}}, r"phi of rescale must lie in \[0, 1\]"),
-        ({"cfg": {"scale": 1}, "combine": 3}, "a combination is a name, a mapping or a function, not 3"),
+        ({"cfg": {"scale": 1}, "combine": {"rescale": {"phi": 2}}}, r"phi of rescale must be in \[0, 1\], got 2"),
+        ({"cfg": {"scale": 1}, "combine": 3}, "combine must be a name, a mapping or a function, got 3"),
         ({"no_module_of_mine:x": {"scale": 1}}, "cannot be imported"),
-        ("pag", "a mapping such as"),
+        ("pag", "guidance must be a mapping such as"),
         (["pag"], "needs the option 'scale'"),
     ],
 )
 def test_mistakes(config, match):
     with pytest.raises(RestoreError, match=match) as error:
-        build(config)
+        build_guidance(config)
     assert "\n" not in str(error.value)
 
 
 def test_the_guidance_argument():
-    preset, other = PAG(1.0, "m1"), CFG(1.0)
-    assert chosen(None, preset) is None and chosen(other, preset) is other and chosen("preset", preset) is preset
-    assert chosen("preset", None) is None
+    preset, other = as_guidance(PAG(1.0, "m1")), CFG(1.0)
+    assert resolve_guidance(None, preset) is None and resolve_guidance("preset", preset) is preset
+    assert resolve_guidance(other, preset) == Guidance((other,)) == as_guidance(as_guidance(other))
+    assert resolve_guidance("preset", None) is None
     for value in ("none", "off", "pag", {}, {"pag": {"scale": 1.0}}, 3.0, False, PAG):
         with pytest.raises(restore.RestoreError, match='"preset"'):
-            chosen(value, preset)
+            resolve_guidance(value, preset)
 
 
 def test_sums_of_combinations():
-    apg, rescale = Guidance(CFG(1.0).terms, "apg"), Guidance(CFG(2.0).terms, "rescale")
+    apg, rescale = Guidance((CFG(1.0),), "apg"), Guidance((CFG(2.0),), "rescale")
     assert (apg + PAG(1.0, "m1")).combine == APG() and (PAG(1.0, "m1") + apg).combine == APG()
-    assert (apg + Guidance(CFG(3.0).terms, "apg")).combine == APG()
+    assert (apg + Guidance((CFG(3.0),), "apg")).combine == APG()
     assert (PAG(1.0, "m1") + CFG(1.0)).combine is weighted_sum
-    with pytest.raises(RestoreError, match="two combinations meet"):
+    with pytest.raises(RestoreError, match="one combination"):
         apg + rescale
     with pytest.raises(RestoreError, match="Term"):
-        Guidance((CFG(1.0),))
+        Guidance((PAG(1.0, "m1") + CFG(1.0),))
+    with pytest.raises(RestoreError, match="Term"):
+        build_guidance({"name": "fractions:Fraction", "numerator": 1})

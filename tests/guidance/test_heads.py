@@ -10,8 +10,8 @@ import torch
 from operators import RestoreError
 from restore.backbones.adm import ADM
 from restore.backbones.sizes import Sized
-from restore.guidance import PAG, build, describe, estimator
-from restore.guidance.layers import table
+from restore.guidance import PAG, build_guidance, describe_guidance, estimator
+from restore.guidance.layers import format_layer_table
 from restore.samplers.generate import generate
 from restore.samplers.noise import ImageNoise
 
@@ -94,23 +94,23 @@ def test_to_the_bit(tiny_adm):
 
 def test_plain_data():
     guidance = PAG(1.0, "i5:0,3,m1", strength={"i5": {3: 1.0, 0: 0.5}, "m1": 0.3})
-    described = describe(guidance)[0]["pag"]["strength"]
+    described = describe_guidance(guidance)[0]["pag"]["strength"]
     assert described == {"i5": {"3": 1.0, "0": 0.5}, "m1": 0.3}  # as JSON writes it
-    assert build(describe(guidance)) == guidance
+    assert build_guidance(describe_guidance(guidance)).terms == (guidance,)
 
 
 @pytest.mark.parametrize(
     "layers, strength, match",
     [
-        ("m1", 1.5, r"must lie in \[0, 1\], not 1.5"),
-        ("m1", "half", r"must lie in \[0, 1\], not 'half'"),
-        ("m1", True, r"must lie in \[0, 1\], not True"),
-        ("m1", {"m1": {0: -1}}, r"must lie in \[0, 1\], not -1"),
+        ("m1", 1.5, r"strength must be .* \[0, 1\], got 1.5"),
+        ("m1", "half", r"strength must be .* \[0, 1\], got 'half'"),
+        ("m1", True, r"strength must be .* \[0, 1\], got True"),
+        ("m1", {"m1": {0: -1}}, r"strength must be .* \[0, 1\], got -1"),
         ("m1", {"m1": {}}, "one for each head such as"),
         ("m1", {"m1": {"a": 1}}, "one for each head such as"),
-        ("m1", {"m1": {0: 1}}, r"for heads \[0\] of mid_block.attentions.0, but \[0, 1, 2, 3\] are chosen"),
-        ("m1:0,3", {"m1": {0: 1, 2: 1}}, r"for heads \[0, 2\] of mid_block.attentions.0, but \[0, 3\] are chosen"),
-        ("m1,i7", {"m1": 1}, "say nothing of the perturbed layer down_blocks"),
+        ("m1", {"m1": {0: 1}}, r"strength of mid_block.attentions.0 .* heads \[0, 1, 2, 3\], got \[0\]"),
+        ("m1:0,3", {"m1": {0: 1, 2: 1}}, r"strength of mid_block.attentions.0 .* heads \[0, 3\], got \[0, 2\]"),
+        ("m1,i7", {"m1": 1}, "strength must be given for every perturbed layer, .* without down_blocks"),
         ("m1", {"m1": 1, "i7": 1}, "given for down_blocks.* not among the perturbed layers"),
         ("m1", {"m2": 1}, "no attention layer is called 'm2'"),
     ],
@@ -121,9 +121,9 @@ def test_mistakes(model, layers, strength, match):
 
 
 def test_the_table_of_layers_and_heads(model):
-    every = table(model.attention, 64)
+    every = format_layer_table(model.attention, 64)
     assert [line.split()[3] for line in every[1:]] == [f"0..{a.heads - 1}" for a in model.attention.values()]
-    head, i7, m1 = table(model.attention, 64, "m1,i7:0,3")
+    head, i7, m1 = format_layer_table(model.attention, 64, "m1,i7:0,3")
     assert "heads" in head and i7.split()[0] == "i7" and i7.split()[3] == "0,3" and m1.split()[3] == "0..3"
-    with pytest.raises(RestoreError, match=r"has heads 0\.\.3, not \[9\]"):
-        table(model.attention, 64, "m1:9")
+    with pytest.raises(RestoreError, match=r"must be in 0\.\.3, got \[9\]"):
+        format_layer_table(model.attention, 64, "m1:9")

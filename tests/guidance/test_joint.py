@@ -15,7 +15,7 @@ from restore.backbones.adm import ADM
 from restore.backbones.base import AttentionLayer
 from restore.backbones.flow import attention_layers
 from restore.guidance import PAG
-from restore.guidance.attention import Perturbed, perturbed
+from restore.guidance.attention import PerturbedLayer, perturb_attention
 from restore.guidance.pipelines import PipelineNetwork
 from restore.guidance.targets import identity, mean_query, uniform
 
@@ -109,7 +109,7 @@ def test_joint_attention(make, target, scope, heads):
     true = run()
     for ours, theirs in zip(true, explicit(attn, image, text, (), scope, target, make is flux), strict=True):
         assert relative(ours, theirs) < 1e-5
-    with perturbed([Perturbed(layer, target, 1.0, heads, scope)], None):
+    with perturb_attention([PerturbedLayer(layer, target, 1.0, heads, scope)], None):
         got = run()
     chosen = range(HEADS) if heads is None else heads
     for ours, theirs in zip(got, explicit(attn, image, text, chosen, scope, target, make is flux), strict=True):
@@ -126,8 +126,8 @@ def test_a_joint_attention_that_is_not_known_is_refused():
     attn = sd3()
     attn.set_processor(Other())
     layer = AttentionLayer("blocks.0.attn", "", "", attn, HEADS, WIDTH, 1)
-    with pytest.raises(RestoreError, match=r"blocks\.0\.attn attends to image and text jointly.*\(Other\)"):
-        with perturbed([Perturbed(layer, identity, scope="image")], None):
+    with pytest.raises(RestoreError, match=r"blocks\.0\.attn, .* jointly.* got Other"):
+        with perturb_attention([PerturbedLayer(layer, identity, scope="image")], None):
             attn(torch.randn(1, IMAGE, WIDTH), torch.randn(1, TEXT, WIDTH))
 
 
@@ -139,8 +139,8 @@ def records(backbone, layers, *inputs, **more):
         told.append((a.grid, a.image, a.q.shape[-2]))
         return a.v
 
-    branch = PAG(1.0, layers, target=target).terms[0].branch.bind(backbone)
-    with torch.no_grad(), perturbed(branch.items, None, backbone.network):
+    perturbed = PAG(1.0, layers, target=target).perturbed_layers(backbone)
+    with torch.no_grad(), perturb_attention(perturbed, None, backbone.network):
         backbone.network(*inputs, **more)
     return told
 
@@ -271,8 +271,8 @@ def test_identity_in_whole_networks(name, short, text, text_first, scope, head):
     layer.module.set_processor(Explicit(range(HEADS) if head is None else [head], rows, text_first))
     expected = network(**given).sample
     layer.module.set_processor(processor)
-    item = Perturbed(layer, identity, 1.0, None if head is None else (head,), scope)
-    with perturbed([item], None, network):
+    item = PerturbedLayer(layer, identity, 1.0, None if head is None else (head,), scope)
+    with perturb_attention([item], None, network):
         got = network(**given).sample
     assert relative(got, expected) < 1e-5
     assert relative(got, true) > 1e-3
@@ -298,8 +298,8 @@ def test_what_targets_are_told_in_whole_networks_and_the_way_back(name):
 
     Backbone.network = network
     true = network(**given).sample
-    branch = PAG(1.0, list(layers), target=target).terms[0].branch.bind(Backbone)
-    with pytest.raises(KeyError), perturbed(branch.items, None, network):
+    perturbed = PAG(1.0, list(layers), target=target).perturbed_layers(Backbone)
+    with pytest.raises(KeyError), perturb_attention(perturbed, None, network):
         network(**given)
     assert [layer.module.processor for layer in layers.values()] == processors
     assert not any("forward" in module.__dict__ for module in network.modules())

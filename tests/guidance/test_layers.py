@@ -7,8 +7,8 @@ from torch import nn
 
 from operators import RestoreError
 from restore.backbones.base import AttentionLayer
-from restore.guidance import resolve
-from restore.guidance.layers import choose
+from restore.guidance import resolve_layers
+from restore.guidance.layers import choose_layers
 
 
 def layer(path, paper, short):
@@ -37,7 +37,7 @@ SD = {
 
 
 def shorts(names, attention=FFHQ):
-    return [item.short for item in resolve(names, attention)]
+    return [item.short for item in resolve_layers(names, attention)]
 
 
 @pytest.mark.parametrize(
@@ -78,12 +78,12 @@ def test_lists_come_in_order_of_execution_and_once():
 @pytest.mark.parametrize("name", ["i", "9", "down_blocks.4", "attentions.0", "i9x", "I9", "input_blocks.9", "i.*", "o"])
 def test_parts_and_patterns_match_nothing(name):
     with pytest.raises(RestoreError, match=rf"no attention layer is called '{name.replace('*', '.')}'"):
-        resolve(name, FFHQ)
+        resolve_layers(name, FFHQ)
 
 
 def test_a_miss_lists_what_exists_and_what_is_near():
     with pytest.raises(RestoreError) as error:
-        resolve("i9,input_blocks.8.1", FFHQ)
+        resolve_layers("i9,input_blocks.8.1", FFHQ)
     message = str(error.value)
     assert "'input_blocks.8.1'" in message and "did you mean" in message and "input_blocks.9.1" in message
     assert all(f"{item.short} ({item.path})" in message for item in FFHQ.values())
@@ -92,25 +92,25 @@ def test_a_miss_lists_what_exists_and_what_is_near():
 @pytest.mark.parametrize("name", ["o0", "output_blocks.0.1", "up_blocks.0.attentions.0"])
 def test_a_name_of_several_layers_is_an_error(name):
     with pytest.raises(RestoreError, match=r"names 2 attention layers.*blocks\.0\.attn1.*blocks\.1\.attn1"):
-        resolve(name, SD)
-    assert len(resolve("up_blocks.0.attentions.0.transformer_blocks.1.attn1", SD)) == 1
+        resolve_layers(name, SD)
+    assert len(resolve_layers("up_blocks.0.attentions.0.transformer_blocks.1.attn1", SD)) == 1
 
 
 @pytest.mark.parametrize("names", ["", " , ", []])
 def test_no_name_at_all(names):
-    with pytest.raises(RestoreError, match="no attention layer is named"):
-        resolve(names, FFHQ)
+    with pytest.raises(RestoreError, match="must name at least one"):
+        resolve_layers(names, FFHQ)
 
 
 @pytest.mark.parametrize("names", [[9], [None]])
 def test_not_a_name(names):
     with pytest.raises(RestoreError, match="a name or a list of names"):
-        resolve(names, FFHQ)
+        resolve_layers(names, FFHQ)
 
 
 def test_a_network_without_attention():
     with pytest.raises(RestoreError, match="no attention layers"):
-        resolve("m1", {})
+        resolve_layers("m1", {})
 
 
 @pytest.mark.parametrize(
@@ -127,30 +127,30 @@ def test_a_network_without_attention():
     ],
 )
 def test_heads_behind_a_colon(text, heads):
-    assert {item.short: chosen for item, chosen in choose(text, None, FFHQ)} == heads
+    assert {item.short: chosen for item, chosen in choose_layers(text, None, FFHQ)} == heads
     assert shorts(text) == list(heads)
 
 
 def test_heads_beside_the_layers():
-    assert [chosen for _, chosen in choose("i9,m1", [3, 0], FFHQ)] == [(0, 3)] * 2
-    assert [chosen for _, chosen in choose("i9,m1", {"m1": 5}, FFHQ)] == [None, (5,)]
+    assert [chosen for _, chosen in choose_layers("i9,m1", [3, 0], FFHQ)] == [(0, 3)] * 2
+    assert [chosen for _, chosen in choose_layers("i9,m1", {"m1": 5}, FFHQ)] == [None, (5,)]
 
 
 @pytest.mark.parametrize(
     "text, heads, match",
     [
-        ("i9:8", None, r"has heads 0\.\.7, not \[8\]"),
-        ("i9:x", None, "'i9:x' is not a layer with a head"),
-        ("i9:", None, "'i9:' is not a layer with a head"),
-        ("i9:-1", None, "is not a layer with a head"),
+        ("i9:8", None, r"must be in 0\.\.7, got \[8\]"),
+        ("i9:x", None, "i9:x"),
+        ("i9:", None, "i9:"),
+        ("i9:-1", None, "i9:-1"),
         ("i9,3", None, "no attention layer is called '3'"),
         ("i99:0", None, "no attention layer is called 'i99'"),
         (":0", None, "no attention layer is called ''"),
         ("i9:0", [1], "heads are given both"),
-        ("i9", "0", "whole numbers"),
+        ("i9", "0", "heads must be integers"),
         ("i9", {"m1": [0]}, "not among the perturbed layers"),
     ],
 )
 def test_bad_heads(text, heads, match):
     with pytest.raises(RestoreError, match=match):
-        choose(text, heads, FFHQ)
+        choose_layers(text, heads, FFHQ)

@@ -23,7 +23,7 @@ from tiny_sd import SCHEDULER, tiny_controlnet, tiny_pipeline, tiny_text_encoder
 
 from operators import RestoreError
 from restore.guidance import CFG, PAG
-from restore.guidance.attention import perturbed
+from restore.guidance.attention import perturb_attention
 from restore.guidance.pipelines import PipelineNetwork, guided
 
 MID = "mid_block.attentions.0.transformer_blocks.0.attn1"
@@ -66,8 +66,8 @@ def inputs(batch=2, seed=0):
 
 def weak_eps(unet, z, t, text, layers=MID, target="identity"):
     """The perturbed prediction, made here without `guided`."""
-    branch = PAG(1.0, layers=layers, target=target).terms[0].branch.bind(PipelineNetwork(unet))
-    with torch.no_grad(), perturbed(branch.items, None):
+    perturbed = PAG(1.0, layers=layers, target=target).perturbed_layers(PipelineNetwork(unet))
+    with torch.no_grad(), perturb_attention(perturbed, None):
         return unet(z, t, encoder_hidden_states=text).sample
 
 
@@ -237,8 +237,8 @@ def test_x4_upscaler(tmp_path, guidance_scale):
     def by_hand(x, t, *, encoder_hidden_states, class_labels, **kwargs):
         with torch.no_grad():
             out = forward(x, t, encoder_hidden_states, class_labels=class_labels).sample
-            branch = PAG(1.0, layers="i5").terms[0].branch.bind(PipelineNetwork(unet))
-            with perturbed(branch.items, None):
+            perturbed = PAG(1.0, layers="i5").perturbed_layers(PipelineNetwork(unet))
+            with perturb_attention(perturbed, None):
                 weak = forward(x, t, encoder_hidden_states, class_labels=class_labels).sample
             shift = 2.0 * (out - weak)
             return (out + (shift.chunk(2)[1].repeat(2, 1, 1, 1) if guidance_scale > 1 else shift),)
@@ -289,7 +289,10 @@ def test_mistakes(pipe):
         pass
     with pytest.raises(RestoreError, match="no attention layer is called 'i99'"), guided(pipe, PAG(1.0, layers="i99")):
         pass
-    with pytest.raises(RestoreError, match="has no U-Net and no transformer"), guided(object(), PAG(1.0, layers="m1")):
+    with (
+        pytest.raises(RestoreError, match="pipe must be .* got object"),
+        guided(object(), PAG(1.0, layers="m1")),
+    ):
         pass
     with pytest.raises(RestoreError, match="conditional='last'"), guided(pipe, None, conditional="last"):
         pass
@@ -308,8 +311,8 @@ def by_hand(network, layers, scale, *, cfg="second", **unused):
     @torch.no_grad()
     def run(*args, **kwargs):
         out = forward(network, *args, **kwargs)[0]
-        branch = PAG(1.0, layers=layers, **unused).terms[0].branch.bind(PipelineNetwork(network))
-        with perturbed(branch.items, None, network):
+        perturbed = PAG(1.0, layers=layers, **unused).perturbed_layers(PipelineNetwork(network))
+        with perturb_attention(perturbed, None, network):
             weak = forward(network, *args, **kwargs)[0]
         shift = scale * (out - weak)
         if cfg != "all":

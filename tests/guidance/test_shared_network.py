@@ -13,7 +13,7 @@ from diffusers import UNet2DModel
 from operators import RestoreError
 from restore.backbones.adm import ADM
 from restore.backbones.forwards import find_compiled, replace_forward
-from restore.guidance import PAG, Guidance, Term, estimator
+from restore.guidance import PAG, estimator
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -58,7 +58,7 @@ def test_threads_do_not_mix_their_guidance(checkpointing):
     torch.set_num_threads(1)
     model = adm(checkpointing)
     before = state_of(model.network)
-    watching = Guidance((Term(own.Attended(), 1.0),)) + PAG(1.0, "o2", strength=0.5)
+    watching = own.Attended(1.0) + PAG(1.0, "o2", strength=0.5)
     work = [
         (dps, PAG(2.0, "i5,m1"), 0),
         (dps, None, 1),
@@ -159,7 +159,7 @@ def test_compiled_networks_are_guided_like_others(how):
     """What is traced once, before there was any guidance, must not answer for the perturbed pass."""
     torch._dynamo.reset()
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    guidance = PAG(2.0, "m1") + Guidance((Term(own.Attended(), 1.0),))
+    guidance = PAG(2.0, "m1") + own.Attended(1.0)
     model = ADM(tiny())
     with torch.no_grad(), estimator(model, guidance) as estimate:
         expected = [estimate(x, t)[1] for t in (500, 400, 300)]
@@ -216,10 +216,10 @@ def test_a_branch_that_observes_the_strong_pass(checkpointing, share_prefix):
         spot = torch.nn.functional.interpolate(mask, size=x.shape[-2:])
         assert 0 < float(spot.mean()) < 1
         weak = plain.predict(x * (1 - 0.5 * spot), 400).eps
-        perturbed = PAG(1.0, "i7").terms[0].branch.bind(plain).eps(x, 400, None, None)
+        perturbed = PAG(1.0, "i7").bind(plain).eps(x, 400, None, None)
     handle.remove()
 
-    guidance = Guidance((Term(own.Attended(), 2.0),)) + PAG(1.0, "i7")
+    guidance = own.Attended(2.0) + PAG(1.0, "i7")
     with estimator(model, guidance, share_prefix=share_prefix) as estimate:
         for _ in range(3):
             x_t = x.clone().requires_grad_()

@@ -11,7 +11,7 @@ import restore
 from restore import samplers
 from restore.app.trajectory import Trajectory
 from restore.backbones.adm import ADM
-from restore.guidance import PAG, TSG, Guidance, describe
+from restore.guidance import PAG, TSG, Guidance, describe_guidance
 from restore.restorer import Restorer
 
 
@@ -32,8 +32,7 @@ def guidance(noted):
         noted.append((eps, [eps_weak for _, eps_weak in weak]))
         return restore.guidance.combine.weighted_sum(eps, weak)
 
-    terms = (*PAG(1.0, "m1").terms, *TSG(0.5, interval=(600, 0)).terms, *PAG(0.0, "m1").terms)
-    return Guidance(terms, combine)
+    return Guidance((PAG(1.0, "m1"), TSG(0.5, interval=(600, 0)), PAG(0.0, "m1")), combine)
 
 
 def expected_signals(eps, weak):
@@ -87,7 +86,7 @@ def test_every_sampler_can_be_pictured(restorer, name):
         assert "latent" in str(error) or "decoded" in str(error), error
         return
     assert trajectory.guided
-    picture = trajectory.guidance(describe(guidance))
+    picture = trajectory.guidance(describe_guidance(guidance))
     columns = len(trajectory.steps)
     height = picture.height / 2
     assert picture.width > columns * 128 and 128 < height < 256 and picture.width > trajectory.estimates().width
@@ -102,7 +101,7 @@ def test_the_picture_shows_the_signal():
         signal = torch.linspace(0, largest, 64).view(1, 1, 8, 8)
         step = {"step": k, "steps": 2, "t": 10 - k, "first": 0, "x0_hat": torch.zeros(1, 3, 8, 8)}
         trajectory({**step, "signals": [signal, None if k == 0 else 10 * signal]})
-    picture = trajectory.guidance(describe(PAG(2.0, ["i5", "m1"]) + TSG(1.0)))
+    picture = trajectory.guidance(describe_guidance(PAG(2.0, ["i5", "m1"]) + TSG(1.0)))
     greys = np.asarray(picture.convert("L")).astype(int)
     assert picture.width > 2 * 128 and picture.height > 2 * 128
     # Each of a cell's 64 values fills 16 x 16 pixels: the first step reaches 0.9 of its row's largest, 2, and no other

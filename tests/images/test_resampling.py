@@ -10,8 +10,7 @@ from PIL import Image
 
 import operators
 from operators import RestoreError
-from restore.guidance import PAG
-from restore.guidance.layers import resolve
+from restore.guidance import PAG, resolve_layers
 from restore.images import resampling
 from restore.method import Situation, find_preset
 from restore.samplers.psld import REFERENCE
@@ -93,14 +92,14 @@ def test_presets_are_table_5(data):
         assert found["unguided"] == {"eta": 1.0, "gamma": 0.1}
         pag = found["guidance"]["pag"]
         assert pag["scale"] == scale and found["source"]
-        (layer,) = resolve(pag["layers"], attention)
+        (layer,) = resolve_layers(pag["layers"], attention)
         assert layer.path == "down_blocks.2.attentions.1.transformer_blocks.0.attn1"
 
 
 def test_presets_are_found_and_built():
     found = find_preset(Situation("sd-1.5", "gaussian_blur"), "psld")
     assert found.parameters == {"eta": 0.1, "gamma": 0.01} and found.steps == 1000
-    assert found.guidance == PAG(5.0, layers=["input_blocks.8.1.transformer_blocks.0.attn1"])
+    assert found.guidance.terms == (PAG(5.0, layers=["input_blocks.8.1.transformer_blocks.0.attn1"]),)
     other = find_preset(Situation("some-other-latent-model", "denoising"), "psld")
     assert other.parameters == {"eta": 1.0, "gamma": 0.1} and other.guidance is None
     assert find_preset(Situation("adm-ffhq-256", "gaussian_blur"), "dps").sampler == "dps"

@@ -15,7 +15,7 @@ from restore.app import cli
 from restore.backbones.base import Pixels, Prediction
 from restore.backbones.schedule import Schedule
 from restore.bench.known import MixturePrior
-from restore.guidance import PAG, Guidance, Term
+from restore.guidance import PAG, Term, WeakPass
 from restore.paths import data_dir
 from restore.samplers.flowdps import flowdps
 
@@ -99,17 +99,11 @@ class Line(Pixels):
         return Prediction.of("velocity", v, x_t, 1 - sigma, sigma)
 
 
-class Weaker:
-    """A weak branch of its own: the velocity's factor is another."""
-
-    modules = ()
+class Weaker(Term):
+    """A term whose weak pass has another factor on the velocity."""
 
     def bind(self, backbone):
-        self.backbone = backbone
-        return self
-
-    def eps(self, x_t, t, condition, strong):
-        return self.backbone.predict(x_t, t, 0.1).eps
+        return WeakPass(lambda x_t, t, condition, strong: backbone.predict(x_t, t, 0.1).eps)
 
 
 @pytest.mark.parametrize("rule", ["flowdps", "flowchef"])
@@ -118,7 +112,7 @@ def test_the_equations(rule, s):
     """Three steps written out: unguided velocity in the likelihood, guided one in the transition."""
     prior, y = Line(), torch.linspace(-1, 1, D // 2, dtype=torch.float64)[None]
     times, step = [900.0, 500.0, 100.0], 0.1
-    guidance = Guidance((Term(Weaker(), s),))
+    guidance = Weaker(s)
     options = {"steps": times, "step_size": step, "inner_steps": 2, "rule": rule, "guidance": guidance}
     got = flowdps(prior, Half(), y, noise=drawn(), **options)
     noise, z = drawn(), None

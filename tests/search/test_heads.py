@@ -111,7 +111,7 @@ def test_a_planted_set_is_found(config, name, monkeypatch):
     found = search_heads(config | {"objective": f"planted:{name}", "rounds": 2})
     assert sorted(found.heads) == wanted
     assert found.table["curve"][-1]["cost"] == pytest.approx(0, abs=1e-12) or name == "closeness"
-    assert guidances.build(found.guidance).terms[0].branch.layers == ("i3:1", "o0:0")
+    assert guidances.build_guidance(found.guidance).terms[0].layers == ("i3:1", "o0:0")
     (term,) = yaml.safe_load((found.folder / "guidance.yaml").read_text())
     assert term == {"pag": {"scale": 3.0, "layers": ["i3:1", "o0:0"]}}
     for method in ("none", "heads-1", "heads-2", "layer", "all"):
@@ -237,9 +237,9 @@ def test_another_search_is_not_mixed_into_a_folder(config):
 
 def test_terms_schedules_and_combinations_pass_through(config):
     guidance = {"pag": {"scale": 2.0, "strength": 0.5, "target": "uniform", "schedule": "cosine"}, "combine": "apg"}
-    made = guidances.build(configs.set_layers(guidance, [("m1", 0), ("i3", 1), ("m1", 1)]))
+    made = guidances.build_guidance(configs.set_layers(guidance, [("m1", 0), ("i3", 1), ("m1", 1)]))
     plain = guidances.PAG(2.0, ["m1:0,1", "i3:1"], target="uniform", strength=0.5, schedule="cosine")
-    assert made == guidances.Guidance(plain.terms, "apg")
+    assert made == guidances.Guidance((plain,), "apg")
 
 
 def test_shares_of_a_kernel_distance_are_its_jackknife():

@@ -1,0 +1,100 @@
+"""Autoguidance (Karras et al. 2024): the weak pass is made by a weaker model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from operators import RestoreError
+from restore.backbones.base import Backbone, Prediction, Renormalised
+from restore.backbones.sizes import Sized
+from restore.guidance.base import Term, WeakPass, require_prior
+
+
+@dataclass(frozen=True)
+class Autoguidance(Term):
+    """Guidance by a smaller model or an earlier checkpoint. See Term for scale, interval and schedule.
+
+    model: a name of `restore models list`, a folder, a file, or a backbone. It is loaded once per guidance, to the
+        strong model's device and in its precision. It must predict the same x; if its noise levels lie at other
+        times, it is evaluated at the time of the same ratio sigma / alpha.
+    """
+
+    model: Any
+    loaded: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.model, Path):
+            object.__setattr__(self, "model", str(self.model))
+
+    def bind(self, backbone: Backbone) -> WeakPass:
+        """Raises RestoreError for a model that does not load, or has other images or another kind of noise."""
+        require_prior(backbone, "autoguidance")
+        strong = unwrap(backbone)
+        weak = self._load(strong)
+        name = self.model if isinstance(self.model, str) else type(self.model).__name__
+        if (weak.channels, weak.downscale) != (strong.channels, strong.downscale):
+            raise RestoreError(
+                f"model of autoguidance must predict the prior's x, {strong.channels} channels at 1/{strong.downscale} "
+                f"of an image's side, got {name} with {weak.channels} at 1/{weak.downscale}"
+            )
+        weak = wrap_like(backbone, weak)
+        if weak.schedule.kind != backbone.schedule.kind:
+            raise RestoreError(
+                f"model of autoguidance must have noise of the prior's kind {backbone.schedule.kind}, got {name} with "
+                f"{weak.schedule.kind}"
+            )
+        return predict_by(weak, backbone)
+
+    def _load(self, strong: Backbone) -> Backbone:
+        if not isinstance(self.model, str):
+            return self.model
+        device = next(strong.network.parameters()).device
+        dtype = getattr(strong, "dtype", None) or strong.network.dtype
+        if (device, dtype) not in self.loaded:
+            from restore import zoo
+
+            self.loaded[device, dtype] = zoo.load_backbone(self.model, device=device, precision=dtype)[1]
+        return self.loaded[device, dtype]
+
+
+def predict_by(weak: Backbone, backbone: Backbone) -> WeakPass:
+    """Return the pass in which `weak` predicts at the noise level that t has on `backbone`."""
+    here, there = backbone.schedule, weak.schedule
+    same_times = np.array_equal(here.ts, there.ts) and np.array_equal(here.ratios, there.ratios)
+    sized = backbone.inner if isinstance(backbone, Renormalised) else backbone
+
+    def eps(x_t: torch.Tensor, t: float, condition: Any, strong: Prediction) -> torch.Tensor:
+        if not same_times:
+            t = there.t(here.ratio(min(t, here.ts[-1])))
+        eps = weak.predict(x_t, t, condition).eps
+        if isinstance(sized, Sized):  # which counts the evaluations of the run
+            sized.evaluations += 1
+        return eps
+
+    return WeakPass(eps)
+
+
+def unwrap(backbone: Backbone) -> Backbone:
+    """Return the backbone itself, at its own size and normalisation of noise."""
+    while isinstance(backbone, (Renormalised, Sized)):
+        backbone = backbone.inner
+    return backbone
+
+
+def wrap_like(backbone: Backbone, weak: Backbone, window: int | None = None, overlap: float | None = None) -> Backbone:
+    """Return `weak` with the image size and normalisation of `backbone`; window: side of its windows, in cells of x."""
+    sized = backbone.inner if isinstance(backbone, Renormalised) else backbone
+    if isinstance(sized, Sized):
+        overlap = sized.overlap if overlap is None else overlap
+        weak = Sized(weak, sized.height, sized.width, overlap=overlap, max_windows=sized.max_windows)
+    elif window is not None:
+        weak = Sized(weak, weak.resolution, weak.resolution, overlap=overlap)
+    if window is not None:
+        weak.resolution = window
+    return Renormalised(weak, backbone.schedule.kind) if isinstance(backbone, Renormalised) else weak

@@ -1,0 +1,78 @@
+"""Perturbed-attention guidance (PAG, Ahn et al. 2024) and SoftPAG (Ahn et al. 2025).
+
+The weak pass attends with another map on the chosen layers and heads,
+
+    A = softmax(Q K^T / sqrt(d))  ->  (1 − u) A + u A',        PAG: A' = I, u = 1; SoftPAG: u < 1   (eqs. 10, 13)
+
+and the estimate is pushed away from it: eps + s (eps − eps_weak)                                    (eq. 14)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from operators.naming import check_known, lookup
+from restore.backbones.base import Backbone, Prediction
+from restore.guidance.attention import SCOPES, PerturbedLayer, perturb_attention
+from restore.guidance.base import Term, WeakPass
+from restore.guidance.layers import Heads, Strength, choose_layers, normalize_strength, require_ran, split_by_strength
+from restore.guidance.options import freeze
+from restore.guidance.targets import Draw, Target, find_target, seeded_draw
+
+
+@dataclass(frozen=True)
+class PAG(Term):
+    """Perturbed-attention guidance. See Term for scale, interval and schedule.
+
+    layers: names as restore.guidance.layers.choose_layers takes them ("i9", "input_blocks.9.1", a diffusers path;
+        several separated by commas or in a list; "i5:0,3" for two heads of one).
+    heads: only these heads: indices for every layer, or a mapping from layer name to indices; None: all.
+    target: A', a name in restore.guidance.targets.TARGETS ("identity" is PAG), {name: options} such as
+        {"seg": {"sigma": 4}}, a function of an AttentionRecord or its "module:function".
+    strength: u, in [0, 1]; or one for each of the chosen layers or heads, {"i5": {0: 0.5, 3: 1.0}, "m1": 0.3}.
+    noise: of the random targets: a seed (the draw then depends only on seed, t and layer, and is shared by the
+        images of a batch) or a function (kind, shape) -> tensor, kind "uniform" or "normal", or its name.
+    scope: where image and text tokens attend jointly, "joint" perturbs the map of all, "image" that of the image.
+    """
+
+    layers: str | Sequence[str]
+    heads: Heads = None
+    target: str | Mapping[str, Any] | Target = "identity"
+    strength: Strength = 1.0
+    noise: int | str | Draw = field(default=0, kw_only=True)
+    scope: str = field(default="joint", kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        find_target(self.target)
+        check_known([self.scope], SCOPES, "guidance.pag has no scope")
+        object.__setattr__(self, "strength", normalize_strength(self.strength))
+        for name in ("layers", "heads"):
+            object.__setattr__(self, name, freeze(getattr(self, name)))
+
+    def perturbed_layers(self, backbone: Backbone) -> list[PerturbedLayer]:
+        """The chosen layers and heads of `backbone` with target and strength.
+
+        Raises RestoreError for a layer or head that the backbone does not have.
+        """
+        layers = choose_layers(self.layers, self.heads, backbone.attention)
+        groups = split_by_strength(layers, self.strength, backbone.attention)
+        target = find_target(self.target)
+        return [PerturbedLayer(layer, target, u, heads, self.scope) for layer, heads, u in groups]
+
+    def bind(self, backbone: Backbone) -> WeakPass:
+        perturbed = self.perturbed_layers(backbone)
+        noise = lookup(self.noise, {}, "noise") if isinstance(self.noise, str) else self.noise
+
+        def eps(x_t: torch.Tensor, t: float, condition: Any, strong: Prediction) -> torch.Tensor:
+            draw = noise if callable(noise) else seeded_draw(noise, t)
+            with perturb_attention(perturbed, draw, backbone.network) as ran:
+                weak = backbone.predict(x_t, t, condition)
+            require_ran([item.layer.path for item in perturbed], ran)
+            return weak.eps
+
+        return WeakPass(eps, [item.layer.module for item in perturbed])

@@ -1,0 +1,34 @@
+"""Sliding-window guidance (SWG, Kaiser et al. 2024): the weak pass sees the image only in small windows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from operators import RestoreError
+from restore.backbones.base import Backbone
+from restore.guidance.autoguidance import predict_by, unwrap, wrap_like
+from restore.guidance.base import Term, WeakPass, require_prior
+
+
+@dataclass(frozen=True)
+class SWG(Term):
+    """Sliding-window guidance. See Term for scale, interval and schedule.
+
+    window: side in pixels, less than the prior's resolution. overlap: the fraction shared with a neighbour. Windows
+    are blended as those of large photos are.
+    """
+
+    window: int
+    overlap: float = 0.5
+
+    def bind(self, backbone: Backbone) -> WeakPass:
+        """Raises RestoreError for a window that the network does not support or that is not smaller than its images."""
+        require_prior(backbone, "swg")
+        inner = unwrap(backbone)
+        step, limit = inner.downscale * inner.multiple, inner.downscale * inner.resolution
+        if self.window % step or not 0 < self.window < limit or not 0 <= self.overlap < 1:
+            raise RestoreError(
+                f"window of swg must be a multiple of {step} and less than {limit} pixels, and overlap in [0, 1), got "
+                f"{self.window} and {self.overlap}"
+            )
+        return predict_by(wrap_like(backbone, inner, self.window // inner.downscale, self.overlap), backbone)
