@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-DISTRIBUTION = "restore"
+DISTRIBUTION = "restore-diffusion"
 LIBRARIES = ("torch", "torchvision", "diffusers", "kornia", "numpy", "scipy", "pillow", "lpips", "torch-fidelity")
 
 

@@ -34,7 +34,7 @@ def run_batches(
     try:
         import ray
     except ImportError as error:
-        raise RestoreError("engine=ray needs Ray; install restore[cluster], or use engine=local") from error
+        raise RestoreError("engine=ray needs Ray; install restore-diffusion[cluster], or use engine=local") from error
     from restore.bench.worker import Worker
 
     started_here = not ray.is_initialized()

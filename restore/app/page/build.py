@@ -53,7 +53,7 @@ def build_page(restorer: Any, offline: bool = False, fetching: bool = True, **op
     try:
         import gradio as gr
     except ImportError:
-        raise RestoreError("the browser page needs gradio; install restore[ui]") from None
+        raise RestoreError("the browser page needs gradio; install restore-diffusion[ui]") from None
     from restore.app.page import api, handlers, layout
 
     priors, parts = Priors(restorer, offline, fetching, **options), layout.Parts()
