@@ -27,7 +27,8 @@ def command(*arguments):
 def one_step(photo, out, task, memory, pipe):
     """Restores `photo` in one step; sends its plan, then (error, peak of resident bytes, of those new)."""
     import restore
-    from restore.app import files, plan, run
+    from restore.app import files, run
+    from restore.memory import Planner
     from restore.task import load_task
 
     torch.set_num_threads(1)
@@ -35,7 +36,7 @@ def one_step(photo, out, task, memory, pipe):
     # Windows without overlap are a quarter as many; those of one call, and all else that needs memory, are as ever.
     prior.windows |= {"overlap": 0.0}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    options = {"steps": 1, "planner": plan.Planner(prior, memory), "announce": pipe.send}
+    options = {"steps": 1, "planner": Planner(prior, memory), "announce": pipe.send}
     (outcome,) = run.restore_files(files.find_photos([photo], out), prior, load_task(task), **options)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     pipe.send((outcome.error, after, after - before))

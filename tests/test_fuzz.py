@@ -307,9 +307,7 @@ def test_folders_of_runs(tmp_path, run, metrics, text, broken):
 
 @examples(400)
 @given(
-    verb=st.sampled_from(
-        ["run", "degrade", "generate", "bench", "report", "evaluate", "models", "train", "profile", "ui"]
-    ),
+    verb=st.sampled_from(["run", "degrade", "generate", "bench", "report", "evaluate", "models", "train", "ui"]),
     pairs=st.lists(
         st.tuples(
             st.sampled_from(

@@ -125,8 +125,8 @@ def run(
     from restore import restorer
     from restore.app import files
     from restore.app import run as work
-    from restore.app.plan import Planner
     from restore.images.resampling import select_resampling
+    from restore.memory import Planner
     from restore.task import load_task
 
     names, settings = split_settings(inputs)
@@ -318,7 +318,7 @@ def ui(
 
 
 app.command()(look)
-for verb in (research.train, research.profile, research.bench, research.heads, research.report, research.evaluate):
+for verb in (research.train, research.bench, research.heads, research.report, research.evaluate):
     app.command()(verb)
 
 

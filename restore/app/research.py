@@ -1,4 +1,4 @@
-"""The verbs of experiments (train, profile, bench, heads, report, evaluate): each calls one function and prints."""
+"""The verbs of experiments (train, bench, heads, report, evaluate): each calls one function and prints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from restore.app.options import Device, split_settings
+from restore.app.options import Device
 
 
 def train(
@@ -31,37 +31,6 @@ def train(
         typer.echo(table(measure(loaded, weights or Path(loaded.out) / "ema", card)))
         return
     typer.echo(f"EMA weights in {train(load_config(config, settings or []))}")
-
-
-def profile(
-    settings: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. size=128 repeats=5")] = None,
-    library: Annotated[str | None, typer.Option("--against", help="deepinv: its samplers beside ours.")] = None,
-) -> None:
-    """Measure the cost of DPS and of PAG (naive, batched, shared prefix) and the memory of a step."""
-    import inspect
-
-    from operators import RestoreError
-    from operators.naming import check_known
-
-    if library is None:
-        from restore.bench.profile import profile as measure
-    else:
-        from operators.naming import lookup
-        from restore.bench.against import LIBRARIES
-
-        measure = lookup(library, LIBRARIES, "library")
-
-    others, options = split_settings(settings or [])
-    if others:
-        raise RestoreError(f"profile takes settings such as size=128, not {others[0]}")
-    check_known(options, inspect.signature(measure).parameters, "profile has no setting")
-    for name, value in options.items():
-        kind = str(inspect.signature(measure).parameters[name].annotation)
-        if kind in ("int", "bool") and type(value).__name__ != kind:
-            raise RestoreError(
-                f"{name} must be {'a whole number' if kind == 'int' else 'true or false'}, not {value!r}"
-            )
-    typer.echo(measure(**options))
 
 
 def bench(

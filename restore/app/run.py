@@ -18,13 +18,13 @@ from restore import disk
 from restore import guidance as guidances
 from restore.app import files
 from restore.app.files import DEGRADED, MEAN, SIGNALS, SPREAD, TRAJECTORY, Photo
-from restore.app.plan import Plan, Planner
 from restore.app.trajectory import Trajectory
 from restore.guidance import Guidance
 from restore.guidance.layers import Strength
 from restore.images import io
 from restore.images.resampling import Resampling
 from restore.images.tint import apply_tint, estimate_tint
+from restore.memory import Plan, Planner
 from restore.metrics.single import psnr, ssim
 from restore.restoration import explain_out_of_memory
 from restore.task import Task, measure_photo
@@ -47,7 +47,7 @@ class Outcome:
 
     def line(self) -> str:
         if self.plan is not None:
-            return f"{self.photo.target}  {self.plan.line()}"
+            return f"{self.photo.target}  {self.plan.format()}"
         if self.skipped:
             return f"{self.photo.target}  (finished before)"
         shown = {"psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.3f}", "residual_ratio": "residual/noise {:.2f}"}
@@ -165,11 +165,11 @@ def restore_files(
                 if announce is not None:
                     announce(Outcome(photo, plan=plan))
                 if not plan.fits and not force and not dry_run:
-                    raise RestoreError(plan.refusal(photo.source.name))
+                    raise RestoreError(plan.explain_refusal(photo.source.name))
             if dry_run:
                 yield Outcome(photo, plan=plan)
                 continue
-            with nullcontext(restorer) if plan is None else planner.followed(plan) as chosen_restorer:
+            with nullcontext(restorer) if plan is None else planner.apply(plan) as chosen_restorer:
                 result = chosen_restorer(
                     y,
                     operator,

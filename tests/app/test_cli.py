@@ -197,7 +197,6 @@ def mistakes(folder):
         "heic": ([*face, *sr, "-o", folder / "a.heic"], "must end in"),
         "labels": (["generate", "--labels", "3,,4", *out], "--labels 3,,4 must be class numbers"),
         "port": (["ui", "--port", 99999999], "--port"),
-        "profile": (["profile", "foo=1"], "foo"),
         "windows": ([*face, *sr, "--max-windows", 0, *out], "--max-windows"),
         "backbone": ([*face, *sr, "--backbone", "embeded", *out], "embedded"),
         "pickle": ([*face, *sr, "--backbone", folder / "hostile.pt", *out], "code"),

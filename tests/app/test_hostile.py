@@ -119,11 +119,6 @@ def test_a_damaged_row_is_named_and_its_image_computed_again(tmp_path, monkeypat
     assert "2 found finished" in bench()
 
 
-@pytest.mark.parametrize("setting", ["size=abc", "repeats=1.5", "psld=7", "foo=1"])
-def test_profile(refused, setting):
-    assert setting.split("=")[0] in refused("profile", setting)
-
-
 @pytest.mark.parametrize("change", [{"block_out_channels": [8]}, {"down_block_types": []}, {"layers_per_block": [1]}])
 def test_a_model_whose_lists_do_not_match(refused, tiny_adm, tmp_path, change):
     shutil.copytree(tiny_adm, tmp_path / "model")

@@ -20,8 +20,8 @@ from operators import RestoreError
 from restore.app.page import models, pictures, request, work
 from restore.app.page.pictures import Edits
 from restore.app.page.request import Request
-from restore.app.plan import Planner
 from restore.images import io as images
+from restore.memory import Planner
 from restore.paths import data_dir
 
 PHOTO = data_dir() / "photos" / "astronaut-face-64.png"

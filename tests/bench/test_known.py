@@ -5,9 +5,14 @@ import math
 import pytest
 import torch
 
-from operators import GaussianNoise, SuperResolution
-from restore.bench import known
-from restore.bench.known import MixturePrior, compare, measure, problem, problems, sliced_wasserstein, table, tasks
+from restore.bench.known import (
+    MixturePrior,
+    compare_with_posterior,
+    draw_measurement,
+    example_operators,
+    example_priors,
+    sliced_wasserstein,
+)
 
 SIGMA = 0.1
 
@@ -30,10 +35,10 @@ def log_density(prior, x, alpha=1.0, sigma=0.0):
 
 
 @pytest.mark.parametrize("t", [0, 150, 600, 999])
-@pytest.mark.parametrize("name", problems())
+@pytest.mark.parametrize("name", example_priors())
 def test_eps_is_the_score(name, t):
     """eps = -sigma grad log p(x_t)."""
-    prior = problems()[name]
+    prior = example_priors()[name]
     alpha, sigma = prior.schedule.alpha(t), prior.schedule.sigma(t)
     g = torch.Generator().manual_seed(1)
     x0 = prior.sample(5, g)
@@ -88,45 +93,14 @@ def test_sliced_wasserstein():
     assert sliced_wasserstein(x, x + shift) == pytest.approx(expected, rel=0.1)
 
 
-@pytest.mark.parametrize("name", problems())
+@pytest.mark.parametrize("name", example_priors())
 def test_exact_samples_are_at_the_floor_and_the_priors_own_are_at_one(name):
-    prior, operator = problems()[name], tasks(SIGMA)["SR x2"]
-    y, truth = problem(prior, operator, 0)
+    prior, operator = example_priors()[name], example_operators(SIGMA)["SR x2"]
+    y, posterior = draw_measurement(prior, operator, 0)
     g = torch.Generator().manual_seed(5)
-    exact = compare(prior, y, truth, lambda y, noise: truth.sample(len(y), g))
+    exact = compare_with_posterior(prior, y, posterior, lambda y, noise: posterior.sample(len(y), g))
     assert exact["distance"] < 1.2 * exact["floor"] < 0.3
     assert exact["mean"] < 0.15 and exact["variance"] == pytest.approx(1, abs=0.1) and exact["nfe"] == 0
-    plain = compare(prior, y, truth, lambda y, noise: prior.sample(len(y), g))
+    plain = compare_with_posterior(prior, y, posterior, lambda y, noise: prior.sample(len(y), g))
     assert plain["distance"] == pytest.approx(1, abs=0.1) and plain["mean"] == pytest.approx(1, abs=0.15)
     assert plain["variance"] > 1.2
-
-
-def test_pigdm_is_exact_on_a_white_gaussian_in_the_limit():
-    """gradient="score" with the prior's own variance: the more evaluations, the nearer to the floor."""
-    prior = problems()["white Gaussian"]
-    options = {"gradient": "score", "prior_variance": known.WHITE}
-    few, many = (measure(prior, "pigdm", {**options, "steps": f"karras:{n}"}, SIGMA, 300, 0) for n in (20, 400))
-    assert many["distance"] < 1.3 * many["floor"] < few["distance"]
-    assert abs(many["variance"] - 1) < 0.08 < abs(few["variance"] - 1) and many["nfe"] == 400
-
-
-def test_table_chooses_by_grid_and_says_so():
-    budgets = {n: {"steps": n} for n in (20, known.TUNED)}
-    entry = known.Entry(known.dps, budgets, grid={"pull": (0.1, 20.0)})
-    ddrm = known.Entry("ddrm", {20: {"steps": "ddim20"}})
-    lines = list(table(problems()["white Gaussian"], {"DPS": entry, "DDRM": ddrm}, n=100))
-    assert lines[2].startswith("DPS | 20 | ") and lines[2].endswith("pull 20") and lines[3].endswith("pull 20")
-    assert lines[4].startswith("DDRM | 20 | ") and len(lines) == 5
-
-
-def test_every_entry_spends_about_its_budget():
-    prior = problems()["white Gaussian"]
-    operator = SuperResolution(2, method="average", noise=GaussianNoise(SIGMA))
-    y, truth = problem(prior, operator, 0)
-    for name, entry in known.SETTINGS.items():
-        options, sampler = entry.candidates(20)[0], known.samplers.find_sampler(entry.sampler)
-        got = compare(
-            prior, y, truth, lambda y, noise, o=options, s=sampler: s(prior, operator, y, noise=noise, **o), 4
-        )
-        assert 18 <= got["nfe"] <= 30, name
-        assert all(math.isfinite(v) for v in got.values()), name

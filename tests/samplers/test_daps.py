@@ -12,7 +12,7 @@ from golden_samplers import reference, relative
 import operators
 from operators import Clipping, GaussianNoise, PoissonNoise, RestoreError
 from restore.backbones.schedule import Schedule
-from restore.bench.known import problems, tasks
+from restore.bench.known import example_operators, example_priors
 from restore.guidance import CFG, PAG
 from restore.samplers.daps import annealing_levels, daps, rho_grid
 from restore.samplers.likelihood import find_data_norm, likelihood_variance
@@ -102,7 +102,7 @@ def batch_noise(seed=1):
 
 def on_the_gaussian(task, n=600, **options):
     """Bias of the samples' mean in units of how far y moves the prior's, and their variance over the true one."""
-    prior, operator, sigma = problems()["smooth Gaussian"], tasks(0.1)[task], 0.1
+    prior, operator, sigma = example_priors()["smooth Gaussian"], example_operators(0.1)[task], 0.1
     g = torch.Generator().manual_seed(3)
     y = operator.A(prior.sample(1, g))
     y = y + sigma * torch.randn(y.shape, generator=g, dtype=torch.float64)
@@ -132,7 +132,7 @@ def test_gaussian_conditional_has_the_right_mean_and_twice_the_variance():
 @pytest.mark.parametrize("conditional", ["gaussian", "exact"])
 def test_clipping_is_undone_with_the_prior(conditional):
     """A nonlinear operator, for which DAPS needs A alone: saturated pixels come from the prior's correlations."""
-    prior = problems()["smooth Gaussian"]
+    prior = example_priors()["smooth Gaussian"]
     truth = prior.sample(40, torch.Generator().manual_seed(5))
     operator = Clipping(4.0, noise=GaussianNoise(0.05))
     y = operator.A(truth) + 0.05 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(6)).double()
@@ -199,7 +199,7 @@ def test_every_draw_is_its_own(adm):
 
 
 def test_annealing_levels():
-    schedule = problems()["smooth Gaussian"].schedule
+    schedule = example_priors()["smooth Gaussian"].schedule
     assert annealing_levels(schedule, "12", 100.0, 0.1)[:2] == pytest.approx([100, 68.67398], rel=1e-6)
     assert annealing_levels(schedule, [900, 100], 100.0, 0.1) == [schedule.ratio(900), schedule.ratio(100), 0.0]
     for steps in (0, "none"):

@@ -12,8 +12,8 @@ from operators import RestoreError
 from restore.backbones.adm import ADM
 from restore.backbones.schedule import respace
 from restore.backbones.sizes import Sized
-from restore.bench.cost import LiveBytes
 from restore.guidance import PAG
+from restore.memory.count import LiveBytes
 from restore.samplers.dps import dps
 from restore.samplers.likelihood import DATA_NORMS
 from restore.samplers.noise import ImageNoise

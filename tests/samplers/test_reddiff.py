@@ -8,7 +8,7 @@ from golden_samplers import relative
 
 import operators
 from operators import Clipping, GaussianNoise, PoissonNoise, RestoreError
-from restore.bench.known import problems, tasks
+from restore.bench.known import example_operators, example_priors
 from restore.guidance import PAG
 from restore.samplers.noise import ImageNoise
 from restore.samplers.reddiff import reddiff
@@ -52,7 +52,7 @@ def batch_noise(seed=1):
 
 def test_stationary_point_is_that_of_the_loss():
     """At one time, as good as repeated, the loss is a quadratic on a Gaussian prior, for E[eps − n] is linear in mu."""
-    prior, operator, t, lam = problems()["smooth Gaussian"], tasks(0.1)["SR x2"], 300, 2.0
+    prior, operator, t, lam = example_priors()["smooth Gaussian"], example_operators(0.1)["SR x2"], 300, 2.0
     y = operator.A(prior.sample(1, torch.Generator().manual_seed(3)))
     many = y.expand(400, *y.shape[1:]).contiguous()
     times = torch.linspace(t + 0.2, t - 0.2, 400).tolist()
@@ -70,7 +70,7 @@ def test_stationary_point_is_that_of_the_loss():
 
 def test_clipping_is_undone_with_the_prior():
     """A nonlinear operator, for which RED-diff needs A alone: saturated pixels come from the prior's correlations."""
-    prior = problems()["smooth Gaussian"]
+    prior = example_priors()["smooth Gaussian"]
     truth = prior.sample(40, torch.Generator().manual_seed(5))
     operator, seen = Clipping(4.0, noise=GaussianNoise(0.05)), []
     y = operator.A(truth) + 0.05 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(6)).double()

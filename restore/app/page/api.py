@@ -51,7 +51,7 @@ def add_endpoints(handlers: Handlers) -> None:
             wanted, restorer, planner = parse_request(**values), priors.get(prior), priors.planner(prior, "estimate")
             if not photo:
                 raise RestoreError("choose a photo first")
-            return work.estimate(photo, restorer, wanted, planner, folder, mask=mask).line()
+            return work.estimate(photo, restorer, wanted, planner, folder, mask=mask).format()
 
     def cancel(request: gr.Request) -> None:
         handlers.cancel(request)

@@ -9,7 +9,7 @@ from typing import Any
 from operators import RestoreError
 from restore import restorer, zoo
 from restore.app.page.text import to_sentence
-from restore.app.plan import Plan, Planner
+from restore.memory import Plan, Planner
 from restore.zoo.registry import Model
 
 

@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from restore.app.plan import Plan, duration
+from restore.memory import Plan, format_duration
 
 
 def to_sentence(message: str) -> str:
@@ -43,4 +43,4 @@ def format_plan(plan: Plan, count: int) -> str:
         need, free = plan.memory / 1e9, plan.available / 1e9
         return f"<b>Too large for this machine:</b> it needs {need:.1f} GB of memory, {free:.1f} GB are free. Crop it."
     each = " for the first photo" if count > 1 else ""
-    return f"<b>About {duration(plan.seconds)}</b>{each}<br><small>{html.escape(plan.line())}</small>"
+    return f"<b>About {format_duration(plan.seconds)}</b>{each}<br><small>{html.escape(plan.format())}</small>"

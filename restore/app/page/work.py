@@ -22,8 +22,8 @@ from restore.app.page import pictures
 from restore.app.page.pictures import SMALLEST, Edits
 from restore.app.page.request import Request, make_task
 from restore.app.page.text import hide_folders
-from restore.app.plan import Plan, Planner, duration
 from restore.images import io
+from restore.memory import Plan, Planner, format_duration
 
 INTERVAL = 0.5  # seconds between two pictures of what is forming
 WORKER = "restore-photos"  # the name of the thread
@@ -56,7 +56,7 @@ class Result:
 
     def line(self) -> str:
         if self.error is None:
-            return f"{self.name}: done in {duration(self.seconds)}"
+            return f"{self.name}: done in {format_duration(self.seconds)}"
         return self.error if not self.name or self.name in self.error else f"{self.name}: {self.error}"
 
 
@@ -135,7 +135,7 @@ class _Watch:
     def announce(self, outcome: run.Outcome) -> None:
         self.plan, self.started = outcome.plan, time.monotonic()
         if self.plan.fits:
-            self.report(Step(f"Restoring {self.title}, about {duration(self.plan.seconds)} …", 0.0))
+            self.report(Step(f"Restoring {self.title}, about {format_duration(self.plan.seconds)} …", 0.0))
 
     def step(self, step: dict) -> None:
         self.check()
@@ -144,7 +144,7 @@ class _Watch:
         self.last = time.monotonic()
         share = (step["first"] + (step["step"] + 1) / step["steps"]) / step["total"]
         version = f", version {step['first'] + 1} of {step['total']}" if step["total"] > 1 else ""
-        left = duration((self.last - self.started) * (1 - share) / share) if share < 1 else "nothing"
+        left = format_duration((self.last - self.started) * (1 - share) / share) if share < 1 else "nothing"
         detail = f"step {step['step'] + 1} of {step['steps']}{version}, about {left} left"
         picture = pictures.render(step["x0_hat"][0].float().cpu(), 640, SMALLEST)
         self.report(Step(f"Restoring {self.title} …", share, detail, picture))

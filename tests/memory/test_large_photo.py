@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 import restore
-from restore.app import files, plan, rehearsal, run
+from restore.app import files, run
 from restore.images.io import read_image
+from restore.memory import Planner, measure, trace
 from restore.paths import data_dir
 from restore.task import load_task
 
@@ -52,7 +53,7 @@ def restored(prior, x, **options):
 
 def test_the_plan_stays_within_4_gb(photo, prior, tmp_path):
     photos = files.find_photos([photo], tmp_path / "out")
-    planner = plan.Planner(prior, MEMORY)
+    planner = Planner(prior, MEMORY)
     (outcome,) = run.restore_files(photos, prior, load_task(TASK), planner=planner, dry_run=True)
     print(outcome.line())
     assert outcome.error is None and outcome.plan.fits and outcome.plan.memory < MEMORY
@@ -63,14 +64,14 @@ def test_the_plan_stays_within_4_gb(photo, prior, tmp_path):
 @pytest.mark.slow
 def test_the_estimate_is_within_half_of_the_time_taken(photo, prior, monkeypatch):
     """Both in seconds of one processor, one after the other, three times: whatever else runs, it slows both."""
-    for module in (plan, rehearsal):
+    for module in (measure, trace):
         monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=process_time))
     torch.set_num_threads(1)
     x, ratios = cut_out(photo, 96, 160), []
     task = load_task(TASK)
     for _ in range(3):
         method = prior.method(task.build(*x.shape[-2:]), task=TASK)
-        planned = plan.Planner(prior, MEMORY).plan(task, tuple(x.shape[-2:]), method)
+        planned = Planner(prior, MEMORY).plan(task, tuple(x.shape[-2:]), method)
         started = process_time()
         restored(prior, x)
         ratios.append(planned.seconds / (process_time() - started))

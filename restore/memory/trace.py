@@ -1,7 +1,7 @@
-"""What a sampler asks of its network, found by running it: all its steps on a small picture, without the network.
+"""A dry run of a sampler: all its steps on a small image, with a stand-in for the network.
 
-In place of the network stands the exact denoiser of white noise, which costs nothing and which every sampler is
-stable with. What is left is the sampler itself and the operator: the calls they make, their memory and their time.
+The stand-in is the exact denoiser of white noise, which costs nothing and with which every sampler is stable. What
+remains are the sampler and the operator: the calls they make, their memory and their time.
 """
 
 from __future__ import annotations
@@ -17,41 +17,47 @@ import torch.nn.functional as F
 from restore import samplers
 from restore.backbones.base import Prediction
 from restore.backbones.sizes import Sized
-from restore.bench.cost import LiveBytes
 from restore.images.masks import Mask
+from restore.memory.count import LiveBytes
 from restore.method import Method
 from restore.samplers.noise import ImageNoise, measurement_generator
 from restore.task import Task
 
-SIDE, STEPS = 96, 100  # of the small picture, in pixels; the most steps that are run
+SIDE, MAX_STEPS = 96, 100  # of the dry run: side of its image in pixels, steps
 
 
 @dataclass(frozen=True)
-class Demand:
-    """What restoring one sample takes besides the network.
+class SamplerTrace:
+    """What one sample takes apart from the network.
 
-    calls: by (what, with gradient) how often: "predict", "weak" (guidance's passes), "decode", "encode".
-    busiest: the time with the most weak passes. state: bytes, seconds: per pixel of the restored image.
+    calls: number of calls by (name, with gradient); the names are "predict", "weak" (the weak passes of guidance),
+        "decode" and "encode".
+    busiest: the time t with the most weak passes.
+    bytes_per_pixel, seconds_per_pixel: of the sampler and the operator, per pixel of the restored image.
     """
 
     calls: dict[tuple[str, bool], float]
     busiest: float
-    state: float
-    seconds: float
+    bytes_per_pixel: float
+    seconds_per_pixel: float
 
     @property
     def gradient(self) -> bool:
         """Whether the sampler differentiates through the network."""
         return ("predict", True) in self.calls
 
+    def count(self, name: str) -> float:
+        """Return the number of calls of this name, with and without gradient."""
+        return self.calls.get((name, False), 0) + self.calls.get((name, True), 0)
+
     @property
     def evaluations(self) -> int:
-        """Of the network, weak passes included."""
-        return round(sum(n for (what, _), n in self.calls.items() if what in ("predict", "weak")))
+        """Number of network evaluations, weak passes included."""
+        return round(self.count("predict") + self.count("weak"))
 
 
-class Rehearsed(Sized):
-    """A prior of Sized's form for x_0 ~ N(0, I), that counts what it is asked. guidance: whose passes are counted."""
+class TracedPrior(Sized):
+    """The prior x_0 ~ N(0, I) with a backbone's shapes and noise levels; counts its calls and those of guidance."""
 
     def __init__(self, backbone: Any, height: int, width: int, guidance: Any = None) -> None:
         super().__init__(backbone, height, width)
@@ -83,24 +89,23 @@ class Rehearsed(Sized):
         z = F.interpolate(image.mean(1, True), self.shape[1:], mode="bilinear")
         return z.expand(-1, self.channels, -1, -1)
 
-    def _count(self, what: str, x: torch.Tensor) -> None:
-        self.calls[what, torch.is_grad_enabled() and x.requires_grad] += 1
+    def _count(self, name: str, x: torch.Tensor) -> None:
+        self.calls[name, torch.is_grad_enabled() and x.requires_grad] += 1
 
 
-def rehearse(restorer: Any, task: Task, size: tuple[int, int], method: Method) -> Demand:
-    """The demand of `method` for a restored image of this size (H, W). RestoreError: as the sampler raises it."""
+def trace_sampler(restorer: Any, task: Task, size: tuple[int, int], method: Method) -> SamplerTrace:
+    """Run the sampler of `method` for a restored image of this size (H, W). Raises RestoreError if the sampler does."""
     unit = task.factor * 8
     height, width = (min(side, max(unit, SIDE // unit * unit)) for side in size)
     if isinstance(task.config.get("mask"), Mask):
         small = F.interpolate(task.config["mask"].read(), (height, width))
-        small[..., 0, 0], small[..., -1, -1] = 0, 1  # what is thin may be lost, and then nothing is missing
-        task = Task(task.name, task.config | {"mask": small})
+        small[..., 0, 0], small[..., -1, -1] = 0, 1  # thin holes may be lost, and a mask without any is an error
+        task = replace(task, config=task.config | {"mask": small})
     operator, device = task.build(height, width), restorer.device
-    steps, whole = method.steps, 1.0
-    if isinstance(steps, int) and steps > STEPS:
-        steps, whole = STEPS, steps / STEPS
-    method = replace(method, steps=steps)
-    prior = Rehearsed(restorer.backbone, height, width, method.guidance)
+    steps, scale = method.steps, 1.0
+    if isinstance(steps, int) and steps > MAX_STEPS:
+        steps, scale = MAX_STEPS, steps / MAX_STEPS
+    prior = TracedPrior(restorer.backbone, height, width, method.guidance)
     with torch.inference_mode(False), torch.enable_grad():
         x = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
         y = operator(x, measurement_generator(0, "rehearsal")).to(device)
@@ -110,9 +115,9 @@ def rehearse(restorer: Any, task: Task, size: tuple[int, int], method: Method) -
                 prior, operator, y, noise=ImageNoise([(0, "", 0)], device), steps=steps, **method.parameters
             )
     seconds = time.perf_counter() - started
-    return Demand(
-        {key: n * whole for key, n in prior.calls.items() if n},
+    return SamplerTrace(
+        {key: n * scale for key, n in prior.calls.items() if n},
         max(prior.active, key=prior.active.get, default=0.0),
         live.peak / (height * width),
-        seconds * whole / (height * width),
+        seconds * scale / (height * width),
     )

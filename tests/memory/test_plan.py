@@ -13,9 +13,10 @@ from PIL import Image
 import restore
 from operators import RestoreError
 from restore import PAG
-from restore.app import cli, machine, plan, run
+from restore.app import cli, run
 from restore.app.files import find_photos
-from restore.bench.cost import LiveBytes
+from restore.memory import available, plan
+from restore.memory.count import LiveBytes
 from restore.task import load_task
 
 GUIDED = PAG(1.0, layers="m1")
@@ -91,10 +92,11 @@ def test_a_photo_that_grew_to_twenty_gigabytes(monkeypatch):
     restorer, options = restore.load("embedded", device="cpu"), {"sampler": "dps", "steps": 2, "guidance": None}
     monkeypatch.setattr(plan.Planner, "_seconds", lambda *_: 1.0)
     planner, found = planned(restorer, "denoise", (800, 1200), memory=64e9, **options)
-    assert found.windows == 888 and not found.checkpointing and 18e9 < found.memory < 60e9
+    assert found.windows == 888 and not found.options.checkpoint_windows and 18e9 < found.memory < 60e9
     planner, found = planned(restorer, "denoise", (800, 1200), memory=2e9, **options)
-    assert found.checkpointing and found.max_windows == 16 and found.memory < 2e9 and found.fits
-    with planner.followed(found) as chosen:
+    assert found.options.checkpoint_windows and found.options.max_windows == 16
+    assert found.memory < 2e9 and found.fits
+    with planner.apply(found) as chosen:
         assert chosen.windows["checkpointing"] and not restorer.windows["checkpointing"]
 
 
@@ -102,15 +104,15 @@ def test_a_photo_that_grew_to_twenty_gigabytes(monkeypatch):
 def test_what_memory_forces_first_leaves_the_bytes_as_they_are(small, guidance):
     options = {"sampler": "dps", "steps": 3, "guidance": guidance}
     _, free = planned(small, "denoise", memory=1e12, **options)
-    assert not free.checkpointing and not free.blocks
+    assert not free.checkpointing
     planner, found = planned(small, "denoise", memory=free.memory - 1, **options)
-    assert found.checkpointing and found.max_windows == 16 and found.memory < free.memory
+    assert found.options.checkpoint_windows and found.options.max_windows == 16 and found.memory < free.memory
     plain = restored(small, "denoise", **options)().samples
-    with planner.followed(found) as chosen:
+    with planner.apply(found) as chosen:
         assert torch.equal(restored(chosen, "denoise", **options)().samples, plain)
     planner, found = planned(small, "denoise", memory=found.memory - 1, **options)
-    assert found.blocks and found.memory < free.memory
-    with planner.followed(found) as chosen:
+    assert found.options.checkpoint_blocks and found.memory < free.memory
+    with planner.apply(found) as chosen:
         assert torch.equal(restored(chosen, "denoise", **options)().samples, plain)
     assert torch.equal(restored(small, "denoise", **options)().samples, plain)
 
@@ -163,18 +165,18 @@ def test_limits_of_control_groups(tmp_path):
         (folder / f"memory.{name}").write_text(text)
     (tmp_path / "a" / "memory.max").write_text("max\n")
     (tmp_path / "groups").write_text("0::/a/b\n")
-    assert list(machine._group_limits(tmp_path, tmp_path / "groups")) == [2500]
+    assert list(available._group_memory(tmp_path, tmp_path / "groups")) == [2500]
     old = tmp_path / "memory" / "job"
     old.mkdir(parents=True)
     for name, text in (("limit_in_bytes", "900"), ("usage_in_bytes", "100"), ("stat", "total_inactive_file 50")):
         (old / f"memory.{name}").write_text(text)
     (tmp_path / "groups").write_text("3:cpu,cpuacct:/job\n2:memory:/job\n")
-    assert list(machine._group_limits(tmp_path, tmp_path / "groups")) == [850]
-    assert list(machine._group_limits(tmp_path, Path("/nowhere"))) == []
-    free = machine.available_memory(torch.device("cpu"))
+    assert list(available._group_memory(tmp_path, tmp_path / "groups")) == [850]
+    assert list(available._group_memory(tmp_path, Path("/nowhere"))) == []
+    free = available.available_memory(torch.device("cpu"))
     assert free is None or 1e6 < free < 1e15
 
 
 @pytest.mark.parametrize("seconds, text", [(0.2, "1 s"), (99, "99 s"), (600, "10 min"), (7200, "2.0 h")])
 def test_durations_for_people(seconds, text):
-    assert plan.duration(seconds) == text
+    assert plan.format_duration(seconds) == text

@@ -4,41 +4,15 @@ import pytest
 import torch
 from tiny_sd import SCHEDULER, tiny_unet, tiny_vae
 
+from benchmarks.psld_cost import count_psld, format_cost
 from operators import RestoreError
 from restore.backbones.schedule import Schedule
 from restore.backbones.stable_diffusion import StableDiffusion
-from restore.bench.cost import LiveBytes, psld_cost
-
-
-def test_live_bytes_are_those_of_the_tensors_alive():
-    x = torch.ones(1000)
-    with LiveBytes(known=[x]) as live:
-        y = x * 2  # 4000 bytes
-        z = y.view(10, 100).exp()  # 4000 more; the view is free
-        assert live.now == live.peak == 8000
-        del y
-        assert (live.now, live.peak) == (4000, 8000)
-        z.add_(1)
-        assert live.now == 4000
-        x.view(10, 100)
-        assert live.now == 4000
-
-
-def test_live_bytes_see_what_autograd_saves():
-    x = torch.ones(1000, requires_grad=True)
-    with LiveBytes(known=[x]) as live:
-        y = x * 3
-        z = y.exp()  # saves its output
-        loss = z.sum()
-        del y, z
-        assert live.now == pytest.approx(4000, abs=100)
-        torch.autograd.grad(loss, x)
-    assert live.peak == pytest.approx(8000, abs=100)
 
 
 @pytest.fixture(scope="module")
 def sd15():
-    return psld_cost()
+    return count_psld()
 
 
 def test_sd15_at_512(sd15):
@@ -48,6 +22,12 @@ def test_sd15_at_512(sd15):
     assert 1.0 < sd15.backward / forward < 1.1
     assert sum(sd15.shares.values()) == pytest.approx(1)
     assert sd15.parameters == 2 * (859_520_964 + 83_653_863)
+
+
+def test_the_report_has_every_part(sd15, monkeypatch):
+    monkeypatch.setattr("benchmarks.psld_cost.count_psld", lambda **options: sd15)
+    text = format_cost()
+    assert all(f"{part} | " in text for part in sd15.shares) and "GB" in text
 
 
 def test_sharing_the_prefix_leaves_72_percent_of_the_unet(sd15):
@@ -67,7 +47,7 @@ def test_memory_with_checkpointing(sd15):
 @pytest.mark.slow
 def test_a_tiny_autoencoder_takes_the_decoder_and_the_encoder_away(sd15):
     """What docs/transformers.md states: a step of PSLD at 512 pixels has a quarter of the arithmetic and memory."""
-    tiny = psld_cost(tiny_vae=True)
+    tiny = count_psld(tiny_vae=True)
     assert tiny.unet == sd15.unet
     assert tiny.decoder < sd15.decoder / 15 and tiny.encoder < sd15.encoder / 9
     assert sd15.total / tiny.total == pytest.approx(3.95, abs=0.05)
@@ -83,9 +63,9 @@ def test_any_backbone_and_layers():
     )
     backbone = StableDiffusion(unet, tiny_vae(), Schedule.from_config(SCHEDULER), torch.randn(1, 12, 16))
     options = {"size": 32, "dtype": torch.float32, "tokens": 12}
-    late = psld_cost(backbone, layers="o3", batch=2, **options)
+    late = count_psld(backbone, layers="o3", batch=2, **options)
     assert 0 < late.weak < 0.5 * late.weak_unshared
     # conv_out: 2 images, 4 x 16 channels, 3 x 3 taps, 8 x 8 cells, a multiply-add being two.
     assert late.weak > 2 * 4 * 16 * 9 * 64 * 2
     with pytest.raises(RestoreError, match="no attention layer is called 'i77'"):
-        psld_cost(backbone, layers="i77", **options)
+        count_psld(backbone, layers="i77", **options)

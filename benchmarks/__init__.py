@@ -1,0 +1,1 @@
+"""Instruments of this repository, run from a checkout; not part of the installed package. See README.md."""

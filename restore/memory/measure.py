@@ -1,0 +1,199 @@
+"""Bytes and seconds of single passes of a network: counted on tensors without data, and timed in one run."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from operators import RestoreError
+from restore.backbones.checkpointing import set_checkpointing
+from restore.backbones.sizes import Sized
+from restore.guidance import Guidance, describe_guidance, estimator
+from restore.memory.count import LiveBytes, count_bytes
+from restore.memory.trace import SamplerTrace
+from restore.method import Method
+
+TIMED_WINDOWS = 4  # at most, in the call that is timed
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What saves memory and costs time.
+
+    max_windows: windows in one call of the network. checkpoint_windows: each of these calls is computed again in the
+    backward pass. checkpoint_blocks: so is every block of the network. See Sized and set_checkpointing.
+    """
+
+    max_windows: int
+    checkpoint_windows: bool = False
+    checkpoint_blocks: bool = False
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`batch` samples of one image, computed together.
+
+    prior: of the image's size. trace: of the method's sampler. window: (h, w), of the network's input; windows: number
+    of them in an image.
+    """
+
+    prior: Sized
+    method: Method
+    trace: SamplerTrace
+    batch: int
+    window: tuple[int, int]
+    windows: int
+
+    def windows_per_call(self, options: MemoryOptions) -> int:
+        """Return the number of windows, over the whole batch, in one call of the network."""
+        return min(self.windows * self.batch, max(1, options.max_windows // self.batch) * self.batch)
+
+    def recomputes_windows(self, options: MemoryOptions) -> bool:
+        """Return whether windows are computed again, and so share nothing with the weak passes."""
+        return options.checkpoint_windows and self.windows > 1
+
+
+class PassMeter:
+    """Measures the passes of a Restorer's networks; a repeated question is answered from memory."""
+
+    def __init__(self, restorer: Any) -> None:
+        self.restorer, self.device = restorer, restorer.device
+        self.results: dict[str, Any] = {}
+
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """Return what `compute` returns, called only for a new key."""
+        key = json.dumps(key, default=str)
+        if key not in self.results:
+            self.results[key] = compute()
+        return self.results[key]
+
+    def window_bytes(self, work: Workload, options: MemoryOptions) -> tuple[int, int]:
+        """Return the bytes that the strong pass of one window retains for its backward pass, and the peak of both and
+        of the weak passes."""
+
+        def count(guidance: Guidance | None) -> tuple[int, int]:
+            try:
+                with checkpoint_blocks(self.restorer, options.checkpoint_blocks), count_bytes(work.prior.inner) as live:
+                    retained, _, _ = self._run_window(work, options, 1, guidance, live)
+                return retained, live.peak
+            except Exception as error:
+                # A guidance of the user's own may look at values, which tensors without data do not have.
+                if guidance is None or isinstance(error, RestoreError):
+                    raise
+            return count(None)
+
+        return self.once(["bytes", *self._window_key(work, options)], lambda: count(work.method.guidance))
+
+    def window_seconds(self, work: Workload, options: MemoryOptions) -> tuple[float, float]:
+        """Return the seconds of one window: of the strong pass with its backward pass, and of all weak passes."""
+        n = min(work.windows_per_call(options), TIMED_WINDOWS)
+
+        def measure() -> tuple[float, float]:
+            for _ in range(2):  # the first call takes longer
+                with checkpoint_blocks(self.restorer, options.checkpoint_blocks):
+                    _, strong, weak = self._run_window(work, options, n, work.method.guidance)
+                if strong > 1:
+                    break
+            if work.trace.gradient and work.recomputes_windows(options):
+                x = torch.randn(n, work.prior.channels, *work.window, device=self.device)
+                with torch.no_grad():
+                    strong += self._time(lambda: work.prior.inner.predict(x, work.trace.busiest))[0]
+            return strong / n, weak / n
+
+        return self.once(["seconds", n, *self._window_key(work, options)], measure)
+
+    def coder_bytes(self, prior: Sized, name: str, gradient: bool, options: MemoryOptions) -> tuple[int, int]:
+        """Return the bytes that "decode" or "encode" of one whole image retains for its backward pass, and the peak."""
+
+        def count() -> tuple[int, int]:
+            with checkpoint_blocks(self.restorer, options.checkpoint_blocks), count_bytes(prior.inner) as live:
+                retained = self._run_coder(prior, name, gradient, live)
+            return retained, live.peak
+
+        return self.once(["bytes", name, prior.shape, gradient, options.checkpoint_blocks], count)
+
+    def coder_seconds(self, prior: Sized, name: str, gradient: bool, options: MemoryOptions) -> float:
+        """Return the seconds of "decode" or "encode" of one image, scaled from one of the trained resolution."""
+        side = min(prior.resolution * prior.downscale, max(prior.height, prior.width))
+        small = self.restorer.sized(min(side, prior.height), min(side, prior.width))
+
+        def measure() -> float:
+            with checkpoint_blocks(self.restorer, options.checkpoint_blocks):
+                return self._time(lambda: self._run_coder(small, name, gradient))[0]
+
+        seconds = self.once(["seconds", name, small.shape, gradient, options.checkpoint_blocks], measure)
+        return seconds * math.prod(prior.shape) / math.prod(small.shape)
+
+    def _window_key(self, work: Workload, options: MemoryOptions) -> list[Any]:
+        flags = (work.trace.gradient, options.checkpoint_blocks, work.recomputes_windows(options))
+        return [work.window, describe_guidance(work.method.guidance), *flags]
+
+    def _run_window(
+        self, work: Workload, options: MemoryOptions, n: int, guidance: Guidance | None, live: LiveBytes | None = None
+    ) -> tuple[int, float, float]:
+        """Evaluate n windows as a sampler does: return the bytes retained after the strong pass, the seconds of the
+        strong pass with its backward pass and those of the weak passes."""
+        t, gradient, retained = work.trace.busiest, work.trace.gradient, 0
+        share = not work.recomputes_windows(options)
+        prior = self.restorer.sized(*(side * work.prior.downscale for side in work.window))
+
+        def run_strong(x: torch.Tensor) -> Any:
+            nonlocal retained
+            prediction = estimate.strong(x, t)
+            retained = live.now if live is not None else 0
+            if gradient:
+                torch.autograd.grad(prediction.eps.sum(), x)
+            return prediction
+
+        with estimator(prior, guidance, share_prefix=share) as estimate, torch.set_grad_enabled(gradient):
+            # The first evaluation learns what the passes share.
+            for _ in range(2 if share and count_weak_passes(guidance) else 1):
+                x = torch.randn(n, prior.channels, *work.window, device=self.device, requires_grad=gradient)
+                strong, prediction = self._time(lambda x=x: run_strong(x))
+                weak, _ = self._time(lambda x=x, p=prediction: estimate.guided(p, x, t))
+        return retained, strong, weak
+
+    def _run_coder(self, prior: Sized, name: str, gradient: bool, live: LiveBytes | None = None) -> int:
+        shape = prior.shape if name == "decode" else (3, prior.height, prior.width)
+        x = torch.randn(1, *shape, device=self.device, requires_grad=gradient)
+        with torch.set_grad_enabled(gradient):
+            out = getattr(prior, name)(x)
+        retained = live.now if live is not None and gradient else 0
+        if gradient:
+            torch.autograd.grad(out.sum(), x)
+        return retained
+
+    def _time(self, run: Callable[[], Any]) -> tuple[float, Any]:
+        """Return the seconds that `run` takes, and what it returns."""
+        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        wait()
+        started = time.perf_counter()
+        result = run()
+        wait()
+        return time.perf_counter() - started, result
+
+
+def count_weak_passes(guidance: Guidance | None) -> int:
+    """Return the number of weak passes of a guided step."""
+    return sum(term.scale != 0 for term in guidance.terms) if guidance is not None else 0
+
+
+@contextmanager
+def checkpoint_blocks(restorer: Any, on: bool) -> Iterator[None]:
+    """Within the block, checkpoint every block of the restorer's networks, unless they were loaded so."""
+    networks = [restorer.backbone.network, getattr(restorer.backbone, "vae", None)]
+    networks = [network for network in networks if network] if on and not restorer.windows["checkpointing"] else []
+    for network in networks:
+        set_checkpointing(network, True)
+    try:
+        yield
+    finally:
+        for network in networks:
+            set_checkpointing(network, False)

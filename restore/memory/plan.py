@@ -1,0 +1,184 @@
+"""What a photo will take, and how to restore it within the memory there is."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from restore import samplers
+from restore.images.resampling import Resampling
+from restore.memory.available import available_memory
+from restore.memory.measure import MemoryOptions, PassMeter, Workload, checkpoint_blocks, count_weak_passes
+from restore.memory.trace import trace_sampler
+from restore.method import Method
+from restore.task import Task
+
+# What LiveBytes does not see: the convolution library's copies and the allocator's fragments.
+OVERHEAD, FIXED = 1.25, 100e6
+FLOAT = 4  # bytes; samplers work in single precision
+WRITING = 90  # bytes per pixel while the file is written
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one photo takes and how it will be restored.
+
+    size: (H, W) of the result. windows: of the network, in one image. evaluations: of the network, per sample.
+    seconds: of all samples, None if it does not fit. memory: bytes beyond those in use now; available: bytes that are
+    free, None if unknown.
+    """
+
+    size: tuple[int, int]
+    method: str
+    samples: int
+    windows: int
+    evaluations: int
+    seconds: float | None
+    memory: int
+    available: int | None
+    options: MemoryOptions
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory suffices, as far as is known."""
+        return self.available is None or self.memory <= self.available
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether anything is computed again in the backward pass."""
+        return self.options.checkpoint_windows or self.options.checkpoint_blocks
+
+    def format(self) -> str:
+        """Return the plan in one line."""
+        parts = [f"{self.size[1]} x {self.size[0]}, {self.method}, {self.evaluations} evaluations"]
+        parts += [f"{self.windows} windows"] * (self.windows > 1) + [f"{self.samples} samples"] * (self.samples > 1)
+        free = "" if self.available is None else f" (free: {_format_bytes(self.available)})"
+        parts += [] if self.seconds is None else [f"about {format_duration(self.seconds)}"]
+        parts += [f"{_format_bytes(self.memory)} of memory{free}"]
+        return ", ".join(parts + ["checkpointing"] * self.checkpointing)
+
+    def explain_refusal(self, name: str) -> str:
+        """Return why the photo of this name is not restored, as a message of RestoreError."""
+        return (
+            f"{name} would take {_format_bytes(self.memory)} of memory even with checkpointing and one window at a "
+            f"time, and {_format_bytes(self.available)} are free; make the photo smaller, choose a sampler without "
+            "gradients, or try it with force=True"
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return the plan for the side-car, ready for JSON."""
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "options"}
+        names = ("max_windows", "checkpointing", "blocks")
+        return plain | dict(zip(names, dataclasses.astuple(self.options), strict=True))
+
+
+class Planner:
+    """Plans the restoration of photos by one Restorer; what they have in common is measured once.
+
+    memory: bytes that may be used, None for those that are free. Not thread-safe.
+    """
+
+    def __init__(self, restorer: Any, memory: float | None = None) -> None:
+        self.restorer, self.memory, self.meter = restorer, memory, PassMeter(restorer)
+
+    def plan(
+        self,
+        task: Task,
+        size: tuple[int, int],
+        method: Method,
+        *,
+        samples: int = 1,
+        batch_size: int = 1,
+        resampled: Resampling | None = None,
+    ) -> Plan:
+        """Plan a restored image of this size (H, W).
+
+        The Restorer's options change only if memory requires it, first those that leave the result's bytes as they
+        are: checkpointing, then fewer windows at a time. Raises RestoreError if the restoration itself would, before
+        anything is computed.
+        """
+        size = (resampled.side, resampled.side) if resampled else size
+        key = [task.describe(), size, method.describe()]
+        trace = self.meter.once(key, lambda: trace_sampler(self.restorer, task, size, method))
+        prior, batch = self.restorer.sized(*size), min(samples, batch_size)
+        h, w, tops, lefts = prior.cuts(*prior.shape[1:])
+        work = Workload(prior, method, trace, batch, (h, w), len(tops) * len(lefts))
+        available = available_memory(self.restorer.device) if self.memory is None else int(self.memory)
+        seconds = None
+        for options in self._options(work):
+            memory = self._memory(work, options, samples)
+            if available is None or memory <= available:
+                seconds = self._seconds(work, options) * math.ceil(samples / batch)
+                break
+        sampler, steps = samplers.sampler_name(method.sampler), method.steps
+        name = f"{sampler} in {steps} steps" if isinstance(steps, int) else f"{sampler} {steps}"
+        return Plan(size, name, samples, work.windows, trace.evaluations, seconds, int(memory), available, options)
+
+    @contextmanager
+    def apply(self, plan: Plan) -> Iterator[Any]:
+        """Within the block, yield a Restorer with the plan's options."""
+        restorer, options = copy.copy(self.restorer), plan.options
+        changes = {"checkpointing": options.checkpoint_windows, "max_windows": options.max_windows}
+        restorer.windows = self.restorer.windows | changes
+        with checkpoint_blocks(self.restorer, options.checkpoint_blocks):
+            yield restorer
+
+    def _options(self, work: Workload) -> Iterator[MemoryOptions]:
+        """Yield the options to try, the fastest first."""
+        most, loaded = self.restorer.windows["max_windows"], self.restorer.windows["checkpointing"]
+        yield MemoryOptions(most, loaded, loaded)
+        if not loaded and work.windows > 1:
+            yield MemoryOptions(most, True, False)
+        blocks = loaded or work.trace.gradient
+        if not loaded and blocks:
+            yield MemoryOptions(most, work.windows > 1, True)
+        while work.windows > 1 and most > 1:
+            most //= 2
+            yield MemoryOptions(most, True, blocks)
+
+    def _memory(self, work: Workload, options: MemoryOptions, samples: int) -> float:
+        """Return the bytes beyond those in use: of the sampler's own tensors, of what the network retains for the
+        backward pass, and the largest that it needs for a moment."""
+        prior, trace = work.prior, work.trace
+        pixels = prior.height * prior.width
+        one, peak = self.meter.window_bytes(work, options)
+        if work.recomputes_windows(options):
+            one = FLOAT * math.prod(work.window) * prior.channels if trace.gradient else 0  # the input
+        elif not trace.gradient and not count_weak_passes(work.method.guidance):
+            one = 0
+        retained = one * work.windows * work.batch
+        transient = max(peak - one, 0) * work.windows_per_call(options)
+        for name, gradient in trace.calls:
+            if name in ("decode", "encode"):
+                more, peak = self.meter.coder_bytes(prior, name, gradient, options)
+                retained += more * work.batch
+                transient = max(transient, (peak - more) * work.batch)
+        network = OVERHEAD * (retained + transient) + work.batch * trace.bytes_per_pixel * pixels
+        return FIXED + max(network, WRITING * pixels) + 2 * FLOAT * 3 * samples * pixels
+
+    def _seconds(self, work: Workload, options: MemoryOptions) -> float:
+        """Return the seconds of one batch: evaluations times the seconds of one, and those of the dry run."""
+        prior, trace = work.prior, work.trace
+        strong, weak = self.meter.window_seconds(work, options)
+        seconds = work.batch * trace.seconds_per_pixel * prior.height * prior.width
+        for (name, gradient), n in trace.calls.items():
+            if name in ("decode", "encode"):
+                seconds += n * work.batch * self.meter.coder_seconds(prior, name, gradient, options)
+        weak /= max(1, count_weak_passes(work.method.guidance))
+        return seconds + (trace.count("predict") * strong + trace.count("weak") * weak) * work.windows * work.batch
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration for people: "12 s", "3 min", "2.1 h"."""
+    if seconds < 100:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _format_bytes(n: float) -> str:
+    return f"{max(n, 0) / 1e9:.1f} GB"
