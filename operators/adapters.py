@@ -55,16 +55,13 @@ class PhysicsOperator(Operator):
         copies = self.__dict__.setdefault("_buffers", {})
         key = (x.dtype, x.device)
         if key not in copies:
-            copies[key] = module = copy.deepcopy(self.physics)
-            for part in module.modules():  # module.to would make complex buffers real
-                for name, tensor in [*part.named_buffers(recurse=False), *part.named_parameters(recurse=False)]:
-                    dtype = tensor.dtype
-                    if tensor.is_complex():
-                        dtype = torch.complex128 if x.dtype == torch.float64 else torch.complex64
-                    elif tensor.is_floating_point():
-                        dtype = x.dtype
-                    moved = tensor.detach().to(x.device, dtype)
-                    setattr(part, name, torch.nn.Parameter(moved) if isinstance(tensor, torch.nn.Parameter) else moved)
+
+            def convert(tensor):  # module.to would make complex buffers real
+                dtype = x.dtype if tensor.is_floating_point() else tensor.dtype
+                dtype = torch.promote_types(x.dtype, torch.complex64) if tensor.is_complex() else dtype
+                return tensor.detach().to(x.device, dtype)
+
+            copies[key] = copy.deepcopy(self.physics)._apply(convert)
         return copies[key]
 
 

@@ -161,7 +161,7 @@ class Operator:
     def _check_linear(self, what: str) -> None:
         if not self.linear:
             raise RestoreError(
-                f"{self.name} is not linear and has no {what}; try a sampler that needs only A, such as DPS"
+                f"{self.name} is not linear and has no {what}; try a sampler that needs none, such as DPS"
             )
 
     def _check_image(self, x: torch.Tensor, channels: int | None = None) -> None:

@@ -42,6 +42,7 @@ class Blur(Operator):
         self.border = validate.require_choice(border, "border", ("reflect", "circular"))
         self.kernel = as_kernel(kernel, normalize)
         self.radius = (self.kernel.shape[-2] // 2, self.kernel.shape[-1] // 2)
+        self._margin = self.radius if border == "reflect" else (0, 0)  # by which the image is continued
         if self.image_size is not None:
             self._check_radius(*self.image_size)
 
@@ -81,17 +82,12 @@ class Blur(Operator):
         if self.border == "reflect":
             return super().decompose(image_shape, full)
         self._check_radius(*image_shape[1:])
-        return spectral.decompose_circular(torch.fft.fft2(self._roll_kernel(*image_shape[1:])).conj())
+        return spectral.decompose_circular(torch.fft.fft2(self._place_kernel(*image_shape[1:])).conj())
 
     def __getitem__(self, rows) -> Blur:
         if self.kernel.ndim == 2 or len(self.kernel) == 1:
             return self
         return self._with(kernel=validate.select_images(self.kernel, rows, "kernels"))
-
-    @property
-    def _margin(self) -> tuple[int, int]:
-        """Pixels by which the image is continued before the transform."""
-        return self.radius if self.border == "reflect" else (0, 0)
 
     def _separate(self, x: torch.Tensor) -> Kronecker | None:
         """The matrices to compute x with instead of the FFT, or None."""
@@ -104,11 +100,11 @@ class Blur(Operator):
         u, s, vh = np.linalg.svd(self.kernel.numpy())
         return (u[:, 0] * s[0], vh[0]) if (s[1:] <= 1e-14 * s[0]).all() else None
 
-    def _roll_kernel(self, height: int, width: int) -> torch.Tensor:
-        """The kernels (1 or B, 1, height, width) with the anchor at pixel (0, 0)."""
-        kernel = self.kernel.reshape(-1, 1, *self.kernel.shape[-2:])
-        kernel = F.pad(kernel, (0, width - kernel.shape[-1], 0, height - kernel.shape[-2]))
-        return kernel.roll((-self.radius[0], -self.radius[1]), (-2, -1))
+    def _place_kernel(self, height: int, width: int) -> torch.Tensor:
+        """The kernels (1 or B, 1, height, width), with a circular border anchored at pixel (0, 0)."""
+        (kh, kw), (my, mx), (ry, rx) = self.kernel.shape[-2:], self._margin, self.radius
+        kernel = F.pad(self.kernel.reshape(-1, 1, kh, kw), (0, width - kw, 0, height - kh))
+        return kernel.roll((my - ry, mx - rx), (-2, -1))
 
     def _spectrum(self, x: torch.Tensor) -> tuple[tuple[int, ...], torch.Tensor]:
         """FFT size for the continued image, and the kernels' spectra (1 or B, 1, ...) at that size."""
@@ -117,9 +113,7 @@ class Blur(Operator):
             size = tuple(scipy.fft.next_fast_len(n + 2 * r, True) for n, r in zip(size, self.radius, strict=True))
 
         def make():
-            circular = self.border == "circular"
-            kernel = self._roll_kernel(*size) if circular else self.kernel.reshape(-1, 1, *self.kernel.shape[-2:])
-            return torch.view_as_real(torch.fft.rfft2(kernel, s=size))
+            return torch.view_as_real(torch.fft.rfft2(self._place_kernel(*size)))
 
         return size, torch.view_as_complex(self._buffer(("spectrum", size), make, compute_dtype(x), x.device))
 

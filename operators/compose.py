@@ -61,7 +61,8 @@ class Compose(Operator):
             factors = operator.factors(shape)
             if factors is None:
                 return None
-            product = Kronecker(*(_multiply(after, before) for after, before in zip(factors, product, strict=True)))
+            pairs = zip(factors, product, strict=True)
+            product = Kronecker(*(b if a is None else a if b is None else a @ b for a, b in pairs))
             shape = tuple(side if factor is None else len(factor) for side, factor in zip(shape, factors, strict=True))
         return product
 
@@ -77,9 +78,3 @@ class Compose(Operator):
         if all(new is old for new, old in zip(operators, self.operators, strict=True)):
             return self
         return self._with(operators=tuple(operators), adjoint=adjoint)
-
-
-def _multiply(after: torch.Tensor | None, before: torch.Tensor | None) -> torch.Tensor | None:
-    if after is None or before is None:
-        return before if after is None else after
-    return after @ before

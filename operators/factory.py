@@ -131,8 +131,8 @@ def _make(maker: Callable, options: dict, name: str):
     if not _accepts_any(parameters):
         naming.check_known(options, parameters, f"{name} has no option")
     for option, parameter in parameters.items():
-        variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-        if parameter.default is parameter.empty and not variadic and options.get(option) is None:
+        named = parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if named and parameter.default is parameter.empty and options.get(option) is None:
             raise RestoreError(f"{name} needs the option '{option}'")
     return maker(**options)
 

@@ -68,8 +68,6 @@ def as_mask(mask) -> torch.Tensor:
     if mask.dtype == torch.uint8 and mask.max() == 255:
         mask = mask / 255
     mask = mask.to(torch.float32)
-    if torch.isnan(mask).any():
-        raise RestoreError("mask must hold only 0 (hole) and 1 (known), got NaN")
     other = mask[(mask != 0) & (mask != 1)]
     if len(other):
         raise RestoreError(f"mask must hold only 0 (hole) and 1 (known), got {other[0]:g}; try a threshold")

@@ -21,13 +21,8 @@ class GaussianNoise:
 
     def __call__(self, y: torch.Tensor, generator=None) -> torch.Tensor:
         """Return the noisy y, differentiable with respect to y. generator: see `Operator.__call__`."""
-
-        def draw(part, g):
-            # always float32, so that float64 and half precision see the same noise
-            device = part.device if g is None else g.device
-            return torch.randn(part.shape, generator=g, device=device).to(part.dtype).to(part.device)
-
-        return y + self.sigma * draw_per_image(y, generator, draw)
+        noise = draw_per_image(y, generator, lambda y, g: torch.randn(y.shape, generator=g, device=y.device))
+        return y + self.sigma * noise
 
     def std(self, y: torch.Tensor) -> torch.Tensor:
         """Return the standard deviation of the noise at each entry of the noiseless measurement y."""
@@ -56,11 +51,9 @@ class PoissonNoise:
         """Return the noisy y, without a gradient. generator: see `Operator.__call__`."""
         scale = 255.0 * self.rate
 
-        def draw(part, g):
-            expected = ((part.detach().float().clamp(-1.0, 1.0) + 1.0) / 2.0) * scale
-            device = part.device if g is None else g.device
-            counts = torch.poisson(expected.to(device), generator=g)
-            return (counts / scale * 2.0 - 1.0).to(part.dtype).to(part.device)
+        def draw(y, g):
+            expected = ((y.clamp(-1.0, 1.0) + 1.0) / 2.0) * scale
+            return torch.poisson(expected, generator=g) / scale * 2.0 - 1.0
 
         noisy = draw_per_image(y, generator, draw)
         return noisy.clamp(-1.0, 1.0) if self.clip else noisy
@@ -74,10 +67,18 @@ class PoissonNoise:
 
 
 def draw_per_image(y: torch.Tensor, generator, draw: Callable) -> torch.Tensor:
-    """Return draw(y, generator), or draw(y[i:i+1], generator[i]) for each image if there is a list of generators."""
+    """Return draw(y, generator), or draw(y[i:i+1], generator[i]) for each image if there is a list of generators.
+
+    draw sees y in float32 on the generator's device, so that float64 and half precision get the same noise.
+    """
+
+    def draw_part(part, g):
+        source = part.detach().float().to(part.device if g is None else g.device)
+        return draw(source, g).to(part.dtype).to(part.device)
+
     if generator is None or isinstance(generator, torch.Generator):
-        return draw(y, generator)
+        return draw_part(y, generator)
     if not isinstance(generator, Sequence) or len(generator) != len(y):
         given = len(generator) if isinstance(generator, Sequence) else type(generator).__name__
         raise RestoreError(f"generator must be one torch.Generator or one for each of the {len(y)} images, got {given}")
-    return torch.cat([draw(y[i : i + 1], g) for i, g in enumerate(generator)])
+    return torch.cat([draw_part(y[i : i + 1], g) for i, g in enumerate(generator)])

@@ -43,10 +43,7 @@ def least_squares(
 
 
 def prox_l2(operator, z: torch.Tensor, y: torch.Tensor, gamma, rough: bool = False) -> torch.Tensor:
-    """Return argmin_x gamma/2 ||A x - y||^2 + 1/2 ||x - z||^2: see `Operator.prox_l2`.
-
-    operator: an Operator with a closed form, or anything with `A` and `A_adjoint`. rough: see operators.prox_l2.
-    """
+    """See `operators.prox_l2`; operator: an Operator with a closed form, or anything with `A` and `A_adjoint`."""
     gamma = validate.require_per_image(gamma, "gamma", z)
     exact = use_exact_adjoint(operator)
     svd = _find_svd(exact, z.shape, z)
@@ -64,10 +61,7 @@ def prox_l2(operator, z: torch.Tensor, y: torch.Tensor, gamma, rough: bool = Fal
 
 
 def regularised_inverse(operator, v: torch.Tensor, r) -> torch.Tensor:
-    """Return (A A^T + r I)^-1 v: see `Operator.regularised_inverse`.
-
-    operator: an Operator with a closed form, or anything with `A` and `A_adjoint`.
-    """
+    """See `Operator.regularised_inverse`; operator: as in `prox_l2`."""
     r = validate.require_per_image(r, "r", v)
     exact = use_exact_adjoint(operator)
     svd = _find_svd(exact, exact.image_shape(v), v) if hasattr(exact, "image_shape") else None

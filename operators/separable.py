@@ -52,14 +52,6 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def cubic(t: np.ndarray) -> np.ndarray:
-    """Keys' cubic convolution kernel with a = -0.5 (Keys 1981, eq. 15)."""
-    t = np.abs(t)
-    inner = (1.5 * t - 2.5) * t**2 + 1.0
-    outer = ((-0.5 * t + 2.5) * t - 4.0) * t + 2.0
-    return np.where(t <= 1, inner, np.where(t <= 2, outer, 0.0))
-
-
 def downsampling_matrix(size: int, factor: int, method: str) -> torch.Tensor:
     """Antialiased 1-D downsampling of `size` samples by `factor`: (ceil(size / factor), size), rows sum to one.
 
@@ -75,7 +67,10 @@ def downsampling_matrix(size: int, factor: int, method: str) -> torch.Tensor:
     index = np.floor(centre - reach)[:, None].astype(int) + np.arange(math.ceil(2 * reach) + 2)
     distance = index - centre[:, None]
     if method == "bicubic":
-        weights = cubic(distance / factor)
+        t = np.abs(distance / factor)  # Keys' cubic convolution kernel with a = -0.5 (Keys 1981, eq. 15)
+        inner = (1.5 * t - 2.5) * t**2 + 1.0
+        outer = ((-0.5 * t + 2.5) * t - 4.0) * t + 2.0
+        weights = np.where(t <= 1, inner, np.where(t <= 2, outer, 0.0))
     else:  # length of pixel [-1/2, 1/2] + distance that lies inside the box
         weights = np.clip(factor / 2 + 0.5 - np.abs(distance), 0.0, 1.0)
     margin = int(max(-index.min(), index.max() + 1 - size))

@@ -38,11 +38,8 @@ class KroneckerSVD:
 
     def U_adjoint(self, y: torch.Tensor) -> torch.Tensor:
         c = self.left.mT.apply(y)
-        missing = [
-            0 if matrix is None else matrix.shape[1] - given
-            for matrix, given in zip(self.right, c.shape[1:], strict=True)
-        ]
-        return F.pad(c, (0, missing[2], 0, missing[1], 0, missing[0]))
+        sizes = [n if matrix is None else matrix.shape[1] for n, matrix in zip(c.shape[1:], self.right, strict=True)]
+        return F.pad(c, (0, sizes[2] - c.shape[3], 0, sizes[1] - c.shape[2], 0, sizes[0] - c.shape[1]))
 
     def V(self, c: torch.Tensor) -> torch.Tensor:
         return self.right.apply(c)

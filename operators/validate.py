@@ -11,12 +11,11 @@ import torch
 from operators.errors import RestoreError
 
 
-def require_integer(value, name: str, minimum: int = 1, maximum: int | None = None) -> int:
+def require_integer(value, name: str, minimum: int = 1, maximum: float = math.inf) -> int:
     """Return `value` as an int in [minimum, maximum]. Raises RestoreError also for a bool, a fraction and a string."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
-        raise RestoreError(f"{name} must be an integer of at least {minimum}, got {value!r}")
-    if maximum is not None and value > maximum:
-        raise RestoreError(f"{name} must be at most {maximum}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not minimum <= value <= maximum:
+        limit = "" if maximum == math.inf else f" and at most {maximum}"
+        raise RestoreError(f"{name} must be an integer of at least {minimum}{limit}, got {value!r}")
     return int(value)
 
 
