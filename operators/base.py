@@ -23,7 +23,7 @@ class Operator:
     A new operator implements only `A`: `A_adjoint` is derived from it by automatic differentiation, `A_dagger`,
     `prox_l2` and `regularised_inverse` by conjugate gradients. `A` must accept any batch, treat the images of a
     batch independently and, if linear, have no constant term. Override `image_shape` if `A` changes an image's
-    shape, and `factors` if A is a matrix per axis: every inverse then has its closed form.
+    shape, and `factors` if A is a matrix per axis: `prox_l2`, `regularised_inverse` and `svd` then have closed forms.
 
     On a nonlinear operator, everything that needs a transpose raises RestoreError.
 

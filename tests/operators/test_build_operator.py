@@ -59,6 +59,15 @@ def test_build_equals_the_constructors():
         assert torch.equal(operators.build_operator({**mapping, "image_size": [40, 48]}).A(x), operator.A(x))
 
 
+def test_other_spellings_of_a_name():
+    assert isinstance(operators.build_operator({"name": "gaussian-blur"}), operators.GaussianBlur)
+    mask = operators.box_mask(8)
+    assert operators.build_operator({"name": "inpainting", "mask": mask}).name == "inpainting"
+    assert operators.operator_options("inpainting") == operators.operator_options("inpainting-mask") == ["mask"]
+    with pytest.raises(operators.RestoreError, match="unknown operator 'gauss-blur'; did you mean 'gaussian_blur'"):
+        operators.build_operator({"name": "gauss-blur"})
+
+
 def test_noise():
     def noise(mapping):
         return operators.build_operator({"name": "denoising", "noise": mapping}).noise
