@@ -178,12 +178,7 @@ def as_kernel(kernel, normalize: bool = False) -> torch.Tensor:
 
     Raises RestoreError as described in `Blur`.
     """
-    try:
-        if not isinstance(kernel, torch.Tensor):
-            kernel = torch.from_numpy(np.array(kernel, dtype=np.float64))
-        kernel = kernel.detach().to("cpu", torch.float64)
-    except (TypeError, ValueError, RuntimeError):
-        raise RestoreError(f"kernel must be a 2-D tensor or array, got {type(kernel).__name__}") from None
+    kernel = validate.require_tensor(kernel, "kernel").double()
     while kernel.ndim > 2 and kernel.shape[0] == 1:
         kernel = kernel[0]
     if kernel.ndim == 4 and kernel.shape[1] == 1:

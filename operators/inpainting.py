@@ -56,10 +56,7 @@ def as_mask(mask) -> torch.Tensor:
     mask: bool, or 0 and 1, or uint8 0 and 255; tensor or array of shape (H, W), (1, H, W) or (B, 1, H, W).
     Raises RestoreError for anything else, and if a mask has no known pixel or no hole.
     """
-    try:
-        mask = torch.as_tensor(mask).detach().cpu()
-    except (TypeError, ValueError, RuntimeError):
-        raise RestoreError(f"mask must be a tensor or array, got {type(mask).__name__}") from None
+    mask = validate.require_tensor(mask, "mask")
     shape = tuple(mask.shape)
     if mask.ndim in (2, 3) and mask.numel():
         mask = mask.reshape(-1, 1, *shape[-2:])
@@ -98,18 +95,14 @@ def box_mask(image_size, *, size=None, margin=None, top=None, left=None, seed: i
     corner = []
     for side, length, gap, given in zip(image_size, size, margin, (top, left), strict=True):
         gap = validate.require_integer(gap, "margin", minimum=0)
-        if given is not None:
-            start = validate.require_integer(given, "top and left", minimum=0)
-            fits = start + length <= side
-        else:
-            fits = side - length - gap > gap
-            start = random.randint(gap, side - length - gap) if fits else 0
-        if not fits:
+        last = side - length if given is not None else side - length - gap - 1
+        start = gap if given is None else validate.require_integer(given, "top and left", minimum=0)
+        if start > last:
             raise RestoreError(
                 f"size must fit into the image of {image_size[0]} x {image_size[1]}, got {size[0]} x {size[1]} with "
                 f"margin {gap}; try a smaller size or margin, or another top and left"
             )
-        corner.append(start)
+        corner.append(random.randint(gap, last + 1) if given is None else start)
     mask = torch.ones(1, 1, *image_size)
     mask[..., corner[0] : corner[0] + size[0], corner[1] : corner[1] + size[1]] = 0
     return mask

@@ -80,6 +80,15 @@ def require_images(x, name: str = "x", channels: int | None = None) -> None:
         raise RestoreError(f"{name} must have {channels} channels, got {x.shape[1]}")
 
 
+def require_tensor(value, name: str) -> torch.Tensor:
+    """Return a tensor, array or nested list as a tensor on the CPU. Raises RestoreError for anything else."""
+    try:
+        tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
+    except (TypeError, ValueError, RuntimeError):
+        raise RestoreError(f"{name} must be a tensor or array, got {type(value).__name__}") from None
+    return tensor.detach().cpu()
+
+
 def select_images(values: torch.Tensor, rows, what: str) -> torch.Tensor:
     """Return values[rows] along the batch; rows: a list, tensor or slice of indices 0 ... B - 1, or a single one.
 

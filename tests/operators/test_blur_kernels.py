@@ -73,8 +73,8 @@ def test_bad_kernels():
         (torch.ones(3), "2-D"),
         (torch.ones(2, 2, 3, 3), "2-D"),
         (torch.ones(0, 3), "not empty"),
-        ("motion.png", "2-D tensor or array, got str"),
-        (None, "2-D"),
+        ("motion.png", "kernel must be a tensor or array, got str"),
+        (None, "kernel must be a tensor or array"),
     ]
     for kernel, message in cases:
         with pytest.raises(operators.RestoreError, match=message):

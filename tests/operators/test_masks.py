@@ -68,6 +68,7 @@ def test_the_forms_of_a_mask():
     for form in (
         known,
         known.numpy(),
+        known.numpy()[::-1].copy()[::-1],
         known.float(),
         known[None],
         known[None, None].int(),
