@@ -13,7 +13,6 @@ from operators import RestoreError
 from restore.guidance import PAG, resolve_layers
 from restore.images import resampling
 from restore.method import Situation, find_preset
-from restore.samplers.psld import REFERENCE
 
 CONFIG = OmegaConf.to_container(OmegaConf.load(Path(__file__).parents[2] / "configs" / "method" / "psld.yaml"))
 
@@ -103,14 +102,3 @@ def test_presets_are_found_and_built():
     other = find_preset(Situation("some-other-latent-model", "denoising"), "psld")
     assert other.parameters == {"eta": 1.0, "gamma": 0.1} and other.guidance is None
     assert find_preset(Situation("adm-ffhq-256", "gaussian_blur"), "dps").sampler == "dps"
-
-
-def test_the_reference_choices_in_the_file_are_those_of_the_code():
-    reference = CONFIG["reference"]
-    assert reference["parameters"] == REFERENCE
-    assert reference["resampling"] == resampling.REFERENCE
-    assert reference["operator"] == {"adjoint": "reference"}
-    assert (
-        operators.build_operator({"name": "super_resolution", "factor": 8, **reference["operator"]}).adjoint
-        == "reference"
-    )
