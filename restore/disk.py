@@ -92,12 +92,20 @@ def make_folder(path: str | Path) -> Path:
     return Path(path)
 
 
-def read_json(path: str | Path) -> Any:
-    """Return the content of a JSON file, or None if it is missing or invalid."""
+def read_json(path: str | Path, required: bool = False) -> Any:
+    """Return the content of a JSON file, or None if it is missing or invalid.
+
+    required: raise RestoreError instead, also if the content is not an object.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if required:
+            raise RestoreError(f"{path} cannot be read as JSON: {error}") from None
         return None
+    if required and not isinstance(content, dict):
+        raise RestoreError(f"{path} must hold a JSON object, got a {type(content).__name__}")
+    return content
 
 
 def hash_file(path: str | Path) -> str:

@@ -67,7 +67,7 @@ class Task:
         if degrade and (is_estimated or (isinstance(mask, Mask) and mask.sensitivity is not None)):
             raise RestoreError("mask=auto and sigma=auto look at a damaged photo; this one is to be degraded first")
         if isinstance(mask, Mask):
-            config["mask"] = mask.of(photo)
+            config["mask"] = mask.for_photo(photo)
         if is_estimated:
             sigma = float(f"{estimate_noise(io.read_image(photo).pixels):.3g}")
             config["noise"] = {"name": "gaussian", "sigma": sigma} if sigma else None

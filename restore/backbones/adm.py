@@ -18,7 +18,7 @@ from restore.backbones import adm_weights
 from restore.backbones.base import PREDICTION_TYPES, AttentionLayer, Pixels, Prediction, require_shape
 from restore.backbones.checkpointing import set_checkpointing
 from restore.backbones.schedule import Schedule
-from restore.backbones.weights import as_dtype, first_line, own_memory, read, read_json
+from restore.backbones.weights import as_dtype, first_line, own_memory, read
 
 WEIGHTS, CONFIG, EXTRA = "diffusion_pytorch_model.safetensors", "config.json", "restore.json"
 PICKLED = "diffusion_pytorch_model.bin"  # all that the oldest folders on the hub have
@@ -271,13 +271,13 @@ def _load_folder(folder: Path) -> tuple[UNet2DModel, dict]:
     """The network, and what the folder says of its training (keyword arguments of ADM)."""
     trained, index = {}, folder / "model_index.json"
     if index.is_file():
-        parts = read_json(index)
+        parts = disk.read_json(index, required=True)
         if "UNet2DModel" not in (parts.get("unet") or []) or any(name in parts for name in ("vae", "vqvae")):
             raise RestoreError(f"{folder} holds a {parts.get('_class_name')}, which is no diffusion model of pixels")
     # Older pipelines on the hub keep the parts' files side by side.
     for scheduler in (folder / "scheduler" / SCHEDULER, folder / SCHEDULER):
         if scheduler.is_file() and not trained:
-            config = read_json(scheduler)
+            config = disk.read_json(scheduler, required=True)
             trained = {"schedule": config, "prediction_type": config.get("prediction_type", "epsilon")}
     if index.is_file() and not trained:
         raise RestoreError(f"{folder} has no {SCHEDULER}: the noise levels of its network are not known")
@@ -292,7 +292,8 @@ def load_network(folder: Path) -> tuple[UNet2DModel, dict]:
     """
     if not (folder / CONFIG).is_file():
         raise RestoreError(f"{folder} is no model folder: it has no {CONFIG}")
-    config, extra = read_json(folder / CONFIG), read_json(folder / EXTRA) if (folder / EXTRA).is_file() else {}
+    config = disk.read_json(folder / CONFIG, required=True)
+    extra = disk.read_json(folder / EXTRA, required=True) if (folder / EXTRA).is_file() else {}
     if config.get("_class_name") != "UNet2DModel":
         raise RestoreError(f"{folder / CONFIG} describes a {config.get('_class_name')}, expected a UNet2DModel")
     try:

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from operators import RestoreError
+from restore import disk
 from restore.backbones.checkpointing import set_checkpointing
 from restore.backbones.stable_diffusion_files import network, no_progress_bars
-from restore.backbones.weights import as_dtype, read_json
+from restore.backbones.weights import as_dtype
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
 
@@ -119,7 +120,7 @@ def load_vae(folder: str | Path, pickles: bool = False) -> nn.Module:
     import diffusers
 
     folder = Path(folder).expanduser()
-    config = read_json(folder / "config.json")
+    config = disk.read_json(folder / "config.json", required=True)
     name = config.get("_class_name")
     if name not in AUTOENCODERS:
         raise RestoreError(f"{folder} holds no autoencoder but a {name}; expected one of {', '.join(AUTOENCODERS)}")

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from operators import RestoreError
+from restore import disk
 from restore.backbones.autoencoder import load_vae
 from restore.backbones.stable_diffusion_files import network, no_progress_bars, pipeline_index
-from restore.backbones.weights import first_line, read_json
+from restore.backbones.weights import first_line
 
 # Of each kind: the class of its transformer, its pipeline's, and those of its text encoders. What is optional may be
 # missing: the pipeline then puts zeros in its place.
@@ -51,7 +52,7 @@ def read_folder(source: str | Path, kind: str, dtype: torch.dtype, vae: nn.Modul
     return {
         "transformer": transformer,
         "vae": load_vae(folder / "vae", pickles=True) if vae is None else vae,
-        "scheduler": read_json(folder / "scheduler" / "scheduler_config.json"),
+        "scheduler": disk.read_json(folder / "scheduler" / "scheduler_config.json", required=True),
     }
 
 

@@ -19,7 +19,7 @@ from restore import disk
 from restore.backbones import ldm_weights
 from restore.backbones.adm import ADM, SCHEDULER, SCHEDULES, WEIGHTS, load_network
 from restore.backbones.autoencoder import Latents, load_vae, vae_precision
-from restore.backbones.weights import as_dtype, own_memory, read_json
+from restore.backbones.weights import as_dtype, own_memory
 
 PARTS = ("vqvae", "vae")  # where a pipeline's folder has its autoencoder
 INDEX = "model_index.json"
@@ -118,7 +118,7 @@ def read_folder(folder: Path) -> tuple[UNet2DModel, nn.Module, dict]:
     """U-Net, autoencoder and keywords of the constructor from a pipeline's folder. Raises RestoreError."""
     if not (folder / INDEX).is_file():
         raise RestoreError(f"{folder} is no pipeline of latent diffusion: it has no {INDEX}")
-    index = read_json(folder / INDEX)
+    index = disk.read_json(folder / INDEX, required=True)
     parts = [part for part in PARTS if part in index]
     if "UNet2DModel" not in (index.get("unet") or []) or not parts:
         raise RestoreError(
@@ -126,7 +126,7 @@ def read_folder(folder: Path) -> tuple[UNet2DModel, nn.Module, dict]:
         )
     if not (folder / "scheduler" / SCHEDULER).is_file():
         raise RestoreError(f"{folder} has no scheduler/{SCHEDULER}: the noise levels of its network are not known")
-    config = read_json(folder / "scheduler" / SCHEDULER)
+    config = disk.read_json(folder / "scheduler" / SCHEDULER, required=True)
     trained = {"schedule": config, "prediction_type": config.get("prediction_type", "epsilon")}
     network, more = load_network(folder / "unet")
     more.pop("schedule", None)  # the scheduler's file is what other programs read and a user edits

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from operators import RestoreError
+from restore import disk
 from restore.backbones import weights
-from restore.backbones.weights import first_line, own_memory, read_json
+from restore.backbones.weights import first_line, own_memory
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 # Full-precision safetensors only: repositories also hold .bin pickles, fp16 copies and safety checkers.
@@ -93,7 +94,7 @@ def read_folder(folder: Path, text_only: bool = False) -> dict:
     if not text_only:
         parts["unet"] = network(UNet2DConditionModel, folder, "unet")
         parts["vae"] = network(AutoencoderKL, folder, "vae")
-        parts["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
+        parts["scheduler"] = disk.read_json(folder / "scheduler" / "scheduler_config.json", required=True)
     return parts
 
 
@@ -176,7 +177,7 @@ def pipeline_index(folder: Path, parts: str) -> dict:
             f"{folder} is no diffusers model (it has no model_index.json); expected a folder as written by diffusers' "
             f"save_pretrained, with {parts}"
         )
-    return read_json(folder / "model_index.json")
+    return disk.read_json(folder / "model_index.json", required=True)
 
 
 def require_complete(folder: Path) -> None:

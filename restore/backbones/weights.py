@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -69,17 +68,6 @@ def read(path: Path, device: str = "cpu") -> Any:
         raise RestoreError(unreadable) from None
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError):
         raise RestoreError(unreadable) from None
-
-
-def read_json(path: Path) -> dict:
-    """Raises RestoreError when the file is missing or holds no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RestoreError(f"{path} cannot be read as JSON: {first_line(error)}") from None
-    if not isinstance(content, dict):
-        raise RestoreError(f"{path} must hold a JSON object, not a {type(content).__name__}")
-    return content
 
 
 def first_line(error: BaseException) -> str:

@@ -18,7 +18,8 @@ from operators import RestoreError
 from operators.naming import check_known
 from restore.disk import hash_file
 from restore.images import io
-from restore.images.folder import IMAGE_SUFFIXES, crop_centre, list_images, read_rgb
+from restore.images.folder import crop_centre, list_images, read_rgb
+from restore.images.io import READABLE_SUFFIXES
 from restore.images.resampling import stretch_range
 
 # The sets of the literature: their side and, where the paper that introduced the protocol names them, the files.
@@ -116,7 +117,7 @@ def _without_suffix(line: str) -> str:
     """`n01/a.JPEG 65` -> `n01/a`: lists of the literature carry a class label after the file name."""
     for candidate in (line, line.split()[0]):
         suffix = Path(candidate).suffix
-        if suffix.lower() in IMAGE_SUFFIXES:
+        if suffix.lower() in READABLE_SUFFIXES:
             return candidate[: -len(suffix)]
     return line
 

@@ -1,1 +1,1 @@
-"""Files and pixels: reading, writing, resampling, labelled pictures."""
+"""Image files and pixels: reading, writing, masks, blind estimates, resampling, comparison grids."""

@@ -1,6 +1,6 @@
-"""What can be seen in a damaged photo without its original: noise, blur, and the kernel of a path drawn by hand.
+"""Blind estimates from a degraded photo: noise, blur, and the kernel of a path drawn by hand.
 
-Measured on the 8 Kodak photos and the three of data/photos; figures in docs/photo.md. Damage: see damage.py.
+Tested on 8 Kodak photos and the three of data/photos; figures in docs/photo.md. Damage: see damage.py.
 """
 
 from __future__ import annotations
@@ -18,29 +18,30 @@ from operators.validate import require_integer
 from restore.images.damage import detect_damage
 from restore.images.io import convert_channels
 
-__all__ = ["estimate_blur", "detect_damage", "measure_grey_share", "rasterise_path", "estimate_noise"]
+__all__ = ["detect_damage", "estimate_blur", "estimate_noise", "measure_grey_share", "rasterise_path"]
 
-BLOCK = 8  # pixels; side of the blocks in which noise is looked for
-SMOOTH = 0.15  # share of the blocks taken: those without structure
-WHITE = 0.8  # below this ratio of fine to coarse energy colour noise is no camera's: chroma was reduced or denoised
-MIDDLE = 1536  # pixels a side: of a larger photo the middle tells the blur
-LIMIT = 1 - 1 / 255  # beyond it 8 bits are clipped
+BLOCK = 8  # pixels; side of the blocks in which noise is measured
+SMOOTH = 0.15  # fraction of blocks used: those without structure
+WHITE = 0.8  # smallest ratio of fine to coarse energy of white noise; below it chroma was subsampled or denoised
+MIDDLE = 1536  # pixels; blur is measured in a centre crop of this side
+LIMIT = 1 - 1 / 255  # largest absolute value that is not clipped in 8 bits
 _OPPONENT = ((1, 1, 1), (1, 0, -1), (1, -2, 1))  # brightness and two colour differences
 
 
 def estimate_noise(x: torch.Tensor) -> float:
-    """sigma_y of the white Gaussian noise in a photo, the standard deviation on [-1, 1].
+    """Return the standard deviation, on [-1, 1], of the white Gaussian noise in a photo (sigma_y).
 
-    x: (1 or 3, H, W) or (B, 1 or 3, H, W) in [-1, 1]; a batch is one photo's pieces. The energy of the finest diagonal
-    Haar detail (Donoho & Johnstone 1994) in the 15 % of blocks whose coarse detail says that they are smooth; where
-    there is colour, of the colour differences, in which photos have next to no texture. Blocks that are flat or near to
-    clipping do not count, nor does colour whose fine detail was removed (JPEG's reduced chroma): brightness decides
-    there, and the answer is the noise that the compression left.
-    Returns 0 for a flat picture. Raises RestoreError below 32 pixels a side.
+    x: (1 or 3, H, W) or (B, 1 or 3, H, W) in [-1, 1]; a batch holds crops of one photo.
+
+    The estimate is the energy of the finest diagonal Haar detail (Donoho & Johnstone 1994) in the 15 % of blocks with
+    least coarse detail, for colour photos also of the colour differences, which have little texture. Flat and nearly
+    clipped blocks are ignored, and so is colour whose fine detail was removed (chroma subsampling of JPEG); the result
+    is then the noise that compression left.
+    Returns 0 for a flat image. Raises RestoreError below 32 pixels a side.
     """
-    x = _pixels(x)
+    x = _as_batch(x)
     if min(x.shape[-2:]) < 4 * BLOCK:
-        raise RestoreError(f"noise is measured in photos of {4 * BLOCK} pixels a side or more, not {_size(x)}")
+        raise RestoreError(f"noise is measured in photos of at least {4 * BLOCK} pixels a side, got {_format_size(x)}")
     if measure_grey_share(x) == 1:
         x = x[:, :1]
     planes = [_Blocks(plane) for plane in x.split(1, 1)]
@@ -50,17 +51,17 @@ def estimate_noise(x: torch.Tensor) -> float:
         matrix = F.normalize(x.new_tensor(_OPPONENT))
         colours = [_Blocks(plane) for plane in torch.einsum("oc,bchw->bohw", matrix, x).split(1, 1)[1:]]
     sigma = 0.0
-    for _ in range(3):  # what is near to clipping depends on sigma
+    for _ in range(3):  # which blocks are nearly clipped depends on sigma
         inside = brightest < LIMIT - min(2 * sigma, 0.6)
         sigma = math.sqrt(sum(plane.energies(inside)[0] for plane in planes) / len(planes))
-        found = [colour.energies(inside) for colour in colours]
-        if found and min(fine / max(coarse, 1e-12) for fine, coarse in found) > WHITE**2:
-            sigma = min(sigma, math.sqrt(max(fine for fine, _ in found)))
+        pairs = [colour.energies(inside) for colour in colours]
+        if pairs and min(fine / max(coarse, 1e-12) for fine, coarse in pairs) > WHITE**2:
+            sigma = min(sigma, math.sqrt(max(fine for fine, _ in pairs)))
     return sigma
 
 
 class _Blocks:
-    """Blocks of a plane (B, 1, H, W), flattened: mean, coarse variance, energy of the finest and of the next detail."""
+    """Blocks of a plane (B, 1, H, W), flattened: mean, coarse variance, energy of the two finest levels of detail."""
 
     def __init__(self, plane: torch.Tensor) -> None:
         height, width = (side // (2 * BLOCK) * 2 * BLOCK for side in plane.shape[-2:])
@@ -69,7 +70,7 @@ class _Blocks:
         self.mean = mean.flatten()
         self.coarse = (F.avg_pool2d(low**2, BLOCK // 2) - mean**2).flatten()
         self.fine = self._energy(plane[..., :height, :width], BLOCK)
-        self.next = self._energy(low, BLOCK // 2) * 4  # of white noise as much as the finest
+        self.next = self._energy(low, BLOCK // 2) * 4  # equal to the finest for white noise
 
     @staticmethod
     def _energy(plane: torch.Tensor, side: int) -> torch.Tensor:
@@ -78,7 +79,7 @@ class _Blocks:
         return F.avg_pool2d(haar**2, side).flatten()
 
     def energies(self, inside: torch.Tensor) -> tuple[float, float]:
-        """Variance of the noise by the finest and by the next detail, from the smooth blocks that are `inside`."""
+        """Return the noise variance by the two finest levels of detail, from the smooth blocks that are `inside`."""
         changing = self.fine > 0
         usable = changing & inside if int((changing & inside).sum()) >= 16 else changing
         if not usable.any():
@@ -90,25 +91,26 @@ class _Blocks:
 
 
 def estimate_blur(x: torch.Tensor) -> float:
-    """Standard deviation, in pixels, of the Gaussian blur in a photo: a starting point for a person to adjust.
+    """Return the standard deviation, in pixels, of the Gaussian blur in a photo, as a starting point.
 
-    x: as in `estimate_noise`. How much the strongest edges lose when they are blurred once more: between derivatives of
-    Gaussians of std a and b the slope of a step blurred by s falls by R, R^2 = (s^2 + b^2) / (s^2 + a^2) (Zhuo & Sim
-    2011, Eq. 7). Thin lines fall faster and read as less blur, gradual shadows as more; the 70th percentile is taken.
-    Of a photo above 1536 pixels a side the middle is taken. A sharp photo reads 0 to 1, and so does one without edges.
-    About a quarter off between 1.5 and 6 pixels (docs/photo.md). Raises RestoreError below 32 pixels a side.
+    x: as in `estimate_noise`; of a photo above 1536 pixels a side the centre is used.
+
+    Between derivatives of Gaussians of std a and b the slope of a step blurred by s falls by R, R^2 = (s^2 + b^2) /
+    (s^2 + a^2) (Zhuo & Sim 2011, Eq. 7). The 70th percentile over the strongest edges is taken: thin lines appear less
+    blurred, soft shadows more. Sharp photos, and those without edges, give 0 to 1; the error is about a quarter between
+    1.5 and 6 pixels (docs/photo.md). Raises RestoreError below 32 pixels a side.
     """
-    x = _pixels(x)
+    x = _as_batch(x)
     top, left = (max(0, (side - MIDDLE) // 2) for side in x.shape[-2:])
     x = x[..., top : top + MIDDLE, left : left + MIDDLE]
     if min(x.shape[-2:]) < 32:
-        raise RestoreError(f"blur is measured in photos of 32 pixels a side or more, not {_size(x)}")
+        raise RestoreError(f"blur is measured in photos of at least 32 pixels a side, got {_format_size(x)}")
     noise = estimate_noise(x) / math.sqrt(x.shape[1] if measure_grey_share(x) < 1 else 1)
     size = 0.0
-    for std in (1.0, 2.0, 4.0):  # the finest that the noise leaves readable
+    for std in (1.0, 2.0, 4.0):  # the finest scale at which edges exceed the noise
         if min(x.shape[-2:]) < 12 * std:
             break
-        pairs = [_edges(plane, std, 1.5 * std, noise) for plane in x.mean(1).double().numpy()]
+        pairs = [_measure_edges(plane, std, 1.5 * std, noise) for plane in x.mean(1).double().numpy()]
         fine, coarse = np.concatenate(pairs, axis=1)
         if len(fine) < 20:
             continue
@@ -121,8 +123,8 @@ def estimate_blur(x: torch.Tensor) -> float:
     return size
 
 
-def _edges(plane: np.ndarray, a: float, b: float, noise: float) -> np.ndarray:
-    """(2, n): slopes at the scales a and b, where both have their ridge: a thin line's edges move apart with scale."""
+def _measure_edges(plane: np.ndarray, a: float, b: float, noise: float) -> np.ndarray:
+    """Return slopes (2, n) at the scales a and b, where both are ridges: the edges of thin lines move with scale."""
     slopes, rows, columns, kept = [], None, None, True
     for std in (a, b):
         down, right = (scipy.ndimage.gaussian_filter(plane, std, order=axes) for axes in ((1, 0), (0, 1)))
@@ -140,43 +142,43 @@ def _edges(plane: np.ndarray, a: float, b: float, noise: float) -> np.ndarray:
 
 
 def rasterise_path(points: torch.Tensor | np.ndarray | list, size: int | None = None) -> torch.Tensor:
-    """The blur kernel (k, k) float64, sum one, of a camera that moved along a path drawn by hand, at constant speed.
+    """Return the motion blur kernel (k, k) float64, with sum one, of a path drawn by hand at constant speed.
 
-    points: (N, 2) pixels (x to the right, y down), joined by straight lines; where they lie on the page does not
-    matter, the path's centre of mass becomes the kernel's centre. The kernel is laid out as `operators.Blur` takes it:
-    a point of light in the sharp photo becomes this path. size: k, odd; default: the smallest that holds the path.
-    A single point is no blur. Raises RestoreError for what is no path, and for one that `size` cannot hold.
+    points: (N, 2) pixels (x to the right, y down), joined by straight lines; their centre of mass becomes the kernel's
+    centre. The layout is that of `operators.Blur`: a point of light in the sharp photo becomes this path. size: k, odd;
+    default: the smallest that holds the path. A single point gives no blur.
+    Raises RestoreError if `points` is not a path or does not fit into `size`.
     """
     try:
         path = np.asarray(points, dtype=np.float64)
     except (TypeError, ValueError):
         path = np.empty(0)
     if path.ndim != 2 or path.shape[1] != 2 or not len(path) or not np.isfinite(path).all():
-        raise RestoreError("a motion path needs points (N, 2): pixels x and y, finite, at least one")
+        raise RestoreError("a motion path must have points (N, 2): finite pixels x and y, at least one")
     along = np.concatenate([[0.0], np.hypot(*np.diff(path, axis=0).T).cumsum()])
     if along[-1] > 16 * LARGEST:
-        raise RestoreError(f"the motion path is {along[-1]:.0f} pixels long: at most {16 * LARGEST} make sense")
+        raise RestoreError(f"a motion path must be at most {16 * LARGEST} pixels long, got {along[-1]:.0f}")
     times = np.linspace(0, along[-1], 2 + math.ceil(8 * along[-1]))  # an eighth of a pixel apart at most
     path = np.stack([np.interp(times, along, path[:, axis]) for axis in (1, 0)], axis=1)
     path -= path.mean(axis=0)
     needed = 2 * math.ceil(np.abs(path).max() - 1e-9) + 1
     size = needed if size is None else require_integer(size, "the kernel's size", needed, LARGEST)
     if size % 2 == 0 or size > LARGEST:
-        raise RestoreError(f"the kernel's size must be odd and at most {LARGEST}, got {size}.")
-    # operators.Blur correlates, so the path is turned by half a circle for a point to be drawn out along it.
+        raise RestoreError(f"the kernel's size must be odd and at most {LARGEST}, got {size}")
+    # operators.Blur correlates, so the path is rotated by 180 degrees.
     return torch.from_numpy(rasterise(size // 2 - path, size))
 
 
 def measure_grey_share(x: torch.Tensor, tolerance: float = 0.0) -> float:
-    """The share of pixels whose channels differ by no more than `tolerance`; 1 of a picture with one channel."""
+    """Return the fraction of pixels whose channels differ by at most `tolerance`; 1 for images of one channel."""
     return float((x.amax(-3) - x.amin(-3) <= tolerance).double().mean())
 
 
-def _pixels(x: torch.Tensor) -> torch.Tensor:
+def _as_batch(x: torch.Tensor) -> torch.Tensor:
     """(B, 1 or 3, H, W) float32 on the CPU."""
     x = x[None] if x.ndim == 3 else x
     return convert_channels(x.detach().float().cpu(), None if x.shape[-3] == 1 else 3)
 
 
-def _size(x: torch.Tensor) -> str:
+def _format_size(x: torch.Tensor) -> str:
     return f"{x.shape[-1]} x {x.shape[-2]}"

@@ -1,8 +1,9 @@
-"""Folders of images: which files they hold, by which name, with which pixels and which hash."""
+"""Folders of images: the files they hold, their ids, pixels and sizes."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,62 +11,58 @@ from PIL import Image
 
 from operators import RestoreError
 from restore.images import io
+from restore.images.io import READABLE_SUFFIXES
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-# Files that live beside images without being meant as one; any other file in an image folder is reported.
+# Files that may lie beside images; any other file in an image folder is reported.
 SIDECAR_SUFFIXES = (".json", ".jsonl", ".csv", ".txt", ".md", ".yaml", ".yml", ".log", ".html")
 
 
-def list_images(folder: str | os.PathLike) -> tuple[dict[str, Path], list[str]]:
-    """All images below `folder` by id, sorted, and the names of other files found there.
+def filter_images(paths: Iterable[Path]) -> list[Path]:
+    """Return the image files among `paths`, by suffix, sorted and without hidden files."""
+    return sorted(p for p in paths if p.suffix.lower() in READABLE_SUFFIXES and p.name[0] != "." and p.is_file())
 
-    Raises RestoreError for a missing or empty folder and for two files that would share an id.
+
+def list_images(folder: str | os.PathLike) -> tuple[dict[str, Path], list[str]]:
+    """Return all images below `folder` by id (the relative path without suffix), sorted, and the names of other files.
+
+    Raises RestoreError if the folder is missing or has no image, or if two files share an id.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise RestoreError(f"{folder} is not a folder; give the folder that holds the images")
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [path for path in files if not any(part[0] == "." for part in path.relative_to(folder).parts)]
     found: dict[str, Path] = {}
-    ignored = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        relative = path.relative_to(folder)
-        if any(part.startswith(".") for part in relative.parts):
-            continue
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            if path.suffix.lower() not in SIDECAR_SUFFIXES:
-                ignored.append(relative.as_posix())
-            continue
-        key = relative.with_suffix("").as_posix()
+    for path in filter_images(files):
+        key = path.relative_to(folder).with_suffix("").as_posix()
         if key in found:
-            raise RestoreError(f"{found[key].name} and {path.name} in {path.parent} share the name {key}; remove one")
+            raise RestoreError(f"{found[key].name} and {path.name} in {path.parent} share the id {key}; remove one")
         found[key] = path
     if not found:
-        raise RestoreError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}); give a folder with images")
-    return found, ignored
+        raise RestoreError(f"{folder} has no image ({', '.join(READABLE_SUFFIXES)}); give a folder with images")
+    known = (*READABLE_SUFFIXES, *SIDECAR_SUFFIXES)
+    return found, [path.relative_to(folder).as_posix() for path in files if path.suffix.lower() not in known]
 
 
 def to_file_name(image_id: str) -> str:
-    """The id as one file stem: folders become "__", so that a results folder stays flat."""
+    """Return an id as a file name without suffix: "/" becomes "__", so that a results folder has no sub-folders."""
     return image_id.replace("/", "__")
 
 
 def read_rgb(path: str | os.PathLike) -> np.ndarray:
-    """A file as uint8 RGB (H, W, 3), upright, 16 bits rounded to 8. Raises RestoreError where it does not decode."""
+    """Read a file as upright uint8 RGB (H, W, 3); 16 bits are rounded to 8. Raises RestoreError as `io.read_image`."""
     return io.to_uint8(io.read_image(path).pixels[0])
 
 
 def read_image_size(path: Path) -> tuple[int, int]:
-    """(height, width) of a file as displayed, from its header."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise RestoreError(f"{path} cannot be read as an image; replace or remove it") from error
-    return (width, height) if turned else (height, width)
+    """Return (height, width) of a file as displayed, read from its header."""
+    with io.explain_errors(path, "image", io.UNREADABLE), Image.open(path) as image:
+        rotated = image.getexif().get(io.ORIENTATION, 1) in (5, 6, 7, 8)
+        return image.size if rotated else image.size[::-1]
 
 
 def crop_centre(pixels: np.ndarray, size: int | None) -> np.ndarray:
-    """uint8 (H, W, 3) to (size, size, 3): shorter side by antialiased bicubic, then centre crop."""
+    """Reduce uint8 (H, W, 3) to `size` on the shorter side, antialiased bicubic, and crop the centre square."""
     height, width = pixels.shape[:2]
     if size is None or (height, width) == (size, size):
         return pixels

@@ -1,4 +1,4 @@
-"""Labelled pictures for people: comparison grids and strips through time. Never part of the data path."""
+"""Labelled pictures: comparison grids and strips through time. Never part of the data path."""
 
 from __future__ import annotations
 
@@ -24,20 +24,18 @@ def draw_grid(
     cell: int = 192,
     font_size: int = 16,
 ) -> PIL.Image.Image:
-    """A labelled table of pictures on white paper.
+    """Return a labelled table of pictures on a white background.
 
-    rows: per row one image per column, a tensor (3, H, W) or (1, 3, H, W) in [-1, 1], a PIL image, or
-    None for an empty cell. captions: a short text under every cell. Every image is fitted into `cell`
-    pixels: small ones are enlarged by a whole factor with visible pixels (nearest), larger ones reduced
-    (Lanczos). Rows are as high as the highest of them. Long titles are wrapped. Raises RestoreError when a row has
-    not one image per title.
+    rows: one image per column, a tensor (3, H, W) or (1, 3, H, W) in [-1, 1], a PIL image, or None for an empty cell,
+    fitted into `cell` pixels, see `fit_image`. captions: a short text under every cell. All rows are as high as the
+    highest picture. Long titles are wrapped. Raises RestoreError unless there is one image per title.
     """
     if not rows or any(len(row) != len(column_titles) for row in rows):
-        raise RestoreError(f"Every row of the grid needs {len(column_titles)} images, one per column title.")
+        raise RestoreError(f"every row of the grid must have {len(column_titles)} images, one per column title")
     if row_titles is not None and len(row_titles) != len(rows):
-        raise RestoreError(f"The grid has {len(rows)} rows and {len(row_titles)} row titles.")
+        raise RestoreError(f"row_titles must have {len(rows)} titles, one per row, got {len(row_titles)}")
     if captions is not None and [len(line) for line in captions] != [len(row) for row in rows]:
-        raise RestoreError("The grid needs one caption per image.")
+        raise RestoreError("captions must have one text per image")
     font, small = PIL.ImageFont.load_default(font_size), PIL.ImageFont.load_default(max(10, font_size - 3))
     heads = [_wrap(title, font, cell) for title in column_titles]
     sides = [_wrap(title, font, 110) for title in row_titles or []]
@@ -47,8 +45,8 @@ def draw_grid(
     foot_height = max((_text_height(line, small) for line in feet), default=0)
     pictures = [[None if image is None else fit_image(image, cell) for image in row] for row in rows]
     heights = [picture.height for row in pictures for picture in row if picture is not None]
-    high = max([*heights, _text_height(sides, font)]) if heights else cell
-    step_x, step_y = cell + _GAP, high + foot_height + _GAP
+    row_height = max([*heights, _text_height(sides, font)]) if heights else cell
+    step_x, step_y = cell + _GAP, row_height + foot_height + _GAP
     width, height = side_width + len(column_titles) * step_x + _GAP, head_height + len(rows) * step_y + 2 * _GAP
     sheet = PIL.Image.new("RGB", (width + _GAP, height), _PAPER)
     draw = PIL.ImageDraw.Draw(sheet)
@@ -59,14 +57,14 @@ def draw_grid(
     for index, row in enumerate(pictures):
         y = top + index * step_y
         if sides:
-            draw.multiline_text((_GAP, y + high / 2), sides[index], _INK, font, anchor="lm")
+            draw.multiline_text((_GAP, y + row_height / 2), sides[index], _INK, font, anchor="lm")
         for column, picture in enumerate(row):
             x = left + column * step_x
             if picture is not None:
-                sheet.paste(picture, (x + (cell - picture.width) // 2, y + (high - picture.height) // 2))
+                sheet.paste(picture, (x + (cell - picture.width) // 2, y + (row_height - picture.height) // 2))
             if feet:
                 draw.multiline_text(
-                    (x + cell / 2, y + high + 2), feet[index][column], _INK, small, anchor="ma", align="center"
+                    (x + cell / 2, y + row_height + 2), feet[index][column], _INK, small, anchor="ma", align="center"
                 )
     return sheet
 
@@ -74,14 +72,14 @@ def draw_grid(
 def draw_strip(
     images: Sequence[torch.Tensor | PIL.Image.Image], titles: Sequence[str] | None = None, cell: int = 128
 ) -> PIL.Image.Image:
-    """Images side by side, e.g. x0_hat through time, with optional titles ("t = 800"). RestoreError when empty."""
+    """Return images side by side, e.g. x0_hat through time, with titles. Raises RestoreError if there is none."""
     if not images:
-        raise RestoreError("There is no image to put on the strip.")
+        raise RestoreError("a strip must have at least one image")
     return draw_grid([list(images)], list(titles) if titles else [""] * len(images), cell=cell, font_size=14)
 
 
 def fit_image(image: torch.Tensor | PIL.Image.Image, cell: int) -> PIL.Image.Image:
-    """An RGB picture whose longer side is at most `cell`: enlarged by a whole factor (nearest) or reduced (Lanczos)."""
+    """Return an RGB picture of at most `cell` pixels, enlarged by an integer factor (nearest) or reduced (Lanczos)."""
     picture = image.convert("RGB") if isinstance(image, PIL.Image.Image) else to_pil(image)
     longest = max(picture.size)
     if longest <= cell:

@@ -1,6 +1,6 @@
-"""Pixels in, pixels out: files, PIL and numpy on one side, float tensors in [-1, 1] on the other.
+"""Conversion between files, PIL and numpy images and float tensors in [-1, 1].
 
-Nothing is ever stretched: 8 bits are round((x + 1) * 127.5) clamped to 0..255, 16 bits likewise.
+8-bit values are round((x + 1) * 127.5) clamped to 0..255, 16-bit values likewise; ranges are never stretched.
 """
 
 from __future__ import annotations
@@ -22,31 +22,32 @@ from operators import RestoreError
 from restore import disk
 from restore.images import sixteen
 
-try:  # phones' HEIC files, where it is installed
+try:  # HEIC files of phones
     import pillow_heif
 
     pillow_heif.register_heif_opener()
 except ImportError:
     pillow_heif = None
 
-_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP", ".bmp": "BMP"}
-_FORMATS |= {".png": "PNG", ".ppm": "PPM", ".pgm": "PPM"}
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP"}
+_FORMATS |= {".bmp": "BMP", ".ppm": "PPM", ".pgm": "PPM"}
+WRITABLE_SUFFIXES = tuple(_FORMATS)
+READABLE_SUFFIXES = (*WRITABLE_SUFFIXES, ".gif", ".heic", ".heif", ".avif")
+UNREADABLE = "it may be truncated or of another type"
+ORIENTATION, _EXIF_IFD, _EXIF_SIZES = 0x0112, 0x8769, (0xA002, 0xA003)
 _SAVE = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95, "method": 4}}
 _SAVE |= {"TIFF": {"compression": "tiff_adobe_deflate"}, "PNG": {"optimize": False}}
-_ORIENTATION, _EXIF_IFD, _EXIF_SIZES = 0x0112, 0x8769, (0xA002, 0xA003)
 _OPAQUE = ("JPEG", "PPM")
-UNREADABLE = "it may be truncated or of another type"
-_LEVELS = {"bool": 1, "uint16": 65535}  # of the other integers 255
+_LEVELS = {"bool": 1, "uint16": 65535}  # other integers: 255
 
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """A photo read from a file, with what is needed to write its restored version back in kind.
+    """A photo read from a file, with what is needed to write its restored version in the same way.
 
-    pixels: (1, 3, H, W) float32 in [-1, 1], upright. alpha: (1, 1, H, W) in [0, 1] or None.
-    path, format: where it came from and Pillow's format name. grey: it had no colour. bits: 8 or 16.
-    icc, exif: embedded profile and EXIF block (orientation removed), or None.
-    orientation: the EXIF orientation (1 to 8) the file had; already applied to `pixels`.
+    pixels: (1, 3, H, W) float32 in [-1, 1], upright. alpha: (1, 1, H, W) in [0, 1] or None. path: the file read.
+    format: Pillow's name of its format. grey: whether it has no colour channels. bits: 8 or 16. icc, exif: embedded
+    profile and EXIF block without orientation, or None.
     """
 
     pixels: torch.Tensor = field(repr=False)
@@ -57,7 +58,6 @@ class ImageRecord:
     alpha: torch.Tensor | None = field(default=None, repr=False)
     icc: bytes | None = field(default=None, repr=False)
     exif: bytes | None = field(default=None, repr=False)
-    orientation: int = 1
 
     @property
     def size(self) -> tuple[int, int]:
@@ -67,38 +67,38 @@ class ImageRecord:
 
 @contextmanager
 def explain_errors(path: Path, kind: str, hint: str) -> Iterator[None]:
-    """Within the block, what the readers of files raise becomes one sentence."""
+    """Turn any exception raised while reading `path` into a RestoreError of one sentence."""
     try:
         yield
     except RestoreError:
         raise
     except FileNotFoundError as error:
-        raise RestoreError(f"There is no file {path}.") from error
-    except Exception as error:  # readers of damaged files raise anything
-        raise RestoreError(f"{path} is not a readable {kind} ({error}): {hint}.") from error
+        raise RestoreError(f"there is no file {path}") from error
+    except Exception as error:  # decoders raise anything for damaged files
+        raise RestoreError(f"{path} is not a readable {kind} ({error}): {hint}") from error
 
 
 def read_image(path: str | Path) -> ImageRecord:
-    """Read a photo: 8 or 16 bits, grey, RGB, palette, CMYK (its profile is dropped), with or without alpha.
+    """Read a photo: 8 or 16 bits, grey, RGB, palette or CMYK (without its profile), with or without alpha.
 
-    EXIF orientation is applied. Raises RestoreError, naming the file, when it is missing, no image,
-    truncated, animated or multi-page, or stored as 32-bit numbers.
+    The EXIF orientation is applied. Raises RestoreError if the file is missing, truncated or no image, has several
+    frames or pages, or stores 32-bit numbers.
     """
     path = Path(path)
     hint = UNREADABLE if pillow_heif or path.suffix.lower() not in (".heic", ".heif") else "install pillow-heif"
-    with explain_errors(path, "image", hint), PIL.Image.open(path) as opened:
-        frames = getattr(opened, "n_frames", 1) if opened.format != "MPO" else 1  # MPO: a phone's JPEG with extras
+    with explain_errors(path, "image", hint), PIL.Image.open(path) as image:
+        frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1  # MPO: a phone's JPEG with extras
         if frames > 1:
-            raise RestoreError(f"{path} holds {frames} frames or pages: extract the one to restore into its own file.")
-        bits = 16 if sixteen.is_sixteen_bit(opened) else 8
-        if bits == 8 or opened.format != "TIFF":  # Pillow turns a loaded TIFF file upright
-            opened.load()
-        samples = _eight_bit_samples(opened, path) if bits == 8 else sixteen.read_samples(path, opened)
-        exif = opened.getexif()  # after loading: a PNG file may hold it behind the pixels
-        icc = opened.info.get("icc_profile") if opened.mode != "CMYK" else None
-        image_format = "JPEG" if opened.format == "MPO" else opened.format
-    orientation = exif.get(_ORIENTATION, 1)
-    values = torch.from_numpy(np.ascontiguousarray(apply_orientation(samples, orientation)).astype(np.float32))
+            raise RestoreError(f"{path} must hold one image, got {frames} frames or pages; extract the one to restore")
+        bits = 16 if sixteen.is_sixteen_bit(image) else 8
+        if bits == 8 or image.format != "TIFF":  # loading a TIFF file applies and removes its orientation
+            image.load()
+        samples = sixteen.read_samples(path, image) if bits == 16 else _read_samples(image, path)
+        exif = image.getexif()  # after loading: a PNG file may hold it behind the pixels
+        icc = image.info.get("icc_profile") if image.mode != "CMYK" else None
+        image_format = "JPEG" if image.format == "MPO" else image.format
+    samples = apply_orientation(samples, exif.get(ORIENTATION, 1))
+    values = torch.from_numpy(np.ascontiguousarray(samples).astype(np.float32))
     values = values.permute(2, 0, 1)[None] / (255 if bits == 8 else 65535)
     channels = values.shape[1]
     colour = values[:, :1].expand(-1, 3, -1, -1) if channels <= 2 else values[:, :3]
@@ -110,37 +110,35 @@ def read_image(path: str | Path) -> ImageRecord:
         bits=bits,
         alpha=values[:, -1:].contiguous() if channels in (2, 4) else None,
         icc=icc,
-        exif=_upright_exif(exif) if image_format in ("JPEG", "PNG", "WEBP") else None,
-        orientation=orientation if orientation in range(1, 9) else 1,
+        exif=_clean_exif(exif) if image_format in ("JPEG", "PNG", "WEBP") else None,
     )
 
 
 def write_image(path: str | Path, image: torch.Tensor, like: ImageRecord | None = None, colour: bool = False) -> None:
-    """Write what `encoded` makes of this, atomically (see `disk.open_atomic`). RestoreError also for a full disk."""
+    """Write the file of `encode_image` atomically. Raises RestoreError also as `disk.open_atomic` does."""
     disk.write_bytes(path, encode_image(path, image, like, colour))
 
 
 def encode_image(path: str | Path, image: torch.Tensor, like: ImageRecord | None = None, colour: bool = False) -> bytes:
-    """The file of `image`, (3, H, W) or (1, 3, H, W) in about [-1, 1] (clamped), in the format of `path`'s suffix.
+    """Return the file of `image`, (3, H, W) or (1, 3, H, W) in about [-1, 1] (clamped), in the format of the suffix.
 
-    like: the photo it was made from: greyscale, alpha (resized if the size changed), 16 bits, colour
-    profile and EXIF are carried over as far as the format can hold them. colour=True keeps colours
-    although `like` was grey (colorization). JPEG and WebP are written at quality 95, JPEG without chroma subsampling.
-    Raises RestoreError for NaN or infinite pixels, an unknown suffix, alpha into a JPEG, more pixels than the format
-    can hold.
+    like: the photo it was made from: grey, alpha (resized if the size changed), 16 bits, colour profile and EXIF are
+        carried over as far as the format can hold them. colour=True keeps colours although `like` is grey.
+    JPEG and WebP have quality 95, JPEG without chroma subsampling. Raises RestoreError for NaN or infinite pixels, an
+    unknown suffix, alpha in a format without it, and more pixels than the format can hold.
     """
     path = Path(path)
     image_format = _FORMATS.get(path.suffix.lower())
     if image_format is None:
-        raise RestoreError(f"Cannot write {path}: the name must end in one of {' '.join(_FORMATS)}.")
-    samples = _checked(image)
+        raise RestoreError(f"cannot write {path}: the name must end in one of {' '.join(WRITABLE_SUFFIXES)}")
+    samples = _require_image(image)
     if like is not None and like.grey and not colour:
         samples = rgb_to_grayscale(samples)  # ITU-R BT.601, as Pillow's "L"
     samples = (samples + 1) / 2
     alpha = like.alpha if like is not None else None
     if alpha is not None:
         if image_format in _OPAQUE:
-            raise RestoreError(_no_alpha(path, like.path))
+            raise RestoreError(_describe_alpha(path, like.path))
         if alpha.shape[-2:] != samples.shape[-2:]:
             alpha = F.interpolate(alpha, samples.shape[-2:], mode="bilinear", antialias=True)
         if image_format == "TIFF" and samples.shape[1] == 1:  # few programs open grey + alpha TIFF files
@@ -152,98 +150,97 @@ def encode_image(path: str | Path, image: torch.Tensor, like: ImageRecord | None
     exif = like.exif if like is not None and image_format in ("JPEG", "PNG", "WEBP") else None
     if deep:
         return sixteen.encode_png(array, icc, exif) if image_format == "PNG" else sixteen.encode_tiff(array, icc)
-    options = {"icc_profile": icc} if icc else {}
-    options |= {"exif": exif} if exif else {}
+    options = ({"icc_profile": icc} if icc else {}) | ({"exif": exif} if exif else {})
     buffer = io.BytesIO()
     picture = PIL.Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
     try:
         picture.save(buffer, image_format, **_SAVE.get(image_format, {}), **options)
     except (OSError, ValueError) as error:  # more pixels than the format can address
-        raise RestoreError(f"Cannot write {path} as {image_format}: {error}; write a PNG.") from error
+        raise RestoreError(f"cannot write {path} as {image_format}: {error}; write a PNG") from error
     return buffer.getvalue()
 
 
 def detect_format(path: Path) -> str:
-    """Pillow's name of a file's format, by its content. RestoreError where it is no image."""
-    with explain_errors(path, "image", UNREADABLE), PIL.Image.open(path) as opened:
-        return opened.format
+    """Return Pillow's name of a file's format, by its content. Raises RestoreError if it is not an image."""
+    with explain_errors(path, "image", UNREADABLE), PIL.Image.open(path) as image:
+        return image.format
 
 
 def check_alpha(source: Path, target: Path) -> None:
-    """Raises RestoreError where `target`'s format cannot hold the transparency of `source`; reads its header only."""
+    """Raise RestoreError if the image `source` has transparency, by its header, and `target`'s format has not."""
     if _FORMATS.get(target.suffix.lower()) not in _OPAQUE:
         return
-    with explain_errors(source, "image", UNREADABLE), PIL.Image.open(source) as opened:
-        if _transparent(opened):
-            raise RestoreError(_no_alpha(target, source))
+    with explain_errors(source, "image", UNREADABLE), PIL.Image.open(source) as image:
+        if _has_alpha(image):
+            raise RestoreError(_describe_alpha(target, source))
 
 
 def to_tensor(image: Any, *, channels: int | None = 3, largest: float = 8.0) -> torch.Tensor:
-    """(B, C, H, W) float32 in [-1, 1] from whatever an image may be; the one door for pixels that are no file's.
+    """Return any kind of image as a tensor (B, C, H, W) float32 in [-1, 1].
 
     image: a PIL image of any 8-bit mode or 16-bit grey; a path; numpy (H, W), (H, W, C) or (B, H, W, C); torch
-        (C, H, W) or (B, C, H, W); or a list of these, all of one size. Integers count 0..255 (uint16: 0..65535,
-        bool: 0 and 1), floats of numpy lie in [0, 1], floats of torch in about [-1, 1].
-    channels: 3: grey is repeated, alpha dropped. 1: grey by the luma of ITU-R BT.601. None: a measurement, its channels
-        as they are (grey files and pictures have one, alpha is dropped; a float tensor may have any shape (B, ...)).
-    largest: a tensor beyond +-largest is refused as one on another range. Noise of sigma = 1 on an image crosses the
-        default of 8 once in 1e12 pixels; a picture on 0..255 stays below it only where it is all but black.
-    Raises RestoreError for NaN, another shape or type, nothing at all, and values that cannot be on that range.
+        (C, H, W) or (B, C, H, W); or a list of these of one size. Integers are 0..255 (uint16: 0..65535, bool: 0 and
+        1), numpy floats in [0, 1], torch floats in about [-1, 1].
+    channels: 3: grey is repeated, alpha dropped. 1: grey by the luma of ITU-R BT.601. None: a measurement; its channels
+        are kept (1 for grey files, alpha is dropped; a float tensor may have any shape (B, ...)).
+    largest: the largest absolute value of a float tensor. Noise of sigma = 1 on an image exceeds the default of 8 once
+        in 1e12 pixels; of images on 0..255 only nearly black ones stay below it.
+    Raises RestoreError for NaN, other shapes and types, an empty batch and values outside the range.
     """
     if isinstance(image, (list, tuple)):
-        return _stacked([to_tensor(item, channels=channels, largest=largest) for item in image])
+        return _stack([to_tensor(item, channels=channels, largest=largest) for item in image])
     if isinstance(image, (str, Path)):
         record = read_image(image)
         return convert_channels(record.pixels[:, :1] if record.grey else record.pixels, channels)
     if isinstance(image, PIL.Image.Image):
-        sixteen_bit = image.mode.startswith("I;16")
-        image = np.asarray(image).astype(np.uint16) if sixteen_bit else _eight_bit_samples(image, "The picture")
+        deep = image.mode.startswith("I;16")
+        image = np.asarray(image).astype(np.uint16) if deep else _read_samples(image, "the PIL image")
     if isinstance(image, np.ndarray):
         image = image[:, :, None] if image.ndim == 2 else image
         if image.ndim not in (3, 4) or image.shape[-1] not in (1, 2, 3, 4):
-            raise RestoreError(f"A numpy image must be (H, W), (H, W, C) or (B, H, W, C), not {image.shape}.")
+            raise RestoreError(f"a numpy image must be (H, W), (H, W, C) or (B, H, W, C), got {image.shape}")
         if image.dtype.kind not in "biuf":
-            raise RestoreError(f"A numpy image must hold integers, booleans or floats, not {image.dtype}.")
+            raise RestoreError(f"a numpy image must hold integers, booleans or floats, got {image.dtype}")
         values = torch.from_numpy(np.ascontiguousarray(image).astype(np.float32)).movedim(-1, -3)
-        whole = _LEVELS.get(str(image.dtype), 255) if image.dtype.kind != "f" else 1
-        if whole == 1 and values.numel() and not (values.min() >= -1e-6 and values.max() <= 1 + 1e-6):  # NaN too
+        white = _LEVELS.get(str(image.dtype), 255) if image.dtype.kind != "f" else 1
+        if white == 1 and values.numel() and not (values.min() >= -1e-6 and values.max() <= 1 + 1e-6):  # NaN too
             raise RestoreError(
-                f"A float numpy image must lie in [0, 1], this one {_span(values)}: rescale it, or pass a torch tensor "
-                "in [-1, 1]."
+                f"a numpy image of floats must be in [0, 1], got {_describe_range(values)}; rescale it or give a torch "
+                "tensor in [-1, 1]"
             )
         values = values[..., : 1 if values.shape[-3] < 3 else 3, :, :]
     elif isinstance(image, torch.Tensor):
         if image.is_complex() or image.is_quantized:
-            raise RestoreError(f"An image tensor must hold integers, booleans or floats, not {image.dtype}.")
-        values, whole = image.detach().float(), _LEVELS.get(str(image.dtype).removeprefix("torch."), 255)
+            raise RestoreError(f"an image tensor must hold integers, booleans or floats, got {image.dtype}")
+        values, white = image.detach().float(), _LEVELS.get(str(image.dtype).removeprefix("torch."), 255)
         if image.is_floating_point():
             if not torch.isfinite(values).all():
-                raise RestoreError("The image holds NaN or infinite pixels: find out which step made them.")
+                raise RestoreError("an image must be finite, got NaN or infinite pixels")
             if values.numel() and values.abs().max() > largest:
                 raise RestoreError(
-                    f"A float tensor is taken as [-1, 1], this one {_span(values)}: divide 0..255 by 127.5 and "
-                    "subtract 1."
+                    f"a float tensor must be in about [-1, 1], got {_describe_range(values)}; divide 0..255 by 127.5 "
+                    "and subtract 1"
                 )
             return convert_channels(values, channels)
     else:
         raise RestoreError(
-            f"An image must be a PIL image, a path, a numpy array, a torch tensor or a list of them, "
-            f"not {type(image).__name__}."
+            "an image must be a PIL image, a path, a numpy array, a torch tensor or a list of them, "
+            f"got {type(image).__name__}"
         )
-    if values.numel() and not (values.min() >= -1e-6 and values.max() <= whole + 1e-6):
-        raise RestoreError(f"An image of integers counts 0..{whole}, this one {_span(values)}.")
-    return convert_channels(values / whole * 2 - 1, channels)
+    if values.numel() and not (values.min() >= -1e-6 and values.max() <= white + 1e-6):
+        raise RestoreError(f"an image of integers must be in 0..{white}, got {_describe_range(values)}")
+    return convert_channels(values / white * 2 - 1, channels)
 
 
 def convert_channels(values: torch.Tensor, channels: int | None) -> torch.Tensor:
-    """(B, C, H, W) from (C, H, W) or (B, C, H, W) pixels, with as many channels as `to_tensor` says. RestoreError."""
+    """Return pixels (C, H, W) or (B, C, H, W) as (B, C, H, W) with `channels`, and errors, as in `to_tensor`."""
     values = values[None] if values.ndim == 3 and values.shape[0] in (1, 2, 3, 4) else values
     if not values.numel():
-        raise RestoreError(f"There is no image in a batch of shape {tuple(values.shape)}.")
+        raise RestoreError(f"images must not be empty, got a batch of shape {tuple(values.shape)}")
     if channels is None:
         return values
     if values.ndim != 4 or values.shape[1] not in (1, 2, 3, 4):
-        raise RestoreError(f"An image must be (C, H, W) or (B, C, H, W) of 1 to 4 channels, not {tuple(values.shape)}.")
+        raise RestoreError(f"an image must be (C, H, W) or (B, C, H, W) of 1 to 4 channels, got {tuple(values.shape)}")
     values = values[:, : 1 if values.shape[1] < 3 else 3]
     if channels == 1:
         return values if values.shape[1] == 1 else rgb_to_grayscale(values)
@@ -251,60 +248,51 @@ def convert_channels(values: torch.Tensor, channels: int | None) -> torch.Tensor
 
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:
-    """uint8 (H, W, 3), or (B, H, W, 3) for a batch, from [-1, 1]: clamp and round. RestoreError for NaN."""
+    """Clamp and round (3, H, W) or (B, 3, H, W) in [-1, 1] to uint8 (H, W, 3) or (B, H, W, 3). RestoreError for NaN."""
     if image.ndim not in (3, 4) or image.shape[-3] != 3:
-        raise RestoreError(f"Expected an image tensor (3, H, W) or (B, 3, H, W), not {tuple(image.shape)}.")
-    if not torch.isfinite(image).all():
-        raise RestoreError("The image holds NaN or infinite pixels: the run diverged; try a smaller step size.")
-    return _quantise((image.detach().float().cpu().movedim(-3, -1) + 1) / 2, 255)
+        raise RestoreError(f"an image tensor must be (3, H, W) or (B, 3, H, W), got {tuple(image.shape)}")
+    return _quantise((_require_finite(image).movedim(-3, -1) + 1) / 2, 255)
 
 
 def to_pil(image: torch.Tensor) -> PIL.Image.Image:
-    """An RGB picture from one image tensor, (3, H, W) or (1, 3, H, W) in [-1, 1]: clamp and round."""
-    return PIL.Image.fromarray(to_uint8(_checked(image)[0]))
+    """Clamp and round one image tensor, (3, H, W) or (1, 3, H, W) in [-1, 1], to an RGB PIL image."""
+    return PIL.Image.fromarray(to_uint8(_require_image(image)[0]))
 
 
 def apply_orientation(samples: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo an EXIF orientation (1 to 8, TIFF 6.0 tag 274) on an array (H, W, ...)."""
-    flips = {
-        2: lambda a: a[:, ::-1],
-        3: lambda a: a[::-1, ::-1],
-        4: lambda a: a[::-1],
-        5: lambda a: a.swapaxes(0, 1),
-        6: lambda a: np.rot90(a, -1),
-        7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-        8: lambda a: np.rot90(a, 1),
-    }
-    return flips[orientation](samples) if orientation in flips else samples
+    """Return an array (H, W, ...) upright, given its EXIF orientation (1 to 8, TIFF 6.0 tag 274)."""
+    samples = samples.swapaxes(0, 1) if orientation in (5, 6, 7, 8) else samples
+    samples = samples[:, ::-1] if orientation in (2, 3, 6, 7) else samples
+    return samples[::-1] if orientation in (3, 4, 7, 8) else samples
 
 
-def _eight_bit_samples(image: PIL.Image.Image, path: str | Path) -> np.ndarray:
-    """uint8 (H, W, C) with C = 1 grey, 2 grey + alpha, 3, 4; transparent palettes and colours become alpha."""
+def _read_samples(image: PIL.Image.Image, name: str | Path) -> np.ndarray:
+    """uint8 (H, W, C): 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA; a transparent palette entry or colour becomes alpha."""
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        raise RestoreError(f"{path} stores 32-bit numbers with no agreed range: convert it to 8 or 16 bits a channel.")
-    transparent = _transparent(image)
+        raise RestoreError(f"{name} must have 8 or 16 bits per channel, got 32-bit numbers; convert it")
+    alpha = _has_alpha(image)
     grey = image.mode in ("1", "L", "LA", "La")
-    mode = ("LA" if transparent else "L") if grey else ("RGBA" if transparent else "RGB")
-    if grey and transparent and image.mode not in ("LA", "La"):
+    mode = ("LA" if alpha else "L") if grey else ("RGBA" if alpha else "RGB")
+    if grey and alpha and image.mode not in ("LA", "La"):
         image = image.convert("RGBA")  # Pillow turns a transparent grey value into alpha only this way
-    array = np.asarray(image.convert(mode))
-    return array[:, :, None] if array.ndim == 2 else array
+    return np.atleast_3d(np.asarray(image.convert(mode)))
 
 
-def _transparent(image: PIL.Image.Image) -> bool:
+def _has_alpha(image: PIL.Image.Image) -> bool:
     return image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info
 
 
-def _no_alpha(target: Path, source: Path) -> str:
-    return f"Cannot write {target}: its format has no transparency and {source} has; write a PNG."
+def _describe_alpha(target: Path, source: Path) -> str:
+    return f"cannot write {target}: its format has no transparency and {source} has; write a PNG"
 
 
-def _upright_exif(exif: PIL.Image.Exif) -> bytes | None:
+def _clean_exif(exif: PIL.Image.Exif) -> bytes | None:
+    """The EXIF block without orientation and pixel sizes; None if there is none or it does not fit into a JPEG."""
     if not len(exif):
         return None
     try:
-        exif.pop(_ORIENTATION, None)
-        for tag in _EXIF_SIZES:  # the restored photo may have another size
+        exif.pop(ORIENTATION, None)
+        for tag in _EXIF_SIZES:
             exif.get_ifd(_EXIF_IFD).pop(tag, None)
         block = exif.tobytes()
     except Exception:  # cameras write broken EXIF; the photo matters more
@@ -312,33 +300,36 @@ def _upright_exif(exif: PIL.Image.Exif) -> bytes | None:
     return block if len(block) < 65000 else None  # a JPEG segment ends at 65535
 
 
-def _checked(image: torch.Tensor) -> torch.Tensor:
+def _require_image(image: torch.Tensor) -> torch.Tensor:
     """One finite image as (1, 3, H, W) float32 on the CPU."""
-    if image.ndim == 3:
-        image = image[None]
+    image = image[None] if image.ndim == 3 else image
     if image.ndim != 4 or image.shape[:2] != (1, 3):
-        raise RestoreError(f"Expected one image tensor (3, H, W) or (1, 3, H, W), not {tuple(image.shape)}.")
+        raise RestoreError(f"one image tensor must be (3, H, W) or (1, 3, H, W), got {tuple(image.shape)}")
+    return _require_finite(image)
+
+
+def _require_finite(image: torch.Tensor) -> torch.Tensor:
     if not torch.isfinite(image).all():
-        raise RestoreError("The image holds NaN or infinite pixels: the run diverged; try a smaller step size.")
+        raise RestoreError("an image must be finite, got NaN or infinite pixels: the run diverged; try smaller steps")
     return image.detach().float().cpu()
 
 
-def _stacked(images: list[torch.Tensor]) -> torch.Tensor:
+def _stack(images: list[torch.Tensor]) -> torch.Tensor:
     if not images:
-        raise RestoreError("There is no image in an empty list.")
+        raise RestoreError("a list of images must not be empty")
     shapes = {tuple(image.shape[1:]) for image in images}
     if len(shapes) > 1:
         sizes = " and ".join(" x ".join(map(str, shape)) for shape in sorted(shapes)[:2])
-        raise RestoreError(f"The images of one list must have one size, not {sizes}: pass them one by one.")
+        raise RestoreError(f"images of a list must have one size, got {sizes}; pass them one by one")
     return torch.cat(images)
 
 
-def _span(values: torch.Tensor) -> str:
-    return f"spans {values.min():.4g} to {values.max():.4g}"
+def _describe_range(values: torch.Tensor) -> str:
+    return f"{values.min():.4g} to {values.max():.4g}"
 
 
 def _quantise(unit: torch.Tensor, levels: int) -> np.ndarray:
-    """Clamp [0, 1] and round to 0..levels."""
-    # float64: at 65535 levels float32 would leave a rounding margin of a few hundredths only
+    """Clamp to [0, 1] and round to 0..levels."""
+    # float64: with 65535 levels float32 leaves a rounding margin of only a few hundredths
     array = unit.to(torch.float64, copy=True).clamp_(0, 1).mul_(levels).round_().numpy()
     return array.astype(np.uint8 if levels == 255 else np.uint16)

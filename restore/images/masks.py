@@ -12,15 +12,15 @@ import torch
 
 from operators import RestoreError
 from restore.images.damage import detect_damage
-from restore.images.folder import IMAGE_SUFFIXES
+from restore.images.folder import filter_images
 from restore.images.io import explain_errors, read_image
 
 
 @dataclass(frozen=True)
 class Mask:
-    """A mask that is still a file, or a folder of masks with the photos' names; invert, threshold: see read_mask.
+    """A mask to be read from a file, or from a folder with one mask per photo name; or detected in the photo itself.
 
-    sensitivity: given where the mask is to be proposed from the photo itself, whose file `path` then is.
+    invert, threshold: see `read_mask`. sensitivity: detect the damage in the photo `path`, see `detect_damage`.
     """
 
     path: Path
@@ -28,77 +28,73 @@ class Mask:
     threshold: int | None = None
     sensitivity: float | None = None
 
-    def of(self, photo: Path) -> Mask:
-        """The one that belongs to this photo. RestoreError where the folder has none of its name."""
+    def for_photo(self, photo: Path) -> Mask:
+        """Return the mask of this photo. Raises RestoreError if the folder has none of its name."""
         if self.sensitivity is not None:
             return replace(self, path=photo)
         if not self.path.is_dir():
             return self
-        named = (path for path in self.path.iterdir() if path.stem == photo.stem)
-        found = sorted(path for path in named if path.suffix.lower() in IMAGE_SUFFIXES)
-        if not found:
+        files = filter_images(path for path in self.path.iterdir() if path.stem == photo.stem)
+        if not files:
             raise RestoreError(f"the folder of masks {self.path} has none named {photo.stem}")
-        return replace(self, path=found[0])
+        return replace(self, path=files[0])
 
     def read(self, size: tuple[int, int] | None = None) -> torch.Tensor:
-        """(1, 1, H, W), see `read_mask`. RestoreError also where no damage is found to propose."""
-        if self.sensitivity is not None:
-            if self._proposed.min() == 1:
-                raise RestoreError(
-                    f"no scratches or dust found in {self.path.name}: paint a mask, or look closer with sensitivity=1"
-                )
-            return self._proposed
-        return read_mask(self.path, size, self.threshold, self.invert)
+        """Return the mask (1, 1, H, W) as `read_mask` does. Raises RestoreError also if no damage is detected."""
+        if self.sensitivity is None:
+            return read_mask(self.path, size, self.threshold, self.invert)
+        if self._detected.min() == 1:
+            raise RestoreError(
+                f"no scratches or dust found in {self.path.name}: paint a mask, or look closer with sensitivity=1"
+            )
+        return self._detected
 
     @functools.cached_property
-    def _proposed(self) -> torch.Tensor:
-        # Kept: the plan and the restoration of a photo both need it, and looking takes seconds on a large one.
+    def _detected(self) -> torch.Tensor:
+        # Cached: planning and restoring a photo both need it, and it takes seconds for a large photo.
         return detect_damage(read_image(self.path).pixels, self.sensitivity)
 
 
 def read_mask(
     path: str | Path, size: tuple[int, int] | None = None, threshold: int | None = None, invert: bool = False
 ) -> torch.Tensor:
-    """An inpainting mask (1, 1, H, W) float32: 1 (white, 255) where the pixel is known, 0 (black) where it is missing.
+    """Read an inpainting mask (1, 1, H, W) float32: 1 (white) where the pixel is known, 0 (black) where it is missing.
 
-    size: the photo's (height, width), which the mask must have. threshold: for a mask with grey edges,
-    count values above it (0 to 254) as white; without it any value but 0 and 255 is an error. invert: the file has
-    white where the pixel is missing.
-    Raises RestoreError also for a mask with colours or transparency, or that is all white or all black.
+    size: the photo's (height, width), which the mask must have. threshold: grey values above it (0 to 254) count as
+    white; without it values other than 0 and 255 are an error. invert: white is missing in the file.
+    Raises RestoreError also for a mask with colours or transparency, and if it is all white or all black.
     """
     record = read_image(path)
     pixels = (record.pixels + 1) * 127.5
     if record.alpha is not None and bool((record.alpha < 1).any()):
-        raise RestoreError(f"The mask {path} has transparent parts: save it as black (missing) and white (known).")
+        raise RestoreError(f"the mask {path} has transparent parts: save it as black (missing) and white (known)")
     if not torch.equal(pixels[:, :1], pixels[:, 1:2]) or not torch.equal(pixels[:, :1], pixels[:, 2:]):
-        raise RestoreError(f"The mask {path} has colours: save it as black (missing) and white (known).")
+        raise RestoreError(f"the mask {path} has colours: save it as black (missing) and white (known)")
     if size is not None and record.size != tuple(size):
-        expected, found = (f"{width} x {height}" for height, width in (size, record.size))
-        raise RestoreError(
-            f"The mask {path} is {found} pixels and the photo is {expected}: they must be the same size."
-        )
+        expected, actual = (f"{width} x {height}" for height, width in (size, record.size))
+        raise RestoreError(f"the mask {path} must have the photo's size {expected}, got {actual}")
     mask = pixels[:, :1]
     if threshold is None:
         between = ((mask > 0.5) & (mask < 254.5)).double().mean().item()
         if between:
             raise RestoreError(
-                f"The mask {path} must be black (0: missing) and white (255: known) only, but {between:.2%} of it lies "
-                "between: draw it without soft edges and save it as PNG, or give mask_threshold=127."
+                f"the mask {path} must be black (0: missing) and white (255: known), got {between:.2%} in between; "
+                "draw it without soft edges and save it as PNG, or give mask_threshold=127"
             )
     mask = (mask > (127 if threshold is None else threshold)).float()
     mask = 1 - mask if invert else mask
     if mask.min() == mask.max():
         what = "white: nothing is missing" if mask.max() else "black: no pixel is known"
-        raise RestoreError(f"The mask {path} is all {what}; paint what is to be restored black and the rest white.")
+        raise RestoreError(f"the mask {path} is all {what}; paint what is to be restored black and the rest white")
     return mask
 
 
 def read_kernel(path: str | Path) -> torch.Tensor:
-    """A blur kernel (kh, kw) float64 from .npy, .txt, .csv (numbers as they are) or a grey picture.
+    """Read a blur kernel (kh, kw) float64 from .npy, .txt, .csv or a grey picture.
 
-    Numbers must sum to one within 1e-3 and are not rescaled: a kernel that brightens is a mistake more
-    often than a wish. A picture's 8- or 16-bit grey values cannot sum to one, so they are divided by
-    their sum. Raises RestoreError for NaN, a wrong sum, more than two dimensions, an unreadable file.
+    Numbers must sum to one within 1e-3 and are not rescaled: a kernel that brightens is usually a mistake. The grey
+    values of a picture, 8 or 16 bits, are divided by their sum. Raises RestoreError for NaN, a wrong sum, more than
+    two dimensions and an unreadable file.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -111,16 +107,16 @@ def read_kernel(path: str | Path) -> torch.Tensor:
         else:
             record = read_image(path)
             if not record.grey and not torch.equal(record.pixels[:, 0], record.pixels[:, 1]):
-                raise RestoreError(f"The kernel picture {path} has colours: a kernel must be grey.")
+                raise RestoreError(f"the kernel {path} must be a grey picture, got colours")
             values = record.pixels[0, 0].double().add(1).div(2).numpy()
             if values.sum() == 0:
-                raise RestoreError(f"The kernel picture {path} is all black.")
+                raise RestoreError(f"the kernel {path} is all black")
             values = values / values.sum()
     if values.ndim != 2 or values.size == 0 or values.dtype.kind not in "fiu":
-        raise RestoreError(f"The kernel {path} must be a table of numbers, not {values.dtype} of shape {values.shape}.")
+        raise RestoreError(f"the kernel {path} must be a table of numbers, got {values.dtype} of shape {values.shape}")
     values = values.astype(np.float64)
     if not np.isfinite(values).all():
-        raise RestoreError(f"The kernel {path} holds NaN or infinite values.")
+        raise RestoreError(f"the kernel {path} must be finite, got NaN or infinite values")
     if abs(values.sum() - 1) > 1e-3:
-        raise RestoreError(f"The kernel {path} sums to {values.sum():.6g} instead of 1: divide it by its sum.")
+        raise RestoreError(f"the kernel {path} must sum to 1, got {values.sum():.6g}; divide it by its sum")
     return torch.from_numpy(values)

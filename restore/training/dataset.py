@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from operators import RestoreError
+from restore.images.folder import filter_images
+from restore.images.io import READABLE_SUFFIXES
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 HELD_OUT_CROPS = 2
 
 
@@ -65,9 +66,9 @@ def list_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise RestoreError(f"training folder {folder} does not exist; set data.folder=PATH")
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    files = filter_images(folder.iterdir())
     if not files:
-        raise RestoreError(f"no image files ({', '.join(sorted(SUFFIXES))}) in {folder}")
+        raise RestoreError(f"no image files ({' '.join(READABLE_SUFFIXES)}) in {folder}")
     return files
 
 

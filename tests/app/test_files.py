@@ -66,12 +66,12 @@ def test_finished_means_the_same_input_settings_and_a_readable_result(restore, p
     assert code == 0 and "finished before" in out
 
     for arguments, difference in (
-        (["--steps", 3], "steps: 2, now 3"),
-        (["--seed", 1], "seed: 0, now 1"),
+        (["--steps", 3], "steps: 2 there, 3 here"),
+        (["--seed", 1], "seed: 0 there, 1 here"),
         (["--pag-scale", 1], "guidance"),
-        (["sigma=0.1"], "sigma: 0.05, now 0.1"),
-        (["zeta=0.5"], "zeta: 1.0, now 0.5"),
-        (["--samples", 2], "samples: 1, now 2"),
+        (["sigma=0.1"], "sigma: 0.05 there, 0.1 here"),
+        (["zeta=0.5"], "zeta: 1.0 there, 0.5 here"),
+        (["--samples", 2], "samples: 1 there, 2 here"),
     ):
         code, out, err = restore(*arguments)
         assert code == 2 and difference in err and "--overwrite" in err and not out, (arguments, err)
@@ -168,13 +168,6 @@ def test_degraded_files_are_compared_to_the_byte(restore, photo, tmp_path):
     assert restore("--seed", 1, "--overwrite", verb="degrade")[0] == 0 and degraded.read_bytes() != before
 
 
-def test_differences_are_said_by_their_innermost_name():
-    expected = {"sha256": "b", "settings": {"seed": 1, "task": {"noise": {"sigma": 0.1}}}}
-    found = {"sha256": "a", "settings": {"seed": 1, "task": {"noise": None}}, "version": "x"}
-    assert files.differences(expected, found) == ["of another photo", "sigma: null, now 0.1"]
-    assert files.differences(found, found) == []
-
-
 def test_names_that_differ_in_case_only_collide(tmp_path):
     photos = [files.Photo(tmp_path / name, tmp_path / "out" / name) for name in ("a.png", "A.png")]
     with pytest.raises(RestoreError, match="both write"):
@@ -189,3 +182,29 @@ def test_what_a_killed_process_was_writing_is_removed(restore, photo, tmp_path):
     (out / ".a.png.tmp").write_bytes(b"mine")
     assert restore()[0] == 0
     assert sorted(path.name for path in out.iterdir()) == [".a.png.tmp", "a.json", "a.png"]
+
+
+def test_inputs_and_outputs(tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name in ("b.png", "a.jpg", "c.GIF", ".hidden.png", "note.txt"):
+        (source / name).touch()
+    names = [path.name for path in files.expand_inputs([source, source / "*.png"])]
+    assert names == ["a.jpg", "b.png", "c.GIF"]  # the pattern adds nothing new
+    for wrong in (source / "*.webp", source / "x.png", tmp_path / "[ab]", []):
+        with pytest.raises(RestoreError):
+            files.expand_inputs([wrong] if wrong else [])
+    sources = files.expand_inputs([source])
+    assert [path.name for path in files.choose_targets(sources, out)] == ["a.jpg", "b.png", "c.png"]
+    assert [path.name for path in files.choose_targets(sources, out, png=True)] == ["a.png", "b.png", "c.png"]
+    assert files.choose_targets(sources[:1], out / "r.png") == [out / "r.png"] and list(out.iterdir()) == []
+    with pytest.raises(RestoreError, match="a.jpg and .*a.png have the same name"):
+        files.choose_targets([source / "a.jpg", tmp_path / "a.png"], out)
+    with pytest.raises(RestoreError, match="overwrite the input"):
+        files.choose_targets(sources, source)
+    with pytest.raises(RestoreError, match="3 inputs"):
+        files.choose_targets(sources, out / "r.png")
+    with pytest.raises(RestoreError, match="cannot create the folder"):
+        files.choose_targets(sources, source / "b.png" / "deeper")
+    with pytest.raises(RestoreError, match="cannot create the folder|cannot write"):
+        files.choose_targets(sources, "/proc/nowhere")

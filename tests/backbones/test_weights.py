@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from tiny_sd import save_folder, save_single_file
 
 from operators import RestoreError
+from restore import disk
 from restore.backbones.adm import ADM
 from restore.backbones.stable_diffusion import StableDiffusion
-from restore.backbones.weights import as_dtype, own_memory, read, read_json
+from restore.backbones.weights import as_dtype, own_memory, read
 
 BLOCKS = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
 
@@ -107,5 +108,5 @@ def test_the_content_of_a_file_tells_its_format_not_its_name(tmp_path):
     torch.save({"a": torch.ones(3)}, tmp_path / "weights.safetensors")
     assert all(torch.equal(read(path)["a"], torch.ones(3)) for path in tmp_path.iterdir())
     (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(RestoreError, match="JSON object, not a list"):
-        read_json(tmp_path / "list.json")
+    with pytest.raises(RestoreError, match="JSON object, got a list"):
+        disk.read_json(tmp_path / "list.json", required=True)

@@ -82,13 +82,13 @@ def test_folders_that_cannot_be_used(tmp_path, smooth_images, write_images):
     with pytest.raises(RestoreError, match="is not a folder"):
         datasets.load_dataset(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("nothing")
-    with pytest.raises(RestoreError, match="holds no image"):
+    with pytest.raises(RestoreError, match="has no image"):
         datasets.load_dataset(tmp_path)
     write_images(tmp_path, smooth_images(1, 32, 0), ["a"])
     (tmp_path / "movie.mp4").write_bytes(b"x")
     assert list_images(tmp_path)[1] == ["movie.mp4"]
     Image.open(tmp_path / "a.png").save(tmp_path / "a.jpg")
-    with pytest.raises(RestoreError, match="share the name a"):
+    with pytest.raises(RestoreError, match="share the id a"):
         datasets.load_dataset(tmp_path)
     with pytest.raises(RestoreError, match="no data set named 'celeba'"):
         datasets.load_dataset(tmp_path, name="celeba")

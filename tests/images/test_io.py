@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import resource
-import signal
-
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
@@ -13,9 +9,7 @@ import pytest
 import torch
 
 from operators import RestoreError
-from restore import disk, paths
-from restore.app import files
-from restore.images import grids, io, masks, sixteen
+from restore.images import io, sixteen
 
 
 def photo(height=13, width=17, channels=3, seed=0, top=256):
@@ -188,163 +182,3 @@ def test_bad_pixels_are_refused_and_leave_no_file(tmp_path):
     with pytest.raises(RestoreError, match="one image"):
         io.write_image(tmp_path / "a.png", torch.zeros(2, 3, 4, 4))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_full_disk_and_interruption_leave_the_old_file(tmp_path):
-    target = tmp_path / "a.bin"
-    disk.write_bytes(target, b"old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # the kernel refuses the write, as on a full disk
-    try:
-        with pytest.raises(RestoreError, match="a.bin.*nothing was changed"):
-            disk.write_bytes(target, b"x" * 5000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
-    try:
-        with pytest.raises(KeyboardInterrupt), disk.open_atomic(target) as handle:
-            handle.write(b"half")
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
-    with pytest.raises(RestoreError, match="folder does not exist"):
-        disk.write_bytes(tmp_path / "no" / "a.bin", b"")
-    assert "disk is full" in disk.describe_os_error(OSError(28, "No space left on device"))
-
-
-def test_json_side_cars(tmp_path):
-    disk.write_json(tmp_path / "a.json", {"seed": 0, "loss": torch.tensor(0.5), "path": tmp_path, "list": np.arange(2)})
-    assert json.loads((tmp_path / "a.json").read_text()) == {
-        "seed": 0,
-        "loss": 0.5,
-        "path": str(tmp_path),
-        "list": [0, 1],
-    }
-    for bad in (float("nan"), torch.tensor(float("inf")), object()):
-        with pytest.raises(RestoreError, match="a.json"):
-            disk.write_json(tmp_path / "a.json", {"value": bad})
-    assert json.loads((tmp_path / "a.json").read_text())["seed"] == 0
-
-
-def test_masks(tmp_path):
-    white = np.full((6, 9), 255, np.uint8)
-    hole = white.copy()
-    hole[1:3, 2:5] = 0
-
-    def read(array, **options):
-        PIL.Image.fromarray(array).save(tmp_path / "m.png")
-        return masks.read_mask(tmp_path / "m.png", **options)
-
-    mask = read(hole, size=(6, 9))
-    assert mask.shape == (1, 1, 6, 9) and mask.sum() == 54 - 6 and mask[0, 0, 1, 2] == 0 and mask[0, 0, 0, 0] == 1
-    assert torch.equal(read(np.stack([hole] * 3, -1)), mask) and torch.equal(read(hole > 0), mask)
-    soft = hole.copy()
-    soft[1, 2] = 100
-    for array, options, message in (
-        (hole, {"size": (9, 6)}, "9 x 6 pixels and the photo is 6 x 9"),
-        (white, {}, "nothing is missing"),
-        (white * 0, {}, "no pixel is known"),
-        (soft, {}, "between"),
-        (np.stack([hole, white, hole], -1), {}, "colours"),
-        (np.stack([hole, hole, hole, hole], -1), {}, "transparent"),
-    ):
-        with pytest.raises(RestoreError, match=message):
-            read(array, **options)
-    assert torch.equal(read(soft, threshold=127), mask)
-    assert read(soft, threshold=99).sum() == mask.sum() + 1
-
-
-def test_kernels(tmp_path):
-    kernel = np.array([[0, 1, 0], [1, 4, 1], [0, 1, 0]], float) / 8
-    np.save(tmp_path / "k.npy", kernel)
-    np.savetxt(tmp_path / "k.txt", kernel)
-    np.savetxt(tmp_path / "k.csv", kernel, delimiter=",")
-    PIL.Image.fromarray((kernel * 400).astype(np.uint8)).save(tmp_path / "k.png")
-    for name in ("k.npy", "k.txt", "k.csv", "k.png"):
-        assert np.allclose(masks.read_kernel(tmp_path / name).numpy(), kernel, rtol=1e-6, atol=1e-7), name
-    for bad, message in (
-        (kernel * 2, "sums to 2"),
-        (np.where(kernel == 0, np.nan, kernel), "NaN"),
-        (kernel[None], "table of numbers"),
-        (np.array([{"a": 1}]), "not a readable kernel"),  # a pickled object is never loaded
-    ):
-        np.save(tmp_path / "bad.npy", bad)
-        with pytest.raises(RestoreError, match=message):
-            masks.read_kernel(tmp_path / "bad.npy")
-    PIL.Image.fromarray(np.zeros((3, 3), np.uint8)).save(tmp_path / "black.png")
-    (tmp_path / "words.txt").write_text("no numbers")
-    for name in ("black.png", "words.txt", "missing.npy", "missing.png"):
-        with pytest.raises(RestoreError, match=name):
-            masks.read_kernel(tmp_path / name)
-
-
-def test_inputs_and_outputs(tmp_path):
-    source, out = tmp_path / "in", tmp_path / "out"
-    source.mkdir()
-    for name in ("b.png", "a.jpg", "c.GIF", ".hidden.png", "note.txt"):
-        (source / name).touch()
-    names = [path.name for path in files.expand_inputs([source, source / "*.png"])]
-    assert names == ["a.jpg", "b.png", "c.GIF"]  # the pattern adds nothing new
-    for wrong in (source / "*.webp", source / "x.png", tmp_path / "[ab]", []):
-        with pytest.raises(RestoreError):
-            files.expand_inputs([wrong] if wrong else [])
-    sources = files.expand_inputs([source])
-    assert [path.name for path in files.choose_targets(sources, out)] == ["a.jpg", "b.png", "c.png"]
-    assert [path.name for path in files.choose_targets(sources, out, png=True, tag="-x")] == [
-        "a-x.png",
-        "b-x.png",
-        "c-x.png",
-    ]
-    assert files.choose_targets(sources[:1], out / "r.png") == [out / "r.png"] and list(out.iterdir()) == []
-    with pytest.raises(RestoreError, match="a.jpg and .*a.png have the same name"):
-        files.choose_targets([source / "a.jpg", tmp_path / "a.png"], out)
-    with pytest.raises(RestoreError, match="overwrite the input"):
-        files.choose_targets(sources, source)
-    with pytest.raises(RestoreError, match="3 inputs"):
-        files.choose_targets(sources, out / "r.png")
-    with pytest.raises(RestoreError, match="cannot create the folder"):
-        files.choose_targets(sources, source / "b.png" / "deeper")
-    with pytest.raises(RestoreError, match="cannot create the folder|cannot write"):
-        files.choose_targets(sources, "/proc/nowhere")
-
-
-def test_comparison_grid_shows_every_cell():
-    torch.manual_seed(0)
-    small, wide = torch.rand(3, 16, 16) * 2 - 1, torch.rand(1, 3, 100, 400) * 2 - 1
-    sheet = grids.draw_grid(
-        [[small, None], [wide, PIL.Image.new("RGB", (4, 4), "red")]],
-        ["input", "a long title that wraps"],
-        ["one", "two"],
-        captions=[["20.1 dB", ""], ["", "x"]],
-        cell=96,
-    )
-    pixels = np.asarray(sheet).astype(int)
-    enlarged = np.repeat(np.repeat(io.to_uint8(small), 6, 0), 6, 1).astype(int)
-    found = [
-        (y, x)
-        for y in range(pixels.shape[0] - 96)
-        for x in range(pixels.shape[1] - 96)
-        if (pixels[y, x] == enlarged[0, 0]).all() and (pixels[y : y + 96, x : x + 96] == enlarged).all()
-    ]
-    assert len(found) == 1  # nearest neighbour, whole factor, exactly once
-    y, x = found[0]
-    assert (pixels[y : y + 96, x + 102 : x + 198] == 255).all()  # the empty cell
-    assert (pixels[:y, x : x + 96] < 128).any() and (pixels[y : y + 96, :x] < 128).any()  # titles are there
-    red = (pixels == [255, 0, 0]).all(-1)
-    assert red.sum() == 96 * 96
-    with pytest.raises(RestoreError, match="2 images"):
-        grids.draw_grid([[small]], ["a", "b"])
-    wide_rows = grids.draw_grid([[wide], [wide]], ["photos"], cell=96)
-    assert 2 * 24 < wide_rows.height < 2 * 24 + 60  # as high as their pictures, not as their cells
-    assert grids.draw_strip([small] * 3, ["t = 9", "t = 5", "t = 0"], cell=64).width > 3 * 64
-
-
-def test_shipped_files_are_found_and_usable():
-    photos = files.expand_inputs([paths.data_dir() / "photos"])
-    assert len(photos) >= 8 and (paths.configs_dir() / "model").is_dir()
-    for path in photos:
-        assert io.read_image(path).bits == 8
-    mask = masks.read_mask(paths.data_dir() / "masks" / "chelsea-scratches.png", size=(300, 451))
-    assert 0.8 < mask.mean() < 0.99
-    assert masks.read_mask(paths.data_dir() / "masks" / "box-64.png", (64, 64)).sum() == 64 * 64 - 24 * 24
