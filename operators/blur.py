@@ -22,7 +22,7 @@ class Blur(Operator):
         (kh // 2, kw // 2) and not flipped. Negative entries are allowed. normalize=True divides it by its sum first.
     border: "reflect" about the edge pixels' centres (DPS); the kernel's radius must then be smaller than both
         sides of the image, and the kernel itself may be up to twice as large as the image. Or "circular"
-        (DiffPIR): the image is continued periodically, and may not be smaller than the kernel.
+        (DiffPIR): the image is continued periodically, and must not be smaller than the kernel.
     adjoint="reference": the identity, `transpose` of the DPS and PSLD repositories.
 
     Computed by FFT at a cost independent of the kernel's size (in float32 for half precision). Closed forms of

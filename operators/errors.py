@@ -2,10 +2,7 @@
 
 
 class RestoreError(ValueError):
-    """A user's mistake: what was wrong, what was expected and what to do, in one sentence.
-
-    On one line, whatever names, keys and messages of other programs it repeats.
-    """
+    """A user's mistake: what must be, what was given and what to do, in one sentence on one line."""
 
     def __init__(self, sentence: object = "") -> None:
         super().__init__(" ".join(str(sentence).splitlines()))

@@ -1,4 +1,4 @@
-"""Kernels, and the two ways a blur is computed."""
+"""Blur kernels, and blurring by matrices and by FFT."""
 
 import numpy as np
 import pytest
@@ -129,7 +129,7 @@ def test_motion_kernels_of_any_size(size, intensity):
         assert np.abs(moments(kernel)[0]).max() < 1e-9
 
 
-def test_motion_kernel_depends_on_its_seed_alone():
+def test_motion_kernel_depends_only_on_its_seed():
     torch.manual_seed(1)
     np.random.seed(1)
     first = operators.motion_kernel(61, 0.5, 0)
@@ -142,7 +142,7 @@ def test_motion_kernel_depends_on_its_seed_alone():
 
 
 def test_motion_kernel_is_pinned():
-    """Measurements made with a seed must stay what they were: large and small width, largest weight."""
+    """Measurements of a seed stay the same between versions: large and small width, largest weight."""
     kernel = operators.motion_kernel(61, 0.5, 0)
     _, large, small = moments(kernel)
     assert (large, small, kernel.max().item()) == pytest.approx((8.216111754, 2.536778310, 0.03112910558), rel=1e-6)

@@ -143,7 +143,7 @@ class Mirror(operators.Operator):
 
 
 class Half:
-    """Another library's: no noise, no sizes."""
+    """An operator of another library, without noise and image_size."""
 
     def __init__(self, factor):
         self.factor = factor
@@ -167,7 +167,7 @@ def module(monkeypatch):
     import types
 
     mine = types.ModuleType("my_operators")
-    mine.Mirror, mine.Half, mine.twice, mine.not_a_maker, mine.made = Mirror, Half, twice, not_a_maker, Mirror()
+    mine.Mirror, mine.Half, mine.twice, mine.not_a_maker, mine.instance = Mirror, Half, twice, not_a_maker, Mirror()
     monkeypatch.setitem(sys.modules, "my_operators", mine)
     return "my_operators"
 
@@ -184,8 +184,8 @@ def test_a_users_operator_from_yaml(module, tmp_path):
         {"name": f"{module}:Half", "factor": 0.5, "noise": {"name": "gaussian", "sigma": 0.1}}, image_size=9
     )
     assert torch.equal(half.A(x), 0.5 * x) and half.noise.sigma == 0.1
-    made = operators.build_operator({"name": f"{module}:twice", "noise": {"name": "gaussian", "sigma": 0.1}})
-    assert torch.equal(made.A(x), 2 * x.flip(3)) and made.noise.sigma == 0.1
+    doubled = operators.build_operator({"name": f"{module}:twice", "noise": {"name": "gaussian", "sigma": 0.1}})
+    assert torch.equal(doubled.A(x), 2 * x.flip(3)) and doubled.noise.sigma == 0.1
     chain = operators.build_operator(
         {"name": "compose", "operators": [{"name": f"{module}:Mirror"}, {"name": "denoising"}]}, image_size=(5, 6)
     )
@@ -196,7 +196,7 @@ def test_a_users_operator_from_yaml(module, tmp_path):
         ({"name": f"{module}:Miror"}, "cannot be imported"),
         ({"name": "my_operator:Mirror"}, "cannot be imported"),
         ({"name": f"{module}:not_a_maker"}, "must be a class or function that makes an operator"),
-        ({"name": f"{module}:made"}, "must be a class or function that makes an operator"),
+        ({"name": f"{module}:instance"}, "must be a class or function that makes an operator"),
         ({"name": "colorization", "adjoint": "reference"}, "adjoint must be .* colorization"),
     ]:
         with pytest.raises(operators.RestoreError, match=message):
@@ -204,7 +204,7 @@ def test_a_users_operator_from_yaml(module, tmp_path):
 
 
 def test_every_operator_lists_its_options():
-    """From the signatures: no second list that could disagree."""
+    """The options are read from the signatures."""
     expected = {
         "inpainting_box": ["size", "margin", "top", "left", "seed"],
         "inpainting_random": ["fraction", "seed"],

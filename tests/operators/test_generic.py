@@ -1,4 +1,4 @@
-"""What samplers ask of any operator: rows of a batch, the image's shape, the reference transpose; refusals."""
+"""The functions for any operator: rows of a batch, the image's shape, the reference transpose, errors."""
 
 import copy
 
@@ -47,16 +47,16 @@ PER_IMAGE = {
     "rows", [[1], [0, 0, 1], torch.tensor([2, 0]), slice(1, 3), range(2), 2, np.array([1, 1])], ids=str
 )
 def test_rows_of_a_batch(name, rows):
-    """The operator of these images does to them what the whole did, in every map; before it is asked and after."""
+    """The operator of selected images acts on them as the whole does, in every map, and leaves the whole unchanged."""
     operator, x = PER_IMAGE[name](), image()
     y = operator.A(x)
-    chosen = operators.select_rows(operator, rows)
+    selected = operators.select_rows(operator, rows)
     index = torch.arange(3)[rows].reshape(-1)
-    assert (chosen.A(x[index]) - y[index]).abs().max() < 1e-14
-    assert (chosen.A_adjoint(y[index]) - operator.A_adjoint(y)[index]).abs().max() < 1e-14
+    assert (selected.A(x[index]) - y[index]).abs().max() < 1e-14
+    assert (selected.A_adjoint(y[index]) - operator.A_adjoint(y)[index]).abs().max() < 1e-14
     prox = operator.prox_l2(x, y, 2.0)[index]
-    assert (chosen.prox_l2(x[index], y[index], 2.0) - prox).abs().max() < 1e-8
-    assert (operator.A(x) - y).abs().max() == 0  # the original is what it was
+    assert (selected.prox_l2(x[index], y[index], 2.0) - prox).abs().max() < 1e-8
+    assert (operator.A(x) - y).abs().max() == 0  # the original is unchanged
     with pytest.raises(operators.RestoreError, match="7 images, got 3"):
         operator.A(image(7))
 
@@ -68,7 +68,7 @@ def test_rows_that_do_not_exist(name):
             PER_IMAGE[name]()[rows]
 
 
-def test_rows_of_what_all_images_share():
+def test_rows_of_an_operator_shared_by_all_images():
     shared = [
         operators.Denoising(),
         operators.Inpainting(masks(1)),
@@ -129,7 +129,7 @@ def test_image_shape():
     assert operators.image_shape(operators.SuperResolution(2), image(1, size=(4, 5))) == (1, 3, 8, 10)
 
 
-def test_image_shape_refuses():
+def test_image_shape_errors():
     class OnlyA:
         def A(self, x):
             return x
@@ -168,7 +168,7 @@ def test_image_shape_refuses():
 
 
 def test_the_reference_transpose_reaches_the_parts_of_a_composition():
-    """What was done before, copy and set `adjoint`, left the parts exact without a word."""
+    """Setting `adjoint` on a copy of a composition does not change its parts; with_adjoint does."""
     blur, small = operators.GaussianBlur(9, 1.5, image_size=(24, 24)), operators.SuperResolution(4)
     x = image(size=(24, 24))
     for chain in (small @ blur, operators.Compose(small @ blur), small @ (blur @ operators.Denoising())):
@@ -187,7 +187,7 @@ def test_the_reference_transpose_reaches_the_parts_of_a_composition():
     assert torch.equal(mixed.with_adjoint("reference").A_adjoint(y), nearest)
 
 
-def test_who_has_no_reference_transpose():
+def test_operators_without_reference_transpose():
     class Mine(operators.Operator):
         name = "mine"
 

@@ -1,4 +1,4 @@
-"""Inpainting masks: their law, and what is refused."""
+"""Inpainting masks: their distribution, and errors."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def hole(mask):
     return rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
 
 
-def test_box_corner_law():
+def test_distribution_of_the_box_corner():
     """top in [margin, H - size - margin), both ends reached; the hole is a full rectangle."""
     corners = set()
     for seed in range(300):
@@ -32,7 +32,7 @@ def test_box_defaults_scale_with_the_image():
         assert top >= height // 16 and left >= width // 16 and height - bottom > height // 16
 
 
-def test_masks_depend_on_their_seed_alone():
+def test_masks_depend_only_on_their_seed():
     for make in (box_mask, random_mask):
         np.random.seed(3)
         first = make((40, 50), seed=0)

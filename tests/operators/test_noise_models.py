@@ -1,4 +1,4 @@
-"""Noise: its level on [-1, 1], both directions, and that an image's noise is its own."""
+"""Noise: its level on [-1, 1], and that the noise of an image depends on neither batch size nor order."""
 
 import pytest
 import torch
@@ -65,8 +65,8 @@ def test_an_images_noise_is_its_own(noise):
     """Neither batch size nor order matters with one generator per image."""
     y = image()
     together = noise(y, generators([5, 0, 7, 8]))
-    alone = torch.cat([noise(y[i : i + 1], generators([seed])) for i, seed in enumerate([5, 0, 7, 8])])
-    assert torch.equal(together, alone)
+    single = torch.cat([noise(y[i : i + 1], generators([seed])) for i, seed in enumerate([5, 0, 7, 8])])
+    assert torch.equal(together, single)
     order = [2, 0, 3, 1]
     assert torch.equal(noise(y[order], generators([7, 5, 8, 0])), together[order])
     assert torch.equal(noise(y, generators([5, 0, 7, 8])), together)

@@ -1,4 +1,4 @@
-"""Clipping and phase retrieval: what they compute, and one sentence for what only linear operators have."""
+"""Clipping and phase retrieval: their values, and errors for the methods of linear operators."""
 
 import pytest
 import torch
@@ -18,11 +18,11 @@ OPERATORS = {
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_nothing_linear_is_offered(name):
+def test_methods_of_linear_operators_are_errors(name):
     operator, x = OPERATORS[name](), image()
     y = operator.A(x)
     assert not operator.linear and operators.Denoising().linear
-    asked = [
+    calls = [
         ("A_adjoint", lambda: operator.A_adjoint(y)),
         ("A_dagger", lambda: operator.A_dagger(y)),
         ("prox_l2", lambda: operators.prox_l2(operator, x, y, 1.0)),
@@ -30,9 +30,9 @@ def test_nothing_linear_is_offered(name):
         ("svd", lambda: operators.svd(operator, x.shape)),
         ("A_adjoint", lambda: operators.check_operator(operator, x.shape)),
     ]
-    for what, ask in asked:
+    for what, call in calls:
         with pytest.raises(operators.RestoreError, match=f"is not linear and has no {what}; .* such as DPS") as raised:
-            ask()
+            call()
         assert "\n" not in str(raised.value)
 
 
@@ -87,7 +87,7 @@ def test_phase_retrieval(size):
     assert operators.image_shape(operator, y) == tuple(x.shape)
 
 
-def test_phase_retrieval_refuses():
+def test_phase_retrieval_errors():
     with pytest.raises(operators.RestoreError, match="y must have the sides .* got 4"):
         operators.image_shape(operators.PhaseRetrieval(), image((4, 24)))
     with pytest.raises(operators.RestoreError, match="oversample"):

@@ -1,4 +1,4 @@
-"""What every operator promises, for all of them from one list of names."""
+"""The contract of an operator, for all of them from one list of names."""
 
 import copy
 import pickle
@@ -51,7 +51,7 @@ def relative(a, b):
 
 
 def test_every_known_name_is_in_the_list():
-    linear = [name for name, made in factory.OPERATORS.items() if getattr(made, "linear", True)]
+    linear = [name for name, maker in factory.OPERATORS.items() if getattr(maker, "linear", True)]
     assert all(any(name.startswith(known) for name in OPERATORS) for known in linear)
 
 
@@ -157,7 +157,7 @@ def test_follows_the_image_to_a_gpu(name):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_wrong_images_are_refused(name):
+def test_wrong_images_are_errors(name):
     operator = make(name, SIZES[1])
     for bad in (image(SIZES[1])[0], image(SIZES[1]).round().long(), "photo.png"):
         with pytest.raises(operators.RestoreError, match=r"floating-point tensor \(B, C, H, W\)"):
@@ -171,7 +171,7 @@ def test_wrong_images_are_refused(name):
 
 
 class Flip(operators.Operator):
-    """A new operator writes A alone."""
+    """An operator that implements only A."""
 
     def A(self, x):
         return 2 * x.flip(3)[..., ::2]

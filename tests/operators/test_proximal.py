@@ -109,7 +109,7 @@ def test_single_images_equal_the_batch(name):
 @pytest.mark.parametrize("name", CLOSED)
 @pytest.mark.parametrize("gamma", [0.0, 1e-12, 1e-3, 1.0, 1e6, 1e12, float("inf")])
 def test_float32_and_extreme_gamma(name, gamma):
-    """Single precision in and out loses nothing inside: the answer is float64's, rounded, even where it is large."""
+    """In float32 the result is that of float64, rounded, even if it is large."""
     operator = CLOSED[name]()
     z, y = image(torch.float32, seed=1), operator.A(image(torch.float32))
     x = operator.prox_l2(z, y, gamma)
@@ -248,7 +248,7 @@ def test_bad_gamma():
 
 
 class Plain:
-    """Another library's operator: A and A_adjoint, nothing else."""
+    """An operator of another library with only A and A_adjoint."""
 
     matrix = torch.randn(3 * 13, 3 * 13, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 6
 
@@ -312,10 +312,8 @@ def test_on_a_gpu(name):
     gamma = torch.tensor([0.5, 20.0])
     for given in (gamma, gamma.cuda(), 2.0):
         x = operator.prox_l2(z.cuda(), y.cuda(), given)
-        assert (
-            x.is_cuda
-            and relative(x.cpu(), operator.prox_l2(z, y, 2.0 if isinstance(given, float) else gamma).double()) < 1e-4
-        )
+        expected = operator.prox_l2(z, y, 2.0 if isinstance(given, float) else gamma)
+        assert x.is_cuda and relative(x.cpu(), expected.double()) < 1e-4
     u = operator.regularised_inverse(y.cuda(), gamma)
     assert relative(u.cpu(), operator.regularised_inverse(y, gamma).double()) < 1e-4
     if name in CLOSED:
@@ -323,8 +321,8 @@ def test_on_a_gpu(name):
         assert svd.U(svd.singular * svd.V_adjoint(z.cuda())).is_cuda
 
 
-def test_a_rough_step_saves_iterations_where_there_is_no_closed_form():
-    """Close to the exact one where y tells much, and never further from y than the start."""
+def test_a_rough_step_saves_iterations_without_a_closed_form():
+    """Close to the exact one if y determines much, and never further from y than the start."""
     generator = torch.Generator().manual_seed(0)
     operator = operators.MotionBlur(9, 0.5)
     x = torch.rand(2, 3, 21, 18, generator=generator) * 2 - 1
@@ -346,6 +344,6 @@ def test_a_rough_step_saves_iterations_where_there_is_no_closed_form():
     assert (A(extreme) - y).norm() < 0.2 * (A(z) - y).norm()
 
 
-def test_a_rough_step_is_the_closed_form_where_there_is_one():
+def test_a_rough_step_uses_the_closed_form():
     operator, z = operators.GaussianBlur(5, 1.0), torch.rand(1, 3, 12, 10)
     assert torch.equal(operators.prox_l2(operator, z, z, 9.0, rough=True), operators.prox_l2(operator, z, z, 9.0))
