@@ -8,25 +8,39 @@ from typing import TYPE_CHECKING
 from operators.errors import RestoreError
 
 if TYPE_CHECKING:
-    from restore.guidance import CFG, PAG
+    from restore.guidance import CFG, PAG, SAG, SWG, TPG, TSG, Autoguidance
     from restore.guidance.pipelines import guided
+    from restore.method import Method
     from restore.restorer import Restoration, Restorer, load
 
 # Names are imported when they are used: `restore --help` and `restore models list` do not wait for torch.
-_WHERE = {
-    "CFG": "restore.guidance",
-    "PAG": "restore.guidance",
-    "Restoration": "restore.restorer",
-    "Restorer": "restore.restorer",
-    "guided": "restore.guidance.pipelines",
-    "load": "restore.restorer",
+_MODULES = {
+    "restore.guidance": ("Autoguidance", "CFG", "PAG", "SAG", "SWG", "TPG", "TSG"),
+    "restore.guidance.pipelines": ("guided",),
+    "restore.method": ("Method",),
+    "restore.restorer": ("Restoration", "Restorer", "load"),
 }
 
-__all__ = ["CFG", "PAG", "RestoreError", "Restoration", "Restorer", "guided", "load"]
+__all__ = [
+    "Autoguidance",
+    "CFG",
+    "Method",
+    "PAG",
+    "RestoreError",
+    "Restoration",
+    "Restorer",
+    "SAG",
+    "SWG",
+    "TPG",
+    "TSG",
+    "guided",
+    "load",
+]
 
 
 def __getattr__(name: str):
-    if name not in _WHERE:
-        raise AttributeError(f"module 'restore' has no attribute '{name}'")
-    globals()[name] = value = getattr(importlib.import_module(_WHERE[name]), name)
-    return value
+    for module, names in _MODULES.items():
+        if name in names:
+            globals()[name] = value = getattr(importlib.import_module(module), name)
+            return value
+    raise AttributeError(f"module 'restore' has no attribute '{name}'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+import operators
 from operators import RestoreError
 from operators.naming import check_known
 from restore.guidance import Guidance, record_signals
@@ -81,8 +83,66 @@ def explain_out_of_memory() -> Iterator[None]:
         ) from error
 
 
-def find_class(label: int | str, classes: int, names: Sequence[str]) -> int:
-    """Return the index of a class given by number or name. Raises RestoreError if there is none."""
+def prepare_measurement(y: Any, operator: Any, device: torch.device) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Return y (B, ...) on the device and the shape of its images; a grey y becomes three equal channels if those
+    would be grey.
+
+    Raises RestoreError for NaN, and in a picture for numbers far outside of [-1, 1].
+    """
+    if isinstance(y, torch.Tensor) and y.is_floating_point() and y.dim() not in (3, 4):
+        if not torch.isfinite(y).all():
+            raise RestoreError("y must be finite, got NaN or infinite values")
+        y = y.float()
+    else:
+        is_picture = isinstance(operator, operators.Operator) and operator.linear
+        y = io.to_tensor(y, channels=None, largest=8.0 if is_picture else float("inf"))
+    y = y.to(device)
+    shape = operators.image_shape(operator, y)
+    if shape[1] != 1:
+        return y, shape
+    y = y.expand(-1, 3, -1, -1)
+    return y, operators.image_shape(operator, y)
+
+
+def hash_weights(backbone: Any) -> str:
+    """Return twelve hexadecimal digits of the weights of a backbone's network and autoencoder in memory."""
+    digest = hashlib.blake2b(digest_size=6)
+    for network in (backbone.network, getattr(backbone, "vae", None)):
+        for name, tensor in sorted(network.state_dict().items()) if network is not None else ():
+            digest.update(name.encode())
+            digest.update(tensor.detach().contiguous().reshape(-1).cpu().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def encode_condition(
+    backbone: Any, condition: Any = None, labels: Sequence[int | str] | None = None, prompt: str | None = None
+) -> Any:
+    """Return the condition given as itself, as classes by number or name, or as a prompt; None for none.
+
+    Raises RestoreError if two of them are given, and if the backbone has no such classes or no text encoder.
+    """
+    if sum(given is not None for given in (condition, labels, prompt)) > 1:
+        raise RestoreError("give only one of label, prompt and condition")
+    if prompt is not None:
+        return encode_prompt(backbone, prompt)
+    if labels is None:
+        return condition
+    classes, names = (getattr(backbone, name, None) for name in ("classes", "labels"))
+    if classes is None:
+        raise RestoreError("label must be left out: the backbone has no classes")
+    device = next(backbone.network.parameters()).device
+    return torch.tensor([_find_class(label, classes, names or ()) for label in labels], device=device)
+
+
+def encode_prompt(backbone: Any, prompt: str) -> torch.Tensor:
+    """Return the embedding of a prompt. Raises RestoreError if the backbone has no text encoder."""
+    if getattr(backbone, "encode_prompt", None) is None:
+        raise RestoreError("prompt must be left out: the backbone has no text encoder")
+    return backbone.encode_prompt(prompt).to(next(backbone.network.parameters()).device)
+
+
+def _find_class(label: int | str, classes: int, names: Sequence[str]) -> int:
+    """The index of a class given by number or name. Raises RestoreError if there is none."""
     if isinstance(label, str) and not label.isdecimal():
         check_known([label], names, "the backbone has no class called")
         return list(names).index(label)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,14 +17,16 @@ from restore import samplers, zoo
 from restore.backbones.sizes import Sized
 from restore.guidance import Guidance, resolve_guidance
 from restore.guidance.layers import format_layer_table
-from restore.images import io
 from restore.method import Method, Situation
 from restore.restoration import (
     Restoration,
     choose_device,
+    encode_condition,
+    encode_prompt,
     explain_out_of_memory,
-    find_class,
+    hash_weights,
     observe_run,
+    prepare_measurement,
     select_condition,
 )
 from restore.samplers.generate import generate
@@ -194,7 +195,7 @@ class Restorer:
         choices = {"task": task, "sampler": sampler, "quality": quality, "data": data, "reference": reference}
         choices |= {"steps": steps, "guidance": guidance}
         with torch.inference_mode(False), torch.enable_grad():
-            y, shape = self._to_measurement(y, operator)
+            y, shape = prepare_measurement(y, operator, self.device)
             if samples < 1 or batch_size < 1:
                 raise RestoreError(f"samples and batch_size must be at least 1, got {samples} and {batch_size}")
             ids = [str(i) for i in range(len(y))] if image_ids is None else [str(i) for i in image_ids]
@@ -211,31 +212,11 @@ class Restorer:
                     raise RestoreError(f"{name}= belongs to the method: pass it to restorer.method(...)")
                 method.check_samples(samples)
             prior = self.sized(*shape[-2:])
-            if label is not None:
-                if condition is not None or prompt is not None:
-                    raise RestoreError("give either a label or another condition, not both")
-                condition = self._to_classes([label])
-            condition = self._encode_condition(condition, prompt, negative_prompt, prior)
+            condition = encode_condition(self.backbone, condition, None if label is None else [label], prompt)
+            if negative_prompt is not None:
+                prior.null_condition = encode_prompt(self.backbone, negative_prompt)
             items = [(b, k) for b in range(len(y)) for k in range(samples)]
             return self._run(y, operator, prior, method, ids, items, seed, batch_size, condition, callback)
-
-    def _to_measurement(self, y: Any, operator: Any) -> tuple[torch.Tensor, tuple[int, ...]]:
-        """y on the network's device, and its images' shape. Numbers far outside of [-1, 1] are refused in a picture.
-
-        A grey picture is expanded to three channels if the operator's images would be grey."""
-        if isinstance(y, torch.Tensor) and y.is_floating_point() and y.dim() not in (3, 4):
-            if not torch.isfinite(y).all():
-                raise RestoreError("the measurement holds NaN or infinite values")
-            y = y.float()
-        else:
-            is_picture = isinstance(operator, operators.Operator) and operator.linear
-            y = io.to_tensor(y, channels=None, largest=8.0 if is_picture else float("inf"))
-        y = y.to(self.device)
-        shape = operators.image_shape(operator, y)
-        if shape[1] != 1:
-            return y, shape
-        y = y.expand(-1, 3, -1, -1)
-        return y, operators.image_shape(operator, y)
 
     def _run(
         self, y, operator, prior, method: Method, ids, items, seed, batch_size, condition, callback
@@ -279,9 +260,8 @@ class Restorer:
         )
 
     def protocol(self, operator: Any, method: Method, **more: Any) -> dict[str, Any]:
-        """Return everything that determines a result, ready for JSON: the method, the operator, the network's weights
-        (hash) and precision, and what rounding depends on (torch's version, device, number of threads). What a sampler
-        scales by itself is added as `used`."""
+        """Return everything that determines a result, ready for JSON: method, operator, hash of the weights, precision,
+        and what rounding depends on (torch's version, device, threads). A restoration adds what its sampler `used`."""
         noise = getattr(operator, "noise", None)
         dtype = getattr(self.backbone, "dtype", None) or self.backbone.network.dtype
         return {
@@ -303,32 +283,8 @@ class Restorer:
     def weights_hash(self) -> str:
         """Return twelve hexadecimal digits of the network's (and autoencoder's) weights in memory, computed once."""
         if not hasattr(self, "_weights_hash"):
-            digest = hashlib.blake2b(digest_size=6)
-            for network in (self.backbone.network, getattr(self.backbone, "vae", None)):
-                for name, tensor in sorted(network.state_dict().items()) if network is not None else ():
-                    flat = tensor.detach().contiguous().reshape(-1).cpu()
-                    digest.update(name.encode())
-                    digest.update(flat.view(torch.uint8).numpy())
-            self._weights_hash = digest.hexdigest()
+            self._weights_hash = hash_weights(self.backbone)
         return self._weights_hash
-
-    def _to_classes(self, labels: Sequence[int | str]) -> torch.Tensor:
-        """Classes (n,) by numbers or names. Raises RestoreError if the backbone does not have one of them."""
-        classes, names = (getattr(self.backbone, name, None) for name in ("classes", "labels"))
-        if classes is None:
-            raise RestoreError(f"backbone {self.name} has no classes: it takes no label")
-        return torch.tensor([find_class(label, classes, names or ()) for label in labels], device=self.device)
-
-    def _encode_condition(self, condition, prompt, negative_prompt, prior: Sized):
-        """The condition of the strong pass; `negative_prompt` becomes the null condition of this call's prior."""
-        encode = getattr(self.backbone, "encode_prompt", None)
-        if (prompt is not None or negative_prompt is not None) and encode is None:
-            raise RestoreError(f"backbone {self.name} has no text encoder: it takes no prompt")
-        if prompt is not None and condition is not None:
-            raise RestoreError("give either a prompt or a condition, not both")
-        if negative_prompt is not None:
-            prior.null_condition = encode(negative_prompt).to(self.device)
-        return condition if prompt is None else encode(prompt).to(self.device)
 
     def generate(
         self,
@@ -359,8 +315,9 @@ class Restorer:
         results = []
         with torch.inference_mode(False):
             prior = self.sized(*(size or (side, side)))
-            classes = None if labels is None else self._to_classes(labels)
-            condition = self._encode_condition(classes, prompt, negative_prompt, prior)
+            condition = encode_condition(self.backbone, None, labels, prompt)
+            if negative_prompt is not None:
+                prior.null_condition = encode_prompt(self.backbone, negative_prompt)
             guidance = resolve_guidance(guidance, None)
             for start in range(0, n, batch_size):
                 rows = list(range(start, min(start + batch_size, n)))

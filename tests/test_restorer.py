@@ -86,7 +86,7 @@ def test_one_estimate_for_a_photo_in_windows_and_samples_by_another_sampler(rest
     result = restorer(y, A)
     assert result.protocol["method"]["sampler"] == "dpir" and result.nfe == 1
     assert float(result.samples.square().mean()) < 0.1 * float(y.square().mean())
-    with pytest.raises(restore.RestoreError, match="sampler dpir draws nothing, its samples would be equal"):
+    with pytest.raises(restore.RestoreError, match="samples must be 1 for the deterministic sampler dpir"):
         restorer(y, A, sampler="dpir", samples=2)
 
 
@@ -149,6 +149,47 @@ def test_a_sampler_of_ones_own(restorer, face):
         restorer(face, A, sampler=adjoint, steps=1, gian=0.5)
     with pytest.raises(restore.RestoreError, match="give steps"):
         restorer(face, A, sampler=adjoint)
+
+
+def test_a_method_is_resolved_once_and_run_as_it_is(restorer, face):
+    A = operators.SuperResolution(4, noise=operators.GaussianNoise(0.05))
+    y = A(face, torch.Generator().manual_seed(0))
+    method = restorer.method(A, sampler="dps", task="sr4", steps=3, parameters={"zeta": 0.7}, guidance=None)
+    assert isinstance(method, restore.Method) and (method.steps, method.parameters["zeta"]) == (3, 0.7)
+    result = restorer(y, A, method, samples=2, seed=1)
+    short = restorer(y, A, sampler="dps", task="sr4", steps=3, zeta=0.7, guidance=None, samples=2, seed=1)
+    assert torch.equal(result.samples, short.samples) and result.protocol == short.protocol
+    assert result.protocol["method"] == method.describe()
+    for choice in ({"steps": 4}, {"zeta": 1.0}, {"guidance": None}, {"sampler": "ddrm"}):
+        with pytest.raises(restore.RestoreError, match=f"{next(iter(choice))}= belongs to the method"):
+            restorer(y, A, method, **choice)
+    with pytest.raises(restore.RestoreError, match="deterministic sampler dpir"):
+        restorer(y, A, restorer.method(A, sampler="dpir"), samples=2)
+
+
+def test_a_samplers_parameter_may_have_the_name_of_a_keyword(restorer, face):
+    """It travels in the method; as a keyword it would be swallowed, which is said."""
+
+    def shifted(prior, operator, y, *, noise, steps, guidance=None, condition=None, callback=None, seed=0.0, label=1.0):
+        return operator.A_adjoint(y) * label + seed
+
+    A = operators.Denoising()
+    method = restorer.method(A, sampler=shifted, steps=1, parameters={"seed": 0.25, "label": 0.5})
+    assert torch.equal(restorer(face, A, method).samples[:, 0], 0.5 * face + 0.25)
+    with pytest.raises(restore.RestoreError, match="seed= is a parameter of sampler .*shifted and a keyword"):
+        restorer(face, A, sampler=shifted, steps=1)
+
+
+def test_reference_is_what_the_samplers_file_says(restorer):
+    """PSLD's block names the approximate transposes, DDNM's does not."""
+    A = operators.SuperResolution(4)
+    ddnm = restorer.method(A, sampler="ddnm", reference=True, steps=2)
+    assert ddnm.parameters["travel_from"] == "x0" and ddnm.adjoint == "exact" and "adjoint" not in ddnm.describe()
+    psld = restore.load("embedded-latent").method(A, sampler="psld", reference=True, steps=2)
+    assert psld.adjoint == "reference" and psld.parameters["index_shift"] and psld.describe()["adjoint"] == "reference"
+    assert restore.Method.from_config(psld.describe()) == psld
+    with pytest.raises(restore.RestoreError, match="dps has no reference"):
+        restorer.method(A, sampler="dps", reference=True)
 
 
 def test_protocol_holds_what_determines_the_result(restorer, face):

@@ -63,7 +63,7 @@ def test_a_class_by_name(tmp_path, monkeypatch, capsys, classes, photo):
     assert code == 2 and "did you mean 'photo'" in error
     command[command.index(classes)] = "embedded-latent"
     code, _, error = run(monkeypatch, capsys, *command, "--label", "face", "-o", tmp_path / "out")
-    assert code == 2 and "backbone embedded-latent has no classes: it takes no label" in error
+    assert code == 2 and "label" in error and "no classes" in error
 
 
 def test_samples_of_classes_by_name(tmp_path, monkeypatch, capsys, classes):

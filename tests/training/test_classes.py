@@ -39,7 +39,7 @@ def test_a_prior_with_classes_learns_and_restores(classes):
         restorer(y, A, label="fase", **options)
     with pytest.raises(restore.RestoreError, match="no class 3: the backbone has 3"):
         restorer.generate(1, labels=[3], steps=2)
-    with pytest.raises(restore.RestoreError, match="either a label or another condition"):
+    with pytest.raises(restore.RestoreError, match="label.*condition"):
         restorer(y, A, label="face", condition=torch.tensor([0]), **options)
 
 
