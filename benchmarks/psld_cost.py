@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import operators
 from benchmarks.measure import run_command
+from restore.backbones.memory_options import enable_block_checkpointing
 from restore.backbones.schedule import Schedule
 from restore.backbones.sizes import Sized
 from restore.backbones.stable_diffusion import StableDiffusion
@@ -105,7 +106,8 @@ def count_psld(
         side = size or model.resolution * model.downscale
         (_, plain), (first, guided) = _count_flops(model, side, batch, None), _count_flops(model, side, batch, guidance)
         peak, peak_pag = _count_peak(model, side, batch, None), _count_peak(model, side, batch, guidance)
-        model = _make_model(*configs, dtype, tokens, schedule, checkpointing=True)
+        model = _make_model(*configs, dtype, tokens, schedule)
+        enable_block_checkpointing(model)
         peak_checkpointing = _count_peak(model, side, batch, guidance)
     return StepCost(
         **{name: plain[name] for name in PARTS},
@@ -118,14 +120,14 @@ def count_psld(
     )
 
 
-def _make_model(unet_config, vae_config, dtype, tokens: int, schedule, checkpointing=False) -> StableDiffusion:
+def _make_model(unet_config, vae_config, dtype, tokens: int, schedule) -> StableDiffusion:
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 
     with _default_dtype(dtype):
         unet = UNet2DConditionModel.from_config(dict(unet_config))
         vae = (AutoencoderTiny if "num_decoder_blocks" in vae_config else AutoencoderKL).from_config(dict(vae_config))
     text = torch.randn(1, tokens, unet.config.cross_attention_dim)
-    return StableDiffusion(unet, vae, schedule, text, checkpointing=checkpointing)
+    return StableDiffusion(unet, vae, schedule, text)
 
 
 def _run_two_steps(prior: Sized, batch: int, guidance, callback=None) -> None:

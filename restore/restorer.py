@@ -14,6 +14,7 @@ import operators
 from operators import RestoreError
 from restore import method as methods
 from restore import samplers, zoo
+from restore.backbones.memory_options import enable_block_checkpointing, enable_vae_slicing, enable_vae_tiling
 from restore.backbones.sizes import Sized
 from restore.guidance import Guidance, resolve_guidance
 from restore.guidance.layers import format_layer_table
@@ -61,25 +62,28 @@ def load(
             device=choose_device(device),
             precision=precision,
             offline=offline or None,
-            checkpointing=checkpointing,
-            vae_slicing=vae_slicing,
-            vae_tiling=vae_tiling,
             vae=vae,
         )
-    return Restorer(backbone, found.name, overlap=overlap, max_windows=max_windows, checkpointing=checkpointing)
+    if checkpointing:
+        enable_block_checkpointing(backbone)
+    if vae_slicing:
+        enable_vae_slicing(backbone)
+    if vae_tiling:
+        enable_vae_tiling(backbone)
+    return Restorer(backbone, found.name, overlap=overlap, max_windows=max_windows, recompute_windows=checkpointing)
 
 
 class Restorer:
     """Restores measurements with a diffusion prior.
 
     backbone: see restore.backbones.base. name: looks presets up. overlap, max_windows and
-    checkpointing concern images beyond the trained resolution and memory, see Sized.
+    recompute_windows concern images beyond the trained resolution and memory, see Sized.
     One Restorer may be used from several threads.
     """
 
-    def __init__(self, backbone, name: str = "custom", *, overlap=0.5, max_windows=16, checkpointing=False) -> None:
+    def __init__(self, backbone, name: str = "custom", *, overlap=0.5, max_windows=16, recompute_windows=False) -> None:
         self.backbone, self.name = backbone, name
-        self.windows = {"overlap": overlap, "max_windows": max_windows, "checkpointing": checkpointing}
+        self.windows = {"overlap": overlap, "max_windows": max_windows, "recompute_windows": recompute_windows}
         self.kind = "pixels" if backbone.downscale == 1 else "latents"
         self.device = next(backbone.network.parameters()).device
 
@@ -273,7 +277,7 @@ class Restorer:
             "noise": repr(noise) if noise is not None else None,
             "range": "[-1, 1]",
             "method": method.describe(),
-            "windows": {key: value for key, value in self.windows.items() if key != "checkpointing"},
+            "windows": {key: value for key, value in self.windows.items() if key != "recompute_windows"},
             "torch": torch.__version__,
             "device": self.device.type,
             "threads": torch.get_num_threads(),

@@ -24,16 +24,18 @@ RESNET = {
     "emb_layers.1": "time_emb_proj",
     "out_layers.0": "norm2",
     "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
 }
+ATTENTION = {"norm": "group_norm", "qkv": "qkv", "proj_out": "to_out.0"}  # convert_weights splits qkv
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything the names and shapes of an ADM state dict say.
+    """The architecture that the names and shapes of an ADM state dict determine.
 
     base: channels C of the timestep embedding (its width is 4C).
     channels, attention: channels and presence of self-attention per level, finest first.
-    depth: residual blocks per level. classes: rows of the label embedding, None when unconditional.
+    depth: residual blocks per level. classes: rows of the label embedding, None if unconditional.
     resample_resnet: resblock_updown (True) or plain convolutions (False). scale_shift: use_scale_shift_norm.
     """
 
@@ -49,43 +51,43 @@ class Architecture:
 
     @property
     def attention_channels(self) -> tuple[int, ...]:
-        """Distinct channel counts of the attention layers, the middle block's included."""
+        """Distinct channel counts of the attention layers, including the middle block's."""
         levels = [c for c, present in zip(self.channels, self.attention, strict=True) if present]
         return tuple(sorted({*levels, self.channels[-1]}))
 
 
 def infer_architecture(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
-    """Architecture from tensor names and shapes. Raises RestoreError when they are no ADM's."""
+    """Infer the architecture from tensor names and shapes. Raises RestoreError if they are not those of an ADM."""
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in shapes:
             first = next(iter(shapes), "nothing")
             raise RestoreError(
-                f"this is not a guided-diffusion U-Net: it lacks '{name}' (its first tensor is '{first}'); "
-                "expected the flat state dict of a guided-diffusion UNetModel"
+                f"this is not a guided-diffusion U-Net: it has no '{name}' (its first tensor is '{first}'); "
+                "it must be the flat state dict of a guided-diffusion UNetModel"
             )
         return tuple(shapes[name])
 
     base = shape("time_embed.0.weight")[1]
     in_channels, out_channels = shape("input_blocks.0.0.weight")[1], shape("out.2.weight")[0]
     shape("middle_block.1.qkv.weight")
-    blocks = {}
-    for side in ("input_blocks", "output_blocks"):
-        numbers = {int(name.split(".")[1]) for name in shapes if name.startswith(side + ".")}
-        blocks[side] = max(numbers, default=-1) + 1
+    n_in, n_out = (
+        1 + max((int(name.split(".")[1]) for name in shapes if name.startswith(side + ".")), default=-1)
+        for side in ("input_blocks", "output_blocks")
+    )
     shape("output_blocks.0.0.in_layers.0.weight")
 
-    # Every level but the outermost ends, on the way up, with an upsampler behind its last residual block.
+    # On the way up, every level but the outermost ends with an upsampler after its last residual block.
     resnet_ups, conv_ups = (
-        sum(f"output_blocks.{n}.{i}.{key}" in shapes for n in range(blocks["output_blocks"]) for i in (1, 2))
+        sum(f"output_blocks.{n}.{i}.{key}" in shapes for n in range(n_out) for i in (1, 2))
         for key in ("in_layers.0.weight", "conv.weight")
     )
     levels = 1 + resnet_ups + conv_ups
-    per_level, remainder = divmod(blocks["input_blocks"], levels)
-    if remainder or per_level < 2 or blocks["output_blocks"] != blocks["input_blocks"]:
+    per_level, remainder = divmod(n_in, levels)
+    if remainder or per_level < 2 or n_out != n_in:
         raise RestoreError(
-            f"{blocks['input_blocks']} input blocks, {blocks['output_blocks']} output blocks and {levels - 1} "
-            "upsamplers do not make a guided-diffusion U-Net; is the checkpoint complete?"
+            f"this is not a guided-diffusion U-Net or not complete: it has {n_in} input blocks, {n_out} output blocks "
+            f"and {levels - 1} upsamplers"
         )
     first = [1 + level * per_level for level in range(levels)]
     channels = tuple(shape(f"input_blocks.{n}.0.out_layers.3.weight")[0] for n in first)
@@ -102,20 +104,19 @@ def infer_architecture(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
     )
 
 
-def head_counts(arch: Architecture, heads: int | None = None, head_channels: int | None = None) -> dict[int, int]:
-    """Number of heads by the channels of an attention layer.
+def count_heads(arch: Architecture, heads: int | None = None, head_channels: int | None = None) -> dict[int, int]:
+    """Return the number of heads by the channels of an attention layer, which shapes do not tell.
 
-    The shapes do not tell it. `heads`: the same number everywhere (num_heads with num_head_channels = -1);
-    `head_channels`: channels per head; neither: 64 channels per head, as all published ADM checkpoints have.
-    Raises RestoreError when the channels do not divide.
+    heads: the same number everywhere (num_heads with num_head_channels = -1). head_channels: channels per head. With
+    neither, 64 channels per head, as in all published ADM checkpoints. Raises RestoreError unless the channels divide.
     """
     if heads is not None and head_channels is not None:
-        raise RestoreError("give either heads or head_channels, not both")
+        raise RestoreError("heads and head_channels must not be given both")
+    width = head_channels or PUBLISHED_HEAD_CHANNELS
     counts = {}
     for channels in arch.attention_channels:
-        width = head_channels or PUBLISHED_HEAD_CHANNELS
         if heads is not None and (heads < 1 or channels % heads):
-            raise RestoreError(f"an attention layer of {channels} channels cannot have {heads} heads")
+            raise RestoreError(f"heads must divide the {channels} channels of an attention layer, got {heads}")
         if heads is None and (width < 1 or channels % width):
             raise RestoreError(
                 f"an attention layer of {channels} channels cannot have heads of {width} channels, and the weights do "
@@ -125,8 +126,8 @@ def head_counts(arch: Architecture, heads: int | None = None, head_channels: int
     return counts
 
 
-def network_config(arch: Architecture, heads: Mapping[int, int], resolution: int) -> dict:
-    """Constructor arguments of the UNet2DModel with this architecture."""
+def make_config(arch: Architecture, heads: Mapping[int, int], resolution: int) -> dict:
+    """Return the constructor arguments of the UNet2DModel with this architecture."""
     down = "ResnetDownsampleBlock2D" if arch.resample_resnet else "DownBlock2D"
     up = "ResnetUpsampleBlock2D" if arch.resample_resnet else "UpBlock2D"
     return {
@@ -153,11 +154,11 @@ def network_config(arch: Architecture, heads: Mapping[int, int], resolution: int
 
 
 def build_network(config: Mapping, base: int | None = None, heads: Mapping[int, int] | None = None) -> UNet2DModel:
-    """An empty UNet2DModel on the meta device, its weights to be assigned by load_state_dict(assign=True).
+    """Build a UNet2DModel on the meta device, for load_state_dict(assign=True).
 
     base: channels of the timestep embedding; diffusers ties them to the first level's channels, ADM does
-    not (ImageNet-512: 256 against 128). heads: number of heads by a layer's channels; diffusers knows
-    only one width for all layers.
+    not (ImageNet-512: 256 against 128). heads: number of heads by a layer's channels; diffusers has
+    one width for all layers.
     """
     with torch.device("meta"):
         network = UNet2DModel.from_config(dict(config))
@@ -168,15 +169,15 @@ def build_network(config: Mapping, base: int | None = None, heads: Mapping[int, 
     for path, module in network.named_modules():
         if heads and hasattr(module, "to_q"):
             if module.query_dim not in heads:
-                raise RestoreError(f"no number of heads is given for {path} with its {module.query_dim} channels")
+                raise RestoreError(f"heads must have an entry for {path} with its {module.query_dim} channels")
             count = heads[module.query_dim]
             module.heads = module.sliceable_head_dim = count
             module.scale = (module.query_dim // count) ** -0.5
     return network.eval()
 
 
-def rename_table(arch: Architecture) -> dict[str, str]:
-    """Module names, guided-diffusion -> diffusers. The names say nothing of weight/bias."""
+def map_modules(arch: Architecture) -> dict[str, str]:
+    """Return the name in diffusers of each module that such a network of guided-diffusion may have."""
     table = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
@@ -184,81 +185,53 @@ def rename_table(arch: Architecture) -> dict[str, str]:
         "out.0": "conv_norm_out",
         "out.2": "conv_out",
     }
+
+    def add(source: str, target: str, parts: Mapping[str, str]) -> None:
+        table.update({f"{source}.{part}": f"{target}.{name}" for part, name in parts.items()})
+
+    add("middle_block.0", "mid_block.resnets.0", RESNET)
+    add("middle_block.1", "mid_block.attentions.0", ATTENTION)
+    add("middle_block.2", "mid_block.resnets.1", RESNET)
     levels, depth = len(arch.channels), arch.depth
-
-    def resnet(source: str, target: str, changes_channels: bool) -> None:
-        table.update({f"{source}.{a}": f"{target}.{b}" for a, b in RESNET.items()})
-        if changes_channels:
-            table[f"{source}.skip_connection"] = f"{target}.conv_shortcut"
-
-    def attention(source: str, target: str) -> None:
-        table.update({f"{source}.norm": f"{target}.group_norm", f"{source}.proj_out": f"{target}.to_out.0"})
-        table[f"{source}.qkv"] = f"{target}.qkv"  # split by convert()
-
-    number, skips = 1, [arch.channels[0]]
-    current = arch.channels[0]
-    for level, channels in enumerate(arch.channels):
+    for i in range(levels):
         for j in range(depth):
-            resnet(f"input_blocks.{number}.0", f"down_blocks.{level}.resnets.{j}", current != channels)
-            if arch.attention[level]:
-                attention(f"input_blocks.{number}.1", f"down_blocks.{level}.attentions.{j}")
-            current = channels
-            skips.append(channels)
-            number += 1
-        if level < levels - 1:
-            source, target = f"input_blocks.{number}.0", f"down_blocks.{level}.downsamplers.0"
-            if arch.resample_resnet:
-                resnet(source, target, False)
-            else:
-                table[f"{source}.op"] = f"{target}.conv"
-            skips.append(channels)
-            number += 1
-
-    resnet("middle_block.0", "mid_block.resnets.0", False)
-    attention("middle_block.1", "mid_block.attentions.0")
-    resnet("middle_block.2", "mid_block.resnets.1", False)
-
-    number = 0
-    for u, level in enumerate(reversed(range(levels))):
+            block = f"input_blocks.{1 + i * (depth + 1) + j}"
+            add(f"{block}.0", f"down_blocks.{i}.resnets.{j}", RESNET)
+            add(f"{block}.1", f"down_blocks.{i}.attentions.{j}", ATTENTION)
+        add(f"input_blocks.{(i + 1) * (depth + 1)}.0", f"down_blocks.{i}.downsamplers.0", {**RESNET, "op": "conv"})
         for j in range(depth + 1):
-            block, unit = f"output_blocks.{number}", f"up_blocks.{u}"
-            resnet(f"{block}.0", f"{unit}.resnets.{j}", current + skips.pop() != arch.channels[level])
-            current = arch.channels[level]
-            if arch.attention[level]:
-                attention(f"{block}.1", f"{unit}.attentions.{j}")
-            if j == depth and level > 0:
-                source = f"{block}.{2 if arch.attention[level] else 1}"
-                if arch.resample_resnet:
-                    resnet(source, f"{unit}.upsamplers.0", False)
-                else:
-                    table[f"{source}.conv"] = f"{unit}.upsamplers.0.conv"
-            number += 1
+            block = f"output_blocks.{i * (depth + 1) + j}"
+            add(f"{block}.0", f"up_blocks.{i}.resnets.{j}", RESNET)
+            add(f"{block}.1", f"up_blocks.{i}.attentions.{j}", ATTENTION)
+        upsampler = 2 if arch.attention[levels - 1 - i] else 1
+        add(f"{block}.{upsampler}", f"up_blocks.{i}.upsamplers.0", {**RESNET, "conv": "conv"})
     return table
 
 
 def split_qkv(tensor: torch.Tensor, heads: int, order: str) -> tuple[torch.Tensor, ...]:
-    """A (3c, ...) qkv tensor as q, k, v of (c, ...). legacy: heads outermost; new: q, k, v outermost."""
+    """Split a (3c, ...) qkv tensor into q, k, v of (c, ...). legacy: heads outermost; new: q, k, v outermost."""
     if order == "new":
         return tuple(tensor.chunk(3))
     per_head = tensor.reshape(heads, 3, -1, *tensor.shape[1:])
     return tuple(per_head[:, i].reshape(-1, *tensor.shape[1:]) for i in range(3))
 
 
-def convert(
+def convert_weights(
     state: Mapping[str, torch.Tensor],
     arch: Architecture,
     heads: Mapping[int, int],
     attention_order: str,
     targets: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """`state` under diffusers' names, fp32, shaped as `targets` (the state dict of build_network).
+    """Return `state` under diffusers' names, fp32, shaped as `targets` (the state dict of build_network).
 
-    Every source tensor is used exactly once and every target filled; otherwise RestoreError with the first
-    missing and unexpected names. Works on meta tensors.
+    Works on meta tensors. Raises RestoreError, with the first missing and unexpected names, unless every tensor is
+    used exactly once and every target filled.
     """
     if attention_order not in ("legacy", "new"):
-        raise RestoreError(f"attention_order must be 'legacy' or 'new', not '{attention_order}'")
-    table = {f"{a}.{kind}": f"{b}.{kind}" for a, b in rename_table(arch).items() for kind in ("weight", "bias")}
+        raise RestoreError(f"attention_order must be 'legacy' or 'new', got '{attention_order}'")
+    names = [(f"{a}.{kind}", f"{b}.{kind}") for a, b in map_modules(arch).items() for kind in ("weight", "bias")]
+    table = {source: target for source, target in names if target.replace(".qkv.", ".to_q.") in targets}
     if arch.classes is not None:
         table["label_emb.weight"] = "class_embedding.weight"
     missing = [name for name in table if name not in state]
@@ -269,33 +242,24 @@ def convert(
             f"{len(missing)} tensors missing (first: {missing[0] if missing else 'none'}), "
             f"{len(unexpected)} unexpected (first: {unexpected[0] if unexpected else 'none'})"
         )
-    result, sources = {}, {}
+    result = {}
     for source, target in table.items():
-        tensor = state[source].to(torch.float32)
+        tensor, names = state[source].float(), [target]
         stem, _, kind = target.rpartition(".")
+        if stem.endswith((".qkv", ".to_out.0")) and tensor.ndim > 1:
+            tensor = tensor.flatten(1)  # 1x1 convolutions there, linear layers here
+        parts = (tensor,)
         if stem.endswith(".qkv"):
             if tensor.shape[0] % 3 or tensor.shape[0] // 3 not in heads:
-                raise RestoreError(
-                    f"'{source}' has {tensor.shape[0]} rows, expected 3 times {' or '.join(map(str, heads))}"
-                )
-            if tensor.ndim > 1:
-                tensor = tensor.reshape(tensor.shape[0], -1)
+                wanted = " or ".join(map(str, heads))
+                raise RestoreError(f"'{source}' must have 3 times {wanted} rows, got {tensor.shape[0]} rows")
             parts = split_qkv(tensor, heads[tensor.shape[0] // 3], attention_order)
             names = [f"{stem[:-3]}{letter}.{kind}" for letter in ("to_q", "to_k", "to_v")]
-        else:
-            if stem.endswith("to_out.0") and tensor.ndim > 2:
-                tensor = tensor.reshape(tensor.shape[0], -1)
-            parts, names = (tensor,), (target,)
         for name, part in zip(names, parts, strict=True):
-            result[name], sources[name] = part.contiguous(), source
-    for name, tensor in result.items():
-        if name not in targets or tensor.shape != targets[name].shape:
-            wanted = tuple(targets[name].shape) if name in targets else "no such tensor"
-            raise RestoreError(
-                f"the checkpoint does not fit: '{sources[name]}' gives {name} the shape {tuple(tensor.shape)}, "
-                f"expected {wanted}"
-            )
-    unfilled = [name for name in targets if name not in result]
-    if unfilled:
-        raise RestoreError(f"the checkpoint fills no '{unfilled[0]}'; it is not a complete guided-diffusion U-Net")
+            if part.shape != targets[name].shape:
+                raise RestoreError(
+                    f"the checkpoint does not fit: {name} must have the shape {tuple(targets[name].shape)}, got "
+                    f"{tuple(part.shape)} from '{source}'"
+                )
+            result[name] = part.contiguous()
     return result

@@ -1,8 +1,7 @@
 """Transformers on latents: Stable Diffusion 3 and 3.5 and FLUX.1 (flow matching), DiT (class-conditional ImageNet).
 
 The networks are diffusers' `SD3Transformer2DModel`, `FluxTransformer2DModel` and `DiTTransformer2DModel`, the
-autoencoder its `AutoencoderKL` or `AutoencoderTiny`, the prompt's embedding that of its pipelines; nothing of them
-is rewritten here.
+autoencoder its `AutoencoderKL` or `AutoencoderTiny`; prompts are embedded by its pipelines.
 """
 
 from __future__ import annotations
@@ -19,27 +18,27 @@ from torch import nn
 from operators import RestoreError
 from operators.naming import check_known
 from restore.backbones import flow_files as files
-from restore.backbones.adm import class_labels
-from restore.backbones.autoencoder import Latents, vae_precision
-from restore.backbones.base import PREDICTION_TYPES, AttentionLayer, Prediction, require_shape
+from restore.backbones.adm import check_labels
+from restore.backbones.attention_layers import find_attention_layers
+from restore.backbones.autoencoder import Latents
+from restore.backbones.base import PREDICTION_TYPES, Prediction, require_shape
 from restore.backbones.schedule import Schedule
-from restore.backbones.stable_diffusion import scaled_gradients
-from restore.backbones.weights import as_dtype
+from restore.backbones.stable_diffusion import run_in_dtype
 
 
 class FlowTransformer(Latents):
-    """What SD3 and FLUX share: x_t = (1 − sigma) x_0 + sigma n, the network predicts v = n − x_0.
+    """Base of SD3 and FLUX: x_t = (1 − sigma) x_0 + sigma n, the network predicts v = n − x_0.
 
     network: the diffusers transformer. vae: AutoencoderKL or AutoencoderTiny. scheduler: the configuration of a
         FlowMatchEulerDiscreteScheduler.
-    null_condition: the empty prompt's condition, None where there is no text encoder. encode_prompt: text ->
-        condition; None without text encoders.
+    null_condition: the empty prompt's condition; None without a text encoder. encode_prompt: text -> condition; None
+        without text encoders.
     resolution: the trained side in latent cells; None: the network's own.
 
     A condition is one tensor (1 or B, 1 + tokens, width): the pooled embedding of the prompt as the first row, then
-    its tokens' (`text_condition` makes it). x is a scaled latent (B, C, h, w). A subclass names its classes and has
-    `_velocity(x, times, text, pooled)`; `packed`: cells of x in one channel of the network's. Raises RestoreError for
-    parts that do not belong together.
+    the embeddings of its tokens (see `text_condition`). x is a scaled latent (B, C, h, w). A subclass names its
+    classes and defines `_velocity(x, times, text, pooled)`; `packed` is the number of cells of x in one token. Raises
+    RestoreError for parts that do not belong together.
     """
 
     network_class, tiny_vae, kind, default_resolution, patch, packed = "", "", "", 128, 2, 1
@@ -53,99 +52,83 @@ class FlowTransformer(Latents):
         *,
         encode_prompt: Callable[[str], torch.Tensor] | None = None,
         resolution: int | None = None,
-        vae_slicing: bool = False,
-        vae_tiling: bool = False,
-        checkpointing: bool = False,
     ) -> None:
         if type(network).__name__ != self.network_class:
-            raise RestoreError(f"the network is a {type(network).__name__}, expected a {self.network_class}")
+            raise RestoreError(f"network must be a {self.network_class}, got a {type(network).__name__}")
         if "FlowMatch" not in str(scheduler.get("_class_name", "FlowMatch")):
-            raise RestoreError(f"the scheduler is a {scheduler['_class_name']}, expected one of flow matching")
+            raise RestoreError(f"scheduler must be one of flow matching, got a {scheduler['_class_name']}")
         self.network = network.eval().requires_grad_(False)
         self.scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler}
         self.times = int(self.scheduler.get("num_train_timesteps", 1000))
-        self.null_condition = None if null_condition is None else null_condition.detach()
+        self.null_condition = None if null_condition is None else null_condition.detach().to(self.device)
         self.encode_prompt = encode_prompt
-        self.attention = attention_layers(network)
+        self.attention = find_attention_layers(network)
         self.multiple = self.patch
         self.channels = network.config.in_channels // self.packed
         self.resolution = resolution or network.config.get("sample_size") or self.default_resolution
         self.schedule = self.sized_schedule(self.resolution, self.resolution)
-        self.use_vae(vae, slicing=vae_slicing, tiling=vae_tiling, checkpointing=checkpointing)
-        if checkpointing:
-            network.enable_gradient_checkpointing()
+        self.use_vae(vae)
 
     @classmethod
-    def load(
+    def read(
         cls,
         source: str | Path,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | str = torch.float32,
-        vae_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype,
         vae: nn.Module | None = None,
+        *,
         text_tokens: int | None = None,
         **options,
-    ) -> FlowTransformer:
-        """From a folder as diffusers' `save_pretrained` writes it: transformer, vae, scheduler, and where they are
-        there the text encoders and tokenizers (without T5, SD3's tokens of it are zeros, as in diffusers).
+    ) -> tuple[nn.Module, nn.Module, dict]:
+        """Read transformer, autoencoder and keywords of the constructor; see Latents.load.
 
-        dtype: precision of the transformer: a torch dtype or "fp32", "bf16", "fp16"; the text encoders run on the
-            CPU, in bfloat16 where it is not fp32. vae_dtype: of the autoencoder; by default the same, except that
-            with float16 it stays float32. vae: an autoencoder in place of the folder's.
+        source: a diffusers folder with transformer, vae and scheduler, and optionally text encoders and tokenizers
+            (without T5, SD3 uses zeros for its tokens, as diffusers does).
         text_tokens: length to which T5's prompts are padded and cut; default: the pipeline's.
-        options: of the constructor.
-        The text encoders are kept no longer than the empty prompt takes; `encode_prompt` reads them again and keeps
-        them. Raises RestoreError for anything that is not a complete model of this kind.
+        The text encoders run on the CPU, in bfloat16 unless `dtype` is float32. They are released after encoding the
+        empty prompt; `encode_prompt` reads them again and keeps them.
         """
-        dtype = as_dtype(dtype)
-        parts = files.read_folder(source, cls.kind, dtype, vae)
-        encode = files.prompt_encoder(Path(source), cls.kind, parts["transformer"], dtype, text_tokens)
-        return cls(
-            nn.Module.to(parts["transformer"], device),
-            nn.Module.to(parts["vae"], device, vae_precision(vae_dtype, dtype)),
-            parts["scheduler"],
-            None if encode is None else encode("", keep=False).to(device),
-            encode_prompt=encode,
-            **options,
-        )
+        network, vae, scheduler = files.read_folder(source, cls.kind, dtype, vae)
+        encode = files.make_prompt_encoder(Path(source), cls.kind, network, dtype, text_tokens)
+        null_condition = None if encode is None else encode("", keep=False)
+        parts = {"scheduler": scheduler, "null_condition": null_condition, "encode_prompt": encode}
+        return network, vae, parts | options
 
     def sized_schedule(self, height: int, width: int) -> Schedule:
-        """The noise levels for latents of this many cells: with dynamic shifting they depend on the number of tokens
-        that the network sees at once."""
+        """Return the noise levels for latents of height x width cells: with dynamic shifting they depend on the number
+        of tokens that the network sees at once."""
         sides = (min(side, self.resolution) // self.patch for side in (height, width))
         return Schedule.from_config(self.scheduler, tokens=math.prod(sides))
 
     def predict(self, x_t: torch.Tensor, t: float, condition: torch.Tensor | None = None) -> Prediction:
-        """The prediction for a latent x_t (B, C, h, w), in the dtype of x_t.
+        """Return the prediction for a latent x_t (B, C, h, w), in the dtype of x_t.
 
-        t: 1000 sigma, any from 0 to 1000 whatever the schedule's shift; a (B,) tensor gives every latent its own.
-        condition: see the class; None is the empty prompt. Raises RestoreError for a side that the patches do not
-        divide, another condition and a t outside.
+        t: 1000 sigma, from 0 to 1000 for any shift of the schedule; a (B,) tensor gives every latent its own.
+        condition: see the class; None is the empty prompt. Raises RestoreError for sides not divisible by the patch,
+        other conditions and times out of range.
         """
         require_shape(x_t, self.channels, self.multiple)
-        times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).reshape(-1).expand(len(x_t))
-        own = isinstance(t, torch.Tensor) and t.numel() > 1
-        sigma = t.to(x_t).view(-1, 1, 1, 1) / self.times if own else float(t) / self.times
+        times = _as_times(t, x_t)
+        batched = isinstance(t, torch.Tensor) and t.numel() > 1
+        sigma = t.to(x_t).view(-1, 1, 1, 1) / self.times if batched else float(t) / self.times
         if not 0 <= float(times.min()) <= float(times.max()) <= self.times:
-            raise RestoreError(f"t is {t}, expected 0 to {self.times}")
-        text, pooled = self._text(condition, x_t)
-        out = scaled_gradients(lambda x: self._velocity(x, times, text, pooled), x_t, self.network.dtype)
+            raise RestoreError(f"t must lie in 0 to {self.times}, got {t}")
+        text, pooled = self._split_condition(condition, x_t)
+        out = run_in_dtype(lambda x: self._velocity(x, times, text, pooled), x_t, self.network.dtype)
         return Prediction.of("velocity", out, x_t, 1 - sigma, sigma)
 
-    def _text(self, condition: torch.Tensor | None, x_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _split_condition(self, condition: torch.Tensor | None, x_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         condition = self.null_condition if condition is None else condition
         tokens, pooled = self.network.config.joint_attention_dim, self.network.config.pooled_projection_dim
         if condition is None:
             raise RestoreError(
-                "this model came without text encoders: give condition=, embeddings made elsewhere "
-                "(restore.backbones.flow_files.text_condition), or a folder with text encoders and tokenizers"
+                "condition must be a prompt's embedding, as this model came without text encoders, got None; try "
+                "restore.backbones.flow_files.text_condition, or a folder with text encoders and tokenizers"
             )
-        wanted = isinstance(condition, torch.Tensor) and condition.ndim == 3 and len(condition) in (1, len(x_t))
-        if not wanted or condition.shape[1] < 2 or condition.shape[2] != max(tokens, pooled):
+        valid = isinstance(condition, torch.Tensor) and condition.ndim == 3 and len(condition) in (1, len(x_t))
+        if not valid or condition.shape[1] < 2 or condition.shape[2] != max(tokens, pooled):
             raise RestoreError(
-                f"condition must be a prompt's embedding (1 or {len(x_t)}, 1 + tokens, {max(tokens, pooled)}), as "
-                "encode_prompt and text_condition make it"
+                f"condition must be a prompt's embedding (1 or {len(x_t)}, 1 + tokens, {max(tokens, pooled)}), got "
+                f"{getattr(condition, 'shape', condition)!s}; try encode_prompt or text_condition"
             )
         condition = condition.to(x_t.device, self.network.dtype).expand(len(x_t), -1, -1)
         return condition[:, 1:, :tokens], condition[:, 0, :pooled]
@@ -199,25 +182,16 @@ class DiT(Latents):
     """DiT (Peebles & Xie 2023): class-conditional, eps and a learned variance range, on Stable Diffusion's latents.
 
     network: DiTTransformer2DModel. vae: AutoencoderKL or AutoencoderTiny. scheduler: the configuration of a scheduler
-        with betas. A condition is class labels, as ADM's; null_condition is the class behind the last (1000 of
+        with betas. A condition is class labels, as ADM's; null_condition is the class after the last (1000 of
         ImageNet's 0..999). x is a scaled latent (B, C, h, w).
 
-    diffusers puts the tokens back into a square, so the sides of x are those the network was trained at: `multiple` is
-    the resolution, smaller images are padded to it.
+    diffusers arranges the tokens in a square, so x must have the trained size: `multiple` is the resolution, and
+    smaller images are padded to it.
     """
 
     network_class, tiny_vae, encode_prompt = "DiTTransformer2DModel", "taesd", None
 
-    def __init__(
-        self,
-        network: nn.Module,
-        vae: nn.Module,
-        scheduler: Mapping[str, Any],
-        *,
-        vae_slicing: bool = False,
-        vae_tiling: bool = False,
-        checkpointing: bool = False,
-    ) -> None:
+    def __init__(self, network: nn.Module, vae: nn.Module, scheduler: Mapping[str, Any]) -> None:
         config = network.config
         self.network = network.eval().requires_grad_(False)
         self.schedule = Schedule.from_config(scheduler)
@@ -228,63 +202,34 @@ class DiT(Latents):
         self.learned_variance = network.out_channels == 2 * config.in_channels
         self.classes = config.num_embeds_ada_norm + 1
         self.null_condition = torch.tensor([self.classes - 1])
-        self.attention = attention_layers(network)
-        self.use_vae(vae, slicing=vae_slicing, tiling=vae_tiling, checkpointing=checkpointing)
-        if checkpointing:
-            network.enable_gradient_checkpointing()
+        self.attention = find_attention_layers(network)
+        self.use_vae(vae)
 
     @classmethod
-    def load(
-        cls,
-        source: str | Path,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | str = torch.float32,
-        vae_dtype: torch.dtype | str | None = None,
-        vae: nn.Module | None = None,
-        **options,
-    ) -> DiT:
-        """From a folder as diffusers' DiTPipeline writes it; arguments as in FlowTransformer.load."""
-        dtype = as_dtype(dtype)
-        parts = files.read_folder(source, "dit", dtype, vae)
-        network = nn.Module.to(parts["transformer"], device)
-        vae = nn.Module.to(parts["vae"], device, vae_precision(vae_dtype, dtype))
-        return cls(network, vae, parts["scheduler"], **options)
+    def read(cls, source: str | Path, dtype: torch.dtype, vae: nn.Module | None = None) -> tuple:
+        """Read a folder as diffusers' DiTPipeline writes it; see Latents.load."""
+        network, vae, scheduler = files.read_folder(source, "dit", dtype, vae)
+        return network, vae, {"scheduler": scheduler}
 
     def predict(self, x_t: torch.Tensor, t: float, condition: torch.Tensor | int | None = None) -> Prediction:
-        """The prediction for a latent x_t (B, C, resolution, resolution), in the dtype of x_t.
+        """Return the prediction for a latent x_t (B, C, resolution, resolution), in the dtype of x_t.
 
         t: 0..T−1, also between; a (B,) tensor gives every latent its own. condition: class labels, one or one per
         image; None is no class. Raises RestoreError for other sizes, labels and times.
         """
         require_shape(x_t, self.channels, self.multiple)
         if x_t.shape[-1] != x_t.shape[-2]:
-            raise RestoreError(f"x_t has shape {tuple(x_t.shape)}, but DiT knows squares alone")
+            raise RestoreError(f"x_t must be square for DiT, got shape {tuple(x_t.shape)}")
         alpha, sigma = self.schedule.levels(t, x_t)
-        times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).reshape(-1).expand(len(x_t))
-        labels = class_labels(self.null_condition if condition is None else condition, len(x_t), self.classes)
+        times = _as_times(t, x_t)
+        labels = check_labels(self.null_condition if condition is None else condition, len(x_t), self.classes)
         labels = labels.to(x_t.device)
-        out = scaled_gradients(
+        out = run_in_dtype(
             lambda x: self.network(x, timestep=times, class_labels=labels).sample, x_t, self.network.dtype
         )
         out, variance = out.chunk(2, dim=1) if self.learned_variance else (out, None)
         return Prediction.of(PREDICTION_TYPES[self.prediction_type], out, x_t, alpha, sigma, variance)
 
 
-def attention_layers(network: nn.Module) -> dict[str, AttentionLayer]:
-    """The attention layers of a transformer by diffusers path, in order of execution.
-
-    Short names are b0, b1, ... in order of the blocks: FLUX's single blocks go on where the double ones end (19 to 56
-    of FLUX.1). Where a block of SD3.5 has a second attention, of the image alone, it is b0.2.
-    """
-    layers: dict[str, AttentionLayer] = {}
-    patch = 2 if type(network).__name__ == "FluxTransformer2DModel" else network.config.get("patch_size", 2)
-    stacks = [(name, getattr(network, name, ())) for name in ("transformer_blocks", "single_transformer_blocks")]
-    blocks = [(f"{name}.{i}", block) for name, stack in stacks for i, block in enumerate(stack)]
-    for n, (path, block) in enumerate(blocks):
-        for part, short in (("attn1", f"b{n}"), ("attn", f"b{n}"), ("attn2", f"b{n}.2")):
-            attn = getattr(block, part, None)
-            if attn is not None:
-                layer = AttentionLayer(f"{path}.{part}", "", short, attn, attn.heads, attn.to_q.in_features, patch)
-                layers[layer.path] = layer
-    return layers
+def _as_times(t: float | torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(t, dtype=torch.float32, device=x_t.device).reshape(-1).expand(len(x_t))

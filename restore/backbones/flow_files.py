@@ -1,4 +1,4 @@
-"""Reading transformer models (SD3, FLUX, DiT) from diffusers folders, and their text encoders."""
+"""Reading transformer models (SD3, FLUX, DiT) and their text encoders from diffusers folders."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from torch import nn
 from operators import RestoreError
 from restore import disk
 from restore.backbones.autoencoder import load_vae
-from restore.backbones.stable_diffusion_files import network, no_progress_bars, pipeline_index
-from restore.backbones.weights import first_line
+from restore.backbones.weights import first_line, hide_progress_bars, load_part, read_pipeline_index
 
-# Of each kind: the class of its transformer, its pipeline's, and those of its text encoders. What is optional may be
-# missing: the pipeline then puts zeros in its place.
+# Of each kind, the classes of its transformer, its pipeline and its text encoders.
 KINDS = {
     "sd3": (
         "SD3Transformer2DModel",
@@ -26,102 +24,102 @@ KINDS = {
     "flux": ("FluxTransformer2DModel", "FluxPipeline", ("CLIPTextModel", "T5EncoderModel")),
     "dit": ("DiTTransformer2DModel", "DiTPipeline", ()),
 }
-OPTIONAL = {"sd3": ("text_encoder_3", "tokenizer_3")}
-TOKENIZERS = {"T5EncoderModel": "T5TokenizerFast"}  # of the others: CLIPTokenizer
+OPTIONAL = {"sd3": ("text_encoder_3", "tokenizer_3")}  # the pipeline uses zeros for a missing one
+TOKENIZERS = {"T5EncoderModel": "T5TokenizerFast"}  # the others have a CLIPTokenizer
 
 
-def read_folder(source: str | Path, kind: str, dtype: torch.dtype, vae: nn.Module | None = None) -> dict:
-    """transformer in `dtype` and vae as stored, on the CPU; scheduler as its configuration. Raises RestoreError.
+def read_folder(source: str | Path, kind: str, dtype: torch.dtype, vae: nn.Module | None = None) -> tuple:
+    """Read the transformer in `dtype`, the autoencoder as stored, both on the CPU, and the scheduler's configuration.
 
-    vae: in place of the folder's, which may then be missing.
+    vae: in place of the folder's, which may then be missing. Raises RestoreError.
     """
     import diffusers
 
     folder = Path(source).expanduser()
-    index = pipeline_index(folder, "transformer, vae and scheduler")
+    index = read_pipeline_index(folder, "transformer, vae and scheduler")
+    transformer, pipeline, _ = KINDS[kind]
     # diffusers' DiT was a Transformer2DModel when the published folders were written.
-    found = (index.get("transformer") or [None, None])[1]
-    if KINDS[kind][0] != found and (index.get("_class_name") != KINDS[kind][1] or found != "Transformer2DModel"):
-        raise RestoreError(f"{folder} holds a {index.get('_class_name', 'model')}, not a {KINDS[kind][1]}")
+    name = (index.get("transformer") or [None, None])[1]
+    if name != transformer and (index.get("_class_name") != pipeline or name != "Transformer2DModel"):
+        raise RestoreError(f"{folder} must hold a {pipeline}, got a {index.get('_class_name', 'model')}")
     needed = ["transformer", "scheduler"] + ["vae"] * (vae is None)
     missing = [name for name in needed if not (folder / name).is_dir()]
     if missing:
         raise RestoreError(f"{folder} is incomplete: it has no {', '.join(missing)}")
-    with no_progress_bars():
-        transformer = network(getattr(diffusers, KINDS[kind][0]), folder, "transformer", dtype, pickles=True)
-    return {
-        "transformer": transformer,
-        "vae": load_vae(folder / "vae", pickles=True) if vae is None else vae,
-        "scheduler": disk.read_json(folder / "scheduler" / "scheduler_config.json", required=True),
-    }
+    with hide_progress_bars():
+        network = load_part(getattr(diffusers, transformer), folder, "transformer", dtype, pickles=True)
+    vae = load_vae(folder / "vae", pickles=True) if vae is None else vae
+    return network, vae, disk.read_json(folder / "scheduler" / "scheduler_config.json", required=True)
 
 
-def prompt_encoder(
+def make_prompt_encoder(
     folder: Path, kind: str, transformer: nn.Module, dtype: torch.dtype, text_tokens: int | None = None
 ) -> Callable[..., torch.Tensor] | None:
-    """encode(text, keep=True) -> condition (1, 1 + tokens, width) in float32, by the pipeline's own encode_prompt with
-    the text encoders of the folder, read when needed and kept if `keep`; None where the folder has none of them.
+    """Return encode(text, keep=True) -> condition (1, 1 + tokens, width) in float32, the pipeline's own encode_prompt.
 
-    Raises RestoreError where it has some but not all.
+    The folder's text encoders are read when needed and kept if `keep`. None if the folder has no text encoder;
+    raises RestoreError if it has only some of them.
     """
     folder = folder.expanduser()
     names = [f"{part}{n}" for n, _ in _numbered(kind) for part in ("text_encoder", "tokenizer")]
-    there = [name for name in names if (folder / name).is_dir()]
-    if not there:
+    present = [name for name in names if (folder / name).is_dir()]
+    if not present:
         return None
-    missing = [name for name in names if name not in there and name not in OPTIONAL.get(kind, ())]
+    missing = [name for name in names if name not in present and name not in OPTIONAL.get(kind, ())]
     if missing:
-        raise RestoreError(f"{folder} has {', '.join(there)} but no {', '.join(missing)}: prompts need all of them")
-    kept: list = []
+        raise RestoreError(f"{folder} has {', '.join(present)} but no {', '.join(missing)}: prompts need all of them")
+    pipelines: list = []
 
     @torch.no_grad()
     def encode(text: str, keep: bool = True) -> torch.Tensor:
         if not isinstance(text, str):
-            raise RestoreError(f"a prompt is a text, not a {type(text).__name__}")
-        pipe = kept[0] if kept else _text_pipeline(folder, kind, transformer, dtype)
-        if keep and not kept:
-            kept.append(pipe)
-        others = {f"prompt{n}": None for n, _ in _numbered(kind)[1:]}
-        options = {"do_classifier_free_guidance": False} if kind == "sd3" else {}
+            raise RestoreError(f"prompt must be a string, got a {type(text).__name__}")
+        pipe = pipelines[0] if pipelines else _read_text_pipeline(folder, kind, transformer, dtype)
+        if keep and not pipelines:
+            pipelines.append(pipe)
+        options = {f"prompt{n}": None for n, _ in _numbered(kind)[1:]}
+        options |= {"do_classifier_free_guidance": False} if kind == "sd3" else {}
         options |= {} if text_tokens is None else {"max_sequence_length": text_tokens}
-        found = pipe.encode_prompt(text, **others, device=torch.device("cpu"), **options)
-        embeds, pooled = (found[0], found[2]) if kind == "sd3" else found[:2]
+        output = pipe.encode_prompt(text, **options, device=torch.device("cpu"))
+        embeds, pooled = (output[0], output[2]) if kind == "sd3" else output[:2]
         return text_condition(embeds.float(), pooled.float())
 
     return encode
 
 
 def _numbered(kind: str) -> list[tuple[str, str]]:
-    """("", class of text_encoder), ("_2", class of text_encoder_2), ..."""
+    """Return ("", class of text_encoder), ("_2", class of text_encoder_2), ..."""
     return [("" if n == 0 else f"_{n + 1}", cls) for n, cls in enumerate(KINDS[kind][2])]
 
 
-def _text_pipeline(folder: Path, kind: str, transformer: nn.Module, dtype: torch.dtype):
+def _read_text_pipeline(folder: Path, kind: str, transformer: nn.Module, dtype: torch.dtype):
     import diffusers
     import transformers
 
     # In float16 T5's activations overflow.
     dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
     parts: dict = {}
-    with no_progress_bars():
-        for n, cls in _numbered(kind):
+    with hide_progress_bars():
+        for n, name in _numbered(kind):
             encoder, tokenizer = f"text_encoder{n}", f"tokenizer{n}"
             if not (folder / encoder).is_dir() or not (folder / tokenizer).is_dir():
                 parts |= {encoder: None, tokenizer: None}
                 continue
-            parts[encoder] = network(getattr(transformers, cls), folder, encoder, dtype)
+            parts[encoder] = load_part(getattr(transformers, name), folder, encoder, dtype)
             try:
-                found = getattr(transformers, TOKENIZERS.get(cls, "CLIPTokenizer"))
-                parts[tokenizer] = found.from_pretrained(folder / tokenizer, local_files_only=True)
+                cls = getattr(transformers, TOKENIZERS.get(name, "CLIPTokenizer"))
+                parts[tokenizer] = cls.from_pretrained(folder / tokenizer, local_files_only=True)
             except (OSError, ValueError, TypeError) as error:
                 raise RestoreError(f"the {tokenizer} in {folder} cannot be read: {first_line(error)}") from error
-    pipeline = getattr(diffusers, KINDS[kind][1])
-    return pipeline(transformer=transformer, vae=None, scheduler=None, **parts)
+    return getattr(diffusers, KINDS[kind][1])(transformer=transformer, vae=None, scheduler=None, **parts)
 
 
 def text_condition(prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor) -> torch.Tensor:
-    """The condition (B, 1 + tokens, width) of SD3 and FLUX from what diffusers' pipelines call prompt_embeds
-    (B, tokens, w) and pooled_prompt_embeds (B, p): the pooled embedding is the first row, zeros fill it up."""
+    """Return the condition (B, 1 + tokens, width) of SD3 and FLUX for the outputs of diffusers' encode_prompt.
+
+    prompt_embeds: (B, tokens, w). pooled_prompt_embeds: (B, p), which become the first row. Both are padded with zeros
+    to the larger width.
+    """
     width = max(prompt_embeds.shape[-1], pooled_prompt_embeds.shape[-1])
     rows = [pooled_prompt_embeds[:, None], prompt_embeds]
     return torch.cat([F.pad(row, (0, width - row.shape[-1])) for row in rows], dim=1)

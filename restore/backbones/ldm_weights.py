@@ -15,25 +15,23 @@ from diffusers import AutoencoderKL, UNet2DModel, VQModel
 from torch import nn
 
 from operators import RestoreError
-from restore.backbones import weights
 from restore.backbones.adm import convert_state
+from restore.backbones.weights import read_weights
 
 UNET, FIRST, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema.diffusion_model"
 HEAD_CHANNELS = 32
-# Of the published models without conditioning, where a file has no `betas`.
+# Of the published models without conditioning, for files without `betas`.
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
-# The first that matches a name.
-PIECES = [
+# Patterns and their replacements, of which only the first that matches a name is applied.
+RULES = [
     (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
     (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
     (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
     (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
     (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
-    (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets."),
-    (r"\.down\.(\d+)\.attn\.", r".down_blocks.\1.attentions."),
-    (r"\.up\.(\d+)\.block\.", r".up_blocks.\1.resnets."),
-    (r"\.up\.(\d+)\.attn\.", r".up_blocks.\1.attentions."),
+    (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."),
+    (r"\.(down|up)\.(\d+)\.attn\.", r".\1_blocks.\2.attentions."),
 ]
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
@@ -41,16 +39,16 @@ ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_
 def read_checkpoint(
     path: Path, heads: int | None = None, head_channels: int | None = None, ema: bool = True
 ) -> tuple[UNet2DModel, nn.Module, dict]:
-    """U-Net, autoencoder and the keywords of LatentDiffusion that the file tells. Raises RestoreError."""
-    content = weights.read(path)
+    """Read U-Net, autoencoder and keywords of LatentDiffusion from a file. Raises RestoreError."""
+    content = read_weights(path)
     state = content.get("state_dict", content) if isinstance(content, Mapping) else {}
     state = {str(name): tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     first = {name[len(FIRST) :]: tensor for name, tensor in state.items() if name.startswith(FIRST)}
     unet = {name[len(UNET) :]: tensor for name, tensor in state.items() if name.startswith(UNET)}
     if not unet or not first:
-        raise RestoreError(f"{path} is no latent-diffusion checkpoint: it has no weights under '{UNET}' and '{FIRST}'")
+        raise RestoreError(f"{path} must be a latent-diffusion checkpoint, with weights under '{UNET}' and '{FIRST}'")
     if any(name.startswith("cond_stage_model.") for name in state):
-        raise RestoreError(f"{path} is a conditional model; only those without conditioning are read from such files")
+        raise RestoreError(f"{path} must be a model without conditioning, got a conditional model")
     averaged = {name: EMA + name.replace(".", "") for name in unet}
     if ema and all(name in state for name in averaged.values()):
         unet = {name: state[source] for name, source in averaged.items()}
@@ -63,44 +61,41 @@ def read_checkpoint(
 
 
 def convert_autoencoder(state: Mapping[str, torch.Tensor], path: Path, scaling_factor: float) -> nn.Module:
-    """The VQModel or AutoencoderKL of a first stage's tensors; every tensor is used once and every weight filled.
+    """Build the VQModel or AutoencoderKL of a first stage's tensors, leaving out its training loss (`loss.`).
 
-    What it was trained with (`loss.`) is left out. Raises RestoreError with the first name that does not fit.
+    Raises RestoreError, with the first name that does not fit, unless the tensors are exactly the autoencoder's.
     """
     state = {name: tensor for name, tensor in state.items() if not name.startswith("loss.")}
-    cls, config = architecture(state, path)
+    cls, config = infer_autoencoder(state, path)
     with torch.device("meta"):
         vae = cls(**config, scaling_factor=scaling_factor)
     targets, result = vae.state_dict(), {}
     for source, tensor in state.items():
-        name, tensor = rename(source, len(config["block_out_channels"])), tensor.float()
+        name, tensor = rename_tensor(source, len(config["block_out_channels"])), tensor.float()
         if name in targets and tensor.ndim == 4 and targets[name].ndim == 2:
             tensor = tensor[:, :, 0, 0]  # 1x1 convolutions there, linear layers here
         if name not in targets or targets[name].shape != tensor.shape or name in result:
-            raise RestoreError(
-                f"{path}: '{FIRST}{source}' of shape {tuple(tensor.shape)} has no place in a {cls.__name__}"
-            )
+            raise RestoreError(f"{path}: '{FIRST}{source}' of shape {tuple(tensor.shape)} fits no {cls.__name__}")
         result[name] = tensor.contiguous()
     missing = [name for name in targets if name not in result]
     if missing:
-        raise RestoreError(f"{path}: its autoencoder is incomplete, {len(missing)} weights lack, first {missing[0]}")
+        raise RestoreError(f"{path}: {len(missing)} weights of its autoencoder are missing, first {missing[0]}")
     vae.load_state_dict(result, strict=True, assign=True)
     return vae.eval()
 
 
-def architecture(state: Mapping[str, torch.Tensor], path: Path) -> tuple[type, dict]:
-    """Class and constructor arguments of the autoencoder with these tensors. Raises RestoreError."""
+def infer_autoencoder(state: Mapping[str, torch.Tensor], path: Path) -> tuple[type, dict]:
+    """Return class and constructor arguments of the autoencoder with these tensors. Raises RestoreError."""
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in state:
-            raise RestoreError(f"{path}: its autoencoder is not one of latent-diffusion, it lacks '{FIRST}{name}'")
+            raise RestoreError(f"{path} must hold an autoencoder of latent-diffusion, but has no '{FIRST}{name}'")
         return tuple(state[name].shape)
 
     def count(pattern: str) -> int:
-        return 1 + max((int(found[1]) for name in state if (found := re.match(pattern, name))), default=-1)
+        return 1 + max((int(match[1]) for name in state if (match := re.match(pattern, name))), default=-1)
 
     levels = count(r"encoder\.down\.(\d+)\.")
-    quantised = "quantize.embedding.weight" in state
     attended = [count(rf"encoder\.down\.{i}\.attn\.(\d+)\.") > 0 for i in range(levels)]
     config = {
         "in_channels": shape("encoder.conv_in.weight")[1],
@@ -111,20 +106,20 @@ def architecture(state: Mapping[str, torch.Tensor], path: Path) -> tuple[type, d
         "up_block_types": ["AttnUpDecoderBlock2D" if on else "UpDecoderBlock2D" for on in reversed(attended)],
         "latent_channels": shape("decoder.conv_in.weight")[1],
     }
-    if not quantised:
+    if "quantize.embedding.weight" not in state:
         return AutoencoderKL, config
     entries, width = shape("quantize.embedding.weight")
     return VQModel, {**config, "num_vq_embeddings": entries, "vq_embed_dim": width}
 
 
-def rename(name: str, levels: int) -> str:
-    """The name in diffusers of a tensor of LDM's autoencoder."""
-    for pattern, piece in PIECES:
-        name, found = re.subn(pattern, piece, name)
-        if found:
+def rename_tensor(name: str, levels: int) -> str:
+    """Return the name in diffusers of a tensor of LDM's autoencoder."""
+    for pattern, replacement in RULES:
+        name, replaced = re.subn(pattern, replacement, name)
+        if replaced:
             break
     # LDM counts the decoder's levels from the finest.
     name = re.sub(r"\.up_blocks\.(\d+)", lambda level: f".up_blocks.{levels - 1 - int(level[1])}", name)
     name = name.replace(".nin_shortcut.", ".conv_shortcut.")
-    found = re.match(r"(.*\.attentions\.\d+)\.(\w+)\.(weight|bias)$", name)
-    return f"{found[1]}.{ATTENTION.get(found[2], found[2])}.{found[3]}" if found else name
+    match = re.match(r"(.*\.attentions\.\d+)\.(\w+)\.(weight|bias)$", name)
+    return f"{match[1]}.{ATTENTION.get(match[2], match[2])}.{match[3]}" if match else name

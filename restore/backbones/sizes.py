@@ -1,8 +1,8 @@
 """Any image size for a backbone trained at one: padding to its multiple, windows beyond its resolution.
 
-Up to the trained resolution the network runs at the image's own size. Beyond it the noise is
-predicted on overlapping windows of the trained size and blended with weights that sum to one, as in
-MultiDiffusion (Bar-Tal et al. 2023); the iterate itself is never cut, so there are no seams.
+Up to the trained resolution the network runs at the image's own size. Beyond it the noise is predicted on overlapping
+windows of the trained size and blended with weights that sum to one, as in MultiDiffusion (Bar-Tal et al. 2023); the
+iterate itself is never cut, so there are no seams.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from restore.backbones.base import Backbone, Prediction
 
 
 def window_starts(length: int, window: int, overlap: int) -> list[int]:
-    """Evenly spaced starts of windows that cover [0, length) and overlap by at least `overlap`."""
+    """Return evenly spaced starts of windows that cover [0, length) and overlap by at least `overlap`."""
     if length <= window:
         return [0]
     n = math.ceil((length - overlap) / (window - overlap))
@@ -27,7 +27,7 @@ def window_starts(length: int, window: int, overlap: int) -> list[int]:
 
 
 def blend_weights(starts: list[int], window: int, length: int) -> torch.Tensor:
-    """(n, window): a raised-cosine weight per window and position, summing to one over the windows."""
+    """Return raised-cosine weights (n, window) per window and position, which sum to one over the windows."""
     positions = (torch.arange(window) + 0.5) / window
     bump = 0.5 - 0.5 * torch.cos(2 * math.pi * positions) + 1e-3
     total = torch.zeros(length)
@@ -37,17 +37,17 @@ def blend_weights(starts: list[int], window: int, length: int) -> torch.Tensor:
 
 
 class Sized:
-    """A backbone for images of exactly height x width: what a sampler sees as its prior.
+    """A backbone for images of exactly height x width: the prior that a sampler gets.
 
-    The protocol is the backbone's, and `shape` is that of one x, (C, h, w). In pixels x has the image's
-    size; a latent is the smallest whose sides the network divides and whose image covers height x width:
-    `decode` crops that image, `encode` extends its argument to it by reflection. So a sampler and an
-    operator that know only the true size work unchanged, and no pixel of the photo is resampled.
+    It is a `Backbone` itself, and `shape` is that of one x, (C, h, w). In pixels x has the image's size; a latent is
+    the smallest whose sides the network divides and whose image covers height x width: `decode` crops that image,
+    `encode` extends its argument to it by reflection. So samplers and operators see only the true size, and no pixel
+    of the photo is resampled.
 
-    overlap: fraction of a window shared with its neighbour. max_windows: windows per network call
-    (images of the batch times windows); it bounds the memory. checkpointing: keep no activations
-    of the windows for the backward pass and compute them again there.
-    evaluations: predictions made, weak passes included (the NFE of a run).
+    overlap: fraction of a window shared with its neighbour. max_windows: windows per network call (images of the batch
+    times windows), which bounds the memory. recompute_windows: keep no activations of the windows for the backward
+    pass and compute them again there.
+    evaluations: number of predictions made, including those of the weak branch (the NFE of a run).
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class Sized:
         *,
         overlap: float = 0.5,
         max_windows: int = 16,
-        checkpointing: bool = False,
+        recompute_windows: bool = False,
     ) -> None:
         self.inner, self.height, self.width = backbone, height, width
-        self.overlap, self.max_windows, self.checkpointing = overlap, max_windows, checkpointing
+        self.overlap, self.max_windows, self.recompute_windows = overlap, max_windows, recompute_windows
         self.network, self.schedule, self.attention = backbone.network, backbone.schedule, backbone.attention
         self.channels, self.resolution, self.multiple = backbone.channels, backbone.resolution, backbone.multiple
         self.downscale, self.bounded = backbone.downscale, backbone.bounded
@@ -76,98 +76,95 @@ class Sized:
 
     @property
     def share_prefix(self) -> bool:
-        """Whether a strong pass may leave what it computed to the weak one: checkpointing keeps nothing of windows."""
-        return not self.checkpointing or self.cuts(*self.shape[1:])[2:] == ([0], [0])
+        """Whether the weak pass may reuse outputs of the strong one: recomputed windows keep none."""
+        return not self.recompute_windows or self.window_grid(*self.shape[1:])[2:] == ([0], [0])
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Image (B, 3, height, width) of x_0 (B, *shape)."""
+        """Return the image (B, 3, height, width) of x_0 (B, *shape)."""
         return self.inner.decode(z)[..., : self.height, : self.width]
 
     def encode(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """x_0 of an image (B, 3, height, width); see Backbone."""
+        """Return x_0 of an image (B, 3, height, width); see Backbone."""
         _, h, w = self.shape
         return self.inner.encode(_pad(image, h * self.downscale, w * self.downscale), noise)
 
     def predict(self, x_t: torch.Tensor, t: float, condition: Any = None) -> Prediction:
-        """x_t (B, C, h, w), also of other sizes than `shape`; the prediction has x_t's size."""
+        """Return the prediction, of the size of x_t (B, C, h, w), which may differ from `shape`."""
         self.evaluations += 1
         height, width = x_t.shape[-2:]
-        x = _pad(x_t, _up(height, self.multiple), _up(width, self.multiple))
+        x = _pad(x_t, _round_up(height, self.multiple), _round_up(width, self.multiple))
         if max(x.shape[-2:]) <= max(self.resolution, self.multiple):
-            found = self.inner.predict(x, t, condition)
+            output = self.inner.predict(x, t, condition)
         else:
-            found = self._windows(x, t, condition)
+            output = self._predict_windows(x, t, condition)
         crop = (..., slice(0, height), slice(0, width))
-        return Prediction(*(None if part is None else part[crop] for part in (found.eps, found.variance, found.x0)))
+        return Prediction(*(None if part is None else part[crop] for part in (output.eps, output.variance, output.x0)))
 
-    def assembled(self, maps: Sequence[torch.Tensor], x_t: torch.Tensor) -> torch.Tensor:
-        """One map (B, C, h, w) of x_t's size out of what was seen in the network's calls of one `predict` at x_t.
+    def blend_maps(self, maps: Sequence[torch.Tensor], x_t: torch.Tensor) -> torch.Tensor:
+        """Blend maps recorded in the network's calls of one `predict` at x_t to one (B, C, h, w) of x_t's size.
 
         maps: (images of a call, C, any size) of each call, in order; enlarged to the call's input by nearest neighbour
-        and, where that is a window, blended like the predictions.
+        and blended like the predictions of windows.
         """
-        height, width = (_up(side, self.multiple) for side in x_t.shape[-2:])
-        if max(height, width) <= max(self.resolution, self.multiple):
-            canvas = F.interpolate(maps[0], (height, width))
-        else:
-            side_y, side_x, tops, lefts = self.cuts(height, width)
-            weights_y, weights_x = blend_weights(tops, side_y, height), blend_weights(lefts, side_x, width)
-            places = [(i, j) for i in range(len(tops)) for j in range(len(lefts))]
-            pieces = F.interpolate(torch.cat(list(maps)), (side_y, side_x)).split(len(x_t))
-            canvas = maps[0].new_zeros(*pieces[0].shape[:2], height, width)
-            for (i, j), piece in zip(places, pieces, strict=True):
-                weight = (weights_y[i][:, None] * weights_x[j][None, :]).to(canvas)
-                canvas[..., tops[i] : tops[i] + side_y, lefts[j] : lefts[j] + side_x] += piece * weight
+        height, width = (_round_up(side, self.multiple) for side in x_t.shape[-2:])
+        h, w, tops, lefts = self.window_grid(height, width)
+        weights_y, weights_x = blend_weights(tops, h, height), blend_weights(lefts, w, width)
+        places = [(i, j) for i in range(len(tops)) for j in range(len(lefts))]
+        pieces = F.interpolate(torch.cat(list(maps)), (h, w)).split(len(x_t))
+        canvas = maps[0].new_zeros(*pieces[0].shape[:2], height, width)
+        for (i, j), piece in zip(places, pieces, strict=True):
+            weight = (weights_y[i][:, None] * weights_x[j][None, :]).to(canvas)
+            canvas[..., tops[i] : tops[i] + h, lefts[j] : lefts[j] + w] += piece * weight
         return canvas[..., : x_t.shape[-2], : x_t.shape[-1]]
 
-    def cuts(self, height: int, width: int) -> tuple[int, int, list[int], list[int]]:
-        """Sides of a window of an x of this size, and where windows start: (h, w, tops, lefts)."""
-        height, width = _up(height, self.multiple), _up(width, self.multiple)
+    def window_grid(self, height: int, width: int) -> tuple[int, int, list[int], list[int]]:
+        """Return the sides of a window of an x of this size, and where windows start: (h, w, tops, lefts)."""
+        height, width = _round_up(height, self.multiple), _round_up(width, self.multiple)
         if max(height, width) <= max(self.resolution, self.multiple):
             return height, width, [0], [0]
         h, w = min(self.resolution, height), min(self.resolution, width)
         tops, lefts = (window_starts(a, b, int(b * self.overlap)) for a, b in ((height, h), (width, w)))
         return h, w, tops, lefts
 
-    def _windows(self, x: torch.Tensor, t: float, condition: Any) -> Prediction:
+    def _predict_windows(self, x: torch.Tensor, t: float, condition: Any) -> Prediction:
         height, width = x.shape[-2:]
-        h, w, tops, lefts = self.cuts(height, width)
+        h, w, tops, lefts = self.window_grid(height, width)
         weights_y = blend_weights(tops, h, height).to(x)
         weights_x = blend_weights(lefts, w, width).to(x)
         weights = [(row, column) for row in weights_y for column in weights_x]
         places = [(..., slice(top, top + h), slice(left, left + w)) for top in tops for left in lefts]
         per_call = max(1, self.max_windows // len(x))
 
-        # Blended in one canvas of all outputs, so that the learned variance is blended like eps.
+        # One canvas for all outputs, so that the learned variance is blended like eps.
         chunks = [range(len(places))[first : first + per_call] for first in range(0, len(places), per_call)]
         if x.requires_grad and torch.is_grad_enabled():
-            cut = iter(_Cut.apply(x, places).split([len(chunk) * len(x) for chunk in chunks]))
-        else:  # only so many at a time
-            cut = (torch.cat([x[places[i]] for i in chunk]) for chunk in chunks)
-        canvas, kinds = None, None
-        for chunk, windows in zip(chunks, cut, strict=True):
-            kinds, output = self._call(windows, t, repeat_condition(condition, len(chunk)))
+            inputs = iter(_CutWindows.apply(x, places).split([len(chunk) * len(x) for chunk in chunks]))
+        else:  # the windows of one call at a time
+            inputs = (torch.cat([x[places[i]] for i in chunk]) for chunk in chunks)
+        canvas, names = None, None
+        for chunk, windows in zip(chunks, inputs, strict=True):
+            names, output = self._predict_chunk(windows, t, repeat_condition(condition, len(chunk)))
             for i, piece in zip(chunk, output.split(len(x)), strict=True):
                 if canvas is None:
                     canvas = piece.new_zeros(*piece.shape[:2], height, width)
-                canvas = _Add.apply(canvas, piece, *weights[i], places[i])
-        return Prediction(**dict(zip(kinds, canvas.chunk(len(kinds), dim=1), strict=True)))
+                canvas = _AddWindow.apply(canvas, piece, *weights[i], places[i])
+        return Prediction(**dict(zip(names, canvas.chunk(len(names), dim=1), strict=True)))
 
-    def _call(self, windows: torch.Tensor, t: float, condition: Any) -> tuple[list[str], torch.Tensor]:
-        """The names of what the network gave, and all of it in one tensor."""
-        kinds: list[str] = []
+    def _predict_chunk(self, windows: torch.Tensor, t: float, condition: Any) -> tuple[list[str], torch.Tensor]:
+        """Return the names of the prediction's tensors, and these concatenated along the channels."""
+        names: list[str] = []
 
         def predict(windows: torch.Tensor) -> torch.Tensor:
             out = self.inner.predict(windows, t, condition)
-            kinds[:] = [name for name in ("eps", "variance", "x0") if getattr(out, name) is not None]
-            return torch.cat([getattr(out, name) for name in kinds], dim=1)
+            names[:] = [name for name in ("eps", "variance", "x0") if getattr(out, name) is not None]
+            return torch.cat([getattr(out, name) for name in names], dim=1)
 
-        if self.checkpointing and torch.is_grad_enabled() and windows.requires_grad:
-            return kinds, checkpoint(predict, windows, use_reentrant=False)
-        return kinds, predict(windows)
+        if self.recompute_windows and torch.is_grad_enabled() and windows.requires_grad:
+            return names, checkpoint(predict, windows, use_reentrant=False)
+        return names, predict(windows)
 
 
-class _Cut(torch.autograd.Function):
+class _CutWindows(torch.autograd.Function):
     """The windows of x at `places`, along the batch. Indexing would make an image of zeros for each in the backward."""
 
     @staticmethod
@@ -183,8 +180,8 @@ class _Cut(torch.autograd.Function):
         return whole, None
 
 
-class _Add(torch.autograd.Function):
-    """canvas[place] += piece * row * column, in place with a gradient too: no canvas is copied for a window."""
+class _AddWindow(torch.autograd.Function):
+    """canvas[place] += piece * row * column, in place even with a gradient, so the canvas is not copied per window."""
 
     @staticmethod
     def forward(ctx, canvas: torch.Tensor, piece: torch.Tensor, row: torch.Tensor, column: torch.Tensor, place: tuple):
@@ -201,17 +198,17 @@ class _Add(torch.autograd.Function):
 
 
 def repeat_condition(condition: Any, times: int) -> Any:
-    """A condition tensor (B, ...) for `times` windows of each image; one for all, or no tensor, is passed on."""
+    """Repeat a condition tensor (B, ...) for `times` windows of each image; return one for all, or no tensor, as is."""
     batched = isinstance(condition, torch.Tensor) and condition.dim() and len(condition) > 1
     return torch.cat([condition] * times) if batched else condition
 
 
-def _up(side: int, multiple: int) -> int:
+def _round_up(side: int, multiple: int) -> int:
     return math.ceil(side / multiple) * multiple
 
 
 def _pad(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Reflect on the right and at the bottom; replicate where the image is too small to reflect."""
+    """Reflect on the right and at the bottom; replicate if the image is too small to reflect."""
     bottom, right = height - x.shape[-2], width - x.shape[-1]
     if bottom == right == 0:
         return x

@@ -1,8 +1,11 @@
-"""Weights as they come from files: read without running code, in which precision, in whose memory."""
+"""Reading and writing weights: without running code, in a chosen precision, in aligned memory."""
 
 from __future__ import annotations
 
+import json
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +15,44 @@ from safetensors.torch import load_file
 from torch import nn
 
 from operators import RestoreError
+from restore import disk
 
+WEIGHTS, CONFIG, INDEX = "diffusion_pytorch_model.safetensors", "config.json", "model_index.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# What training programs leave beside the weights (latent-diffusion's own files have the first): read as an empty
-# object, so that nothing of it runs.
+# Classes that training programs pickle beside the weights (latent-diffusion's own files have the first): read as an
+# empty object, so that none of their code runs.
 HARMLESS = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",)
 
 
-class Named:
+class Placeholder:
     """Stands for an object of HARMLESS."""
 
 
 def as_dtype(value: torch.dtype | str | None) -> torch.dtype:
-    """A dtype or its short name, float32 for None. Raises RestoreError for any other than DTYPES."""
+    """Return a dtype of DTYPES by itself or its short name, float32 for None. Raises RestoreError for others."""
     dtype = DTYPES.get(value, value) if isinstance(value, str) else value or torch.float32
     if dtype not in DTYPES.values():
-        raise RestoreError(f"the precision must be one of {', '.join(DTYPES)}, not {value!r}")
+        raise RestoreError(f"precision must be one of {', '.join(DTYPES)}, got {value!r}")
     return dtype
 
 
-def own_memory(module: nn.Module) -> nn.Module:
-    """`module` with every parameter and buffer copied to memory of its own, where torch's allocator aligns to 64 bytes.
+def align_memory(module: nn.Module) -> nn.Module:
+    """Copy every parameter and buffer of `module` to memory of its own, which torch's allocator aligns to 64 bytes.
 
-    Tensors of a safetensors file lie where the file has them, at any byte; a matrix-vector product (a linear
-    layer at batch 1) then rounds differently on some CPUs, and a result would depend on the header's length.
+    Tensors of a safetensors file start at any byte; a matrix-vector product (a linear layer at batch 1) then rounds
+    differently on some CPUs, and a result would depend on the length of the file's header. Returns `module`.
     """
     for tensor in [*module.parameters(), *module.buffers()]:
         tensor.data = tensor.data.clone()
     return module
 
 
-def read(path: Path, device: str = "cpu") -> Any:
-    """What a .safetensors, .pt, .pth or .ckpt file holds; which of them it is, its first bytes tell.
+def read_weights(path: Path, device: str = "cpu") -> Any:
+    """Return the content of a .safetensors, .pt, .pth or .ckpt file; the format is recognised by its first bytes.
 
-    device: "meta" for shapes without the values (pickles; safetensors are mapped and cost nothing either way).
-    Raises RestoreError for a missing, truncated or corrupt file and for a pickle with code, which is never run.
+    device: "meta" for shapes without values (pickles; safetensors are mapped and cost nothing either way).
+    Raises RestoreError if the file is missing, truncated or corrupt, and for a pickle with code, which is never run.
     """
     if not path.is_file():
         raise RestoreError(f"there is no file {path}")
@@ -57,12 +62,12 @@ def read(path: Path, device: str = "cpu") -> Any:
             if handle.read(9)[8:] == b"{":
                 return load_file(path)
             handle.seek(0)
-            with torch.serialization.safe_globals([(Named, name) for name in HARMLESS]):
+            with torch.serialization.safe_globals([(Placeholder, name) for name in HARMLESS]):
                 return torch.load(handle, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or "reduce" in str(error):
             raise RestoreError(
-                f"{path} is refused: it is a pickle that asks to run code; use the .safetensors version of this "
+                f"{path} is refused: it is a pickle that asks to run code; try the .safetensors version of this "
                 "checkpoint or a plain state dict of tensors"
             ) from None
         raise RestoreError(unreadable) from None
@@ -70,6 +75,68 @@ def read(path: Path, device: str = "cpu") -> Any:
         raise RestoreError(unreadable) from None
 
 
+def read_pipeline_index(folder: Path, parts: str) -> dict:
+    """Return the model_index.json of a pipeline's folder. parts: in words, what belongs there. Raises RestoreError."""
+    if not (folder / INDEX).is_file():
+        raise RestoreError(
+            f"{folder} must be a folder written by diffusers' save_pretrained, with {parts}; it has no {INDEX}"
+        )
+    return disk.read_json(folder / INDEX, required=True)
+
+
+def load_part(cls, folder: Path, part: str, dtype: torch.dtype = torch.float32, pickles: bool = False):
+    """Load one network of a diffusers or transformers folder, from its subfolder `part` or, if "", the folder itself.
+
+    Every weight must be in the file: a missing one would be random. pickles: accept a .bin if there are no
+    safetensors; its code is never run. Raises RestoreError.
+    """
+    from diffusers.utils import is_accelerate_available
+
+    name, where = part or "network", {"subfolder": part} if part else {}
+    if cls.__module__.startswith("diffusers"):
+        where["torch_dtype"] = dtype  # not by way of float32, which would take twice the memory
+        where["low_cpu_mem_usage"] = is_accelerate_available()  # diffusers' default, without its warning
+    try:
+        model, info = cls.from_pretrained(
+            folder, **where, use_safetensors=None if pickles else True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise RestoreError(f"the {name} in {folder} cannot be loaded: {first_line(error)}") from error
+    bad = [k for k in info["missing_keys"] if "position_ids" not in k] + [str(k) for k in info["mismatched_keys"]]
+    if bad:
+        raise RestoreError(
+            f"the {name} in {folder} does not fit its configuration: {len(bad)} weights are missing or of another "
+            f"shape, first {sorted(bad)[0]}"
+        )
+    return align_memory(nn.Module.to(model, dtype).eval().requires_grad_(False))
+
+
+def save_network(network: nn.Module, folder: str | Path, dtype: torch.dtype | str | None = None) -> None:
+    """Write a diffusers network as config.json and safetensors weights, in fp32 or `dtype`."""
+    folder = disk.make_folder(folder)
+    disk.write_json(folder / CONFIG, json.loads(network.to_json_string()))
+    dtype, state = as_dtype(dtype), network.state_dict()
+    weights = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in state.items()}
+    # Last, so that a folder whose writing was interrupted has no weights under the final name.
+    disk.write_safetensors(folder / WEIGHTS, weights, {"format": "pt"})
+
+
+@contextmanager
+def hide_progress_bars() -> Iterator[None]:
+    """Keep diffusers and transformers from drawing progress bars on stderr within the block."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    shown = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
+
+
 def first_line(error: BaseException) -> str:
-    """What a library's exception says, in short."""
+    """Return the first line of an exception's message, or the name of its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -181,7 +181,7 @@ class Estimate:
                     if weak.modules:
                         stack.enter_context(run_uncompiled(self.compiled))
                     if tape is not None and tape.recorded:
-                        stack.enter_context(tape.replaying())
+                        stack.enter_context(tape.replay())
                     eps_weak = weak.eps(x_t, t, condition, strong)
                 if eps_weak is not None:
                     self.evaluations += 1
@@ -204,12 +204,12 @@ class Estimate:
             for observer in observers:
                 stack.enter_context(observer)
             if tapes and not self.trace.calls:
-                stack.enter_context(self.trace.listening())  # the first pass finds the prefix; nothing is shared yet
+                stack.enter_context(self.trace.record())  # the first pass finds the prefix; nothing is shared yet
                 tapes = []
             for tape in tapes:
                 if not tape.queues:
                     tape.follow(self.trace)
-                stack.enter_context(tape.recording())
+                stack.enter_context(tape.record())
             self.evaluations += 1
             return self.backbone.predict(x_t, t, condition)
 

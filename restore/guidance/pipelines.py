@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from operators import RestoreError
 from operators.naming import suggest
+from restore.backbones.attention_layers import find_attention_layers
 from restore.backbones.base import Prediction
 from restore.backbones.forwards import replace_forward
 from restore.backbones.schedule import Schedule
@@ -119,7 +120,7 @@ class PipelineNetwork:
 
     def __init__(self, network: nn.Module, pipe: Any = None) -> None:
         self.network, self.pipe = network, pipe
-        self.attention = attention_layers(network)
+        self.attention = find_attention_layers(getattr(network, "_orig_mod", network))
 
     @property
     def schedule(self) -> Schedule | None:
@@ -150,20 +151,6 @@ class PipelineNetwork:
         else:
             kwargs["sample" if "sample" in kwargs else "hidden_states"] = x_t
         return Prediction(_sample(self.network(*args, **kwargs)))
-
-
-def attention_layers(network: nn.Module) -> dict:
-    """Return the self-attention layers of a diffusers U-Net or transformer under the names of its backbone."""
-    from diffusers import UNet2DModel
-
-    network = getattr(network, "_orig_mod", network)
-    if isinstance(network, UNet2DModel):
-        from restore.backbones.adm import attention_layers as layers
-    elif hasattr(network, "transformer_blocks"):
-        from restore.backbones.flow import attention_layers as layers
-    else:
-        from restore.backbones.stable_diffusion import attention_layers as layers
-    return layers(network)
 
 
 def is_flux(network: nn.Module) -> bool:

@@ -73,7 +73,7 @@ class SAG(Term):
 
         def eps(x_t: torch.Tensor, t: float, condition: Any, strong: Prediction) -> torch.Tensor:
             require_ran([layer.path], [layer.path] * bool(received))
-            assemble = getattr(backbone, "assembled", lambda maps, x: F.interpolate(maps[0], x.shape[-2:]))
+            assemble = getattr(backbone, "blend_maps", lambda maps, x: F.interpolate(maps[0], x.shape[-2:]))
             mask = (assemble(received, x_t) > self.threshold).to(x_t.dtype)
             received.clear()
             x0 = strong.x0.detach()

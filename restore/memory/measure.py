@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from operators import RestoreError
-from restore.backbones.checkpointing import set_checkpointing
+from restore.backbones.memory_options import checkpoint_units
 from restore.backbones.sizes import Sized
 from restore.guidance import Guidance, describe_guidance, estimator
 from restore.memory.count import LiveBytes, count_bytes
@@ -28,7 +28,7 @@ class MemoryOptions:
     """What saves memory and costs time.
 
     max_windows: windows in one call of the network. checkpoint_windows: each of these calls is computed again in the
-    backward pass. checkpoint_blocks: so is every block of the network. See Sized and set_checkpointing.
+    backward pass. checkpoint_blocks: so is every block of the network. See Sized and checkpoint_units.
     """
 
     max_windows: int
@@ -189,11 +189,11 @@ def count_weak_passes(guidance: Guidance | None) -> int:
 def checkpoint_blocks(restorer: Any, on: bool) -> Iterator[None]:
     """Within the block, checkpoint every block of the restorer's networks, unless they were loaded so."""
     networks = [restorer.backbone.network, getattr(restorer.backbone, "vae", None)]
-    networks = [network for network in networks if network] if on and not restorer.windows["checkpointing"] else []
+    networks = [network for network in networks if network] if on and not restorer.windows["recompute_windows"] else []
     for network in networks:
-        set_checkpointing(network, True)
+        checkpoint_units(network, True)
     try:
         yield
     finally:
         for network in networks:
-            set_checkpointing(network, False)
+            checkpoint_units(network, False)

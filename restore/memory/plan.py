@@ -106,7 +106,7 @@ class Planner:
         key = [task.describe(), size, method.describe()]
         trace = self.meter.once(key, lambda: trace_sampler(self.restorer, task, size, method))
         prior, batch = self.restorer.sized(*size), min(samples, batch_size)
-        h, w, tops, lefts = prior.cuts(*prior.shape[1:])
+        h, w, tops, lefts = prior.window_grid(*prior.shape[1:])
         work = Workload(prior, method, trace, batch, (h, w), len(tops) * len(lefts))
         available = available_memory(self.restorer.device) if self.memory is None else int(self.memory)
         seconds = None
@@ -123,14 +123,14 @@ class Planner:
     def apply(self, plan: Plan) -> Iterator[Any]:
         """Within the block, yield a Restorer with the plan's options."""
         restorer, options = copy.copy(self.restorer), plan.options
-        changes = {"checkpointing": options.checkpoint_windows, "max_windows": options.max_windows}
+        changes = {"recompute_windows": options.checkpoint_windows, "max_windows": options.max_windows}
         restorer.windows = self.restorer.windows | changes
         with checkpoint_blocks(self.restorer, options.checkpoint_blocks):
             yield restorer
 
     def _options(self, work: Workload) -> Iterator[MemoryOptions]:
         """Yield the options to try, the fastest first."""
-        most, loaded = self.restorer.windows["max_windows"], self.restorer.windows["checkpointing"]
+        most, loaded = self.restorer.windows["max_windows"], self.restorer.windows["recompute_windows"]
         yield MemoryOptions(most, loaded, loaded)
         if not loaded and work.windows > 1:
             yield MemoryOptions(most, True, False)

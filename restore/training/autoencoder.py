@@ -12,7 +12,7 @@ from torch import nn
 
 from operators import RestoreError
 from restore.backbones.autoencoder import load_vae
-from restore.backbones.latent import save_autoencoder
+from restore.backbones.weights import save_network
 from restore.metrics.single import LPIPS, LPIPS_NETS, psnr
 from restore.training import dataset
 from restore.training.diffusion import write_grid
@@ -93,7 +93,7 @@ class Autoencoder:
 
     def save(self, model: Reconstruction, folder: Path) -> None:
         """A diffusers folder, weights in fp16."""
-        save_autoencoder(model.vae, folder, dtype="fp16")
+        save_network(model.vae, folder, dtype="fp16")
 
 
 class PatchDiscriminator(nn.Sequential):

@@ -23,7 +23,7 @@ from restore import disk
 from restore.backbones.adm import ADM
 from restore.backbones.autoencoder import load_vae
 from restore.backbones.latent import LatentDiffusion
-from restore.backbones.weights import own_memory
+from restore.backbones.weights import align_memory
 from restore.training import dataset
 from restore.training.precision import native_bf16
 
@@ -104,7 +104,7 @@ class Latents:
         self.config, self.device = config, device
         if not Path(config.autoencoder).is_dir():
             raise RestoreError(f"autoencoder={config.autoencoder} is not a folder with a trained autoencoder")
-        self.vae = own_memory(load_vae(config.autoencoder)).requires_grad_(False)
+        self.vae = align_memory(load_vae(config.autoencoder)).requires_grad_(False)
         if self.vae.config.latent_channels != config.model.in_channels:
             raise RestoreError(
                 f"the autoencoder makes latents of {self.vae.config.latent_channels} channels, but model.in_channels "

@@ -19,15 +19,12 @@ def load_backbone(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     offline: bool | None = None,
-    checkpointing: bool = False,
-    vae_slicing: bool = False,
-    vae_tiling: bool = False,
     vae: str | Path | None = None,
 ):
-    """(Located, backbone) for a registered model, a folder, a weight file or a hub id; downloads what is missing.
+    """Return (Located, backbone) for a registered model, a folder, a weight file or a hub id; downloads missing files.
 
-    precision: "fp32", "bf16" or "fp16". vae_slicing, vae_tiling: see StableDiffusion.load. vae: an autoencoder in place
-    of the model's: "tiny" for the distilled one of its latents (TAESD), or a registered name, a folder, a hub id.
+    precision: "fp32", "bf16" or "fp16". vae: an autoencoder in place of the model's: "tiny" for the distilled one of
+    its latents (TAESD), or a registered name, a folder, a hub id.
     Raises RestoreError for unknown names, weights that cannot be had and weights that do not fit; nothing is ever
     initialised at random.
     """
@@ -39,14 +36,13 @@ def load_backbone(
     from restore.backbones.weights import as_dtype
 
     dtype, found = as_dtype(precision), _fetched(name, offline)
-    options = {**found.options, "device": device, "dtype": dtype, "checkpointing": checkpointing}
+    options = {**found.options, "device": device, "dtype": dtype}
     if found.kind == "autoencoder":
         raise RestoreError(f"{name} is an autoencoder, no prior: it goes with a latent model, vae={str(name)!r}")
     if found.kind == "adm":
-        if vae_slicing or vae_tiling or vae is not None:
-            raise RestoreError(f"{name} works on pixels: it has no autoencoder to slice, tile or replace")
+        if vae is not None:
+            raise RestoreError(f"vae must be None for {name}, a model of pixels, got {str(vae)!r}")
         return found, ADM.load(found.path, **options)
-    options |= {"vae_slicing": vae_slicing, "vae_tiling": vae_tiling}
     kinds = {"latent": LatentDiffusion, "stable-diffusion": StableDiffusion, "sd3": SD3, "flux": Flux, "dit": DiT}
     cls = kinds[found.kind]
     if vae is not None:

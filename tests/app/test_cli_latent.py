@@ -129,5 +129,5 @@ def test_the_autoencoders_options_reach_it(tmp_path):
     folder = tiny_sd.save_folder(tmp_path / "model")
     vae = restore.load(folder, vae_slicing=True, vae_tiling=True).backbone.vae
     assert vae.use_slicing and vae.use_tiling and not restore.load(folder).backbone.vae.use_tiling
-    with pytest.raises(restore.RestoreError, match="embedded works on pixels"):
+    with pytest.raises(restore.RestoreError, match="vae_tiling must be False for a model of pixels"):
         restore.load("embedded", vae_tiling=True)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from operators import RestoreError
 from restore.backbones import adm_weights
-from restore.backbones.adm import ADM, attention_layers
+from restore.backbones.adm import ADM
+from restore.backbones.attention_layers import find_attention_layers
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 MODELS = json.loads((GOLDEN / "adm_manifest.json").read_text())["models"]
@@ -252,13 +253,13 @@ def on_meta(shapes):
 def test_published_configurations_convert(name):
     shapes, expected = shapes_of(name), MODELS[name]
     arch = adm_weights.infer_architecture(shapes)
-    heads = adm_weights.head_counts(arch)
-    network = adm_weights.build_network(adm_weights.network_config(arch, heads, 256), arch.base, heads)
+    heads = adm_weights.count_heads(arch)
+    network = adm_weights.build_network(adm_weights.make_config(arch, heads, 256), arch.base, heads)
     order = "new" if expected["config"].get("use_new_attention_order") else "legacy"
-    converted = adm_weights.convert(on_meta(shapes), arch, heads, order, network.state_dict())
+    converted = adm_weights.convert_weights(on_meta(shapes), arch, heads, order, network.state_dict())
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in network.state_dict().items()}
     assert sum(math.prod(shape) for shape in shapes.values()) == sum(v.numel() for v in converted.values())
-    layers = attention_layers(network)
+    layers = find_attention_layers(network)
     found = [(layer.paper, layer.channels, layer.heads) for layer in layers.values()]
     assert found == [(a["name"], a["channels"], a["num_heads"]) for a in expected["attention_layers"]]
     resolution = expected["config"]["image_size"]
@@ -271,8 +272,8 @@ def test_published_configurations_convert(name):
 
 def test_ffhq_short_names():
     arch = adm_weights.infer_architecture(shapes_of("dps_ffhq_10m"))
-    heads = adm_weights.head_counts(arch)
-    layers = attention_layers(adm_weights.build_network(adm_weights.network_config(arch, heads, 256)))
+    heads = adm_weights.count_heads(arch)
+    layers = find_attention_layers(adm_weights.build_network(adm_weights.make_config(arch, heads, 256)))
     assert [(layer.short, layer.path) for layer in layers.values()] == [
         ("i9", "down_blocks.4.attentions.0"),
         ("m1", "mid_block.attentions.0"),
@@ -283,9 +284,9 @@ def test_ffhq_short_names():
 
 def convert(shapes, **options):
     arch = adm_weights.infer_architecture(shapes)
-    heads = adm_weights.head_counts(arch, **options)
-    network = adm_weights.build_network(adm_weights.network_config(arch, heads, 256), arch.base, heads)
-    return adm_weights.convert(on_meta(shapes), arch, heads, "legacy", network.state_dict())
+    heads = adm_weights.count_heads(arch, **options)
+    network = adm_weights.build_network(adm_weights.make_config(arch, heads, 256), arch.base, heads)
+    return adm_weights.convert_weights(on_meta(shapes), arch, heads, "legacy", network.state_dict())
 
 
 def test_first_missing_and_unexpected_names_are_told():
@@ -299,7 +300,11 @@ def test_first_missing_and_unexpected_names_are_told():
 @pytest.mark.parametrize(
     "name, shape, match",
     [
-        ("input_blocks.4.0.in_layers.2.weight", (128, 64, 3, 3), r"input_blocks\.4\.0\.in_layers\.2\.weight.*expected"),
+        (
+            "input_blocks.4.0.in_layers.2.weight",
+            (128, 64, 3, 3),
+            r"got \(128, 64, 3, 3\) from 'input_blocks\.4\.0\.in_layers\.2\.weight",
+        ),
         ("input_blocks.9.1.qkv.weight", (1530, 512, 1), r"input_blocks\.9\.1\.qkv\.weight.*1530 rows"),
     ],
 )
@@ -310,12 +315,12 @@ def test_wrong_shape_is_told(name, shape, match):
 
 def test_missing_block_is_no_unet():
     shapes = {k: v for k, v in shapes_of("dps_ffhq_10m").items() if not k.startswith("output_blocks.11.")}
-    with pytest.raises(RestoreError, match="do not make a guided-diffusion U-Net"):
+    with pytest.raises(RestoreError, match="not a guided-diffusion U-Net or not complete.*output blocks"):
         convert(shapes)
 
 
 def test_other_network_is_named_by_its_first_tensor():
-    with pytest.raises(RestoreError, match=r"lacks 'time_embed\.0\.weight' \(its first tensor is 'conv_in\.weight'\)"):
+    with pytest.raises(RestoreError, match=r"no 'time_embed\.0\.weight' \(its first tensor is 'conv_in\.weight'\)"):
         adm_weights.infer_architecture({"conv_in.weight": (64, 3, 3, 3)})
 
 

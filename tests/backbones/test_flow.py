@@ -21,8 +21,9 @@ from tiny_sd import tiny_vae
 import operators
 import restore
 from operators import RestoreError
+from restore.backbones.attention_layers import find_attention_layers
 from restore.backbones.base import Backbone
-from restore.backbones.flow import SD3, DiT, Flux, attention_layers
+from restore.backbones.flow import SD3, DiT, Flux
 from restore.backbones.flow_files import text_condition
 from restore.backbones.schedule import Schedule
 from restore.guidance import CFG, PAG, estimator
@@ -110,7 +111,7 @@ def test_dit_is_its_transformer(folders):
     for condition, message in ((11, r"0\.\.10"), (torch.tensor([1, 2, 3]), "one for the batch or 2")):
         with pytest.raises(RestoreError, match=message):
             prior.predict(x, 401, condition)
-    with pytest.raises(RestoreError, match="squares alone"):
+    with pytest.raises(RestoreError, match=r"square .*got shape \(1, 4, 8, 16\)"):
         prior.predict(latents(1, 8, 16), 401)
 
 
@@ -182,7 +183,7 @@ def test_names_on_the_real_configurations():
             "flux": FluxTransformer2DModel(guidance_embeds=True),
             "dit": DiTTransformer2DModel(out_channels=8),
         }
-    layers = {name: attention_layers(network) for name, network in networks.items()}
+    layers = {name: find_attention_layers(network) for name, network in networks.items()}
     assert {name: sum(layer.heads for layer in found.values()) for name, found in layers.items()} == {
         "sd3": 576,
         "sd3.5": 576 + 13 * 24,
@@ -258,7 +259,7 @@ def test_without_text_encoders(folders, tmp_path):
     shutil.copytree(folders["sd3"], folder, ignore=shutil.ignore_patterns("text_encoder*", "tokenizer*"))
     prior, whole = SD3.load(folder), loaded(folders, "sd3")
     assert prior.null_condition is None and prior.encode_prompt is None
-    with pytest.raises(RestoreError, match="without text encoders: give condition="):
+    with pytest.raises(RestoreError, match="condition .*without text encoders"):
         prior.predict(latents(), 300)
     with pytest.raises(RestoreError, match="has no text encoder"):
         restore.Restorer(prior).generate(1, prompt="a cat")
@@ -279,9 +280,9 @@ def test_folders_that_are_not_complete(folders, tmp_path):
     for part, message in (("vae", "it has no vae"), ("text_encoder_2", "but no text_encoder_2")):
         with pytest.raises(RestoreError, match=message):
             SD3.load(changed(part, shutil.rmtree))
-    with pytest.raises(RestoreError, match="holds a StableDiffusion3Pipeline, not a FluxPipeline"):
+    with pytest.raises(RestoreError, match="FluxPipeline, got a StableDiffusion3Pipeline"):
         Flux.load(folders["sd3"])
-    with pytest.raises(RestoreError, match="has no model_index.json"):
+    with pytest.raises(RestoreError, match="no model_index.json"):
         SD3.load(tmp_path)
 
     def one_layer_more(part):
@@ -290,5 +291,5 @@ def test_folders_that_are_not_complete(folders, tmp_path):
 
     with pytest.raises(RestoreError, match="the transformer in .* (cannot be loaded|weights are missing)"):
         SD3.load(changed("transformer", one_layer_more))
-    with pytest.raises(RestoreError, match="VAE makes latents of 8 channels but the network takes 4"):
+    with pytest.raises(RestoreError, match="latents of 4 channels.*got 8"):
         SD3.load(folders["sd3"], vae=tiny_vae(latent_channels=8))

@@ -16,7 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from operators import RestoreError
 from restore.backbones import adm_weights
-from restore.backbones.adm import ADM, attention_layers
+from restore.backbones.adm import ADM
+from restore.backbones.attention_layers import find_attention_layers
+from restore.backbones.memory_options import enable_block_checkpointing
 from restore.backbones.prefix import Tape, Trace
 from restore.guidance.attention import PerturbedLayer, perturb_attention
 from restore.guidance.targets import identity
@@ -25,7 +27,10 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 def adm(checkpointing=False):
-    return ADM.load(GOLDEN / "nets/adm_a.safetensors", head_channels=16, checkpointing=checkpointing)
+    model = ADM.load(GOLDEN / "nets/adm_a.safetensors", head_channels=16)
+    if checkpointing:
+        enable_block_checkpointing(model)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +45,7 @@ def names(network, modules):
 
 def traced(network, *args, **kwargs):
     trace = Trace(network)
-    with torch.no_grad(), trace.listening():
+    with torch.no_grad(), trace.record():
         network(*args, **kwargs)
     return trace
 
@@ -108,9 +113,9 @@ def test_modules_used_again_are_not_taken():
     # `act` runs again later; `twice` runs inside and outside `other`, so its own queue could not be replayed
     assert names(network, trace.prefix([network.changed])) == ["block", "other"]
     tape, x = tape_before(network.changed, network, torch.zeros(1, 2)), torch.randn(3, 2)
-    with tape.recording():
+    with tape.record():
         strong = network(x)
-    with tape.replaying():
+    with tape.replay():
         assert torch.equal(network(x), strong)
 
 
@@ -133,10 +138,10 @@ def test_bit_equal_to_two_passes(short, checkpointing):
     grad_plain = torch.autograd.grad(plain.eps.square().sum(), x_plain)[0]
 
     tape = tape_before(layers[0].module, model.network, torch.zeros(1, 3, 16, 16), 1)
-    with tape.recording():
+    with tape.record():
         shared = model.predict(x_shared, 300)
     assert tape.recorded and len(tape.queues) >= 6
-    with tape.replaying():
+    with tape.replay():
         weak_shared = weak_pass(model, layers, x)
     grad_shared = torch.autograd.grad(shared.eps.square().sum(), x_shared)[0]
 
@@ -163,9 +168,9 @@ def test_prefix_is_not_computed_in_the_weak_pass(model):
     after = [n for n in convolutions if n.startswith(("mid_block.resnets.1", "up_blocks", "conv_out"))]
     x = torch.zeros(1, 3, 32, 32)
     tape = tape_before(layers[0].module, model.network, x, 300)
-    with tape.recording(), torch.no_grad(), Convolutions() as strong:
+    with tape.record(), torch.no_grad(), Convolutions() as strong:
         model.predict(x, 300)
-    with tape.replaying(), torch.no_grad(), Convolutions() as weak:
+    with tape.replay(), torch.no_grad(), Convolutions() as weak:
         weak_pass(model, layers, x)
     assert (strong.count, weak.count) == (len(convolutions), len(after))
 
@@ -174,8 +179,8 @@ def test_flops_saved_on_the_published_ffhq_network():
     """Shares before the first perturbed layer at 256 px, counted on the meta device: 19.5, 20.2, 22.5 %."""
     shapes = json.loads((GOLDEN / "adm_manifest.json").read_text())["models"]["dps_ffhq_10m"]["state_dict"]
     arch = adm_weights.infer_architecture({k: tuple(v) for k, v in shapes.items()})
-    heads = adm_weights.head_counts(arch)
-    network = adm_weights.build_network(adm_weights.network_config(arch, heads, 256), arch.base, heads)
+    heads = adm_weights.count_heads(arch)
+    network = adm_weights.build_network(adm_weights.make_config(arch, heads, 256), arch.base, heads)
     network.requires_grad_(False)
     x = torch.empty(1, 3, 256, 256, device="meta")
     trace = traced(network, x, 1)
@@ -187,12 +192,12 @@ def test_flops_saved_on_the_published_ffhq_network():
 
     total = flops()
     assert total / 2 == pytest.approx(194e9, rel=0.01)  # 388 GFLOP, a multiply-add counted as two
-    for layer, share in zip(list(attention_layers(network).values())[:3], (0.195, 0.202, 0.225), strict=True):
+    for layer, share in zip(list(find_attention_layers(network).values())[:3], (0.195, 0.202, 0.225), strict=True):
         tape = Tape([layer.module])
         tape.follow(trace)
-        with tape.recording(), torch.no_grad():
+        with tape.record(), torch.no_grad():
             network(x, 1)
-        with tape.replaying():
+        with tape.replay():
             weak = flops()
         assert 1 - weak / total == pytest.approx(share, abs=0.002), layer.short
 
@@ -206,12 +211,12 @@ def test_backward_recomputation_neither_records_nor_replays():
     expected = torch.autograd.grad(model.predict(plain, 50).eps.square().sum(), plain)[0]
     tape = tape_before(layers[0].module, model.network, x, 50)
     shared = x.clone().requires_grad_()
-    with tape.recording():
+    with tape.record():
         strong = model.predict(shared, 50)
     kept = {module: len(queue) for module, queue in tape.queues.items()}
     gradient = torch.autograd.grad(strong.eps.square().sum(), shared, retain_graph=True)[0]
     assert {module: len(queue) for module, queue in tape.queues.items()} == kept and set(kept.values()) == {1}
-    with tape.replaying():
+    with tape.replay():
         weak = weak_pass(model, layers, x, 50)
     assert torch.equal(weak, weak_pass(model, layers, x, 50))
     again = torch.autograd.grad(strong.eps.square().sum(), shared)[0]
@@ -224,15 +229,15 @@ def test_several_calls_of_the_network_in_one_pass(model):
     windows = torch.randn(3, 1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     expected = [weak_pass(model, layers, window) for window in windows]
     tape, trace = Tape([layers[0].module]), Trace(model.network)
-    with trace.listening():  # only the first call is listened to
+    with trace.record():  # only the first call is listened to
         for window in windows:
             model.predict(window, 300)
     tape.follow(trace)
     assert model.network.down_blocks[2] in tape.queues and not tape.recorded
-    with tape.recording():
+    with tape.record():
         for window in windows:
             model.predict(window, 300)
-    with tape.replaying():
+    with tape.replay():
         got = [weak_pass(model, layers, window) for window in windows]
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
@@ -263,9 +268,9 @@ def test_conditional_unet(tmp_path):
     expected = weak()
     tape = tape_before(changed, network, x, 9, text)
     assert {"down_blocks.0", "down_blocks.1.resnets.0"} <= set(names(network, tape.queues))
-    with tape.recording():
+    with tape.record():
         strong = network(x.requires_grad_(), 9, text).sample
-    with tape.replaying():
+    with tape.replay():
         got = weak()
     assert torch.equal(got, expected) and not torch.equal(got, strong)
     assert strong.requires_grad and not got.requires_grad
@@ -275,12 +280,12 @@ def test_recorded_values_are_detached_and_released(model):
     x = torch.zeros(1, 3, 32, 32, requires_grad=True)
     tape = tape_before(model.network.mid_block.attentions[0], model.network, x.detach(), 1)
     for _ in range(3):  # an abandoned pass is dropped by the next one
-        with tape.recording():
+        with tape.record():
             model.predict(x, 1)
         assert {len(queue) for queue in tape.queues.values()} == {1}
     hidden, skips = tape.queues[model.network.down_blocks[0]][0].value[:2]
     assert not hidden.requires_grad and not any(skip.requires_grad for skip in skips)
-    with tape.replaying():
+    with tape.replay():
         model.predict(x.detach(), 1)
     assert not any(tape.queues.values())
 
@@ -288,13 +293,13 @@ def test_recorded_values_are_detached_and_released(model):
 def test_exceptions_leave_nothing(model):
     before = state_of(model.network)
     tape = tape_before(model.network.mid_block.attentions[0], model.network, torch.zeros(1, 3, 32, 32), 1)
-    for context in (tape.recording, tape.replaying, Trace(model.network).listening):  # the last leaves no calls
+    for context in (tape.record, tape.replay, Trace(model.network).record):  # the last leaves no calls
         with pytest.raises(KeyError), context():
             raise KeyError
         assert state_of(model.network) == before
-    with tape.recording():
+    with tape.record():
         model.predict(torch.zeros(1, 3, 32, 32), 1)
-    with pytest.raises(KeyError), tape.replaying():
+    with pytest.raises(KeyError), tape.replay():
         raise KeyError
     assert not any(tape.queues.values())
 
@@ -302,14 +307,14 @@ def test_exceptions_leave_nothing(model):
 def test_other_calls_than_recorded_are_errors(model):
     x = torch.zeros(1, 3, 32, 32)
     tape = tape_before(model.network.mid_block.attentions[0], model.network, x, 1)
-    with tape.recording():
+    with tape.record():
         model.predict(x, 1)
-    with pytest.raises(RuntimeError, match="more often"), tape.replaying():
+    with pytest.raises(RuntimeError, match="more often"), tape.replay():
         model.predict(x, 1)
         model.predict(x, 1)
-    with tape.recording():
+    with tape.record():
         model.predict(x, 1)
-    with pytest.raises(RuntimeError, match="fewer"), tape.replaying():
+    with pytest.raises(RuntimeError, match="fewer"), tape.replay():
         pass
 
 
@@ -339,9 +344,9 @@ def test_what_encloses_the_prefix_and_runs_again_is_not_taken():
     network, x = Again(), torch.randn(3, 2)
     tape = tape_before(network.changed, network, x)
     assert names(network, tape.queues) == ["inner"]
-    with tape.recording():
+    with tape.record():
         strong = network(x)
-    with tape.replaying():
+    with tape.replay():
         assert torch.equal(network(x), strong)
 
 
@@ -359,9 +364,9 @@ class InPlace(nn.Module):
 def test_change_in_place_is_noticed():
     network, x = InPlace(), torch.zeros(1, 2)
     tape = tape_before(network.changed, network, x)
-    with torch.no_grad(), tape.recording():
+    with torch.no_grad(), tape.record():
         network(x)
-    with pytest.raises(RestoreError, match="in place"), torch.no_grad(), tape.replaying():
+    with pytest.raises(RestoreError, match="in place"), torch.no_grad(), tape.replay():
         network(x)
 
 
@@ -381,9 +386,9 @@ def test_a_module_with_its_own_forward_gets_it_back(model):
         tape = Tape([])
         tape.queues = {block: deque()}
         with torch.no_grad():
-            with tape.recording():
+            with tape.record():
                 a = model.predict(golden["x"], 480).eps
-            with tape.replaying():
+            with tape.replay():
                 b = model.predict(golden["x"], 480).eps
         assert block.forward is own and len(calls) == 1 and torch.equal(a, b)
     finally:

@@ -30,9 +30,9 @@ class Position(Pixels):
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 40), (37, 53), (9, 16), (3, 5), (100, 16)])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_windows_are_invisible_for_a_local_network(size, checkpointing):
-    any_size = Sized(Position(), *size, max_windows=5, checkpointing=checkpointing)
+@pytest.mark.parametrize("recompute_windows", [False, True])
+def test_windows_are_invisible_for_a_local_network(size, recompute_windows):
+    any_size = Sized(Position(), *size, max_windows=5, recompute_windows=recompute_windows)
     x = torch.randn(2, 3, *size, requires_grad=True)
     prediction = any_size.predict(x, 3)
     assert any_size.shape == (3, *size) and any_size.evaluations == 1

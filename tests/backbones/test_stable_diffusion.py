@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from tiny_sd import SCHEDULER, UNET, seeded, tiny_unet, tiny_vae
 
 from operators import RestoreError
+from restore.backbones.attention_layers import find_attention_layers
 from restore.backbones.base import Backbone
+from restore.backbones.memory_options import enable_block_checkpointing, enable_vae_slicing, enable_vae_tiling
 from restore.backbones.schedule import Schedule
-from restore.backbones.stable_diffusion import StableDiffusion, attention_layers
+from restore.backbones.stable_diffusion import StableDiffusion
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SIDECAR = json.loads((GOLDEN / "sd_modules.json").read_text())
@@ -106,7 +108,7 @@ def test_sd15_names_on_the_real_configuration():
     # SD 1.5's U-Net; 859 520 964 parameters, none of them allocated.
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-    layers = attention_layers(unet)
+    layers = find_attention_layers(unet)
     by_short = {layer.short: layer for layer in layers.values()}
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964
     assert list(by_short) == ["i1", "i2", "i4", "i5", "i7", "i8", "m1", *(f"o{n}" for n in range(3, 12))]
@@ -116,11 +118,11 @@ def test_sd15_names_on_the_real_configuration():
 
 
 def test_several_transformer_layers_get_distinct_names_and_cross_attention_none():
-    layers = attention_layers(tiny_unet(transformer_layers_per_block=2))
+    layers = find_attention_layers(tiny_unet(transformer_layers_per_block=2))
     names = [layer.paper for layer in layers.values()]
     assert "input_blocks.1.1.transformer_blocks.1.attn1" in names and len(set(names)) == len(names)
     upscaler = tiny_unet(only_cross_attention=[True, False, False])
-    assert not [path for path in attention_layers(upscaler) if path.startswith("down_blocks.0")]
+    assert not [path for path in find_attention_layers(upscaler) if path.startswith("down_blocks.0")]
 
 
 def test_v_prediction_gives_the_same_eps_as_the_network_it_stands_for(golden, tensors):
@@ -173,7 +175,8 @@ def test_checkpointing_changes_no_gradient():
     args = (Schedule.from_config(SCHEDULER), null)
     plain = gradient(StableDiffusion(tiny_unet(), tiny_vae(), *args), z)
     calls = []
-    checkpointed = StableDiffusion(tiny_unet(), tiny_vae(), *args, checkpointing=True)
+    checkpointed = StableDiffusion(tiny_unet(), tiny_vae(), *args)
+    enable_block_checkpointing(checkpointed)
     resnets = checkpointed.network.mid_block.resnets[1], checkpointed.vae.decoder.up_blocks[0].resnets[0]
     for i, resnet in enumerate(resnets):
         resnet.norm1.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
@@ -183,10 +186,10 @@ def test_checkpointing_changes_no_gradient():
 
 def test_slicing_and_tiling():
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    plain, sliced = tiny().decode(z), tiny(vae_slicing=True).decode(z)
-    assert relative(sliced, plain) < 1e-5
-    tiled = tiny(vae_tiling=True)
+    plain, sliced, tiled = tiny(), tiny(), tiny()
+    enable_vae_slicing(sliced), enable_vae_tiling(tiled)
     calls = []
+    assert relative(sliced.decode(z), plain.decode(z)) < 1e-5
     tiled.vae.decoder.register_forward_hook(lambda *_: calls.append(1))
     assert tiled.decode(torch.randn(1, 4, 20, 20)).shape == (1, 3, 80, 80)
     assert len(calls) > 1
@@ -215,7 +218,7 @@ def test_an_overflowing_vae_is_named():
     for conv in (vae.decoder.conv_in, vae.decoder.conv_out):
         conv.weight.data *= 1e5
     backbone = tiny(vae=vae.to(torch.float16))
-    with pytest.raises(RestoreError, match="decoder overflowed in float16.*float32 or bfloat16"):
+    with pytest.raises(RestoreError, match="vae_dtype must be float32 or bfloat16, got float16.*decoder overflowed"):
         backbone.decode(torch.randn(1, 4, 8, 8))
     # A sample that diverged before the decoder is not the decoder's fault.
     assert not tiny().decode(torch.full((1, 4, 8, 8), math.nan)).isfinite().any()
@@ -224,10 +227,10 @@ def test_an_overflowing_vae_is_named():
 @pytest.mark.parametrize(
     "changes,sentence",
     [
-        ({"vae": lambda: tiny_vae(latent_channels=8)}, "VAE makes latents of 8 channels but the network takes 4"),
-        ({"unet": lambda: tiny_unet(in_channels=9)}, "takes 9 channels and predicts 4: it is an inpainting"),
-        ({"unet": lambda: tiny_unet(cross_attention_dim=24)}, "embeddings are 16 wide but the U-Net attends to 24"),
-        ({"unet": lambda: tiny_unet(class_embed_type="timestep")}, "more conditions than a prompt"),
+        ({"vae": lambda: tiny_vae(latent_channels=8)}, "latents of 4 channels.*got 8"),
+        ({"unet": lambda: tiny_unet(in_channels=9)}, "9 input and 4 output channels .an inpainting"),
+        ({"unet": lambda: tiny_unet(cross_attention_dim=24)}, "embeddings must be 24 wide.*got 16"),
+        ({"unet": lambda: tiny_unet(class_embed_type="timestep")}, "no conditions beyond a prompt"),
         ({"prediction_type": lambda: "samples"}, "prediction type 'samples'; did you mean 'sample'"),
     ],
 )

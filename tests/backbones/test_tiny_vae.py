@@ -74,7 +74,7 @@ def test_the_command_line(folders, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             cli.main()
         assert stop.value.code == code, capsys.readouterr().err
-    assert "8 channels but the network takes 4" in capsys.readouterr().err
+    assert "latents of 4 channels" in capsys.readouterr().err
 
 
 def test_mistakes(folders, monkeypatch, tmp_path):
@@ -84,10 +84,10 @@ def test_mistakes(folders, monkeypatch, tmp_path):
         with pytest.raises(RestoreError, match=f"^{name} is not on this machine and the run is offline"):
             restore.load(folders[kind], vae="tiny", offline=True)
     for source, options, message in (
-        ("embedded", {"vae": "tiny"}, "no autoencoder to slice, tile or replace"),
+        ("embedded", {"vae": "tiny"}, "vae must be None for embedded, a model of pixels"),
         (folders["tae"], {}, "is an autoencoder, no prior"),
         (folders["sd"], {"vae": folders["sd3"]}, "kind sd3, expected an autoencoder, such as taesd"),
-        (folders["sd"], {"vae": folders["tae"], "vae_tiling": True}, "vae_tiling=True: a tiny autoencoder"),
+        (folders["sd"], {"vae": folders["tae"], "vae_tiling": True}, "vae_tiling must be False for a tiny autoencoder"),
     ):
         with pytest.raises(RestoreError, match=message):
             restore.load(source, **options)

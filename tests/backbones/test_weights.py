@@ -14,7 +14,7 @@ from operators import RestoreError
 from restore import disk
 from restore.backbones.adm import ADM
 from restore.backbones.stable_diffusion import StableDiffusion
-from restore.backbones.weights import as_dtype, own_memory, read
+from restore.backbones.weights import align_memory, as_dtype, read_weights
 
 BLOCKS = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
 
@@ -90,7 +90,7 @@ def test_own_memory_moves_parameters_and_buffers():
     store = torch.zeros(64)
     module = torch.nn.BatchNorm1d(7)
     module.weight.data, module.running_mean = store[1:8], store[9:16]
-    assert own_memory(module) is module and aligned(module)
+    assert align_memory(module) is module and aligned(module)
     store.fill_(5.0)
     assert not module.weight.any() and not module.running_mean.any()
 
@@ -106,7 +106,7 @@ def test_precisions():
 def test_the_content_of_a_file_tells_its_format_not_its_name(tmp_path):
     save_file({"a": torch.ones(3)}, tmp_path / "weights.pt")
     torch.save({"a": torch.ones(3)}, tmp_path / "weights.safetensors")
-    assert all(torch.equal(read(path)["a"], torch.ones(3)) for path in tmp_path.iterdir())
+    assert all(torch.equal(read_weights(path)["a"], torch.ones(3)) for path in tmp_path.iterdir())
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(RestoreError, match="JSON object, got a list"):
         disk.read_json(tmp_path / "list.json", required=True)

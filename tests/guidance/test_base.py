@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import restore.guidance as guidance_package
 from operators import RestoreError
 from restore.backbones.adm import ADM
+from restore.backbones.memory_options import enable_block_checkpointing
 from restore.guidance import CFG, PAG, estimator
 from restore.guidance.attention import PerturbedLayer, perturb_attention
 from restore.guidance.targets import identity
@@ -134,7 +135,9 @@ def test_cfg_without_anything_to_contrast_runs_no_weak_pass(model, golden, passe
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradient_flows_through_the_strong_pass_alone(golden, checkpointing, plain):
     """The checkpoint trap: blocks recomputed in backward must see neither perturbed attention nor replay."""
-    model = ADM.load(GOLDEN / "nets/adm_a.safetensors", head_channels=16, checkpointing=checkpointing)
+    model = ADM.load(GOLDEN / "nets/adm_a.safetensors", head_channels=16)
+    if checkpointing:
+        enable_block_checkpointing(model)
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(4))
     alone = x.clone().requires_grad_()
     expected = torch.autograd.grad(plain.predict(alone, 400).eps.square().sum(), alone)[0]

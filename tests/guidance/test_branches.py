@@ -356,7 +356,7 @@ def test_every_branch_with_sampler_windows_prefix_and_combination(name, tiny_adm
 
     # Generation beyond the network's size, and a sampler that differentiates through it.
     def run(guidance, size=(16, 24)):
-        prior = Sized(model, *size, checkpointing=True)
+        prior = Sized(model, *size, recompute_windows=True)
         noise = ImageNoise([(0, "a", 0), (0, "b", 0)])
         generated = generate(prior, 2, noise=noise, steps=3, guidance=guidance)
         operator = operators.SuperResolution(2)

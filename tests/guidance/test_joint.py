@@ -12,8 +12,8 @@ from torch import nn
 
 from operators import RestoreError
 from restore.backbones.adm import ADM
+from restore.backbones.attention_layers import find_attention_layers
 from restore.backbones.base import AttentionLayer
-from restore.backbones.flow import attention_layers
 from restore.guidance import PAG
 from restore.guidance.attention import PerturbedLayer, perturb_attention
 from restore.guidance.pipelines import PipelineNetwork
@@ -260,7 +260,7 @@ def network_of(name):
 def test_identity_in_whole_networks(name, short, text, text_first, scope, head):
     """A whole layer, or one head, of SD3, SD3.5, FLUX (double and single blocks) and DiT."""
     network, given = network_of(name)
-    layer = next(layer for layer in attention_layers(network).values() if layer.short == short)
+    layer = next(layer for layer in find_attention_layers(network).values() if layer.short == short)
     true = network(**given).sample
     image = 4 if name == "dit" else GRID[0] * GRID[1]
     first = text if text_first else 0
@@ -284,7 +284,7 @@ def test_identity_in_whole_networks(name, short, text, text_first, scope, head):
 def test_what_targets_are_told_in_whole_networks_and_the_way_back(name):
     """Grid and image tokens of every layer; an exception leaves every processor and forward as it was."""
     network, given = network_of(name)
-    layers, told = attention_layers(network), []
+    layers, told = find_attention_layers(network), []
     processors = [layer.module.processor for layer in layers.values()]
 
     def target(a):

@@ -13,13 +13,17 @@ from diffusers import UNet2DModel
 from operators import RestoreError
 from restore.backbones.adm import ADM
 from restore.backbones.forwards import find_compiled, replace_forward
+from restore.backbones.memory_options import enable_block_checkpointing
 from restore.guidance import PAG, estimator
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 def adm(checkpointing=False):
-    return ADM.load(GOLDEN / "nets/adm_a.safetensors", head_channels=16, checkpointing=checkpointing)
+    model = ADM.load(GOLDEN / "nets/adm_a.safetensors", head_channels=16)
+    if checkpointing:
+        enable_block_checkpointing(model)
+    return model
 
 
 def relative(a, b):

@@ -82,9 +82,9 @@ def test_presets_are_table_5(data):
     with torch.device("meta"):
         from diffusers import UNet2DConditionModel
 
-        from restore.backbones.stable_diffusion import attention_layers
+        from restore.backbones.attention_layers import find_attention_layers
 
-        attention = attention_layers(UNet2DConditionModel(sample_size=64, cross_attention_dim=768))
+        attention = find_attention_layers(UNet2DConditionModel(sample_size=64, cross_attention_dim=768))
     for task, (eta, gamma, scale) in TABLE5[data].items():
         found = entry(data, task)
         assert found["parameters"] == {"eta": eta, "gamma": gamma}

@@ -97,7 +97,7 @@ def test_a_photo_that_grew_to_twenty_gigabytes(monkeypatch):
     assert found.options.checkpoint_windows and found.options.max_windows == 16
     assert found.memory < 2e9 and found.fits
     with planner.apply(found) as chosen:
-        assert chosen.windows["checkpointing"] and not restorer.windows["checkpointing"]
+        assert chosen.windows["recompute_windows"] and not restorer.windows["recompute_windows"]
 
 
 @pytest.mark.parametrize("guidance", [None, GUIDED])

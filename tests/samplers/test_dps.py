@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import operators
 from operators import RestoreError
 from restore.backbones.adm import ADM
+from restore.backbones.memory_options import enable_block_checkpointing
 from restore.backbones.schedule import respace
 from restore.backbones.sizes import Sized
 from restore.guidance import PAG
@@ -172,9 +173,10 @@ def test_data_norms():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_guidance_takes_hardly_more_memory(bank, checkpointing):
     """The weak pass runs when the graph of the strong one is gone; only the shared prefix is kept meanwhile."""
-    model = Sized(
-        ADM.load(GOLDEN / "nets" / "adm_a.safetensors", head_channels=16, checkpointing=checkpointing), 32, 32
-    )
+    backbone = ADM.load(GOLDEN / "nets" / "adm_a.safetensors", head_channels=16)
+    if checkpointing:
+        enable_block_checkpointing(backbone)
+    model = Sized(backbone, 32, 32)
     operator = operators.SuperResolution(8)
     x_T = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     y = operator.A(x_T.clamp(-1, 1))

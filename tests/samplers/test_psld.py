@@ -12,6 +12,7 @@ from tiny_sd import SCHEDULER
 
 import operators
 from operators import GaussianNoise, RestoreError
+from restore.backbones.memory_options import enable_block_checkpointing
 from restore.backbones.schedule import Schedule
 from restore.backbones.sizes import Sized
 from restore.backbones.stable_diffusion import StableDiffusion
@@ -135,7 +136,9 @@ def test_trajectory_is_the_official_one(name, case):
 def test_checkpointing_gives_the_same_guided_trajectory():
     """The weak pass and its replay must be over when the backward recomputes blocks."""
     tensors, config, operator = arrange("psld_pag_loop", "box")
-    z, _ = run(make_backbone(checkpointing=True), tensors, config, operator)
+    checkpointed = make_backbone()
+    enable_block_checkpointing(checkpointed)
+    z, _ = run(checkpointed, tensors, config, operator)
     assert relative(z, tensors["z_final"]) < 1e-4
 
 
