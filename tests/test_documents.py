@@ -22,6 +22,7 @@ from restore.paths import data_dir
 
 ROOT = Path(__file__).parents[1]
 RUN = [*sorted((ROOT / "docs" / "tutorials").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -44,6 +45,15 @@ def test_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capsys):
                 with pytest.raises(SystemExit) as stop:
                     cli.main()
                 assert not stop.value.code, (line, capsys.readouterr().err)
+
+
+def test_readme_is_short_and_its_python_runs_as_printed(tmp_path, monkeypatch):
+    assert len(README.split()) <= 700
+    shutil.copytree(data_dir() / "photos", tmp_path / "data" / "photos")
+    monkeypatch.chdir(tmp_path)
+    (example,) = [text for language, text in BLOCK.findall(README) if language == "python"]
+    exec(compile(example, "README.md", "exec", dont_inherit=True), {})
+    assert (tmp_path / "restored.png").is_file()
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data" / "README.md", *(ROOT / "docs").rglob("*.md")]
