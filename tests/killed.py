@@ -7,13 +7,13 @@ import sys
 import torch
 
 from restore.app import cli
-from restore.bench.run import bench
+from restore.bench.run import run_benchmark
 
 
 def run(config, log):
     torch.set_num_threads(1)
     with open(log, "a") as file:
-        bench(config, progress=lambda event: (file.write(event.get("batch", "") + "\n"), file.flush()))
+        run_benchmark(config, progress=lambda event: (file.write(event.get("batch", "") + "\n"), file.flush()))
 
 
 def command(*arguments):

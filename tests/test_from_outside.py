@@ -11,7 +11,7 @@ import torch
 import operators
 import restore
 from restore.app import cli
-from restore.bench.run import bench
+from restore.bench.run import run_benchmark
 from restore.images import io
 from restore.paths import data_dir
 from restore.report.write import write_report
@@ -89,7 +89,7 @@ def test_yaml(expected, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / FACE.name).write_bytes(FACE.read_bytes())
     (tmp_path / "own.yaml").write_text(json.dumps(config))
-    table = bench(tmp_path / "own.yaml").table["table"]["mirrored"]
+    table = run_benchmark(tmp_path / "own.yaml").table["table"]["mirrored"]
     assert table["mine"]["cost"]["nfe"] == 3 and table["plain"]["cost"]["nfe"] == 1
     assert table["mine"]["means"]["own:brightness_error"]["n"] == 1 and table["mine"]["means"]["psnr"]["mean"] > 5
     text = write_report([tmp_path / "run"]).markdown.read_text()

@@ -13,7 +13,7 @@ import torch
 
 from operators import RestoreError
 from restore import disk
-from restore.bench.run import bench
+from restore.bench.run import run_benchmark
 from restore.paths import configs_dir, data_dir
 from restore.training import load_config, train
 
@@ -116,13 +116,13 @@ def config(tmp_path, tiny_run, write_images, smooth_images):
 def test_benchmarks_go_on_when_there_is_room_again(small_disk, config, tmp_path, kilobytes, inodes):
     folder = small_disk(kilobytes, inodes) / "run"
     with pytest.raises(RestoreError, match="the disk is full"):
-        bench(config, [f"out={folder}"])
+        run_benchmark(config, [f"out={folder}"])
     assert not [name for name in names(folder) if name.endswith(".tmp")]
     for row in folder.rglob("rows/*.json"):
         assert (row.parent.parent / f"{row.stem}.png").exists()
     shutil.copytree(folder, tmp_path / "later")
     for out in ("whole", "later"):
-        bench(config, [f"out={tmp_path / out}"])
+        run_benchmark(config, [f"out={tmp_path / out}"])
     for part in ("results", "truth", "measurements"):
         whole, later = tmp_path / "whole" / part, tmp_path / "later" / part
         assert names(whole) == names(later)

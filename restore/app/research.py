@@ -43,14 +43,14 @@ def bench(
 
     if dry_run:
         typer.echo("task | method | batches | images | NFE | seconds | peak MB")
-        for line in work.dry_run(config, settings or []):
+        for line in work.plan_benchmark(config, settings or []):
             cost = [f"{value:.0f}" if value is not None else "-" for value in (line.seconds, line.peak_memory_mb)]
             row = [line.task, line.method, line.batches, line.images, line.nfe or "-", *cost]
             typer.echo(" | ".join(str(value) for value in row))
         return
     with _bars() as show:
-        result = work.bench(config, settings or [], progress=show)
-    typer.echo(f"{result.folder}: {result.done} batches done, {result.kept} found finished")
+        result = work.run_benchmark(config, settings or [], progress=show)
+    typer.echo(f"{result.folder}: {result.computed} batches done, {result.reused} found finished")
     for path in result.damaged:
         typer.echo(f"{path} was damaged: its image was computed again")
     typer.echo(f"restore report {result.folder}")

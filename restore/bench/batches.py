@@ -9,15 +9,17 @@ from typing import Any
 
 from operators import RestoreError
 from restore import disk
-from restore.bench import datasets
-from restore.bench.config import pairs
+from restore.bench.config import list_cells
+from restore.bench.datasets import ImageSet, load_dataset
 from restore.images.folder import to_file_name
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`ids` of one task, by one method. Batches are cut from the list of images in order and never
-    regrouped, so that a resumed run computes the same batches as an undisturbed one."""
+    """Images of one task, by one method.
+
+    Batches are cut from the list of images in order and never regrouped, so that a resumed run computes the same ones.
+    """
 
     task: str
     method: str
@@ -26,39 +28,43 @@ class Batch:
 
     @property
     def key(self) -> str:
+        """Its name in progress and messages, and of its cost file."""
         return f"{self.task}/{self.method}/{self.index:06d}"
 
-    def results(self, run: Path) -> Path:
+    def folder(self, run: Path) -> Path:
+        """Return the folder of the results of its task and method."""
         return run / "results" / self.task / self.method
 
-    def rows(self, run: Path) -> list[Path]:
-        """The files whose presence means that an image is done: they are written last."""
-        return [self.results(run) / "rows" / f"{to_file_name(i)}.json" for i in self.ids]
+    def row_paths(self, run: Path) -> list[Path]:
+        """Return the files that are written last: an image is done if its row exists."""
+        return [self.folder(run) / "rows" / f"{to_file_name(i)}.json" for i in self.ids]
 
-    def done(self, run: Path) -> bool:
-        return all(read_row(path) is not None for path in self.rows(run))
+    def is_done(self, run: Path) -> bool:
+        """Return whether all its images are done."""
+        return all(read_row(path) is not None for path in self.row_paths(run))
 
 
 def read_row(path: Path) -> dict[str, Any] | None:
-    """A finished image's row; None where it, or its picture, is not there or cannot be read: it is computed again."""
+    """Return a finished image's row; None if it or its picture is missing or damaged, and must be computed again."""
     row = disk.read_json(path)
-    whole = isinstance(row, dict) and "sha256" in row and "image" in row
-    return row if whole and (path.parent.parent / f"{path.stem}.png").exists() else None
+    is_whole = isinstance(row, dict) and "sha256" in row and "image" in row
+    return row if is_whole and (path.parent.parent / f"{path.stem}.png").exists() else None
 
 
-def load_images(config: Mapping[str, Any]) -> datasets.ImageSet | None:
-    """The checked images of a restoration benchmark, None for generation. Raises RestoreError as load_dataset."""
+def load_images(config: Mapping[str, Any]) -> ImageSet | None:
+    """Return the checked images of a restoration benchmark, None for generation. Raises RestoreError as load_dataset,
+    and for different sizes in one batch."""
     if config["kind"] != "restoration":
         return None
     data = dict(config["data"])
-    images = datasets.load_dataset(data.pop("folder"), **data)
+    images = load_dataset(data.pop("folder"), **data)
     if len(set(images.shapes)) > 1 and config["batch"] > 1:
         raise RestoreError("the images have different sizes; give data.size=PIXELS to bring them to one, or batch=1")
     return images
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """One prompt a line. Raises RestoreError for a missing or empty file."""
+    """Return the prompts of a file, one a line. Raises RestoreError if it is missing or empty."""
     if not Path(path).is_file():
         raise RestoreError(f"the file of prompts {path} does not exist; give one with a prompt a line")
     prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -67,31 +73,30 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def image_ids(config: Mapping[str, Any], task: str, images: datasets.ImageSet | None) -> list[str]:
-    """Ids of the images of a task: of the data set, or numbers; `prompt-number` where images belong to prompts."""
+def list_image_ids(config: Mapping[str, Any], task: str, images: ImageSet | None) -> list[str]:
+    """Return the ids of a task's images: those of the data set, or numbers, `prompt-number` if grouped by prompt."""
     if images is not None:
         return list(images.ids)
     entry = config["tasks"][task]
     if config["metrics"]["group_by_prompt"] and entry["prompts"]:
-        # count images for each prompt
-        prompts = range(len(read_prompts(entry["prompts"])))
+        prompts = range(len(read_prompts(entry["prompts"])))  # count images for each
         return [f"{p:03d}-{i:06d}" for p in prompts for i in range(entry["count"])]
     return [f"{i:06d}" for i in range(entry["count"])]
 
 
-def expand(config: Mapping[str, Any], images: datasets.ImageSet | None) -> list[Batch]:
-    """All batches. The first of every task and method comes before the second of any, so that an interrupted run
-    compares all methods on the same first images; where tasks have different backbones, one backbone after the other.
+def make_batches(config: Mapping[str, Any], images: ImageSet | None) -> list[Batch]:
+    """Return all batches, the first of every task and method before the second of any.
+
+    So an interrupted run compares all methods on the same first images. Tasks with different backbones come one
+    backbone after the other. Raises RestoreError if two images would be written to one file.
     """
-    batches = []
-    size = config["batch"]
-    for task, method in pairs(config):
-        ids = image_ids(config, task, images)
-        for index, first in enumerate(range(0, len(ids), size)):
-            batches.append(Batch(task, method, index, tuple(ids[first : first + size])))
-    backbones = list(dict.fromkeys(task["backbone"] for task in config["tasks"].values()))
-    batches.sort(key=lambda batch: (backbones.index(config["tasks"][batch.task]["backbone"]), batch.index))
     names = [to_file_name(i) for i in (images.ids if images is not None else [])]
     if len(set(names)) != len(names):
         raise RestoreError("two images would be written to one file: folders become __ in names; rename one of them")
-    return batches
+    batches, size = [], config["batch"]
+    for task, method in list_cells(config):
+        ids = list_image_ids(config, task, images)
+        for index, first in enumerate(range(0, len(ids), size)):
+            batches.append(Batch(task, method, index, tuple(ids[first : first + size])))
+    backbones = list(dict.fromkeys(task["backbone"] for task in config["tasks"].values()))
+    return sorted(batches, key=lambda batch: (backbones.index(config["tasks"][batch.task]["backbone"]), batch.index))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,33 +17,37 @@ import yaml
 
 from operators import RestoreError
 from restore import disk
-from restore.bench import cluster, datasets, results
+from restore.bench import cluster, results
 from restore.bench.baselines import BASELINES
-from restore.bench.batches import Batch, expand, image_ids, load_images, read_row
-from restore.bench.config import load_config, pairs, result_part, settings
-from restore.bench.protocol import differences, format_differences
+from restore.bench.batches import Batch, list_image_ids, load_images, make_batches, read_row
+from restore.bench.config import build_method, list_cells, load_config, select_result_keys
+from restore.bench.datasets import ImageSet
+from restore.bench.protocol import find_differences, format_differences
 from restore.restoration import choose_device
 from restore.versions import collect_versions
 
 FORMAT = 2
-LEFTOVER = ".*.tmp"  # what a killed process was writing
+LEFTOVER = ".*.tmp"  # files that a killed process was writing
 
 
 @dataclass
-class Bench:
-    """What bench() did. folder: of the run. done: batches computed now; kept: found finished. table: metrics.json.
-    damaged: rows that were there and could not be read; their images were computed again."""
+class BenchmarkRun:
+    """What run_benchmark did.
+
+    folder: of the run. computed, reused: batches computed now, and found finished. table: the content of metrics.json.
+    damaged: rows that could not be read; their images were computed again.
+    """
 
     folder: Path
-    done: int
-    kept: int
+    computed: int
+    reused: int
     table: dict[str, Any] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One line of a dry run: what a (task, method) takes. seconds, peak_memory_mb: None where nothing was measured."""
+class PlannedCell:
+    """What a (task, method) takes. nfe, seconds, peak_memory_mb: None if nothing was measured."""
 
     task: str
     method: str
@@ -52,125 +58,130 @@ class Planned:
     peak_memory_mb: float | None
 
 
-def bench(
+def run_benchmark(
     config: str | os.PathLike | Mapping[str, Any],
     overrides: Sequence[str] = (),
     *,
     progress: Callable[[dict[str, Any]], None] | None = None,
     only: Callable[[Batch], bool] | None = None,
-) -> Bench:
+) -> BenchmarkRun:
     """Run a benchmark, or what is left of it.
 
     config: a YAML file or a mapping, see configs/benchmark; overrides: `key=value`. Results go to config.out,
-    runs/<name> by default. Images whose row is there are not computed again; an interrupted batch is.
+    runs/<name> by default. Images whose row exists are not computed again; an interrupted batch is.
     progress: called with {done, total, batch, seconds} after each batch and {measuring} before network metrics.
     only: which batches to compute now; the images of the others stay missing.
     Raises RestoreError before anything runs for bad configurations, missing images or weights, and for a folder
     that holds results of another configuration, with the difference.
     """
-    checked = load_config(config, overrides)
-    images = load_images(checked)
-    batches = expand(checked, images)
-    counts = [len(image_ids(checked, task, images)) for task in checked["tasks"]]
-    metrics_entry = results.check_metrics(checked, min(counts))
-    folder = Path(checked["out"] or Path("runs") / checked["name"])
-    _claim(folder, checked, images, metrics_entry)
+    config, images, batches, metrics = _prepare(config, overrides)
+    folder = _choose_folder(config)
+    _open_folder(folder, config, images, metrics)
     for leftover in folder.rglob(LEFTOVER):  # one run has one driver at a time
         leftover.unlink(missing_ok=True)
     batches = [batch for batch in batches if only is None or only(batch)]
-    waiting = [batch for batch in batches if not batch.done(folder)]
-    damaged = [path for batch in waiting for path in batch.rows(folder) if path.exists() and read_row(path) is None]
-    kept, total, done = len(batches) - len(waiting), len(batches), 0
+    waiting = [batch for batch in batches if not batch.is_done(folder)]
+    rows = [path for batch in waiting for path in batch.row_paths(folder)]
+    damaged = [str(path) for path in rows if path.exists() and read_row(path) is None]
+    reused, done = len(batches) - len(waiting), len(batches) - len(waiting)
 
-    def finished(batch: Batch, cost: Mapping[str, Any]) -> None:
+    def finish(batch: Batch, cost: Mapping[str, Any]) -> None:
         nonlocal done
         done += 1
         if progress is not None:
-            progress({"done": kept + done, "total": total, "batch": batch.key, "seconds": cost["seconds"]})
+            progress({"done": done, "total": len(batches), "batch": batch.key, "seconds": cost["seconds"]})
 
-    if waiting and checked["engine"] == "ray":
-        cluster.run_batches(waiting, checked, folder, images, finished)
+    if waiting and config["engine"] == "ray":
+        cluster.run_batches(waiting, config, folder, images, finish)
     elif waiting:
         from restore.bench.worker import Worker
 
-        worker = Worker(checked, folder, images)
+        worker = Worker(config, folder, images)
         for batch in waiting:
-            finished(batch, worker.run(batch))
-    measuring = None if progress is None else lambda what: progress({"measuring": what})
-    device = str(choose_device(checked["device"])).replace("mps", "cpu")
-    table = results.summarise(folder, checked, images, device, measuring)
-    return Bench(folder, done, kept, table, [str(path) for path in damaged])
+            finish(batch, worker.run(batch))
+    measuring = None if progress is None else lambda cell: progress({"measuring": cell})
+    device = str(choose_device(config["device"])).replace("mps", "cpu")
+    table = results.write_metrics(folder, config, images, device, measuring)
+    return BenchmarkRun(folder, done - reused, reused, table, damaged)
 
 
-def dry_run(
+def plan_benchmark(
     config: str | os.PathLike | Mapping[str, Any], overrides: Sequence[str] = (), *, measure: bool = True
-) -> list[Planned]:
-    """What `bench` would do, without doing it.
+) -> list[PlannedCell]:
+    """Return what `run_benchmark` would compute, for every (task, method).
 
-    measure: time two steps of every (task, method) on this machine, in a folder that is thrown away, and
-    extrapolate; the memory is the peak of those steps.
+    measure: time two steps of each on this machine, in a temporary folder, and extrapolate; the memory is the peak of
+    those steps.
     """
-    import tempfile
-
     from restore.bench.worker import Worker
 
-    checked = load_config(config, overrides)
-    images = load_images(checked)
-    batches = expand(checked, images)
-    results.check_metrics(checked, min(len(image_ids(checked, task, images)) for task in checked["tasks"]))
-    folder = Path(checked["out"] or Path("runs") / checked["name"])
-    lines = []
+    config, images, batches, _ = _prepare(config, overrides)
+    folder, cells = _choose_folder(config), []
     with tempfile.TemporaryDirectory() as scratch:
-        workers: dict[int, Any] = {}
-        for task, method in pairs(checked):
-            mine = [batch for batch in batches if (batch.task, batch.method) == (task, method)]
-            left = [batch for batch in mine if not batch.done(folder)]
-            chosen = settings(checked, method, task)
-            steps = results.count_steps(chosen["steps"])
+        workers: dict[int, Worker] = {}
+
+        def measure_steps(batch: Batch, n: int) -> dict[str, Any]:
+            if n not in workers:
+                workers[n] = Worker(_set_steps(config, n), Path(scratch) / str(n), images)
+                workers[n].loaded = workers[1].loaded
+            return workers[n].run(batch)
+
+        for task, method in list_cells(config):
+            left = [b for b in batches if (b.task, b.method) == (task, method) and not b.is_done(folder)]
+            steps = results.count_steps(build_method(config, task, method).steps)
             seconds = memory = nfe = None
             if measure and left and steps is not None:
                 # The same batch with one step more: the difference is a step, the rest is fixed cost.
-                costs = []
-                for n in (1, 1, 2):
-                    if n not in workers:
-                        workers[n] = Worker(_with_steps(checked, n), Path(scratch) / str(n), images)
-                        if n == 2 and 1 in workers:
-                            workers[n].loaded = workers[1].loaded
-                    costs.append(workers[n].run(left[0]))
-                step = max(costs[2]["seconds"] - costs[1]["seconds"], 0.0)
-                seconds = len(left) * (costs[1]["seconds"] + (steps - 1) * step)
-                memory, nfe = costs[2]["peak_memory_mb"], (costs[2]["nfe"] - costs[1]["nfe"]) * steps
-            lines.append(Planned(task, method, len(left), sum(len(batch.ids) for batch in left), nfe, seconds, memory))
-    return lines
+                _, first, second = (measure_steps(left[0], n) for n in (1, 1, 2))
+                step = max(second["seconds"] - first["seconds"], 0.0)
+                seconds = len(left) * (first["seconds"] + (steps - 1) * step)
+                memory, nfe = second["peak_memory_mb"], (second["nfe"] - first["nfe"]) * steps
+            count = sum(len(batch.ids) for batch in left)
+            cells.append(PlannedCell(task, method, len(left), count, nfe, seconds, memory))
+    return cells
 
 
-def _with_steps(config: Mapping[str, Any], n: int) -> dict[str, Any]:
-    changed = json.loads(json.dumps(config))
-    for method in changed["methods"].values():
+def _prepare(config: Any, overrides: Sequence[str]) -> tuple[dict, ImageSet | None, list[Batch], dict]:
+    """The complete configuration, its images and batches, and the metrics' entry of the protocol."""
+    config = load_config(config, overrides)
+    images = load_images(config)
+    batches = make_batches(config, images)
+    count = min(len(list_image_ids(config, task, images)) for task in config["tasks"])
+    return config, images, batches, results.check_metrics(config, count)
+
+
+def _choose_folder(config: Mapping[str, Any]) -> Path:
+    return Path(config["out"] or Path("runs") / config["name"])
+
+
+def _set_steps(config: Mapping[str, Any], n: int) -> dict[str, Any]:
+    config = copy.deepcopy(dict(config))
+    for method in config["methods"].values():
         if method["sampler"] not in BASELINES:
             method["steps"] = n
             for entry in method["per_task"].values():
                 entry.pop("steps", None)
-    return changed
+    return config
 
 
-def _claim(folder: Path, config: Mapping[str, Any], images: datasets.ImageSet | None, metrics_entry: dict) -> None:
-    """Make the run's folder, or make sure that it holds the same run. Raises RestoreError otherwise."""
-    identity = {"config": result_part(config), "images": images.digest if images is not None else None}
-    identity["backbone"] = backbone_identity(config)
-    identity["prompts"] = {k: disk.hash_file(t["prompts"]) for k, t in config["tasks"].items() if t["prompts"]}
-    # Through JSON, so that what is compared is what will be read back.
-    identity = json.loads(json.dumps(identity, default=str))
+def _open_folder(folder: Path, config: Mapping[str, Any], images: ImageSet | None, metrics: dict) -> None:
+    """Make the run's folder, or check that it holds the same run. Raises RestoreError otherwise."""
+    identity = {
+        "config": select_result_keys(config),
+        "images": images.digest if images is not None else None,
+        "backbone": hash_backbones(config),
+        "prompts": {k: disk.hash_file(t["prompts"]) for k, t in config["tasks"].items() if t["prompts"]},
+    }
+    identity = _to_json(identity)  # compare what will be read back
     manifest = folder / "run.json"
     if manifest.exists():
-        found = read_manifest(folder)
-        changed = differences(found["identity"], identity, circumstances=True)
-        if changed:
+        existing = read_manifest(folder)
+        if changes := find_differences(existing["identity"], identity, circumstances=True):
             raise RestoreError(
-                f"{folder} holds results of another configuration ({format_differences(changed)}); give out=FOLDER for"
-                " the new one, or undo the change to go on"
+                f"{folder} holds results of another configuration ({format_differences(changes)}); give out=FOLDER for"
+                " the new one, or undo the change to continue"
             )
-        created = found["created"]
+        created = existing["created"]
     elif folder.exists() and any(not path.match(LEFTOVER) for path in folder.iterdir()):
         raise RestoreError(f"{folder} is not empty and holds no benchmark; give another out=FOLDER")
     else:
@@ -182,68 +193,84 @@ def _claim(folder: Path, config: Mapping[str, Any], images: datasets.ImageSet | 
         "seed": config["seed"],
         "samples": config["samples"],
         "sigma_range": "[-1, 1]",
-        "tasks": tasks_protocol(config),
-        "methods": results.methods_protocol(config),
-        "metrics": metrics_entry,
+        "tasks": describe_tasks(config),
+        "methods": describe_methods(config),
+        "metrics": metrics,
         "precision": config["precision"],
         "device": choose_device(config["device"]).type,
         "output": "8-bit PNG, clamped and rounded; nothing of the ground truth is pasted in; sample 0 is the result",
         "versions": collect_versions(),
     }
     content = {"format": FORMAT, "created": created, "identity": identity, "protocol": protocol, "config": config}
-    disk.write_json(manifest, json.loads(json.dumps(content, default=str)))
-    disk.write_bytes(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False).encode())
+    disk.write_json(manifest, _to_json(content))
+    disk.write_bytes(folder / "config.yaml", yaml.safe_dump(_to_json(config), sort_keys=False).encode())
+
+
+def _to_json(content: Any) -> Any:
+    return json.loads(json.dumps(content, default=str))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """run.json of a run. Raises RestoreError for no run, a damaged one, or another format."""
+    """Return run.json of a run. Raises RestoreError if it is missing, damaged or of another format."""
     path = Path(folder) / "run.json"
     if not path.is_file():
         raise RestoreError(f"{folder} holds no benchmark (run.json is missing); give the folder of a run")
-    found = disk.read_json(path)
-    if not isinstance(found, dict):
+    manifest = disk.read_json(path)
+    if not isinstance(manifest, dict):
         raise RestoreError(f"{path} is damaged; start the run again in another folder")
-    if found.get("format") != FORMAT:
+    if manifest.get("format") != FORMAT:
         raise RestoreError(
-            f"{folder} is of another version of restore (run format {found.get('format')}, this one reads {FORMAT});"
+            f"{folder} is of another version of restore (run format {manifest.get('format')}, this one reads {FORMAT});"
             " finish it with that version, or start again in another folder"
         )
-    if (
-        not all(isinstance(found.get(key), dict) for key in ("identity", "protocol", "config"))
-        or "created" not in found
-    ):
-        raise RestoreError(f"{path} is damaged: it lacks what a run says of itself; start again in another folder")
-    return found
+    sections = ("identity", "protocol", "config")
+    if "created" not in manifest or not all(isinstance(manifest.get(key), dict) for key in sections):
+        raise RestoreError(f"{path} is damaged: created, {', '.join(sections)} are required; start in another folder")
+    return manifest
 
 
-def backbone_identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Name and weights' sha256 of every backbone that the run loads; nothing for baselines alone."""
+def hash_backbones(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {backbone: {file: sha256}} of every backbone that the run loads; {} if there are only baselines."""
     if all(m["sampler"] in BASELINES for m in config["methods"].values()):
         return {}
     from restore import zoo
 
-    names = {task["backbone"] or config["backbone"] for task in config["tasks"].values()}
-    result = {}
-    for name in sorted(names):
+    hashes = {}
+    for name in sorted({task["backbone"] or config["backbone"] for task in config["tasks"].values()}):
         path = zoo.locate(name).path
         if path is None:
             path = zoo.pull(name, offline=config["offline"])
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin"))
-        result[name] = {
-            file.name if path.is_file() else file.relative_to(path).as_posix(): disk.hash_file(file) for file in files
-        }
-    return result
+        root, files = path.parent, [path]
+        if path.is_dir():
+            root, files = path, sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin"))
+        hashes[name] = {file.relative_to(root).as_posix(): disk.hash_file(file) for file in files}
+    return hashes
 
 
-def tasks_protocol(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Per task what is measured, with sigma_y named."""
-    result = {}
+def describe_tasks(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return per task, for the protocol, what is measured, with sigma_y named."""
+    described = {}
     for name, task in config["tasks"].items():
-        entry = {
-            key: value for key, value in task.items() if key not in ("title", "note") and value not in (None, "", {})
-        }
+        entry = {k: value for k, value in task.items() if k not in ("title", "note") and value not in (None, "", {})}
         sigma = (task["operator"].get("noise") or {}).get("sigma")
         if sigma is not None and math.isfinite(sigma):
             entry["sigma_y"] = sigma
-        result[name] = entry
-    return result
+        described[name] = entry
+    return described
+
+
+def describe_methods(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return per method, for the protocol, its sampler, steps, guidance and parameters; per task if they differ."""
+    described: dict[str, Any] = {}
+    for task, name in list_cells(config):
+        method = build_method(config, task, name)
+        if method.sampler in BASELINES:
+            entry = {"sampler": method.sampler, "parameters": method.parameters}
+        else:
+            entry = {key: value for key, value in method.describe().items() if key != "source"}
+        described.setdefault(name, {})[task] = entry
+    for name, entries in described.items():
+        first, *others = entries.values()
+        if all(json.dumps(entry, sort_keys=True) == json.dumps(first, sort_keys=True) for entry in others):
+            described[name] = first
+    return described

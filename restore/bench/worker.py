@@ -1,4 +1,4 @@
-"""Computes batches and writes what they give: one image and one row at a time, atomically."""
+"""Computes batches and writes their results: one image and one row at a time, atomically."""
 
 from __future__ import annotations
 
@@ -19,25 +19,27 @@ import torch
 from PIL import Image
 
 from restore import disk
-from restore.bench import datasets, sampling
+from restore.bench import sampling
 from restore.bench.baselines import BASELINES
 from restore.bench.batches import Batch, read_prompts
-from restore.bench.config import settings
+from restore.bench.config import build_method
+from restore.bench.datasets import ImageSet
 from restore.bench.sampling import Estimates
 from restore.images import io
 from restore.images.folder import to_file_name
+from restore.method import Method
 from restore.metrics import single
 from restore.metrics.table import BASE_METRICS
 from restore.restoration import choose_device
 
-# Of a Restorer's protocol, what the configuration does not say but the numbers may hang on.
+# Parts of a Restorer's protocol that the configuration does not state but the numbers may depend on.
 MEASURED_WITH = ("weights", "precision", "torch", "device", "threads")
 SPREAD_WHITE = 0.5  # the spread that is white in a spread map, on [-1, 1]: fixed, so that maps can be compared
 
 
 @contextmanager
-def cpu_threads(number: int | None) -> Iterator[None]:
-    """torch's number of CPU threads inside (None: unchanged); the caller's again afterwards."""
+def set_cpu_threads(number: int | None) -> Iterator[None]:
+    """Within the block, set torch's number of CPU threads (None: unchanged)."""
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:
@@ -47,77 +49,82 @@ def cpu_threads(number: int | None) -> Iterator[None]:
 
 
 class Worker:
-    """Runs the batches of one configuration on one device, holding the backbone between them.
+    """Runs the batches of one configuration on one device; the backbone stays loaded between them.
 
-    config: as `load_config` returns it. run: the run's folder, which several workers may share. device: torch's
-    name or "auto", config["device"] when None.
+    config: from `load_config`. run: the run's folder, which several workers may share. device: torch's name or
+    "auto", by default config["device"].
     """
 
     def __init__(
-        self, config: Mapping[str, Any], run: Path, images: datasets.ImageSet | None, device: str | None = None
+        self, config: Mapping[str, Any], run: Path, images: ImageSet | None, device: str | None = None
     ) -> None:
         self.config, self.run_folder, self.images = config, Path(run), images
         self.device = choose_device(device or config["device"])
         self.index = {key: i for i, key in enumerate(images.ids)} if images is not None else {}
         self.loaded: tuple[str, Any] | None = None
+        self.methods: dict[tuple[str, str], Method] = {}
 
     def run(self, batch: Batch) -> dict[str, Any]:
-        """Compute and write one batch; returns its cost (also written, under `cost`)."""
-        with cpu_threads(self.config["threads"]):
+        """Compute and write one batch; return its cost, which is also written, under `cost`."""
+        with set_cpu_threads(self.config["threads"]):
             return self._run(batch)
 
     def _run(self, batch: Batch) -> dict[str, Any]:
-        method, task = settings(self.config, batch.method, batch.task), self.config["tasks"][batch.task]
-        if self.device.type == "cuda":
+        cell = (batch.task, batch.method)
+        if cell not in self.methods:
+            self.methods[cell] = build_method(self.config, *cell)
+        method, is_cuda = self.methods[cell], self.device.type == "cuda"
+        if is_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         # Loading the backbone is not part of the cost of a batch.
-        model = None if method["sampler"] in BASELINES else self._model(task["backbone"] or self.config["backbone"])
+        backbone = self.config["tasks"][batch.task]["backbone"] or self.config["backbone"]
+        model = None if method.sampler in BASELINES else self._load(backbone)
         started, started_cpu = time.perf_counter(), time.process_time()
-        made = self._compute(batch, task, method, model)
-        if self.device.type == "cuda":
+        estimates = self._compute(batch, method, model)
+        if is_cuda:
             torch.cuda.synchronize(self.device)
         sampled, sampled_cpu = time.perf_counter(), time.process_time()
-        self._write(batch, made)
+        self._write(batch, estimates)
         cost = {
             "images": len(batch.ids),
             "seconds": sampled - started,
             "cpu_seconds": sampled_cpu - started_cpu,
             "seconds_writing": time.perf_counter() - sampled,
-            "nfe": made.nfe,
-            "steps": method["steps"],
-            "peak_memory_mb": memory if math.isfinite(memory := self._peak_memory()) else None,
-            "memory_of": "CUDA allocations" if self.device.type == "cuda" else "resident process",
+            "nfe": estimates.nfe,
+            "steps": method.steps,
+            "peak_memory_mb": self._peak_memory(),
+            "memory_of": "CUDA allocations" if is_cuda else "resident process",
             "worker": f"{platform.node()}:{os.getpid()}",
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
+            "device": torch.cuda.get_device_name(self.device) if is_cuda else platform.machine(),
+            "protocol": {key: estimates.protocol[key] for key in MEASURED_WITH if key in estimates.protocol},
         }
-        cost |= {"protocol": {key: made.protocol[key] for key in MEASURED_WITH if key in made.protocol}}
         folder = disk.make_folder(self.run_folder / "cost" / batch.task / batch.method)
         disk.write_json(folder / f"{batch.index:06d}.json", cost)
         return cost
 
-    def _model(self, name: str) -> Any:
+    def _load(self, name: str) -> Any:
+        """The Restorer or, for text_to_image, the pipeline of this name."""
         if self.loaded is None or self.loaded[0] != name:
-            self.loaded = None  # let go of one backbone before loading the next
-            c = self.config
-            if c["kind"] == "text_to_image":
-                options = {"device": self.device, "precision": c["precision"], "offline": c["offline"]}
-                self.loaded = (name, sampling.load_pipeline(name, **options))
+            self.loaded = None  # free one backbone before loading the next
+            options = {"precision": self.config["precision"], "offline": self.config["offline"]}
+            if self.config["kind"] == "text_to_image":
+                self.loaded = (name, sampling.load_pipeline(name, device=self.device, **options))
             else:
                 from restore.restorer import load
 
-                options = {"device": str(self.device), "precision": c["precision"], "offline": c["offline"]}
-                self.loaded = (name, load(name, checkpointing=c["checkpointing"], **options))
+                options["checkpointing"] = self.config["checkpointing"]
+                self.loaded = (name, load(name, device=str(self.device), **options))
         return self.loaded[1]
 
-    def _compute(self, batch: Batch, task: Mapping[str, Any], method: Mapping[str, Any], model: Any) -> Estimates:
-        seed = self.config["seed"]
+    def _compute(self, batch: Batch, method: Method, model: Any) -> Estimates:
+        task, seed = self.config["tasks"][batch.task], self.config["seed"]
         if self.config["kind"] == "restoration":
             x = torch.stack([self.images.tensor(self.index[i]) for i in batch.ids])
             options = {"seed": seed, "samples": self.config["samples"], "device": self.device}
             return sampling.restore_batch(model, x, batch.ids, task, method, **options)
         if self.config["kind"] == "generation":
             return sampling.generate_batch(model, batch.ids, task, method, seed=seed)
-        return sampling.pipeline_batch(model, batch.ids, self._prompts(batch, task), task, method, seed=seed)
+        return sampling.run_pipeline(model, batch.ids, self._prompts(batch, task), task, method, seed=seed)
 
     def _prompts(self, batch: Batch, task: Mapping[str, Any]) -> list[str]:
         if not task["prompts"]:
@@ -127,65 +134,64 @@ class Worker:
             return [prompts[int(i.split("-")[0])] for i in batch.ids]
         return [prompts[int(i) % len(prompts)] for i in batch.ids]
 
-    def _peak_memory(self) -> float:
+    def _peak_memory(self) -> float | None:
+        """In MiB: of the device with CUDA, else of the whole process so far."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         if sys.platform == "win32":
-            return math.nan
+            return None
         import resource
 
-        # Kilobytes on Linux, bytes on macOS; the peak of the whole process so far.
+        # Kilobytes on Linux, bytes on macOS.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
-    def _write(self, batch: Batch, made: Estimates) -> None:
-        """Pictures first, the row last: an image counts as done when its row is there."""
-        folder = batch.results(self.run_folder)
+    def _write(self, batch: Batch, estimates: Estimates) -> None:
+        """Write pictures first and the row last: an image counts as done if its row exists."""
+        folder, samples = batch.folder(self.run_folder), estimates.samples
         for name in ("rows", "samples", "spread"):
             disk.make_folder(folder / name)
-        pixels = io.to_uint8(made.samples.flatten(0, 1)).reshape(*made.samples.shape[:2], *made.samples.shape[-2:], 3)
-        several = made.samples.shape[1] > 1
-        spreads = single.spread(made.samples) if several else None
+        pixels = io.to_uint8(samples.flatten(0, 1)).reshape(*samples.shape[:2], *samples.shape[-2:], 3)
+        spreads = single.spread(samples) if samples.shape[1] > 1 else None
         for b, image_id in enumerate(batch.ids):
-            name = to_file_name(image_id)
-            row: dict[str, Any] = {"image": image_id, "nfe": made.nfe}
+            name, i = to_file_name(image_id), self.index.get(image_id)
+            row: dict[str, Any] = {"image": image_id, "nfe": estimates.nfe}
             if self.images is not None:
-                truth = self.images.pixels(self.index[image_id])
-                self._once(self.run_folder / "truth" / f"{name}.png", truth)
-                self._once(self.run_folder / "measurements" / batch.task / f"{name}.png", measurement_picture(made, b))
+                truth = self.images.pixels(i)
+                measurement = self.run_folder / "measurements" / batch.task / f"{name}.png"
+                self._write_once(self.run_folder / "truth" / f"{name}.png", truth)
+                self._write_once(measurement, to_picture(estimates.measurement[b : b + 1]))
                 for key, metric in BASE_METRICS.items():
-                    value = float(metric.function(made.samples[b, :1], io.to_tensor(truth)))
+                    value = float(metric.function(samples[b, :1], io.to_tensor(truth)))
                     row[key] = value if math.isfinite(value) else None  # JSON has no infinity
-            if made.residual_ratio is not None:
-                row["residual_ratio"] = float(made.residual_ratio[b])
-            if several:
+            if estimates.residual_ratio is not None:
+                row["residual_ratio"] = float(estimates.residual_ratio[b])
+            if spreads is not None:
                 row["spread"] = float(spreads[b])
                 if self.images is not None:
-                    inside = single.coverage(made.samples[b : b + 1], self.images.tensor(self.index[image_id])[None])
-                    row["coverage"] = float(inside[0])
+                    row["coverage"] = float(single.coverage(samples[b : b + 1], self.images.tensor(i)[None])[0])
                 for k in range(1, pixels.shape[1]):
-                    disk.write_bytes(folder / "samples" / f"{name}-{k}.png", png(pixels[b, k]))
-                deviation = made.samples[b].float().std(dim=0).mean(dim=0)
+                    disk.write_bytes(folder / "samples" / f"{name}-{k}.png", encode_png(pixels[b, k]))
+                deviation = samples[b].float().std(dim=0).mean(dim=0)
                 grey = (deviation / SPREAD_WHITE * 255).clamp(0, 255).round().byte().numpy()
-                disk.write_bytes(folder / "spread" / f"{name}.png", png(grey))
-            content = png(pixels[b, 0])
+                disk.write_bytes(folder / "spread" / f"{name}.png", encode_png(grey))
+            content = encode_png(pixels[b, 0])
             row["sha256"] = hashlib.sha256(content).hexdigest()
             disk.write_bytes(folder / f"{name}.png", content)
             disk.write_json(folder / "rows" / f"{name}.json", row)
 
-    def _once(self, path: Path, pixels: np.ndarray) -> None:
-        """Written by whichever worker comes first; all would write the same bytes."""
+    def _write_once(self, path: Path, pixels: np.ndarray) -> None:
+        """Write a file unless another worker has: all write the same bytes."""
         if not path.exists():
-            disk.write_bytes(disk.make_folder(path.parent) / path.name, png(pixels))
+            disk.write_bytes(disk.make_folder(path.parent) / path.name, encode_png(pixels))
 
 
-def png(pixels: np.ndarray) -> bytes:
-    """uint8 (H, W, 3) or (H, W) as the bytes of a PNG file, the same for the same pixels."""
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Return uint8 (H, W, 3) or (H, W) as the bytes of a PNG file, the same for the same pixels."""
     buffer = bytes_io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def measurement_picture(made: Estimates, b: int) -> np.ndarray:
-    """The measurement of image b as it can be shown: clamped, grey as grey, at its own size."""
-    y = made.measurement[b : b + 1]
+def to_picture(y: torch.Tensor) -> np.ndarray:
+    """Return a measurement (1, C, H, W) as uint8 (H, W, 3): clamped, grey if it does not have three channels."""
     return io.to_uint8(y if y.shape[1] == 3 else y.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1))[0]

@@ -12,7 +12,7 @@ from typing import Any
 from operators import RestoreError
 from restore import disk
 from restore.bench.baselines import BASELINES
-from restore.bench.protocol import comparable
+from restore.bench.protocol import find_conflicts
 from restore.bench.run import read_manifest
 from restore.bench.schema import Benchmark
 from restore.metrics.sets import FULL_PREFIX
@@ -138,7 +138,7 @@ def make_cell(entry: Mapping[str, Any] | None, metric: str, published: float | N
 
 
 def build_results_table(runs: Sequence[Run]) -> Table:
-    """Build one table of runs with comparable protocols: columns of all, rows of each, published-only rows last."""
+    """Build one table of runs with find_conflicts protocols: columns of all, rows of each, published-only rows last."""
     tasks = list(dict.fromkeys(task for run in runs for task in run.config["tasks"]))
     columns = list(dict.fromkeys((task, m) for run in runs for task in run.config["tasks"] for m in run.columns))
     columns.sort(key=lambda column: tasks.index(column[0]))
@@ -177,14 +177,14 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[list[Run]], list[ProtocolDiffe
     groups: list[list[Run]] = []
     for run in runs:
         for group in groups:
-            if not comparable(group[0].protocol, run.protocol):
+            if not find_conflicts(group[0].protocol, run.protocol):
                 group.append(run)
                 break
         else:
             groups.append([run])
     first = [group[0] for group in groups]
     return groups, [
-        ProtocolDifference(a.title, b.title, comparable(a.protocol, b.protocol))
+        ProtocolDifference(a.title, b.title, find_conflicts(a.protocol, b.protocol))
         for i, a in enumerate(first)
         for b in first[i + 1 :]
     ]

@@ -23,10 +23,10 @@ import yaml
 from operators import RestoreError
 from restore import disk
 from restore.bench import run as benchmarks
-from restore.bench.batches import Batch, image_ids
+from restore.bench.batches import Batch, list_image_ids
 from restore.bench.config import load_config
 from restore.bench.datasets import ImageSet
-from restore.bench.protocol import differences, format_differences
+from restore.bench.protocol import find_differences, format_differences
 from restore.metrics.statistics import bootstrap_mean
 from restore.search import config as configs
 from restore.search.config import Head, build_benchmark, format_heads, set_layers
@@ -76,7 +76,7 @@ class Phase:
         """Return the results of a method, one for each task, of the first images only if `first` is given."""
         return [
             MethodResults(
-                self.folder, self.config, task, method, tuple(image_ids(self.config, task, self.images)[:first])
+                self.folder, self.config, task, method, tuple(list_image_ids(self.config, task, self.images)[:first])
             )
             for task in self.config["tasks"]
         ]
@@ -174,7 +174,7 @@ class HeadSearch:
             existing = disk.read_json(manifest)
             if not isinstance(existing, dict):
                 raise RestoreError(f"{manifest} is damaged; start the search again in another folder")
-            if changes := differences(existing, identity):
+            if changes := find_differences(existing, identity):
                 raise RestoreError(
                     f"{self.folder} holds another search ({format_differences(changes)}); give out=FOLDER for the new"
                     " one, or undo the change to continue"
@@ -185,7 +185,7 @@ class HeadSearch:
 
     def count_images(self, half: str) -> int:
         config = self.halves[half]
-        return len(image_ids(config, next(iter(config["tasks"])), self.images[half]))
+        return len(list_image_ids(config, next(iter(config["tasks"])), self.images[half]))
 
     def describe_images(self, half: str) -> dict[str, Any]:
         if self.images[half] is not None:
@@ -203,7 +203,7 @@ class HeadSearch:
         metrics = self.metrics if half == "test" else self.objective.metrics
         config = build_benchmark(self.config, half, methods, metrics, self.folder / name)
         progress = None if self.progress is None else lambda state: self.progress({"phase": name, **state})
-        benchmarks.bench(config, progress=progress, only=only)
+        benchmarks.run_benchmark(config, progress=progress, only=only)
         return Phase(self.folder / name, load_config(config), self.images[half])
 
     def score(self, phase: Phase, method: str, none: Score | None = None) -> dict[str, Any]:
@@ -349,7 +349,7 @@ def plan_search(
         methods = {"none": {"guidance": None}, "first": search.make_method(pool[:1])}
         methods["last"] = search.make_method(pool[-1:])
         metrics = ["psnr"] * bool(search.images["test"])
-        lines = benchmarks.dry_run(
+        lines = benchmarks.plan_benchmark(
             build_benchmark(search.config, "calibration", methods, metrics, search.folder / "absent")
         )
         if all(line.seconds is not None for line in lines):

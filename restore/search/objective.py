@@ -117,7 +117,7 @@ class MethodResults:
 
     @functools.cached_property
     def rows(self) -> list[dict[str, Any]]:
-        return results.measured_rows(self.run, self.task, self.method, self.ids)
+        return results.read_rows(self.run, self.task, self.method, self.ids)
 
     @property
     def files(self) -> list[Path]:
@@ -149,7 +149,7 @@ class MethodResults:
         if metric.kind != "set":
             each = np.array([np.inf if row[name] is None else row[name] for row in self.rows], dtype=np.float64)
             return Score(float(each.mean()), each)
-        value = results.kept_metrics(self.run, self.task, self.method)["set_values"][name]
+        value = results.read_metrics(self.run, self.task, self.method)["set_values"][name]
         if name not in KERNEL_DISTANCES:
             return Score(value, None)
         options = results.metric_options(self.config)
@@ -166,7 +166,7 @@ class MethodResults:
     def _call_function(self, name: str, function: Callable) -> np.ndarray:
         """(N,) or (1,) values, kept beside the benchmark's metrics under the hash of the results."""
         path = self.run / "objective" / self.task / f"{self.method}.{name.replace(':', '.')}.json"
-        text = json.dumps([name, results.source(function), [row["sha256"] for row in self.rows]])
+        text = json.dumps([name, results.read_source(function), [row["sha256"] for row in self.rows]])
         key = hashlib.sha256(text.encode()).hexdigest()
         kept = disk.read_json(path)
         if isinstance(kept, dict) and kept.get("key") == key:

@@ -13,6 +13,7 @@ from restore.app import cli
 from restore.backbones.adm import ADM
 from restore.bench import sampling
 from restore.bench.config import load_config as load_benchmark
+from restore.method import Method
 from restore.paths import configs_dir, data_dir
 from restore.restorer import load
 
@@ -80,7 +81,7 @@ def test_samples_of_classes_by_name(tmp_path, monkeypatch, capsys, classes):
 def test_benchmarks_take_classes_by_name(classes, photo):
     restorer = load(classes, device="cpu")
     task = {"labels": ["photo", "face"]}
-    method = {"sampler": "ddim", "steps": 2, "guidance": None, "parameters": {}, "source": ""}
+    method = Method("ddim", 2)
     mixed = sampling.generate_batch(restorer, ["0", "1"], task, method, seed=0).samples
     numbers = sampling.generate_batch(restorer, ["0", "1"], {"labels": [1, 0]}, method, seed=0).samples
     assert torch.equal(mixed, numbers)
@@ -96,7 +97,7 @@ def test_benchmarks_take_classes_by_name(classes, photo):
         "solve_at": None,
         "resample": "bicubic",
     }
-    x, method = torch.zeros(1, 3, 16, 16), {**method, "sampler": "dps", "parameters": {"zeta": 1.0}}
+    x, method = torch.zeros(1, 3, 16, 16), Method("dps", 2, {"zeta": 1.0})
     options = {"seed": 0, "samples": 1, "device": torch.device("cpu")}
     found = {
         label: sampling.restore_batch(restorer, x, ["a"], {**task, "labels": label}, method, **options).samples

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from operators import RestoreError
-from restore.bench.run import bench
+from restore.bench.run import run_benchmark
 
 NOISE = {"name": "gaussian", "sigma": 0.05}
 
@@ -44,12 +44,12 @@ def test_ray_gives_the_bytes_of_the_local_engine_although_a_worker_is_killed(con
             killed.append(int(cost["worker"].rsplit(":", 1)[1]))
             os.kill(killed[0], signal.SIGKILL)
 
-    done = bench(config, ["engine=ray", "workers=2"], progress=kill_the_first)
-    assert killed and done.done == 12 and done.table["table"]["sr"]["dps"]["missing"] == 0
+    done = run_benchmark(config, ["engine=ray", "workers=2"], progress=kill_the_first)
+    assert killed and done.computed == 12 and done.table["table"]["sr"]["dps"]["missing"] == 0
     costs = [json.loads(p.read_text()) for p in (Path(config["out"]) / "cost/sr/dps").glob("*.json")]
     workers = {cost["worker"] for cost in costs}
     assert len(workers) == 3, "two workers and the one that replaced the dead"
-    bench(dict(config, out=str(tmp_path / "local")))
+    run_benchmark(dict(config, out=str(tmp_path / "local")))
     assert contents(Path(config["out"])) == contents(tmp_path / "local")
 
 
@@ -57,12 +57,12 @@ def test_ray_gives_the_bytes_of_the_local_engine_although_a_worker_is_killed(con
 def test_mistakes_in_a_worker_and_too_many_workers_are_said(config):
     pytest.importorskip("ray")
     with pytest.raises(RestoreError, match="no attention layer is called 'i77'"):
-        bench(config, ["engine=ray", "workers=1", "methods.dps.guidance.pag={scale: 1.0, layers: [i77]}"])
+        run_benchmark(config, ["engine=ray", "workers=1", "methods.dps.guidance.pag={scale: 1.0, layers: [i77]}"])
     with pytest.raises(RestoreError, match="do not fit the cluster"):
-        bench(config, [f"out={config['out']}-2", "engine=ray", "workers=12", "worker.cpus=1000"])
+        run_benchmark(config, [f"out={config['out']}-2", "engine=ray", "workers=12", "worker.cpus=1000"])
 
 
 def test_ray_missing_is_said(config, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(RestoreError, match=r"install restore\[cluster\]"):
-        bench(config, ["engine=ray"])
+        run_benchmark(config, ["engine=ray"])

@@ -10,9 +10,9 @@ import torch
 from omegaconf import OmegaConf
 
 from restore.bench.baselines import BASELINES
-from restore.bench.config import load_config, method_of, pairs, settings
-from restore.bench.run import bench
-from restore.guidance import resolve_layers
+from restore.bench.config import build_method, list_cells, load_config
+from restore.bench.run import run_benchmark
+from restore.guidance import PAG, resolve_layers
 from restore.method import Situation, find_preset
 from restore.metrics import weights
 from restore.paths import configs_dir
@@ -114,7 +114,7 @@ def test_every_table_of_the_paper_is_there():
 
 @pytest.mark.parametrize("name", RUNS)
 def test_configuration_runs_from_end_to_end(name, world):
-    done = bench(shrink(name, world))
+    done = run_benchmark(shrink(name, world))
     table, names = done.table["table"], done.table["metrics"]
     cells = [cell for methods in table.values() for cell in methods.values()]
     assert all(cell["missing"] == 0 and cell["done"] == cell["expected"] for cell in cells)
@@ -153,14 +153,14 @@ def test_layers_exist_in_the_network_they_are_meant_for(name, stand_ins):
     raw = OmegaConf.load(FOLDER / f"{name}.yaml")
     config = load_config(FOLDER / f"{name}.yaml", [f"{key}=x" for key in sorted(OmegaConf.missing_keys(raw))])
     networks = {}
-    for task, method in pairs(config):
+    for task, method in list_cells(config):
         backbone = config["tasks"][task]["backbone"] or config["backbone"]
         folder = stand_ins[backbone.removesuffix("-cond")]
         if folder not in networks:
             networks[folder] = load_backbone(folder)[1]
-        guidance = settings(config, method, task)["guidance"] or {}
-        for pag in [term["pag"] for term in (guidance if isinstance(guidance, list) else [guidance]) if "pag" in term]:
-            layers = pag["layers"].split(",") if isinstance(pag["layers"], str) else pag["layers"]
+        guidance = build_method(config, task, method).guidance
+        for term in [term for term in (guidance.terms if guidance else ()) if isinstance(term, PAG)]:
+            layers = term.layers.split(",") if isinstance(term.layers, str) else term.layers
             assert len(resolve_layers(layers, networks[folder].attention)) == len(layers)
 
 
@@ -170,11 +170,10 @@ def test_no_row_repeats_another(name):
     raw = OmegaConf.load(FOLDER / f"{name}.yaml")
     config = load_config(FOLDER / f"{name}.yaml", [f"{key}=x" for key in sorted(OmegaConf.missing_keys(raw))])
     rows = {}
-    for task, method in pairs(config):
-        own, wanted = config["tasks"][task], settings(config, method, task)
-        whole = {key: wanted[key] for key in ("sampler", "steps", "guidance", "parameters")}
-        if config["kind"] == "restoration" and wanted["sampler"] not in BASELINES:
-            chosen = method_of(wanted)
+    for task, method in list_cells(config):
+        own, chosen = config["tasks"][task], build_method(config, task, method)
+        whole = chosen.describe()
+        if config["kind"] == "restoration" and chosen.sampler not in BASELINES:
             backbone = own["backbone"] or config["backbone"]
             kind = "latents" if "latent" in backbone or backbone.startswith("sd-") else "pixels"
             preset = find_preset(Situation(backbone, own["operator"]["name"], kind=kind), chosen.sampler)

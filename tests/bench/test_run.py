@@ -18,7 +18,7 @@ import operators
 import restore
 from operators import RestoreError
 from restore import disk
-from restore.bench.run import bench, dry_run
+from restore.bench.run import plan_benchmark, run_benchmark
 from restore.images import io
 from restore.images.folder import read_rgb
 from restore.report.write import write_report
@@ -60,9 +60,9 @@ def contents(run: Path) -> dict[str, bytes]:
 
 def test_a_run_writes_every_image_with_its_row(config):
     seen = []
-    done = bench(config, progress=seen.append)
+    done = run_benchmark(config, progress=seen.append)
     run = Path(config["out"])
-    assert (done.done, done.kept) == (24, 0) and seen[-1]["done"] == seen[-1]["total"] == 24
+    assert (done.computed, done.reused) == (24, 0) and seen[-1]["done"] == seen[-1]["total"] == 24
     row = json.loads((run / "results/sr/pag_scale=2.0/rows/00003.json").read_text())
     assert row["nfe"] == 8 and set(row) == {"image", "nfe", "psnr", "ssim", "residual_ratio", "sha256"}
     cell = done.table["table"]["sr"]["pag_scale=2.0"]
@@ -73,20 +73,20 @@ def test_a_run_writes_every_image_with_its_row(config):
     protocol = json.loads((run / "run.json").read_text())["protocol"]
     assert protocol["tasks"]["sr"]["sigma_y"] == 0.05 and len(protocol["images"]["sha256"]) == 64
     assert len(next(iter(protocol["backbone"][config["backbone"]].values()))) == 64
-    again = bench(config)
-    assert (again.done, again.kept) == (0, 24) and again.table == done.table
+    again = run_benchmark(config)
+    assert (again.computed, again.reused) == (0, 24) and again.table == done.table
 
 
 def test_the_callers_number_of_threads_comes_back(config):
     torch.set_num_threads(2)
-    bench(config)
+    run_benchmark(config)
     assert torch.get_num_threads() == 2
 
 
 def test_results_do_not_depend_on_the_batch_or_on_other_methods(config):
-    bench(config)
+    run_benchmark(config)
     small = dict(config, out=config["out"] + "-1", batch=1, methods={"dps": config["methods"]["dps"]})
-    bench(small, ["data.names=['00003']"])
+    run_benchmark(small, ["data.names=['00003']"])
     for task in ("sr", "box"):
         rows = [
             json.loads((Path(c["out"]) / f"results/{task}/dps/rows/00003.json").read_text()) for c in (config, small)
@@ -97,7 +97,7 @@ def test_results_do_not_depend_on_the_batch_or_on_other_methods(config):
 def test_twenty_kills_change_nothing_and_repeat_at_most_a_batch_each(config, tmp_path):
     torch.set_num_threads(1)
     undisturbed = dict(config, out=str(tmp_path / "undisturbed"))
-    bench(undisturbed)
+    run_benchmark(undisturbed)
     context, log, kills = multiprocessing.get_context("forkserver"), tmp_path / "log", 0
     context.set_forkserver_preload(["killed", "restore.restorer"])  # or every child would spend seconds on it
     chance = random.Random(0)
@@ -129,16 +129,16 @@ def test_twenty_kills_change_nothing_and_repeat_at_most_a_batch_each(config, tmp
 
 def test_another_configuration_is_refused_with_the_difference(config):
     config["methods"] = {"base": {"sampler": "baseline"}}
-    bench(config)
+    run_benchmark(config)
     with pytest.raises(RestoreError, match=r"another configuration \(config\.seed: 0 there, 1 here\)"):
-        bench(config, ["seed=1"])
+        run_benchmark(config, ["seed=1"])
     with pytest.raises(RestoreError, match="factor: 4 there, 2 here"):
-        bench(config, ["tasks.sr.operator.factor=2"])
-    bench(config, ["metrics.names=[psnr]", "title=Words"])  # what does not touch the results may change
+        run_benchmark(config, ["tasks.sr.operator.factor=2"])
+    run_benchmark(config, ["metrics.names=[psnr]", "title=Words"])  # what does not touch the results may change
     photo = Path(config["data"]["folder"]) / "00000.png"
     photo.write_bytes((Path(config["data"]["folder"]) / "00001.png").read_bytes())
     with pytest.raises(RestoreError, match=r"another configuration \(images: "):
-        bench(config)
+        run_benchmark(config)
 
 
 def test_run_folders_that_cannot_be_used(config, tmp_path):
@@ -147,26 +147,26 @@ def test_run_folders_that_cannot_be_used(config, tmp_path):
     run.mkdir()
     (run / "thesis.txt").write_text("mine")
     with pytest.raises(RestoreError, match="not empty and holds no benchmark"):
-        bench(config)
+        run_benchmark(config)
     assert (run / "thesis.txt").read_text() == "mine"
     (run / "thesis.txt").unlink()
     (run / ".run.json.1-ab.tmp").write_text("{")  # of a run that was killed while it wrote its first file
-    bench(config)
+    run_benchmark(config)
     manifest = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(manifest | {"format": 0}))
     with pytest.raises(RestoreError, match="another version of restore"):
-        bench(config)
+        run_benchmark(config)
     (run / "run.json").write_text("{")
     with pytest.raises(RestoreError, match="is damaged"):
-        bench(config)
+        run_benchmark(config)
     (tmp_path / "file").write_text("")
     with pytest.raises(RestoreError, match="cannot create the folder"):
-        bench(config, [f"out={tmp_path / 'file' / 'run'}"])
+        run_benchmark(config, [f"out={tmp_path / 'file' / 'run'}"])
 
 
 def test_a_full_disk_stops_cleanly_and_the_run_goes_on_later(config, tmp_path, monkeypatch):
     config["methods"] = {"base": {"sampler": "baseline"}}
-    bench(config, [f"out={tmp_path / 'whole'}"])
+    run_benchmark(config, [f"out={tmp_path / 'whole'}"])
     written = 0
     write = disk.write_bytes
 
@@ -179,15 +179,15 @@ def test_a_full_disk_stops_cleanly_and_the_run_goes_on_later(config, tmp_path, m
 
     monkeypatch.setattr(disk, "write_bytes", full)
     with pytest.raises(RestoreError, match="disk is full"):
-        bench(config)
+        run_benchmark(config)
     monkeypatch.setattr(disk, "write_bytes", write)
-    assert bench(config).kept > 0
+    assert run_benchmark(config).reused > 0
     assert contents(Path(config["out"])) == contents(tmp_path / "whole")
 
 
 def test_incomplete_results_are_counted(config):
     config["methods"] = {"base": {"sampler": "baseline"}}
-    table = bench(config).table
+    table = run_benchmark(config).table
     assert table["table"]["sr"]["base"]["missing"] == 0
     from restore.bench import results
     from restore.bench.batches import load_images
@@ -195,12 +195,12 @@ def test_incomplete_results_are_counted(config):
 
     (Path(config["out"]) / "results/sr/base/rows/00002.json").unlink()
     checked = load_config(config)
-    cell = results.summarise(Path(config["out"]), checked, load_images(checked))["table"]["sr"]["base"]
+    cell = results.write_metrics(Path(config["out"]), checked, load_images(checked))["table"]["sr"]["base"]
     assert (cell["missing"], cell["done"], cell["means"]["psnr"]["n"]) == (1, 4, 4)
 
 
 def test_a_dry_run_computes_nothing_and_counts_everything(config):
-    lines = {(line.task, line.method): line for line in dry_run(config)}
+    lines = {(line.task, line.method): line for line in plan_benchmark(config)}
     assert not Path(config["out"]).exists() and len(lines) == 8
     pag = lines["sr", "pag_scale=2.0"]
     assert (pag.batches, pag.images, pag.nfe) == (3, 5, 8) and pag.seconds > 0 and pag.peak_memory_mb > 0
@@ -208,21 +208,21 @@ def test_a_dry_run_computes_nothing_and_counts_everything(config):
 
 
 def test_an_interrupted_run_has_the_same_first_images_of_every_method(config):
-    from restore.bench.batches import expand, load_images
+    from restore.bench.batches import load_images, make_batches
     from restore.bench.config import load_config
 
     checked = load_config(config)
-    batches = expand(checked, load_images(checked))
+    batches = make_batches(checked, load_images(checked))
     cells = len({(batch.task, batch.method) for batch in batches})
     assert [batch.index for batch in batches] == [0] * cells + [1] * cells + [2] * cells
     config["tasks"]["box"]["backbone"] = config["backbone"] + "/."  # another name: loading in turns would cost more
     checked = load_config(config)
-    assert [batch.task for batch in expand(checked, load_images(checked))] == ["sr"] * (3 * 4) + ["box"] * (3 * 4)
+    assert [batch.task for batch in make_batches(checked, load_images(checked))] == ["sr"] * (3 * 4) + ["box"] * (3 * 4)
 
 
 def test_processor_seconds_do_not_count_waiting(config):
     from restore.bench import worker
-    from restore.bench.batches import expand, load_images
+    from restore.bench.batches import load_images, make_batches
     from restore.bench.config import load_config
     from restore.bench.results import read_cost
 
@@ -234,14 +234,14 @@ def test_processor_seconds_do_not_count_waiting(config):
     checked = load_config(config)
     images = load_images(checked)
     run = Path(config["out"])
-    Slow(checked, run, images).run(next(b for b in expand(checked, images) if b.method == "dps"))
+    Slow(checked, run, images).run(next(b for b in make_batches(checked, images) if b.method == "dps"))
     cost = read_cost(run, "sr", "dps")
     assert 0 < cost["cpu_seconds_per_image"] <= cost["seconds_per_image"] - 0.2
 
 
 def test_several_samples_give_spread_and_coverage(config):
     config["methods"] = {"dps": config["methods"]["dps"]}
-    table = bench(config, ["samples=2", "data.limit=2", "metrics.names=[psnr,spread,coverage]"]).table["table"]
+    table = run_benchmark(config, ["samples=2", "data.limit=2", "metrics.names=[psnr,spread,coverage]"]).table["table"]
     run = Path(config["out"])
     assert (
         table["sr"]["dps"]["means"]["spread"]["mean"] > 0 and 0 <= table["sr"]["dps"]["means"]["coverage"]["mean"] < 1
@@ -250,7 +250,7 @@ def test_several_samples_give_spread_and_coverage(config):
         run / "results/box/dps/spread/00001.png"
     ).exists()
     first = contents(run)["results/sr/dps/00001.png"]
-    bench(config, [f"out={run}-single", "data.limit=2"])
+    run_benchmark(config, [f"out={run}-single", "data.limit=2"])
     # Sample 0 does not depend on how many are drawn (up to rounding between batch sizes).
     single = read_rgb(Path(f"{run}-single") / "results/sr/dps/00001.png").astype(int)
     assert abs(single - read_rgb(run / "results/sr/dps/00001.png").astype(int)).max() <= 1 and len(first) > 0
@@ -260,7 +260,7 @@ def test_little_time_is_spent_on_anything_but_sampling(config, smooth_images, wr
     """With the network of a real prior the share is far below; here one step takes a few milliseconds."""
     started = time.perf_counter()
     config["methods"] = {"dps": dict(config["methods"]["dps"], steps=100)}
-    table = bench(config, ["data.limit=2", "tasks.box.per_image=false"]).table["table"]
+    table = run_benchmark(config, ["data.limit=2", "tasks.box.per_image=false"]).table["table"]
     assert table["sr"]["dps"]["cost"]["overhead"] < 0.1 and time.perf_counter() - started < 60
 
 
@@ -269,7 +269,7 @@ def test_generation_is_the_restorers_own(config):
     config |= {"kind": "generation", "tasks": {"uncond": {"count": 3}}, "metrics": {"names": ["peak_memory_mb"]}}
     pag = {"pag": {"scale": 1.0, "layers": ["m1"]}}
     config["methods"] = {"ddim": {"sampler": "ddim", "steps": "ddim4", "parameters": {"eta": 0.5}, "guidance": pag}}
-    cell = bench(config, ["seed=5"]).table["table"]["uncond"]["ddim"]
+    cell = run_benchmark(config, ["seed=5"]).table["table"]["uncond"]["ddim"]
     assert cell["cost"]["nfe"] == 8 and cell["cost"]["iterations_per_second"] > 0
     torch.set_num_threads(1)
     restorer = restore.load(config["backbone"], device="cpu")
@@ -282,7 +282,7 @@ def test_generation_is_the_restorers_own(config):
 
 def test_what_a_run_was_computed_with_is_kept(config):
     config["methods"] = {"dps": config["methods"]["dps"]}
-    table = bench(config, ["data.limit=2"]).table["table"]
+    table = run_benchmark(config, ["data.limit=2"]).table["table"]
     (ran,) = table["sr"]["dps"]["cost"]["protocols"]
     assert ran["threads"] == 1 and ran["precision"] == "float32" and ran["torch"] == torch.__version__
     assert len(ran["weights"]) == 12 and "ran_with.0.weights" in write_report([config["out"]]).markdown.read_text()
@@ -290,7 +290,7 @@ def test_what_a_run_was_computed_with_is_kept(config):
 
 def test_measurements_are_those_of_the_command_line(config, tmp_path):
     config["methods"] = {"base": {"sampler": "baseline"}}
-    bench(config, ["seed=3"])
+    run_benchmark(config, ["seed=3"])
     clean = io.read_image(Path(config["data"]["folder"]) / "00001.png").pixels
     operator = operators.SuperResolution(4, noise=operators.GaussianNoise(0.05))
     y = io.to_uint8(operator(clean, measurement_generator(3, "00001")))[0]
@@ -300,8 +300,8 @@ def test_measurements_are_those_of_the_command_line(config, tmp_path):
 def test_kernels_of_their_own_share_a_batch(config):
     blur = {"name": "motion_blur", "kernel_size": 7, "noise": NOISE}
     config |= {"tasks": {"motion": {"per_image": True, "operator": blur}}, "methods": {"dps": config["methods"]["dps"]}}
-    bench(config)
-    bench(config, [f"out={config['out']}-1", "batch=1"])
+    run_benchmark(config)
+    run_benchmark(config, [f"out={config['out']}-1", "batch=1"])
     for i in range(5):
         name = f"motion/dps/rows/0000{i}.json"
         rows = [json.loads((Path(config["out"] + end) / "results" / name).read_text()) for end in ("", "-1")]
@@ -310,7 +310,7 @@ def test_kernels_of_their_own_share_a_batch(config):
         assert pair[0].read_bytes() == pair[1].read_bytes()
     config["tasks"]["motion"]["operator"] = {"name": "denoising", "noise": NOISE}
     with pytest.raises(RestoreError, match="seed"):
-        bench(config, [f"out={config['out']}-2"])
+        run_benchmark(config, [f"out={config['out']}-2"])
 
 
 def test_images_of_different_sizes_are_restored_one_by_one(config, smooth_images, write_images):
@@ -318,8 +318,8 @@ def test_images_of_different_sizes_are_restored_one_by_one(config, smooth_images
     config["methods"] = {name: config["methods"][name] for name in ("base", "dps")}
     config["tasks"] = {"sr": config["tasks"]["sr"]}
     with pytest.raises(RestoreError, match="different sizes; give data.size=PIXELS to bring them to one, or batch=1"):
-        bench(config)
-    bench(config, ["batch=1"])
+        run_benchmark(config)
+    run_benchmark(config, ["batch=1"])
     sizes = {p.stem: read_rgb(p).shape for p in (Path(config["out"]) / "results/sr/dps").glob("*.png")}
     assert sizes == {**{f"0000{i}": (16, 16, 3) for i in range(5)}, "tall": (12, 16, 3)}
     assert "sr" in write_report([config["out"]]).markdown.read_text()

@@ -101,18 +101,18 @@ def test_protocols_that_differ_say_how():
                 "metrics": {"lpips": "alex"}, "precision": "float32", "device": "cpu", "versions": {}}  # fmt: skip
         return base | changes
 
-    assert protocol.differences(block(), block()) == {}
+    assert protocol.find_differences(block(), block()) == {}
     other = block(tasks={"sr": {"operator": "super_resolution", "sigma_y": 0.1}}, methods={"dps": {"steps": 1000}})
-    assert protocol.differences(block(), other) == {
+    assert protocol.find_differences(block(), other) == {
         "tasks.sr.sigma_y": (0.05, 0.1),
         "methods.dps.steps": (250, 1000),
     }
-    assert protocol.comparable(block(), other) == {"tasks.sr.sigma_y": (0.05, 0.1)}
-    assert protocol.comparable(block(), block(methods={"psld": {"steps": 1000}}, tasks={"blur": {}})) == {}
+    assert protocol.find_conflicts(block(), other) == {"tasks.sr.sigma_y": (0.05, 0.1)}
+    assert protocol.find_conflicts(block(), block(methods={"psld": {"steps": 1000}}, tasks={"blur": {}})) == {}
     moved = block(device="cuda")
-    assert protocol.differences(block(), moved) == {}
-    assert protocol.differences(block(), moved, circumstances=True) == {"device": ("cpu", "cuda")}
-    text = protocol.format_differences(protocol.differences(block(), other))
+    assert protocol.find_differences(block(), moved) == {}
+    assert protocol.find_differences(block(), moved, circumstances=True) == {"device": ("cpu", "cuda")}
+    text = protocol.format_differences(protocol.find_differences(block(), other))
     assert text == "tasks.sr.sigma_y: 0.05 there, 0.1 here; methods.dps.steps: 250 there, 1000 here"
 
 

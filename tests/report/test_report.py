@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from operators import RestoreError
-from restore.bench.run import bench
+from restore.bench.run import run_benchmark
 from restore.report import figures, tables
 from restore.report.write import write_report
 
@@ -64,7 +64,7 @@ class Balanced(HTMLParser):
 
 
 def test_one_run(config):
-    bench(config)
+    run_benchmark(config)
     written = write_report([config["out"]])
     page, text = written.html.read_text(), written.markdown.read_text()
     parser = Balanced()
@@ -88,7 +88,7 @@ def test_quality_per_second_over_a_sweep_of_steps(config):
     config["methods"] = {"dps": {**plain, "sweep": {"steps": ["ddim2", "ddim5"]}}, "pag": config["methods"]["pag"]}
     config["methods"]["pag"].update(sweep={"steps": [1, 2]}, guidance={"pag": {"layers": ["m1"], "scale": 1.0}})
     config["report"] = {"curve": ["seconds_per_image", "psnr", "ssim"]}
-    bench(config)
+    run_benchmark(config)
     charts = tables.build_charts(tables.read_run(config["out"]))
     assert [(chart["x"], chart["y"]) for chart in charts] == [
         ("Seconds/image ↓", "PSNR ↑"),
@@ -105,10 +105,10 @@ def test_incomplete_cells_say_so_and_are_never_best(config):
     from restore.bench.batches import load_images
     from restore.bench.config import load_config
 
-    bench(config)
+    run_benchmark(config)
     (Path(config["out"]) / "results/sr/base/rows/00001.json").unlink()
     checked = load_config(config)
-    results.summarise(Path(config["out"]), checked, load_images(checked))
+    results.write_metrics(Path(config["out"]), checked, load_images(checked))
     page = write_report([config["out"]]).html.read_text()
     assert "3 of 4" in page and "Incomplete: Bicubic, SR x4: 3 of 4 images; 1 missing." in page
     row = re.search(r"<tr><th>Bicubic</th>(.*?)</tr>", page).group(1)
@@ -116,10 +116,10 @@ def test_incomplete_cells_say_so_and_are_never_best(config):
 
 
 def test_runs_with_one_protocol_share_a_table(config, tmp_path):
-    bench(config)
+    run_benchmark(config)
     other = dict(config, title="More scales", out=str(tmp_path / "other"))
     other["methods"] = {"pag5": {**config["methods"]["dps"], "guidance": {"pag": {"scale": 5.0, "layers": ["m1"]}}}}
-    bench(other)
+    run_benchmark(other)
     written = write_report([config["out"], other["out"]], tmp_path / "both")
     assert written.differences == [] and written.html.parent == tmp_path / "both"
     page = written.html.read_text()
@@ -127,9 +127,9 @@ def test_runs_with_one_protocol_share_a_table(config, tmp_path):
 
 
 def test_runs_with_different_protocols_are_kept_apart_and_say_how(config, tmp_path):
-    bench(config)
+    run_benchmark(config)
     other = dict(config, title="Noisier", out=str(tmp_path / "other"))
-    bench(other, ["tasks.sr.operator.noise.sigma=0.1"])
+    run_benchmark(other, ["tasks.sr.operator.noise.sigma=0.1"])
     written = write_report([config["out"], other["out"]], tmp_path / "both")
     assert [set(d.values) for d in written.differences] == [{"tasks.sr.operator.noise.sigma", "tasks.sr.sigma_y"}]
     page, text = written.html.read_text(), written.markdown.read_text()
@@ -138,10 +138,10 @@ def test_runs_with_different_protocols_are_kept_apart_and_say_how(config, tmp_pa
 
 
 def test_pictures_can_be_left_out(config):
-    bench(config)
+    run_benchmark(config)
     assert "<img" in write_report([config["out"]]).html.read_text()
     assert "<img" not in write_report([config["out"]], private=True).html.read_text()
-    bench(config, ["report.pictures=0"])  # one run's only, for a report about several
+    run_benchmark(config, ["report.pictures=0"])  # one run's only, for a report about several
     page = write_report([config["out"]]).html.read_text()
     assert "<img" not in page and "Pictures" not in page
 

@@ -26,7 +26,8 @@ from restore import guidance as guidances
 from restore.app import cli
 from restore.bench import sampling
 from restore.bench.batches import load_images
-from restore.bench.config import load_config, settings
+from restore.bench.config import build_method, load_config
+from restore.guidance import describe_guidance
 from restore.images import io
 from restore.images.folder import read_rgb
 from restore.metrics import sets, single
@@ -68,7 +69,7 @@ def results_of(config, layers):
     for first in range(0, len(x), config["batch"]):
         part = slice(first, first + config["batch"])
         options = {"seed": 0, "samples": 1, "device": torch.device("cpu")}
-        method = settings(checked, "one", "sr")
+        method = build_method(checked, "sr", "one")
         made.append(
             sampling.restore_batch(restorer, x[part], images.ids[part], checked["tasks"]["sr"], method, **options)
         )
@@ -309,8 +310,9 @@ def test_the_shipped_search_is_of_every_head_and_states_the_halves():
     for part, count in (("calibration", 16), ("test", 64)):
         checked = load_config(configs.build_benchmark(search, part, methods, ["psnr"], "nowhere"))
         assert checked["data"]["limit"] == count and set(checked["tasks"]) == {"box", "sr4"}
-        assert settings(checked, "one", "box")["parameters"] == {"lam": 3.0, "zeta": 1.0}
-        assert settings(checked, "one", "sr4")["guidance"] == [{"pag": {"scale": 1.0, "layers": ["i5:0,1,2"]}}]
+        assert build_method(checked, "box", "one").parameters == {"lam": 3.0, "zeta": 1.0}
+        guidance = build_method(checked, "sr4", "one").guidance
+        assert describe_guidance(guidance) == [{"pag": {"scale": 1.0, "layers": ["i5:0,1,2"]}}]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", ""])
