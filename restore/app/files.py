@@ -17,7 +17,7 @@ from typing import Any
 
 from operators import RestoreError
 from restore import disk
-from restore.bench.protocol import differences, format_differences
+from restore.bench.protocol import find_differences, format_differences
 from restore.images import io
 from restore.images.folder import filter_images
 from restore.images.io import READABLE_SUFFIXES, WRITABLE_SUFFIXES
@@ -159,7 +159,7 @@ def is_finished(photo: Photo, expected: Mapping[str, Any]) -> bool:
     if sidecar is None or not sidecar.get("finished"):
         return False
     expected = json.loads(json.dumps(expected))  # tuples become lists, as in the file
-    changed = differences({key: sidecar.get(key) for key in expected}, expected, circumstances=True)
+    changed = find_differences({key: sidecar.get(key) for key in expected}, expected, circumstances=True)
     reason = "of another photo" if changed.pop("sha256", None) else format_differences(changed, limit=3)
     if not reason:
         try:
