@@ -13,16 +13,15 @@ app = typer.Typer(no_args_is_help=True, help="Known checkpoints: list, show, pul
 
 @app.command("list")
 def models_list() -> None:
-    """All known checkpoints and whether they are on this machine."""
+    """List all known checkpoints and whether they are on this machine."""
     from restore import zoo
 
-    for line in zoo.list_models():
-        typer.echo(line)
+    typer.echo("\n".join(zoo.list_models()))
 
 
 @app.command("show")
 def models_show(name: str) -> None:
-    """Source, licence, size and checksum of a checkpoint."""
+    """Show source, licence, size and checksum of a checkpoint."""
     from restore import zoo
 
     typer.echo(zoo.describe_model(name))
@@ -38,7 +37,7 @@ def models_pull(name: str, offline: Offline = False) -> None:
 
 @app.command("import")
 def models_import(name: str, file: Path) -> None:
-    """Verify a checkpoint fetched by hand and put it into the cache."""
+    """Verify a checkpoint fetched by hand and copy it into the cache."""
     from restore import zoo
 
     typer.echo(f"{name} is at {zoo.import_file(name, file)}")
@@ -46,7 +45,7 @@ def models_import(name: str, file: Path) -> None:
 
 @app.command("forget")
 def models_forget(name: str) -> None:
-    """Forget the checksum kept of the first file seen of a checkpoint, so that another one is accepted."""
+    """Remove the recorded checksum of a checkpoint, so that another file is accepted."""
     from restore import zoo
 
     zoo.forget_checksum(name)
@@ -55,8 +54,7 @@ def models_forget(name: str) -> None:
 
 @app.command("layers")
 def models_layers(name: str, layers: Layers = None, offline: Offline = False) -> None:
-    """The self-attention layers and heads of a backbone, under all their names; with --layers what that selects."""
+    """List the self-attention layers and heads of a backbone under all their names, or those that --layers selects."""
     from restore import restorer
 
-    for line in restorer.load(name, device="cpu", offline=offline).layer_table(layers):
-        typer.echo(line)
+    typer.echo("\n".join(restorer.load(name, device="cpu", offline=offline).layer_table(layers)))

@@ -1,4 +1,4 @@
-"""From a name or a path to a backbone in memory."""
+"""Loading of backbones by name or path, and the texts of `restore models`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ def load_backbone(
 
     precision: "fp32", "bf16" or "fp16". vae: an autoencoder in place of the model's: "tiny" for the distilled one of
     its latents (TAESD), or a registered name, a folder, a hub id.
-    Raises RestoreError for unknown names, weights that cannot be had and weights that do not fit; nothing is ever
-    initialised at random.
+    Raises RestoreError for unknown names and for missing or mismatched weights; nothing is ever initialised at random.
     """
     # Imported here: `restore models list` must not wait for torch networks.
     from restore.backbones.adm import ADM
@@ -35,10 +34,10 @@ def load_backbone(
     from restore.backbones.stable_diffusion import StableDiffusion
     from restore.backbones.weights import as_dtype
 
-    dtype, found = as_dtype(precision), _fetched(name, offline)
+    dtype, found = as_dtype(precision), _locate_or_pull(name, offline)
     options = {**found.options, "device": device, "dtype": dtype}
     if found.kind == "autoencoder":
-        raise RestoreError(f"{name} is an autoencoder, no prior: it goes with a latent model, vae={str(name)!r}")
+        raise RestoreError(f"{name} is an autoencoder, not a prior; give it to a latent model as vae={str(name)!r}")
     if found.kind == "adm":
         if vae is not None:
             raise RestoreError(f"vae must be None for {name}, a model of pixels, got {str(vae)!r}")
@@ -48,13 +47,13 @@ def load_backbone(
     if vae is not None:
         if vae == "tiny" and cls is LatentDiffusion:
             raise RestoreError(f"{name} has no tiny autoencoder of its own; give vae= a name or a folder")
-        options["vae"] = _autoencoder(cls.tiny_vae if vae == "tiny" else vae, offline)
+        options["vae"] = _load_autoencoder(cls.tiny_vae if vae == "tiny" else vae, offline)
     if cls is StableDiffusion:
         options["offline"] = is_offline(offline)
     return found, cls.load(found.path, **options)
 
 
-def _fetched(name: str | Path, offline: bool | None) -> Located:
+def _locate_or_pull(name: str | Path, offline: bool | None) -> Located:
     found = locate(name)
     if found.path is None or found.entry is not None:
         pull(str(name), offline)
@@ -62,17 +61,17 @@ def _fetched(name: str | Path, offline: bool | None) -> Located:
     return found
 
 
-def _autoencoder(name: str | Path, offline: bool | None):
+def _load_autoencoder(name: str | Path, offline: bool | None):
     from restore.backbones.autoencoder import load_vae
 
-    found = _fetched(name, offline)
+    found = _locate_or_pull(name, offline)
     if found.kind != "autoencoder":
-        raise RestoreError(f"vae={str(name)!r} is a model of kind {found.kind}, expected an autoencoder, such as taesd")
+        raise RestoreError(f"vae must be an autoencoder such as taesd, got {str(name)!r} of kind {found.kind}")
     return load_vae(found.path)
 
 
 def describe_model(name: str) -> str:
-    """Everything the registry knows of a model, for `restore models show`."""
+    """Return what the registry knows of a model, for `restore models show`."""
     found = locate(name)
     entry = found.entry
     if entry is None:
@@ -98,7 +97,7 @@ def describe_model(name: str) -> str:
 
 
 def list_models() -> list[str]:
-    """One line per registered model, for `restore models list`."""
+    """Return one line per registered model, for `restore models list`."""
     lines = [f"{'name':24} {'kind':17} {'px':>5}  here  licence"]
     for name, entry in read_registry().items():
         here = "yes" if locate(name).path is not None else "no"

@@ -1,4 +1,4 @@
-"""The known checkpoints: one YAML file each in configs/model/, read into plain records."""
+"""The registry of known checkpoints: one YAML file each in configs/model/, read into plain records."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from operators import RestoreError
 from operators.naming import check_known, suggest
+from restore.config import read_yaml
 from restore.paths import configs_dir, data_dir
 
 KINDS = ("adm", "latent", "stable-diffusion", "sd3", "flux", "dit", "autoencoder")
 
-# The kind by how the class of a pipeline, its transformer or a network alone begins.
+# The kind by the beginning of the class name of a network or a pipeline. DiT comes last: in published folders its
+# transformer has a general name.
 CLASSES = {
     "UNet2DModel": "adm",
     "Autoencoder": "autoencoder",
@@ -30,10 +29,10 @@ CLASSES = {
 
 @dataclass(frozen=True)
 class Download:
-    """One file of weights: its name, the addresses to try in order, and what is known of its content.
+    """A weight file: its name, the addresses to try in order, size in bytes and SHA-256.
 
-    size in bytes and sha256 are None where the publisher states neither and nobody could check: the
-    values seen at the first download are then recorded beside the file and verified ever after.
+    size and sha256 are None if the publisher states neither: the values of the first download are then recorded beside
+    the file and verified from then on.
     """
 
     file: str
@@ -54,7 +53,7 @@ class Hub:
 
 @dataclass(frozen=True)
 class PublishedGuidance:
-    """Published settings of Perturbed-Attention Guidance for this network, and where they are from."""
+    """Published settings of Perturbed-Attention Guidance for a network, with their source."""
 
     layers: tuple[str, ...]
     scale: float
@@ -63,11 +62,11 @@ class PublishedGuidance:
 
 @dataclass(frozen=True)
 class Model:
-    """An entry of the registry. Exactly one of `folder` (shipped, below data/), `download`, `hub` is set.
+    """A registered model. Exactly one of `folder` (shipped, below data/), `download` and `hub` is set.
 
-    kind: one of KINDS. resolution: pixels per side it was trained at.
-    subject: what its training pictures show, a plural; narrow: and nothing else.
-    options: keyword arguments of the loader that cannot be read off the weights. notes: what a user should know.
+    kind: one of KINDS. resolution: pixels per side it was trained at. subject: what its training images show, in the
+    plural; narrow: whether it knows only that. options: keyword arguments of the loader that the weights do not tell.
+    notes: what a user should know.
     """
 
     name: str
@@ -89,86 +88,71 @@ class Model:
     narrow: bool = False
 
     @property
-    def class_conditional(self) -> bool:
-        return self.classes is not None
-
-    @property
     def loading(self) -> dict[str, Any]:
         """Keyword arguments of the loader."""
         return {**(self.options or {}), **({"resolution": self.resolution} if self.kind == "adm" else {})}
 
 
 def read_registry(folder: Path | None = None) -> dict[str, Model]:
-    """All registered models by name, sorted; from `folder` instead of the shipped configs/model if given.
+    """Return all registered models by name, sorted; from `folder` instead of configs/model if given.
 
-    Raises RestoreError for a YAML file with an unknown, missing or misplaced key.
+    Raises RestoreError for unreadable YAML and for unknown, missing and misplaced keys.
     """
-    return {path.stem: _read(path) for path in sorted((folder or configs_dir() / "model").glob("*.yaml"))}
+    return {path.stem: _read_model(path) for path in sorted((folder or configs_dir() / "model").glob("*.yaml"))}
 
 
-def find_model(name: str, folder: Path | None = None) -> Model:
-    """The entry called `name`; RestoreError with the nearest name when there is none."""
-    known = read_registry(folder)
+def find_model(name: str) -> Model:
+    """Return the registered model `name`. Raises RestoreError, with the nearest name, if there is none."""
+    known = read_registry()
     if name not in known:
-        raise RestoreError(f"There is no model called {name!r}; {suggest(name, known)}")
+        raise RestoreError(f"unknown model {name!r}; {suggest(name, known)}")
     return known[name]
 
 
-def _read(path: Path) -> Model:
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OmegaConfBaseException, OSError, ValueError) as error:
-        raise RestoreError(f"{path} is not a readable YAML file: {error}") from error
-    except Exception as error:  # the YAML parser's own errors share no base with OmegaConf's
-        if type(error).__module__.split(".")[0] != "yaml":
-            raise
-        raise RestoreError(f"{path} is not a readable YAML file: {error}") from error
-    nested = {"download": Download, "hub": Hub, "guidance": PublishedGuidance}
+def detect_kind(content: Mapping[str, Any]) -> str | None:
+    """Return the kind of the model that a diffusers model_index.json or config.json describes, None if unknown."""
+    if "unet" in content:
+        latent = any(part in content for part in ("vqvae", "vae"))
+        return ("latent" if latent else "adm") if "UNet2DModel" in str(content["unet"]) else "stable-diffusion"
+    names = [str(content.get("_class_name")), str((content.get("transformer") or ["", ""])[1])]
+    return next((kind for part, kind in CLASSES.items() if any(name.startswith(part) for name in names)), None)
+
+
+def find_shipped_folder(entry: Model) -> Path:
+    """Return the folder of a model that is part of the package. Raises RestoreError if it is missing."""
+    folder = data_dir() / str(entry.folder)
+    if not folder.is_dir():
+        raise RestoreError(f"the model {entry.name} must be in {folder}, which is missing; install the package again")
+    return folder
+
+
+def _read_model(path: Path) -> Model:
+    content = read_yaml(path, "model")
     if not isinstance(content, dict):
-        raise RestoreError(f"{path} must hold the keys of a model, not a {type(content).__name__}.")
+        raise RestoreError(f"{path} must hold the keys of a model, got a {type(content).__name__}")
     values = {"name": path.stem} | content
-    for key, record in nested.items():
+    for key, record in {"download": Download, "hub": Hub, "guidance": PublishedGuidance}.items():
         if values.get(key) is not None:
-            values[key] = _record(record, values[key], path, f"{key}.")
-    entry = _record(Model, values, path, "")
+            values[key] = _build_record(record, values[key], path, f"{key}.")
+    entry = _build_record(Model, values, path, "")
     check_known([entry.kind], KINDS, f"{path}: unknown kind")
     if entry.name != path.stem:
-        raise RestoreError(f"{path}: the name {entry.name!r} must be the file's.")
+        raise RestoreError(f"{path}: name must be {path.stem!r}, the file's, got {entry.name!r}")
     if sum(source is not None for source in (entry.folder, entry.download, entry.hub)) != 1:
-        raise RestoreError(f"{path}: set exactly one of folder, download and hub.")
+        raise RestoreError(f"{path}: exactly one of folder, download and hub must be set")
     sha256 = entry.download.sha256 if entry.download else None
     if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
-        raise RestoreError(f"{path}: download.sha256 must be 64 hexadecimal digits.")
+        raise RestoreError(f"{path}: download.sha256 must be 64 hexadecimal digits, got {sha256!r}")
     return entry
 
 
-def _record(record: type, values: Any, path: Path, prefix: str) -> Any:
+def _build_record(record: type, values: Any, path: Path, prefix: str) -> Any:
     if not isinstance(values, dict):
-        raise RestoreError(f"{path}: {prefix.rstrip('.')} must hold keys, not a {type(values).__name__}.")
+        raise RestoreError(f"{path}: {prefix.rstrip('.')} must hold keys, got a {type(values).__name__}")
     known = [prefix + item.name for item in fields(record)]
     check_known([f"{prefix}{key}" for key in values], known, f"{path}: unknown key")
     try:
         return record(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
     except TypeError as error:
         missing = re.findall("'(\\w+)'", str(error))
-        raise RestoreError(f"{path}: {', '.join(prefix + key for key in missing)} is missing.") from error
-
-
-def detect_kind(content: Mapping[str, Any]) -> str | None:
-    """The kind of model that a diffusers model_index.json or config.json describes; None for what is not known."""
-    if "unet" in content:
-        latent = any(part in content for part in ("vqvae", "vae"))
-        return ("latent" if latent else "adm") if "UNet2DModel" in str(content["unet"]) else "stable-diffusion"
-    names = [str(content.get("_class_name")), str((content.get("transformer") or ["", ""])[1])]
-    # DiT comes last: its transformer had a general name when the published folders were written.
-    return next((kind for part, kind in CLASSES.items() if any(name.startswith(part) for name in names)), None)
-
-
-def find_shipped_folder(entry: Model) -> Path:
-    """The folder of a model that comes with the package; RestoreError when it is not there."""
-    folder = data_dir() / str(entry.folder)
-    if not folder.is_dir():
-        raise RestoreError(
-            f"The model {entry.name} should be in {folder}, which is missing: install the package again."
-        )
-    return folder
+        raise RestoreError(f"{path}: {', '.join(prefix + key for key in missing)} is missing") from error

@@ -1,0 +1,100 @@
+"""Models of the Hugging Face hub, from a server that speaks its protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub's protocol as downloading one repository takes."""
+
+    files = {
+        "model_index.json": b"{}",
+        "unet/config.json": b'{"a": 1}',
+        "unet/big_model.safetensors": b"0123456789" * 1000,
+        "extra.ckpt": b"no",
+    }
+    commit = "a" * 40
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, body, **headers):
+        self.send_response(200)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        if path.startswith("/api/models/owner/tiny"):
+            listing = [
+                {"rfilename": name, "type": "file", "path": name, "size": len(body), "oid": "0"}
+                for name, body in self.files.items()
+            ]
+            if "/tree/" in path:
+                return self.reply(json.dumps(listing).encode(), Content_Type="application/json")
+            info = {"id": "owner/tiny", "modelId": "owner/tiny", "sha": self.commit, "siblings": listing}
+            return self.reply(json.dumps(info).encode(), Content_Type="application/json")
+        body = self.files.get(path.split(f"/resolve/{self.commit}/")[-1])
+        if body is None:
+            return self.send_error(404)
+        self.reply(body, ETag=f'"{hashlib.sha1(body).hexdigest()}"', X_Repo_Commit=self.commit)
+
+    do_HEAD = do_GET
+
+
+def test_hub_models_come_from_the_hub_once_and_then_from_its_cache(tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    code = """
+from operators import RestoreError
+from restore import zoo
+from restore.zoo import store
+from restore.zoo.registry import Hub
+hub = Hub("owner/tiny", files=("model_index.json", "unet/*"))
+assert store._fetch_snapshot(hub, offline=True) is None
+folder = store._fetch_snapshot(hub, offline=False)
+names = sorted(path.name for path in folder.rglob("*.*"))
+assert names == ["big_model.safetensors", "config.json", "model_index.json"], names
+assert zoo.pull("owner/tiny", offline=True) == folder == zoo.locate("owner/tiny").path
+for repo in ("owner/missing",):
+    for offline in (True, False):
+        try:
+            zoo.pull(repo, offline=offline)
+        except RestoreError as error:
+            assert repo in str(error), error
+        else:
+            raise AssertionError("pulled a repository that is not there")
+try:
+    store._fetch_snapshot(Hub("owner/tiny", files=("vae/config.json",)), offline=False)
+except RestoreError as error:
+    assert "vae/config.json" in str(error)
+else:
+    raise AssertionError
+"""
+    environment = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "0",
+        "RESTORE_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
