@@ -85,8 +85,8 @@ def test_mistakes(folders, monkeypatch, tmp_path):
             restore.load(folders[kind], vae="tiny", offline=True)
     for source, options, message in (
         ("embedded", {"vae": "tiny"}, "vae must be None for embedded, a model of pixels"),
-        (folders["tae"], {}, "is an autoencoder, no prior"),
-        (folders["sd"], {"vae": folders["sd3"]}, "kind sd3, expected an autoencoder, such as taesd"),
+        (folders["tae"], {}, "is an autoencoder"),
+        (folders["sd"], {"vae": folders["sd3"]}, "kind sd3, must be an autoencoder, such as taesd"),
         (folders["sd"], {"vae": folders["tae"], "vae_tiling": True}, "vae_tiling must be False for a tiny autoencoder"),
     ):
         with pytest.raises(RestoreError, match=message):
