@@ -43,9 +43,9 @@ def daps(
         x0_y     a sample of exp(-||y - A(x_0)||² / tau²) N(x_0; x0_hat, sigma_k²), by `mcmc_steps` Langevin steps
         x_{k+1} = x0_y + sigma_{k+1} n.
 
-    The network is never differentiated. The arguments of all samplers are in `restore.samplers`.
+    The network is not differentiated. On latents (LatentDAPS) x is the latent, and A(decode(x)) replaces A(x).
+    The arguments of all samplers are in `restore.samplers`.
 
-    prior: on latents (LatentDAPS) x is the latent, and A(decode(x)) takes the place of A(x).
     operator: a differentiable `A`, linear or not. noise: "latent" makes x_k; also "langevin" and "velocity".
     steps: how many levels sigma_k, between sigma_max (at most the trained one) and sigma_min with rho = 7 (Karras et
         al. 2022, eq. 5), or the times of the levels. Network evaluations: steps · ode_steps, twice that if guided.
@@ -59,8 +59,7 @@ def daps(
         of N(x_0; x0_hat, sigma_k²). Exact in the limit of many Langevin steps; one more evaluation for each.
     latent_clamp: on latents, clamp the data term's gradient to ± this, entry by entry, before the division by tau²;
         the authors' code clamps to 1, and its step sizes for latents need it.
-    callback: after every level; also z0_hat and z0_y (x0_hat and x0_y as the prior has them). eps is the ODE's first,
-        residual that of x0_y, `used` has tau and sigma_max.
+    callback: also z0_hat and z0_y, not decoded; eps is the ODE's first, residual x0_y's, `used` has tau and sigma_max.
     """
     check_known([conditional], ("gaussian", "exact"), "unknown conditional")
     schedule, norm, variance = prior.schedule, find_data_norm(operator, data_norm), likelihood_variance(operator, tau)

@@ -13,7 +13,7 @@ from restore.samplers.consistency import decode_consistently, encode_change, req
 from restore.samplers.likelihood import require_linear_gaussian
 from restore.samplers.steps import initialise, levels, report, require_finite
 
-AUTHORS_SIGMA_Y_FLOOR = 0.002  # the authors' code: 0.001 on [0, 1]
+AUTHORS_SIGMA_Y_FLOOR = 0.002  # of the authors' code, 0.001 on [0, 1]
 
 
 @torch.no_grad()
@@ -38,16 +38,14 @@ def diffpir(
 
         x0 = argmin ||y - A x||^2 + rho ||x - x0_hat||^2,  rho = lam sigma_y^2 / (sigma / alpha)^2,
 
-    and goes on from x0 with the noise that it implies. No gradient of the network is taken. On latents the data step is
-    taken in the decoded image, and its change encoded. The authors' code returns the x that enters its last step
-    instead of that step's x0. The arguments of all samplers are in `restore.samplers`; sigma_y is at least
-    AUTHORS_SIGMA_Y_FLOOR.
+    and goes on from x0 with the noise that it implies, without a gradient of the network. On latents the data step is
+    taken in the decoded image, and its change encoded. The authors' code returns the x that enters its last step, not
+    that step's x0. sigma_y is at least AUTHORS_SIGMA_Y_FLOOR. The arguments of all samplers are in `restore.samplers`.
 
-    operator: a linear one (see operators.prox_l2). steps: "quad:N" are the authors', denser at the clean end.
+    operator: a linear one (see operators.prox_l2). guidance: makes x0_hat, hence the data step and the implied noise.
+    steps, start_from: "quad:N", denser at the clean end, and "measurement" are the authors'.
     lam: lambda with sigma_y on [-1, 1]. The authors state sigma_y on [0, 1], which makes theirs 4 lam.
     zeta: share of fresh noise, 0 to 1.
-    guidance: makes x0_hat, hence both the data step and the implied noise.
-    start_from: "measurement" is the authors'.
     """
     sigma_y = max(require_linear_gaussian("diffpir", prior, operator, sigma_y, latents=True), AUTHORS_SIGMA_Y_FLOOR)
     decoder_sigma = require_decoder_sigma(prior, decoder_sigma)

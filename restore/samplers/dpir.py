@@ -33,19 +33,17 @@ def dpir(
     sigma_y: float | None = None,
     clip: bool | None = None,
 ) -> torch.Tensor:
-    """Estimate x_0 given y, near the posterior mean: deterministic, all samples are equal.
-
-    At noise levels sigma_k from sigma_max down to sigma_y, evenly spaced in log, starting with z = y (if A keeps the
-    image's size; else a linear reconstruction),
+    """Estimate x_0 given y, near the posterior mean; all samples are equal. At noise levels sigma_k from sigma_max down
+    to sigma_y, evenly spaced in log, starting with z = y (or a linear reconstruction if A changes the image's size),
 
         x = argmin ||y - A x||^2 + rho ||x - z||^2,  rho = lam (sigma_y / sigma_k)^2      (eq. 6a)
         z = x0_hat of the network, with x as its input of noise level sigma_k             (eq. 6b)
 
-    If A is the identity, one step at sigma_y is Tweedie's formula: z = E[x_0 | y], the estimate of least squared error
-    as far as the network is right. The arguments of all samplers are in `restore.samplers`; noise is not used.
+    If A is the identity, one step at sigma_y is Tweedie's formula, z = E[x_0 | y] as far as the network is right. The
+    arguments of all samplers are in `restore.samplers`; noise is not used.
 
     prior: in pixels. operator: a linear one (see operators.prox_l2). guidance: makes z.
-    steps: the number of levels, 1 being sigma_y only. Raises RestoreError if it is no number.
+    steps: the number of levels, 1 being sigma_y only.
     lam: the paper's lambda. sigma_max: on [-1, 1], at most the largest trained level; the paper has 49 / 255 on [0, 1].
     sigma_y: also the last level, which is at least LAST_LEVEL_FLOOR.
     """

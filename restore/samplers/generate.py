@@ -24,9 +24,7 @@ def generate(
 ) -> torch.Tensor:
     """Draw n samples x_0 ~ p(x_0) with guided scores (PAG, Ahn et al. 2024, sec. 5.1-5.2), (n, 3, H, W), not clamped.
 
-    The other arguments, and what is raised, are those of all samplers, see `restore.samplers`.
-
-    ddim_eta: None for DDPM, else DDIM(eta). callback: x0_hat is the prior's x_0, not decoded.
+    ddim_eta: None for DDPM, else DDIM(eta). callback: x0_hat is not decoded. The rest is as in `restore.samplers`.
     """
     prior = variance_preserving(prior)
     diffusion = Diffusion(prior.schedule, prior.schedule.timesteps(steps))

@@ -35,6 +35,12 @@ def poisson_reference_norm(difference: torch.Tensor, y: torch.Tensor) -> torch.T
 DATA_NORMS = {"l2": l2_norm, "poisson": poisson_norm, "poisson-reference": poisson_reference_norm}
 
 
+def gaussian_sigma(operator) -> float | None:
+    """Return the standard deviation of the operator's Gaussian noise, 0 if it has no noise, None if it has another."""
+    noise = getattr(operator, "noise", None)
+    return 0.0 if noise is None else getattr(noise, "sigma", None)
+
+
 def find_data_norm(operator, data_norm: str | Callable | None) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Return the norm (y - A(x), y) -> (B,) of a name in DATA_NORMS; a function is returned unchanged.
 
@@ -51,10 +57,9 @@ def likelihood_variance(operator, tau: float | None, name: str = "tau") -> float
     tau None: from the operator's noise, 2 sigma_y² if it is Gaussian and 4 / (255 rate) if it is Poisson noise.
     Raises RestoreError, which calls tau by `name`, if the result is not positive.
     """
-    noise = getattr(operator, "noise", None)
-    if tau is None and isinstance(noise, PoissonNoise):
-        return 4 / (255 * noise.rate)
-    variance = 2 * (getattr(noise, "sigma", None) or 0.0) ** 2 if tau is None else tau**2
+    if tau is None and isinstance(getattr(operator, "noise", None), PoissonNoise):
+        return 4 / (255 * operator.noise.rate)
+    variance = 2 * (gaussian_sigma(operator) or 0.0) ** 2 if tau is None else tau**2
     if not variance > 0:
         raise RestoreError(
             f"{name} must be positive, got {tau}; None takes it from the operator's noise, if there is any"
@@ -64,8 +69,7 @@ def likelihood_variance(operator, tau: float | None, name: str = "tau") -> float
 
 def is_linear_gaussian(operator) -> bool:
     """Return whether y = A x + n with a linear A and Gaussian noise, or none."""
-    noise = getattr(operator, "noise", None)
-    return getattr(operator, "linear", True) and (noise is None or getattr(noise, "sigma", None) is not None)
+    return getattr(operator, "linear", True) and gaussian_sigma(operator) is not None
 
 
 def require_linear_gaussian(sampler: str, prior, operator, sigma_y: float | None, *, latents: bool = False) -> float:
@@ -78,11 +82,9 @@ def require_linear_gaussian(sampler: str, prior, operator, sigma_y: float | None
         raise RestoreError(f"{sampler} needs a pixel prior, got a latent one; try psld")
     if not getattr(operator, "linear", True):
         raise RestoreError(f"{sampler} needs a linear operator, got {operator.name}; try dps")
-    noise = getattr(operator, "noise", None)
+    sigma_y = gaussian_sigma(operator) if sigma_y is None else sigma_y
     if sigma_y is None:
-        sigma_y = 0.0 if noise is None else getattr(noise, "sigma", None)
-    if sigma_y is None:
-        raise RestoreError(f"{sampler} needs Gaussian noise, got {noise!r}; give sigma_y to treat it so, or try dps")
+        raise RestoreError(f"{sampler} needs Gaussian noise, got {operator.noise!r}; give sigma_y or try dps")
     if not 0 <= float(sigma_y) < float("inf"):
         raise RestoreError(f"sigma_y must be a finite number >= 0, got {sigma_y!r}")
     return float(sigma_y)

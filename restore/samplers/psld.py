@@ -51,7 +51,9 @@ def psld(
     callback: also z0_hat, gradient, and glue, the second norm (B,).
     """
     check_known([encoding], ("mean", "sample"), "unknown encoding")
-    sigma_y = require_sigma(operator) if measurement_noise else 0.0
+    sigma_y = getattr(getattr(operator, "noise", None), "sigma", None) if measurement_noise else 0.0
+    if sigma_y is None:
+        raise RestoreError("measurement_noise must be False for an operator without Gaussian noise, got True")
     decoder_sigma, level = require_decoder_sigma(prior, decoder_sigma), 0.0
     if decoder_sigma:
         level = require_linear_gaussian("psld with decoder_sigma", prior, operator, None, latents=True)
@@ -95,14 +97,3 @@ def psld(
             report(callback, k, len(timesteps), t, **state, residual=residual, glue=glue)
     with torch.no_grad():
         return decode_consistently(prior, operator, y, z_t.detach(), level, decoder_sigma)
-
-
-def require_sigma(operator) -> float:
-    """Return sigma_y of the operator's Gaussian noise. Raises RestoreError if it has another noise or none."""
-    sigma = getattr(getattr(operator, "noise", None), "sigma", None)
-    if sigma is None:
-        raise RestoreError(
-            "measurement_noise must be False for an operator without Gaussian noise, got True; "
-            "try noise=GaussianNoise(sigma)"
-        )
-    return float(sigma)

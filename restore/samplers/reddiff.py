@@ -8,7 +8,7 @@ import torch
 
 from operators.naming import lookup
 from restore.guidance import estimator
-from restore.samplers.likelihood import find_data_norm
+from restore.samplers.likelihood import find_data_norm, gaussian_sigma
 from restore.samplers.steps import reconstruct, report, require_finite
 
 # Weight of the prior at the noise-to-signal ratio q = sigma / alpha; the paper's choice is linear.
@@ -38,26 +38,21 @@ def reddiff(
         v ||y - A(mu)||² / (2 m) + lam w(sigma_t / alpha_t) mean(sg(eps(x_t) - n) mu),   x_t = alpha_t mu + sigma_t n,
 
     m the number of entries of one y and the mean that of one image, as in the authors' code: so lam depends on how
-    many measurements there are, and sigma_y enters only through it. The network is not differentiated. The arguments of
-    all samplers are in `restore.samplers`.
+    many measurements there are, and sigma_y enters only through it. The network is not differentiated. On latents mu is
+    the latent, and decoded before A. The arguments of all samplers are in `restore.samplers`.
 
-    prior: on latents mu is the latent, and decoded before A. operator: a differentiable `A`, linear or not.
-    noise: only of kind "latent". steps: the authors' are "ddimN".
-    guidance: its eps takes the place of eps, as in score distillation.
+    operator: a differentiable `A`, linear or not. noise: only of kind "latent". steps: the authors' are "ddimN".
+    guidance: its eps takes the place of eps. weighting: w, a name in WEIGHTINGS or a function of sigma / alpha.
     lam, lr: lambda, and Adam's step size (betas 0.9 and 0.99). Adam moves every pixel by about lr, whatever the loss.
-    weighting: w, a name in WEIGHTINGS or a function of sigma / alpha.
-    v: weight of the data term, whose norm is squared.
-    start_from: the first mu, any but "noise"; None: "dagger" (the paper's), or "zero" if A is not linear.
-    start: the older name of start_from.
-    callback: x_t is mu; `used` has the start.
+    start_from: the first mu, any but "noise"; None: "dagger" (the paper's), or "zero" if A is not linear. start: its
+        older name. callback: x_t is mu; `used` has the start.
     """
     schedule, norm = prior.schedule, find_data_norm(operator, data_norm)
     w = weighting if callable(weighting) else lookup(weighting, WEIGHTINGS, "weighting")
     timesteps, shape = schedule.timesteps(steps), (len(y), *prior.shape)
     start_from = start_from or start or ("dagger" if getattr(operator, "linear", True) else "zero")
-    sigma_y = getattr(getattr(operator, "noise", None), "sigma", None) or 0.0
     with torch.no_grad():
-        mu = reconstruct(start_from, prior, operator, y, sigma_y).clone().requires_grad_()
+        mu = reconstruct(start_from, prior, operator, y, gaussian_sigma(operator) or 0.0).clone().requires_grad_()
     adam = torch.optim.Adam([mu], lr=lr, betas=(0.9, 0.99))
     with estimator(prior, guidance) as estimate:
         for k, t in enumerate(timesteps):
