@@ -1,7 +1,7 @@
-"""Draws the pictures of docs/samplers and docs/guidance, and README's samples: python docs/make_pictures.py [NAME ...]
+"""Draw the pictures of docs/samplers and docs/guidance, and README's samples: python docs/make_pictures.py [NAME ...]
 
-Everything is computed with the embedded priors on one of the shipped photos, with the settings named here or, where
-none are, those of configs/method. A picture may differ in details between machines (docs/protocol.md).
+Everything is computed with the embedded priors on a shipped photo, with the settings below or else the presets of
+configs/method. A picture may differ in details between machines (docs/protocol.md).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from restore.task import load_task
 
 PHOTOS = {"pixels": "astronaut-face-64", "latents": "astronaut-face-128"}
 SAMPLES = 8
-COLOURS, CELL = {"pixels": 64, "latents": 48}, {"pixels": 128, "latents": 80}  # for 40 KB a picture of a page
-WHITE = 0.5  # the spread that is drawn white, on [-1, 1]
+COLOURS, CELL = {"pixels": 64, "latents": 48}, {"pixels": 128, "latents": 80}  # keeps a picture below 40 KB
+WHITE = 0.5  # the spread, on [-1, 1], that is drawn white
 
-# Sampler -> what it is called with beside its preset; all on the same two measurements, DDNM on such without noise.
+# Sampler -> arguments that replace its preset's. All restore the same two measurements, for DDNM without noise.
 SAMPLERS: dict[str, dict[str, Any]] = {
     "daps": {},
     "ddnm": {"steps": "ddim50"},
@@ -40,9 +40,9 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "pnpdm": {},
     "reddiff": {},
 }
-# The same on the embedded latent prior.
+# The same for the embedded latent prior.
 LATENT_SAMPLERS: dict[str, dict[str, Any]] = {"psld": {"guidance": None}}
-# Page of a guidance -> title and guidance of the row below the unguided one.
+# Page -> title and guidance of the rows below the unguided one.
 GUIDANCE: dict[str, dict[str, Guidance]] = {
     "pag": {"PAG, i5, s = 1": restore.PAG(1.0, layers="i5")},
     "sag": {"SAG, s = 1": SAG(1.0, sigma=2.0, taps=9)},
@@ -51,32 +51,31 @@ GUIDANCE: dict[str, dict[str, Guidance]] = {
     "tpg": {"TPG, m1, s = 1": TPG(1.0, layers="m1")},
     "tsg": {"TSG, s = 1": TSG(1.0)},
 }
-# README's picture, on the embedded latent prior.
+# README's picture, with the embedded latent prior.
 LATENT_GUIDANCE: dict[str, dict[str, Guidance]] = {
     "pag-samples": {f"PAG, i3, s = {scale}": restore.PAG(scale, layers="i3") for scale in (1, 2)},
 }
 
 
-def restoration(restorer: Restorer, name: str, steps: Any = None) -> Image.Image:
-    """One row for each of two measurements: two samples, mean and spread of all, the truth; of a sampler that draws
-    nothing its one estimate in their place."""
+def draw_restoration(restorer: Restorer, name: str, steps: Any = None) -> Image.Image:
+    """Draw a row for each of two measurements: two samples, mean and spread of all samples, the truth. A deterministic
+    sampler has one estimate in place of the samples."""
     image_id = PHOTOS[restorer.kind]
     photo = io.read_image(data_dir() / "photos" / f"{image_id}.png")
-    rows, one = [], name in samplers.DETERMINISTIC
+    rows, deterministic = [], name in samplers.DETERMINISTIC
     for task in ("sr4", "inpaint-box"):
         operator = load_task(task, {"sigma": 0.0} if name == "ddnm" else {}).build(*photo.size)
         y = operator(photo.pixels, [measurement_generator(0, image_id)])
-        chosen = {**(SAMPLERS | LATENT_SAMPLERS)[name], **({} if steps is None else {"steps": steps})}
-        if one:
-            result = restorer(y, operator, task=task, sampler=name, image_ids=[image_id], **chosen)
+        changes = {**(SAMPLERS | LATENT_SAMPLERS)[name], **({} if steps is None else {"steps": steps})}
+        method = restorer.method(operator, task=task, sampler=name, **changes)
+        count = 1 if deterministic else SAMPLES
+        result = restorer(y, operator, method, samples=count, batch_size=count, image_ids=[image_id])
+        if deterministic:
             rows.append([y[0], result.samples[0, 0], photo.pixels[0]])
             continue
-        result = restorer(
-            y, operator, task=task, sampler=name, samples=SAMPLES, batch_size=SAMPLES, image_ids=[image_id], **chosen
-        )
         spread = (result.spread[0].mean(dim=0, keepdim=True) * 2 / WHITE - 1).clamp(-1, 1).expand(3, -1, -1)
         rows.append([y[0], *result.samples[0, :2], result.mean[0], spread, photo.pixels[0]])
-    if one:
+    if deterministic:
         return grids.draw_grid(
             rows, ["measurement", "the estimate", "truth"], ["SR x4", "box"], cell=CELL[restorer.kind]
         )
@@ -84,48 +83,50 @@ def restoration(restorer: Restorer, name: str, steps: Any = None) -> Image.Image
     return grids.draw_grid(rows, titles, ["SR x4", "box"], cell=CELL[restorer.kind])
 
 
-def sample_rows(restorer: Restorer, guidances: dict[str, Guidance], count: int, **how: Any) -> list[list[torch.Tensor]]:
-    """A row of samples without guidance and one with each guidance, from the same noise."""
-    how |= {"ddim_eta": 1.0, "batch_size": count}
-    return [list(restorer.generate(count, guidance=guidance, **how)) for guidance in (None, *guidances.values())]
+def generate_rows(restorer: Restorer, guidances: dict[str, Guidance], count: int, **options: Any) -> list[list[Any]]:
+    """Generate a row of samples without guidance and one with each guidance, from the same noise."""
+    options |= {"ddim_eta": 1.0, "batch_size": count}
+    return [list(restorer.generate(count, guidance=guidance, **options)) for guidance in (None, *guidances.values())]
 
 
-def generation(restorer: Restorer, name: str, steps: Any = None) -> Image.Image:
-    """Samples without and with a guidance; on a page also what that is made of."""
+def draw_generation(restorer: Restorer, name: str, steps: Any = None) -> Image.Image:
+    """Draw samples without and with a guidance; for a page also |eps - eps_weak|."""
     if name in LATENT_GUIDANCE:
         guidances, count = LATENT_GUIDANCE[name], 8
-        rows = sample_rows(restorer, guidances, count, steps=steps or "ddim25")
+        rows = generate_rows(restorer, guidances, count, steps=steps or "ddim25")
         titles = ["no guidance", *guidances]
     else:
         guidances, count, signals = GUIDANCE[name], 4, []
-        seen = lambda step: signals.extend(s for s in step.get("signals", ()) if s is not None)  # noqa: E731
-        faces = {"labels": ["face"] * count, "callback": seen}
-        rows = sample_rows(restorer, guidances, count, steps=steps or "karras:25", **faces)
+        keep = lambda step: signals.extend(s for s in step.get("signals", ()) if s is not None)  # noqa: E731
+        faces = {"labels": ["face"] * count, "callback": keep}
+        rows = generate_rows(restorer, guidances, count, steps=steps or "karras:25", **faces)
         mean = torch.stack(signals).mean(dim=0)
         rows.append([(2 * signal / signal.max() - 1).expand(3, -1, -1) for signal in mean])
         titles = ["no guidance", *guidances, "|eps - eps_weak|"]
     return grids.draw_grid(rows, [""] * count, titles, cell=128)
 
 
-def trajectory(restorer: Restorer, steps: Any = None) -> Image.Image:
-    """x0_hat of the first of six samples through time, and the six."""
-    count, seen = 6, []
+def draw_trajectory(restorer: Restorer, steps: Any = None) -> Image.Image:
+    """Draw x0_hat of the first of six samples through time, and the six samples."""
+    count, states = 6, []
     faces = {"labels": ["face"] * count, "batch_size": count}
-    samples = restorer.generate(count, steps=steps or 100, callback=seen.append, **faces)
-    chosen = [seen[round(k * (len(seen) - 1) / (count - 1))] for k in range(count)]
-    rows = [[step["x0_hat"][0].clamp(-1, 1) for step in chosen], list(samples)]
-    return grids.draw_grid(rows, [f"t = {step['t']:g}" for step in chosen], ["x0_hat", "samples"], cell=128)
+    samples = restorer.generate(count, steps=steps or 100, callback=states.append, **faces)
+    shown = [states[round(k * (len(states) - 1) / (count - 1))] for k in range(count)]
+    rows = [[step["x0_hat"][0].clamp(-1, 1) for step in shown], list(samples)]
+    return grids.draw_grid(rows, [f"t = {step['t']:g}" for step in shown], ["x0_hat", "samples"], cell=128)
 
 
-def draw(restorer: Restorer, name: str, folder: Path, steps: Any = None) -> Path:
-    """folder/samplers/NAME.png, folder/guidance/NAME.png or README's folder/pag-samples.png, in few colours. steps: of
-    everything, for trying."""
+def draw_picture(restorer: Restorer, name: str, folder: Path, steps: Any = None) -> Path:
+    """Write folder/samplers/NAME.png, folder/guidance/NAME.png or README's folder/pag-samples.png, in few colours.
+
+    steps: instead of those of every picture, for a quick look.
+    """
     if name == "generate":
-        kind, picture = "samplers", trajectory(restorer, steps)
+        kind, picture = "samplers", draw_trajectory(restorer, steps)
     elif name in SAMPLERS | LATENT_SAMPLERS:
-        kind, picture = "samplers", restoration(restorer, name, steps)
+        kind, picture = "samplers", draw_restoration(restorer, name, steps)
     else:
-        kind, picture = "guidance" if name in GUIDANCE else "", generation(restorer, name, steps)
+        kind, picture = "guidance" if name in GUIDANCE else "", draw_generation(restorer, name, steps)
     path = folder / kind / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     colours = COLOURS[restorer.kind] if kind else 256
@@ -135,7 +136,7 @@ def draw(restorer: Restorer, name: str, folder: Path, steps: Any = None) -> Path
 
 if __name__ == "__main__":
     latents = LATENT_SAMPLERS | LATENT_GUIDANCE
-    for wanted in sys.argv[1:] or [*SAMPLERS, "generate", *GUIDANCE, *latents]:
-        prior = restore.load("embedded-latent" if wanted in latents else "embedded")
-        done = draw(prior, wanted, Path(__file__).parent)
-        print(f"{done}  {done.stat().st_size / 1024:.1f} KB", flush=True)
+    for requested in sys.argv[1:] or [*SAMPLERS, "generate", *GUIDANCE, *latents]:
+        prior = restore.load("embedded-latent" if requested in latents else "embedded")
+        path = draw_picture(prior, requested, Path(__file__).parent)
+        print(f"{path}  {path.stat().st_size / 1024:.1f} KB", flush=True)

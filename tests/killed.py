@@ -27,7 +27,9 @@ def command(*arguments):
 def one_step(photo, out, task, memory, pipe):
     """Restores `photo` in one step; sends its plan, then (error, peak of resident bytes, of those new)."""
     import restore
-    from restore.app import files, run
+    from restore.app import files
+    from restore.app.choice import MethodChoice
+    from restore.app.run import RestoreJob
     from restore.memory import Planner
     from restore.task import load_task
 
@@ -36,7 +38,8 @@ def one_step(photo, out, task, memory, pipe):
     # Windows without overlap are a quarter as many; those of one call, and all else that needs memory, are as ever.
     prior.windows |= {"overlap": 0.0}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    options = {"steps": 1, "planner": Planner(prior, memory), "announce": pipe.send}
-    (outcome,) = run.restore_files(files.find_photos([photo], out), prior, load_task(task), **options)
+    options = {"planner": Planner(prior, memory), "announce": pipe.send}
+    job = RestoreJob(prior, load_task(task), MethodChoice(steps=1), **options)
+    (outcome,) = job.run(files.find_photos([photo], out))
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     pipe.send((outcome.error, after, after - before))

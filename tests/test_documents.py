@@ -15,8 +15,8 @@ import yaml
 
 import restore
 from restore.app import cli
+from restore.app.choice import PAGOverride
 from restore.app.options import parse_guidance
-from restore.app.run import ChangedPAG
 from restore.guidance import build_guidance, estimator
 from restore.paths import data_dir
 
@@ -83,8 +83,8 @@ def test_guidance_of_the_guidance_page_is_understood():
         given = {name: words[words.index(name) + 1] for name in words if name.startswith("--") and name != "--degrade"}
         pag = [given.get(name) for name in ("--layers", "--target", "--strength")]
         guidance = parse_guidance(given.get("--guidance"), 1.0 if "--pag-scale" in given else None, *pag)
-        if isinstance(guidance, ChangedPAG):
-            guidance = guidance.applied(None, [])
+        if isinstance(guidance, PAGOverride):
+            guidance = guidance.apply(None, [])
         with estimator(backbone, None if "--backbone" in given else guidance):
             pass
     assert len(blocks) >= 3 and len(commands) >= 3

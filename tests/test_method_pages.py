@@ -250,7 +250,7 @@ def test_every_page_is_short_and_has_its_picture_or_says_why_not(pictures):
 )
 def test_pictures_are_drawn_by_their_script(kind, name, pictures, measured, tmp_path):
     restorer = measured[0] if kind else restore.load("embedded-latent")
-    path = pictures.draw(restorer, name, tmp_path, steps=2)
+    path = pictures.draw_picture(restorer, name, tmp_path, steps=2)
     assert path == tmp_path / kind / f"{name}.png"
     with Image.open(path) as new, Image.open(DOCS / kind / f"{name}.png") as committed:
         assert new.size == committed.size and len(new.getcolors()) > 16

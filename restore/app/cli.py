@@ -1,4 +1,4 @@
-"""The `restore` command. Each verb parses, calls one public function and prints; imports come late."""
+"""The `restore` command. Each verb parses, calls one public function and prints; heavy imports come late."""
 
 from __future__ import annotations
 
@@ -10,47 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from restore.app import models, research
+from restore.app import models, options, research
 from restore.app.look import look
-from restore.app.options import (
-    Backbone,
-    Device,
-    Guide,
-    Inputs,
-    InvertMask,
-    KernelFile,
-    Label,
-    Layers,
-    MaskFile,
-    MaskThreshold,
-    Memory,
-    NegativePrompt,
-    Offline,
-    Out,
-    Overwrite,
-    PagScale,
-    Png,
-    Precision,
-    Progress,
-    Prompt,
-    Quality,
-    Quiet,
-    Recursive,
-    Seed,
-    Strength,
-    Target,
-    Task,
-    Vae,
-    Version,
-    check_settings,
-    in_options,
-    parse_guidance,
-    parse_labels,
-    parse_pag,
-    parse_steps,
-    report,
-    split_settings,
-)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,79 +22,83 @@ app.add_typer(models.app, name="models")
 
 
 @app.callback()
-def common(version: Version = False) -> None:
+def common(version: options.Version = False) -> None:
     pass
 
 
 @app.command()
 def run(
     context: typer.Context,
-    inputs: Inputs,
-    task: Task,
-    out: Out,
-    mask: MaskFile = None,
-    invert_mask: InvertMask = False,
-    mask_threshold: MaskThreshold = None,
-    kernel: KernelFile = None,
+    inputs: options.Inputs,
+    task: options.Task,
+    out: options.Out,
+    mask: options.MaskFile = None,
+    invert_mask: options.InvertMask = False,
+    mask_threshold: options.MaskThreshold = None,
+    kernel: options.KernelFile = None,
     degrade: Annotated[
-        bool, typer.Option("--degrade", help="Degrade clean images first, restore them, report PSNR and SSIM.")
+        bool, typer.Option("--degrade", help="Degrade clean images first, restore them, print PSNR and SSIM.")
     ] = False,
-    backbone: Backbone = "embedded",
-    sampler: Annotated[str | None, typer.Option(help="dps, psld, ... or module:function; default: fits.")] = None,
-    quality: Quality = None,
-    pag_scale: PagScale = None,
-    layers: Layers = None,
-    target: Target = None,
-    strength: Strength = None,
-    guidance: Guide = None,
+    backbone: options.Backbone = "embedded",
+    sampler: Annotated[
+        str | None, typer.Option(help="dps, psld, ... or module:function; default: the best suited.")
+    ] = None,
+    quality: options.Quality = None,
+    pag_scale: options.PagScale = None,
+    layers: options.Layers = None,
+    target: options.Target = None,
+    strength: options.Strength = None,
+    guidance: options.Guide = None,
     steps: Annotated[str | None, typer.Option(help="Number of steps; default: the preset's.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Posterior samples per image.")] = 1,
-    seed: Seed = 0,
+    seed: options.Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples computed together.")] = 1,
-    device: Device = "auto",
-    precision: Precision = "fp32",
+    device: options.Device = "auto",
+    precision: options.Precision = "fp32",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, about 30 % slower.")] = False,
     max_windows: Annotated[int, typer.Option(min=1, help="Windows of a large photo per network call.")] = 16,
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Less memory for large photos in latents.")] = False,
-    label: Label = None,
-    vae: Vae = None,
-    prompt: Prompt = None,
-    negative_prompt: NegativePrompt = None,
-    data: Annotated[str | None, typer.Option(help="Presets published for ffhq or imagenet.")] = None,
-    reference: Annotated[bool, typer.Option("--reference", help="Compute what the authors' PSLD code does.")] = False,
+    label: options.Label = None,
+    vae: options.Vae = None,
+    prompt: options.Prompt = None,
+    negative_prompt: options.NegativePrompt = None,
+    data: Annotated[str | None, typer.Option(help="Use the presets published for ffhq or imagenet.")] = None,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Compute what the authors' PSLD code computes.")
+    ] = False,
     solve_at: Annotated[
-        int | None, typer.Option(help="Restore at this side and bring back, as PSLD's numbers: 512.")
+        int | None, typer.Option(help="Restore at this side length and resize the result; 512 as in PSLD.")
     ] = None,
     resample: Annotated[
         str | None, typer.Option(help="With --solve-at: bicubic, or nearest as in PSLD's code.")
     ] = None,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
     save_trajectory: Annotated[
-        bool, typer.Option("--save-trajectory", help="Pictures of x0_hat and guidance through time.")
+        bool, typer.Option("--save-trajectory", help="Draw x0_hat and the guidance through time.")
     ] = False,
-    png: Png = False,
-    recursive: Recursive = False,
-    offline: Offline = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print memory and time of each photo, restore none.")
-    ] = False,
-    memory: Memory = None,
-    force: Annotated[bool, typer.Option("--force", help="Try a photo that does not fit into the memory.")] = False,
-    quiet: Quiet = False,
+    png: options.Png = False,
+    recursive: options.Recursive = False,
+    offline: options.Offline = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print memory and time of each photo.")] = False,
+    memory: options.Memory = None,
+    force: Annotated[bool, typer.Option("--force", help="Try photos that do not fit into memory.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Restore images: `restore run photo.png --task sr4 -o restored/`."""
     from restore import restorer
     from restore.app import files
-    from restore.app import run as work
-    from restore.images.resampling import select_resampling
+    from restore.app.choice import MethodChoice
     from restore.memory import Planner
+    from restore.app.run import Condition, RestoreJob
+    from restore.images.resampling import select_resampling
     from restore.task import load_task
 
-    names, settings = split_settings(inputs)
-    masked = {"mask": mask, "invert_mask": invert_mask, "mask_threshold": mask_threshold}
-    found = load_task(task, settings, kernel=kernel, **masked)
-    check_settings(settings, sampler, context.params)
-    guided = parse_guidance(guidance, pag_scale, layers, target, strength)
+    names, settings = options.split_settings(inputs)
+    mask_options = {"mask": mask, "invert_mask": invert_mask, "mask_threshold": mask_threshold}
+    selected = load_task(task, settings, kernel=kernel, **mask_options)
+    options.check_settings(settings, sampler, context.params)
+    guided = options.parse_guidance(guidance, pag_scale, layers, target, strength)
+    method = MethodChoice(sampler, quality, guided, options.parse_steps(steps), settings, data, reference)
     resampled = select_resampling(solve_at, resample, reference)
     quiet = quiet or str(out) == "-"
     names, out = context.with_resource(files.bind_standard_streams(names, out))
@@ -149,118 +114,107 @@ def run(
         vae_tiling=vae_tiling,
         vae=vae,
     )
-    with Progress(len(photos), quiet) as progress:
-        report(
-            work.restore_files(
-                photos,
-                model,
-                found,
-                parameters=settings,
-                degrade=degrade,
-                sampler=sampler,
-                quality=quality,
-                guidance=guided,
-                steps=parse_steps(steps),
-                samples=samples,
-                seed=seed,
-                batch_size=batch_size,
-                label=label,
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-                data=data,
-                reference=reference,
-                resampled=resampled,
-                overwrite=overwrite,
-                save_trajectory=save_trajectory,
-                callback=progress,
-                planner=Planner(model, None if memory is None else memory * 1e9),
-                announce=None if dry_run else progress.say,
-                force=force,
-                dry_run=dry_run,
-            ),
-            quiet,
+    with options.Progress(len(photos), quiet) as progress:
+        job = RestoreJob(
+            model,
+            selected,
+            method,
+            Condition(label, prompt, negative_prompt),
+            samples=samples,
+            seed=seed,
+            batch_size=batch_size,
+            degrade=degrade,
+            resampled=resampled,
+            save_trajectory=save_trajectory,
+            overwrite=overwrite,
+            planner=Planner(model, None if memory is None else memory * 1e9),
+            announce=None if dry_run else progress.announce,
+            force=force,
+            dry_run=dry_run,
+            callback=progress,
         )
+        options.print_outcomes(job.run(photos), quiet)
 
 
 @app.command()
 def degrade(
-    inputs: Inputs,
-    task: Task,
-    out: Out,
-    mask: MaskFile = None,
-    invert_mask: InvertMask = False,
-    mask_threshold: MaskThreshold = None,
-    kernel: KernelFile = None,
-    seed: Seed = 0,
-    overwrite: Overwrite = False,
-    png: Png = False,
-    recursive: Recursive = False,
+    inputs: options.Inputs,
+    task: options.Task,
+    out: options.Out,
+    mask: options.MaskFile = None,
+    invert_mask: options.InvertMask = False,
+    mask_threshold: options.MaskThreshold = None,
+    kernel: options.KernelFile = None,
+    seed: options.Seed = 0,
+    overwrite: options.Overwrite = False,
+    png: options.Png = False,
+    recursive: options.Recursive = False,
 ) -> None:
     """Degrade clean images: `restore degrade photo.png --task motion-blur -o blurred/`."""
     import operators
     from operators.naming import check_known
     from restore.app import files
-    from restore.app import run as work
+    from restore.app.run import degrade_files
     from restore.task import load_task
 
-    names, settings = split_settings(inputs)
-    masked = {"mask": mask, "invert_mask": invert_mask, "mask_threshold": mask_threshold}
-    found = load_task(task, settings, kernel=kernel, **masked)
-    check_known(settings, ["sigma", *operators.operator_options(found.config["name"])], f"task {task} has no setting")
-    report(
-        work.degrade_files(
-            files.find_photos(names, out, png=png, recursive=recursive), found, seed=seed, overwrite=overwrite
-        )
-    )
+    names, settings = options.split_settings(inputs)
+    mask_options = {"mask": mask, "invert_mask": invert_mask, "mask_threshold": mask_threshold}
+    selected = load_task(task, settings, kernel=kernel, **mask_options)
+    known = ["sigma", *operators.operator_options(selected.config["name"])]
+    check_known(settings, known, f"task {task} has no setting")
+    photos = files.find_photos(names, out, png=png, recursive=recursive)
+    options.print_outcomes(degrade_files(photos, selected, seed=seed, overwrite=overwrite))
 
 
 @app.command()
 def generate(
-    out: Out,
+    out: options.Out,
     n: Annotated[int, typer.Option("-n", min=1, help="Number of images.")] = 4,
-    backbone: Backbone = "embedded",
+    backbone: options.Backbone = "embedded",
     pag_scale: Annotated[float, typer.Option(help="PAG scale s, 0 is off.")] = 0.0,
-    layers: Layers = None,
-    target: Target = None,
-    strength: Strength = None,
+    layers: options.Layers = None,
+    target: options.Target = None,
+    strength: options.Strength = None,
     cfg_scale: Annotated[float, typer.Option(help="CFG scale w of the paper's Eq. 14, 0 is off.")] = 0.0,
-    guidance: Guide = None,
+    guidance: options.Guide = None,
     labels: Annotated[str | None, typer.Option(help="Classes, by name or number, comma separated.")] = None,
-    prompt: Prompt = None,
-    negative_prompt: NegativePrompt = None,
+    prompt: options.Prompt = None,
+    negative_prompt: options.NegativePrompt = None,
     steps: Annotated[str, typer.Option(help="Number of steps, or ddimN with --ddim-eta.")] = "250",
     ddim_eta: Annotated[float | None, typer.Option(help="DDIM eta; default: DDPM.")] = None,
-    seed: Seed = 0,
+    seed: options.Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images computed together.")] = 1,
-    device: Device = "auto",
-    precision: Precision = "fp32",
-    vae: Vae = None,
-    overwrite: Overwrite = False,
-    offline: Offline = False,
+    device: options.Device = "auto",
+    precision: options.Precision = "fp32",
+    vae: options.Vae = None,
+    overwrite: options.Overwrite = False,
+    offline: options.Offline = False,
 ) -> None:
     """Sample images from a prior: `restore generate -n 16 --pag-scale 1 -o samples/`."""
     from operators import RestoreError
     from restore import restorer
-    from restore.app import samples
+    from restore.app.samples import generate_files
+    from restore.guidance import CFG
 
-    numbers = parse_labels(labels)
-    guided = None if guidance is None else parse_guidance(guidance, None, None, None, None)
-    if guidance is not None and (pag_scale or cfg_scale or layers or target or strength):
-        raise RestoreError("give either guidance= or pag_scale=, layers=, target=, strength= and cfg_scale=, not both")
-    pag = parse_pag(target, strength)
+    classes = options.parse_labels(labels)
+    if guidance is not None and cfg_scale:
+        raise RestoreError("give either guidance= or cfg_scale=, not both")
+    guided = options.parse_guidance(guidance, pag_scale or None, layers, target, strength)
     model = restorer.load(backbone, device=device, precision=precision, offline=offline, vae=vae)
     if guidance is None:
-        guided = samples.generation_guidance(pag_scale, layers, cfg_scale, model, *pag)
-    with Progress(n) as progress:
-        for output in samples.generate_files(
+        terms = [] if guided == "preset" else [guided.apply(None, model.default_layers())]
+        terms += [CFG(cfg_scale)] if cfg_scale else []
+        guided = sum(terms[1:], terms[0]) if terms else None
+    with options.Progress(n) as progress:
+        for output in generate_files(
             out,
             model,
             n=n,
             guidance=guided,
-            labels=numbers,
+            labels=classes,
             prompt=prompt,
             negative_prompt=negative_prompt,
-            steps=parse_steps(steps),
+            steps=options.parse_steps(steps),
             ddim_eta=ddim_eta,
             seed=seed,
             batch_size=batch_size,
@@ -274,14 +228,14 @@ def generate(
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("demo-output"),
     steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the preset's.")] = None,
-    weights: Annotated[list[str] | None, typer.Option(help="For LPIPS in the table: alexnet=FILE.")] = None,
-    device: Device = "auto",
+    weights: Annotated[list[str] | None, typer.Option(help="The network of LPIPS: alexnet=FILE.")] = None,
+    device: options.Device = "auto",
 ) -> None:
-    """Restore the shipped faces under four degradations, by DPS and the best sampler, without and with PAG."""
+    """Degrade and restore shipped faces and a photo, by DPS and the best sampler, without and with PAG."""
     from restore.app.demo import run_demo
     from restore.metrics.weights import parse_weight_files
 
-    with Progress(1) as progress:
+    with options.Progress(1) as progress:
         files = parse_weight_files(weights or [])
         summary = run_demo(out, steps=steps, device=device, weights=files, callback=progress)
     typer.echo(summary)
@@ -289,20 +243,20 @@ def demo(
 
 @app.command()
 def ui(
-    backbone: Backbone = "embedded",
+    backbone: options.Backbone = "embedded",
     host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 lets others on the network in.")
+        str, typer.Option(help="Address to listen on; 0.0.0.0 opens the page to the network.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 7860,
     share: Annotated[
-        bool, typer.Option("--share", help="A public address for three days, through the servers of gradio.")
+        bool, typer.Option("--share", help="Make a public address for three days, through gradio's servers.")
     ] = False,
-    auth: Annotated[str | None, typer.Option(envvar="RESTORE_AUTH", help="user:password that lets in.")] = None,
-    device: Device = "auto",
-    precision: Precision = "fp32",
-    offline: Offline = False,
+    auth: Annotated[str | None, typer.Option(envvar="RESTORE_AUTH", help="Require this user:password.")] = None,
+    device: options.Device = "auto",
+    precision: options.Precision = "fp32",
+    offline: options.Offline = False,
 ) -> None:
-    """Open a page in the browser for old photos (needs the extra `ui`)."""
+    """Serve a page for old photos to your browser (needs the extra `ui`)."""
     from operators import RestoreError
     from restore import restorer
     from restore.app.page import build_page, launch
@@ -310,10 +264,10 @@ def ui(
     user, colon, password = (auth or "").partition(":")
     if auth is not None and not (user and colon and password):
         raise RestoreError("auth= must be user:password")
-    alone = not share and host in ("127.0.0.1", "localhost", "::1")
-    options = {"device": device, "precision": precision}
-    model = restorer.load(backbone, offline=offline, **options)
-    page = build_page(model, offline=offline, fetching=alone or auth is not None, **options)
+    private = not share and host in ("127.0.0.1", "localhost", "::1")
+    machine = {"device": device, "precision": precision}
+    model = restorer.load(backbone, offline=offline, **machine)
+    page = build_page(model, offline=offline, fetching=private or auth is not None, **machine)
     launch(page, server_name=host, server_port=port, share=share, auth=(user, password) if auth else None)
 
 
@@ -322,8 +276,8 @@ for verb in (research.train, research.bench, research.heads, research.report, re
     app.command()(verb)
 
 
-def _options(arguments: list[str]) -> list[str]:
-    """Parameters of the command that these arguments call, where they are options of it."""
+def list_options(arguments: list[str]) -> list[str]:
+    """Return the parameters, of the command that these arguments call, that are options."""
     command: Any = typer.main.get_command(app)
     for argument in arguments:
         command = getattr(command, "commands", {}).get(argument, command)
@@ -331,10 +285,10 @@ def _options(arguments: list[str]) -> list[str]:
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line and exit code 2."""
+    """Run the command line; a user's mistake is one line and exit code 2."""
     from operators import RestoreError
 
-    sys.path.append(os.getcwd())  # where "module:attribute" finds one's own samplers and operators
+    sys.path.append(os.getcwd())  # so that "module:attribute" finds the user's samplers and operators
     interrupted = "restore: interrupted; finished files are kept, run the same command to continue"
     try:
         code = app(standalone_mode=False)
@@ -342,7 +296,7 @@ def main() -> None:
             typer.echo(interrupted, err=True)
         sys.exit(code if isinstance(code, int) else 0)
     except RestoreError as error:
-        typer.echo(f"restore: {in_options(str(error), _options(sys.argv[1:]))}", err=True)
+        typer.echo(f"restore: {options.translate_parameters(str(error), list_options(sys.argv[1:]))}", err=True)
         sys.exit(2)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
@@ -350,7 +304,7 @@ def main() -> None:
         typer.echo(interrupted, err=True)
         sys.exit(130)
     except OSError as error:
-        # Of what this program's own files do not answer themselves: standard output, temporary files.
+        # A full disk while writing to standard output or a temporary file; other files raise RestoreError.
         if error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
             raise
         typer.echo("restore: cannot write: the disk is full", err=True)

@@ -1,4 +1,4 @@
-"""`restore look`: what can be seen in photos, and the commands that would restore them."""
+"""`restore look`: what is wrong with a photo, and the commands that would restore it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ import typer
 
 from restore.app.options import Overwrite, Recursive
 
-NOISY, BLURRED = 0.04, 1.3  # from here on something is advised: sigma on [-1, 1]; pixels
+NOISY, BLURRED = 0.04, 1.3  # a command is proposed from here on: sigma on [-1, 1], std in pixels
 
 
 def look(
-    inputs: Annotated[list[str], typer.Argument(help="Images, folders, globs; sensitivity=0 to 1 for the damage.")],
+    inputs: Annotated[list[str], typer.Argument(help="Images, folders, globs; sensitivity=0 to 1 for damage.")],
     out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="Write the proposed mask, to be corrected: a PNG, a folder."),
+        Path | None, typer.Option("--out", "-o", help="Write the proposed mask, for you to correct: a PNG or a folder.")
     ] = None,
     recursive: Recursive = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """What is seen in a photo (noise, blur, scratches and dust, colour), and what to do: `restore look photo.png`."""
+    """Show noise, blur, damage and colour of a photo, and what to run: `restore look photo.png`."""
     from operators import RestoreError
     from operators.naming import check_known
     from operators.validate import require_number
@@ -35,24 +34,23 @@ def look(
     sensitivity = require_number(settings.get("sensitivity", 0.5), "sensitivity", low=0.0, high=1.0)
     if out is None:
         if recursive or overwrite:
-            raise RestoreError("recursive=True and overwrite=True are for the masks that out= writes")
+            raise RestoreError("recursive=True and overwrite=True need out=: they concern the masks that it writes")
         pairs = [(source, None) for source in files.expand_inputs(names)]
     else:
         pairs = [(photo.source, photo.target) for photo in files.find_photos(names, out, png=True, recursive=recursive)]
         taken = [target for _, target in pairs if target.exists()]
         if taken and not overwrite:
-            raise RestoreError(f"{taken[0]} is there already: overwrite=True replaces it")
+            raise RestoreError(f"{taken[0]} exists already: overwrite=True replaces it")
     for source, target in pairs:
-        found = seen(source, sensitivity)
-        mask = found.pop("mask")
+        findings = inspect_photo(source, sensitivity)
         if target is not None:
-            io.write_image(target, (mask * 2 - 1)[0].expand(3, -1, -1))
-        typer.echo("\n".join([f"{source}  {found['width']} x {found['height']}", *_lines(source, found, target)]))
+            io.write_image(target, (findings["mask"] * 2 - 1)[0].expand(3, -1, -1))
+        typer.echo("\n".join(_format_findings(source, findings, target)))
 
 
-def seen(source: str | Path, sensitivity: float = 0.5) -> dict[str, Any]:
-    """Of one photo: width, height, hue ("grey", "one hue", "colour"), sigma on [-1, 1], blur (std in pixels), damage
-    (share of the pixels) and the mask (1, 1, H, W), see restore.images.estimate. RestoreError below 32 pixels a side.
+def inspect_photo(source: str | Path, sensitivity: float = 0.5) -> dict[str, Any]:
+    """Return width, height, hue ("grey", "one hue", "colour"), sigma on [-1, 1], blur (std in pixels), damage (share of
+    the pixels) and mask (1, 1, H, W) of a photo. Raises RestoreError below 32 pixels a side.
     """
     from restore.images import estimate, io
     from restore.images.tint import estimate_tint
@@ -71,10 +69,10 @@ def seen(source: str | Path, sensitivity: float = 0.5) -> dict[str, Any]:
     }
 
 
-def _lines(source: Path, found: dict[str, Any], mask: Path | None) -> list[str]:
-    hue = {"grey": "none: grey stays grey", "one hue": "one hue, which is kept", "colour": "yes"}[found["hue"]]
+def _format_findings(source: Path, found: dict[str, Any], mask: Path | None) -> list[str]:
+    hue = {"grey": "none, stays grey", "one hue": "a single hue, which is kept", "colour": "yes"}[found["hue"]]
     share = f"scratches and dust on {found['damage']:.1%}, see the mask" if found["damage"] else "none found"
-    blur = f"about {found['blur']:.1f} pixels" if found["blur"] >= BLURRED else "none to speak of"
+    blur = f"about {found['blur']:.1f} pixels" if found["blur"] >= BLURRED else "none or very little"
     sigma = found["sigma"]
     run = f"  restore run {shlex.quote(str(source))} --task"
     commands = []
@@ -85,9 +83,10 @@ def _lines(source: Path, found: dict[str, Any], mask: Path | None) -> list[str]:
     elif sigma >= NOISY:
         commands.append(f"{run} denoise sigma=auto -o restored/")
     return [
+        f"{source}  {found['width']} x {found['height']}",
         f"  colour  {hue}",
         f"  noise   sigma {sigma:g} on [-1, 1], {127.5 * sigma:.1f} of 255",
         f"  blur    {blur}",
         f"  damage  {share}",
-        *(commands or ["  nothing to restore but its size: --task sr2, sr4, sr8"]),
+        *(commands or ["  nothing found to restore; to enlarge it: --task sr2, sr4 or sr8"]),
     ]

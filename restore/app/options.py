@@ -1,4 +1,4 @@
-"""The command line's options and settings: what is typed becomes values here, once."""
+"""The command line's options and settings, and how typed text becomes values."""
 
 from __future__ import annotations
 
@@ -14,51 +14,57 @@ import typer
 from operators import RestoreError
 
 
-def print_version(asked: bool) -> None:
-    if asked:
+def print_version(requested: bool) -> None:
+    if requested:
         from restore.versions import get_version
 
         typer.echo(f"restore {get_version()}")
         raise typer.Exit()
 
 
-Inputs = Annotated[list[str], typer.Argument(help="Images, folders, globs, - for standard input; key=value settings.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="A folder, or for one image a file; - for standard output.")]
+Inputs = Annotated[
+    list[str], typer.Argument(help="Images, folders, globs or - for standard input; key=value settings.")
+]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", help="A folder; for one image also a file, or - for standard output.")
+]
 Task = Annotated[
     str,
     typer.Option(help="sr4, sr8, inpaint, gaussian-blur, motion-blur, blur, denoise, colorize, ... or a YAML file."),
 ]
 MaskFile = Annotated[
-    Path | None, typer.Option(help="Image of the known pixels (white) and the hole (black), a folder of such, or auto.")
+    Path | None, typer.Option(help="Mask image: white known, black missing; a folder of masks; or auto.")
 ]
-InvertMask = Annotated[bool, typer.Option("--invert-mask", help="The mask has its hole white.")]
-MaskThreshold = Annotated[int | None, typer.Option(min=0, max=254, help="A mask with greys: what is above is white.")]
-Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Folders with their sub-folders.")]
+InvertMask = Annotated[bool, typer.Option("--invert-mask", help="In the mask, white is missing.")]
+MaskThreshold = Annotated[int | None, typer.Option(min=0, max=254, help="Values of a grey mask above this are white.")]
+Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Include sub-folders.")]
 KernelFile = Annotated[Path | None, typer.Option(help="Blur kernel: .npy, .txt or an image.")]
 Backbone = Annotated[str, typer.Option(help="A model of `restore models list`, a folder or a checkpoint file.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
 Seed = Annotated[int, typer.Option(min=0, help="All noise is a function of the seed and the image's name.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
-Version = Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="The version.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo finished files and replace any that are there.")]
-Png = Annotated[bool, typer.Option("--png", help="Write PNG whatever the input's format.")]
+Version = Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo finished files and replace existing ones.")]
+Png = Annotated[bool, typer.Option("--png", help="Write PNG for every input format.")]
 PagScale = Annotated[float | None, typer.Option(help="PAG scale s, 0 is off; default: the preset's.")]
 Layers = Annotated[str | None, typer.Option(help="PAG layers, e.g. i9 or input_blocks.9.1,m1; i5:0,3 for heads.")]
-Target = Annotated[str | None, typer.Option(help="What PAG makes of the maps: identity, ..., '{seg: {sigma: 4}}'.")]
+Target = Annotated[
+    str | None, typer.Option(help="What replaces the attention maps: identity, ..., '{seg: {sigma: 4}}'.")
+]
 Strength = Annotated[str | None, typer.Option(help="u of (1-u) A + u A' in [0, 1]; by head: '{i5: {0: 0.5, 3: 1}}'.")]
-Guide = Annotated[str | None, typer.Option("--guidance", help="YAML, or its file: {pag: {scale: 1, layers: i9}}.")]
+Guide = Annotated[str | None, typer.Option("--guidance", help="YAML text or file: {pag: {scale: 1, layers: i9}}.")]
 Quality = Annotated[str | None, typer.Option(help="fast, balanced or best: sampler and steps in one word.")]
 Label = Annotated[str | None, typer.Option(help="Class, by name or number, for a class-conditional backbone.")]
-Vae = Annotated[str | None, typer.Option(help="tiny: the small autoencoder of a latent backbone; or a name, a folder.")]
-Memory = Annotated[float | None, typer.Option(min=0.1, help="GB that may be used; default: what is free.")]
+Vae = Annotated[str | None, typer.Option(help="Autoencoder of a latent backbone: tiny, a name or a folder.")]
+Memory = Annotated[float | None, typer.Option(min=0.1, help="GB that may be used; default: all that is free.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Prompt = Annotated[str | None, typer.Option(help="Text for a text-conditional backbone.")]
 NegativePrompt = Annotated[str | None, typer.Option(help="Text for the weak branch of CFG.")]
 
 
 def split_settings(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Inputs and key=value settings of one list; a file whose name holds '=' counts as an input."""
+    """Split arguments into inputs and key=value settings; an existing file with '=' in its name is an input."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -68,22 +74,22 @@ def split_settings(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     try:
         return inputs, OmegaConf.to_container(OmegaConf.from_dotlist(settings), resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise RestoreError(f"{' '.join(settings)} is not readable: {str(error).splitlines()[0]}") from None
+        raise RestoreError(f"{' '.join(settings)} cannot be read as settings: {str(error).splitlines()[0]}") from None
 
 
 def check_settings(settings: dict[str, Any], sampler: str | None, options: Iterable[str]) -> None:
-    """What a typing mistake makes of a sampler's settings, found before a model is loaded.
+    """Check a sampler's settings before a model is loaded.
 
-    sampler: None: the backbone decides, so a setting of any sampler may be right. options: names of the verb's own
-    options, which no setting may repeat. Raises RestoreError for those, for a setting that the sampler does not have
-    and for a value that is no number where one is needed.
+    sampler: None if the backbone decides; then the settings of every sampler are accepted. options: the command's own
+    options. Raises RestoreError for a setting that is an option, one that the sampler does not have, and a value that
+    should be a number and is not.
     """
     from operators.naming import check_known
     from restore import samplers
 
     for name, value in settings.items():
         if name in options:
-            raise RestoreError(f"'{name}' is not a setting but an option: {name}={value}")
+            raise RestoreError(f"'{name}' is an option, not a setting: {name}={value}")
     known: dict[str, Any] = {}
     for function in samplers.SAMPLERS if sampler is None else [sampler]:
         known |= samplers.sampler_parameters(function)
@@ -94,70 +100,65 @@ def check_settings(settings: dict[str, Any], sampler: str | None, options: Itera
         kind = str(known[name].annotation)
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if re.match(r"float|int", kind) and not number and not (value is None and "None" in kind):
-            raise RestoreError(f"{name} must be a finite number, not {value!r}")
+            raise RestoreError(f"{name} must be a finite number, got {value!r}")
         if isinstance(value, (list, dict)) and re.match(r"bool|str", kind):
-            raise RestoreError(f"{name} must be one value, not {value!r}")
+            raise RestoreError(f"{name} must be a single value, got {value!r}")
 
 
 def parse_steps(steps: str | None) -> int | str | None:
-    """A number of steps as an int, "ddimN" and the like as they are."""
+    """Return a number of steps as an int; "ddimN" and the like stay text."""
     steps = None if steps is None else " ".join(steps.split())
     return int(steps) if steps is not None and re.fullmatch(r"[+-]?[0-9]+", steps) else steps
 
 
 def parse_labels(labels: str | None) -> list[str] | None:
-    """Class numbers or names, comma separated. Raises RestoreError where one is empty or a negative number."""
+    """Split comma-separated class numbers or names. Raises RestoreError if one is empty or negative."""
     if labels is None:
         return None
-    found = [label.strip() for label in labels.split(",")]
-    if not all(found) or any(label.startswith("-") for label in found):
-        raise RestoreError(f"labels={labels!r} must be class numbers from 0 or names, comma separated, such as 207,360")
-    return found
-
-
-def parse_pag(target: str | None, strength: str | None) -> tuple[Any, Any]:
-    """Target and strength as PAG takes them: a name, a number, or YAML between braces. Raises RestoreError."""
-    from restore.config import read_yaml
-
-    def value(text: str | None, what: str) -> Any:
-        return read_yaml(text, what) if text is not None and text.lstrip().startswith("{") else text
-
-    strength = value(strength, "strength")
-    if isinstance(strength, str):
-        try:
-            strength = float(strength)
-        except ValueError:
-            raise RestoreError(
-                f"strength={strength!r} must be a number, or for each head such as {{i5: {{0: 0.5, 3: 1}}}}"
-            ) from None
-    return value(target, "target"), strength
+    names = [label.strip() for label in labels.split(",")]
+    if not all(names) or any(name.startswith("-") for name in names):
+        raise RestoreError(f"labels={labels!r} must be comma-separated names or class numbers from 0, such as 207,360")
+    return names
 
 
 def parse_guidance(
     guidance: str | None, scale: float | None, layers: str | None, target: str | None, strength: str | None
 ) -> Any:
-    """What --guidance or the options of PAG ask for, as run.restore_files takes it; checked as far as it can be
-    without a network. Raises RestoreError."""
+    """Return a Guidance, a PAGOverride or "preset", checked as far as possible without a network. Raises RestoreError.
+
+    guidance: YAML text or a file, instead of the options of PAG. target, strength: a name, a number or YAML in braces.
+    """
     from restore import guidance as guidances
-    from restore.app.run import ChangedPAG
+    from restore.app.choice import PAGOverride
     from restore.config import read_yaml
     from restore.guidance import PAG
 
-    change = ChangedPAG(scale, layers, *parse_pag(target, strength))
-    given = change != ChangedPAG()
+    target, strength = (
+        read_yaml(text, name) if text is not None and text.lstrip().startswith("{") else text
+        for text, name in ((target, "target"), (strength, "strength"))
+    )
+    if isinstance(strength, str):
+        try:
+            strength = float(strength)
+        except ValueError:
+            raise RestoreError(
+                f"strength={strength!r} must be a number, or a mapping of heads such as {{i5: {{0: 0.5, 3: 1}}}}"
+            ) from None
+    override = PAGOverride(scale, layers, target, strength)
     if guidance is not None:
-        if given:
+        if override != PAGOverride():
             raise RestoreError("give either guidance= or pag_scale=, layers=, target= and strength=, not both")
         return guidances.build_guidance(read_yaml(guidance, "guidance"))
-    if given:
-        if layers is not None and not layers.strip(" ,"):
-            raise RestoreError("layers='' names no attention layer")
-        change.applied(PAG(0.0, layers="m1"), [])  # a wrong scale, target or strength is found here
-    return change if given else "preset"
+    if override == PAGOverride():
+        return "preset"
+    if layers is not None and not layers.strip(" ,"):
+        raise RestoreError("layers='' names no attention layer")
+    override.apply(PAG(0.0, layers="m1"), [])  # raises for a wrong scale, target or strength
+    return override
 
 
-def in_options(message: str, names: Iterable[str]) -> str:
-    """A message of the library, which speaks of parameters (`solve_at=512`), in a command's options (`--solve-at 512`).
+def translate_parameters(message: str, names: Iterable[str]) -> str:
+    """Return a message of the library with its parameters (`solve_at=512`) as options (`--solve-at 512`).
 
     names: the parameters that are options of the command. `degrade=True` becomes a bare `--degrade`; a name with an
     underscore is translated without a value too.
@@ -165,37 +166,32 @@ def in_options(message: str, names: Iterable[str]) -> str:
     for name in names:
         option = "--" + name.replace("_", "-")
 
-        def written(match: re.Match, option: str = option) -> str:
+        def write(match: re.Match, option: str = option) -> str:
             value = (match["value"] or "").strip("'\"")
             return option if value in ("", "True") else f"{option} {value}"
 
         value = r"""=(?P<value>"[^"]*"|'[^']*'|[^\s,;:)]*)"""
-        message = re.sub(rf"(?<![\w/.-]){name}{value}", written, message)
+        message = re.sub(rf"(?<![\w/.-]){name}{value}", write, message)
         if "_" in name:
             message = re.sub(rf"(?<![\w/.-]){name}\b(?!\()", option, message)
     return message
 
 
 class Progress:
-    """A tqdm bar over all sampling steps of a run, with the residual of the current one; nothing where quiet."""
+    """A tqdm bar over all sampling steps of a run, with the residual of the current one; nothing if quiet."""
 
     def __init__(self, files: int, quiet: bool = False) -> None:
-        self.files, self.quiet, self.bar = files, quiet, None
-
-    def say(self, outcome: Any) -> None:
-        """Print an outcome's line above the bar."""
         from tqdm import tqdm
 
-        if not self.quiet:
-            tqdm.write(outcome.line(), file=sys.stderr)
+        self.files, self.bar = files, tqdm(unit="step", leave=False, delay=0.5, disable=quiet)
+
+    def announce(self, outcome: Any) -> None:
+        """Print an outcome's line above the bar."""
+        if not self.bar.disable:
+            self.bar.write(outcome.line(), file=sys.stderr)
 
     def __call__(self, step: dict) -> None:
-        from tqdm import tqdm
-
-        if self.quiet:
-            return
-        if self.bar is None:
-            self.bar = tqdm(total=self.files * step["steps"] * step["total"], unit="step", leave=False)
+        self.bar.total = self.files * step["steps"] * step["total"]
         self.bar.update(step["count"])
         if "residual" in step:
             self.bar.set_postfix(residual=f"{float(step['residual'].mean()):.3g}", refresh=False)
@@ -204,15 +200,11 @@ class Progress:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
 
 
-def report(outcomes: Iterable[Any], quiet: bool = False) -> None:
-    """Print each outcome's line as it comes, unless quiet; those that failed at the end, one sentence for each reason.
-
-    Raises RestoreError when there were any.
-    """
+def print_outcomes(outcomes: Iterable[Any], quiet: bool = False) -> None:
+    """Print each outcome's line as it comes, unless quiet. Raises RestoreError at the end if any failed, by reason."""
     failed: dict[str, list[str]] = {}
     count = 0
     for outcome in outcomes:
@@ -227,4 +219,4 @@ def report(outcomes: Iterable[Any], quiet: bool = False) -> None:
         raise RestoreError(next(iter(failed)))
     if failed:
         total = sum(map(len, failed.values()))
-        raise RestoreError("\n".join([f"{total} of {count} files could not be done", *lines]))
+        raise RestoreError("\n".join([f"{total} of {count} files failed", *lines]))

@@ -13,12 +13,14 @@ from restore.app.options import Device
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="configs/train/*.yaml or your own.")],
+    config: Annotated[Path, typer.Argument(help="A file such as configs/train/*.yaml.")],
     settings: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data.folder=faces/")] = None,
-    card: Annotated[Path | None, typer.Option(help="Do not train: write card.json and a picture there.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="With --card: the folder of the weights.")] = None,
+    card: Annotated[
+        Path | None, typer.Option(help="Do not train; write card.json and a picture to this folder.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="With --card: the folder with the weights.")] = None,
 ) -> None:
-    """Train a prior of pixels, an autoencoder or a prior of latents; continues where the last run stopped."""
+    """Train a pixel prior, an autoencoder or a latent prior, continuing where the last run stopped."""
     import logging
 
     from restore.training import load_config, train
@@ -34,11 +36,11 @@ def train(
 
 
 def bench(
-    config: Annotated[Path, typer.Argument(help="configs/benchmark/*.yaml or your own.")],
+    config: Annotated[Path, typer.Argument(help="A file such as configs/benchmark/*.yaml.")],
     settings: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data.folder=ffhq/ batch=8")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batches, their NFE, time and memory.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print batches, NFE, time and memory.")] = False,
 ) -> None:
-    """Run a benchmark, or what is left of it after an interruption."""
+    """Run a benchmark, or the rest of one that was interrupted."""
     from restore.bench import run as work
 
     if dry_run:
@@ -48,7 +50,7 @@ def bench(
             row = [line.task, line.method, line.batches, line.images, line.nfe or "-", *cost]
             typer.echo(" | ".join(str(value) for value in row))
         return
-    with _bars() as show:
+    with _show_progress() as show:
         result = work.run_benchmark(config, settings or [], progress=show)
     typer.echo(f"{result.folder}: {result.computed} batches done, {result.reused} found finished")
     for path in result.damaged:
@@ -57,11 +59,13 @@ def bench(
 
 
 def heads(
-    config: Annotated[Path, typer.Argument(help="configs/search/*.yaml or your own.")],
+    config: Annotated[Path, typer.Argument(help="A file such as configs/search/*.yaml.")],
     settings: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. calibration.folder=faces/")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print candidates, evaluations, NFE and time.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print candidates, evaluations, NFE and time.")
+    ] = False,
 ) -> None:
-    """Search for the attention heads whose perturbation helps (HeadHunter), or go on with a search."""
+    """Search for the attention heads whose perturbation helps (HeadHunter), or continue a search."""
     from restore import search
 
     if dry_run:
@@ -72,43 +76,32 @@ def heads(
         if plan.seconds is not None:
             typer.echo(f"about {plan.nfe} network evaluations of an image, {plan.seconds / 60:.0f} minutes")
         return
-    with _bars() as show:
+    with _show_progress() as show:
         found = search.search_heads(config, settings or [], progress=show)
     typer.echo(f"{' '.join(found.table['best']['heads'])} is the best set on the calibration images")
     typer.echo(f"{found.folder / 'guidance.yaml'}\n{found.folder / 'report.html'}\n{found.folder / 'report.md'}")
 
 
 @contextmanager
-def _bars() -> Iterator[Callable[[dict], None]]:
-    """A function that shows what a benchmark says of its progress: a tqdm bar for each phase."""
+def _show_progress() -> Iterator[Callable[[dict], None]]:
+    """Yield a progress callback that shows a tqdm bar."""
     from tqdm import tqdm
 
-    bars: dict[str, tqdm] = {}
+    with tqdm(unit="batch", delay=0.5) as bar:
 
-    def show(state: dict) -> None:
-        phase = state.get("phase", "")
-        if phase not in bars:
-            for bar in bars.values():
-                bar.close()
-            bars[phase] = tqdm(unit="batch", desc=phase or None)
-        bar = bars[phase]
-        if "done" in state:
-            bar.total, bar.n = state["total"], state["done"]
-            bar.set_postfix_str(state["batch"])
-        else:
-            bar.set_postfix_str(f"measuring {state['measuring']}")
+        def show(state: dict) -> None:
+            bar.set_description(state.get("phase"), refresh=False)
+            if "done" in state:
+                bar.total, bar.n = state["total"], state["done"]
+            bar.set_postfix_str(state["batch"] if "done" in state else f"measuring {state['measuring']}")
 
-    try:
         yield show
-    finally:
-        for bar in bars.values():
-            bar.close()
 
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of benchmark runs.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default: the first run's.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Leave out pictures made from the data set.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Leave out pictures of the data set.")] = False,
 ) -> None:
     """Write report.html and report.md about finished runs."""
     from restore.report.write import write_report
@@ -125,17 +118,19 @@ def evaluate(
     metrics: Annotated[
         str, typer.Option(help="psnr, ssim, lpips, fid, kid, kid_vgg16, is, pr or module:function; comma separated.")
     ] = "psnr,ssim",
-    full_reference: Annotated[Path | None, typer.Option(help="A larger set for FID, reported apart.")] = None,
+    full_reference: Annotated[Path | None, typer.Option(help="A larger set for FID, reported separately.")] = None,
     lpips_net: Annotated[str, typer.Option(help="alex or vgg.")] = "alex",
     weights: Annotated[
         list[str] | None, typer.Option(help="A metric's network: inception=FILE, vgg16=FILE or alexnet=FILE.")
     ] = None,
     device: Device = "auto",
-    allow_small: Annotated[bool, typer.Option("--allow-small", help="FID on few images.")] = False,
-    allow_incomplete: Annotated[bool, typer.Option("--allow-incomplete", help="Means over what there is.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file with everything.")] = None,
+    allow_small: Annotated[bool, typer.Option("--allow-small", help="Allow FID on few images.")] = False,
+    allow_incomplete: Annotated[
+        bool, typer.Option("--allow-incomplete", help="Allow means over an incomplete set.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for all numbers.")] = None,
 ) -> None:
-    """Compare a folder of results, from whatever program, with the truth."""
+    """Compare a folder of results, of any program, with the truth."""
     from restore import disk
     from restore.metrics.evaluate import evaluate as compare
     from restore.metrics.table import MetricOptions

@@ -1,43 +1,41 @@
-"""Restoring, degrading and generating on files: what the command line does, as functions."""
+"""Restoring and degrading files: what the command line and the page do, as functions."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
-
-import torch
 
 import operators
 from operators import RestoreError
 from restore import disk
-from restore import guidance as guidances
 from restore.app import files
+from restore.app.choice import MethodChoice
 from restore.app.files import DEGRADED, MEAN, SIGNALS, SPREAD, TRAJECTORY, Photo
+from restore.memory import Plan, Planner
 from restore.app.trajectory import Trajectory
-from restore.guidance import Guidance
-from restore.guidance.layers import Strength
 from restore.images import io
 from restore.images.resampling import Resampling
 from restore.images.tint import apply_tint, estimate_tint
-from restore.memory import Plan, Planner
+from restore.method import Method
 from restore.metrics.single import psnr, ssim
-from restore.restoration import explain_out_of_memory
-from restore.task import Task, measure_photo
+from restore.restoration import Restoration, explain_out_of_memory
+from restore.task import Measurement, Task, measure_photo
 from restore.versions import get_version
 
-# Of a Restorer's protocol: what makes a result another one. The rest (threads, batch size, ...) concerns rounding.
+# The parts of a protocol that make a result another one. The others (threads, batch size, ...) only affect rounding.
 _DECISIVE = ("backbone", "weights", "precision", "operator", "noise", "method")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened to one photo. numbers: residual_ratio, nfe, seconds, with `degrade` psnr and ssim; error: the
-    sentence why there is no result; plan: what it would take, of a photo that was only planned."""
+    """What happened to one photo. numbers: residual_ratio, nfe, seconds, with `degrade` psnr and ssim. error: why there
+    is no result. plan: memory and time of a photo that was only planned."""
 
     photo: Photo
     skipped: bool = False
@@ -57,231 +55,206 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class ChangedPAG:
-    """The preset's guidance with these values of PAG in place of its own; None keeps the preset's."""
+class Condition:
+    """What the photos show, for backbones with classes or a text encoder; see Restorer."""
 
-    scale: float | None = None
-    layers: str | Sequence[str] | None = None
-    target: str | Mapping[str, Any] | None = None
-    strength: Strength | None = None
-
-    def applied(self, preset: Guidance | None, layers: Sequence[str]) -> Guidance | None:
-        """layers: PAG's where the preset has no PAG. Other terms of the preset stay. RestoreError: see PAG."""
-        changes = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
-        terms = guidances.describe_guidance(preset) or []
-        ours = [term["pag"] for term in terms if "pag" in term]
-        if len(ours) > 1:
-            raise RestoreError("the preset has several PAG terms: say all of them by guidance=")
-        if not ours and self.scale is None:
-            raise RestoreError(f"{next(iter(changes))}= needs pag_scale=: the preset uses no PAG")
-        if ours:
-            ours[0].update(changes)
-        else:
-            terms.insert(0, {"pag": {"layers": list(layers), **changes}})
-        return guidances.build_guidance(terms)
+    label: int | str | None = None
+    prompt: str | None = None
+    negative_prompt: str | None = None
 
 
-def restore_files(
-    photos: Iterable[Photo],
-    restorer: Any,
-    task: Task,
-    *,
-    parameters: dict[str, Any] | None = None,
-    degrade: bool = False,
-    sampler: str | Callable | None = None,
-    quality: str | None = None,
-    guidance: Guidance | ChangedPAG | None | str = "preset",
-    steps: int | str | None = None,
-    samples: int = 1,
-    seed: int = 0,
-    batch_size: int = 1,
-    label: int | str | None = None,
-    prompt: str | None = None,
-    negative_prompt: str | None = None,
-    data: str | None = None,
-    reference: bool = False,
-    resampled: Resampling | None = None,
-    overwrite: bool = False,
-    save_trajectory: bool = False,
-    callback: Callable[[dict], None] | None = None,
-    planner: Planner | None = None,
-    announce: Callable[[Outcome], None] | None = None,
-    force: bool = False,
-    dry_run: bool = False,
-) -> Iterator[Outcome]:
-    """Restore one file after the other; each result is complete on the disk before the next begins.
+@dataclass(frozen=True)
+class RestoreJob:
+    """What is done to every photo of a run.
 
-    degrade: the inputs are clean; they are degraded first and the result is compared with them. resampled: restore at
-    another size and bring the result back. The other arguments are those of `Restorer`.
-    planner: estimates memory and time of each photo before it is restored, and keeps it within the memory there is;
-    announce: is given the plan; force: go on where it does not fit; dry_run: plan only, nothing is written.
-    Writes NAME (first sample), NAME-sampleK, NAME-mean and NAME-spread with several samples, NAME-degraded,
-    NAME-trajectory.png, NAME-guidance.png (where there is guidance) and the side-car NAME.json. A photo counts as
-    finished, and is skipped, when its side-car says the same input and settings and the result is readable; another
-    result is an error unless `overwrite`.
-    A photo that cannot be restored yields an Outcome with its error and the next one begins. Raises RestoreError
-    before the first where a file would be lost (see files.check_outputs), and where nothing can be written any more.
+    samples, seed, batch_size, callback: see Restorer. degrade: the inputs are clean; degrade them first and compare the
+    result with them. resampled: restore at another size and resize the result. save_trajectory: draw x0_hat and the
+    guidance through time. overwrite: redo finished photos and replace any file.
+    planner: estimates memory and time of each photo and keeps the memory within what is free; announce receives an
+    Outcome with the plan. force: try a photo that does not fit. dry_run: only plan.
     """
-    photos = list(photos)
-    files.check_outputs(photos, [photo.outputs(samples, degrade, save_trajectory) for photo in photos], overwrite)
-    every = task
-    for photo in photos:
-        started, trajectory = time.perf_counter(), Trajectory(callback) if save_trajectory else None
-        try:
-            task = every.for_photo(photo.source, degrade)
-            noise = {"image_id": photo.image_id, "seed": seed}
-            measurement = measure_photo(photo.source, task, degrade=degrade, resampling=resampled, **noise)
-            record, clean, operator, y = vars(measurement).values()
-            options = {"task": task.name, "sampler": sampler, "quality": quality, "data": data}
-            chosen, asked = guidance, {**options, "steps": steps, "reference": reference, "parameters": parameters}
-            asked |= {"samples": samples, "size": operators.image_shape(operator, y)[-2:]}
-            if isinstance(guidance, ChangedPAG):
-                chosen = guidance.applied(restorer.method(operator, **asked).guidance, restorer.default_layers())
-            method = restorer.method(operator, **asked, guidance=chosen)
-            protocol = restorer.protocol(operator, method)
-            settings = {key: protocol[key] for key in _DECISIVE} | {
-                "task": task.describe(),
-                "degrade": degrade,
-                "image_id": photo.image_id,
-                "samples": samples,
-                "seed": seed,
-                **({} if label is None else {"label": label}),  # as before, where there is none
-                "prompt": prompt,
-                "negative_prompt": negative_prompt,
-                "reference": reference,
-                "resampled": None if resampled is None else dataclasses.asdict(resampled),
-                "trajectory": save_trajectory,
-            }
-            expected = {"sha256": disk.hash_file(photo.source), "settings": settings}
-            if not overwrite and files.is_finished(photo, expected):
-                yield Outcome(photo, skipped=True)
-                continue
-            plan = None
-            if planner is not None:
-                shape = tuple(side * (1 if degrade else task.factor) for side in record.size)
-                counts = {"samples": samples, "batch_size": batch_size, "resampled": resampled}
-                with explain_out_of_memory():
-                    plan = planner.plan(task, shape, method, **counts)
-                if announce is not None:
-                    announce(Outcome(photo, plan=plan))
-                if not plan.fits and not force and not dry_run:
-                    raise RestoreError(plan.explain_refusal(photo.source.name))
-            if dry_run:
-                yield Outcome(photo, plan=plan)
-                continue
-            with nullcontext(restorer) if plan is None else planner.apply(plan) as chosen_restorer:
-                result = chosen_restorer(
-                    y,
-                    operator,
-                    **options,
-                    guidance=chosen,
-                    steps=steps,
-                    samples=samples,
-                    seed=seed,
-                    image_ids=[photo.image_id],
-                    batch_size=batch_size,
-                    label=label,
-                    prompt=prompt,
-                    negative_prompt=negative_prompt,
-                    reference=reference,
-                    callback=trajectory or callback,
-                    **(parameters or {}),
-                )
-        except RestoreError as error:
-            yield Outcome(photo, error=str(error))
-            continue
-        if resampled:
-            factor = 1 if degrade else task.factor
-            own = tuple(side * factor for side in record.size)
-            result = dataclasses.replace(result, samples=resampled.reduce(result.samples, own))
+
+    restorer: Any
+    task: Task
+    method: MethodChoice = MethodChoice()
+    condition: Condition = Condition()
+    samples: int = 1
+    seed: int = 0
+    batch_size: int = 1
+    degrade: bool = False
+    resampled: Resampling | None = None
+    save_trajectory: bool = False
+    overwrite: bool = False
+    planner: Planner | None = None
+    announce: Callable[[Outcome], None] | None = None
+    force: bool = False
+    dry_run: bool = False
+    callback: Callable[[dict], None] | None = None
+
+    def run(self, photos: Iterable[Photo]) -> Iterator[Outcome]:
+        """Restore one photo after another; each result is complete on disk before the next begins.
+
+        Writes NAME (first sample), NAME-sampleK, NAME-mean and NAME-spread with several samples, NAME-degraded,
+        NAME-trajectory.png, NAME-guidance.png (with guidance) and the side-car NAME.json. A photo is skipped as
+        finished if its side-car has the same input and settings and the result is readable; another result is an error
+        unless `overwrite`. A photo that cannot be restored yields an Outcome with its error, and the next one begins.
+        Raises RestoreError before the first photo if a file would be lost (see files.check_outputs), and when nothing
+        can be written any more.
+        """
+        photos = list(photos)
+        files.check_outputs(photos, [self.outputs(photo) for photo in photos], self.overwrite)
+        for photo in photos:
+            started = time.perf_counter()
+            try:
+                outcome = self._restore(photo)
+            except RestoreError as error:
+                outcome = Outcome(photo, error=str(error))
+            yield outcome if isinstance(outcome, Outcome) else self._write(photo, outcome, started)
+
+    def outputs(self, photo: Photo) -> list[Path]:
+        """Return every file that may be written for a photo."""
+        return photo.outputs(self.samples, self.degrade, self.save_trajectory)
+
+    def _restore(self, photo: Photo) -> Outcome | _Restored:
+        task = self.task.for_photo(photo.source, self.degrade)
+        noise = {"image_id": photo.image_id, "seed": self.seed}
+        measured = measure_photo(photo.source, task, degrade=self.degrade, resampling=self.resampled, **noise)
+        record, operator, y = measured.record, measured.operator, measured.y
+        size = operators.image_shape(operator, y)[-2:]
+        method = self.method.resolve(self.restorer, operator, task=task.name, size=size, samples=self.samples)
+        settings = self._describe_settings(photo, task, self.restorer.protocol(operator, method))
+        expected = {"sha256": disk.hash_file(photo.source), "settings": settings}
+        if not self.overwrite and files.is_finished(photo, expected):
+            return Outcome(photo, skipped=True)
+        size = tuple(side * (1 if self.degrade else task.factor) for side in record.size)
+        plan = None if self.planner is None else self._plan(photo, task, size, method)
+        if self.dry_run:
+            return Outcome(photo, plan=plan)
+        trajectory = Trajectory(self.callback) if self.save_trajectory else None
+        with nullcontext(self.restorer) if plan is None else self.planner.apply(plan) as restorer:
+            result = restorer(
+                y,
+                operator,
+                method,
+                samples=self.samples,
+                seed=self.seed,
+                image_ids=[photo.image_id],
+                batch_size=self.batch_size,
+                **dataclasses.asdict(self.condition),
+                callback=trajectory or self.callback,
+            )
+        samples = self.resampled.reduce(result.samples, size) if self.resampled else result.samples
         tint = None if record.grey or y.shape[1] == 1 else estimate_tint(record.pixels)
-        if tint is not None:  # what has no colour gains none
-            result = dataclasses.replace(result, samples=apply_tint(result.samples, tint))
-        numbers = _numbers(result, clean)
-        written = [path.name for path in photo.outputs(samples, degrade, save_trajectory)]
-        if trajectory is not None and not trajectory.guided:
-            written.remove(photo.companion(SIGNALS, ".png").name)
-        sidecar = {
-            "version": get_version(),
-            "finished": False,
-            "input": photo.source.name,
-            "files": written,
-            **expected,
-            **({} if plan is None else {"estimate": plan.describe()}),
-            **({} if tint is None else {"one_hue": True}),
+        if tint is not None:  # a photo without colour gains none
+            samples = apply_tint(samples, tint)
+        result = dataclasses.replace(result, samples=samples)
+        more = {} if plan is None else {"estimate": plan.describe()}
+        more |= {} if tint is None else {"one_hue": True}
+        return _Restored(measured, result, trajectory, expected | more)
+
+    def _describe_settings(self, photo: Photo, task: Task, protocol: dict[str, Any]) -> dict[str, Any]:
+        condition = dataclasses.asdict(self.condition)
+        if condition["label"] is None:  # side-cars from before there were labels stay valid
+            del condition["label"]
+        return {key: protocol[key] for key in _DECISIVE} | {
+            "task": task.describe(),
+            "degrade": self.degrade,
+            "image_id": photo.image_id,
+            "samples": self.samples,
+            "seed": self.seed,
+            **condition,
+            "reference": self.method.reference,
+            "resampled": None if self.resampled is None else dataclasses.asdict(self.resampled),
+            "trajectory": self.save_trajectory,
         }
-        with photo.remove_on_failure(samples, degrade, save_trajectory):
-            # The side-car comes first: what a kill leaves is known as this program's and made again.
+
+    def _plan(self, photo: Photo, task: Task, size: tuple[int, int], method: Method) -> Plan:
+        options = {"samples": self.samples, "batch_size": self.batch_size, "resampled": self.resampled}
+        with explain_out_of_memory():
+            plan = self.planner.plan(task, size, method, **options)
+        if self.announce is not None:
+            self.announce(Outcome(photo, plan=plan))
+        if not (plan.fits or self.force or self.dry_run):
+            raise RestoreError(plan.explain_refusal(photo.source.name))
+        return plan
+
+    def _write(self, photo: Photo, restored: _Restored, started: float) -> Outcome:
+        numbers, outputs = restored.numbers(), [path.name for path in self.outputs(photo)]
+        if restored.trajectory is not None and not restored.trajectory.guided:
+            outputs.remove(photo.companion(SIGNALS, ".png").name)
+        sidecar = {"version": get_version(), "finished": False, "input": photo.source.name, "files": outputs}
+        sidecar |= restored.facts
+        with photo.remove_on_failure(self.samples, self.degrade, self.save_trajectory):
+            # The side-car comes first: if this process is killed, it marks the files as this program's, to be redone.
             disk.write_json(photo.sidecar, sidecar)
-            _write_pictures(photo, record, result, y, degrade, trajectory)
+            restored.write_pictures(photo, self.degrade)
             numbers["seconds"] = time.perf_counter() - started
-            disk.write_json(photo.sidecar, sidecar | {"finished": True, "protocol": result.protocol, **numbers})
-        yield Outcome(photo, numbers=numbers)
+            protocol = restored.result.protocol
+            disk.write_json(photo.sidecar, sidecar | {"finished": True, "protocol": protocol, **numbers})
+        return Outcome(photo, numbers=numbers)
 
 
-def _numbers(result: Any, clean: torch.Tensor | None) -> dict[str, Any]:
-    numbers = {
-        "residual_ratio": None if result.residual_ratio is None else float(result.residual_ratio[0, 0]),
-        "residual": float(result.residual[0, 0]),
-        "nfe": result.nfe,
-    }
-    if clean is not None:
-        numbers["psnr"] = float(psnr(result.samples[:, 0], clean))
-        if min(clean.shape[-2:]) >= 11:  # SSIM's window
-            numbers["ssim"] = float(ssim(result.samples[:, 0], clean))
-    return {key: value if value is None or math.isfinite(value) else None for key, value in numbers.items()}
+@dataclass
+class _Restored:
+    """A restored photo that is not written yet. facts: of its side-car."""
 
+    measured: Measurement
+    result: Restoration
+    trajectory: Trajectory | None
+    facts: dict[str, Any]
 
-def _write_pictures(
-    photo: Photo,
-    record: io.ImageRecord,
-    result: Any,
-    y: torch.Tensor,
-    degrade: bool,
-    trajectory: Trajectory | None,
-) -> None:
-    """All pictures of one photo, the result last."""
-    samples = result.samples.shape[1]
-    like = {"like": record, "colour": y.shape[1] == 1}  # a grey photo keeps what colour was the task to find
-    if degrade:
-        io.write_image(photo.companion(DEGRADED), y[0].expand(3, -1, -1), like=record)
-    if samples > 1:
-        for k in range(1, samples):
-            io.write_image(photo.companion(f"-sample{k}"), result.samples[0, k], **like)
-        io.write_image(photo.companion(MEAN), result.mean[0], **like)
-        # Spread in units of the pixel range, white = 0.5: a fixed scale, so that maps can be compared.
-        io.write_image(photo.companion(SPREAD, ".png"), (4 * result.spread[0].mean(0, True) - 1).expand(3, -1, -1))
-    if trajectory is not None and trajectory.steps:
-        pictures = {TRAJECTORY: trajectory.estimates()}
-        if trajectory.guided:
-            pictures[SIGNALS] = trajectory.guidance(result.protocol["method"]["guidance"])
-        for ending, picture in pictures.items():
-            io.write_image(photo.companion(ending, ".png"), io.to_tensor(picture)[0])
-    io.write_image(photo.target, result.samples[0, 0], **like)
+    def numbers(self) -> dict[str, Any]:
+        result, clean = self.result, self.measured.clean
+        ratio = result.residual_ratio
+        numbers = {"residual_ratio": None if ratio is None else float(ratio[0, 0])}
+        numbers |= {"residual": float(result.residual[0, 0]), "nfe": result.nfe}
+        if clean is not None:
+            numbers["psnr"] = float(psnr(result.samples[:, 0], clean))
+            if min(clean.shape[-2:]) >= 11:  # SSIM's window
+                numbers["ssim"] = float(ssim(result.samples[:, 0], clean))
+        return {key: value if value is None or math.isfinite(value) else None for key, value in numbers.items()}
+
+    def write_pictures(self, photo: Photo, degrade: bool) -> None:
+        """Write all pictures, the result last."""
+        result, record, y, trajectory = self.result, self.measured.record, self.measured.y, self.trajectory
+        samples = result.samples.shape[1]
+        like = {"like": record, "colour": y.shape[1] == 1}  # colorization gives a grey photo its colour
+        if degrade:
+            io.write_image(photo.companion(DEGRADED), y[0].expand(3, -1, -1), like=record)
+        if samples > 1:
+            for k in range(1, samples):
+                io.write_image(photo.companion(f"-sample{k}"), result.samples[0, k], **like)
+            io.write_image(photo.companion(MEAN), result.mean[0], **like)
+            # A fixed scale, white for a spread of 0.5 on [-1, 1], so that maps can be compared.
+            io.write_image(photo.companion(SPREAD, ".png"), (4 * result.spread[0].mean(0, True) - 1).expand(3, -1, -1))
+        if trajectory is not None and trajectory.steps:
+            pictures = {TRAJECTORY: trajectory.estimates()}
+            if trajectory.guided:
+                pictures[SIGNALS] = trajectory.guidance(result.protocol["method"]["guidance"])
+            for ending, picture in pictures.items():
+                io.write_image(photo.companion(ending, ".png"), io.to_tensor(picture)[0])
+        io.write_image(photo.target, result.samples[0, 0], **like)
 
 
 def degrade_files(photos: Iterable[Photo], task: Task, *, seed: int = 0, overwrite: bool = False) -> Iterator[Outcome]:
     """Write y = A(x) + n of every input, clamped and rounded to its format's depth.
 
-    A photo whose degraded version is there already, to the byte, is skipped; a file that is anything else is an error
-    unless `overwrite`. Errors of one photo are in its Outcome, as for `restore_files`.
+    A photo whose degraded version exists already, to the byte, is skipped; any other file is an error unless
+    `overwrite`. A photo that cannot be degraded yields an Outcome with its error.
     """
     photos = list(photos)
     files.check_outputs(photos, [[photo.target] for photo in photos], overwrite=True)
     for photo in photos:
         try:
-            one = task.for_photo(photo.source, True)
-            measurement = measure_photo(photo.source, one, image_id=photo.image_id, degrade=True, seed=seed)
-            record, y = measurement.record, measurement.y
-            content = io.encode_image(photo.target, y[0].expand(3, -1, -1), like=record)
-            there = photo.target.exists() and photo.target.read_bytes() == content
-            if photo.target.exists() and not there and not overwrite:
-                raise RestoreError(
-                    f"{photo.target} is there already and is another picture: overwrite=True replaces it"
-                )
+            one = task.for_photo(photo.source, degrade=True)
+            measured = measure_photo(photo.source, one, image_id=photo.image_id, degrade=True, seed=seed)
+            content = io.encode_image(photo.target, measured.y[0].expand(3, -1, -1), like=measured.record)
+            same = photo.target.exists() and photo.target.read_bytes() == content
+            if photo.target.exists() and not same and not overwrite:
+                raise RestoreError(f"{photo.target} exists already and is another picture: overwrite=True replaces it")
         except RestoreError as error:
             yield Outcome(photo, error=str(error))
             continue
-        if not there:
+        if not same:
             disk.write_bytes(photo.target, content)
         yield Outcome(photo)

@@ -1,4 +1,4 @@
-"""Samples of a prior as files."""
+"""`restore generate`: samples of a prior as files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from restore import disk
 from restore import guidance as guidances
 from restore.app import files
 from restore.app.files import SIDECAR, Photo
-from restore.guidance import CFG, PAG, Guidance
+from restore.guidance import Guidance
 from restore.images import io
 from restore.versions import get_version
 
@@ -32,13 +32,13 @@ def generate_files(
     overwrite: bool = False,
     callback: Callable[[dict], None] | None = None,
 ) -> Iterator[Path]:
-    """Samples of the prior as sample-0000.png, ... in the folder `out`, each with a side-car, as they come.
+    """Write samples of the prior as sample-0000.png, ... with side-cars into the folder `out`, yielding each path.
 
-    labels: one class, or one per image. The other arguments are those of Restorer.generate; sample i depends on
-    (seed, i) alone. Raises RestoreError where it would replace a file of somebody else's, unless `overwrite`.
+    labels: one class, or one per image. The other arguments are those of Restorer.generate; sample i depends only on
+    (seed, i). Raises RestoreError if a file of another program would be replaced, unless `overwrite`.
     """
     if labels is not None and len(labels) not in (1, n):
-        raise RestoreError(f"{n} images need one class label or {n}, got {len(labels)}")
+        raise RestoreError(f"labels must be one class or {n}, one per image, got {len(labels)}")
     labels = None if labels is None else list(labels) * (n if len(labels) == 1 else 1)
     out = Path(out)
     files.make_writable_folder(out)
@@ -70,19 +70,3 @@ def generate_files(
                 disk.write_json(places[i].sidecar, sidecar)
                 io.write_image(paths[i], image)
             yield paths[i]
-
-
-def generation_guidance(
-    scale: float, layers: str | None, cfg_scale: float, restorer: Any, target: Any = None, strength: Any = None
-) -> Guidance | None:
-    """PAG and CFG where their scale is not 0; layers: None takes the backbone's. Raises RestoreError."""
-    own = {
-        key: value
-        for key, value in {"layers": layers, "target": target, "strength": strength}.items()
-        if value is not None
-    }
-    if own and not scale:
-        raise RestoreError(f"{next(iter(own))}= needs pag_scale=")
-    terms = [PAG(scale, **{"layers": restorer.default_layers(), **own})] if scale else []
-    terms += [CFG(cfg_scale)] if cfg_scale else []
-    return sum(terms[1:], terms[0]) if terms else None

@@ -1,4 +1,4 @@
-"""Pictures of one restoration through time: x0_hat, and what its guidance contributes."""
+"""Pictures of one restoration through time: x0_hat and the contribution of the guidance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from restore.images import grids, io
 
 
 class Trajectory:
-    """A callback that keeps about ten steps of the first sample, evenly spread, and passes every step on."""
+    """A callback that keeps about ten evenly spaced steps of the first sample and passes every step on to `then`."""
 
     def __init__(self, then: Callable[[dict], None] | None = None) -> None:
         self.then, self.steps = then, []
@@ -26,19 +26,19 @@ class Trajectory:
             self.then(step)
 
     def estimates(self) -> PIL.Image.Image:
-        """x0_hat side by side."""
+        """Return x0_hat of the steps side by side."""
         return grids.draw_strip([io.to_pil(x0_hat) for _, x0_hat, _ in self.steps])
 
     @property
     def guided(self) -> bool:
-        """Whether any weak pass was seen."""
+        """Whether any guidance was active."""
         return any(signal is not None for _, _, signals in self.steps for signal in signals)
 
     def guidance(self, described: Sequence[Mapping[str, Any]]) -> PIL.Image.Image:
-        """|eps − eps_weak|, averaged over the channels: a row for each term that was ever on, the means below.
+        """Return |eps − eps_weak|, averaged over the channels, in a row for each term that was active.
 
-        described: the result of restore.guidance.describe_guidance. Each row has its own scale, from black for 0 to
-        white for the largest value in it, in square roots; a cell is empty where the term was off.
+        described: the guidance as restore.guidance.describe_guidance returns it. A row is black for 0 and white for its largest
+        value, with square roots between; its means stand below. A cell is empty if the term was off.
         """
         rows = [list(row) for row in zip(*(signals for _, _, signals in self.steps), strict=True)]
         names = [next(iter(term.items())) for term in described if "combine" not in term]

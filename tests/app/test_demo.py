@@ -9,7 +9,7 @@ from PIL import Image
 
 from operators import RestoreError
 from restore.app import demo
-from restore.app.demo import PARTS, methods, run_demo
+from restore.app.demo import PARTS, run_demo, select_methods
 from restore.metrics import weights
 from restore.paths import data_dir
 from restore.restorer import load
@@ -20,12 +20,11 @@ from restore.task import load_task
 def test_columns_follow_the_best_quality(part):
     """The part's own sampler and what quality="best" names, each plain and with PAG; DiffPIR where they are one."""
     restorer, operator = load(part.backbone), load_task("sr4").build(64, 64)
-    columns = methods(restorer, operator, "sr4", part.sampler)
-    plain = [restorer.method(operator, task="sr4", **options) for options in columns.values()]
+    columns = select_methods(restorer, operator, "sr4", part.sampler)
     best = restorer.method(operator, task="sr4", quality="best").sampler
     best = "diffpir" if best == part.sampler else best
-    assert [m.sampler for m in plain] == [part.sampler, part.sampler, best, best]
-    assert [m.guidance is None for m in plain] == [True, False, True, False]
+    assert [m.sampler for m in columns.values()] == [part.sampler, part.sampler, best, best]
+    assert [m.guidance is None for m in columns.values()] == [True, False, True, False]
     assert [label.endswith("+PAG") for label in columns] == [False, True, False, True]
 
 
@@ -56,7 +55,7 @@ def test_demo_writes_picture_and_numbers(tmp_path):
 
 def test_no_lpips_without_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "default_folder", lambda: tmp_path / "nothing")
-    assert demo._lpips(None) is None and demo._lpips({}) is None
+    assert demo._load_lpips(None) is None and demo._load_lpips({}) is None
 
 
 def test_weights_that_were_given_must_be_there(tmp_path):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from restore.app import run
+from restore.app.choice import MethodChoice
+from restore.app.run import RestoreJob
 from restore.images import io
 from restore.images.tint import estimate_tint
 from restore.paths import data_dir
@@ -100,12 +101,12 @@ def test_a_photo_of_one_hue_gains_no_colour(tmp_path, tint):
     grey = io.to_tensor(FACE, channels=1).expand(-1, 3, -1, -1)
     scan = 0.8 * grey + torch.tensor(tint)[:, None, None]
     io.write_image(tmp_path / "scan.png", scan)
-    restorer, options = restore.load("embedded"), {"steps": 4, "sampler": "diffpir", "guidance": None, "samples": 2}
+    restorer, method = restore.load("embedded"), MethodChoice("diffpir", steps=4, guidance=None)
 
     def result(name):
         photos = find_photos([str(tmp_path / name)], tmp_path / "out")
         task = load_task("denoise", {"sigma": 0.3})
-        assert all(outcome.error is None for outcome in run.restore_files(photos, restorer, task, **options))
+        assert all(outcome.error is None for outcome in RestoreJob(restorer, task, method, samples=2).run(photos))
         assert ("one_hue" in json.loads(photos[0].sidecar.read_text())) == (name == "scan.png")
         return [io.read_image(photos[0].companion(end)).pixels for end in ("", "-sample1", "-mean")]
 

@@ -10,7 +10,8 @@ from PIL import Image
 import operators
 from operators import RestoreError
 from restore import guidance as guidances
-from restore.app import cli, options, run
+from restore.app import cli, options
+from restore.app.choice import PAGOverride
 from restore.guidance import CFG, PAG
 from restore.paths import data_dir
 from restore.task import load_task, measure_photo
@@ -83,15 +84,15 @@ def test_a_sampler_and_an_operator_of_ones_own(command, tmp_path):
 
 
 def test_the_preset_keeps_its_other_terms_when_pag_is_changed():
-    changed = run.ChangedPAG(scale=3.0, layers="i5:0,3", strength=0.5).applied(CFG(2.0) + PAG(1.0, layers="i5"), [])
+    changed = PAGOverride(scale=3.0, layers="i5:0,3", strength=0.5).apply(CFG(2.0) + PAG(1.0, layers="i5"), [])
     assert changed == CFG(2.0) + PAG(3.0, layers="i5:0,3", strength=0.5)
-    assert run.ChangedPAG(layers="m1").applied(PAG(1.5, layers="i5"), []).terms == (PAG(1.5, layers="m1"),)
-    assert run.ChangedPAG(scale=2.0).applied(CFG(1.0), ["m1"]) == PAG(2.0, layers=["m1"]) + CFG(1.0)
-    assert run.ChangedPAG(scale=2.0).applied(None, ["m1"]).terms == (PAG(2.0, layers=["m1"]),)
+    assert PAGOverride(layers="m1").apply(PAG(1.5, layers="i5"), []).terms == (PAG(1.5, layers="m1"),)
+    assert PAGOverride(scale=2.0).apply(CFG(1.0), ["m1"]) == PAG(2.0, layers=["m1"]) + CFG(1.0)
+    assert PAGOverride(scale=2.0).apply(None, ["m1"]).terms == (PAG(2.0, layers=["m1"]),)
     with pytest.raises(RestoreError, match="layers= needs pag_scale="):
-        run.ChangedPAG(layers="m1").applied(None, ["m1"])
+        PAGOverride(layers="m1").apply(None, ["m1"])
     with pytest.raises(RestoreError, match="several PAG terms"):
-        run.ChangedPAG(scale=1.0).applied(PAG(1.0, layers="i5") + PAG(1.0, layers="m1"), [])
+        PAGOverride(scale=1.0).apply(PAG(1.0, layers="i5") + PAG(1.0, layers="m1"), [])
 
 
 def test_guidance_as_yaml_and_from_a_file(command, tmp_path):
@@ -181,8 +182,8 @@ def test_steps_are_parsed_once():
     ],
 )
 def test_messages_name_options(message, spoken):
-    names = cli._options(["run", "photo.png"])
-    assert options.in_options(message, names) == spoken.rstrip(".") + ("." if message.endswith(".") else "")
+    names = cli.list_options(["run", "photo.png"])
+    assert options.translate_parameters(message, names) == spoken.rstrip(".") + ("." if message.endswith(".") else "")
 
 
 def test_no_message_of_the_library_names_an_option():

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 import restore
-from restore.app import files, run
+from restore.app import files
+from restore.app.run import RestoreJob
 from restore.images.io import read_image
 from restore.memory import Planner, measure, trace
 from restore.paths import data_dir
@@ -54,7 +55,7 @@ def restored(prior, x, **options):
 def test_the_plan_stays_within_4_gb(photo, prior, tmp_path):
     photos = files.find_photos([photo], tmp_path / "out")
     planner = Planner(prior, MEMORY)
-    (outcome,) = run.restore_files(photos, prior, load_task(TASK), planner=planner, dry_run=True)
+    (outcome,) = RestoreJob(prior, load_task(TASK), planner=planner, dry_run=True).run(photos)
     print(outcome.line())
     assert outcome.error is None and outcome.plan.fits and outcome.plan.memory < MEMORY
     assert outcome.plan.size == (3000, 4000) and outcome.plan.windows == 93 * 124

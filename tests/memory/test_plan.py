@@ -13,8 +13,10 @@ from PIL import Image
 import restore
 from operators import RestoreError
 from restore import PAG
-from restore.app import cli, run
+from restore.app import cli
+from restore.app.choice import MethodChoice
 from restore.app.files import find_photos
+from restore.app.run import RestoreJob
 from restore.memory import available, plan
 from restore.memory.count import LiveBytes
 from restore.task import load_task
@@ -120,12 +122,12 @@ def test_what_memory_forces_first_leaves_the_bytes_as_they_are(small, guidance):
 def test_a_photo_that_does_not_fit_is_refused_unless_forced(small, tmp_path):
     Image.fromarray(np.zeros((40, 56, 3), np.uint8)).save(tmp_path / "a.png")
     photos = find_photos([tmp_path / "a.png"], tmp_path / "out")
-    task, options = load_task("denoise"), {"sampler": "dps", "steps": 2, "guidance": None}
+    task, method = load_task("denoise"), MethodChoice("dps", steps=2, guidance=None)
     planner, said = plan.Planner(small, 1e6), []
-    (refused,) = run.restore_files(photos, small, task, planner=planner, announce=said.append, **options)
+    (refused,) = RestoreJob(small, task, method, planner=planner, announce=said.append).run(photos)
     assert "a.png would take 0.1 GB" in refused.error and "0.0 GB are free" in refused.error and len(said) == 1
     assert not any((tmp_path / "out").iterdir())
-    (outcome,) = run.restore_files(photos, small, task, planner=planner, force=True, **options)
+    (outcome,) = RestoreJob(small, task, method, planner=planner, force=True).run(photos)
     assert outcome.error is None
     sidecar = json.loads(photos[0].sidecar.read_text())
     assert sidecar["estimate"]["max_windows"] == sidecar["protocol"]["windows"]["max_windows"] == 1

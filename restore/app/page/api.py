@@ -10,34 +10,29 @@ from typing import Any
 import gradio as gr
 
 from operators import RestoreError
-from operators.naming import check_known
-from restore.app.options import parse_steps
 from restore.app.page import work
 from restore.app.page.handlers import Handlers, show_errors
-from restore.app.page.request import BLURS, FACTORS, PLAIN, Request, parse_number, parse_path
+from restore.app.page.request import BLURS, FACTORS, MOST_SAMPLES, PLAIN, parse_request
 from restore.method import QUALITIES
-
-LARGEST = 16  # samples of one photo
-LARGEST_PATH = 1e4  # pixels
 
 
 def add_endpoints(handlers: Handlers) -> None:
     """Add /restore, /estimate and /cancel to the page that is being built."""
     priors = handlers.priors
 
-    # gradio takes the defaults of its clients from the components, but None only from a signature.
+    # gradio's clients take defaults from the components, but None only from a signature.
     def restore(
-        request: gr.Request,
+        session: gr.Request,
+        photo: str | None,
+        prior: str,
         mask: str | None = None,
         progress: Any = gr.Progress(),  # noqa: B008
         **values: Any,
     ) -> Iterator[Any]:
-        stop = handlers.stops[request.session_hash] = threading.Event()
-        photo, prior = values.pop("photo"), values.pop("prior")
+        stop = handlers.stops[session.session_hash] = threading.Event()
         with TemporaryDirectory(prefix="restore-") as folder, show_errors(photo, mask):
-            wanted, photos = parse_request(**values), [photo] if photo else []
-            restorer, planner = priors.get(prior), priors.planner(prior, "restore")
-            for item in work.restore(photos, restorer, wanted, planner, folder, stop, mask=mask):
+            planner, request = priors.planner(prior, "restore"), parse_request(**values, trajectory=True)
+            for item in work.restore([photo] if photo else [], planner, request, folder, stop, mask=mask):
                 if isinstance(item, work.Step):
                     progress(item.share or 0.0, desc=item.sentence)
                 elif item.error is not None:
@@ -45,16 +40,15 @@ def add_endpoints(handlers: Handlers) -> None:
                 else:
                     yield [str(path) for path in item.files], item.sidecar
 
-    def estimate(mask: str | None = None, **values: Any) -> str:
-        photo, prior = values.pop("photo"), values.pop("prior")
+    def estimate(photo: str | None, prior: str, mask: str | None = None, **values: Any) -> str:
         with TemporaryDirectory(prefix="restore-") as folder, show_errors(photo, mask):
-            wanted, restorer, planner = parse_request(**values), priors.get(prior), priors.planner(prior, "estimate")
+            planner, request = priors.planner(prior, "estimate"), parse_request(**values)
             if not photo:
                 raise RestoreError("choose a photo first")
-            return work.estimate(photo, restorer, wanted, planner, folder, mask=mask).format()
+            return work.estimate(photo, planner, request, folder, mask=mask).format()
 
-    def cancel(request: gr.Request) -> None:
-        handlers.cancel(request)
+    def cancel(session: gr.Request) -> None:
+        handlers.cancel(session)
 
     with gr.Column(visible=False):
         inputs = {
@@ -68,7 +62,7 @@ def add_endpoints(handlers: Handlers) -> None:
             "sigma": gr.Textbox("", label="sigma: noise on [-1, 1]; empty: estimated"),
             "sensitivity": gr.Number(0.5, label="sensitivity of the search for damage, 0 to 1"),
             "quality": gr.Textbox("balanced", label=f"quality: {', '.join(QUALITIES)}"),
-            "samples": gr.Number(1, label="samples", precision=0, minimum=1, maximum=LARGEST),
+            "samples": gr.Number(1, label="samples", precision=0, minimum=1, maximum=MOST_SAMPLES),
             "steps": gr.Textbox("", label="steps; empty: the preset's"),
             "seed": gr.Number(0, label="seed", precision=0, minimum=0),
             "pag_scale": gr.Textbox("", label="pag_scale; empty: the preset's, 0: off"),
@@ -81,22 +75,3 @@ def add_endpoints(handlers: Handlers) -> None:
         gr.Button("restore").click(restore, outputs=outputs, api_name="restore", concurrency_id="restore", **common)
         gr.Button("estimate").click(estimate, outputs=line, api_name="estimate", **common)
         gr.Button("cancel").click(cancel, queue=False, api_name="cancel")
-
-
-def parse_request(
-    *, path: str, sigma: str, quality: str, samples: float, steps: str, pag_scale: str, label: str, **values: Any
-) -> Request:
-    """Return the request of a program. Raises RestoreError if something cannot be read."""
-    check_known([quality], QUALITIES, "there is no quality called")
-    values |= {name: int(values[name]) for name in ("factor", "seed")}
-    return Request(
-        path=parse_path(path, LARGEST_PATH),
-        sigma=parse_number(sigma, "sigma"),
-        quality=quality,
-        samples=min(int(samples), LARGEST),
-        steps=parse_steps(steps.strip() or None),
-        pag_scale=parse_number(pag_scale, "pag_scale"),
-        trajectory=True,
-        label=label.strip() or None,
-        **values,
-    )

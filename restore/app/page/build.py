@@ -16,10 +16,9 @@ SCROLL_TO_STATUS = """() => {
 }"""
 # The results that a new restoration hides first.
 RESULTS = ("forming", "slider", "download", "gallery", "guessed", "files", "experts")
-# The inputs that change the estimate as soon as they change; text fields do when they lose the focus.
-ESTIMATED = (
-    "stage", "more", "task", "factor", "blur", "std", "path", "extent", "quality", "three", "prior", "label",
-)  # fmt: skip
+# The inputs of a restoration. A change of SETTINGS makes a new estimate, as does leaving the steps or pag_scale field.
+SETTINGS = ("stage", "more", "task", "factor", "blur", "std", "path", "extent", "quality", "three", "prior", "label")
+INPUTS = (*SETTINGS, "photo", "noise", "sensitivity", "seed", "sigma", "trajectory", "steps", "pag_scale")
 
 
 def launch(page: Any, **options: Any) -> Any:
@@ -78,15 +77,12 @@ def _connect(page: Any, parts: Any, handlers: Any) -> None:
     """Have each event call its handler with the values of parts, by name."""
     import gradio as gr
 
-    from restore.app.page.handlers import PageInputs
-
     private: dict[str, Any] = {"api_visibility": "private"}
     quiet = private | {"show_progress": "hidden"}
 
     def select(*names: str, outputs: str) -> dict[str, Any]:
         return {"inputs_kwargs": parts.select(*names), "outputs": list(parts.select(*outputs.split()).values())}
 
-    everything = PageInputs.__dataclass_fields__
     parts.photo.change(handlers.open_photo, **select("photo", outputs="photo stage again noise"), **quiet)
     parts.again.click(lambda: None, outputs=parts.photo, **quiet)
     gr.on([parts.photo.change, parts.more.change], handlers.count, **select("photo", "more", outputs="go"), **quiet)
@@ -97,13 +93,13 @@ def _connect(page: Any, parts: Any, handlers: Any) -> None:
     gr.on(propose, handlers.propose_mask, **select("photo", "stage", "sensitivity", outputs="stage"), **private)
     parts.mask.upload(handlers.paint_mask, **select("mask", outputs="stage"), **quiet)
     parts.measure.click(handlers.measure_blur, **select("photo", "stage", outputs="std"), **quiet)
-    changes = [part.change for part in parts.select(*ESTIMATED).values()] + [parts.steps.blur, parts.scale.blur]
-    gr.on(changes, handlers.estimate, **select(*everything, outputs="plan fits"), trigger_mode="always_last", **quiet)
+    changes = [part.change for part in parts.select(*SETTINGS).values()] + [parts.steps.blur, parts.pag_scale.blur]
+    gr.on(changes, handlers.estimate, **select(*INPUTS, outputs="plan fits"), trigger_mode="always_last", **quiet)
     results = f"status {' '.join(RESULTS)} guidance sidecar"
     begin = parts.go.click(
         handlers.begin, **select(outputs=f"{results} go cancel"), js=SCROLL_TO_STATUS, queue=False, **quiet
     )
-    run = begin.then(handlers.restore, **select(*everything, outputs=results), concurrency_id="restore", **quiet)
+    run = begin.then(handlers.restore, **select(*INPUTS, outputs=results), concurrency_id="restore", **quiet)
     run.failure(handlers.report_failure, **select(outputs="status"), queue=False, **quiet)
     run.then(handlers.finish, **select(outputs="go cancel"), queue=False, **quiet)
     parts.cancel.click(handlers.cancel, **select(outputs="status"), queue=False, **quiet)

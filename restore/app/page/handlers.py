@@ -5,74 +5,19 @@ from __future__ import annotations
 import html
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
 
 from operators import RestoreError
-from restore.app.options import parse_steps
 from restore.app.page import models, pictures, work
 from restore.app.page.build import RESULTS
 from restore.app.page.models import Priors
-from restore.app.page.request import Request, parse_number, parse_path
+from restore.app.page.request import Request, estimate_sigma, parse_request
 from restore.app.page.text import format_plan, format_status, hide_folders, to_sentence
 from restore.images import estimate
-
-
-@dataclass(frozen=True)
-class PageInputs:
-    """What is set on the page, by the names of its parts."""
-
-    photo: str | None
-    stage: str
-    more: list[str] | None
-    task: str
-    factor: int
-    blur: str
-    std: float
-    path: str
-    extent: float
-    noise: float
-    sensitivity: float
-    quality: str
-    three: bool
-    steps: str
-    seed: float
-    scale: str
-    sigma: str
-    traced: bool
-    prior: str
-    label: str | None
-
-    @property
-    def photos(self) -> list[str]:
-        return [path for path in (self.photo, *(self.more or [])) if path]
-
-    def edits(self) -> pictures.Edits | None:
-        """Return the edits of the first photo. Raises RestoreError if they cannot be read."""
-        return pictures.parse_edits(self.stage) if self.photo else None
-
-    def request(self) -> Request:
-        """Raises RestoreError if something typed or drawn cannot be read."""
-        motion = self.task == "sharpen" and self.blur == "motion"
-        return Request(
-            task=self.task,
-            factor=self.factor,
-            blur=self.blur,
-            std=self.std,
-            path=parse_path(self.path, self.extent) if motion else (),
-            sigma=self.noise if self.task == "denoise" else parse_number(self.sigma, "sigma_y"),
-            sensitivity=self.sensitivity,
-            quality=self.quality,
-            samples=3 if self.three else 1,
-            steps=parse_steps((self.steps or "").strip() or None),
-            seed=int(self.seed or 0),
-            pag_scale=parse_number(self.scale, "PAG scale"),
-            trajectory=self.traced,
-            label=self.label or None,
-        )
 
 
 class Handlers:
@@ -87,18 +32,18 @@ class Handlers:
             empty = {"photo": gr.update(visible=True), "stage": gr.update(photo="", visible="hidden")}
             return self.parts.updates(**empty, again=gr.update(visible=False))
         with show_errors(photo):
-            preview = pictures.preview_photo(photo)
+            pixels = pictures.read_photo(photo).pixels
         return self.parts.updates(
             photo=gr.update(visible="hidden"),
-            stage=gr.update(photo=preview.address, visible=True),
+            stage=gr.update(photo=pictures.to_data_url(pictures.render(pixels)), visible=True),
             again=gr.update(visible=True),
-            noise=preview.noise,
+            noise=estimate_sigma(pixels),
         )
 
     def count(self, photo: str | None, more: list[str] | None) -> str:
         """Return the text of the button."""
-        photos = bool(photo) + len(more or [])
-        return f"Restore {photos} photos" if photos > 1 else "Restore"
+        count = len(_list_photos(photo, more))
+        return f"Restore {count} photos" if count > 1 else "Restore"
 
     def choose_task(self, task: str) -> dict[Any, Any]:
         """Show only what the task needs."""
@@ -123,23 +68,23 @@ class Handlers:
         with show_errors(photo):
             return max(0.3, round(estimate.estimate_blur(_read_edited(photo, stage)), 1))
 
-    def estimate(self, **values: Any) -> dict[Any, Any]:
+    def estimate(self, photo: str | None, stage: str, more: Any, prior: str, **values: Any) -> dict[Any, Any]:
         """Say what the first photo takes, and whether the prior fits it."""
-        inputs, plan, text = PageInputs(**values), None, ""
-        if inputs.photos:
+        plan, text, photos = None, "", _list_photos(photo, more)
+        if photos:
             try:
-                prior, planner = self.priors.get(inputs.prior), self.priors.planner(inputs.prior, "estimate")
-                edits = inputs.edits()
+                planner, request = self.priors.planner(prior, "estimate"), _read_request(**values)
+                edits = _read_edits(photo, stage)
                 with TemporaryDirectory(prefix="restore-") as folder:
-                    plan = work.estimate(inputs.photos[0], prior, inputs.request(), planner, folder, edits)
-                text = format_plan(plan, len(inputs.photos))
+                    plan = work.estimate(photos[0], planner, request, folder, edits)
+                text = format_plan(plan, len(photos))
             except RestoreError as error:
                 text = html.escape(to_sentence(str(error)))
-        return self.parts.updates(plan=text, fits=models.describe_fit(self.priors, inputs.prior, plan))
+        return self.parts.updates(plan=text, fits=models.describe_fit(self.priors, prior, plan))
 
-    def begin(self, request: gr.Request) -> dict[Any, Any]:
+    def begin(self, session: gr.Request) -> dict[Any, Any]:
         """Answer the button at once; other visitors may come first."""
-        self.stops[request.session_hash] = threading.Event()
+        self.stops[session.session_hash] = threading.Event()
         hidden = {name: gr.update(visible=False) for name in RESULTS}
         return self.parts.updates(status=format_status("Waiting for its turn …"), **hidden) | self._buttons(False)
 
@@ -150,17 +95,19 @@ class Handlers:
         """Answer an unexpected exception; gradio's log has the traceback."""
         return format_status("something went wrong; the terminal of this page shows what", bad=True)
 
-    def restore(self, request: gr.Request, **values: Any) -> Iterator[dict[Any, Any]]:
-        stop = self.stops.setdefault(request.session_hash, threading.Event())
-        inputs, files, outcomes = PageInputs(**values), [], []
+    def restore(
+        self, session: gr.Request, photo: str | None, stage: str, more: Any, prior: str, **values: Any
+    ) -> Iterator[dict[Any, Any]]:
+        stop = self.stops.setdefault(session.session_hash, threading.Event())
+        photos, files, outcomes = _list_photos(photo, more), [], []
         try:
-            wanted, edits, photos = inputs.request(), inputs.edits(), inputs.photos
-            prior, planner = self.priors.get(inputs.prior), self.priors.planner(inputs.prior, "restore")
+            request, edits = _read_request(**values), _read_edits(photo, stage)
+            planner = self.priors.planner(prior, "restore")
         except RestoreError as error:
             yield self.parts.updates(status=format_status(str(error), bad=True))
             return
         with TemporaryDirectory(prefix="restore-") as folder:
-            for item in work.restore(photos, prior, wanted, planner, folder, stop, edits):
+            for item in work.restore(photos, planner, request, folder, stop, edits):
                 lines = [line for line, _ in outcomes]
                 if isinstance(item, work.Step):
                     picture = gr.skip() if item.picture is None else gr.update(value=item.picture, visible=True)
@@ -179,14 +126,14 @@ class Handlers:
             status = format_status(last, lines=lines, bad=done < len(photos))
             yield self.parts.updates(status=status, forming=gr.update(visible=False))
 
-    def cancel(self, request: gr.Request) -> str:
-        if request.session_hash in self.stops:
-            self.stops[request.session_hash].set()
+    def cancel(self, session: gr.Request) -> str:
+        if session.session_hash in self.stops:
+            self.stops[session.session_hash].set()
         return format_status("Cancelling …")
 
-    def leave(self, request: gr.Request) -> None:
-        self.cancel(request)
-        self.stops.pop(request.session_hash, None)
+    def leave(self, session: gr.Request) -> None:
+        self.cancel(session)
+        self.stops.pop(session.session_hash, None)
 
     def offer_labels(self, prior: str) -> Any:
         """Ask what the photo shows if the prior knows several kinds of picture."""
@@ -218,19 +165,27 @@ class Handlers:
         return self.parts.updates(go=gr.update(interactive=ready), cancel=gr.update(interactive=not ready))
 
 
-class show_errors:
-    """Context manager that shows a RestoreError as a sentence on the page, without the folders of `paths`."""
+@contextmanager
+def show_errors(*paths: str | None) -> Iterator[None]:
+    """Show a RestoreError of the block as a sentence on the page, without the folders of `paths`."""
+    try:
+        yield
+    except RestoreError as error:
+        raise gr.Error(to_sentence(hide_folders(str(error), *paths)), print_exception=False) from None
 
-    def __init__(self, *paths: str | None) -> None:
-        self.paths = paths
 
-    def __enter__(self) -> None:
-        return None
+def _list_photos(photo: str | None, more: list[str] | None) -> list[str]:
+    return [path for path in (photo, *(more or [])) if path]
 
-    def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, RestoreError):
-            message = hide_folders(str(error), *self.paths)
-            raise gr.Error(to_sentence(message), print_exception=False) from None
+
+def _read_request(*, task: str, noise: float, sigma: str, three: bool, **values: Any) -> Request:
+    sigma = str(noise) if task == "denoise" else sigma
+    return parse_request(task=task, sigma=sigma, samples=3 if three else 1, **values)
+
+
+def _read_edits(photo: str | None, stage: str) -> pictures.Edits | None:
+    """The edits of the first photo, which `more` may hold."""
+    return pictures.parse_edits(stage) if photo else None
 
 
 def _read_edited(photo: str | None, stage: str) -> Any:

@@ -22,7 +22,7 @@ IMAGE_FILE = {"file_types": ["image"], "type": "filepath"}
 
 
 class Parts(SimpleNamespace):
-    """The page's components by name. An input is called as the field of PageInputs that holds its value."""
+    """The page's components by name; handlers take their values by the same names."""
 
     def select(self, *names: str) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names}
@@ -61,10 +61,10 @@ def add_photo_section(parts: Parts, priors: Priors) -> None:
             parts.sensitivity = gr.Slider(
                 0, 1, 0.5, step=0.05, label="Sensitivity", min_width=150, scale=1, elem_id="keenly"
             )
-        with gr.Accordion("Or upload a mask: black where something is missing, white elsewhere", open=False):
+        with gr.Accordion("Or upload a mask: black is missing, white is kept", open=False):
             parts.mask = gr.File(label="Mask", **IMAGE_FILE)
     parts.again = gr.Button("Choose another photo", size="sm", visible=False, elem_id="again")
-    with gr.Accordion("More photos, restored one after another with the same settings", open=False):
+    with gr.Accordion("More photos, with the same settings", open=False):
         parts.more = gr.File(label="More photos", file_count="multiple", elem_id="more", **IMAGE_FILE)
     choices = class_choices(priors.first)
     parts.label = gr.Radio(
@@ -141,16 +141,18 @@ def add_advanced_section(parts: Parts) -> None:
         # Textboxes: an untouched gr.Number posts 0, which would switch PAG off.
         parts.steps = gr.Textbox(label="Steps", info="of the sampler; empty: the preset's")
         parts.seed = gr.Number(value=0, precision=0, minimum=0, label="Seed", info="another seed invents other details")
-        parts.scale = gr.Textbox(label="PAG scale s", info="perturbed-attention guidance; empty: the preset's, 0: off")
+        parts.pag_scale = gr.Textbox(
+            label="PAG scale s", info="perturbed-attention guidance; empty: the preset's, 0: off"
+        )
         parts.sigma = gr.Textbox(label="sigma_y", info="noise in the photo on [-1, 1]; empty: estimated")
-        parts.traced = gr.Checkbox(
+        parts.trajectory = gr.Checkbox(
             value=True, label="Keep a picture of the guidance", info="|eps − eps_weak| through time"
         )
 
 
 def add_prior_section(parts: Parts, priors: Priors) -> None:
     name = priors.first.name
-    with gr.Accordion("The prior: where missing detail comes from", open=False):
+    with gr.Accordion("The prior: where detail comes from", open=False):
         parts.prior = gr.Dropdown(priors.choices(), value=name, label="Prior")
         parts.about = gr.Markdown(describe_prior(name), elem_classes="fine")
         parts.fetch = gr.Button("Download it", visible=False)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from operators import RestoreError
-from restore.app.page.request import PAINT_FIRST, estimate_sigma
+from restore.app.page.request import PAINT_FIRST
 from restore.images import damage
 from restore.images import io as images
 from restore.images.folder import read_image_size
@@ -46,15 +46,6 @@ class Edits:
         return bool(self.turns) or self.crop != (0, 0, 1, 1)
 
 
-@dataclass(frozen=True)
-class Preview:
-    """size: (H, W) of the photo. address: a data URL of the picture for the browser. noise: its sigma_y."""
-
-    size: tuple[int, int]
-    address: str
-    noise: float
-
-
 def read_photo(path: str | Path) -> ImageRecord:
     """Read an uploaded photo. Raises RestoreError, before it is decoded, for more than LARGEST_PHOTO pixels."""
     try:
@@ -66,12 +57,6 @@ def read_photo(path: str | Path) -> ImageRecord:
             f"the photo has {width} x {height} pixels, at most {LARGEST_PHOTO / 1e6:.0f} million are allowed here"
         )
     return images.read_image(path)
-
-
-def preview_photo(path: str | Path) -> Preview:
-    """Raises RestoreError if it is no photo."""
-    record = read_photo(path)
-    return Preview(record.size, to_data_url(render(record.pixels)), estimate_sigma(record.pixels))
 
 
 def parse_edits(text: str | None) -> Edits:

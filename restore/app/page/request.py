@@ -7,13 +7,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from operators import RestoreError
 from operators.naming import check_known
+from operators.validate import require_number
+from restore.app.options import parse_steps
 from restore.images import estimate
+from restore.method import QUALITIES
 from restore.task import Task, load_task
 
 # name -> (plain words, the field's term)
@@ -27,6 +31,8 @@ PLAIN = {
 FACTORS = (2, 4, 8)
 BLURS = {"focus": ("It is out of focus", "Gaussian blur"), "motion": ("The camera moved", "motion blur")}
 SIGMA_RANGE = (0.02, 1.0)  # of an estimated sigma_y; rounding to 8 bits adds 0.002
+LARGEST_PATH = 1e4  # pixels
+MOST_SAMPLES = 16  # of one photo
 PAINT_FIRST = "paint over what is damaged first, or let scratches and dust be proposed"
 
 
@@ -63,7 +69,7 @@ def make_task(request: Request, pixels: torch.Tensor, folder: Path, mask: Path |
     """
     check_known([request.task], PLAIN, "there is no task called")
     sigma = estimate_sigma(pixels) if request.sigma is None else request.sigma
-    settings = {"sigma": _require_range(sigma, "the noise", 0, 4)}
+    settings = {"sigma": require_number(sigma, "the noise", 0, 4)}
     if request.task == "fill":
         if mask is None:
             raise RestoreError(PAINT_FIRST)
@@ -80,7 +86,7 @@ def make_task(request: Request, pixels: torch.Tensor, folder: Path, mask: Path |
             kernel = folder / "kernel.npy"
             np.save(kernel, estimate.rasterise_path(torch.tensor(request.path)).double().numpy())
             return load_task("blur", settings, kernel=kernel)
-        std = _require_range(request.std, "the size of the blur", 0.1, 50)
+        std = require_number(request.std, "the size of the blur", 0.1, 50)
         radius = min(math.ceil(3 * std), min(pixels.shape[-2:]) - 1)
         return load_task("gaussian-blur", settings | {"std": std, "kernel_size": 2 * radius + 1})
     return load_task("denoise" if request.task == "denoise" else "colorize", settings)
@@ -94,14 +100,48 @@ def estimate_sigma(pixels: torch.Tensor) -> float:
     return min(max(round(estimate.estimate_noise(pixels), 3), low), high)
 
 
-def parse_path(text: str | None, extent: float) -> list[list[float]]:
-    """Return the points, in pixels, of a path drawn on a square `extent` pixels wide. Raises RestoreError."""
+def parse_request(
+    *,
+    path: str,
+    sigma: str,
+    quality: str,
+    steps: str,
+    pag_scale: str,
+    label: str,
+    factor: float,
+    samples: float,
+    seed: float,
+    extent: float | None = None,
+    **values: Any,
+) -> Request:
+    """Return a Request of what was typed, drawn and selected. extent: see parse_path. Raises RestoreError."""
+    check_known([quality], QUALITIES, "there is no quality called")
+    return Request(
+        path=parse_path(path, extent),
+        sigma=parse_number(sigma, "sigma"),
+        quality=quality,
+        steps=parse_steps((steps or "").strip() or None),
+        pag_scale=parse_number(pag_scale, "PAG scale"),
+        label=(label or "").strip() or None,
+        factor=int(factor),
+        samples=min(int(samples), MOST_SAMPLES),
+        seed=int(seed or 0),
+        **values,
+    )
+
+
+def parse_path(text: str | None, extent: float | None = None) -> list[list[float]]:
+    """Return points in pixels, given in pixels or, with an `extent`, as fractions of a square that many pixels wide.
+
+    Raises RestoreError if they cannot be read or lie outside of the square.
+    """
+    scale, largest = (1.0, LARGEST_PATH) if extent is None else (extent, extent)
     try:
-        points = [[float(x) * extent, float(y) * extent] for x, y in json.loads(text or "[]")]
+        points = [[float(x) * scale, float(y) * scale] for x, y in json.loads(text or "[]")]
     except (ValueError, TypeError, RecursionError):
         raise RestoreError("the path of the camera cannot be read: draw it again") from None
-    if len(points) > 10_000 or not np.isfinite(points).all() or np.abs(points or [0]).max() > extent:
-        raise RestoreError("the path of the camera leaves its square: draw it again")
+    if len(points) > 10_000 or not np.isfinite(points).all() or np.abs(points or [0]).max() > largest:
+        raise RestoreError("the path of the camera is too long: draw it again")
     return points
 
 
@@ -110,12 +150,7 @@ def parse_number(text: str | None, name: str) -> float | None:
     if not text or not text.strip():
         return None
     try:
-        return _require_range(float(text), name)
+        number = float(text)
     except ValueError:
-        raise RestoreError(f"{name} must be a number, not {text!r}; leave it empty for the preset's") from None
-
-
-def _require_range(value: float, name: str, low: float = -math.inf, high: float = math.inf) -> float:
-    if not (math.isfinite(value) and low <= value <= high):
-        raise RestoreError(f"{name} must lie between {low:g} and {high:g}, not {value:g}")
-    return float(value)
+        raise RestoreError(f"{name} must be a number, got {text!r}; leave it empty for the preset's") from None
+    return require_number(number, name)

@@ -16,14 +16,15 @@ import PIL.Image
 
 from operators import RestoreError
 from restore import disk
-from restore.app import run
+from restore.app.choice import MethodChoice, PAGOverride
 from restore.app.files import MEAN, SIGNALS, SPREAD, Photo, find_photos
 from restore.app.page import pictures
 from restore.app.page.pictures import SMALLEST, Edits
 from restore.app.page.request import Request, make_task
 from restore.app.page.text import hide_folders
-from restore.images import io
 from restore.memory import Plan, Planner, format_duration
+from restore.app.run import Condition, Outcome, RestoreJob
+from restore.images import io
 
 INTERVAL = 0.5  # seconds between two pictures of what is forming
 WORKER = "restore-photos"  # the name of the thread
@@ -62,15 +63,14 @@ class Result:
 
 def restore(
     photos: list[str | Path],
-    restorer: Any,
-    request: Request,
     planner: Planner,
+    request: Request,
     folder: str | Path,
     stop: threading.Event,
     edits: Edits | None = None,
     mask: str | Path | None = None,
 ) -> Iterator[Step | Result]:
-    """Restore photos into a folder of the caller's, yielding steps, and a Result at the end of each photo.
+    """Restore photos, by the planner's Restorer, into a folder of the caller's; yield steps and a Result of each photo.
 
     edits: of the first photo, None for none. mask: a file, for every photo; without one the paint of the edits, and for
     photos without edits the proposed mask. A photo that cannot be restored yields a Result with its error; no message
@@ -83,14 +83,13 @@ def restore(
 
     def work(report: Callable[[Any], None]) -> None:
         for k, photo in enumerate(map(Path, photos)):
-            place = folder / str(k)  # several photos may have one name
+            place, own = folder / str(k), edits if k == 0 else None  # several photos may have one name
             title = f"{photo.name} ({k + 1} of {len(photos)})" if len(photos) > 1 else photo.name
             report(Step(f"Looking at {title} …"))
             try:
-                selected, task = _prepare(photo, request, place, edits if k == 0 else None, mask)
-                watch = _Watch(title, report, stop)
-                seconds = _restore_photo(selected, restorer, task, request, planner, watch)
-                report(_collect_result(photo, selected, request, (edits if k == 0 else None) or Edits(), seconds))
+                selected, task = _prepare(photo, request, place, own, mask)
+                seconds = _restore_photo(selected, task, planner, request, _Watch(title, report, stop))
+                report(_collect_result(photo, selected, request, own or Edits(), seconds))
             except RestoreError as error:
                 report(Result(photo.name, hide_folders(str(error), photo, mask, place)))
             if stop.is_set():
@@ -101,9 +100,8 @@ def restore(
 
 def estimate(
     photo: str | Path,
-    restorer: Any,
-    request: Request,
     planner: Planner,
+    request: Request,
     folder: str | Path,
     edits: Edits | None = None,
     mask: str | None = None,
@@ -112,7 +110,8 @@ def estimate(
     folder = Path(folder)
     try:
         selected, task = _prepare(Path(photo), request, folder, edits, mask, planning=True)
-        (outcome,) = run.restore_files([selected], restorer, task, **_options(request), planner=planner, dry_run=True)
+        job = RestoreJob(planner.restorer, task, **_options(request), planner=planner, dry_run=True)
+        (outcome,) = job.run([selected])
         if outcome.error:
             raise RestoreError(outcome.error)
     except RestoreError as error:
@@ -132,7 +131,7 @@ class _Watch:
         if self.stop.is_set():
             raise RestoreError("cancelled")
 
-    def announce(self, outcome: run.Outcome) -> None:
+    def announce(self, outcome: Outcome) -> None:
         self.plan, self.started = outcome.plan, time.monotonic()
         if self.plan.fits:
             self.report(Step(f"Restoring {self.title}, about {format_duration(self.plan.seconds)} …", 0.0))
@@ -150,14 +149,14 @@ class _Watch:
         self.report(Step(f"Restoring {self.title} …", share, detail, picture))
 
 
-def _restore_photo(photo: Photo, restorer: Any, task: Any, request: Request, planner: Planner, watch: _Watch) -> float:
+def _restore_photo(photo: Photo, task: Any, planner: Planner, request: Request, watch: _Watch) -> float:
     """Restore one photo and return the seconds it took."""
     started = time.monotonic()
     height, width = io.read_image(photo.source).size
     trajectory = request.trajectory and height * width * task.factor**2 <= LARGEST_TRAJECTORY
     options = _options(request) | {"save_trajectory": trajectory, "callback": watch.step, "announce": watch.announce}
     watch.check()
-    (outcome,) = run.restore_files([photo], restorer, task, **options, planner=planner)
+    (outcome,) = RestoreJob(planner.restorer, task, **options, planner=planner).run([photo])
     plan = watch.plan
     if plan is not None and not plan.fits:
         raise RestoreError(
@@ -195,15 +194,10 @@ def _prepare(
 
 
 def _options(request: Request) -> dict[str, Any]:
-    guidance = "preset" if request.pag_scale is None else run.ChangedPAG(request.pag_scale)
-    return {
-        "quality": request.quality,
-        "samples": request.samples,
-        "steps": request.steps,
-        "seed": request.seed,
-        "guidance": guidance,
-        "label": request.label,
-    }
+    guidance = "preset" if request.pag_scale is None else PAGOverride(request.pag_scale)
+    method = MethodChoice(quality=request.quality, guidance=guidance, steps=request.steps)
+    condition = Condition(request.label)
+    return {"method": method, "condition": condition, "samples": request.samples, "seed": request.seed}
 
 
 def _collect_result(photo: Path, selected: Photo, request: Request, edits: Edits, seconds: float) -> Result:
