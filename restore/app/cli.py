@@ -88,9 +88,9 @@ def run(
     from restore import restorer
     from restore.app import files
     from restore.app.choice import MethodChoice
-    from restore.memory import Planner
     from restore.app.run import Condition, RestoreJob
     from restore.images.resampling import select_resampling
+    from restore.memory import Planner
     from restore.task import load_task
 
     names, settings = options.split_settings(inputs)

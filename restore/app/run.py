@@ -17,11 +17,11 @@ from restore import disk
 from restore.app import files
 from restore.app.choice import MethodChoice
 from restore.app.files import DEGRADED, MEAN, SIGNALS, SPREAD, TRAJECTORY, Photo
-from restore.memory import Plan, Planner
 from restore.app.trajectory import Trajectory
 from restore.images import io
 from restore.images.resampling import Resampling
 from restore.images.tint import apply_tint, estimate_tint
+from restore.memory import Plan, Planner
 from restore.method import Method
 from restore.metrics.single import psnr, ssim
 from restore.restoration import Restoration, explain_out_of_memory

@@ -37,7 +37,7 @@ class Trajectory:
     def guidance(self, described: Sequence[Mapping[str, Any]]) -> PIL.Image.Image:
         """Return |eps − eps_weak|, averaged over the channels, in a row for each term that was active.
 
-        described: the guidance as restore.guidance.describe_guidance returns it. A row is black for 0 and white for its largest
+        described: the result of restore.guidance.describe_guidance. A row is black for 0 and white for its largest
         value, with square roots between; its means stand below. A cell is empty if the term was off.
         """
         rows = [list(row) for row in zip(*(signals for _, _, signals in self.steps), strict=True)]

@@ -22,9 +22,9 @@ from restore.app.page import pictures
 from restore.app.page.pictures import SMALLEST, Edits
 from restore.app.page.request import Request, make_task
 from restore.app.page.text import hide_folders
-from restore.memory import Plan, Planner, format_duration
 from restore.app.run import Condition, Outcome, RestoreJob
 from restore.images import io
+from restore.memory import Plan, Planner, format_duration
 
 INTERVAL = 0.5  # seconds between two pictures of what is forming
 WORKER = "restore-photos"  # the name of the thread
