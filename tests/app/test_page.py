@@ -267,7 +267,7 @@ def test_without_gradio_it_says_what_to_install(restorer, monkeypatch):
     from restore.app import page
 
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(RestoreError, match=r"install restore\[ui\]"):
+    with pytest.raises(RestoreError, match=r"install restore-diffusion\[ui\]"):
         page.build_page(restorer)
 
 
