@@ -133,7 +133,7 @@ def _load_vgg_means(path: Path, device: str) -> Callable[[torch.Tensor], tuple[t
     from torchvision.models.vgg import cfgs, make_layers
 
     network = make_layers(cfgs["D"], batch_norm=False)[:30]
-    state = checkpoints.read(path)
+    state = checkpoints.read_weights(path)
     try:
         network.load_state_dict({key: state[f"features.{key}"] for key in network.state_dict()})
     except KeyError as error:

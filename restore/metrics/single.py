@@ -94,7 +94,7 @@ class LPIPS:
             warnings.simplefilter("ignore", UserWarning)
             self.model = lpips.LPIPS(net=net, version="0.1", pnet_rand=True, verbose=False)
         # lpips slices torchvision's `features`, keeping each layer's index as the last part of its name.
-        state = checkpoints.read(path)
+        state = checkpoints.read_weights(path)
         try:
             trunk = {key: state["features." + key.split(".", 1)[1]] for key in self.model.net.state_dict()}
         except KeyError as error:

@@ -88,7 +88,7 @@ def find_weights(name: str, weights: Mapping[str, str | os.PathLike] | None = No
     if path.name == published.file and not hash_weights(path).startswith(published.sha256):
         raise RestoreError(f"{path} is damaged: its sha256 must begin with {published.sha256}; download it again")
     key, shape = published.probe
-    state = checkpoints.read(path, "meta")
+    state = checkpoints.read_weights(path, "meta")
     if not isinstance(state, Mapping) or not hasattr(state.get(key), "shape") or tuple(state[key].shape) != shape:
         raise RestoreError(f"{path} holds another network: it must have {key} of shape {shape}; give {published.file}")
     return path
