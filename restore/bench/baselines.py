@@ -1,4 +1,4 @@
-"""What a posterior sampler has to beat: interpolation, Wiener filtering, pseudo-inverse."""
+"""Linear baselines: interpolation, Wiener filter, pseudo-inverse."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from operators.base import apply_transpose
 
 
 def pseudo_inverse(y: torch.Tensor, operator: Any) -> torch.Tensor:
-    """A_dagger y, clamped to [-1, 1]; (B, 3, H, W)."""
+    """Return A_dagger y, clamped to [-1, 1]; (B, 3, H, W)."""
     return operator.A_dagger(y).clamp(-1, 1)
 
 
 def bicubic(y: torch.Tensor, operator: Any) -> torch.Tensor:
-    """y resized to the image's size by bicubic interpolation, for super-resolution; (B, 3, H, W)."""
+    """Return y resized to the image's size by bicubic interpolation, for super-resolution; (B, 3, H, W)."""
     size = operator.A_adjoint(y).shape[-2:]
     return F.interpolate(y, size=size, mode="bicubic", align_corners=False).clamp(-1, 1)
 
 
 class _WithGradients:
-    """x -> (A x, ratio * grad x), flattened: least squares with it is the Wiener estimate."""
+    """The operator x -> (A x, ratio * grad x), flattened: its least squares solution is the Wiener estimate."""
 
     def __init__(self, operator: Any, ratio: float, shape: tuple[int, ...]) -> None:
         self.operator, self.ratio, self.shape = operator, ratio, shape
@@ -38,13 +38,12 @@ class _WithGradients:
 
 
 def wiener(y: torch.Tensor, operator: Any, gradient_std: float = 0.2) -> torch.Tensor:
-    """The Wiener estimate for a prior with a 1/f^2 spectrum, for any linear operator; (B, 3, H, W).
+    """Return the Wiener estimate of any linear operator for a prior with a 1/f^2 spectrum; (B, 3, H, W).
 
     That prior is Gaussian with independent neighbour differences of standard deviation
     `gradient_std` (on [-1, 1]), so the estimate minimises
         ||y - A x||^2 / sigma_y^2 + ||grad x||^2 / gradient_std^2,
-    which is the Wiener filter where A is a convolution and harmonic filling where A is a mask. sigma_y is the
-    operator's, at least 1e-3.
+    the Wiener filter if A is a convolution, harmonic filling if A is a mask. sigma_y is the operator's, at least 1e-3.
     """
     ratio = max(getattr(operator.noise, "sigma", 0.0) or 0.0, 1e-3) / gradient_std
     stacked = _WithGradients(operator, ratio, operator.A_adjoint(y).shape)
@@ -54,7 +53,7 @@ def wiener(y: torch.Tensor, operator: Any, gradient_std: float = 0.2) -> torch.T
 
 
 def baseline(y: torch.Tensor, operator: Any) -> torch.Tensor:
-    """Bicubic interpolation for super-resolution, Wiener for the other linear operators; (B, 3, H, W)."""
+    """Return `bicubic` for super-resolution and `wiener` for the other linear operators; (B, 3, H, W)."""
     return (bicubic if getattr(operator, "name", "") == "super_resolution" else wiener)(y, operator)
 
 

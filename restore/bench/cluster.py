@@ -1,7 +1,7 @@
-"""The same batches on a Ray cluster (extra `cluster`): one worker per GPU or per share of the CPUs.
+"""The batches of a run on a Ray cluster (extra `cluster`): one worker per GPU, or per share of the CPUs.
 
-All workers see the run's folder (a shared file system on several machines) and write results as the local engine
-does, so a run may be started with one engine and finished with the other.
+All workers share the run's folder (on several machines, a shared file system) and write results as the local engine
+does, so that a run may be started with one engine and finished with the other.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from operators import RestoreError
-from restore.bench import datasets
 from restore.bench.batches import Batch
+from restore.bench.datasets import ImageSet
 
 MAX_FAILURES = 3
 
@@ -22,14 +22,15 @@ def run_batches(
     batches: Sequence[Batch],
     config: Mapping[str, Any],
     run: Path,
-    images: datasets.ImageSet | None,
-    finished: Callable[[Batch, dict[str, Any]], None],
+    images: ImageSet | None,
+    finish: Callable[[Batch, dict[str, Any]], None],
 ) -> None:
-    """Compute `batches` on every worker there is, each taking the next one when it is free.
+    """Compute batches on several workers, each of which takes the next one when it is free.
 
-    config.workers: how many; None: one per GPU of the cluster, or per `worker.cpus` CPUs where there is none.
-    A batch whose worker dies is given to another; the third death over the same one raises RestoreError, as does
-    a mistake that the worker itself reports. finished: called with every batch and its cost, in the order they end.
+    config.workers: their number; None: one per GPU of the cluster, or per `worker.cpus` CPUs if there is none.
+    finish: called with every batch and its cost, in the order in which they end.
+    A batch whose worker dies is given to another. Raises RestoreError at the third death over one batch, and if a
+    worker does.
     """
     try:
         import ray
@@ -54,13 +55,13 @@ def run_batches(
         def start() -> Any:
             return actor.remote(config, run, images, "cuda" if gpus and config["device"] == "auto" else None)
 
-        _distribute(ray, deque(batches), [start() for _ in range(number)], start, finished)
+        _distribute(ray, deque(batches), [start() for _ in range(number)], start, finish)
     finally:
         if started_here:
             ray.shutdown()
 
 
-def _distribute(ray, waiting: deque, workers: list, start: Callable[[], Any], finished) -> None:
+def _distribute(ray, waiting: deque, workers: list, start: Callable[[], Any], finish) -> None:
     failures: dict[str, int] = {}
     running = {}
 
@@ -90,5 +91,5 @@ def _distribute(ray, waiting: deque, workers: list, start: Callable[[], Any], fi
             waiting.appendleft(batch)
             give(start())
             continue
-        finished(batch, cost)
+        finish(batch, cost)
         give(worker)

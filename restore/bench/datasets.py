@@ -22,19 +22,11 @@ from restore.images.folder import crop_centre, list_images, read_rgb
 from restore.images.io import READABLE_SUFFIXES
 from restore.images.resampling import stretch_range
 
-# The sets of the literature: their side and, where the paper that introduced the protocol names them, the files.
-KNOWN_SETS: dict[str, dict[str, Any]] = {
-    "ffhq-256": {
-        "size": 256,
-        "names": [f"{i:05d}" for i in range(1000)],
-        "about": "FFHQ at 256 pixels, files 00000-00999: the 1k validation set of DPS (Chung et al. 2023)",
-    },
-    "imagenet-256": {
-        "size": 256,
-        "names": None,
-        "about": "ImageNet validation images at 256 pixels; `names` must list which ones, as papers differ",
-    },
-    "folder": {"size": None, "names": None, "about": "every image of a folder, sorted by name"},
+# The sets of the literature: their side in pixels, and their files if one paper names them.
+KNOWN_SETS: dict[str, tuple[int | None, list[str] | None]] = {
+    "ffhq-256": (256, [f"{i:05d}" for i in range(1000)]),  # the 1k validation set of DPS (Chung et al. 2023)
+    "imagenet-256": (256, None),  # validation images; papers use different ones
+    "folder": (None, None),  # every image of a folder, sorted by name
 }
 PREPROCESSING = "shorter side to `size` by antialiased bicubic (Pillow), centre crop; untouched where it already fits"
 STRETCHING = "; each image's range stretched to 0-255"
@@ -44,16 +36,14 @@ STRETCHING = "; each image's range stretched to 0-255"
 class ImageSet:
     """A fixed, checked list of images.
 
-    ids: one per image, the path below `root` without suffix, "/" between folders; unique.
-    paths: the files, in the same order.
-    size: every image is brought to size x size (PREPROCESSING), or left as it is when None.
+    ids: paths below the folder without suffix, "/" between folders; unique. paths: the files, in the same order.
+    size: every image is brought to size x size (PREPROCESSING), or left as it is if None.
     digest: sha256 over ids and file contents in order, hexadecimal: equal only for equal sets.
-    shapes: (height, width) after preprocessing, one per image.
-    stretch: each image's darkest value goes to 0 and its brightest to 255 after that (PSLD's code does it).
+    shapes: (height, width) after preprocessing.
+    stretch: each image's darkest value goes to 0 and its brightest to 255 after that, as in PSLD's code.
     """
 
     name: str
-    root: Path
     ids: tuple[str, ...]
     paths: tuple[Path, ...]
     size: int | None
@@ -65,16 +55,16 @@ class ImageSet:
         return len(self.ids)
 
     def pixels(self, i: int) -> np.ndarray:
-        """Image i as uint8 (H, W, 3), preprocessed."""
+        """Return image i as uint8 (H, W, 3), preprocessed."""
         pixels = crop_centre(read_rgb(self.paths[i]), self.size)
         return io.to_uint8(stretch_range(io.to_tensor(pixels)))[0] if self.stretch else pixels
 
     def tensor(self, i: int) -> torch.Tensor:
-        """Image i as float32 (3, H, W) in [-1, 1]."""
+        """Return image i as float32 (3, H, W) in [-1, 1]."""
         return torch.from_numpy(self.pixels(i).copy()).permute(2, 0, 1).float() / 127.5 - 1
 
     def describe(self) -> dict[str, Any]:
-        """The protocol's entry: enough to know whether another run saw the same images."""
+        """Return the protocol's entry: enough to know whether another run used the same images."""
         shapes = sorted(set(self.shapes))
         return {
             "set": self.name,
@@ -87,15 +77,77 @@ class ImageSet:
         }
 
 
-def metadata_names(folder: Path) -> list[str]:
-    """The ids that metadata.jsonl or .csv of a Hugging Face image folder lists; [] where there is none."""
+def load_dataset(
+    folder: str | os.PathLike,
+    *,
+    name: str = "folder",
+    names: str | os.PathLike | Sequence[str] | None = None,
+    split: str | None = None,
+    size: int | None = None,
+    every: int = 1,
+    limit: int | None = None,
+    stretch: bool = False,
+) -> ImageSet:
+    """Find, check and hash a set of images before anything runs.
+
+    folder: where the images are, at any depth.
+    name: "ffhq-256" (files 00000-00999), "imagenet-256" (needs `names`) or "folder".
+    names: a text file with one image name a line, or a sequence of names; suffixes are optional.
+    split: subfolder of a Hugging Face image folder ("train", "test"), whose metadata file gives the order.
+    size: side in pixels to which every image is brought; the named sets have their own.
+    every, limit: keep every n-th image, then at most `limit`.
+    stretch: see ImageSet.
+    Every file is decoded once: raises one RestoreError that names all missing or all corrupt images.
+    """
+    check_known([name], KNOWN_SETS, "there is no data set named")
+    if every < 1 or (limit is not None and limit < 1) or (size is not None and size < 1):
+        raise RestoreError(f"every={every}, limit={limit} and size={size} must be 1 or more (or absent)")
+    known_size, known_names = KNOWN_SETS[name]
+    root, size = Path(folder) / split if split else Path(folder), size or known_size
+    files, _ = list_images(root)
+    if name == "imagenet-256" and names is None:
+        raise RestoreError(
+            "imagenet-256 needs names=FILE, a text file with one image name a line: papers use different 1k lists"
+        )
+    wanted = _read_names(names) or known_names or read_metadata_names(root)
+    if name == "ffhq-256" and names is None and limit is not None:
+        wanted = wanted[: every * limit]  # fewer images do not require the others
+    if wanted:
+        files = _select_files(files, wanted, root)
+    files = {key: files[key] for key in list(files)[::every][:limit]}
+
+    digest, shapes, corrupt = hashlib.sha256(), [], []
+    for key, path in files.items():
+        try:
+            shape = read_rgb(path).shape[:2]
+        except RestoreError:
+            corrupt.append(path.name)
+            continue
+        shapes.append((size, size) if size else (int(shape[0]), int(shape[1])))
+        digest.update(key.encode() + b"\0" + bytes.fromhex(hash_file(path)))
+    if corrupt:
+        raise RestoreError(
+            f"{len(corrupt)} of {len(files)} files in {root} are not readable images: {_shorten(corrupt)}; replace them"
+        )
+    if size:
+        digest.update(f"size {size} {PREPROCESSING}".encode())
+    if stretch:
+        digest.update(STRETCHING.encode())
+    return ImageSet(name, tuple(files), tuple(files.values()), size, digest.hexdigest(), tuple(shapes), stretch)
+
+
+def read_metadata_names(folder: Path) -> list[str]:
+    """Return the ids that metadata.jsonl or .csv of a Hugging Face image folder lists; [] if there is none.
+
+    Raises RestoreError for a file without a column `file_name`.
+    """
     for source in (folder / "metadata.jsonl", folder / "metadata.csv"):
         if source.exists():
             with open(source, newline="", encoding="utf-8") as file:
                 read = csv.DictReader(file) if source.suffix == ".csv" else map(json.loads, filter(str.strip, file))
                 rows = list(read)
             if not rows or "file_name" not in rows[0]:
-                raise RestoreError(f"{source} has no column `file_name`; Hugging Face image folders need one")
+                raise RestoreError(f"{source} must have a column `file_name`, as Hugging Face image folders do")
             return [Path(row["file_name"]).with_suffix("").as_posix() for row in rows]
     return []
 
@@ -110,11 +162,11 @@ def _read_names(names: str | os.PathLike | Sequence[str] | None) -> list[str] | 
     lines = [str(line).strip() for line in names if str(line).strip() and not str(line).startswith("#")]
     if not lines:
         raise RestoreError("the list of image names is empty; give at least one name")
-    return [_without_suffix(line) for line in lines]
+    return [_strip_suffix(line) for line in lines]
 
 
-def _without_suffix(line: str) -> str:
-    """`n01/a.JPEG 65` -> `n01/a`: lists of the literature carry a class label after the file name."""
+def _strip_suffix(line: str) -> str:
+    """`n01/a.JPEG 65` -> `n01/a`: lists of the literature have a class label after the file name."""
     for candidate in (line, line.split()[0]):
         suffix = Path(candidate).suffix
         if suffix.lower() in READABLE_SUFFIXES:
@@ -122,96 +174,27 @@ def _without_suffix(line: str) -> str:
     return line
 
 
-def _choose(found: dict[str, Path], names: list[str], folder: Path) -> dict[str, Path]:
-    """The named images in the list's order; a bare stem also finds a file deeper down if it is the only one."""
+def _select_files(files: dict[str, Path], names: list[str], folder: Path) -> dict[str, Path]:
+    """The named images in the list's order; a bare stem also matches the only file of that name in a subfolder."""
     by_stem: dict[str, list[str]] = {}
-    for key in found:
+    for key in files:
         by_stem.setdefault(key.rsplit("/", 1)[-1], []).append(key)
-    chosen, missing = {}, []
+    selected, missing = {}, []
     for name in names:
-        candidates = [name] if name in found else by_stem.get(name, [])
-        if len(candidates) > 1:
-            raise RestoreError(
-                f"{name} is in {folder} {len(candidates)} times ({', '.join(candidates[:3])}); give its path"
-            )
-        if not candidates:
+        matches = [name] if name in files else by_stem.get(name, [])
+        if len(matches) > 1:
+            raise RestoreError(f"{name} is in {folder} {len(matches)} times ({', '.join(matches[:3])}); give its path")
+        if not matches:
             missing.append(name)
-        elif candidates[0] in chosen:
+        elif matches[0] in selected:
             raise RestoreError(f"the list of image names holds {name} twice; remove one")
         else:
-            chosen[candidates[0]] = found[candidates[0]]
+            selected[matches[0]] = files[matches[0]]
     if missing:
-        some = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-        raise RestoreError(f"{len(missing)} of {len(names)} images are missing from {folder}: {some}; add them")
-    return chosen
+        count = f"{len(missing)} of {len(names)}"
+        raise RestoreError(f"{count} images are missing from {folder}: {_shorten(missing)}; add them")
+    return selected
 
 
-def load_dataset(
-    folder: str | os.PathLike,
-    *,
-    name: str = "folder",
-    names: str | os.PathLike | Sequence[str] | None = None,
-    split: str | None = None,
-    size: int | None = None,
-    every: int = 1,
-    limit: int | None = None,
-    stretch: bool = False,
-) -> ImageSet:
-    """Resolve, check and hash a set of images before anything runs.
-
-    folder: where the images are, at any depth.
-    name: "ffhq-256" (files 00000-00999), "imagenet-256" (needs `names`) or "folder".
-    names: a text file with one image name a line, or a sequence of names; suffixes are optional.
-    split: subfolder of a Hugging Face image folder ("train", "test"), its metadata file giving the order.
-    size: side in pixels that every image is brought to; the named sets have their own.
-    every, limit: keep every n-th image, then at most `limit`.
-    stretch: see ImageSet.
-
-    Every file is decoded once, so missing and corrupt images are named here, all of them, in one RestoreError.
-    """
-    check_known([name], KNOWN_SETS, "there is no data set named")
-    if every < 1 or (limit is not None and limit < 1) or (size is not None and size < 1):
-        raise RestoreError(f"every={every}, limit={limit} and size={size} must be 1 or more (or absent)")
-    known = KNOWN_SETS[name]
-    root = Path(folder) / split if split else Path(folder)
-    found, _ = list_images(root)
-    wanted = _read_names(names) or known["names"] or metadata_names(root) or None
-    if name == "imagenet-256" and names is None:
-        raise RestoreError(
-            "imagenet-256 needs names=FILE, a text file with one image name a line: papers use different 1k lists"
-        )
-    if name == "ffhq-256" and names is None and limit is not None:
-        # Asking for fewer images must not require the others to be there.
-        wanted = wanted[: every * limit]
-    chosen = _choose(found, wanted, root) if wanted is not None else found
-    ids = list(chosen)[::every][:limit]
-    size = size or known["size"]
-
-    digest, shapes, corrupt = hashlib.sha256(), [], []
-    for key in ids:
-        try:
-            shape = read_rgb(chosen[key]).shape[:2]
-        except RestoreError:
-            corrupt.append(chosen[key].name)
-            continue
-        shapes.append((size, size) if size else (int(shape[0]), int(shape[1])))
-        digest.update(key.encode() + b"\0" + bytes.fromhex(hash_file(chosen[key])))
-    if corrupt:
-        some = ", ".join(corrupt[:5]) + (" ..." if len(corrupt) > 5 else "")
-        raise RestoreError(
-            f"{len(corrupt)} of {len(ids)} files in {root} are not readable images: {some}; replace them"
-        )
-    if size:
-        digest.update(f"size {size} {PREPROCESSING}".encode())
-    if stretch:
-        digest.update(STRETCHING.encode())
-    return ImageSet(
-        name=name,
-        root=root,
-        ids=tuple(ids),
-        paths=tuple(chosen[key] for key in ids),
-        size=size,
-        digest=digest.hexdigest(),
-        shapes=tuple(shapes),
-        stretch=stretch,
-    )
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

@@ -1,4 +1,4 @@
-"""What a benchmark's configuration may hold: OmegaConf reads names, types and defaults from these classes."""
+"""The keys of a benchmark's configuration: OmegaConf reads names, types and defaults from these classes."""
 
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ class Data:
 
 @dataclass
 class Task:
-    """What is measured, or made. operator: a mapping for build_operator, or a name of configs/task; per_image: with
-    a random mask or kernel of its own for every image. solve_at, resample: see images/resampling. labels: a
-    class by name or index; for generation also a list to cycle through, or uniform. prompts: a file with one a line;
-    count: images to make."""
+    """operator: a mapping for build_operator, or a name of configs/task; per_image: with a random mask or kernel for
+    every image. solve_at, resample: see images/resampling. labels: a class by name or index; for generation also a
+    list to cycle through, or uniform. prompts: a file with one a line; count: images to generate."""
 
     title: str | None = None
     operator: Any = field(default_factory=dict)
@@ -46,8 +45,8 @@ class Task:
 
 @dataclass
 class Entry:
-    """A restore.method.Method in words, and where it differs. per_task: changes by task. sweep: dotted key to a list
-    of values, each a method of its own. only: the tasks it runs on."""
+    """The keys of a restore.method.Method. per_task: changes by task. sweep: dotted key to a list of values, each a
+    method of its own. only: the tasks it runs on."""
 
     sampler: str = MISSING
     title: str | None = None
