@@ -14,6 +14,7 @@ from PIL import Image
 import operators
 from operators import RestoreError
 from operators.naming import check_known
+from restore.backbones.sizes import Sized
 from restore.guidance import Guidance, record_signals
 from restore.images import io
 
@@ -115,30 +116,37 @@ def hash_weights(backbone: Any) -> str:
 
 
 def encode_condition(
-    backbone: Any, condition: Any = None, labels: Sequence[int | str] | None = None, prompt: str | None = None
+    prior: Sized,
+    condition: Any = None,
+    labels: Sequence[int | str] | None = None,
+    prompt: str | None = None,
+    negative_prompt: str | None = None,
 ) -> Any:
     """Return the condition given as itself, as classes by number or name, or as a prompt; None for none.
 
-    Raises RestoreError if two of them are given, and if the backbone has no such classes or no text encoder.
+    negative_prompt: becomes the prior's null condition, for CFG. Raises RestoreError if several conditions are given,
+    and if the prior has no such classes or no text encoder.
     """
     if sum(given is not None for given in (condition, labels, prompt)) > 1:
         raise RestoreError("give only one of label, prompt and condition")
+    if negative_prompt is not None:
+        prior.null_condition = _encode_prompt(prior, negative_prompt)
     if prompt is not None:
-        return encode_prompt(backbone, prompt)
+        return _encode_prompt(prior, prompt)
     if labels is None:
         return condition
-    classes, names = (getattr(backbone, name, None) for name in ("classes", "labels"))
+    classes, names = (getattr(prior.inner, name, None) for name in ("classes", "labels"))
     if classes is None:
         raise RestoreError("label must be left out: the backbone has no classes")
-    device = next(backbone.network.parameters()).device
+    device = next(prior.network.parameters()).device
     return torch.tensor([_find_class(label, classes, names or ()) for label in labels], device=device)
 
 
-def encode_prompt(backbone: Any, prompt: str) -> torch.Tensor:
-    """Return the embedding of a prompt. Raises RestoreError if the backbone has no text encoder."""
-    if getattr(backbone, "encode_prompt", None) is None:
+def _encode_prompt(prior: Sized, prompt: str) -> torch.Tensor:
+    encode = getattr(prior.inner, "encode_prompt", None)
+    if encode is None:
         raise RestoreError("prompt must be left out: the backbone has no text encoder")
-    return backbone.encode_prompt(prompt).to(next(backbone.network.parameters()).device)
+    return encode(prompt).to(next(prior.network.parameters()).device)
 
 
 def _find_class(label: int | str, classes: int, names: Sequence[str]) -> int:

@@ -23,7 +23,6 @@ from restore.restoration import (
     Restoration,
     choose_device,
     encode_condition,
-    encode_prompt,
     explain_out_of_memory,
     hash_weights,
     observe_run,
@@ -58,11 +57,7 @@ def load(
     """
     with torch.inference_mode(False):  # weights made in inference mode could never be differentiated through
         found, backbone = zoo.load_backbone(
-            name,
-            device=choose_device(device),
-            precision=precision,
-            offline=offline or None,
-            vae=vae,
+            name, device=choose_device(device), precision=precision, offline=offline or None, vae=vae
         )
     if checkpointing:
         enable_block_checkpointing(backbone)
@@ -216,9 +211,8 @@ class Restorer:
                     raise RestoreError(f"{name}= belongs to the method: pass it to restorer.method(...)")
                 method.check_samples(samples)
             prior = self.sized(*shape[-2:])
-            condition = encode_condition(self.backbone, condition, None if label is None else [label], prompt)
-            if negative_prompt is not None:
-                prior.null_condition = encode_prompt(self.backbone, negative_prompt)
+            labels = None if label is None else [label]
+            condition = encode_condition(prior, condition, labels, prompt, negative_prompt)
             items = [(b, k) for b in range(len(y)) for k in range(samples)]
             return self._run(y, operator, prior, method, ids, items, seed, batch_size, condition, callback)
 
@@ -319,9 +313,7 @@ class Restorer:
         results = []
         with torch.inference_mode(False):
             prior = self.sized(*(size or (side, side)))
-            condition = encode_condition(self.backbone, None, labels, prompt)
-            if negative_prompt is not None:
-                prior.null_condition = encode_prompt(self.backbone, negative_prompt)
+            condition = encode_condition(prior, None, labels, prompt, negative_prompt)
             guidance = resolve_guidance(guidance, None)
             for start in range(0, n, batch_size):
                 rows = list(range(start, min(start + batch_size, n)))
