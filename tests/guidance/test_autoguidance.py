@@ -1,0 +1,65 @@
+"""Autoguidance and SWG against the weaker model and the windows, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from weak_passes import double_adm, relative, weak_of
+
+from restore import zoo
+from restore.backbones.adm import ADM
+from restore.backbones.sizes import Sized, blend_weights, window_starts
+from restore.guidance import SWG, Autoguidance, build_guidance, describe_guidance, estimator
+
+
+@pytest.fixture(scope="module")
+def model():
+    return double_adm()
+
+
+@pytest.fixture(scope="module")
+def x():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_autoguidance(model, x, tiny_adm, monkeypatch):
+    weak = ADM.load(tiny_adm)
+    weak.network.double()
+    with torch.no_grad():
+        expected = weak.predict(x, 250).eps
+        assert relative(weak_of(Autoguidance(1.0, weak), model, x, 250), expected) < 1e-12
+        # One with other noise levels is asked where they are the same.
+        other = ADM(weak.network, schedule="cosine")
+        t = other.schedule.t(model.schedule.ratio(250))
+        assert abs(t - 250) > 10
+        expected = other.predict(x, t).eps
+        assert relative(weak_of(Autoguidance(1.0, other), model, x, 250), expected) < 1e-12
+    guidance = Autoguidance(1.0, tiny_adm)  # a folder
+    loads, load = [], zoo.load_backbone
+    monkeypatch.setattr(zoo, "load_backbone", lambda *args, **options: loads.append(args) or load(*args, **options))
+    with estimator(model, guidance), estimator(model, guidance):
+        assert len(loads) == 1
+    assert build_guidance(describe_guidance(guidance)).terms == (guidance,)
+
+
+def test_autoguidance_by_the_model_itself_changes_nothing(x, tiny_adm):
+    model = ADM.load(tiny_adm)
+    with torch.no_grad(), estimator(model, Autoguidance(3.0, str(tiny_adm))) as estimate:
+        strong, eps = estimate(x.float(), 250)
+    assert torch.equal(eps, strong.eps)
+
+
+def test_swg(x, tiny_adm):
+    model = ADM.load(tiny_adm)
+    model.network.double()
+    x = x[..., :16, :12]
+    starts = {n: window_starts(n, 8, 4) for n in (16, 12)}
+    rows, columns = (blend_weights(starts[n], 8, n).double() for n in (16, 12))
+    expected = torch.zeros_like(x)
+    with torch.no_grad():
+        for top, w in zip(starts[16], rows, strict=True):
+            for left, v in zip(starts[12], columns, strict=True):
+                eps = model.predict(x[..., top : top + 8, left : left + 8], 250).eps
+                expected[..., top : top + 8, left : left + 8] += w[:, None] * v * eps
+    assert len(starts[16]) == 3 and relative(weak_of(SWG(1.0, 8), Sized(model, 16, 12), x, 250), expected) < 1e-6
+    assert relative(weak_of(SWG(1.0, 8), model, x, 250), expected) < 1e-6
