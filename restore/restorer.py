@@ -183,7 +183,7 @@ class Restorer:
             else is computed; larger batches are equal to rounding, which DPS can magnify where a pixel
             crosses the clamp of x0_hat, and faster on a GPU.
         condition: class labels (B,), or embeddings (B or 1, tokens, width). In its place, label: one class, by its
-            number or name; prompt, negative_prompt: text, and text in place of the empty prompt of CFG's weak branch,
+            number or name; prompt, negative_prompt: text, and text in place of the empty prompt of CFG's weak pass,
             for backbones with a text encoder.
         callback: receives the sampler's dict plus `first`, `count` and `total` (samples), and, with guidance,
             `signals`: for each term the step's last |eps − eps_weak|, averaged over the channels, (B, 1, h, w) as x_t,

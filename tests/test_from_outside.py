@@ -28,7 +28,7 @@ TASK = {"name": "own:Mirrored", "share": 0.4, "noise": NOISE}
 
 @pytest.fixture(scope="module")
 def expected():
-    """The same restoration in Python: sampler, operator, target, schedule, weak branch and combination of our own."""
+    """The same restoration in Python: sampler, operator, target, schedule, guidance term and combination of our own."""
     face = io.read_image(FACE).pixels
     operator = own.Mirrored(0.4, noise=operators.GaussianNoise(0.05))
     y = operator(face, torch.Generator().manual_seed(0))

@@ -60,7 +60,7 @@ Vae = Annotated[str | None, typer.Option(help="Autoencoder of a latent backbone:
 Memory = Annotated[float | None, typer.Option(min=0.1, help="GB that may be used; default: all that is free.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Prompt = Annotated[str | None, typer.Option(help="Text for a text-conditional backbone.")]
-NegativePrompt = Annotated[str | None, typer.Option(help="Text for the weak branch of CFG.")]
+NegativePrompt = Annotated[str | None, typer.Option(help="Text for the weak pass of CFG.")]
 
 
 def split_settings(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:

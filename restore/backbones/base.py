@@ -83,7 +83,7 @@ class Backbone(Protocol):
     channels, resolution, multiple: channels of x, the side it was trained at, and the number its
         sides must be divisible by (all in the units of x: pixels, or latent cells of `downscale` pixels).
     bounded: x_0 lies in [-1, 1], so that estimates of it may be clamped.
-    null_condition: the condition that means "nothing" to the network (CFG's weak branch), or None.
+    null_condition: the condition that means "nothing" to the network (CFG's weak pass), or None.
     """
 
     network: nn.Module

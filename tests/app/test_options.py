@@ -112,7 +112,7 @@ def test_guidance_as_yaml_and_from_a_file(command, tmp_path):
 
 
 def test_heads_with_their_strengths_and_targets_with_options(command, tmp_path):
-    """The same guidance by options, as YAML, and from Python; another weak branch beside it."""
+    """The same guidance by options, as YAML, and from Python; another term beside it."""
     arguments = ["run", "a.png", "--task", "denoise", "--steps", 2, "-o", "out", "--overwrite"]
     strength, target = "{m1: {0: 0.5, 3: 1.0}}", "{seg: {sigma: 2}}"
     by_options = ["--pag-scale", 2, "--layers", "m1:0,3", "--strength", strength, "--target", target]

@@ -84,7 +84,7 @@ def test_other_noise_levels_are_seen_as_flows():
 
 
 class Line(Pixels):
-    """A velocity that is known: v = a x + b t; the weak branch's is another."""
+    """A velocity that is known: v = a x + b t; the weak pass's is another."""
 
     attention, null_condition, network = {}, None, torch.nn.Identity()
     schedule, channels, shape = Schedule.flow(1000), 3, SHAPE

@@ -30,7 +30,7 @@ def test_a_prior_with_classes_learns_and_restores(classes):
     found = {label: restorer(y, A, label=label, **options).samples for label in (None, "face", "photo", 1, "1")}
     assert torch.equal(found["photo"], found[1]) and torch.equal(found[1], found["1"])
     assert not torch.equal(found["face"], found["photo"]) and not torch.equal(found[None], found["face"])
-    # CFG's weak branch is the null class: w = 0 is the class alone.
+    # CFG's weak pass is the null class: w = 0 is the class alone.
     guided = {w: restorer(y, A, label="face", guidance=CFG(w), **options).samples for w in (0.0, 2.0)}
     assert torch.equal(guided[0.0], found["face"]) and not torch.equal(guided[2.0], found["face"])
     both = restorer(y, A, label="face", guidance=CFG(1.0) + PAG(1.0, layers="m1"), **options)
