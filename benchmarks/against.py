@@ -67,7 +67,7 @@ class Comparison:
         y = self.operator.A(self.truth)
         n = torch.randn(y.shape, generator=measurement_generator(0, "face"))
         self.y = y + SIGMA * n.to(self.device)
-        self.prior = self.restorer.sized(*size)
+        self.prior = self.restorer.prior(*size)
         self.calls: list[float] = []  # times at which the network was called
         network = self.restorer.backbone.network
         self.hook = network.register_forward_pre_hook(lambda *_: self.calls.append(self.now()))

@@ -69,7 +69,7 @@ def read_yaml(source: str | os.PathLike, what: str = "configuration") -> Any:
         raise RestoreError(f"the {what} {text} is not readable YAML: {reason}") from None
 
 
-def fill(schema: type, given: Mapping[str, Any]) -> dict[str, Any]:
+def fill_defaults(schema: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return `given` completed with the defaults of a schema. Raises RestoreError for wrong names and types."""
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), given)

@@ -82,7 +82,7 @@ class Restorer:
         self.kind = "pixels" if backbone.downscale == 1 else "latents"
         self.device = next(backbone.network.parameters()).device
 
-    def sized(self, height: int, width: int) -> Sized:
+    def prior(self, height: int, width: int) -> Sized:
         """Return the prior of images of this size, as samplers see it."""
         return Sized(self.backbone, height, width, **self.windows)
 
@@ -210,7 +210,7 @@ class Restorer:
                 for name in [*(name for name in choices if choices[name] != _DEFAULTS[name]), *parameters]:
                     raise RestoreError(f"{name}= belongs to the method: pass it to restorer.method(...)")
                 method.check_samples(samples)
-            prior = self.sized(*shape[-2:])
+            prior = self.prior(*shape[-2:])
             labels = None if label is None else [label]
             condition = encode_condition(prior, condition, labels, prompt, negative_prompt)
             items = [(b, k) for b in range(len(y)) for k in range(samples)]
@@ -312,7 +312,7 @@ class Restorer:
         side = self.backbone.resolution * self.backbone.downscale
         results = []
         with torch.inference_mode(False):
-            prior = self.sized(*(size or (side, side)))
+            prior = self.prior(*(size or (side, side)))
             condition = encode_condition(prior, None, labels, prompt, negative_prompt)
             guidance = resolve_guidance(guidance, None)
             for start in range(0, n, batch_size):

@@ -15,7 +15,7 @@ from restore import samplers
 from restore.bench.baselines import BASELINES
 from restore.bench.datasets import KNOWN_SETS
 from restore.bench.schema import Benchmark
-from restore.config import fill, read_config
+from restore.config import fill_defaults, read_config
 from restore.method import Method
 from restore.metrics import table
 from restore.task import read_task
@@ -38,7 +38,7 @@ def load_config(config: str | os.PathLike | Mapping[str, Any], overrides: Sequen
     Raises RestoreError for unknown keys (with the nearest known one), values of another type, missing values and
     methods that cannot run.
     """
-    complete = fill(Benchmark, _normalize(read_config(config, overrides, "benchmark")))
+    complete = fill_defaults(Benchmark, _normalize(read_config(config, overrides, "benchmark")))
     complete["methods"] = dict(_expand_sweeps(complete["methods"]))
     _check(complete)
     return complete

@@ -122,7 +122,7 @@ class PassMeter:
     def coder_seconds(self, prior: Sized, name: str, gradient: bool, options: MemoryOptions) -> float:
         """Return the seconds of "decode" or "encode" of one image, scaled from one of the trained resolution."""
         side = min(prior.resolution * prior.downscale, max(prior.height, prior.width))
-        small = self.restorer.sized(min(side, prior.height), min(side, prior.width))
+        small = self.restorer.prior(min(side, prior.height), min(side, prior.width))
 
         def measure() -> float:
             with checkpoint_blocks(self.restorer, options.checkpoint_blocks):
@@ -142,7 +142,7 @@ class PassMeter:
         strong pass with its backward pass and those of the weak passes."""
         t, gradient, retained = work.trace.busiest, work.trace.gradient, 0
         share = not work.recomputes_windows(options)
-        prior = self.restorer.sized(*(side * work.prior.downscale for side in work.window))
+        prior = self.restorer.prior(*(side * work.prior.downscale for side in work.window))
 
         def run_strong(x: torch.Tensor) -> Any:
             nonlocal retained

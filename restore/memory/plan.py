@@ -105,7 +105,7 @@ class Planner:
         size = (resampled.side, resampled.side) if resampled else size
         key = [task.describe(), size, method.describe()]
         trace = self.meter.once(key, lambda: trace_sampler(self.restorer, task, size, method))
-        prior, batch = self.restorer.sized(*size), min(samples, batch_size)
+        prior, batch = self.restorer.prior(*size), min(samples, batch_size)
         h, w, tops, lefts = prior.window_grid(*prior.shape[1:])
         work = Workload(prior, method, trace, batch, (h, w), len(tops) * len(lefts))
         available = available_memory(self.restorer.device) if self.memory is None else int(self.memory)

@@ -19,7 +19,7 @@ from restore.backbones.base import AttentionLayer
 from restore.bench.batches import load_images, read_prompts
 from restore.bench.datasets import ImageSet
 from restore.bench.schema import Benchmark, Data
-from restore.config import fill, read_config
+from restore.config import fill_defaults, read_config
 from restore.guidance.options import parse_spec
 from restore.search.objective import Objective
 
@@ -72,7 +72,9 @@ def load_search(config: str | os.PathLike | Mapping[str, Any], overrides: Sequen
     own_keys = [item.name for item in fields(Search)]
     known = {item.name for item in fields(Benchmark)} - {"data", "methods"}
     check_known(plain, sorted(known | set(own_keys)), "the configuration of a search has no key")
-    search = fill(Search, {key: value for key, value in plain.items() if key in own_keys and value is not None})
+    search = fill_defaults(
+        Search, {key: value for key, value in plain.items() if key in own_keys and value is not None}
+    )
     search["rest"] = {key: value for key, value in plain.items() if key not in own_keys}
     for key in ("rounds", "top"):
         if search[key] < 1:

@@ -167,7 +167,7 @@ def test_dynamic_levels_are_the_schedulers(side):
 def test_the_levels_follow_the_size(folders):
     prior = loaded(folders, "flux", resolution=32)
     assert Schedule.from_config(prior.scheduler).sigma(prior.schedule.ts[500]) > 0
-    small, large, beyond = (restore.Restorer(prior).sized(side, side).schedule for side in (32, 128, 512))
+    small, large, beyond = (restore.Restorer(prior).prior(side, side).schedule for side in (32, 128, 512))
     middle = [schedule.sigma(schedule.timesteps(3)[1]) for schedule in (small, large, beyond)]
     assert middle[0] < middle[1] == middle[2]  # windows see no more tokens than the trained size has
     assert middle[1] == pytest.approx(1 / (1 + math.exp(-calculate_shift(256))), abs=1e-3)

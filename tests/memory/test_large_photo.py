@@ -96,7 +96,7 @@ def test_no_seams(photo, prior):
     found = {}
     for overlap in (0.5, 0.0):
         apart = restore.Restorer(prior.backbone, "embedded", overlap=overlap)
-        _, w, _, lefts = apart.sized(*x.shape[-2:]).window_grid(*x.shape[-2:])
+        _, w, _, lefts = apart.prior(*x.shape[-2:]).window_grid(*x.shape[-2:])
         borders = sorted({border for left in lefts for border in (left, left + w)} - {0, x.shape[-1]})
         at, elsewhere = steps_at(restored(apart, x) - x, borders)
         found[overlap] = at / elsewhere

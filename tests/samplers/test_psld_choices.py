@@ -34,7 +34,7 @@ CHOICES = {
 def test_clean_choices_against_the_authors():
     restorer = restore.load("embedded", precision="bf16")
     x = restorer.generate(IMAGES, steps=100, batch_size=IMAGES)
-    prior = restorer.sized(*x.shape[-2:])  # in pixels the autoencoder is the identity
+    prior = restorer.prior(*x.shape[-2:])  # in pixels the autoencoder is the identity
     keys = [(0, str(i), 0) for i in range(IMAGES)]
     print(f"\nPSNR in dB, {IMAGES} samples of the prior, {STEPS} steps, eta {ETA}, gamma {GAMMA}, DDIM eta {DDIM_ETA}")
     for task, make in TASKS.items():
