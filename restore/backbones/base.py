@@ -1,4 +1,4 @@
-"""What a sampler may ask of a network. Everything else about a backbone is its own business."""
+"""The contract between samplers and networks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import nn
 from operators import RestoreError
 from restore.backbones.schedule import Schedule
 
-# (eps, x0) from what a network was trained to predict, at x_t = alpha x_0 + sigma n. v is Salimans & Ho 2022's,
-# alpha eps − sigma x0; velocity is flow matching's, eps − x0 (Lipman et al. 2023, time running to the noise).
+# (eps, x0) from the output of a network at x_t = alpha x_0 + sigma n. v = alpha eps − sigma x0 (Salimans & Ho 2022);
+# velocity = eps − x0 (flow matching, Lipman et al. 2023, with time running to the noise).
 CONVERSIONS = {
     "eps": lambda out, x, a, s: (out, (x - s * out) / a),
     "x0": lambda out, x, a, s: ((x - a * out) / s, out),
     "v": lambda out, x, a, s: ((a * out + s * x) / (a * a + s * s), (a * x - s * out) / (a * a + s * s)),
     "velocity": lambda out, x, a, s: ((x + a * out) / (a + s), (x - s * out) / (a + s)),
 }
-# diffusers' names for them, as in a scheduler_config.json.
+# Their names in diffusers, as in a scheduler_config.json.
 PREDICTION_TYPES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
 
 
@@ -30,7 +30,7 @@ class Prediction:
 
     eps: predicted noise, (B, C, H, W). x0: the clean estimate (x_t − sigma eps) / alpha, not clamped.
     variance: the raw learned-range channel v of the same shape, in about [-1, 1], interpolating the
-        two log-variances of Nichol & Dhariwal 2021, eq. 15; None when the variance is not learned.
+        two log-variances of Nichol & Dhariwal 2021, eq. 15; None if the variance is not learned.
     """
 
     eps: torch.Tensor
@@ -47,9 +47,9 @@ class Prediction:
         sigma: float | torch.Tensor,
         variance: torch.Tensor | None = None,
     ) -> Prediction:
-        """From the output of a network that predicts `kind`: "eps", "x0", "v" or "velocity"."""
+        """Convert the output of a network that predicts `kind`, one of CONVERSIONS, at x_t."""
         if kind not in CONVERSIONS:
-            raise RestoreError(f"a prediction of '{kind}' is not supported; known: {', '.join(CONVERSIONS)}")
+            raise RestoreError(f"the kind of prediction must be one of {', '.join(CONVERSIONS)}, got '{kind}'")
         eps, x0 = CONVERSIONS[kind](output, x_t, alpha, sigma)
         return cls(eps, variance, x0)
 
@@ -59,9 +59,9 @@ class AttentionLayer:
     """One self-attention module of a backbone.
 
     path: name in the diffusers network (`down_blocks.4.attentions.0`).
-    paper: the paper's name (`input_blocks.9.1`, `middle_block.1`); "" where the paper has none.
+    paper: the paper's name (`input_blocks.9.1`, `middle_block.1`); "" if the paper has none.
     short: abbreviation (`i9`, `m1`, `o2`): the block's letter and its input/output block number.
-    downsampling: the layer sees an input of this many times fewer pixels per side.
+    downsampling: factor between the sides of x and those of the layer's input.
     """
 
     path: str
@@ -83,7 +83,7 @@ class Backbone(Protocol):
     channels, resolution, multiple: channels of x, the side it was trained at, and the number its
         sides must be divisible by (all in the units of x: pixels, or latent cells of `downscale` pixels).
     bounded: x_0 lies in [-1, 1], so that estimates of it may be clamped.
-    null_condition: the condition that means "nothing" to the network (CFG's weak pass), or None.
+    null_condition: the condition for "no condition" (CFG's weak pass), or None.
     """
 
     network: nn.Module
@@ -97,20 +97,20 @@ class Backbone(Protocol):
     null_condition: Any
 
     def predict(self, x_t: torch.Tensor, t: float, condition: Any = None) -> Prediction:
-        """x_t (B, C, H, W), t a time of the schedule shared by the batch, also between its table's."""
+        """Return the prediction at x_t (B, C, h, w); t is a time of the schedule, also between its table's."""
         ...
 
     def encode(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """x_0 of `image`: the posterior mean, or mean + std · noise when noise is given; itself in pixels."""
+        """Return x_0 of `image`: the posterior mean, or mean + std · noise with noise; in pixels the image itself."""
         ...
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """The image of x_0; itself in pixels."""
+        """Return the image of x_0; in pixels x_0 itself."""
         ...
 
 
 class Pixels:
-    """What a backbone whose x is the image itself has in common with latent ones."""
+    """Base of backbones whose x is the image itself."""
 
     downscale, bounded = 1, True
 
@@ -121,20 +121,20 @@ class Pixels:
         return z
 
 
-# What alpha and sigma are divided by to be of this kind.
+# Divisors of alpha and sigma that give each kind of schedule.
 NORMS = {"vp": lambda a, s: (a**2 + s**2) ** 0.5, "ve": lambda a, s: a, "flow": lambda a, s: a + s}
 
 
 class Renormalised:
-    """Any backbone seen as one of another kind ("vp", "ve", "flow"): x in another scale, the same eps, x0 and times.
+    """A backbone with x rescaled to another kind of schedule ("vp", "ve", "flow"), the same eps, x0 and times.
 
-    So samplers whose steps are written with alpha_bar run on EDM and flow-matching priors too, and those written for
-    flow matching on all others.
+    So samplers written with alpha_bar run on EDM and flow-matching priors too, and those written for flow matching on
+    all others.
     """
 
     def __init__(self, inner: Backbone, kind: str) -> None:
         self.inner = inner
-        self.schedule = inner.schedule.normalised(kind)
+        self.schedule = inner.schedule.normalise(kind)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -145,18 +145,18 @@ class Renormalised:
 
 
 def variance_preserving(prior: Backbone) -> Backbone:
-    """`prior` itself where its noise levels already are variance preserving, else the change of variables."""
+    """Return `prior` with variance-preserving noise levels: itself, or its change of variables."""
     return prior if prior.schedule.kind == "vp" else Renormalised(prior, "vp")
 
 
 def flow_matching(prior: Backbone) -> Backbone:
-    """`prior` itself where its noise levels are flow matching's (alpha + sigma = 1), else the change of variables."""
+    """Return `prior` with the noise levels of flow matching (alpha + sigma = 1): itself, or its change of variables."""
     return prior if prior.schedule.kind == "flow" else Renormalised(prior, "flow")
 
 
 def require_shape(x_t: torch.Tensor, channels: int, multiple: int) -> None:
-    """Raises RestoreError unless x_t is (B, channels, h, w) with sides divisible by `multiple`."""
+    """Raise RestoreError unless x_t is (B, channels, h, w) with sides divisible by `multiple`."""
     if x_t.ndim != 4 or x_t.shape[1] != channels or any(side % multiple for side in x_t.shape[2:]):
         raise RestoreError(
-            f"x_t has shape {tuple(x_t.shape)}, expected (B, {channels}, H, W) with sides divisible by {multiple}"
+            f"x_t must be (B, {channels}, H, W) with sides divisible by {multiple}, got shape {tuple(x_t.shape)}"
         )

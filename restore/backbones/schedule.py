@@ -1,8 +1,8 @@
 """Noise levels: x_t = alpha(t) x_0 + sigma(t) n, for every family of diffusion models in one type.
 
-Discrete variance-preserving tables (DDPM), EDM / variance-exploding ones and flow matching differ in two things:
-how the ratio sigma / alpha grows with t, and how the pair is normalised (alpha² + sigma² = 1, alpha = 1,
-alpha + sigma = 1). A `Schedule` is a table of the first and the name of the second.
+Discrete variance-preserving tables (DDPM), EDM / variance-exploding ones and flow matching differ in how the ratio
+sigma / alpha grows with t, and in how the pair is normalised (alpha² + sigma² = 1, alpha = 1, alpha + sigma = 1). A
+`Schedule` is a table of ratios and the name of the normalisation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NORMALISATIONS = {
     "ve": lambda r: (1.0, r),
     "flow": lambda r: (1 / (1 + r), r / (1 + r)),
 }
-# What is linear in t between the table's times, of a ratio, and back: its logarithm, or sigma where t is sigma's scale.
+# The function of a ratio that is linear in t between the table's times, and its inverse.
 LINEAR = {
     "vp": (np.log, np.exp),
     "ve": (lambda r: r, lambda sigma: sigma),
@@ -44,55 +44,53 @@ class Schedule:
     def __init__(self, ts: Sequence[float], ratios: Sequence[float], kind: str) -> None:
         self.ts, self.ratios = np.asarray(ts, dtype=np.float64), np.asarray(ratios, dtype=np.float64)
         if len(self.ts) != len(self.ratios) or len(self.ts) < 2 or kind not in NORMALISATIONS:
-            raise RestoreError(f"a schedule of kind '{kind}' needs at least two times and a noise ratio for each")
+            raise RestoreError(f"a '{kind}' schedule must have at least two times, a ratio for each and a known kind")
         if not (np.all(np.diff(self.ts) > 0) and np.all(np.diff(self.ratios) > 0) and self.ratios[0] > 0):
-            raise RestoreError("the noise ratios of a schedule must be positive and grow with its times")
+            raise RestoreError("the ratios of a schedule must be positive and grow with its times")
         self.kind = kind
         self._linear, self._back = LINEAR[kind]
 
     @classmethod
     def vp(cls, alphas_cumprod: torch.Tensor) -> Schedule:
-        """A discrete table alpha_bar (T,), falling: t = 0 ... T − 1, alpha(t) = sqrt(alpha_bar[t]) exactly."""
+        """Return the schedule of a falling table alpha_bar (T,): t = 0 ... T − 1, alpha(t) = sqrt(alpha_bar[t])."""
         table = torch.as_tensor(alphas_cumprod).detach().double().cpu()
         if not (table.ndim == 1 and bool((table > 0).all()) and bool((table < 1).all())):
             raise RestoreError(
-                "alpha_bar must lie strictly between 0 and 1 at every timestep; schedules with zero terminal SNR "
-                "are not supported, x0_hat is undefined at their noisiest level"
+                "alpha_bar must lie strictly between 0 and 1 at every timestep (zero terminal SNR has no x0_hat)"
             )
-        made = cls(np.arange(len(table)), ((1 - table) / table).sqrt().numpy(), "vp")
-        made.__dict__["alphas_cumprod"] = table  # as given: no rounding by way of the ratios
-        return made
+        schedule = cls(np.arange(len(table)), ((1 - table) / table).sqrt().numpy(), "vp")
+        schedule.__dict__["alphas_cumprod"] = table  # without the rounding of the ratios
+        return schedule
 
     @classmethod
     def edm(cls, sigma_min: float = 0.002, sigma_max: float = 80.0, levels: int = 1000) -> Schedule:
-        """Variance exploding, t = sigma (Karras et al. 2022)."""
+        """Return a variance-exploding schedule with t = sigma (Karras et al. 2022)."""
         sigmas = np.geomspace(sigma_min, sigma_max, levels)
         return cls(sigmas, sigmas, "ve")
 
     @classmethod
     def flow(cls, steps: int = 1000, shift: float = 1.0) -> Schedule:
-        """Flow matching, `steps` levels of sigma from 1/steps to 1 − 1/(2 steps) (at 1 nothing of x_0 is left),
-        shifted as SD3's; t = steps · sigma."""
+        """Return `steps` levels of flow matching, sigma from 1/steps to 1 − 1/(2 steps) (at 1, x_t no longer depends on
+        x_0), shifted as SD3's; t = steps · sigma."""
         base = np.append(np.arange(1, steps), steps - 0.5) / steps
         sigma = shift * base / (1 + (shift - 1) * base)
         return cls(steps * sigma, sigma / (1 - sigma), "flow")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], tokens: int | None = None) -> Schedule:
-        """The schedule a diffusers scheduler_config.json describes.
+        """Return the schedule described by a diffusers scheduler_config.json; {} is the linear one of Ho et al. 2020.
 
-        tokens: of the image, for flow matching with dynamic shifting (FLUX.1-dev; Esser et al. 2024, sec. 5.3.2: the
-        more tokens, the more steps in the noise); None: as many as the configuration's largest image has.
+        tokens: number of tokens of the image, for flow matching with dynamic shifting (FLUX.1-dev; Esser et al. 2024,
+            sec. 5.3.2: the more tokens, the more steps in the noise); default: the configuration's largest image.
         Linear, scaled linear and cosine (Nichol & Dhariwal 2021, eq. 17) betas are computed in float64, others by
-        diffusers itself. {} is the linear schedule of Ho et al. 2020. Raises RestoreError for schedulers and beta
-        schedules that are not known, and for zero terminal SNR.
+        diffusers. Raises RestoreError for unknown schedulers and beta schedules, and for zero terminal SNR.
         """
         try:
             return cls._from_config(config, tokens)
         except RestoreError:
             raise
         except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
-            raise RestoreError(f"the scheduler's configuration does not describe noise levels: {error}") from None
+            raise RestoreError(f"the scheduler's configuration must describe noise levels: {error}") from None
 
     @classmethod
     def _from_config(cls, config: Mapping[str, Any], tokens: int | None) -> Schedule:
@@ -105,7 +103,7 @@ class Schedule:
             return cls.edm(float(config.get("sigma_min", 0.002)), float(config.get("sigma_max", 80.0)))
         given, steps = config.get("trained_betas") is not None, int(config.get("num_train_timesteps", 1000))
         if name and not given and "beta_schedule" not in config:
-            raise RestoreError(f"the noise levels of a {name} are not known; expected a scheduler with betas")
+            raise RestoreError(f"scheduler must be one with betas, got a {name}, whose noise levels are not known")
         kind = None if given or config.get("rescale_betas_zero_snr") else config.get("beta_schedule", "linear")
         if kind in ("linear", "scaled_linear"):
             power, start, end = 1 + (kind != "linear"), config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
@@ -120,51 +118,51 @@ class Schedule:
             betas = DDPMScheduler(**options).betas.double()
         return cls.vp(torch.cumprod(1 - betas, dim=0))
 
-    def normalised(self, kind: str) -> Schedule:
-        """The same ratio at every t, normalised as "vp", "ve" or "flow" schedules are."""
-        made = copy(self)
-        made.kind = kind
-        return made
+    def normalise(self, kind: str) -> Schedule:
+        """Return the schedule with the same ratios, normalised as "vp", "ve" or "flow"."""
+        schedule = copy(self)
+        schedule.kind = kind
+        return schedule
 
     def __len__(self) -> int:
         return len(self.ts)
 
     @cached_property
     def alphas_cumprod(self) -> torch.Tensor:
-        """alpha_bar = alpha² / (alpha² + sigma²) at the table's times, float64 (T,): every schedule seen as a
-        variance-preserving one, which x / sqrt(alpha² + sigma²) makes of it (see `Renormalised`)."""
+        """alpha_bar = alpha² / (alpha² + sigma²) at the table's times, float64 (T,): that of the variance-preserving
+        schedule of x / sqrt(alpha² + sigma²) (see `Renormalised`)."""
         return torch.from_numpy(1 / (1 + self.ratios**2))
 
     def time(self, index: int) -> float:
-        """The table's time number `index`, 0 being the least noisy; a number of steps beyond it where the table counts
-        steps (the PSLD code visits T of T)."""
+        """Return the table's time number `index`, 0 being the least noisy, or an extrapolation by steps of one beyond
+        the table (the PSLD code visits T of T)."""
         t = self.ts[index].item() if index < len(self) else self.ts[-1].item() + index - len(self) + 1
         return int(t) if float(t).is_integer() else t
 
     def alpha_bar(self, t: float) -> float:
-        """alpha² / (alpha² + sigma²) at t: the table's own value where t is one of its times."""
+        """Return alpha² / (alpha² + sigma²) at t, the table's own value at its times."""
         index = int(np.searchsorted(self.ts, t))
         if index < len(self) and self.ts[index] == t:
             return float(self.alphas_cumprod[index])
         return 1 / (1 + self.ratio(t) ** 2)
 
     def ratio(self, t: float) -> float:
-        """sigma(t) / alpha(t). Raises RestoreError outside of the trained times."""
+        """Return sigma(t) / alpha(t). Raises RestoreError outside of the trained times."""
         low, high = self.ts[0], self.ts[-1]
         if not low - 1e-6 <= t <= high + 1e-6:
-            raise RestoreError(f"t is {t:g}, expected {low:g} to {high:g}")
+            raise RestoreError(f"t must lie in {low:g} to {high:g}, got {t:g}")
         return float(self._back(np.interp(t, self.ts, self._linear(self.ratios))))
 
     def alpha(self, t: float) -> float:
-        """The signal's factor at t, which may lie between the table's times."""
+        """Return the signal's factor at t, which may lie between the table's times."""
         return self._pair(t)[0]
 
     def sigma(self, t: float) -> float:
-        """The noise's standard deviation at t."""
+        """Return the noise's standard deviation at t."""
         return self._pair(t)[1]
 
     def levels(self, t: float | torch.Tensor, like: torch.Tensor) -> tuple[Any, Any]:
-        """(alpha, sigma) at t: floats, or tensors (B, 1, 1, 1) in the dtype of `like` for times (B,) of its images."""
+        """Return (alpha, sigma) at t: floats, or for times (B,) tensors (B, 1, 1, 1) in the dtype of `like`."""
         if not isinstance(t, torch.Tensor) or t.numel() == 1:
             return self._pair(float(t))
         pairs = [self._pair(s) for s in t.tolist()]
@@ -177,16 +175,17 @@ class Schedule:
         return NORMALISATIONS[self.kind](self.ratio(t))
 
     def t(self, ratio: float) -> float:
-        """The time at which sigma / alpha is `ratio`; the nearest trained one where it lies outside."""
+        """Return the trained time whose sigma / alpha is, or is nearest to, `ratio`."""
         return float(np.interp(self._linear(max(ratio, 1e-12)), self._linear(self.ratios), self.ts))
 
     def timesteps(self, spec: int | str | Sequence[float]) -> list:
-        """Times to visit, descending: the spacings of `respace`, applied to the table; a list of times, sorted.
+        """Return the times to visit, descending.
 
+        spec: that of `respace`, applied to the table, or a sequence of times, or
         "karras:N": N ratios from the largest to the smallest trained, with rho = 7 (Karras et al. 2022, eq. 5).
         "log:N": N ratios evenly spaced in log. Both may fall between the table's times.
         "quad:N": indices T - 1 - sqrt(i T^2 / (N - 1)), denser at the clean end (DiffPIR's code).
-        Raises RestoreError for a spec that is none.
+        Raises RestoreError for other specs.
         """
         if not isinstance(spec, (int, str)):
             try:
@@ -197,7 +196,7 @@ class Schedule:
                 pass
             raise RestoreError(
                 f"steps must be a number of steps, a text, or different times from {self.ts[0]:g} to {self.ts[-1]:g}, "
-                f"not {str(spec)[:100]}"
+                f"got {str(spec)[:100]}"
             )
         name, _, count = str(spec).rpartition(":")
         if name == "quad":
@@ -211,7 +210,7 @@ class Schedule:
 
 
 def _shift(config: Mapping[str, Any], tokens: int | None) -> float:
-    """Of flow matching's levels: fixed, or e^mu with mu linear in the number of tokens (diffusers' calculate_shift)."""
+    """Return flow matching's shift: fixed, or e^mu with mu linear in the tokens (diffusers' calculate_shift)."""
     if not config.get("use_dynamic_shifting"):
         return float(config.get("shift", 1.0))
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
@@ -228,12 +227,11 @@ _SPACINGS = {"karras": _karras, "log": lambda low, high, n: np.geomspace(high, l
 
 
 def respace(num_train_steps: int, spec: int | str) -> list[int]:
-    """Indices to visit, ascending.
+    """Return the indices to visit, ascending (Nichol & Dhariwal 2021, sec. 4; rounded as in guided-diffusion).
 
     spec: N or "N" for N steps spread evenly with both ends included; "N1,N2,..." for N_i steps in
         each of equal sections; "ddimN" for a constant integer stride from 0 (Song et al. 2021).
     Raises RestoreError for a count that is not positive or larger than the number of training steps.
-    (Nichol & Dhariwal 2021, sec. 4; index rounding as in guided-diffusion.)
     """
     text = str(spec)
     if text.startswith("ddim"):
@@ -241,14 +239,14 @@ def respace(num_train_steps: int, spec: int | str) -> list[int]:
         for stride in range(1, num_train_steps + 1):
             if len(range(0, num_train_steps, stride)) == n:
                 return list(range(0, num_train_steps, stride))
-        raise RestoreError(f"steps={spec}: no integer stride visits exactly {n} of {num_train_steps} steps")
+        raise RestoreError(f"steps must fit an integer stride, got {spec}: none visits {n} of {num_train_steps} steps")
     counts = [_count(part, num_train_steps, spec) for part in text.split(",")]
     size, extra = divmod(num_train_steps, len(counts))
     visited, start = [], 0
     for section, count in enumerate(counts):
         length = size + (1 if section < extra else 0)
         if count > length:
-            raise RestoreError(f"steps={spec}: cannot take {count} steps out of a section of {length}")
+            raise RestoreError(f"steps must fit their sections, got {spec}: {count} of {length} steps")
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
         for _ in range(count):
@@ -263,8 +261,8 @@ def _count(text: str, limit: int, spec: int | str) -> int:
         n = int(text)
     except ValueError:
         raise RestoreError(
-            f"steps={spec} is not a number of steps, 'N1,N2,...', 'ddimN', 'karras:N', 'log:N' or 'quad:N'"
+            f"steps must be a number of steps, 'N1,N2,...', 'ddimN', 'karras:N', 'log:N' or 'quad:N', got {spec}"
         ) from None
     if not 1 <= n <= limit:
-        raise RestoreError(f"steps={spec}: the number of steps must be between 1 and {limit}")
+        raise RestoreError(f"steps must be between 1 and {limit}, got {spec}")
     return n

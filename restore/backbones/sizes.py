@@ -47,7 +47,7 @@ class Sized:
     overlap: fraction of a window shared with its neighbour. max_windows: windows per network call (images of the batch
     times windows), which bounds the memory. recompute_windows: keep no activations of the windows for the backward
     pass and compute them again there.
-    evaluations: number of predictions made, including those of the weak branch (the NFE of a run).
+    evaluations: number of predictions made, including weak passes (the NFE of a run).
     """
 
     def __init__(

@@ -130,7 +130,7 @@ def test_what_is_no_ddpm_of_pixels_gets_a_sentence(tmp_path):
     with pytest.raises(RestoreError, match="no scheduler_config.json: the noise levels"):
         ADM.load(folder)
     ScoreSdeVeScheduler().save_pretrained(folder / "scheduler")
-    with pytest.raises(RestoreError, match="noise levels of a ScoreSdeVeScheduler are not known"):
+    with pytest.raises(RestoreError, match="ScoreSdeVeScheduler.*noise levels are not known"):
         ADM.load(folder)
     fourier = save(tmp_path / "fourier", DDPMScheduler(), time_embedding_type="fourier")
     with pytest.raises(RestoreError, match="must be a DDPM"):

@@ -37,7 +37,7 @@ def drawn(*_):
 
 @pytest.mark.parametrize("kind", ["vp", "ve", "flow"])
 def test_one_step_on_plain_noise_is_the_posterior_mean(prior, kind):
-    schedule = linear_schedule().normalised(kind)
+    schedule = linear_schedule().normalise(kind)
     same = MixturePrior(prior.weights, prior.means, prior.covs, schedule=schedule)
     operator = operators.Denoising(noise=operators.GaussianNoise(SIGMA))
     y = measured(prior, operator)
