@@ -139,7 +139,7 @@ def test_diffusers_names_of_predictions():
         a, s = SCHEDULES["vp"].alpha(300), SCHEDULES["vp"].sigma(300)
         expected = theirs.step(n, 300, x0, generator=torch.Generator().manual_seed(0)).pred_original_sample
         assert relative(Prediction.of(PREDICTION_TYPES[name], n, x0, a, s).x0, expected) < 1e-5
-    with pytest.raises(RestoreError, match="'score' is not supported; known: eps, x0, v, velocity"):
+    with pytest.raises(RestoreError, match="one of eps, x0, v, velocity, got 'score'"):
         Prediction.of("score", n, x0, 1.0, 1.0)
 
 
