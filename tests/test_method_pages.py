@@ -183,7 +183,7 @@ def test_the_calls_of_a_guidance_say_the_same(name, measured):
     given = command(block(text, "bash"))
     pag = [given[key] or None for key in ("pag_scale", "layers", "target", "strength")]
     found = options.parse_guidance(given["guidance"], *pag)
-    found = found.applied(None, []) if given["guidance"] is None else found
+    found = found.apply(None, []) if given["guidance"] is None else found
     python = guidances.as_guidance(eval(block(text, "python"), {"restore": restore}))
     assert found == python == guidances.build_guidance(yaml.safe_load(block(text, "yaml"))["guidance"])
     if given["backbone"] == "embedded":
