@@ -92,11 +92,11 @@ def test_a_damaged_photo_solved_at_another_size(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--solve-at", "50"], "50 is no multiple of the longer side"),
-        (["--solve-at", "0"], "--solve-at 0 must be a number of pixels"),
+        (["--solve-at", "50"], "--solve-at must be a multiple of 16, the longer side"),
+        (["--solve-at", "0"], "--solve-at must be a number of pixels, got 0"),
         (["--resample", "nearest"], "--resample nearest needs --solve-at"),
         (["--solve-at", "32", "--resample", "lanczos"], "unknown resampling 'lanczos'"),
-        (["--solve-at", "32", "--degrade"], "photo.png is not square"),
+        (["--solve-at", "32", "--degrade"], "photo.png must be square"),
     ],
 )
 def test_impossible_sizes(tmp_path, monkeypatch, capsys, options, message):
