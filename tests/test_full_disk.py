@@ -15,7 +15,7 @@ from operators import RestoreError
 from restore import disk
 from restore.bench.run import run_benchmark
 from restore.paths import configs_dir, data_dir
-from restore.training import load_config, train
+from restore.training import load_training_config, train
 
 FACE = data_dir() / "photos" / "astronaut-face-64.png"
 
@@ -141,7 +141,7 @@ def training(tmp_path_factory, write_images, smooth_images):
     settings += ["held_out_every_steps=2", "samples_every_steps=2", "checkpoint_every_steps=1"]
 
     def run(out):
-        ema = train(load_config(configs_dir() / "train" / "embedded.yaml", [*settings, f"out={out}"]))
+        ema = train(load_training_config(configs_dir() / "train" / "embedded.yaml", [*settings, f"out={out}"]))
         return next(ema.glob("*.safetensors")).read_bytes()
 
     return run, run(folder / "whole")

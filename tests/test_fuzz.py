@@ -25,7 +25,7 @@ from restore.paths import configs_dir
 from restore.report.tables import read_run
 from restore.search import config as search_config
 from restore.task import load_task
-from restore.training import load_config as load_training
+from restore.training import load_training_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 SHARE = float(os.environ.get("RESTORE_FUZZ", "1"))  # of all examples
@@ -252,7 +252,7 @@ def _shipped(kind):
 
 
 CONFIGURATIONS = {"benchmark": load_config, "search": search_config.load_search}
-CONFIGURATIONS["train"] = lambda config: load_training(config, ["seed=1"])
+CONFIGURATIONS["train"] = lambda config: load_training_config(config, ["seed=1"])
 SHIPPED = [(kind, config) for kind in CONFIGURATIONS for config in _shipped(kind)]
 
 

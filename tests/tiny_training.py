@@ -1,4 +1,4 @@
-"""Every kind of training made tiny: configurations, images and logs that the tests of training share."""
+"""Tiny configurations of every kind of training, with images and logs, for the tests of training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from restore.paths import configs_dir
-from restore.training import load_config
+from restore.training import load_training_config
 
 QUICK = [
     "batch=4", "precision=fp32", "log_every=1", "held_out_every_steps=8", "samples_every_steps=24",
@@ -46,7 +46,7 @@ def config(kind, folders, out, *settings):
     else:
         where = [f"data.folder={folders / 'faces'}"]
     yaml = configs_dir() / "train" / f"{kind}.yaml"
-    return load_config(yaml, [f"out={out}", *where, *QUICK, *TINY[kind], *settings])
+    return load_training_config(yaml, [f"out={out}", *where, *QUICK, *TINY[kind], *settings])
 
 
 def rows(path):

@@ -23,16 +23,16 @@ def train(
     """Train a pixel prior, an autoencoder or a latent prior, continuing where the last run stopped."""
     import logging
 
-    from restore.training import load_config, train
+    from restore.training import load_training_config, train
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if card is not None:
-        from restore.training.card import measure, table
+        from restore.training.card import format_card, write_card
 
-        loaded = load_config(config, settings or [])
-        typer.echo(table(measure(loaded, weights or Path(loaded.out) / "ema", card)))
+        loaded = load_training_config(config, settings or [])
+        typer.echo(format_card(write_card(loaded, weights or Path(loaded.out) / "ema", card)))
         return
-    typer.echo(f"EMA weights in {train(load_config(config, settings or []))}")
+    typer.echo(f"EMA weights in {train(load_training_config(config, settings or []))}")
 
 
 def bench(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ import torch
 
 from operators import RestoreError
 from restore import disk, zoo
-from restore.backbones import weights as checkpoints
+from restore.backbones.weights import read_weights
 from restore.images.folder import read_rgb
 from restore.metrics.weights import find_weights, hash_weights
 
 MINIMUM_IMAGES = 1000
 KID_SUBSET = 1000
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VGG_MEANS = "relu5_3 mean"  # the layer of KID-VGG16
 FULL_PREFIX = "full_"  # of a set metric against the second, larger reference
 
@@ -95,9 +96,18 @@ def extract_features(
     fidelity_layers = [layer for layer in layers if layer != VGG_MEANS]
     models = []
     if fidelity_layers:
-        models.append((fidelity_layers, _load_fidelity_network(network, fidelity_layers, path).to(device)))
+        from torch_fidelity import utils
+
+        name = {"inception": "inception-v3-compat"}.get(network, network)
+        options = {"cuda": False, "verbose": False, "feature_extractor_weights_path": str(path)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            try:
+                models.append((fidelity_layers, utils.create_feature_extractor(name, fidelity_layers, **options)))
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise RestoreError(f"{path} does not fit {name}: {str(error).splitlines()[0]}") from error
     if VGG_MEANS in layers:
-        models.append(([VGG_MEANS], _load_vgg_means(path, device)))
+        models.append(([VGG_MEANS], VGGMeans(path)))
     collected: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
     # No worker processes: decoding is cheap beside the network, and a library must not fork under its caller.
     for first in range(0, len(paths), batch_size):
@@ -107,7 +117,7 @@ def extract_features(
         batch = torch.stack([torch.from_numpy(p.copy()).permute(2, 0, 1) for p in pixels]).to(device)
         with torch.no_grad():
             for names, model in models:
-                for name, features in zip(names, model(batch), strict=True):
+                for name, features in zip(names, model.to(device)(batch), strict=True):
                     collected[name].append(features.float().cpu())
     result = {name: torch.cat(features).contiguous() for name, features in collected.items()}
     if cached is not None:
@@ -115,33 +125,23 @@ def extract_features(
     return result
 
 
-def _load_fidelity_network(network: str, layers: list[str], path: Path) -> torch.nn.Module:
-    from torch_fidelity import utils
-
-    name = {"inception": "inception-v3-compat"}.get(network, network)
-    options = {"cuda": False, "verbose": False, "feature_extractor_weights_path": str(path)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        try:
-            return utils.create_feature_extractor(name, layers, **options)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise RestoreError(f"{path} does not fit {name}: {str(error).splitlines()[0]}") from error
-
-
-def _load_vgg_means(path: Path, device: str) -> Callable[[torch.Tensor], tuple[torch.Tensor]]:
+class VGGMeans(torch.nn.Module):
     """uint8 (B, 3, H, W) -> relu5_3 of VGG-16 averaged over the image, (B, 512); torchvision's convolutions."""
-    from torchvision.models.vgg import cfgs, make_layers
 
-    network = make_layers(cfgs["D"], batch_norm=False)[:30]
-    state = checkpoints.read_weights(path)
-    try:
-        network.load_state_dict({key: state[f"features.{key}"] for key in network.state_dict()})
-    except KeyError as error:
-        raise RestoreError(f"{path} must hold a complete VGG-16, but {error} is missing") from error
-    network.requires_grad_(False).eval().to(device)
-    mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(1, 3, 1, 1)
-    std = torch.tensor([0.229, 0.224, 0.225], device=device).view(1, 3, 1, 1)
-    return lambda pixels: (network((pixels.float() / 255 - mean) / std).mean(dim=(2, 3)),)
+    def __init__(self, path: Path) -> None:
+        from torchvision.models.vgg import cfgs, make_layers
+
+        super().__init__()
+        self.layers = make_layers(cfgs["D"], batch_norm=False)[:30]
+        state = read_weights(path)
+        try:
+            self.layers.load_state_dict({key: state[f"features.{key}"] for key in self.layers.state_dict()})
+        except KeyError as error:
+            raise RestoreError(f"{path} must hold a complete VGG-16, but {error} is missing") from error
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor]:
+        mean, std = (pixels.new_tensor(v, dtype=torch.float32).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        return (self.layers((pixels.float() / 255 - mean) / std).mean(dim=(2, 3)),)
 
 
 def check_set_size(n: int, part: str, allow_small: bool) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from operators import RestoreError
 from operators.naming import check_known
-from restore.backbones import weights as checkpoints
+from restore.backbones.weights import read_weights
 from restore.images.io import to_uint8
 from restore.metrics.weights import find_weights
 
@@ -94,7 +94,7 @@ class LPIPS:
             warnings.simplefilter("ignore", UserWarning)
             self.model = lpips.LPIPS(net=net, version="0.1", pnet_rand=True, verbose=False)
         # lpips slices torchvision's `features`, keeping each layer's index as the last part of its name.
-        state = checkpoints.read_weights(path)
+        state = read_weights(path)
         try:
             trunk = {key: state["features." + key.split(".", 1)[1]] for key in self.model.net.state_dict()}
         except KeyError as error:

@@ -28,10 +28,8 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0) -> BootstrapMean:
     same images are resampled alike. Infinite values (the PSNR of an exact result) make the interval infinite.
     """
     array = np.asarray(values, dtype=np.float64)
-    if array.size == 0:
-        return BootstrapMean(math.nan, math.nan, math.nan, 0)
-    if array.size == 1:
-        return BootstrapMean(float(array[0]), math.nan, math.nan, 1)
+    if array.size < 2:
+        return BootstrapMean(float(array[0]) if array.size else math.nan, math.nan, math.nan, int(array.size))
     if not np.isfinite(array).all():
         return BootstrapMean(float(array.mean()), float(array.min()), float(array.max()), int(array.size))
     indices = np.random.default_rng(seed).integers(0, array.size, (RESAMPLES, array.size), dtype=np.int32)

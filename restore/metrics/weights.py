@@ -1,4 +1,4 @@
-"""The pretrained networks that metrics need: which file, where it is looked for, and whether it is the right one."""
+"""The pretrained networks that metrics need: their files, where these are searched, and checks of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from operators import RestoreError
 from operators.naming import check_known
 from restore import disk
-from restore.backbones import weights as checkpoints
+from restore.backbones.weights import read_weights
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def find_weights(name: str, weights: Mapping[str, str | os.PathLike] | None = No
     """Return the checked file of "inception", "vgg16" or "alexnet".
 
     weights: mapping from those names to a file, or to the folder that holds the published one; without an entry
-        the file is looked for where PyTorch, torchvision and torch-fidelity keep their downloads.
+        the file is searched in the cache of PyTorch, torchvision and torch-fidelity.
     Raises RestoreError, saying which file to put where, if it is missing, damaged or of another network.
     """
     check_known(weights or {}, WEIGHTS, "metrics have no weights called")
@@ -88,7 +88,7 @@ def find_weights(name: str, weights: Mapping[str, str | os.PathLike] | None = No
     if path.name == published.file and not hash_weights(path).startswith(published.sha256):
         raise RestoreError(f"{path} is damaged: its sha256 must begin with {published.sha256}; download it again")
     key, shape = published.probe
-    state = checkpoints.read_weights(path, "meta")
+    state = read_weights(path, "meta")
     if not isinstance(state, Mapping) or not hasattr(state.get(key), "shape") or tuple(state[key].shape) != shape:
         raise RestoreError(f"{path} holds another network: it must have {key} of shape {shape}; give {published.file}")
     return path

@@ -138,7 +138,7 @@ def make_cell(entry: Mapping[str, Any] | None, metric: str, published: float | N
 
 
 def build_results_table(runs: Sequence[Run]) -> Table:
-    """Build one table of runs with find_conflicts protocols: columns of all, rows of each, published-only rows last."""
+    """Build one table of runs with comparable protocols: columns of all, rows of each, published-only rows last."""
     tasks = list(dict.fromkeys(task for run in runs for task in run.config["tasks"]))
     columns = list(dict.fromkeys((task, m) for run in runs for task in run.config["tasks"] for m in run.columns))
     columns.sort(key=lambda column: tasks.index(column[0]))
@@ -218,7 +218,7 @@ def format_heading(metric: Metric) -> str:
 
 
 def build_charts(run: Run) -> list[dict[str, Any]]:
-    """Return charts over a swept guidance scale or number of steps, as data for figures.draw_chart.
+    """Return charts over a swept guidance scale or number of steps, as data for figures.place_chart.
 
     If the configuration's report names a `curve`: its first metric on the x axis and every other one on the y axis, a
     chart for each and each task; else, for a swept scale, the first of TRADE_OFFS that was measured; else one chart

@@ -106,7 +106,7 @@ def _describe_group(group: Sequence[Run], several: bool, private: bool) -> dict[
         "heading": " and ".join(run.title for run in group) if several or len(group) > 1 else None,
         "table": _lay_out(table, group),
         "parts": [_lay_out(part, group) for part in tables.split_table(table)],
-        "charts": [figures.draw_chart(chart) for run in group for chart in tables.build_charts(run)],
+        "charts": [figures.place_chart(chart) for run in group for chart in tables.build_charts(run)],
         "pictures": [grid for grid in grids if grid],
         "cost": [row for run in group for row in format_cost_rows(run)],
     }

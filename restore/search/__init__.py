@@ -1,5 +1,6 @@
 """HeadHunter: greedy search for the attention heads to perturb (arXiv 2506.10978)."""
 
-from restore.search.heads import SearchPlan, SearchResult, plan_search, search_heads
+from restore.search.heads import SearchResult, search_heads
+from restore.search.plan import SearchPlan, plan_search
 
 __all__ = ["SearchPlan", "SearchResult", "plan_search", "search_heads"]

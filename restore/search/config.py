@@ -171,7 +171,7 @@ def load_halves(calibration: Mapping[str, Any], test: Mapping[str, Any]) -> dict
     """Load the images of both halves, None in generation.
 
     Raises RestoreError if the halves share a prompt or an image: pixel for pixel at the size at which they are used,
-    whatever the names of the files.
+    independent of file names.
     """
     images = {"calibration": load_images(calibration), "test": load_images(test)}
     if images["test"] is not None:

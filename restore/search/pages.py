@@ -28,12 +28,12 @@ def write_search_report(folder: Path, table: Mapping[str, Any], config: Mapping[
         "summary": summarise_search(table, config),
         "values": build_test_table(table, rest, changes=False),
         "changes": build_test_table(table, rest, changes=True),
-        "curve": figures.draw_chart(build_curve(table)),
+        "curve": figures.place_chart(build_curve(table)),
         "points": [
             [str(p["size"]), " ".join(p["heads"]), _format_change(p["change"]), _format_change(tests[p["size"]])]
             for p in table["curve"]
         ],
-        "map": figures.draw_heat_map(heat_map),
+        "map": figures.place_heat_map(heat_map),
         "cells": [(name, [c and f"{c[0]:+.{DIGITS}f}" for c in cells]) for name, cells in heat_map["rows"]],
         "columns": max(head for _, head in table["pool"]) + 1,
         "rankings": [
@@ -99,7 +99,7 @@ def _format_score(entry: Mapping[str, Any]) -> list[str]:
 
 
 def build_heat_map(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the change of the objective by each single head, layers by heads, for figures.draw_heat_map."""
+    """Return the change of the objective by each single head, layers by heads, for figures.place_heat_map."""
     columns = max(head for _, head in table["pool"]) + 1
     rows = {layer: [None] * columns for layer, _ in table["pool"]}
     for entry in table["rounds"][0]["ranking"]:
@@ -112,7 +112,7 @@ def build_heat_map(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_curve(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the change of the objective over the number of heads on both halves, for figures.draw_chart."""
+    """Return the change of the objective over the number of heads on both halves, for figures.place_chart."""
     halves = {
         "calibration images (chosen on them)": {p["size"]: p["change"] for p in table["curve"]},
         "test images": _test_objectives(table),

@@ -1,5 +1,5 @@
-"""Training of the embedded prior: `restore train configs/train/embedded.yaml`."""
+"""Training of priors: `restore train configs/train/prior-v2.yaml`."""
 
-from restore.training.train import load_config, train
+from restore.training.train import load_training_config, train
 
-__all__ = ["load_config", "train"]
+__all__ = ["load_training_config", "train"]

@@ -1,4 +1,4 @@
-"""An AutoencoderKL as something to train (Rombach et al. 2022, sec. 3.1): L1, perceptual, KL and adversarial terms."""
+"""Training of an AutoencoderKL (Rombach et al. 2022, sec. 3.1): L1, perceptual, KL and adversarial terms."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from restore.backbones.autoencoder import load_vae
 from restore.backbones.weights import save_network
 from restore.metrics.single import LPIPS, LPIPS_NETS, psnr
 from restore.training import dataset
-from restore.training.diffusion import write_grid
+from restore.training.diffusion import load_initial_state, write_grid
 from restore.training.sources import Pixels
 
 
 class Reconstruction(nn.Module):
-    """x (B, 3, H, W) and noise like its latent -> the decoded sample, the posterior's mean and log-variance."""
+    """x (B, 3, H, W) and noise of its latent's shape -> the decoded sample, the posterior's mean and log-variance."""
 
     def __init__(self, vae: AutoencoderKL, frozen_encoder: bool = False) -> None:
         super().__init__()
@@ -36,10 +36,10 @@ class Reconstruction(nn.Module):
 
 
 class Autoencoder:
-    """The networks and losses of an autoencoder's training.
+    """Networks and losses of an autoencoder's training.
 
     The discriminator judges patches (Isola et al. 2017) by the hinge loss, from step discriminator.start on.
-    Raises RestoreError for a crop that the network or its images do not allow.
+    Raises RestoreError if the crop does not fit the network or its images.
     """
 
     def __init__(self, config: DictConfig, device: torch.device) -> None:
@@ -47,20 +47,21 @@ class Autoencoder:
         self.f, self.crop = 2 ** (len(config.model.block_out_channels) - 1), config.get("crop")
         size = config.model.sample_size
         if self.crop is not None and not (0 < self.crop <= size and self.crop % self.f == 0):
-            raise RestoreError(f"crop={self.crop} must be a multiple of {self.f} and at most {size}")
+            raise RestoreError(f"crop must be a multiple of {self.f} and at most {size}, got crop={self.crop}")
         self.source = Pixels(config, device)
         self.model = Reconstruction(build_autoencoder(config), config.get("frozen_encoder", False))
         self.lpips = load_lpips(config, device)
-        self.starts = config.discriminator.start
-        self.adversary = None if self.starts is None else PatchDiscriminator(config.discriminator.channels)
+        self.discriminator_start = config.discriminator.start
+        enabled = self.discriminator_start is not None
+        self.discriminator = PatchDiscriminator(config.discriminator.channels) if enabled else None
         self.description = {}
 
     def loss(self, forward, step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict, tuple]:
-        """The weighted loss of batch `step`, its parts to be logged, and (x, x_hat) for the adversary."""
+        """Return the weighted loss of batch `step`, its parts for the log, and (x, x_hat) for the discriminator."""
         config = self.config
         x, _ = self.source.batch(step, generator)
         if self.crop is not None:
-            x = dataset.cropped(x, self.crop, generator)
+            x = dataset.crop_randomly(x, self.crop, generator)
         x = x.contiguous(memory_format=torch.channels_last)
         shape = (len(x), config.model.latent_channels, x.shape[-2] // self.f, x.shape[-1] // self.f)
         noise = torch.randn(shape, generator=generator, device=self.device)
@@ -71,28 +72,28 @@ class Autoencoder:
         if self.lpips is not None:
             terms["lpips"] = self.lpips.model(x_hat, x).mean()
             total = total + config.lpips.weight * terms["lpips"]
-        if self.adversary is not None and step >= self.starts:
-            terms["fooling"] = -self.adversary(x_hat).mean()
+        if self.discriminator is not None and step >= self.discriminator_start:
+            terms["fooling"] = -self.discriminator(x_hat).mean()
             total = total + config.discriminator.weight * terms["fooling"]
         return total, {name: term.detach() for name, term in terms.items()}, (x, x_hat.detach())
 
-    def adversary_loss(self, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Hinge loss of telling x from x_hat."""
-        real, made = (self.adversary(images) for images in pair)
-        return F.relu(1 - real).mean() + F.relu(1 + made).mean()
+    def discriminator_loss(self, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Return the hinge loss of distinguishing x from x_hat."""
+        real, fake = (self.discriminator(images) for images in pair)
+        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
-    def held_out(self, model: Reconstruction) -> dict:
-        """PSNR of the posterior mean's reconstruction, and LPIPS where its weights are given."""
-        return {"reconstruction": measure(model.vae, self.source.held_out[""], self.device, self.lpips)}
+    def measure_held_out(self, model: Reconstruction) -> dict:
+        """Return PSNR of the posterior mean's reconstruction, and LPIPS if its weights are given."""
+        x = self.source.held_out[""]
+        return {"reconstruction": measure_reconstruction(model.vae, x, self.device, self.lpips)}
 
-    def picture(self, model: Reconstruction, path: Path, n: int = 16) -> None:
-        """Held-out images, each beside its reconstruction."""
+    def write_samples(self, model: Reconstruction, path: Path, n: int = 16) -> None:
+        """Write held-out images, each beside its reconstruction."""
         x = self.source.held_out[""][: n // 2]
-        pairs = torch.stack([x, reconstruct(model.vae, x, self.device)], dim=1).flatten(0, 1)
-        write_grid(path, pairs.clamp(-1, 1))
+        write_grid(path, torch.stack([x, reconstruct(model.vae, x, self.device)], dim=1).flatten(0, 1))
 
     def save(self, model: Reconstruction, folder: Path) -> None:
-        """A diffusers folder, weights in fp16."""
+        """Write a diffusers folder, weights in fp16."""
         save_network(model.vae, folder, dtype="fp16")
 
 
@@ -101,7 +102,7 @@ class PatchDiscriminator(nn.Sequential):
 
     def __init__(self, channels: int) -> None:
         layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
-        # Group normalisation, as the rest of the network: a result does not depend on its company in the batch.
+        # Group normalisation, as in the rest of the network: a result does not depend on the others in its batch.
         for i, stride in ((1, 2), (2, 2), (4, 1)):
             layers += [nn.Conv2d(i * channels, 2 * i * channels, 4, stride, 1, bias=False)]
             layers += [nn.GroupNorm(8, 2 * i * channels), nn.LeakyReLU(0.2)]
@@ -109,19 +110,18 @@ class PatchDiscriminator(nn.Sequential):
 
 
 def build_autoencoder(config: DictConfig) -> AutoencoderKL:
-    """The network of `config.model`, from the folder `config.init` if there is one. Raises RestoreError."""
+    """Build the network of `config.model`, with the weights in the folder `config.init` if there is one.
+
+    Raises RestoreError if their shapes differ.
+    """
     model = AutoencoderKL(**OmegaConf.to_container(config.model))
     if config.init is None:
         return model
-    start = load_vae(config.init).state_dict()
-    if {k: v.shape for k, v in start.items()} != {k: v.shape for k, v in model.state_dict().items()}:
-        raise RestoreError(f"the weights in init={config.init} do not have the shapes that `model` describes")
-    model.load_state_dict(start)
-    return model
+    return load_initial_state(model, load_vae(config.init).state_dict(), config.init)
 
 
 def load_lpips(config: DictConfig, device: torch.device | str) -> LPIPS | None:
-    """The perceptual distance of `config.lpips`, None without its weights. Raises RestoreError for a wrong file."""
+    """Load the network of `config.lpips`, None without its weights. Raises RestoreError for a wrong file."""
     if config.lpips.weights is None:
         return None
     return LPIPS(config.lpips.net, {LPIPS_NETS[config.lpips.net]: config.lpips.weights}, device=str(device))
@@ -129,16 +129,18 @@ def load_lpips(config: DictConfig, device: torch.device | str) -> LPIPS | None:
 
 @torch.no_grad()
 def reconstruct(vae: nn.Module, images: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Decoded posterior means of images (N, 3, H, W), on the CPU, clamped to [-1, 1]."""
-    found = [vae.decode(vae.encode(x.to(device)).latent_dist.mean).sample.float().cpu() for x in images.split(16)]
-    return torch.cat(found).clamp(-1, 1)
+    """Return decoded posterior means of images (N, 3, H, W), on the CPU, clamped to [-1, 1]."""
+    x_hat = [vae.decode(vae.encode(x.to(device)).latent_dist.mean).sample.float().cpu() for x in images.split(16)]
+    return torch.cat(x_hat).clamp(-1, 1)
 
 
-def measure(vae: nn.Module, images: torch.Tensor, device: torch.device | str, lpips: LPIPS | None) -> dict[str, float]:
-    """Means over images (N, 3, H, W) in [-1, 1] of PSNR in dB and, where it is given, LPIPS of their reconstruction."""
+def measure_reconstruction(
+    vae: nn.Module, images: torch.Tensor, device: torch.device | str, lpips: LPIPS | None
+) -> dict[str, float]:
+    """Return means over images (N, 3, H, W) in [-1, 1] of the reconstruction's PSNR in dB and, if given, LPIPS."""
     x_hat = reconstruct(vae, images, device)
-    found = {"psnr": float(psnr(x_hat, images).mean())}
+    means = {"psnr": float(psnr(x_hat, images).mean())}
     if lpips is not None:
         pairs = zip(x_hat.split(16), images.split(16), strict=True)
-        found[f"lpips_{lpips.net}"] = float(torch.cat([lpips(a, b) for a, b in pairs]).mean())
-    return found
+        means[f"lpips_{lpips.net}"] = float(torch.cat([lpips(a, b) for a, b in pairs]).mean())
+    return means

@@ -1,4 +1,4 @@
-"""A diffusion model as something to train: its network, its loss, what is measured and kept of it."""
+"""Training of a diffusion model: its network, its loss, what is measured and saved."""
 
 from __future__ import annotations
 
@@ -23,24 +23,23 @@ from restore.training.losses import hybrid_loss
 from restore.training.sources import Latents, Pixels
 
 HELD_OUT_LEVELS = (10, 50, 100, 200, 300, 450, 600, 800)
-SOURCES = {"pixels": Pixels, "latents": Latents}
 
 
 class Diffusion:
-    """A UNet2DModel on the x_0 of a source; predicts what `config.prediction_type` says, perhaps with its variance."""
+    """A UNet2DModel on the x_0 of a source; it predicts `config.prediction_type` and optionally the variance."""
 
-    adversary, starts = None, 0
+    discriminator, discriminator_start = None, 0
 
     def __init__(self, config: DictConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.source = SOURCES[config.kind](config, device)
-        self.model = build_model(config, len(self.source.labels))
+        self.source = {"pixels": Pixels, "latents": Latents}[config.kind](config, device)
+        self.model = build_unet(config, len(self.source.labels))
         self.schedule = OmegaConf.to_container(config.schedule)
         self.alpha_bar = Schedule.from_config(self.schedule).alphas_cumprod
         self.description = {"labels": list(self.source.labels)} if self.source.labels else {}
 
     def loss(self, forward, step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict, None]:
-        """The weighted loss of batch `step`, and its parts to be logged. forward: the model, perhaps compiled."""
+        """Return the weighted loss of batch `step`, and its parts for the log. forward: the model, maybe compiled."""
         config, device = self.config, self.device
         alpha_bar = self.alpha_bar.to(device)
         x0, labels = self.source.batch(step, generator)
@@ -49,41 +48,42 @@ class Diffusion:
         n = len(x0)
         slots = (torch.arange(n, device=device) + torch.rand(n, generator=generator, device=device)) / n
         t = (slots * len(alpha_bar)).long()
-        given = {}
+        condition = {}
         if labels is not None:
             dropped = torch.rand(n, generator=generator, device=device) < config.label_dropout
-            given["class_labels"] = torch.where(dropped, len(self.source.labels), labels)
+            condition["class_labels"] = torch.where(dropped, len(self.source.labels), labels)
         a = alpha_bar[t].float().view(-1, 1, 1, 1)
         x_t = (a.sqrt() * x0 + (1 - a).sqrt() * eps).contiguous(memory_format=torch.channels_last)
-        out = forward(x_t, t, return_dict=False, **given)[0].float()
-        eps_hat, v = self.split(out, x_t, a.sqrt(), (1 - a).sqrt())
+        out = forward(x_t, t, return_dict=False, **condition)[0].float()
+        eps_hat, v = self.split_output(out, x_t, a.sqrt(), (1 - a).sqrt())
         simple, vlb = hybrid_loss(
             eps_hat, v, x0, eps, t, alpha_bar, snr_gamma=config.snr_gamma, high_noise_weight=config.high_noise_weight
         )
         logged = {"eps_loss": simple.detach()} | ({} if v is None else {"vlb_bits": vlb.detach()})
         return simple + config.vlb_weight * vlb, logged, None
 
-    def split(self, out: torch.Tensor, x_t: torch.Tensor, alpha, sigma) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The network's output as predicted noise and, where it is learned, the raw variance."""
+    def split_output(
+        self, out: torch.Tensor, x_t: torch.Tensor, alpha, sigma
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the network's output as predicted noise and the raw learned variance, or None."""
         out, v = out.chunk(2, dim=1) if out.shape[1] == 2 * x_t.shape[1] else (out, None)
         return CONVERSIONS[PREDICTION_TYPES[self.config.prediction_type]](out, x_t, alpha, sigma)[0], v
 
-    def held_out(self, model: nn.Module) -> dict:
-        """Mean squared errors of the predicted noise per timestep; with classes per label, with and without it."""
-        found = {}
+    def measure_held_out(self, model: nn.Module) -> dict:
+        """Return mean squared errors of eps per timestep; with classes per label, with and without it."""
+        labels, errors = self.source.labels, {}
         for label, x0 in self.source.held_out.items():
-            if not self.source.labels:
-                return {"eps_mse": self.errors(model, x0)}
-            none = len(self.source.labels)
+            if not labels:
+                return {"eps_mse": self.measure_errors(model, x0)}
             if label:
-                found[label] = self.errors(model, x0, self.source.labels.index(label))
-            found[f"{label or 'others'} without label"] = self.errors(model, x0, none)
-        return {"eps_mse": found}
+                errors[label] = self.measure_errors(model, x0, labels.index(label))
+            errors[f"{label or 'others'} without label"] = self.measure_errors(model, x0, len(labels))
+        return {"eps_mse": errors}
 
     @torch.no_grad()
-    def errors(self, model: nn.Module, x0: torch.Tensor, label: int | None = None) -> dict[int, float]:
-        """Mean squared error of the predicted noise per timestep, on fixed noise, over all of x0 (N, C, H, W)."""
-        result = {}
+    def measure_errors(self, model: nn.Module, x0: torch.Tensor, label: int | None = None) -> dict[int, float]:
+        """Return the mean squared error of eps per timestep, on fixed noise, over x0 (N, C, H, W)."""
+        errors = {}
         for t in HELD_OUT_LEVELS:
             generator, total = torch.Generator().manual_seed(t), 0.0
             alpha, sigma = math.sqrt(float(self.alpha_bar[t])), math.sqrt(1 - float(self.alpha_bar[t]))
@@ -93,23 +93,21 @@ class Diffusion:
                 times = torch.full((len(chunk),), t, device=self.device)
                 labels = None if label is None else torch.full_like(times, label)
                 out = model(x_t, times, class_labels=labels, return_dict=False)[0].float()
-                eps_hat, _ = self.split(out, x_t, alpha, sigma)
+                eps_hat, _ = self.split_output(out, x_t, alpha, sigma)
                 total += float(((eps_hat.cpu() - eps) ** 2).mean(dim=(1, 2, 3)).sum())
-            result[t] = total / len(x0)
-        return result
+            errors[t] = total / len(x0)
+        return errors
 
-    def backbone(self, model: nn.Module):
-        """A frozen prior with these weights."""
-        schedule = "linear" if self.schedule == {} else self.schedule
-        options = {"schedule": schedule, "prediction_type": self.config.prediction_type}
+    def make_backbone(self, model: nn.Module):
+        """Return a frozen prior with these weights."""
+        options = {"schedule": self.schedule or "linear", "prediction_type": self.config.prediction_type}
         if self.source.labels:
             options |= {"labels": self.source.labels, "null_class": len(self.source.labels)}
-        return self.source.backbone(model, **options)
+        return self.source.make_backbone(model, **options)
 
-    def picture(self, model: nn.Module, path: Path, n: int = 16, steps: int = 50) -> None:
-        """A grid of DDIM samples, always from the same noise, so that grids of one run can be compared; with classes,
-        one after the other."""
-        backbone = self.backbone(model)
+    def write_samples(self, model: nn.Module, path: Path, n: int = 16, steps: int = 50) -> None:
+        """Write a grid of DDIM samples, the classes in turn, always from the same noise, so that grids compare."""
+        backbone = self.make_backbone(model)
         noise = ImageNoise([(0, str(i), 0) for i in range(n)], backbone.device)
         prior = Sized(backbone, *[backbone.resolution * backbone.downscale] * 2)
         classes = len(self.source.labels)
@@ -117,24 +115,24 @@ class Diffusion:
         write_grid(path, generate(prior, n, steps=steps, noise=noise, ddim_eta=0.0, condition=condition))
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """A folder that `restore.load` reads, weights in fp16."""
-        self.backbone(model).save(folder, dtype="fp16")
+        """Write a folder that `restore.load` reads, weights in fp16."""
+        self.make_backbone(model).save(folder, dtype="fp16")
 
 
 def write_grid(path: Path, images: torch.Tensor) -> None:
-    """A square number of images (N, 3, H, W) in [-1, 1] as one picture."""
+    """Write a square number of images (N, 3, H, W) in [-1, 1] as one picture."""
     side = math.isqrt(len(images))
     rows = [list(images[r * side : (r + 1) * side].cpu()) for r in range(side)]
     disk.make_folder(path.parent)
     io.write_image(path, io.to_tensor(grids.draw_grid(rows, [""] * side))[0])
 
 
-def build_model(config: DictConfig, labels: int = 0) -> UNet2DModel:
-    """The network of `config.model`, with the weights in the folder `config.init` if there is one.
+def build_unet(config: DictConfig, labels: int = 0) -> UNet2DModel:
+    """Build the network of `config.model`, with the weights in the folder `config.init` if there is one.
 
-    labels: number of classes; a further one means none. A network without classes may start one that has them: their
-    embedding is then 0, so that it begins with the same output whatever the class.
-    Raises RestoreError for a folder that holds no model, or one whose weights have other shapes.
+    labels: number of classes; one more is the null class. Weights without classes may start a network with classes:
+    their embedding is then 0, so that the first output is the same for every class.
+    Raises RestoreError if the folder holds no model, or weights of other shapes.
     """
     classes = {"num_class_embeds": labels + 1} if labels else {}
     model = UNet2DModel(**OmegaConf.to_container(config.model), **classes)
@@ -143,11 +141,16 @@ def build_model(config: DictConfig, labels: int = 0) -> UNet2DModel:
     folder = Path(config.init)
     folder = folder / "unet" if (folder / "unet").is_dir() else folder
     if not (folder / CONFIG).exists():
-        raise RestoreError(f"init={config.init} is not a folder with config.json and safetensors weights")
-    start = load_network(folder)[0].state_dict()
-    if labels and "class_embedding.weight" not in start:
-        start["class_embedding.weight"] = torch.zeros_like(model.class_embedding.weight)
-    if {k: v.shape for k, v in start.items()} != {k: v.shape for k, v in model.state_dict().items()}:
-        raise RestoreError(f"the weights in init={config.init} do not have the shapes that `model` describes")
-    model.load_state_dict(start)
+        raise RestoreError(f"init must be a folder with config.json and safetensors weights, got init={config.init}")
+    state = load_network(folder)[0].state_dict()
+    if labels and "class_embedding.weight" not in state:
+        state["class_embedding.weight"] = torch.zeros_like(model.class_embedding.weight)
+    return load_initial_state(model, state, config.init)
+
+
+def load_initial_state(model: nn.Module, state: dict[str, torch.Tensor], init: str) -> nn.Module:
+    """Load weights into the model and return it. Raises RestoreError if their shapes are not the model's."""
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in model.state_dict().items()}:
+        raise RestoreError(f"the weights must have the shapes that `model` describes, got others in init={init}")
+    model.load_state_dict(state)
     return model

@@ -5,10 +5,6 @@ from __future__ import annotations
 import torch
 
 
-def _expand(values: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    return values[t].float().view(-1, 1, 1, 1)
-
-
 def hybrid_loss(
     eps_hat: torch.Tensor,
     v: torch.Tensor | None,
@@ -19,38 +15,35 @@ def hybrid_loss(
     snr_gamma: float,
     high_noise_weight: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weighted noise error, variational term), both means over the batch.
+    """Return (weighted noise error, variational term), both means over the batch.
 
-    The noise error is weighted by min(SNR, gamma)/SNR (Hang et al. 2023, Min-SNR) plus
-    min(1/SNR, high_noise_weight): without a bound the sum 1 + 1/SNR is the weight of v-prediction
-    (Salimans & Ho 2022, SNR + 1 on x0). The second part is what teaches colours and lighting, whose error
-    1/SNR times the noise error would otherwise be lost in the mean. The variational
-    term is L_{t-1} of Nichol & Dhariwal 2021, eq. 15-16, in bits per dimension, with the predicted
-    mean held fixed so that it trains the variance channel only; at t = 0 the Gaussian negative
-    log-likelihood of x0 stands for the discretised one. Without v, where no variance is learned, it is 0.
+    The noise error is weighted by min(SNR, gamma)/SNR (Hang et al. 2023, Min-SNR) plus min(1/SNR, high_noise_weight):
+    without a bound the sum 1 + 1/SNR is the weight of v-prediction (Salimans & Ho 2022, SNR + 1 on x0). The second
+    part teaches colours and lighting, whose error, 1/SNR times the noise error, would otherwise be lost in the mean.
+    The variational term is L_{t-1} of Nichol & Dhariwal 2021, eq. 15-16, in bits per dimension, with the predicted
+    mean held fixed so that it trains only the variance channels; at t = 0 the Gaussian negative log-likelihood of x0
+    replaces the discretised one. It is 0 if v is None.
     """
     snr = alpha_bar / (1 - alpha_bar)
     weight = ((snr_gamma / snr).clamp(max=1) + (1 / snr).clamp(max=high_noise_weight))[t].float()
-    simple = ((eps_hat - eps) ** 2).mean(dim=(1, 2, 3))
-
+    simple = (weight * ((eps_hat - eps) ** 2).mean(dim=(1, 2, 3))).mean()
     if v is None:
-        return (weight * simple).mean(), simple.new_zeros(())
+        return simple, simple.new_zeros(())
+
     previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
     beta = 1 - alpha_bar / previous
     posterior_variance = beta * (1 - previous) / (1 - alpha_bar)
-    log_min = posterior_variance.clone()
-    log_min[0] = posterior_variance[1]
-    log_min, log_max = log_min.log(), beta.log()
+    posterior_variance[0] = posterior_variance[1]
     coef_x0 = beta * previous.sqrt() / (1 - alpha_bar)
-
-    a = _expand(alpha_bar, t)
+    a, c, lo, hi = (
+        values[t].float().view(-1, 1, 1, 1) for values in (alpha_bar, coef_x0, posterior_variance.log(), beta.log())
+    )
     x_t = a.sqrt() * x0 + (1 - a).sqrt() * eps
     x0_hat = ((x_t - (1 - a).sqrt() * eps_hat.detach()) / a.sqrt()).clamp(-1, 1)
     # The two means differ only through their x0 term: mean = c1 x0 + c2 x_t.
-    squared_gap = (_expand(coef_x0, t) * (x0 - x0_hat)) ** 2
-    lo, hi = _expand(log_min, t), _expand(log_max, t)
+    squared_gap = (c * (x0 - x0_hat)) ** 2
     log_var = (v + 1) / 2 * hi + (1 - v) / 2 * lo
     kl = 0.5 * (log_var - lo + torch.exp(lo - log_var) + squared_gap * torch.exp(-log_var) - 1)
     nll = 0.5 * (log_var + squared_gap * torch.exp(-log_var) + torch.log(torch.tensor(2 * torch.pi)))
     term = torch.where((t == 0).view(-1, 1, 1, 1), nll, kl).mean(dim=(1, 2, 3)) / torch.log(torch.tensor(2.0))
-    return (weight * simple).mean(), term.mean()
+    return simple, term.mean()

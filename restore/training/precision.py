@@ -1,4 +1,4 @@
-"""Arithmetic of a training step."""
+"""Precision of a training step."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 
-def native_bf16() -> bool:
-    """True where bf16 convolutions are faster than fp32 ones rather than emulated."""
+def has_native_bf16() -> bool:
+    """Return whether bf16 convolutions are faster than fp32 ones rather than emulated."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class FullPrecisionAttention(TorchFunctionMode):
-    """Within the block scaled_dot_product_attention is computed in fp32, whatever it is given and autocast says."""
+    """Within this context scaled_dot_product_attention is computed in fp32, also under autocast."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -72,8 +72,8 @@ def test_one_run(config):
     assert parser.open == [] and parser.addresses
     assert all(a.startswith("data:image/png;base64,") for a in parser.addresses), "not self-contained"
     assert "A &lt;small&gt; run" in page and "<small>" not in page
-    for said in ("Random weights.", "Nobody", "SAG", "published 22.75", "published 21.5", "sigma_y = 0.05 on [-1, 1]"):
-        assert said in page and said in text, said
+    for part in ("Random weights.", "Nobody", "SAG", "published 22.75", "published 21.5", "sigma_y = 0.05 on [-1, 1]"):
+        assert part in page and part in text, part
     # measurement, four methods and truth, for each of four images
     assert page.count("<img") == 4 * 6
     assert page.count("<svg") == 1 and page.count("<polyline") == 1 and page.count("<circle") == 2

@@ -1,4 +1,4 @@
-"""Training autoencoders: whole images, squares of them, the decoder alone, the discriminator."""
+"""Training autoencoders: whole images, crops, only the decoder, the discriminator."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from tiny_training import config, falls, rows
 import restore
 from restore.backbones.autoencoder import load_vae
 from restore.training import train
-from restore.training.autoencoder import Autoencoder, PatchDiscriminator
-from restore.training.autoencoder import measure as measure_autoencoder
+from restore.training.autoencoder import Autoencoder, PatchDiscriminator, measure_reconstruction
 
 
 def test_an_autoencoder_learns_and_is_one_of_diffusers(autoencoder, folders):
@@ -25,9 +24,9 @@ def test_an_autoencoder_learns_and_is_one_of_diffusers(autoencoder, folders):
     assert torch.equal(vae.decoder.conv_in.weight, load_vae(folder).decoder.conv_in.weight)
 
 
-def test_an_autoencoder_learns_from_squares_of_its_images(folders, tmp_path):
-    made = config("autoencoder", folders, tmp_path, "crop=16", "batch=6")
-    kind, seen = Autoencoder(made, torch.device("cpu")), []
+def test_an_autoencoder_learns_from_crops_of_its_images(folders, tmp_path):
+    settings = config("autoencoder", folders, tmp_path, "crop=16", "batch=6")
+    kind, seen = Autoencoder(settings, torch.device("cpu")), []
 
     def forward(x, noise):
         seen.append((x, noise.shape))
@@ -37,7 +36,7 @@ def test_an_autoencoder_learns_from_squares_of_its_images(folders, tmp_path):
     whole, _ = kind.source.batch(3, torch.Generator().manual_seed(0))
     ((x, latent),) = seen
     assert x.shape == (6, 3, 16, 16) and latent == (6, 4, 8, 8) and logged["l1"] == 0
-    # Each is a square of its own image, at different places.
+    # Each is a crop of its own image, at different positions.
     windows = whole.unfold(2, 16, 1).unfold(3, 16, 1)  # (6, 3, 17, 17, 16, 16)
     found = (windows == x[:, :, None, None]).flatten(-2).all(-1).all(1).nonzero()
     assert set(found[:, 0].tolist()) == set(range(6)) and len({tuple(row) for row in found[:, 1:].tolist()}) > 2
@@ -57,11 +56,11 @@ def test_a_decoder_is_trained_further_on_the_same_latents(folders, autoencoder, 
     """A prior trained on them stays valid: the encoder's weights keep their bits, the decoder gets better, and the
     prior takes it without encoding anything again."""
     start, more = autoencoder[0], ["frozen_encoder=true", "steps=60", "optimizer.lr=2e-3", "optimizer.weight_decay=0.1"]
-    made = config("autoencoder", folders, tmp_path, f"init={start}", *more)
-    before, after = load_vae(start), load_vae(train(made))
+    settings = config("autoencoder", folders, tmp_path, f"init={start}", *more)
+    before, after = load_vae(start), load_vae(train(settings))
     assert_only_the_decoder_learned(before, after)
-    held_out = Autoencoder(made, torch.device("cpu")).source.held_out[""]
-    first, last = (measure_autoencoder(vae, held_out, "cpu", None)["psnr"] for vae in (before, after))
+    held_out = Autoencoder(settings, torch.device("cpu")).source.held_out[""]
+    first, last = (measure_reconstruction(vae, held_out, "cpu", None)["psnr"] for vae in (before, after))
     assert last > first + 0.2
     shutil.copytree(latent[1], tmp_path / "latent")
     encoded = tmp_path / "latent" / "latents.safetensors"
@@ -75,14 +74,14 @@ def test_a_decoder_is_trained_further_on_the_same_latents(folders, autoencoder, 
 
 
 def test_an_encoder_frozen_on_the_way_keeps_its_average(folders, tmp_path):
-    """Which is what latents were made with; the live weights, where the average was heading, are given up."""
+    """Latents were encoded with the average; the live weights are discarded."""
     quiet = ["samples_every_steps=100", "held_out_every_steps=100", "optimizer.lr=2e-3"]
     before = load_vae(train(config("autoencoder", folders, tmp_path, "steps=6", *quiet)))
     after = load_vae(train(config("autoencoder", folders, tmp_path, "steps=9", "frozen_encoder=true", *quiet)))
     assert_only_the_decoder_learned(before, after)
 
 
-def test_the_discriminator_comes_when_it_is_asked_for(folders, tmp_path):
+def test_the_discriminator_starts_when_it_is_enabled(folders, tmp_path):
     quiet = ["samples_every_steps=100", "held_out_every_steps=100", "discriminator.channels=8"]
     train(config("autoencoder", folders, tmp_path, "steps=2", *quiet))
     train(config("autoencoder", folders, tmp_path, "steps=5", "discriminator.start=3", *quiet))

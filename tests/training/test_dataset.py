@@ -16,7 +16,7 @@ def test_crops_are_of_every_scale_and_never_enlarged(tmp_path):
     """A ramp: the step from pixel to pixel of a crop tells how much it was reduced."""
     ramp = np.repeat(np.linspace(0, 255, 200, dtype=np.float64)[None, :, None], 160, 0).repeat(3, 2)
     Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "ramp.png")
-    files = dataset.list_images(tmp_path)
+    files = dataset.list_files(tmp_path)
     crops = dataset.load_crops(files, 20, 40, seed=1)
     slopes = (crops[:, 0, 10, 18].float() - crops[:, 0, 10, 2].float()) / 16 / (255 / 199)
     assert slopes.min() > 0.8 and slopes.max() < 8.5 and slopes.max() > 3 * slopes.min()
@@ -55,7 +55,7 @@ def test_crops_of_photos_are_cut_and_never_resampled(tmp_path):
         places.add(found[:2])
         mirrored += found[2]
     assert len(places) > 3 and 0 < mirrored < 6
-    middle = dataset.reduced(images, 16, cut=True)
+    middle = dataset.to_float(images, 16, cut=True)
     assert torch.allclose(middle, images[..., 2:18, 2:18].float() / 127.5 - 1)
 
     for i in range(3):
@@ -65,6 +65,6 @@ def test_crops_of_photos_are_cut_and_never_resampled(tmp_path):
     sets = {"photos": {"folder": str(tmp_path), "crops": 2}, "faces": {"folder": str(tmp_path), "stored_size": 20}}
     data = OmegaConf.create({"stored_size": 20, "held_out_every": 3, "sets": sets})
     with pytest.raises(restore.RestoreError, match="needs square images"):
-        dataset.load_sets(data, 0)
+        dataset.load_training_sets(data, 0)
     del data.sets["faces"]
-    assert dataset.load_sets(data, 0)[0].cut
+    assert dataset.load_training_sets(data, 0)[0].cut

@@ -1,4 +1,4 @@
-"""The released weights in data/embedded-latent: what the autoencoder keeps, what the prior knows, what fits."""
+"""The released weights in data/embedded-latent: reconstruction, denoising, restoration, size of the files."""
 
 import math
 
@@ -41,7 +41,7 @@ def test_the_autoencoder_keeps_a_real_face(restorer, faces):
 
 @pytest.mark.parametrize("t", [100, 300, 600])
 def test_the_prior_knows_more_than_the_spread_of_latents(restorer, faces, t):
-    """Against the best answer that knows each channel's mean and variance alone, over many draws of noise."""
+    """Compared with the best linear estimate from each channel's mean and variance, over many draws of noise."""
     backbone = restorer.backbone
     with torch.no_grad():
         z = backbone.encode(faces)
@@ -61,7 +61,7 @@ def test_every_level_attends(restorer):
 
 
 def test_samples_are_different_faces_in_natural_colours(restorer):
-    """In the middle of a face there is skin, of whatever shade: more red than green than blue."""
+    """The middle of a face is skin of any shade: more red than green, more green than blue."""
     images = restorer.generate(8, steps=20, batch_size=8, ddim_eta=0.0, seed=1)
     assert images.shape == (8, 3, 128, 128) and torch.isfinite(images).all()
     red, green, blue = images[..., 48:80, 48:80].mean(dim=(-2, -1)).unbind(1)
@@ -79,7 +79,7 @@ def test_a_hole_is_filled_better_than_by_interpolation(restorer, faces):
 
 
 def test_psld_restores_a_real_face(restorer, faces):
-    """The measurement is explained but for what the autoencoder cannot, and the face is nearer than another one's."""
+    """The residual is small up to the autoencoder's error, and the face is nearer than another one."""
     operator = operators.SuperResolution(4, noise=NOISE)
     y = operator(faces[:1], [measurement_generator(0, FACES[0])])
     result = restorer(y, operator, sampler="psld", guidance=None, steps=40)

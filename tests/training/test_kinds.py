@@ -18,9 +18,9 @@ import restore
 from restore.backbones.autoencoder import load_vae
 from restore.guidance import PAG
 from restore.paths import configs_dir, data_dir
-from restore.training import load_config, train
-from restore.training.card import measure, table
-from restore.training.diffusion import build_model
+from restore.training import load_training_config, train
+from restore.training.card import format_card, write_card
+from restore.training.diffusion import build_unet
 
 
 def test_a_latent_prior_learns_and_restores(latent, autoencoder):
@@ -69,7 +69,7 @@ def test_the_shipped_networks_are_small_enough_for_the_repository():
     }
     with torch.device("meta"):
         vae = AutoencoderKL(**shapes["autoencoder"])
-        unet = build_model(OmegaConf.create({"model": shapes["latent"], "init": None}))
+        unet = build_unet(OmegaConf.create({"model": shapes["latent"], "init": None}))
     total = sum(p.numel() for network in (vae, unet) for p in network.parameters())
     assert 15e6 < total < 20e6  # 40 MB as fp16
     side = shapes["autoencoder"]["sample_size"] >> (len(shapes["autoencoder"]["block_out_channels"]) - 1)
@@ -84,11 +84,11 @@ def test_cards_of_every_kind(autoencoder, latent, classes, folders, tmp_path):
         "prior-v2": (classes, []),
     }
     for kind, ((weights, out), more) in cards.items():
-        made = config(kind, folders, out, *more)
-        card = measure(made, weights, tmp_path / kind, samples=4, steps=3)
+        settings = config(kind, folders, out, *more)
+        card = write_card(settings, weights, tmp_path / kind, samples=4, steps=3)
         assert json.loads((tmp_path / kind / "card.json").read_text()) == json.loads(json.dumps(card))
         assert (tmp_path / kind / ("pairs.png" if kind == "autoencoder" else "samples.png")).is_file()
-        text = table(card)
+        text = format_card(card)
         if kind != "prior-v2":
             assert 5 < card["reconstruction"]["held-out images"]["psnr"] < 60 and "reconstruction" in text
         if kind != "autoencoder":
@@ -103,20 +103,20 @@ def test_cards_of_every_kind(autoencoder, latent, classes, folders, tmp_path):
 
 
 def test_refusals(folders, autoencoder, tmp_path):
-    with pytest.raises(restore.RestoreError, match="is not a folder with a trained autoencoder"):
+    with pytest.raises(restore.RestoreError, match="autoencoder must be the folder of a trained one.*nowhere"):
         train(config("latent", folders, tmp_path, "autoencoder=nowhere"))
-    with pytest.raises(restore.RestoreError, match="latents of 4 channels, but model.in_channels is 8"):
+    with pytest.raises(restore.RestoreError, match="model.in_channels must be 4.*got 8"):
         train(config("latent", folders, tmp_path, f"autoencoder={autoencoder[0]}", "model.in_channels=8"))
     with pytest.raises(restore.RestoreError, match="unknown kind.*did you mean 'latents'"):
         config("latent", folders, tmp_path, "kind=latent", f"autoencoder={autoencoder[0]}")
     with pytest.raises(restore.RestoreError, match="leaves autoencoder open; give autoencoder="):
         config("latent", folders, tmp_path)
     for crop in (15, 0, 64):
-        with pytest.raises(restore.RestoreError, match=f"crop={crop} must be a multiple of 2 and at most 32"):
+        with pytest.raises(restore.RestoreError, match=f"crop must be a multiple of 2 and at most 32, got crop={crop}"):
             train(config("autoencoder", folders, tmp_path, f"crop={crop}"))
     with pytest.raises(restore.RestoreError, match="has no key"):
         config("latent", folders, tmp_path, "autoencoder=x", "crop=16")
-    with pytest.raises(restore.RestoreError, match="do not have the shapes"):
+    with pytest.raises(restore.RestoreError, match="must have the shapes"):
         train(config("autoencoder", folders, tmp_path, f"init={autoencoder[0]}", "model.latent_channels=6"))
 
 
@@ -139,8 +139,8 @@ def test_the_shipped_configurations_train_and_resume(kind, folders, tmp_path):
         ).save_pretrained(tmp_path / "vae")
         where += [f"autoencoder={tmp_path / 'vae'}", "data.copies=2"]
     yaml = configs_dir() / "train" / f"{kind}.yaml"
-    train(load_config(yaml, [*quick, *where, "steps=2"]))
-    folder = train(load_config(yaml, [*quick, *where, "steps=3"]))
+    train(load_training_config(yaml, [*quick, *where, "steps=2"]))
+    folder = train(load_training_config(yaml, [*quick, *where, "steps=3"]))
     log = rows(tmp_path / "run" / "log.jsonl")
     assert [row["step"] for row in log] == [1, 2, 3] and len(rows(tmp_path / "run" / "held_out.jsonl")) == 1
     size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""Arithmetic of a training step."""
+"""Precision of a training step."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from restore.training.precision import FullPrecisionAttention
 
 
 def test_attention_is_trained_in_full_precision():
-    """Where bf16 autocast would have it otherwise; whatever else the network computes stays as it is."""
+    """Under bf16 autocast, which still applies to the rest of the network."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 2, 9, 8, generator=g).bfloat16().requires_grad_() for _ in range(3))
     exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float())

@@ -12,9 +12,9 @@ import restore
 from operators import RestoreError
 from restore.backbones.schedule import Schedule
 from restore.paths import configs_dir
-from restore.training import load_config, train
-from restore.training.dataset import augment, batch_indices, split
-from restore.training.diffusion import build_model
+from restore.training import load_training_config, train
+from restore.training.dataset import augment, batch_indices, split_files
+from restore.training.diffusion import build_unet
 from restore.training.losses import hybrid_loss
 
 TINY = [
@@ -45,7 +45,7 @@ def faces(tmp_path_factory):
 
 def config(faces, out, *settings):
     base = [f"data.folder={faces}", f"out={out}", *TINY]
-    return load_config(configs_dir() / "train" / "embedded.yaml", [*base, *settings])
+    return load_training_config(configs_dir() / "train" / "embedded.yaml", [*base, *settings])
 
 
 def weights(folder):
@@ -56,7 +56,7 @@ def weights(folder):
 
 def test_training_is_not_resumed_with_another_batch_size(faces, tmp_path):
     train(config(faces, tmp_path, "steps=1"))
-    with pytest.raises(RestoreError, match="made with 4 images a step"):
+    with pytest.raises(RestoreError, match="batch must give 4 images a step"):
         train(config(faces, tmp_path, "steps=2", "batch=2"))
 
 
@@ -81,7 +81,7 @@ def test_interrupted_training_equals_undisturbed_training(faces, tmp_path):
     assert max(float((further[name] - whole[name]).abs().max()) for name in whole) < 0.01
     # `model` describes the network, also where its weights come from elsewhere.
     regrouped = config(faces, tmp_path / "regrouped", f"init={tmp_path / 'whole' / 'ema'}", "model.norm_num_groups=4")
-    network = build_model(regrouped)
+    network = build_unet(regrouped)
     assert network.conv_norm_out.num_groups == 4
     assert torch.equal(network.conv_in.weight, whole["conv_in.weight"].float())
 
@@ -89,24 +89,24 @@ def test_interrupted_training_equals_undisturbed_training(faces, tmp_path):
 def test_refusals(faces, tmp_path):
     yaml = configs_dir() / "train" / "embedded.yaml"
     with pytest.raises(restore.RestoreError, match="data.folder"):
-        load_config(yaml, [])
+        load_training_config(yaml, [])
     with pytest.raises(restore.RestoreError, match="did you mean 'batch'"):
-        load_config(yaml, ["batsch=3", "data.folder=x"])
-    assert load_config("embedded", ["data.folder=x", "prediction_type=sample"]).prediction_type == "sample"
+        load_training_config(yaml, ["batsch=3", "data.folder=x"])
+    assert load_training_config("embedded", ["data.folder=x", "prediction_type=sample"]).prediction_type == "sample"
     with pytest.raises(restore.RestoreError, match="none.yaml does not exist"):
-        load_config(tmp_path / "none.yaml", [])
-    with pytest.raises(restore.RestoreError, match="does not exist"):
+        load_training_config(tmp_path / "none.yaml", [])
+    with pytest.raises(restore.RestoreError, match="nowhere does not exist"):
         train(config(tmp_path / "nowhere", tmp_path / "out"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(restore.RestoreError, match="no image files"):
+    with pytest.raises(restore.RestoreError, match="must have images, but there are none"):
         train(config(tmp_path / "empty", tmp_path / "out"))
-    with pytest.raises(restore.RestoreError, match="not a folder with config.json"):
+    with pytest.raises(restore.RestoreError, match="init must be a folder with config.json"):
         train(config(faces, tmp_path / "out", f"init={tmp_path}"))
     train(config(faces, tmp_path / "run", "steps=1"))
     with pytest.raises(restore.RestoreError, match="another model configuration"):
         train(config(faces, tmp_path / "run", "steps=2", "model.attention_head_dim=16"))
     wider = config(faces, tmp_path / "wide", f"init={tmp_path / 'run' / 'ema'}", "model.layers_per_block=2", "steps=1")
-    with pytest.raises(restore.RestoreError, match="do not have the shapes"):
+    with pytest.raises(restore.RestoreError, match="must have the shapes"):
         train(wider)
 
 
@@ -114,7 +114,7 @@ def test_batches_visit_every_image_once_an_epoch():
     seen = torch.cat([batch_indices(10, 4, step, seed=1) for step in range(5)])
     assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
     assert not torch.equal(seen[:10], seen[10:])
-    training, held_out = split([str(i) for i in range(41)], 20)
+    training, held_out = split_files([str(i) for i in range(41)], 20)
     assert held_out == ["0", "20", "40"] and len(training) == 38 and not set(training) & set(held_out)
 
 
@@ -167,14 +167,14 @@ def test_loss_against_its_definition():
 
 def test_card_baselines_are_what_they_say():
     """On white noise images the Wiener filter is the known scalar shrinkage; on one image the mean is exact."""
-    from restore.training.card import nearest, trivial_loss, wiener_loss
+    from restore.training.card import measure_mean_loss, measure_nearest, measure_wiener_loss
 
     g = torch.Generator().manual_seed(0)
     training, held_out = torch.randn(400, 3, 16, 16, generator=g) * 0.5, torch.randn(50, 3, 16, 16, generator=g) * 0.5
     for a in (0.9, 0.5, 0.1):
         # x0 ~ N(0, s^2): the error of eps is a s^2 / (a s^2 + 1 - a).
         expected = a * 0.25 / (a * 0.25 + 1 - a)
-        assert wiener_loss(training, held_out, a) == pytest.approx(expected, rel=0.03)
-        assert trivial_loss(training.mean(0), held_out, a) == pytest.approx(min(1.0, a / (1 - a) * 0.25), rel=0.03)
-    found = nearest(training[:3].flip(-1), training)
-    assert found["max"] < 1e-3 and nearest(held_out, training)["min"] > 0.3
+        assert measure_wiener_loss(training, held_out, a) == pytest.approx(expected, rel=0.03)
+        assert measure_mean_loss(training.mean(0), held_out, a) == pytest.approx(min(1.0, a / (1 - a) * 0.25), rel=0.03)
+    found = measure_nearest(training[:3].flip(-1), training)
+    assert found["max"] < 1e-3 and measure_nearest(held_out, training)["min"] > 0.3

@@ -1,0 +1,60 @@
+"""The work of a search, before it runs: `restore heads CONFIG --dry-run`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from restore.bench import run as benchmarks
+from restore.search.config import build_benchmark, load_search
+from restore.search.heads import HeadSearch
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """The work of a search.
+
+    calibration: (candidate, task) pairs on the calibration images; test: (method, task) pairs on the test images;
+    images: of both halves; nfe, seconds: of everything, None if not measured.
+    """
+
+    candidates: int
+    calibration: int
+    test: int
+    images: tuple[int, int]
+    nfe: int | None
+    seconds: float | None
+
+
+def plan_search(
+    config: str | os.PathLike | Mapping[str, Any], overrides: Sequence[str] = (), *, measure: bool = True
+) -> SearchPlan:
+    """Return the number of evaluations of a search, without halving.
+
+    measure: also their cost, extrapolated from two steps without guidance and with the first and the last head.
+    """
+    search = HeadSearch(load_search(config, overrides))
+    pool, top, rounds = search.pool, search.config["top"], search.config["rounds"]
+    tasks, sizes = len(search.halves["test"]["tasks"]), len(search.curve_sizes(top * rounds))
+    calibration = sum(len(pool) - top * r for r in range(rounds)) + len(search.layers) + 1 + sizes
+    test = sizes + 2
+    images = search.count_images("calibration"), search.count_images("test")
+    nfe = seconds = None
+    if measure:
+        methods = {"none": {"guidance": None}, "first": search.make_method(pool[:1])}
+        methods["last"] = search.make_method(pool[-1:])
+        metrics = ["psnr"] * bool(search.images["test"])
+        lines = benchmarks.plan_benchmark(
+            build_benchmark(search.config, "calibration", methods, metrics, search.folder / "absent")
+        )
+        if all(line.seconds is not None for line in lines):
+            by_method = {m: [line for line in lines if line.method == m] for m in methods}
+            cost = {m: sum(line.seconds for line in of) / images[0] for m, of in by_method.items()}
+            evaluations = {m: sum(line.nfe for line in of) for m, of in by_method.items()}
+            guided, plain = calibration * images[0] + test * images[1], sum(images)
+            nfe = evaluations["first"] * guided + evaluations["none"] * plain
+            # The prefix that a guided pass shares with the plain one depends on the layer: the mean of both ends.
+            seconds = (cost["first"] + cost["last"]) / 2 * guided + cost["none"] * plain
+    return SearchPlan(len(pool), (calibration + 1) * tasks, (test + 1) * tasks, images, nfe, seconds)
