@@ -79,17 +79,18 @@ class PassMeter:
         of the weak passes."""
 
         def count(guidance: Guidance | None) -> tuple[int, int]:
-            try:
-                with checkpoint_blocks(self.restorer, options.checkpoint_blocks), count_bytes(work.prior.inner) as live:
-                    retained, _, _ = self._run_window(work, options, 1, guidance, live)
-                return retained, live.peak
-            except Exception as error:
-                # A guidance of the user's own may look at values, which tensors without data do not have.
-                if guidance is None or isinstance(error, RestoreError):
-                    raise
-            return count(None)
+            return self._count(options, lambda live: self._run_window(work, options, 1, guidance, live)[0])
 
-        return self.once(["bytes", *self._window_key(work, options)], lambda: count(work.method.guidance))
+        def measure() -> tuple[int, int]:
+            try:
+                return count(work.method.guidance)
+            except RestoreError:
+                raise
+            except Exception:
+                # A guidance of the user's own may look at values, which tensors without data do not have.
+                return count(None)
+
+        return self.once(["bytes", *self._window_key(work, options)], measure)
 
     def window_seconds(self, work: Workload, options: MemoryOptions) -> tuple[float, float]:
         """Return the seconds of one window: of the strong pass with its backward pass, and of all weak passes."""
@@ -111,13 +112,8 @@ class PassMeter:
 
     def coder_bytes(self, prior: Sized, name: str, gradient: bool, options: MemoryOptions) -> tuple[int, int]:
         """Return the bytes that "decode" or "encode" of one whole image retains for its backward pass, and the peak."""
-
-        def count() -> tuple[int, int]:
-            with checkpoint_blocks(self.restorer, options.checkpoint_blocks), count_bytes(prior.inner) as live:
-                retained = self._run_coder(prior, name, gradient, live)
-            return retained, live.peak
-
-        return self.once(["bytes", name, prior.shape, gradient, options.checkpoint_blocks], count)
+        key = ["bytes", name, prior.shape, gradient, options.checkpoint_blocks]
+        return self.once(key, lambda: self._count(options, lambda live: self._run_coder(prior, name, gradient, live)))
 
     def coder_seconds(self, prior: Sized, name: str, gradient: bool, options: MemoryOptions) -> float:
         """Return the seconds of "decode" or "encode" of one image, scaled from one of the trained resolution."""
@@ -134,6 +130,10 @@ class PassMeter:
     def _window_key(self, work: Workload, options: MemoryOptions) -> list[Any]:
         flags = (work.trace.gradient, options.checkpoint_blocks, work.recomputes_windows(options))
         return [work.window, describe_guidance(work.method.guidance), *flags]
+
+    def _count(self, options: MemoryOptions, run: Callable[[LiveBytes], int]) -> tuple[int, int]:
+        with checkpoint_blocks(self.restorer, options.checkpoint_blocks), count_bytes(self.restorer.backbone) as live:
+            return run(live), live.peak
 
     def _run_window(
         self, work: Workload, options: MemoryOptions, n: int, guidance: Guidance | None, live: LiveBytes | None = None
