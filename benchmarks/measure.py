@@ -17,7 +17,7 @@ import torch
 from omegaconf import OmegaConf
 
 from operators import RestoreError
-from restore.config import fill
+from restore.config import fill_defaults
 
 
 def run_command(function: Callable[..., str], arguments: Sequence[str] | None = None) -> None:
@@ -38,7 +38,7 @@ def parse_settings(function: Callable, arguments: Sequence[str]) -> dict[str, An
             raise RestoreError(f"settings must be key=value, got {argument}")
     types, parameters = typing.get_type_hints(function), inspect.signature(function).parameters.values()
     schema = make_dataclass("Settings", [(p.name, types[p.name], p.default) for p in parameters])
-    return fill(schema, OmegaConf.from_dotlist(list(arguments)))
+    return fill_defaults(schema, OmegaConf.from_dotlist(list(arguments)))
 
 
 def run_in_new_process(code: str, name: str) -> float:

@@ -27,13 +27,13 @@ TIMED_WINDOWS = 4  # at most, in the call that is timed
 class MemoryOptions:
     """What saves memory and costs time.
 
-    max_windows: windows in one call of the network. checkpoint_windows: each of these calls is computed again in the
-    backward pass. checkpoint_blocks: so is every block of the network. See Sized and checkpoint_units.
+    max_windows: windows in one call of the network. recompute_windows: each of these calls is computed again in the
+    backward pass. checkpoint_units: so is every unit of the network (backbones.memory_options.checkpoint_units).
     """
 
     max_windows: int
-    checkpoint_windows: bool = False
-    checkpoint_blocks: bool = False
+    recompute_windows: bool = False
+    checkpoint_units: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Workload:
 
     def recomputes_windows(self, options: MemoryOptions) -> bool:
         """Return whether windows are computed again, and so share nothing with the weak passes."""
-        return options.checkpoint_windows and self.windows > 1
+        return options.recompute_windows and self.windows > 1
 
 
 class PassMeter:
@@ -98,7 +98,7 @@ class PassMeter:
 
         def measure() -> tuple[float, float]:
             for _ in range(2):  # the first call takes longer
-                with checkpoint_blocks(self.restorer, options.checkpoint_blocks):
+                with checkpoint_networks(self.restorer, options.checkpoint_units):
                     _, strong, weak = self._run_window(work, options, n, work.method.guidance)
                 if strong > 1:
                     break
@@ -112,7 +112,7 @@ class PassMeter:
 
     def coder_bytes(self, prior: Sized, name: str, gradient: bool, options: MemoryOptions) -> tuple[int, int]:
         """Return the bytes that "decode" or "encode" of one whole image retains for its backward pass, and the peak."""
-        key = ["bytes", name, prior.shape, gradient, options.checkpoint_blocks]
+        key = ["bytes", name, prior.shape, gradient, options.checkpoint_units]
         return self.once(key, lambda: self._count(options, lambda live: self._run_coder(prior, name, gradient, live)))
 
     def coder_seconds(self, prior: Sized, name: str, gradient: bool, options: MemoryOptions) -> float:
@@ -121,18 +121,18 @@ class PassMeter:
         small = self.restorer.prior(min(side, prior.height), min(side, prior.width))
 
         def measure() -> float:
-            with checkpoint_blocks(self.restorer, options.checkpoint_blocks):
+            with checkpoint_networks(self.restorer, options.checkpoint_units):
                 return self._time(lambda: self._run_coder(small, name, gradient))[0]
 
-        seconds = self.once(["seconds", name, small.shape, gradient, options.checkpoint_blocks], measure)
+        seconds = self.once(["seconds", name, small.shape, gradient, options.checkpoint_units], measure)
         return seconds * math.prod(prior.shape) / math.prod(small.shape)
 
     def _window_key(self, work: Workload, options: MemoryOptions) -> list[Any]:
-        flags = (work.trace.gradient, options.checkpoint_blocks, work.recomputes_windows(options))
+        flags = (work.trace.gradient, options.checkpoint_units, work.recomputes_windows(options))
         return [work.window, describe_guidance(work.method.guidance), *flags]
 
     def _count(self, options: MemoryOptions, run: Callable[[LiveBytes], int]) -> tuple[int, int]:
-        with checkpoint_blocks(self.restorer, options.checkpoint_blocks), count_bytes(self.restorer.backbone) as live:
+        with checkpoint_networks(self.restorer, options.checkpoint_units), count_bytes(self.restorer.backbone) as live:
             return run(live), live.peak
 
     def _run_window(
@@ -186,7 +186,7 @@ def count_weak_passes(guidance: Guidance | None) -> int:
 
 
 @contextmanager
-def checkpoint_blocks(restorer: Any, on: bool) -> Iterator[None]:
+def checkpoint_networks(restorer: Any, on: bool) -> Iterator[None]:
     """Within the block, checkpoint every block of the restorer's networks, unless they were loaded so."""
     networks = [restorer.backbone.network, getattr(restorer.backbone, "vae", None)]
     networks = [network for network in networks if network] if on and not restorer.windows["recompute_windows"] else []

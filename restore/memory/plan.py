@@ -13,7 +13,7 @@ from typing import Any
 from restore import samplers
 from restore.images.resampling import Resampling
 from restore.memory.available import available_memory
-from restore.memory.measure import MemoryOptions, PassMeter, Workload, checkpoint_blocks, count_weak_passes
+from restore.memory.measure import MemoryOptions, PassMeter, Workload, checkpoint_networks, count_weak_passes
 from restore.memory.trace import trace_sampler
 from restore.method import Method
 from restore.task import Task
@@ -51,7 +51,7 @@ class Plan:
     @property
     def checkpointing(self) -> bool:
         """Whether anything is computed again in the backward pass."""
-        return self.options.checkpoint_windows or self.options.checkpoint_blocks
+        return self.options.recompute_windows or self.options.checkpoint_units
 
     def format(self) -> str:
         """Return the plan in one line."""
@@ -123,9 +123,9 @@ class Planner:
     def apply(self, plan: Plan) -> Iterator[Any]:
         """Within the block, yield a Restorer with the plan's options."""
         restorer, options = copy.copy(self.restorer), plan.options
-        changes = {"recompute_windows": options.checkpoint_windows, "max_windows": options.max_windows}
+        changes = {"recompute_windows": options.recompute_windows, "max_windows": options.max_windows}
         restorer.windows = self.restorer.windows | changes
-        with checkpoint_blocks(self.restorer, options.checkpoint_blocks):
+        with checkpoint_networks(self.restorer, options.checkpoint_units):
             yield restorer
 
     def _options(self, work: Workload) -> Iterator[MemoryOptions]:

@@ -94,9 +94,9 @@ def test_a_photo_that_grew_to_twenty_gigabytes(monkeypatch):
     restorer, options = restore.load("embedded", device="cpu"), {"sampler": "dps", "steps": 2, "guidance": None}
     monkeypatch.setattr(plan.Planner, "_seconds", lambda *_: 1.0)
     planner, found = planned(restorer, "denoise", (800, 1200), memory=64e9, **options)
-    assert found.windows == 888 and not found.options.checkpoint_windows and 18e9 < found.memory < 60e9
+    assert found.windows == 888 and not found.options.recompute_windows and 18e9 < found.memory < 60e9
     planner, found = planned(restorer, "denoise", (800, 1200), memory=2e9, **options)
-    assert found.options.checkpoint_windows and found.options.max_windows == 16
+    assert found.options.recompute_windows and found.options.max_windows == 16
     assert found.memory < 2e9 and found.fits
     with planner.apply(found) as chosen:
         assert chosen.windows["recompute_windows"] and not restorer.windows["recompute_windows"]
@@ -108,12 +108,12 @@ def test_what_memory_forces_first_leaves_the_bytes_as_they_are(small, guidance):
     _, free = planned(small, "denoise", memory=1e12, **options)
     assert not free.checkpointing
     planner, found = planned(small, "denoise", memory=free.memory - 1, **options)
-    assert found.options.checkpoint_windows and found.options.max_windows == 16 and found.memory < free.memory
+    assert found.options.recompute_windows and found.options.max_windows == 16 and found.memory < free.memory
     plain = restored(small, "denoise", **options)().samples
     with planner.apply(found) as chosen:
         assert torch.equal(restored(chosen, "denoise", **options)().samples, plain)
     planner, found = planned(small, "denoise", memory=found.memory - 1, **options)
-    assert found.options.checkpoint_blocks and found.memory < free.memory
+    assert found.options.checkpoint_units and found.memory < free.memory
     with planner.apply(found) as chosen:
         assert torch.equal(restored(chosen, "denoise", **options)().samples, plain)
     assert torch.equal(restored(small, "denoise", **options)().samples, plain)
