@@ -234,7 +234,7 @@ def _format_size(x: torch.Tensor) -> str:
 
 
 def _scale_progress(callback: Callable | None, total: int, first: int, i: int) -> Callable | None:
-    """A callback that shows run first + i of `total` as 100 steps of one bar, whatever its own number of steps."""
+    """A callback that shows run first + i of `total` as 100 steps of one bar, for any number of steps."""
     if callback is None:
         return None
 

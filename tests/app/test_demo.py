@@ -17,7 +17,7 @@ from restore.task import load_task
 
 
 @pytest.mark.parametrize("part", [part for part in PARTS if part.sampler], ids=lambda part: part.backbone)
-def test_columns_follow_the_best_quality(part):
+def test_columns_are_the_parts_sampler_and_the_best_quality(part):
     """The part's own sampler and what quality="best" names, each plain and with PAG; DiffPIR where they are one."""
     restorer, operator = load(part.backbone), load_task("sr4").build(64, 64)
     columns = select_methods(restorer, operator, "sr4", part.sampler)
@@ -58,6 +58,6 @@ def test_no_lpips_without_weights(tmp_path, monkeypatch):
     assert demo._load_lpips(None) is None and demo._load_lpips({}) is None
 
 
-def test_weights_that_were_given_must_be_there(tmp_path):
+def test_missing_weights_are_an_error(tmp_path):
     with pytest.raises(RestoreError, match="which does not exist"):
         run_demo(tmp_path / "out", weights={"alexnet": str(tmp_path / "missing.pth")})

@@ -1,4 +1,4 @@
-"""Files and settings that no one should give, each answered with one sentence and exit code 2."""
+"""Hostile files and settings: each is refused with one sentence and exit code 2."""
 
 import json
 import shutil

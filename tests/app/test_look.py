@@ -1,4 +1,4 @@
-"""What is read off a photo on the command line: look, mask=auto, sigma=auto; and no colour that was not there."""
+"""Estimates from a photo on the command line: look, mask=auto, sigma=auto; photos of one hue keep it."""
 
 import json
 
@@ -28,7 +28,7 @@ def damaged(tmp_path):
     return tmp_path / "old.png"
 
 
-def test_look_says_what_to_do_and_writes_the_mask(command, damaged, tmp_path):
+def test_look_prints_commands_and_writes_the_mask(command, damaged, tmp_path):
     mask = tmp_path / "mask.png"
     code, out, err = command("look", damaged, "-o", mask)
     assert code == 0, err
@@ -51,7 +51,7 @@ def test_look_says_what_to_do_and_writes_the_mask(command, damaged, tmp_path):
         assert code == 2 and sentence in err and err.count("\n") == 1
 
 
-def test_the_commands_that_look_proposes_run(command, damaged, tmp_path):
+def test_commands_proposed_by_look_run(command, damaged, tmp_path):
     _, out, _ = command("look", damaged)
     commands = [line.split()[1:] for line in out.splitlines() if line.lstrip().startswith("restore run")]
     assert len(commands) == 2

@@ -1,4 +1,4 @@
-"""What is typed: settings, samplers, tasks and guidance of one's own; and messages in the command line's words."""
+"""Settings, user-defined samplers, tasks and guidance on the command line, and messages that name its options."""
 
 import json
 import sys
@@ -44,7 +44,7 @@ def mean_of_y(prior, operator, y, *, noise, steps, guidance=None, condition=None
 
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
-    """command(*arguments) -> (exit code, stdout, stderr), in a folder that holds own_things.py."""
+    """command(*arguments) -> (exit code, stdout, stderr), in a folder with own_things.py."""
     (tmp_path / "own_things.py").write_text(OWN)
     Image.open(FACE).resize((16, 16)).save(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
@@ -65,8 +65,8 @@ def sidecar(tmp_path):
     return json.loads((tmp_path / "out" / "a.json").read_text())
 
 
-def test_a_sampler_and_an_operator_of_ones_own(command, tmp_path):
-    """A task is one YAML file anywhere; sampler and operator are module:attribute."""
+def test_user_defined_sampler_and_operator(command, tmp_path):
+    """A task is a YAML file; sampler and operator are module:attribute."""
     (tmp_path / "dark.yaml").write_text("name: own_things:Darker\ngain: 0.25\nnoise: {name: gaussian, sigma: 0.01}\n")
     arguments = ["a.png", "--sampler", "own_things:mean_of_y", "--steps", 1, "-o", "out", "--overwrite"]
     code, _, err = command("run", *arguments, "--task", "dark.yaml", "weight=2", "gain=0.5")
@@ -83,7 +83,7 @@ def test_a_sampler_and_an_operator_of_ones_own(command, tmp_path):
     assert code == 2 and "did you mean 'weight'" in err
 
 
-def test_the_preset_keeps_its_other_terms_when_pag_is_changed():
+def test_overriding_pag_keeps_the_presets_other_terms():
     changed = PAGOverride(scale=3.0, layers="i5:0,3", strength=0.5).apply(CFG(2.0) + PAG(1.0, layers="i5"), [])
     assert changed == CFG(2.0) + PAG(3.0, layers="i5:0,3", strength=0.5)
     assert PAGOverride(layers="m1").apply(PAG(1.5, layers="i5"), []).terms == (PAG(1.5, layers="m1"),)
@@ -115,8 +115,8 @@ def test_heads_with_their_strengths_and_targets_with_options(command, tmp_path):
     """The same guidance by options, as YAML, and from Python; another term beside it."""
     arguments = ["run", "a.png", "--task", "denoise", "--steps", 2, "-o", "out", "--overwrite"]
     strength, target = "{m1: {0: 0.5, 3: 1.0}}", "{seg: {sigma: 2}}"
-    by_options = ["--pag-scale", 2, "--layers", "m1:0,3", "--strength", strength, "--target", target]
-    code, _, err = command(*arguments, *by_options)
+    pag_options = ["--pag-scale", 2, "--layers", "m1:0,3", "--strength", strength, "--target", target]
+    code, _, err = command(*arguments, *pag_options)
     assert code == 0, err
     described = sidecar(tmp_path)["protocol"]["method"]["guidance"]
     expected = PAG(2, "m1:0,3", strength={"m1": {0: 0.5, 3: 1.0}}, target={"seg": {"sigma": 2}})
@@ -130,7 +130,7 @@ def test_heads_with_their_strengths_and_targets_with_options(command, tmp_path):
     assert [next(iter(term)) for term in sidecar(tmp_path)["protocol"]["method"]["guidance"]] == ["sag", "tpg"]
 
     arguments = ["generate", "-n", 1, "--steps", 2, "-o", "samples", "--overwrite"]
-    code, _, err = command(*arguments, *by_options)
+    code, _, err = command(*arguments, *pag_options)
     assert code == 0, err
     assert json.loads((tmp_path / "samples" / "sample-0000.json").read_text())["guidance"] == described
     for wrong, message in (
@@ -235,7 +235,7 @@ def test_a_task_is_found_by_name_factor_file_and_text(tmp_path):
         load_task(str(tmp_path / "binary.yaml"))
 
 
-def test_a_grey_measurement_is_asked_for_by_the_operator(tmp_path):
+def test_colorization_measures_one_channel(tmp_path):
     """y has one channel where A(x) has: colorization of a photo that was saved in colour."""
     from restore.app.files import find_photos
 

@@ -21,7 +21,7 @@ from restore.images import estimate
 
 
 class Handlers:
-    """The handlers of one page. parts: its components, a layout.Parts; None where nothing is updated by name."""
+    """The handlers of one page. parts: its components, a layout.Parts, for handlers with several outputs."""
 
     def __init__(self, priors: Priors, parts: Any = None) -> None:
         self.priors, self.parts = priors, parts

@@ -1,4 +1,4 @@
-"""What stands where on the page. Each function adds one section and keeps its components in `Parts`."""
+"""The layout of the page. Each function adds one section and keeps its components in `Parts`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// The way of the camera, drawn by hand: [[x, y], ...] in shares of the square.
+// The path of the camera, drawn by hand: [[x, y], ...] as fractions of the square.
 const canvas = element.querySelector('canvas'), context = canvas.getContext('2d');
 let points = [], at = [100, 100], down = false;
 
@@ -30,10 +30,10 @@ canvas.addEventListener('pointercancel', lift);
 canvas.addEventListener('focus', draw);
 canvas.addEventListener('blur', draw);
 canvas.addEventListener('keydown', (event) => {
-  const way = { ArrowLeft: [-5, 0], ArrowRight: [5, 0], ArrowUp: [0, -5], ArrowDown: [0, 5] }[event.key];
-  if (!way && event.key !== ' ') return;
+  const direction = { ArrowLeft: [-5, 0], ArrowRight: [5, 0], ArrowUp: [0, -5], ArrowDown: [0, 5] }[event.key];
+  if (!direction && event.key !== ' ') return;
   event.preventDefault();
-  if (way) move(at.map((n, k) => Math.min(200, Math.max(0, n + way[k])))); else if (down) lift(); else press(at);
+  if (direction) move(at.map((n, k) => Math.min(200, Math.max(0, n + direction[k])))); else if (down) lift(); else press(at);
 });
 element.querySelector('button').addEventListener('click', () => { points = []; draw(); tell(); });
 draw();

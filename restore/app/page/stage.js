@@ -1,4 +1,4 @@
-// The photo that is worked on: turned, cropped, painted over. What was done goes to the server as
+// The photo being edited: turned, cropped, painted over. The edits are sent to the server as
 // {turns, crop: [left, top, right, bottom] in shares of the turned photo, mask: PNG address or null}.
 const get = (selector) => element.querySelector(selector);
 const photo = get('.photo'), paint = get('.paint'), board = get('.board'), box = get('.box'), cursor = get('.cursor');
@@ -142,15 +142,15 @@ paint.addEventListener('pointerup', lift);
 paint.addEventListener('pointercancel', lift);
 paint.addEventListener('pointerleave', () => { if (document.activeElement !== paint) cursor.hidden = true; });
 paint.addEventListener('keydown', (event) => {
-  const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
-  if (!way && event.key !== ' ') return;
+  const direction = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+  if (!direction && event.key !== ' ') return;
   event.preventDefault();
   at = at || { x: paint.width / 2, y: paint.height / 2 };
   cursor.hidden = false;
-  if (way) {
+  if (direction) {
     const step = Math.max(1, Math.min(paint.width, paint.height) / (event.shiftKey ? 10 : 50));
     const inside = (n, side) => Math.min(side, Math.max(0, n));
-    move({ x: inside(at.x + way[0] * step, paint.width), y: inside(at.y + way[1] * step, paint.height) });
+    move({ x: inside(at.x + direction[0] * step, paint.width), y: inside(at.y + direction[1] * step, paint.height) });
   } else if (down) { lift(); } else { press(at); move(at); }
 });
 
