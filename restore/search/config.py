@@ -72,9 +72,7 @@ def load_search(config: str | os.PathLike | Mapping[str, Any], overrides: Sequen
     own_keys = [item.name for item in fields(Search)]
     known = {item.name for item in fields(Benchmark)} - {"data", "methods"}
     check_known(plain, sorted(known | set(own_keys)), "the configuration of a search has no key")
-    search = fill_defaults(
-        Search, {key: value for key, value in plain.items() if key in own_keys and value is not None}
-    )
+    search = fill_defaults(Search, {k: v for k, v in plain.items() if k in own_keys and v is not None})
     search["rest"] = {key: value for key, value in plain.items() if key not in own_keys}
     for key in ("rounds", "top"):
         if search[key] < 1:
