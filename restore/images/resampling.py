@@ -2,7 +2,7 @@
 
 Meant for reproducing tables: a photo is better restored at its own size. There are two readings of the protocol:
 
-- measured at 512 (the authors' code): `enlarge_image`, degrade at 512, restore, `reduce_image` to 256.
+- measured at 512 (the authors' code): `enlarge_image`, degrade at 512, restore, `resize_image` to 256.
   "Super-resolution x8" then goes from 64 to 512, and a blur of 3 pixels is one of 1.5.
 - measured at 256: degrade at 256 and restore with `reduce_before(operator)`, which reduces before it measures.
 
@@ -44,12 +44,13 @@ def enlarge_image(
     method: one of METHODS; "nearest" is the authors'. stretch: apply `stretch_range` first.
     Raises RestoreError for an unknown method.
     """
-    return _resize(stretch_range(image) if stretch else image, size, method).clamp(-1, 1)
+    return resize_image(stretch_range(image) if stretch else image, size, method=method).clamp(-1, 1)
 
 
-def reduce_image(image: torch.Tensor, size: int | tuple[int, int] = 256, *, method: str = "bicubic") -> torch.Tensor:
-    """Resize a result (B, 3, H, W) to size x size, or (H, W), for the metrics; method: one of METHODS."""
-    return _resize(image, size, method)
+def resize_image(image: torch.Tensor, size: int | tuple[int, int], *, method: str = "bicubic") -> torch.Tensor:
+    """Resize (B, C, H, W) to size x size, or (H, W); method: one of METHODS. Raises RestoreError for another one."""
+    check_known([method], METHODS, "unknown resampling")
+    return F.interpolate(image, size=size, **METHODS[method])
 
 
 def reduce_before(operator: Operator, factor: int = 2) -> Operator:
@@ -91,7 +92,7 @@ class Resampling:
         return enlarge_image(clean, self.side, method=self.method)
 
     def enlarge_mask(self, mask: torch.Tensor) -> torch.Tensor:
-        return _resize(mask, self.side, "nearest")
+        return resize_image(mask, self.side, method="nearest")
 
     def adapt_operator(self, operator: Operator, size: tuple[int, int], name: str) -> Operator:
         """Return the operator for images of `side`, given the size at which `operator` measures.
@@ -107,7 +108,7 @@ class Resampling:
 
     def reduce(self, samples: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Resize samples (B, K, 3, h, w) to (H, W)."""
-        small = reduce_image(samples.flatten(0, 1), size, method=self.method).clamp(-1, 1)
+        small = resize_image(samples.flatten(0, 1), size, method=self.method).clamp(-1, 1)
         return small.view(*samples.shape[:2], *small.shape[1:])
 
 
@@ -122,8 +123,3 @@ def select_resampling(side: int | None, method: str | None, reference: bool) -> 
         return None
     options = dict(REFERENCE) if reference else {}
     return Resampling(side, **options | ({} if method is None else {"method": method}))
-
-
-def _resize(image: torch.Tensor, size: int | tuple[int, int], method: str) -> torch.Tensor:
-    check_known([method], METHODS, "unknown resampling")
-    return F.interpolate(image, size=size, **METHODS[method])

@@ -63,7 +63,7 @@ def test_a_clean_photo_measured_and_solved_at_another_size(tmp_path, monkeypatch
     x = resampling.enlarge_image(io.read_image(photo).pixels, 32, method=method, stretch=reference)
     y = A(x, measurement_generator(0, "photo"))
     result = restore.load(folder)(y, A, steps=2, image_ids=["photo"], reference=reference)
-    small = resampling.reduce_image(result.samples[:, 0], 16, method=method).clamp(-1, 1)
+    small = resampling.resize_image(result.samples[:, 0], 16, method=method).clamp(-1, 1)
     written = np.asarray(Image.open(tmp_path / "out" / "photo.png"))
     assert np.abs(written.astype(int) - io.to_uint8(small[0]).astype(int)).max() <= 1
     assert written.shape == (16, 16, 3) and 5 < sidecar["psnr"] < 40

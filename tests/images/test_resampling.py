@@ -25,8 +25,8 @@ def test_enlarge_is_pillows_bicubic_and_reduce_is_antialiased():
     stripes = torch.ones(1, 3, 64, 64)
     stripes[..., ::2] = -1
     # A pattern above the small grid's Nyquist frequency vanishes; nearest turns it into a flat colour.
-    assert float(resampling.reduce_image(stripes, 32)[..., 4:-4].abs().max()) < 0.1
-    assert float(resampling.reduce_image(stripes, 32, method="nearest").abs().min()) == 1
+    assert float(resampling.resize_image(stripes, 32)[..., 4:-4].abs().max()) < 0.1
+    assert float(resampling.resize_image(stripes, 32, method="nearest").abs().min()) == 1
 
 
 def test_reference_resampling():
@@ -36,7 +36,7 @@ def test_reference_resampling():
     big = resampling.enlarge_image(image, 4, **resampling.REFERENCE)
     expected = torch.tensor([-1.0, 0.0, 0.5, 1.0]).view(1, 1, 2, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
     assert torch.allclose(big, expected.expand(2, 3, 4, 4))
-    assert torch.allclose(resampling.reduce_image(big, 2, method="nearest"), expected[..., ::2, ::2].expand(2, 3, 2, 2))
+    assert torch.allclose(resampling.resize_image(big, 2, method="nearest"), expected[..., ::2, ::2].expand(2, 3, 2, 2))
     assert not resampling.enlarge_image(torch.full((1, 3, 2, 2), 0.3), 4, stretch=True).isnan().any()
     with pytest.raises(RestoreError, match="unknown resampling 'lanczos'"):
         resampling.enlarge_image(image, 4, method="lanczos")
