@@ -266,10 +266,8 @@ def load_network(folder: Path) -> tuple[UNet2DModel, dict]:
     """
     if not (folder / CONFIG).is_file():
         raise RestoreError(f"{folder} must be the folder of a model, but has no {CONFIG}")
-    config, extra = (
-        disk.read_json(folder / CONFIG, required=True),
-        disk.read_json(folder / EXTRA, required=True) if (folder / EXTRA).is_file() else {},
-    )
+    config = disk.read_json(folder / CONFIG, required=True)
+    extra = disk.read_json(folder / EXTRA, required=True) if (folder / EXTRA).is_file() else {}
     if config.get("_class_name") != "UNet2DModel":
         raise RestoreError(f"{folder / CONFIG} must describe a UNet2DModel, got {config.get('_class_name')}")
     try:
