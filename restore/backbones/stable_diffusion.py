@@ -91,13 +91,6 @@ class StableDiffusion(Latents):
             },
         )
 
-    def to(self, device: torch.device | str) -> StableDiffusion:
-        """Move to `device`; returns self."""
-        self.network.to(device)
-        self.vae.to(device)
-        self.null_condition = self.null_condition.to(device)
-        return self
-
     def predict(self, x_t: torch.Tensor, t: float, condition: torch.Tensor | None = None) -> Prediction:
         """Return the prediction for a latent x_t (B, 4, h, w), in the dtype of x_t.
 
