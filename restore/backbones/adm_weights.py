@@ -1,7 +1,7 @@
 """guided-diffusion (ADM) weights as weights of diffusers' `UNet2DModel`.
 
 An ADM network (Dhariwal & Nichol 2021) is exactly a UNet2DModel after renaming its tensors. The
-architecture is read from the names and shapes alone; what shapes cannot tell (the number of attention
+architecture is inferred from names and shapes; what shapes cannot tell (the number of attention
 heads, the order of q, k, v) are arguments.
 """
 

@@ -100,7 +100,7 @@ class Latents:
             name = str(self.vae.dtype).removeprefix("torch.")
             raise RestoreError(
                 f"vae_dtype must be float32 or bfloat16, got {name}, in which the {part} overflowed (NaN or infinite "
-                "values), whatever the precision of the network"
+                "values); the network may keep its own precision"
             )
 
 

@@ -80,16 +80,13 @@ class StableDiffusion(Latents):
 
         where = {"config": config, "revision": revision, "offline": offline}
         parts = files.read_model(source, **where)
-        return (
-            parts["unet"],
-            parts["vae"] if vae is None else vae,
-            {
-                "schedule": Schedule.from_config(parts["scheduler"]),
-                "null_condition": files.embed_prompt("", parts["tokenizer"], parts["text_encoder"]),
-                "prediction_type": parts["scheduler"].get("prediction_type", "epsilon"),
-                "encode_prompt": files.make_prompt_encoder(source, **where),
-            },
-        )
+        options = {
+            "schedule": Schedule.from_config(parts["scheduler"]),
+            "null_condition": files.embed_prompt("", parts["tokenizer"], parts["text_encoder"]),
+            "prediction_type": parts["scheduler"].get("prediction_type", "epsilon"),
+            "encode_prompt": files.make_prompt_encoder(source, **where),
+        }
+        return parts["unet"], parts["vae"] if vae is None else vae, options
 
     def predict(self, x_t: torch.Tensor, t: float, condition: torch.Tensor | None = None) -> Prediction:
         """Return the prediction for a latent x_t (B, 4, h, w), in the dtype of x_t.
