@@ -88,7 +88,10 @@ def observe_attention(
 @contextmanager
 def _replace_attention(layers: Sequence[AttentionLayer], attends: Sequence[Callable], network: nn.Module | None):
     """Each layer's attention is attends[i](record, true), where true() computes it as the network would."""
-    around = {} if network is None else {layer.module: _enclosing(network, layer) for layer in layers}
+    around: dict[nn.Module, list[nn.Module]] = {}  # the modules that enclose each layer, the innermost first
+    for layer in layers if network is not None else ():
+        parts = layer.path.split(".")
+        around[layer.module] = [network.get_submodule(".".join(parts[:n])) for n in reversed(range(len(parts)))]
     # The last inputs of each module around a layer: sides of the feature map, and numbers of (image, text) tokens.
     sides: dict[nn.Module, tuple[int, int] | None] = {}
     tokens: dict[nn.Module, tuple[int, int] | None] = {}
@@ -127,12 +130,6 @@ def _replace_attention(layers: Sequence[AttentionLayer], attends: Sequence[Calla
         for layer, attend in zip(layers, attends, strict=True):
             stack.enter_context(replace_forward([layer.module], intercept(layer, attend)))
         yield
-
-
-def _enclosing(network: nn.Module, layer: AttentionLayer) -> list[nn.Module]:
-    """The modules that enclose the layer, the innermost first."""
-    parts = layer.path.split(".")
-    return [network.get_submodule(".".join(parts[:n])) for n in reversed(range(len(parts)))]
 
 
 class _Intercept(TorchFunctionMode):

@@ -45,17 +45,12 @@ def describe_spec(value: Any, table: Mapping[str, Any]) -> tuple[str, dict[str, 
     """
     kind = value if inspect.isroutine(value) else type(value)
     name = next((key for key, entry in table.items() if entry is kind), f"{kind.__module__}:{kind.__qualname__}")
-    return name, non_defaults(value) if dataclasses.is_dataclass(value) else {}
-
-
-def non_defaults(value: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass that differ from their defaults, JSON-ready."""
     options = {}
-    for item in dataclasses.fields(value):
+    for item in dataclasses.fields(value) if dataclasses.is_dataclass(value) else ():
         option = getattr(value, item.name)
         if item.init and (isinstance(option, torch.Tensor) or option != item.default):
             options[item.name] = to_plain(option)
-    return options
+    return name, options
 
 
 def to_plain(value: Any) -> Any:

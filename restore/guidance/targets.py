@@ -142,7 +142,7 @@ def maximum(a: AttentionRecord) -> torch.Tensor:
     return a.v.gather(-2, best.expand(*best.shape[:-1], a.v.shape[-1]))
 
 
-def temperature(tau: float) -> Target:
+def temperature(tau: float = 2.0) -> Target:
     """A' = softmax(log A / tau): tau < 1 sharpens, tau > 1 flattens."""
     _require_positive("tau", tau)
 
@@ -233,21 +233,6 @@ def seeded_draw(seed: int, t: float) -> Draw:
     return draw
 
 
-TARGETS: dict[str, Target] = {
-    "identity": identity,
-    "uniform": uniform,
-    "mean_query": mean_query,
-    "seg": seg(),
-    "max": maximum,
-    "temperature": temperature(2.0),
-    "random_mask": random_mask(),
-    "random_mask_off_diagonal": random_mask(diagonal=False),
-    "random_drop": random_drop(),
-    "noise": noise(),
-    "blur": blur(),
-    "average": average(),
-}
-
 # Targets with options, given as {name: options}.
 TARGET_FAMILIES: dict[str, Callable[..., Target]] = {
     "seg": seg,
@@ -257,6 +242,14 @@ TARGET_FAMILIES: dict[str, Callable[..., Target]] = {
     "noise": noise,
     "blur": blur,
     "average": average,
+}
+TARGETS: dict[str, Target] = {
+    "identity": identity,
+    "uniform": uniform,
+    "mean_query": mean_query,
+    "max": maximum,
+    "random_mask_off_diagonal": random_mask(diagonal=False),
+    **{name: family() for name, family in TARGET_FAMILIES.items()},
 }
 
 

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-from weak_passes import double_adm, relative, weak_of
+from weak_passes import relative, weak_of
 
 from restore import zoo
 from restore.backbones.adm import ADM
 from restore.backbones.sizes import Sized, blend_weights, window_starts
 from restore.guidance import SWG, Autoguidance, build_guidance, describe_guidance, estimator
-
-
-@pytest.fixture(scope="module")
-def model():
-    return double_adm()
-
-
-@pytest.fixture(scope="module")
-def x():
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def test_autoguidance(model, x, tiny_adm, monkeypatch):

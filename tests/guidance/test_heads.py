@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,20 +12,6 @@ from restore.guidance import PAG, build_guidance, describe_guidance, estimator
 from restore.guidance.layers import format_layer_table
 from restore.samplers.generate import generate
 from restore.samplers.noise import ImageNoise
-
-GOLDEN = Path(__file__).parent.parent / "golden"
-
-
-@pytest.fixture(scope="module")
-def model():
-    model = ADM.load(GOLDEN / "nets/adm_a.safetensors", head_channels=16)
-    model.network.double()
-    return model
-
-
-@pytest.fixture(scope="module")
-def x():
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def guided_eps(model, guidance, x, t=300):

@@ -19,16 +19,6 @@ from restore.guidance import SAG, estimator
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 
-@pytest.fixture(scope="module")
-def model():
-    return double_adm()
-
-
-@pytest.fixture(scope="module")
-def x():
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-
 def test_sag_is_the_official_one():
     golden = load_file(GOLDEN / "pag_eps.safetensors")
     case = json.loads((GOLDEN / "pag_eps.json").read_text())["sag"]["sag"]

@@ -4,21 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from weak_passes import MIDDLE, blur_matrix, double_adm, relative
+from weak_passes import MIDDLE, blur_matrix, relative
 
 from operators import RestoreError
 from restore.guidance import PAG, AttentionRecord, estimator
 from restore.guidance import targets as T
-
-
-@pytest.fixture(scope="module")
-def model():
-    return double_adm()
-
-
-@pytest.fixture(scope="module")
-def x():
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5), (1, 6)])

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from tiny_sd import tiny_unet
-from weak_passes import double_adm, latent_prior, relative
+from weak_passes import latent_prior, relative
 
 import operators
 from operators import RestoreError
@@ -19,12 +19,6 @@ from restore.guidance.pipelines import guided
 from restore.samplers.dps import dps
 from restore.samplers.generate import generate
 from restore.samplers.noise import ImageNoise
-
-
-@pytest.fixture(scope="module")
-def model():
-    return double_adm()
-
 
 TERMS = {
     "sag": "{sag: {scale: %s, threshold: 0.99, sigma: 2, taps: 5}}",

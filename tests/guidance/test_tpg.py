@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-from weak_passes import MIDDLE, double_adm, latent_prior, relative, weak_of
+from weak_passes import MIDDLE, latent_prior, relative, weak_of
 
 from restore.guidance import TPG
 from restore.guidance import targets as T
-
-
-@pytest.fixture(scope="module")
-def model():
-    return double_adm()
-
-
-@pytest.fixture(scope="module")
-def x():
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def reordered(module, order):

@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from weak_passes import double_adm, relative, weak_of
+from weak_passes import relative, weak_of
 
 from restore.guidance import TSG
 from restore.guidance import targets as T
-
-
-@pytest.fixture(scope="module")
-def model():
-    return double_adm()
-
-
-@pytest.fixture(scope="module")
-def x():
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("s, alpha", [(2.0, 1.0), (0.5, 0.0), (3.0, 0.25)])
