@@ -1,4 +1,4 @@
-"""Benchmarks on a tiny network with random weights: the numbers mean nothing, the bytes and the books must be right."""
+"""Benchmarks on a tiny network with random weights: bytes, counts and records are checked, not the numbers."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_the_prior_denoises_as_theirs(comparison):
 
 
 def test_both_restore(comparison):
-    """In as many calls as were asked for, both come nearer to the truth than mid-grey."""
+    """With the requested number of calls, both come closer to the truth than mid-grey."""
     grey = float(psnr(torch.zeros_like(comparison.truth), comparison.truth))
     for side in comparison.make_both("diffpir", 1.0):
         seconds, image = comparison.time_calls(side, 10, 0)

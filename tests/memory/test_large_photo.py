@@ -42,11 +42,11 @@ def prior():
     return restore.load("embedded", device="cpu")
 
 
-def cut_out(photo, height, width):
+def crop_photo(photo, height, width):
     return read_image(photo).pixels[..., 1000 : 1000 + height, 1000 : 1000 + width]
 
 
-def restored(prior, x, **options):
+def restore_photo(prior, x, **options):
     operator = load_task(TASK).build(*x.shape[-2:])
     y = operator(x, torch.Generator().manual_seed(0))
     return prior(y, operator, task=TASK, **options).samples[:, 0]
@@ -64,23 +64,23 @@ def test_the_plan_stays_within_4_gb(photo, prior, tmp_path):
 
 @pytest.mark.slow
 def test_the_estimate_is_within_half_of_the_time_taken(photo, prior, monkeypatch):
-    """Both in seconds of one processor, one after the other, three times: whatever else runs, it slows both."""
+    """Both in processor seconds, in turn, three times: other programs slow both."""
     for module in (measure, trace):
         monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=process_time))
     torch.set_num_threads(1)
-    x, ratios = cut_out(photo, 96, 160), []
+    x, ratios = crop_photo(photo, 96, 160), []
     task = load_task(TASK)
     for _ in range(3):
         method = prior.method(task.build(*x.shape[-2:]), task=TASK)
         planned = Planner(prior, MEMORY).plan(task, tuple(x.shape[-2:]), method)
         started = process_time()
-        restored(prior, x)
+        restore_photo(prior, x)
         ratios.append(planned.seconds / (process_time() - started))
     print(f"{planned.windows} windows, estimate / taken: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
     assert all(1 / 1.5 < ratio < 1.5 for ratio in ratios)
 
 
-def steps_at(x, columns):
+def measure_steps(x, columns):
     """The mean size of the step from one column to the next, at those columns and at all others."""
     steps = (x[..., 1:] - x[..., :-1]).abs().mean(dim=(0, 1, 2))
     at = torch.zeros(len(steps), dtype=torch.bool)
@@ -92,16 +92,16 @@ def steps_at(x, columns):
 def test_no_seams(photo, prior):
     """Of what the restoration changed in the truth, steps at the windows' borders are as large as elsewhere; windows
     side by side, without overlap, show what a seam would be."""
-    x = cut_out(photo, 96, 256)
-    found = {}
+    x = crop_photo(photo, 96, 256)
+    ratios = {}
     for overlap in (0.5, 0.0):
         apart = restore.Restorer(prior.backbone, "embedded", overlap=overlap)
         _, w, _, lefts = apart.prior(*x.shape[-2:]).window_grid(*x.shape[-2:])
         borders = sorted({border for left in lefts for border in (left, left + w)} - {0, x.shape[-1]})
-        at, elsewhere = steps_at(restored(apart, x) - x, borders)
-        found[overlap] = at / elsewhere
-    print(f"steps at window borders / elsewhere: {found[0.5]:.3f} blended, {found[0.0]:.3f} side by side")
-    assert found[0.5] < 1.04 < found[0.0]
+        at, elsewhere = measure_steps(restore_photo(apart, x) - x, borders)
+        ratios[overlap] = at / elsewhere
+    print(f"steps at window borders / elsewhere: {ratios[0.5]:.3f} blended, {ratios[0.0]:.3f} side by side")
+    assert ratios[0.5] < 1.04 < ratios[0.0]
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from restore.app import cli
 from restore.app.choice import MethodChoice
 from restore.app.files import find_photos
 from restore.app.run import RestoreJob
-from restore.memory import available, plan
+from restore.memory import Planner, available, plan
 from restore.memory.count import LiveBytes
 from restore.task import load_task
 
@@ -35,14 +35,14 @@ def latent(tmp_path_factory):
     return restore.load(tiny_sd.save_folder(tmp_path_factory.mktemp("sd")), device="cpu")
 
 
-def planned(restorer, task, size=SIZE, memory=None, samples=1, batch_size=1, **method):
+def make_plan(restorer, task, size=SIZE, memory=None, samples=1, batch_size=1, **choices):
     task = load_task(task)
-    chosen = restorer.method(task.build(*size), task=task.name, **method)
-    planner = plan.Planner(restorer, memory)
-    return planner, planner.plan(task, size, chosen, samples=samples, batch_size=batch_size)
+    method = restorer.method(task.build(*size), task=task.name, **choices)
+    planner = Planner(restorer, memory)
+    return planner, planner.plan(task, size, method, samples=samples, batch_size=batch_size)
 
 
-def restored(restorer, task, size=SIZE, **options):
+def prepare_run(restorer, task, size=SIZE, **options):
     operator = load_task(task).build(*size)
     x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     y = operator(x, torch.Generator().manual_seed(1))
@@ -69,8 +69,8 @@ CASES = [
 def test_memory_and_evaluations_are_what_a_run_takes(tiny_adm, case, checkpointing):
     sampler, task, options = case
     restorer = restore.load(tiny_adm, device="cpu", checkpointing=checkpointing, max_windows=6)
-    _, found = planned(restorer, task, sampler=sampler, **options)
-    run = restored(restorer, task, sampler=sampler, **options)
+    _, found = make_plan(restorer, task, sampler=sampler, **options)
+    run = prepare_run(restorer, task, sampler=sampler, **options)
     with LiveBytes(known=[*restorer.backbone.network.parameters()]) as live:
         result = run()
     assert found.evaluations == result.nfe and found.windows == 24 and found.size == SIZE
@@ -81,8 +81,8 @@ def test_memory_and_evaluations_are_what_a_run_takes(tiny_adm, case, checkpointi
 @pytest.mark.parametrize("sampler", ["psld", "resample"])
 def test_memory_and_evaluations_in_latents(latent, sampler):
     task, size = "denoise", (40, 40)
-    _, found = planned(latent, task, size, sampler=sampler, steps=4, guidance=None)
-    run = restored(latent, task, size, sampler=sampler, steps=4, guidance=None)
+    _, found = make_plan(latent, task, size, sampler=sampler, steps=4, guidance=None)
+    run = prepare_run(latent, task, size, sampler=sampler, steps=4, guidance=None)
     with LiveBytes(known=[*latent.backbone.network.parameters(), *latent.backbone.vae.parameters()]) as live:
         result = run()
     assert found.evaluations == result.nfe
@@ -92,40 +92,40 @@ def test_memory_and_evaluations_in_latents(latent, sampler):
 def test_a_photo_that_grew_to_twenty_gigabytes(monkeypatch):
     """1200 x 800, denoising, 2 steps of DPS on the embedded prior: 20 GB, and the kernel ended the server."""
     restorer, options = restore.load("embedded", device="cpu"), {"sampler": "dps", "steps": 2, "guidance": None}
-    monkeypatch.setattr(plan.Planner, "_seconds", lambda *_: 1.0)
-    planner, found = planned(restorer, "denoise", (800, 1200), memory=64e9, **options)
+    monkeypatch.setattr(Planner, "_seconds", lambda *_: 1.0)
+    planner, found = make_plan(restorer, "denoise", (800, 1200), memory=64e9, **options)
     assert found.windows == 888 and not found.options.recompute_windows and 18e9 < found.memory < 60e9
-    planner, found = planned(restorer, "denoise", (800, 1200), memory=2e9, **options)
+    planner, found = make_plan(restorer, "denoise", (800, 1200), memory=2e9, **options)
     assert found.options.recompute_windows and found.options.max_windows == 16
     assert found.memory < 2e9 and found.fits
-    with planner.apply(found) as chosen:
-        assert chosen.windows["recompute_windows"] and not restorer.windows["recompute_windows"]
+    with planner.apply(found) as limited:
+        assert limited.windows["recompute_windows"] and not restorer.windows["recompute_windows"]
 
 
 @pytest.mark.parametrize("guidance", [None, GUIDED])
 def test_what_memory_forces_first_leaves_the_bytes_as_they_are(small, guidance):
     options = {"sampler": "dps", "steps": 3, "guidance": guidance}
-    _, free = planned(small, "denoise", memory=1e12, **options)
+    _, free = make_plan(small, "denoise", memory=1e12, **options)
     assert not free.checkpointing
-    planner, found = planned(small, "denoise", memory=free.memory - 1, **options)
+    planner, found = make_plan(small, "denoise", memory=free.memory - 1, **options)
     assert found.options.recompute_windows and found.options.max_windows == 16 and found.memory < free.memory
-    plain = restored(small, "denoise", **options)().samples
-    with planner.apply(found) as chosen:
-        assert torch.equal(restored(chosen, "denoise", **options)().samples, plain)
-    planner, found = planned(small, "denoise", memory=found.memory - 1, **options)
+    plain = prepare_run(small, "denoise", **options)().samples
+    with planner.apply(found) as limited:
+        assert torch.equal(prepare_run(limited, "denoise", **options)().samples, plain)
+    planner, found = make_plan(small, "denoise", memory=found.memory - 1, **options)
     assert found.options.checkpoint_units and found.memory < free.memory
-    with planner.apply(found) as chosen:
-        assert torch.equal(restored(chosen, "denoise", **options)().samples, plain)
-    assert torch.equal(restored(small, "denoise", **options)().samples, plain)
+    with planner.apply(found) as limited:
+        assert torch.equal(prepare_run(limited, "denoise", **options)().samples, plain)
+    assert torch.equal(prepare_run(small, "denoise", **options)().samples, plain)
 
 
 def test_a_photo_that_does_not_fit_is_refused_unless_forced(small, tmp_path):
     Image.fromarray(np.zeros((40, 56, 3), np.uint8)).save(tmp_path / "a.png")
     photos = find_photos([tmp_path / "a.png"], tmp_path / "out")
     task, method = load_task("denoise"), MethodChoice("dps", steps=2, guidance=None)
-    planner, said = plan.Planner(small, 1e6), []
-    (refused,) = RestoreJob(small, task, method, planner=planner, announce=said.append).run(photos)
-    assert "a.png would take 0.1 GB" in refused.error and "0.0 GB are free" in refused.error and len(said) == 1
+    planner, announced = Planner(small, 1e6), []
+    (refused,) = RestoreJob(small, task, method, planner=planner, announce=announced.append).run(photos)
+    assert "a.png would take 0.1 GB" in refused.error and "0.0 GB are free" in refused.error and len(announced) == 1
     assert not any((tmp_path / "out").iterdir())
     (outcome,) = RestoreJob(small, task, method, planner=planner, force=True).run(photos)
     assert outcome.error is None
@@ -136,10 +136,10 @@ def test_a_photo_that_does_not_fit_is_refused_unless_forced(small, tmp_path):
 
 def test_a_mistake_is_found_before_anything_is_computed(small):
     with pytest.raises(RestoreError, match="unknown layer|no attention layer"):
-        planned(small, "denoise", sampler="dps", steps=2, guidance=PAG(1.0, layers="i77"))
+        make_plan(small, "denoise", sampler="dps", steps=2, guidance=PAG(1.0, layers="i77"))
 
 
-def test_the_command_prints_its_plan_and_computes_nothing(small, tiny_adm, tmp_path, monkeypatch, capsys):
+def test_the_command_prints_its_foundand_computes_nothing(small, tiny_adm, tmp_path, monkeypatch, capsys):
     Image.fromarray(np.zeros((40, 56, 3), np.uint8)).save(tmp_path / "a.png")
 
     def command(*more):
