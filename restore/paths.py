@@ -1,4 +1,4 @@
-"""Where the package keeps its YAML files and its small data: in a checkout and in an installed wheel."""
+"""Folders of the package's YAML files and small data, in a checkout and in an installed wheel."""
 
 from __future__ import annotations
 
@@ -10,21 +10,19 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def configs_dir() -> Path:
-    """The folder of the YAML files (`model/`, `task/`, ...). RestoreError when the installation lost it."""
-    return _shipped("configs")
+    """The folder of the YAML files (`model/`, `task/`, ...). Raises RestoreError if the installation has none."""
+    return _find_shipped("configs")
 
 
 def data_dir() -> Path:
-    """The folder of the embedded prior, the sample photos and masks. RestoreError when it is missing."""
-    return _shipped("data")
+    """The folder of embedded priors, sample photos and masks. Raises RestoreError if the installation has none."""
+    return _find_shipped("data")
 
 
-def _shipped(name: str) -> Path:
-    # A wheel carries restore/_configs and restore/_data; a checkout has configs/ and data/ beside restore/.
-    for folder in (_PACKAGE / f"_{name}", _PACKAGE.parent / name):
+def _find_shipped(name: str) -> Path:
+    # A wheel has restore/_configs and restore/_data; a checkout has configs/ and data/ beside restore/.
+    folders = (_PACKAGE / f"_{name}", _PACKAGE.parent / name)
+    for folder in folders:
         if folder.is_dir():
             return folder
-    raise RestoreError(
-        f"The installation has no {name} folder (looked for {_PACKAGE / f'_{name}'} and {_PACKAGE.parent / name}): "
-        "install the package again from its wheel or run it from a complete checkout."
-    )
+    raise RestoreError(f"the installation must have {folders[0]} or {folders[1]}; install the package again")
