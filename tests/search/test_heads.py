@@ -219,7 +219,7 @@ def test_halves_that_share_an_image_are_refused(config, tmp_path):
         ({"rouns": 2}, "did you mean 'rounds'"),
         ({"layers": ["i4"]}, "no attention layer is called 'i4'"),
         ({"methods": {}}, "has no key 'methods'"),
-        ({"method": {"sampler": "diffpir"}}, "lacks steps"),
+        ({"method": {"sampler": "diffpir"}}, "methods.none: steps is missing"),
         ({"calibration": {}}, "calibration.folder"),
         ({"calibration": {"limmit": 1}}, "calibration.limmit"),
     ],
