@@ -1,9 +1,8 @@
-"""Random numbers that depend on the image and nothing else.
+"""Random numbers that depend only on the image.
 
-Every draw is a pure function of (run seed, image id, sample index, kind, step). So a result depends
-on neither batch size, nor the order of images, nor the number of workers or samples, and options
-that draw more noise of one kind do not shift the others. Drawn on the CPU: the same bytes for every
-device.
+Every draw is a pure function of (run seed, image id, sample index, kind, step). So a result depends on neither the
+batch size, the order of images nor the number of workers or samples, and options that draw more noise of one kind do
+not shift the others. Drawn on the CPU: the same bytes on every device.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ import torch
 
 
 def derive_seed(*key) -> int:
-    """A 63-bit seed from any printable key; stable across processes, platforms and versions."""
+    """Return a 63-bit seed of any printable key, stable across processes, platforms and versions."""
     text = "\x1f".join(str(part) for part in key)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def measurement_generator(seed: int, image_id: str) -> torch.Generator:
-    """The generator of a measurement's noise: the same for an image wherever it is degraded."""
+    """Return the generator of the noise of a measurement, which depends only on the seed and the image."""
     return torch.Generator().manual_seed(derive_seed(seed, image_id, "measurement"))
 
 
@@ -35,9 +34,9 @@ class ImageNoise:
         self.keys, self.device, self.dtype = list(keys), torch.device(device), dtype
 
     def __call__(self, k: int, shape: Sequence[int], kind: str = "latent") -> torch.Tensor:
-        """Noise of `shape` (B, ...) for step k; kind: what it is for, "start", "latent" or a sampler's own."""
+        """Return noise of `shape` (B, ...) for step k; kind: its purpose, "start", "latent" or a sampler's own."""
         if shape[0] != len(self.keys):
-            raise ValueError(f"noise for {len(self.keys)} images was asked for a batch of {shape[0]}")
+            raise ValueError(f"shape must be that of {len(self.keys)} images, got a batch of {shape[0]}")
         draws = []
         for key in self.keys:
             generator = torch.Generator().manual_seed(derive_seed(*key, kind, k))

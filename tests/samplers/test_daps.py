@@ -131,7 +131,7 @@ def test_gaussian_conditional_has_the_right_mean_and_twice_the_variance():
 
 @pytest.mark.parametrize("conditional", ["gaussian", "exact"])
 def test_clipping_is_undone_with_the_prior(conditional):
-    """A nonlinear operator, for which DAPS needs A alone: saturated pixels come from the prior's correlations."""
+    """A nonlinear operator, for which DAPS needs only A: saturated pixels come from the prior's correlations."""
     prior = example_priors()["smooth Gaussian"]
     truth = prior.sample(40, torch.Generator().manual_seed(5))
     operator = Clipping(4.0, noise=GaussianNoise(0.05))
@@ -181,8 +181,8 @@ def test_batch_equals_single_images(adm):
     options = {**FEW, "momentum": 0.5, "guidance": PAG(1.0, layers="m1")}
     together = daps(adm, operator, y, noise=ImageNoise(keys), **options)
     for i in range(3):
-        alone = daps(adm, operator, y[i : i + 1], noise=ImageNoise(keys[i : i + 1]), **options)
-        assert relative(alone, together[i : i + 1]) < 1e-5
+        single = daps(adm, operator, y[i : i + 1], noise=ImageNoise(keys[i : i + 1]), **options)
+        assert relative(single, together[i : i + 1]) < 1e-5
     assert relative(together[:1], together[1:2]) > 0.1
 
 

@@ -21,7 +21,7 @@ def prior():
     return MixturePrior.gaussian(mean, smooth_covariance(SHAPE, 0))
 
 
-def measured(prior, operator, n=1):
+def measure(prior, operator, n=1):
     g = torch.Generator().manual_seed(1)
     y = operator.A(prior.sample(n, g))
     return y + SIGMA * torch.randn(y.shape, generator=g, dtype=torch.float64)
@@ -31,8 +31,8 @@ def matrix(operator):
     return operator.A(torch.eye(math.prod(SHAPE), dtype=torch.float64).view(-1, *SHAPE)).flatten(1).T
 
 
-def drawn(*_):
-    raise AssertionError("DPIR draws nothing")
+def refuse_noise(*_):
+    raise AssertionError("DPIR is deterministic")
 
 
 @pytest.mark.parametrize("kind", ["vp", "ve", "flow"])
@@ -40,10 +40,10 @@ def test_one_step_on_plain_noise_is_the_posterior_mean(prior, kind):
     schedule = linear_schedule().normalise(kind)
     same = MixturePrior(prior.weights, prior.means, prior.covs, schedule=schedule)
     operator = operators.Denoising(noise=operators.GaussianNoise(SIGMA))
-    y = measured(prior, operator)
+    y = measure(prior, operator)
     exact, _ = prior.posterior(operator, y, SIGMA).moments()
     before = same.evaluations
-    found = dpir(same, operator, y, noise=drawn, steps=1)
+    found = dpir(same, operator, y, noise=refuse_noise, steps=1)
     assert same.evaluations == before + 1
     assert torch.allclose(found.flatten(), exact, atol=1e-5)
     assert float((y.flatten() - exact).norm()) > 0.5
@@ -62,10 +62,10 @@ def test_one_step_on_plain_noise_is_the_posterior_mean(prior, kind):
 )
 def test_every_step_is_that_of_the_paper(prior, operator):
     """Equations 6a and 6b written out with matrices: the data step solved, the denoiser a Gaussian's."""
-    y, lam, levels = measured(prior, operator, 2), 0.3, [0.5, 0.5 * (SIGMA / 0.5) ** 0.5, SIGMA]
+    y, lam, levels = measure(prior, operator, 2), 0.3, [0.5, 0.5 * (SIGMA / 0.5) ** 0.5, SIGMA]
     A, mean, cov = matrix(operator), prior.means[0], prior.covs[0]
     eye, seen = torch.eye(len(cov), dtype=torch.float64), []
-    found = dpir(prior, operator, y, noise=drawn, steps=3, lam=lam, sigma_max=0.5, callback=seen.append)
+    found = dpir(prior, operator, y, noise=refuse_noise, steps=3, lam=lam, sigma_max=0.5, callback=seen.append)
     flat = y.flatten(1).T
     if y.shape[1:] == SHAPE:
         z = flat
@@ -82,23 +82,23 @@ def test_every_step_is_that_of_the_paper(prior, operator):
 
 def test_estimates_are_clamped_where_the_prior_is_bounded(prior):
     operator = operators.Denoising(noise=operators.GaussianNoise(SIGMA))
-    y = 3 * measured(prior, operator)
-    assert dpir(prior, operator, y, noise=drawn, steps=1).abs().max() > 1
-    assert dpir(prior, operator, y, noise=drawn, steps=1, clip=True).abs().max() == 1
+    y = 3 * measure(prior, operator)
+    assert dpir(prior, operator, y, noise=refuse_noise, steps=1).abs().max() > 1
+    assert dpir(prior, operator, y, noise=refuse_noise, steps=1, clip=True).abs().max() == 1
 
 
-def test_a_measurement_without_noise_is_met(prior):
+def test_a_measurement_without_noise_is_explained(prior):
     operator = operators.GaussianBlur(3, 0.5)
     y = operator.A(prior.sample(1, torch.Generator().manual_seed(2)))
-    found = dpir(prior, operator, y, noise=drawn, steps=8)
+    found = dpir(prior, operator, y, noise=refuse_noise, steps=8)
     assert float((operator.A(found) - y).norm() / y.norm()) < 0.02
 
 
-def test_it_is_refused_what_it_cannot_do(prior):
+def test_steps_and_noise_that_do_not_apply(prior):
     operator = operators.Denoising(noise=operators.GaussianNoise(SIGMA))
     for steps in (0, "quad:20", [10, 20], True):
         with pytest.raises(restore.RestoreError, match="steps must be a number of noise levels"):
-            dpir(prior, operator, measured(prior, operator), noise=drawn, steps=steps)
+            dpir(prior, operator, measure(prior, operator), noise=refuse_noise, steps=steps)
     with pytest.raises(restore.RestoreError, match="dpir needs Gaussian noise"):
         noisy = operators.Denoising(noise=operators.PoissonNoise(0.1))
-        dpir(prior, noisy, measured(prior, operator), noise=drawn, steps=1)
+        dpir(prior, noisy, measure(prior, operator), noise=refuse_noise, steps=1)

@@ -23,7 +23,7 @@ SHAPE, D, N = (3, 2, 2), 12, 400
 
 
 class Half:
-    """Every second number of an image is seen."""
+    """Measures every second number of an image."""
 
     def A(self, x):
         return x.flatten(1)[:, ::2]
@@ -37,7 +37,7 @@ def gaussian(schedule=None, kind="velocity"):
     return MixturePrior.gaussian(mean, cov, SHAPE, schedule or Schedule.flow(1000), kind)
 
 
-def drawn(seed=5):
+def make_noise(seed=5):
     g = torch.Generator().manual_seed(seed)
     return lambda k, shape, kind: torch.randn(tuple(shape), generator=g, dtype=torch.float64)
 
@@ -52,7 +52,7 @@ def errors(rule, step_size, steps=28, schedule=None, kind="velocity"):
         prior,
         Half(),
         y.expand(N, -1),
-        noise=drawn(),
+        noise=make_noise(),
         steps=steps,
         step_size=step_size,
         inner_steps=inner,
@@ -79,12 +79,12 @@ def test_other_noise_levels_are_seen_as_flows():
     ddpm, results = Schedule.from_config({"beta_schedule": "linear"}), []
     for prior in (gaussian(), gaussian(ddpm, "eps")):
         times = [prior.schedule.t(sigma / (1 - sigma)) for sigma in sigmas]
-        results.append(flowdps(prior, Half(), y, noise=drawn(), steps=times, step_size=1.0))
+        results.append(flowdps(prior, Half(), y, noise=make_noise(), steps=times, step_size=1.0))
     assert float((results[0] - results[1]).norm() / results[0].norm()) < 1e-6
 
 
 class Line(Pixels):
-    """A velocity that is known: v = a x + b t; the weak pass's is another."""
+    """A known velocity v = a x + b t; that of the weak pass differs."""
 
     attention, null_condition, network = {}, None, torch.nn.Identity()
     schedule, channels, shape = Schedule.flow(1000), 3, SHAPE
@@ -114,8 +114,8 @@ def test_the_equations(rule, s):
     times, step = [900.0, 500.0, 100.0], 0.1
     guidance = Weaker(s)
     options = {"steps": times, "step_size": step, "inner_steps": 2, "rule": rule, "guidance": guidance}
-    got = flowdps(prior, Half(), y, noise=drawn(), **options)
-    noise, z = drawn(), None
+    got = flowdps(prior, Half(), y, noise=make_noise(), **options)
+    noise, z = make_noise(), None
     for k, t in enumerate(times):
         sigma, after = t / 1000, (times[k + 1] / 1000 if k < 2 else 0.0)
         z = sigma * noise(0, (1, *SHAPE), "start") if z is None else z
@@ -143,7 +143,7 @@ def test_mistakes():
         ({"step_size": 1e308}, "not finite after step 1"),
     ):
         with pytest.raises(RestoreError, match=message):
-            flowdps(Line(), Half(), y, noise=drawn(), steps=3, **{"step_size": 1.0, **options})
+            flowdps(Line(), Half(), y, noise=make_noise(), steps=3, **{"step_size": 1.0, **options})
 
 
 @pytest.fixture(scope="module")
@@ -157,19 +157,19 @@ def test_the_usual_call(folder):
     y = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
     A, graphs, predict = operators.SuperResolution(4), [], restorer.backbone.predict
 
-    def watching(x_t, t, condition=None):
+    def watch(x_t, t, condition=None):
         graphs.append(torch.is_grad_enabled())
         return predict(x_t, t, condition)
 
-    restorer.backbone.predict = watching
+    restorer.backbone.predict = watch
     options = {"sampler": "flowdps", "steps": 3, "prompt": "a cat"}
     plain = restorer(y, A, **options)
     assert not any(graphs) and plain.nfe == 3 and plain.samples.shape == (2, 1, 3, 20, 28)
     assert torch.equal(restorer(y, A, guidance=PAG(0.0, "b1"), **options).samples, plain.samples)
     guided = restorer(y, A, guidance=PAG(2.0, "b1:0,2", scope="image"), **options)
     assert guided.nfe == 6 and not torch.equal(guided.samples, plain.samples)
-    alone = restorer(y[1:], A, image_ids=["1"], **options)
-    assert torch.equal(alone.samples[0], plain.samples[1])
+    single = restorer(y[1:], A, image_ids=["1"], **options)
+    assert torch.equal(single.samples[0], plain.samples[1])
 
 
 def test_the_command_line(folder, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""What DiffPIR, DDRM, DDNM(+), PiGDM and PnP-DM have in common: y = A x + sigma_y n, any sigma_y, any guidance."""
+"""What DiffPIR, DDRM, DDNM(+), PiGDM and PnP-DM share: y = A x + sigma_y n, any sigma_y, any guidance."""
 
 import pytest
 import torch
@@ -48,8 +48,8 @@ def test_batch_equals_single_images(prior, images, name):
     together = run(name, prior, operator, y, **options)
     assert torch.equal(before, torch.random.get_rng_state())
     for i in range(0, 8, 3):
-        alone = run(name, prior, operators.select_rows(operator, [i]), y[i : i + 1], keys=keys[i : i + 1], **options)
-        assert relative(alone, together[i : i + 1]) < 1e-5
+        single = run(name, prior, operators.select_rows(operator, [i]), y[i : i + 1], keys=keys[i : i + 1], **options)
+        assert relative(single, together[i : i + 1]) < 1e-5
     assert relative(together[:1], together[1:2]) > 0.1
 
 
@@ -80,7 +80,7 @@ def test_measurement_without_noise(prior, images, name, task):
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_what_is_refused(prior, images, name):
+def test_models_that_do_not_apply(prior, images, name):
     y = images[:1]
 
     class Latent:
@@ -129,7 +129,7 @@ def test_no_graph_is_kept(prior, images, name):
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_the_callback_tells_every_step(prior, images, name):
+def test_the_callback_is_called_after_every_step(prior, images, name):
     operator, seen = operators.SuperResolution(4, noise=NOISY), []
     y = operator.A(images[:2])
     x = run(name, prior, operator, y, callback=seen.append)
@@ -183,20 +183,20 @@ def problem():
     return mean, operator
 
 
-def measured(mean, cov, operator):
+def measure(mean, cov, operator):
     truth = MixturePrior.gaussian(mean, cov, (12, 1, 1)).sample(1, torch.Generator().manual_seed(5))
     return operator.A(truth) + 0.1 * torch.randn(1, 6, 1, 1, generator=torch.Generator().manual_seed(6)).double()
 
 
 def posterior_moments(mean, cov, operator):
     prior = MixturePrior.gaussian(mean, cov, (12, 1, 1))
-    return prior.posterior(operator, measured(mean, cov, operator), 0.1).moments()
+    return prior.posterior(operator, measure(mean, cov, operator), 0.1).moments()
 
 
 def errors(name, mean, cov, operator, *, n=2000, steps, schedule=None, kind="eps", **own):
     """(error of the mean over the distance of the prior's, error of the covariance over the true one's norm)."""
     prior = MixturePrior.gaussian(mean, cov, (12, 1, 1), schedule, kind)
-    y = measured(mean, cov, operator)
+    y = measure(mean, cov, operator)
     true_mean, true_cov = posterior_moments(mean, cov, operator)
     g = torch.Generator().manual_seed(7)
 
@@ -224,7 +224,7 @@ def test_pigdm_is_exact_where_its_model_is(problem):
 
 
 # (sampler, options, steps): bounds of the errors of mean and covariance on a prior with correlated pixels. Measured;
-# of PnP-DM alone theory says that it gets better (as rho_min falls).
+# only for PnP-DM theory predicts an improvement (as rho_min falls).
 MEASURED = [
     ("diffpir", {"lam": 1.0, "zeta": 1.0}, 100, (0.075, 0.46)),
     ("ddrm", {}, 100, (0.10, 0.21)),

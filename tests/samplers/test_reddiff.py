@@ -37,7 +37,7 @@ def test_trajectory_is_the_official_one(case):
         v=own["obs_weight"],
         callback=seen.append,
     )
-    # The first step moves every pixel by lr, whatever the gradient's size, so its direction alone could be right.
+    # The first step moves every pixel by lr, whatever the gradient's size, so only its direction could be right.
     for k in (1, 2, 5, 6, 10, 11):
         assert relative(seen[k - 1]["x_t"], tensors[f"x_after_{k}"]) < 1e-4, k
     assert relative(seen[4]["x0_hat"], tensors["x0_hat_5"]) < 1e-4
@@ -69,7 +69,7 @@ def test_stationary_point_is_that_of_the_loss():
 
 
 def test_clipping_is_undone_with_the_prior():
-    """A nonlinear operator, for which RED-diff needs A alone: saturated pixels come from the prior's correlations."""
+    """A nonlinear operator, for which RED-diff needs only A: saturated pixels come from the prior's correlations."""
     prior = example_priors()["smooth Gaussian"]
     truth = prior.sample(40, torch.Generator().manual_seed(5))
     operator, seen = Clipping(4.0, noise=GaussianNoise(0.05)), []
@@ -109,8 +109,8 @@ def test_batch_equals_single_images(prior):
     keys = [(0, f"image{i}", 0) for i in range(3)]
     together = reddiff(prior, operator, y, noise=ImageNoise(keys), steps=4, lr=0.05)
     for i in range(3):
-        alone = reddiff(prior, operator, y[i : i + 1], noise=ImageNoise(keys[i : i + 1]), steps=4, lr=0.05)
-        assert relative(alone, together[i : i + 1]) < 1e-5
+        single = reddiff(prior, operator, y[i : i + 1], noise=ImageNoise(keys[i : i + 1]), steps=4, lr=0.05)
+        assert relative(single, together[i : i + 1]) < 1e-5
     assert relative(together[:1], together[1:2]) > 0.1
 
 

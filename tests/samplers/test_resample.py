@@ -82,8 +82,8 @@ def test_batch_equals_single_images(prior):
     keys = [(0, f"image{i}", 0) for i in range(2)]
     together = resample(prior, operator, y, noise=ImageNoise(keys), **FEW)
     for i in range(2):
-        alone = resample(prior, operator, y[i : i + 1], noise=ImageNoise(keys[i : i + 1]), **FEW)
-        assert relative(alone, together[i : i + 1]) < 1e-5
+        single = resample(prior, operator, y[i : i + 1], noise=ImageNoise(keys[i : i + 1]), **FEW)
+        assert relative(single, together[i : i + 1]) < 1e-5
     assert relative(together[:1], together[1:]) > 0.1
 
 

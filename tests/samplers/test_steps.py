@@ -66,7 +66,7 @@ def test_bad_steps(spec):
         respace(1000, spec)
 
 
-def test_noise_depends_on_its_key_alone():
+def test_noise_depends_only_on_its_key():
     keys = [(0, "a", 0), (0, "b", 0), (1, "a", 0), (0, "a", 1)]
     together = ImageNoise(keys)(3, (4, 2, 5, 5))
     for i, key in enumerate(keys):

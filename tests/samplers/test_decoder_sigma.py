@@ -1,4 +1,4 @@
-"""decoder_sigma: what the measurement knows better than a latent prior's decoder is put back into the last image."""
+"""decoder_sigma: y corrects the last image of a latent prior, given the decoder's error."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def latents():
     return restore.load("embedded-latent", device="cpu")
 
 
-def known(height=128, width=128):
+def known_mask(height=128, width=128):
     mask = torch.ones(1, 1, height, width)
     mask[..., 32:96, 40:104] = 0
     return mask
@@ -23,8 +23,8 @@ def known(height=128, width=128):
 @pytest.mark.parametrize("sampler", ["psld", "diffpir"])
 @pytest.mark.parametrize("sigma", [SIGMA, 0.0])
 def test_known_pixels_are_the_mean_of_both(latents, sampler, sigma):
-    """Weighted by their precisions; without noise y itself. The hole is the decoder's."""
-    mask = known()
+    """Weighted by their precisions; y itself without noise. The hole is the decoder's."""
+    mask = known_mask()
     A = operators.Inpainting(mask, noise=operators.GaussianNoise(sigma) if sigma else None)
     y = A(torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1)
     options = {"sampler": sampler, "steps": 3, "guidance": None, "seed": 1}
@@ -36,11 +36,11 @@ def test_known_pixels_are_the_mean_of_both(latents, sampler, sigma):
     assert torch.allclose(found.clamp(-1, 1), expected.clamp(-1, 1), atol=1e-3)  # samplers assume some noise
 
 
-def test_where_it_does_not_apply_it_is_refused(latents):
+def test_priors_and_operators_that_it_does_not_apply_to(latents):
     """Before anything is sampled."""
 
     def never(step):
-        raise AssertionError("it was sampled first")
+        raise AssertionError("sampling began")
 
     y = torch.zeros(1, 3, 128, 128)
     with pytest.raises(restore.RestoreError, match="psld with decoder_sigma needs a linear operator"):
