@@ -59,7 +59,7 @@ def test_readme_is_short_and_its_python_runs_as_printed(tmp_path, monkeypatch):
     assert (tmp_path / "restored.png").is_file()
 
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data" / "README.md", *(ROOT / "docs").rglob("*.md")]
+PAGES = [*ROOT.glob("*.md"), *(page for name in ("data", "docs", "benchmarks") for page in (ROOT / name).rglob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
