@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from operators import RestoreError
+from restore.backbones.weights import DTYPES
 from restore.bench.baselines import BASELINES
 from restore.guidance import CFG
 from restore.images.resampling import Resampling, enlarge_image
@@ -124,10 +125,9 @@ def load_pipeline(name: str, *, device: torch.device, precision: str, offline: b
     from restore import zoo
 
     folder = zoo.pull(name, offline=offline)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
-    if dtype != torch.float32:
-        options["torch_dtype"] = dtype
+    if precision != "fp32":
+        options["torch_dtype"] = DTYPES[precision]
     try:
         pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError) as error:

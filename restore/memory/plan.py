@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,9 +71,10 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         """Return the plan for the side-car, ready for JSON."""
-        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "options"}
-        names = ("max_windows", "checkpointing", "blocks")
-        return plain | dict(zip(names, dataclasses.astuple(self.options), strict=True))
+        described, options = dict(vars(self)), self.options
+        del described["options"]
+        names = {"max_windows": options.max_windows, "checkpointing": options.recompute_windows}
+        return described | names | {"blocks": options.checkpoint_units}
 
 
 class Planner:
