@@ -160,8 +160,8 @@ def parse_guidance(
 def translate_parameters(message: str, names: Iterable[str]) -> str:
     """Return a message of the library with its parameters (`solve_at=512`) as options (`--solve-at 512`).
 
-    names: the parameters that are options of the command. `degrade=True` becomes a bare `--degrade`; a name with an
-    underscore is translated without a value too.
+    names: the parameters that are options of the command. `degrade=True` becomes a bare `--degrade`; a name is also
+    translated in `steps must`, and with an underscore everywhere.
     """
     for name in names:
         option = "--" + name.replace("_", "-")
@@ -172,6 +172,7 @@ def translate_parameters(message: str, names: Iterable[str]) -> str:
 
         value = r"""=(?P<value>"[^"]*"|'[^']*'|[^\s,;:)]*)"""
         message = re.sub(rf"(?<![\w/.-]){name}{value}", write, message)
+        message = re.sub(rf"(?<![\w/.-]){name}(?= must\b)", option, message)
         if "_" in name:
             message = re.sub(rf"(?<![\w/.-]){name}\b(?!\()", option, message)
     return message

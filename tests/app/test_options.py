@@ -175,6 +175,7 @@ def test_steps_are_parsed_once():
         ("needs mask=FILE (white); with degrade=True the", "needs --mask FILE (white); with --degrade the"),
         ("use checkpointing=True, a smaller batch_size or", "use --checkpointing, a smaller --batch-size or"),
         ("or precision='bf16'", "or --precision bf16"),
+        ("steps must be at least 1, got 0", "--steps must be at least 1, got 0"),
         ('or precision="bf16".', "or --precision bf16."),
         ("zeta=3 and /tmp/mask=1/seed=2.png stay", "zeta=3 and /tmp/mask=1/seed=2.png stay"),
         ("write a mask or a batch", "write a mask or a batch"),
