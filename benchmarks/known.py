@@ -18,9 +18,7 @@ from typing import Any
 
 import torch
 
-from operators import RestoreError
-from restore import disk, samplers
-from restore.bench.known import (
+from benchmarks.posteriors import (
     WHITE,
     MixturePrior,
     compare_with_posterior,
@@ -28,6 +26,8 @@ from restore.bench.known import (
     example_operators,
     example_priors,
 )
+from operators import RestoreError
+from restore import disk, samplers
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import pytest
 
 from benchmarks import known
 from benchmarks.known import format_table, measure_sampler
+from benchmarks.posteriors import WHITE, compare_with_posterior, draw_measurement, example_priors
 from operators import GaussianNoise, RestoreError, SuperResolution
 from restore import samplers
-from restore.bench.known import WHITE, compare_with_posterior, draw_measurement, example_priors
 
 SIGMA = 0.1
 

@@ -10,9 +10,9 @@ from golden_samplers import network as adm_prior
 from golden_samplers import reference, relative
 
 import operators
+from benchmarks.posteriors import example_operators, example_priors
 from operators import Clipping, GaussianNoise, PoissonNoise, RestoreError
 from restore.backbones.schedule import Schedule
-from restore.bench.known import example_operators, example_priors
 from restore.guidance import CFG, PAG
 from restore.samplers.daps import annealing_levels, daps, rho_grid
 from restore.samplers.likelihood import find_data_norm, likelihood_variance

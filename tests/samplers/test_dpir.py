@@ -9,7 +9,7 @@ import torch
 
 import operators
 import restore
-from restore.bench.known import SHAPE, MixturePrior, linear_schedule, smooth_covariance
+from benchmarks.posteriors import SHAPE, MixturePrior, linear_schedule, smooth_covariance
 from restore.samplers.dpir import dpir
 
 SIGMA = 0.2

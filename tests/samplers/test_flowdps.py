@@ -10,11 +10,11 @@ from PIL import Image
 
 import operators
 import restore
+from benchmarks.posteriors import MixturePrior
 from operators import RestoreError
 from restore.app import cli
 from restore.backbones.base import Pixels, Prediction
 from restore.backbones.schedule import Schedule
-from restore.bench.known import MixturePrior
 from restore.guidance import PAG, Term, WeakPass
 from restore.paths import data_dir
 from restore.samplers.flowdps import flowdps

@@ -6,8 +6,8 @@
 import pytest
 import torch
 
+from benchmarks.posteriors import MixturePrior
 from restore.backbones.schedule import Schedule
-from restore.bench.known import MixturePrior
 from restore.samplers.dps import dps
 from restore.samplers.generate import generate
 

@@ -5,10 +5,10 @@ import torch
 from golden_samplers import network, relative
 
 import operators
+from benchmarks.posteriors import MixturePrior, linear_schedule, smooth_covariance
 from operators import RestoreError
 from restore import samplers
 from restore.backbones.schedule import Schedule
-from restore.bench.known import MixturePrior, linear_schedule, smooth_covariance
 from restore.guidance import PAG
 from restore.samplers.noise import ImageNoise
 

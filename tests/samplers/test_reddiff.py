@@ -7,8 +7,8 @@ from golden_samplers import network as adm_prior
 from golden_samplers import relative
 
 import operators
+from benchmarks.posteriors import example_operators, example_priors
 from operators import Clipping, GaussianNoise, PoissonNoise, RestoreError
-from restore.bench.known import example_operators, example_priors
 from restore.guidance import PAG
 from restore.samplers.noise import ImageNoise
 from restore.samplers.reddiff import reddiff

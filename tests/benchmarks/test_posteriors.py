@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from restore.bench.known import (
+from benchmarks.posteriors import (
     MixturePrior,
     compare_with_posterior,
     draw_measurement,
