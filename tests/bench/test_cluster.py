@@ -64,5 +64,5 @@ def test_mistakes_in_a_worker_and_too_many_workers_are_said(config):
 
 def test_ray_missing_is_said(config, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(RestoreError, match=r"install restore\[cluster\]"):
+    with pytest.raises(RestoreError, match=r"restore-diffusion\[cluster\]"):
         run_benchmark(config, ["engine=ray"])
