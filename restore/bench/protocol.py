@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from operators import RestoreError
 
 # Differences that leave numbers comparable: they name the circumstances of a run rather than what was measured.
 CIRCUMSTANCES = ("versions", "device")
+LEFTOVER = ".*.tmp"  # files that a killed process was writing
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -29,6 +33,21 @@ def find_differences(a: Mapping[str, Any], b: Mapping[str, Any], *, circumstance
     left, right = flatten(a), flatten(b)
     keys = [key for key in {**left, **right} if circumstances or key.split(".")[0] not in CIRCUMSTANCES]
     return {key: (left.get(key), right.get(key)) for key in keys if left.get(key) != right.get(key)}
+
+
+def check_folder(folder: Path, existing: Mapping[str, Any] | None, identity: Mapping[str, Any], what: str) -> None:
+    """Raise RestoreError if `folder` holds anything but the run with this identity.
+
+    existing: the identity of the run it holds, None if there is no run. what: the name of such a run.
+    """
+    if existing is None:
+        if folder.exists() and any(not path.match(LEFTOVER) for path in folder.iterdir()):
+            raise RestoreError(f"{folder} is not empty and holds no {what}; give another out=FOLDER")
+    elif changes := find_differences(existing, identity, circumstances=True):
+        raise RestoreError(
+            f"{folder} holds another {what} ({format_differences(changes)}); give out=FOLDER for the new one, or undo"
+            " the change to continue"
+        )
 
 
 def find_conflicts(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple]:

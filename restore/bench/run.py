@@ -22,12 +22,11 @@ from restore.bench.baselines import BASELINES
 from restore.bench.batches import Batch, list_image_ids, load_images, make_batches, read_row
 from restore.bench.config import build_method, list_cells, load_config, select_result_keys
 from restore.bench.datasets import ImageSet
-from restore.bench.protocol import find_differences, format_differences
+from restore.bench.protocol import LEFTOVER, check_folder
 from restore.restoration import choose_device
 from restore.versions import collect_versions
 
 FORMAT = 2
-LEFTOVER = ".*.tmp"  # files that a killed process was writing
 
 
 @dataclass
@@ -72,7 +71,7 @@ def run_benchmark(
     progress: called with {done, total, batch, seconds} after each batch and {measuring} before network metrics.
     only: which batches to compute now; the images of the others stay missing.
     Raises RestoreError before anything runs for bad configurations, missing images or weights, and for a folder
-    that holds results of another configuration, with the difference.
+    that holds another run, with the difference.
     """
     config, images, batches, metrics = _prepare(config, overrides)
     folder = _choose_folder(config)
@@ -174,19 +173,10 @@ def _open_folder(folder: Path, config: Mapping[str, Any], images: ImageSet | Non
     }
     identity = _to_json(identity)  # compare what will be read back
     manifest = folder / "run.json"
-    if manifest.exists():
-        existing = read_manifest(folder)
-        if changes := find_differences(existing["identity"], identity, circumstances=True):
-            raise RestoreError(
-                f"{folder} holds results of another configuration ({format_differences(changes)}); give out=FOLDER for"
-                " the new one, or undo the change to continue"
-            )
-        created = existing["created"]
-    elif folder.exists() and any(not path.match(LEFTOVER) for path in folder.iterdir()):
-        raise RestoreError(f"{folder} is not empty and holds no benchmark; give another out=FOLDER")
-    else:
-        disk.make_folder(folder)
-        created = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    existing = read_manifest(folder) if manifest.exists() else {}
+    check_folder(folder, existing.get("identity"), identity, "benchmark")
+    disk.make_folder(folder)
+    created = existing.get("created") or time.strftime("%Y-%m-%d %H:%M:%S %z")
     protocol = {
         "images": images.describe() if images is not None else None,
         "backbone": identity["backbone"],

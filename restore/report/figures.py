@@ -64,19 +64,17 @@ def place_heat_map(heat_map: Mapping[str, Any]) -> dict[str, Any]:
     """
     columns = max(len(cells) for _, cells in heat_map["rows"])
     largest = max((abs(cell[0]) for _, cells in heat_map["rows"] for cell in cells if cell), default=0) or 1
-    rows = []
-    for name, cells in heat_map["rows"]:
-        placed = []
-        for column, cell in enumerate(cells):
-            if cell:
-                share = min(abs(cell[0]) / largest, 1)
-                hue = (0, 114, 178) if cell[0] < 0 else (213, 94, 0)
-                colour = "#" + "".join(f"{round(255 + share * (c - 255)):02x}" for c in hue)
-                text = f"{cell[0]:+.{heat_map['digits']}f}"
-                placed.append({"column": column, "text": text, "note": cell[1], "colour": colour, "dark": share > 0.6})
-        rows.append((name, placed))
+    digits = heat_map["digits"]
+    rows = [(n, [cell and _colour_cell(*cell, largest, digits) for cell in cells]) for n, cells in heat_map["rows"]]
     left = 20 + 7 * max(len(name) for name, _ in rows)
     return {**heat_map, "rows": rows, "columns": columns, "left": left, "cell": 58 if columns <= 16 else 22}
+
+
+def _colour_cell(value: float, note: str, largest: float, digits: int) -> dict[str, Any]:
+    share = min(abs(value) / largest, 1)
+    hue = (0, 114, 178) if value < 0 else (213, 94, 0)
+    colour = "#" + "".join(f"{round(255 + share * (c - 255)):02x}" for c in hue)
+    return {"text": f"{value:+.{digits}f}", "note": note, "colour": colour, "dark": share > 0.6}
 
 
 def encode_png(path: Path) -> str:

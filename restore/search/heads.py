@@ -25,14 +25,14 @@ from restore import disk
 from restore.bench import run as benchmarks
 from restore.bench.batches import Batch, list_image_ids
 from restore.bench.config import load_config
-from restore.bench.datasets import ImageSet
-from restore.bench.protocol import find_differences, format_differences
+from restore.bench.protocol import check_folder
 from restore.metrics.statistics import bootstrap_mean
 from restore.search import config as configs
 from restore.search.config import Head, build_benchmark, format_heads, set_layers
 from restore.search.objective import MethodResults, Objective, Score
 
 Progress = Callable[[dict[str, Any]], None]
+Results = Callable[..., list[MethodResults]]  # (method, first=None): one for each task, of the first images if given
 
 
 @dataclass
@@ -46,24 +46,6 @@ class SearchResult:
     heads: list[Head]
     guidance: list[dict[str, Any]]
     table: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One benchmark of a search. images: of its half, None in generation."""
-
-    folder: Path
-    config: dict[str, Any]
-    images: ImageSet | None
-
-    def results(self, method: str, first: int | None = None) -> list[MethodResults]:
-        """Return the results of a method, one for each task, of the first images only if `first` is given."""
-        return [
-            MethodResults(
-                self.folder, self.config, task, method, tuple(list_image_ids(self.config, task, self.images)[:first])
-            )
-            for task in self.config["tasks"]
-        ]
 
 
 def search_heads(
@@ -82,14 +64,14 @@ def search_heads(
 
     search = HeadSearch(configs.load_search(config, overrides), progress)
     search.claim_folder()
-    heads: list[Head] = []
-    rounds = []
+    heads, rounds = [], []
     for number in range(1, search.config["rounds"] + 1):
         rounds.append(search.run_round(number, heads))
         heads += [tuple(head) for head in rounds[-1]["chosen"]]
     curve = search.run_curve(heads)
     best = min(curve, key=lambda point: (point["cost"], point["size"]))
     layer = min(rounds[0]["layers"], key=lambda entry: entry["cost"])["name"]
+    chosen = heads[: best["size"]]
     table = {
         "name": search.config["name"],
         "objective": str(search.objective),
@@ -97,22 +79,18 @@ def search_heads(
         "none": rounds[0]["none"],
         "rounds": rounds,
         "curve": curve,
-        "best": {"size": best["size"], "heads": format_heads(heads[: best["size"]]), "layer": layer},
+        "best": {"size": best["size"], "heads": format_heads(chosen), "layer": layer},
         "images": {half: search.describe_images(half) for half in search.halves},
         "test": search.run_test(heads, curve, best["size"], layer),
     }
-    heads = heads[: best["size"]]
-    guidance = set_layers(search.config["guidance"], heads)
     disk.write_json(search.folder / "search.json", table)
-    comment = (
-        f"# {table['name']}: chosen on the calibration images by {table['objective']}, {best['cost']:.5g} with it,"
-    )
-    comment += f" {table['none']['cost']:.5g} without\n"
-    text = comment + yaml.safe_dump(guidance, sort_keys=False)
-    disk.write_bytes(search.folder / "guidance.yaml", text.encode())
+    guidance = set_layers(search.config["guidance"], chosen)
+    comment = f"# {table['name']}: chosen on the calibration images by {table['objective']}, {best['cost']:.5g}"
+    comment += f" with it, {table['none']['cost']:.5g} without\n"
+    disk.write_bytes(search.folder / "guidance.yaml", (comment + yaml.safe_dump(guidance, sort_keys=False)).encode())
     table = json.loads(json.dumps(table))
     write_search_report(search.folder, table, search.config)
-    return SearchResult(search.folder, heads, guidance, table)
+    return SearchResult(search.folder, chosen, guidance, table)
 
 
 class HeadSearch:
@@ -140,31 +118,22 @@ class HeadSearch:
         model = load(test["backbone"], device="cpu", precision=test["precision"], offline=test["offline"])
         self.pool = configs.list_heads(model.backbone.attention, config["layers"])
         self.layers = list(dict.fromkeys(layer for layer, _ in self.pool))
-        if config["top"] * config["rounds"] > len(self.pool):
-            total = f"rounds={config['rounds']} of top={config['top']}"
-            raise RestoreError(
-                f"rounds and top must not take more heads than the {len(self.pool)} there are, got {total}"
-            )
+        rounds, top = config["rounds"], config["top"]
+        if top * rounds > len(self.pool):
+            raise RestoreError(f"rounds x top must be at most {len(self.pool)} heads, got rounds={rounds}, top={top}")
 
     def claim_folder(self) -> None:
         """Create the folder, or check that it has this search. Raises RestoreError otherwise."""
-
-        def drop(part: Mapping[str, Any]) -> dict[str, Any]:
-            return {k: v for k, v in part.items() if k not in configs.CIRCUMSTANCES}
-
-        identity = json.loads(json.dumps(drop({**self.config, "rest": drop(self.config["rest"])})))
+        own, rest = (
+            {k: v for k, v in part.items() if k not in configs.CIRCUMSTANCES}
+            for part in (self.config, self.config["rest"])
+        )
+        identity = json.loads(json.dumps(own | {"rest": rest}))
         manifest = self.folder / "config.json"
-        if manifest.exists():
-            existing = disk.read_json(manifest)
-            if not isinstance(existing, dict):
-                raise RestoreError(f"{manifest} is damaged; start the search again in another folder")
-            if changes := find_differences(existing, identity):
-                raise RestoreError(
-                    f"{self.folder} holds another search ({format_differences(changes)}); give out=FOLDER for the new"
-                    " one, or undo the change to continue"
-                )
-        elif self.folder.exists() and any(not path.match(benchmarks.LEFTOVER) for path in self.folder.iterdir()):
-            raise RestoreError(f"{self.folder} is not empty and has no search; give another out=FOLDER")
+        existing = disk.read_json(manifest)
+        if manifest.exists() and not isinstance(existing, dict):
+            raise RestoreError(f"{manifest} is damaged; start the search again in another folder")
+        check_folder(self.folder, existing, identity, "search")
         disk.write_json(disk.make_folder(self.folder) / manifest.name, identity)
 
     def count_images(self, half: str) -> int:
@@ -182,20 +151,25 @@ class HeadSearch:
 
     def run(
         self, half: str, name: str, methods: Mapping[str, Any], only: Callable[[Batch], bool] | None = None
-    ) -> Phase:
+    ) -> Results:
         """Run or finish the benchmark `name` of these methods; only: which batches to compute now."""
         metrics = self.metrics if half == "test" else self.objective.metrics
         config = build_benchmark(self.config, half, methods, metrics, self.folder / name)
         progress = None if self.progress is None else lambda state: self.progress({"phase": name, **state})
         benchmarks.run_benchmark(config, progress=progress, only=only)
-        return Phase(self.folder / name, load_config(config), self.images[half])
+        config, images = load_config(config), self.images[half]
 
-    def score(self, phase: Phase, method: str, none: Score | None = None) -> dict[str, Any]:
-        """Return cost and number of images of a method, and its change against `none` with the interval."""
-        results = phase.results(method)
+        def results(method: str, first: int | None = None) -> list[MethodResults]:
+            ids = {task: tuple(list_image_ids(config, task, images)[:first]) for task in config["tasks"]}
+            return [MethodResults(self.folder / name, config, task, method, of) for task, of in ids.items()]
+
+        return results
+
+    def score(self, results: Sequence[MethodResults], none: Score) -> dict[str, Any]:
+        """Return cost and number of images of a method's results, and their change against `none`."""
         score = self.objective.score(results)
-        entry = {"cost": score.value, "images": min(len(result.rows) for result in results)}
-        return entry if none is None else entry | {"change": compare_scores(score, none)}
+        images = min(len(result.rows) for result in results)
+        return {"cost": score.value, "images": images, "change": compare_scores(score, none)}
 
     def run_round(self, number: int, heads: Sequence[Head]) -> dict[str, Any]:
         """Add every remaining head of the pool to `heads` on trial: their ranking, and which were taken."""
@@ -206,14 +180,13 @@ class HeadSearch:
         if first:
             methods |= {f"layer-{layer}": self.make_method([layer]) for layer in self.layers}
             methods |= {"all": self.make_method(self.layers)}
-        skipped: list[dict[str, Any]] = []
         if self.config["halving"]:
-            phase = self.run_halving(name, methods, candidates, skipped)
+            results, skipped = self.run_halving(name, methods, candidates)
         else:
-            phase = self.run("calibration", name, methods)
+            results, skipped = self.run("calibration", name, methods), []
         if first:
-            self.none = self.objective.score(phase.results("none"))
-        scores = {method: self.score(phase, method, self.none) for method in methods}
+            self.none = self.objective.score(results("none"))
+        scores = {method: self.score(results(method), self.none) for method in methods}
         ranking = sorted(candidates, key=lambda key: (-scores[key]["images"], scores[key]["cost"]))
         result = {
             "ranking": [{"head": list(candidates[key]), **scores[key]} for key in ranking],
@@ -227,28 +200,28 @@ class HeadSearch:
         return result
 
     def run_halving(
-        self, name: str, methods: Mapping[str, Any], candidates: Mapping[str, Head], skipped: list[dict[str, Any]]
-    ) -> Phase:
-        """Run a round that drops the worse half of the candidates after each doubling, and record them in `skipped`."""
+        self, name: str, methods: Mapping[str, Any], candidates: Mapping[str, Head]
+    ) -> tuple[Results, list[dict[str, Any]]]:
+        """Run a round that drops the worse half of the candidates after each doubling; return also which it dropped."""
         size, count = self.halves["calibration"]["batch"], self.count_images("calibration")
-        batches, limit, left = math.ceil(count / size), 1, list(candidates)
+        batches, limit, left, skipped = math.ceil(count / size), 1, list(candidates), []
         if batches < 2:
             raise RestoreError(f"halving needs several batches of images: give batch= less than {count}")
         while True:
             limits = {key: limit if key in left else 0 for key in candidates}
-            phase = self.run(
+            results = self.run(
                 "calibration", name, methods, lambda b, limits=limits: b.index < limits.get(b.method, batches)
             )
             if limit >= batches:
-                return phase
+                return results, skipped
             seen = min(limit * size, count)
             # Of these images only: a search that is continued finds more, and must choose as it did before.
-            costs = {key: self.objective.score(phase.results(key, seen)).value for key in left}
+            costs = {key: self.objective.score(results(key, seen)).value for key in left}
             ranking = sorted(left, key=costs.__getitem__)
-            keep = ranking[: max(self.config["top"], math.ceil(len(left) / 2))]
-            dropped = [list(candidates[key]) for key in ranking[len(keep) :]]
+            keep = max(self.config["top"], math.ceil(len(left) / 2))
+            dropped = [list(candidates[key]) for key in ranking[keep:]]
             skipped.append({"images": seen, "of": count, "heads": dropped})
-            left = [key for key in left if key in keep]
+            left = [key for key in left if key in ranking[:keep]]
             limit *= 2
 
     def curve_sizes(self, total: int) -> list[int]:
@@ -259,10 +232,9 @@ class HeadSearch:
     def run_curve(self, heads: Sequence[Head]) -> list[dict[str, Any]]:
         """Score the first n of the heads on the calibration images."""
         sizes = self.curve_sizes(len(heads))
-        phase = self.run("calibration", "curve", {f"heads-{n}": self.make_method(heads[:n]) for n in sizes})
-        return [
-            {"size": n, "heads": format_heads(heads[:n]), **self.score(phase, f"heads-{n}", self.none)} for n in sizes
-        ]
+        results = self.run("calibration", "curve", {f"heads-{n}": self.make_method(heads[:n]) for n in sizes})
+        scores = {n: self.score(results(f"heads-{n}"), self.none) for n in sizes}
+        return [{"size": n, "heads": format_heads(heads[:n]), **score} for n, score in scores.items()]
 
     def run_test(
         self, heads: Sequence[Head], curve: Sequence[Mapping[str, Any]], best: int, layer: str
@@ -279,23 +251,20 @@ class HeadSearch:
             methods[f"heads-{n}"] = self.make_method(heads[:n], f"{what}: {' '.join(point['heads'])}{mark}")
         methods["layer"] = self.make_method([layer], f"best layer: {layer}")
         methods["all"] = self.make_method(self.layers, f"all {len(self.layers)} layers")
-        phase = self.run("test", "test", methods)
+        results = self.run("test", "test", methods)
         functions = {name: f for name, f in self.objective.functions.items() if name not in self.metrics}
-        none = {result.task: result for result in phase.results("none")}
-        none_score = self.objective.score(list(none.values()))
+        none = results("none")
+        none_score = self.objective.score(none)
         table: dict[str, Any] = {}
-        for method in methods:
-            entry = table[method] = {"title": methods[method]["title"], "tasks": {}}
-            entry["objective"] = self.score(phase, method, none_score)
-            for result in phase.results(method):
-                metrics = entry["tasks"][result.task] = {}
+        for method, entry in methods.items():
+            own = results(method)
+            table[method] = {"title": entry["title"], "tasks": {}, "objective": self.score(own, none_score)}
+            for result, plain in zip(own, none, strict=True):
+                metrics = table[method]["tasks"][result.task] = {}
                 for name in [*self.metrics, *functions]:
-                    score = result.score(name, functions.get(name))
-                    metrics[name] = {"value": score.value}
-                    if score.shares is not None:
-                        metrics[name] |= _estimate(score.shares, "low", "high")
-                    change = compare_scores(score, none[result.task].score(name, functions.get(name)))
-                    metrics[name]["change"] = change
+                    score, base = (one.score(name, functions.get(name)) for one in (result, plain))
+                    interval = {} if score.shares is None else _estimate(score.shares, "low", "high")
+                    metrics[name] = {"value": score.value, **interval, "change": compare_scores(score, base)}
         return table
 
 

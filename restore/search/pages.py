@@ -18,8 +18,7 @@ DIGITS = 4  # of objectives
 
 def write_search_report(folder: Path, table: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Write report.html and report.md about `table`, the content of search.json."""
-    rest, first = config["rest"], table["rounds"][0]
-    heat_map, tests = build_heat_map(table), _test_objectives(table)
+    rest, first, tests = config["rest"], table["rounds"][0], _test_objectives(table)
     context = {
         "title": rest.get("title") or config["name"],
         "source": rest.get("source") or "",
@@ -33,9 +32,7 @@ def write_search_report(folder: Path, table: Mapping[str, Any], config: Mapping[
             [str(p["size"]), " ".join(p["heads"]), _format_change(p["change"]), _format_change(tests[p["size"]])]
             for p in table["curve"]
         ],
-        "map": figures.place_heat_map(heat_map),
-        "cells": [(name, [c and f"{c[0]:+.{DIGITS}f}" for c in cells]) for name, cells in heat_map["rows"]],
-        "columns": max(head for _, head in table["pool"]) + 1,
+        "map": figures.place_heat_map(build_heat_map(table)),
         "rankings": [
             [[str(i), "{}:{}".format(*e["head"]), *_format_score(e)] for i, e in enumerate(entry["ranking"], 1)]
             for entry in table["rounds"]
@@ -141,10 +138,8 @@ def build_test_table(table: Mapping[str, Any], rest: Mapping[str, Any], changes:
         cells = []
         for task, name, _, digits in columns:
             e = entry["tasks"][task][name] if task else entry["objective"]
-            if changes:
-                cell = Cell(e["change"]["mean"], e["change"]["low"], e["change"]["high"])
-            else:
-                cell = Cell(e["value"], e.get("low"), e.get("high")) if task else Cell(e["cost"])
-            cells.append((cell, digits + changes))
+            value = e["change"]["mean"] if changes else e["value" if task else "cost"]
+            bounds = e["change"] if changes else e
+            cells.append((Cell(value, bounds.get("low"), bounds.get("high")), digits + changes))
         rows.append((entry["title"], cells))
     return {"heads": [label for _, _, label, _ in columns], "rows": rows}

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from operators import RestoreError
 from restore.backbones.autoencoder import load_vae
@@ -28,7 +28,7 @@ class Reconstruction(nn.Module):
         for part in (vae.encoder, vae.quant_conv) if frozen_encoder else ():
             part.requires_grad_(False)
 
-    def forward(self, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_encoder):
             posterior = self.vae.encode(x).latent_dist
         x_hat = self.vae.decode(posterior.mean + posterior.std * noise).sample
@@ -56,7 +56,7 @@ class Autoencoder:
         self.discriminator = PatchDiscriminator(config.discriminator.channels) if enabled else None
         self.description = {}
 
-    def loss(self, forward, step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict, tuple]:
+    def loss(self, forward, step: int, generator: torch.Generator) -> tuple[Tensor, dict, tuple]:
         """Return the weighted loss of batch `step`, its parts for the log, and (x, x_hat) for the discriminator."""
         config = self.config
         x, _ = self.source.batch(step, generator)
@@ -77,7 +77,7 @@ class Autoencoder:
             total = total + config.discriminator.weight * terms["fooling"]
         return total, {name: term.detach() for name, term in terms.items()}, (x, x_hat.detach())
 
-    def discriminator_loss(self, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def discriminator_loss(self, pair: tuple[Tensor, Tensor]) -> Tensor:
         """Return the hinge loss of distinguishing x from x_hat."""
         real, fake = (self.discriminator(images) for images in pair)
         return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
@@ -128,14 +128,14 @@ def load_lpips(config: DictConfig, device: torch.device | str) -> LPIPS | None:
 
 
 @torch.no_grad()
-def reconstruct(vae: nn.Module, images: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+def reconstruct(vae: nn.Module, images: Tensor, device: torch.device | str) -> Tensor:
     """Return decoded posterior means of images (N, 3, H, W), on the CPU, clamped to [-1, 1]."""
     x_hat = [vae.decode(vae.encode(x.to(device)).latent_dist.mean).sample.float().cpu() for x in images.split(16)]
     return torch.cat(x_hat).clamp(-1, 1)
 
 
 def measure_reconstruction(
-    vae: nn.Module, images: torch.Tensor, device: torch.device | str, lpips: LPIPS | None
+    vae: nn.Module, images: Tensor, device: torch.device | str, lpips: LPIPS | None
 ) -> dict[str, float]:
     """Return means over images (N, 3, H, W) in [-1, 1] of the reconstruction's PSNR in dB and, if given, LPIPS."""
     x_hat = reconstruct(vae, images, device)

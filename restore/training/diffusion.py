@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DModel
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from operators import RestoreError
 from restore import disk
@@ -38,7 +38,7 @@ class Diffusion:
         self.alpha_bar = Schedule.from_config(self.schedule).alphas_cumprod
         self.description = {"labels": list(self.source.labels)} if self.source.labels else {}
 
-    def loss(self, forward, step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict, None]:
+    def loss(self, forward, step: int, generator: torch.Generator) -> tuple[Tensor, dict, None]:
         """Return the weighted loss of batch `step`, and its parts for the log. forward: the model, maybe compiled."""
         config, device = self.config, self.device
         alpha_bar = self.alpha_bar.to(device)
@@ -62,9 +62,7 @@ class Diffusion:
         logged = {"eps_loss": simple.detach()} | ({} if v is None else {"vlb_bits": vlb.detach()})
         return simple + config.vlb_weight * vlb, logged, None
 
-    def split_output(
-        self, out: torch.Tensor, x_t: torch.Tensor, alpha, sigma
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def split_output(self, out: Tensor, x_t: Tensor, alpha, sigma) -> tuple[Tensor, Tensor | None]:
         """Return the network's output as predicted noise and the raw learned variance, or None."""
         out, v = out.chunk(2, dim=1) if out.shape[1] == 2 * x_t.shape[1] else (out, None)
         return CONVERSIONS[PREDICTION_TYPES[self.config.prediction_type]](out, x_t, alpha, sigma)[0], v
@@ -81,7 +79,7 @@ class Diffusion:
         return {"eps_mse": errors}
 
     @torch.no_grad()
-    def measure_errors(self, model: nn.Module, x0: torch.Tensor, label: int | None = None) -> dict[int, float]:
+    def measure_errors(self, model: nn.Module, x0: Tensor, label: int | None = None) -> dict[int, float]:
         """Return the mean squared error of eps per timestep, on fixed noise, over x0 (N, C, H, W)."""
         errors = {}
         for t in HELD_OUT_LEVELS:
@@ -119,7 +117,7 @@ class Diffusion:
         self.make_backbone(model).save(folder, dtype="fp16")
 
 
-def write_grid(path: Path, images: torch.Tensor) -> None:
+def write_grid(path: Path, images: Tensor) -> None:
     """Write a square number of images (N, 3, H, W) in [-1, 1] as one picture."""
     side = math.isqrt(len(images))
     rows = [list(images[r * side : (r + 1) * side].cpu()) for r in range(side)]
@@ -148,7 +146,7 @@ def build_unet(config: DictConfig, labels: int = 0) -> UNet2DModel:
     return load_initial_state(model, state, config.init)
 
 
-def load_initial_state(model: nn.Module, state: dict[str, torch.Tensor], init: str) -> nn.Module:
+def load_initial_state(model: nn.Module, state: dict[str, Tensor], init: str) -> nn.Module:
     """Load weights into the model and return it. Raises RestoreError if their shapes are not the model's."""
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in model.state_dict().items()}:
         raise RestoreError(f"the weights must have the shapes that `model` describes, got others in init={init}")

@@ -130,14 +130,14 @@ def test_twenty_kills_change_nothing_and_repeat_at_most_a_batch_each(config, tmp
 def test_another_configuration_is_refused_with_the_difference(config):
     config["methods"] = {"base": {"sampler": "baseline"}}
     run_benchmark(config)
-    with pytest.raises(RestoreError, match=r"another configuration \(config\.seed: 0 there, 1 here\)"):
+    with pytest.raises(RestoreError, match=r"another benchmark \(config\.seed: 0 there, 1 here\)"):
         run_benchmark(config, ["seed=1"])
     with pytest.raises(RestoreError, match="factor: 4 there, 2 here"):
         run_benchmark(config, ["tasks.sr.operator.factor=2"])
     run_benchmark(config, ["metrics.names=[psnr]", "title=Words"])  # what does not touch the results may change
     photo = Path(config["data"]["folder"]) / "00000.png"
     photo.write_bytes((Path(config["data"]["folder"]) / "00001.png").read_bytes())
-    with pytest.raises(RestoreError, match=r"another configuration \(images: "):
+    with pytest.raises(RestoreError, match=r"another benchmark \(images: "):
         run_benchmark(config)
 
 
