@@ -170,7 +170,7 @@ class ADM(Pixels):
             network, trained = _load_folder(source)
         else:
             state = _read_state(source)
-            network, trained = convert_state(state, source, heads, head_channels, attention_order), {}
+            network, trained = adm_weights.convert_state(state, source, heads, head_channels, attention_order), {}
         align_memory(network)
         if resolution is not None:
             network.register_to_config(sample_size=resolution)
@@ -207,26 +207,6 @@ def check_labels(condition: torch.Tensor | int, batch: int, classes: int) -> tor
     if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise RestoreError(f"condition must be class labels in 0..{classes - 1}, got {labels.tolist()}")
     return labels.to(torch.long).reshape(-1).expand(batch)
-
-
-def convert_state(
-    state: Mapping[str, torch.Tensor],
-    path: Path,
-    heads: int | None = None,
-    head_channels: int | None = None,
-    attention_order: str = "legacy",
-) -> UNet2DModel:
-    """Build the network of a guided-diffusion state dict, all of whose tensors are used. path: for errors."""
-    try:
-        arch = adm_weights.infer_architecture({name: tuple(tensor.shape) for name, tensor in state.items()})
-    except RestoreError as error:
-        raise RestoreError(f"{path} does not fit: {error}") from None
-    counts = adm_weights.count_heads(arch, heads, head_channels)
-    config = adm_weights.make_config(arch, counts, resolution=8 * 2 ** (len(arch.channels) - 1))
-    network = adm_weights.build_network(config, arch.base, counts)
-    weights = adm_weights.convert_weights(state, arch, counts, attention_order, network.state_dict())
-    network.load_state_dict(weights, strict=True, assign=True)
-    return network
 
 
 def _read_state(path: Path) -> dict[str, torch.Tensor]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
 from operators import RestoreError
+from operators.validate import require_choice
 
 PUBLISHED_HEAD_CHANNELS = 64
 RESNET = {
@@ -29,35 +30,12 @@ RESNET = {
 ATTENTION = {"norm": "group_norm", "qkv": "qkv", "proj_out": "to_out.0"}  # convert_weights splits qkv
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """The architecture that the names and shapes of an ADM state dict determine.
+def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict:
+    """Return the constructor arguments of the UNet2DModel for the tensor names and shapes of an ADM state dict.
 
-    base: channels C of the timestep embedding (its width is 4C).
-    channels, attention: channels and presence of self-attention per level, finest first.
-    depth: residual blocks per level. classes: rows of the label embedding, None if unconditional.
-    resample_resnet: resblock_updown (True) or plain convolutions (False). scale_shift: use_scale_shift_norm.
+    All but `attention_head_dim`, which they do not tell. time_embedding_dim is four times the channels of the timestep
+    embedding. Raises RestoreError if they are not those of an ADM.
     """
-
-    base: int
-    channels: tuple[int, ...]
-    attention: tuple[bool, ...]
-    depth: int
-    in_channels: int
-    out_channels: int
-    classes: int | None
-    resample_resnet: bool
-    scale_shift: bool
-
-    @property
-    def attention_channels(self) -> tuple[int, ...]:
-        """Distinct channel counts of the attention layers, including the middle block's."""
-        levels = [c for c, present in zip(self.channels, self.attention, strict=True) if present]
-        return tuple(sorted({*levels, self.channels[-1]}))
-
-
-def infer_architecture(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
-    """Infer the architecture from tensor names and shapes. Raises RestoreError if they are not those of an ADM."""
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in shapes:
@@ -68,8 +46,8 @@ def infer_architecture(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
             )
         return tuple(shapes[name])
 
-    base = shape("time_embed.0.weight")[1]
-    in_channels, out_channels = shape("input_blocks.0.0.weight")[1], shape("out.2.weight")[0]
+    width, in_channels = 4 * shape("time_embed.0.weight")[1], shape("input_blocks.0.0.weight")[1]
+    out_channels = shape("out.2.weight")[0]
     shape("middle_block.1.qkv.weight")
     n_in, n_out = (
         1 + max((int(name.split(".")[1]) for name in shapes if name.startswith(side + ".")), default=-1)
@@ -90,21 +68,32 @@ def infer_architecture(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
             f"and {levels - 1} upsamplers"
         )
     first = [1 + level * per_level for level in range(levels)]
-    channels = tuple(shape(f"input_blocks.{n}.0.out_layers.3.weight")[0] for n in first)
-    return Architecture(
-        base=base,
-        channels=channels,
-        attention=tuple(f"input_blocks.{n}.1.qkv.weight" in shapes for n in first),
-        depth=per_level - 1,
-        in_channels=in_channels,
-        out_channels=out_channels,
-        classes=shapes["label_emb.weight"][0] if "label_emb.weight" in shapes else None,
-        resample_resnet=resnet_ups > 0,
-        scale_shift=shape("input_blocks.1.0.emb_layers.1.weight")[0] == 2 * channels[0],
-    )
+    channels = [shape(f"input_blocks.{n}.0.out_layers.3.weight")[0] for n in first]
+    attention = [f"input_blocks.{n}.1.qkv.weight" in shapes for n in first]
+    down, up = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if resnet_ups else ("DownBlock2D", "UpBlock2D")
+    scale_shift = shape("input_blocks.1.0.emb_layers.1.weight")[0] == 2 * channels[0]
+    return {
+        "sample_size": 8 * 2 ** (levels - 1),
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "block_out_channels": channels,
+        "layers_per_block": per_level - 1,
+        "time_embedding_dim": width,
+        "down_block_types": ["AttnDownBlock2D" if present else down for present in attention],
+        "up_block_types": ["AttnUpBlock2D" if present else up for present in reversed(attention)],
+        "resnet_time_scale_shift": "scale_shift" if scale_shift else "default",
+        "downsample_type": "resnet" if resnet_ups else "conv",
+        "upsample_type": "resnet" if resnet_ups else "conv",
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "norm_eps": 1e-5,
+        "norm_num_groups": 32,
+        "attn_norm_num_groups": 32,
+        "num_class_embeds": shapes["label_emb.weight"][0] if "label_emb.weight" in shapes else None,
+    }
 
 
-def count_heads(arch: Architecture, heads: int | None = None, head_channels: int | None = None) -> dict[int, int]:
+def count_heads(config: Mapping, heads: int | None = None, head_channels: int | None = None) -> dict[int, int]:
     """Return the number of heads by the channels of an attention layer, which shapes do not tell.
 
     heads: the same number everywhere (num_heads with num_head_channels = -1). head_channels: channels per head. With
@@ -114,7 +103,8 @@ def count_heads(arch: Architecture, heads: int | None = None, head_channels: int
         raise RestoreError("heads and head_channels must not be given both")
     width = head_channels or PUBLISHED_HEAD_CHANNELS
     counts = {}
-    for channels in arch.attention_channels:
+    levels = zip(config["block_out_channels"], config["down_block_types"], strict=True)
+    for channels in sorted({config["block_out_channels"][-1], *(c for c, block in levels if "Attn" in block)}):
         if heads is not None and (heads < 1 or channels % heads):
             raise RestoreError(f"heads must divide the {channels} channels of an attention layer, got {heads}")
         if heads is None and (width < 1 or channels % width):
@@ -126,31 +116,28 @@ def count_heads(arch: Architecture, heads: int | None = None, head_channels: int
     return counts
 
 
-def make_config(arch: Architecture, heads: Mapping[int, int], resolution: int) -> dict:
-    """Return the constructor arguments of the UNet2DModel with this architecture."""
-    down = "ResnetDownsampleBlock2D" if arch.resample_resnet else "DownBlock2D"
-    up = "ResnetUpsampleBlock2D" if arch.resample_resnet else "UpBlock2D"
-    return {
-        "sample_size": resolution,
-        "in_channels": arch.in_channels,
-        "out_channels": arch.out_channels,
-        "block_out_channels": list(arch.channels),
-        "layers_per_block": arch.depth,
-        "time_embedding_dim": 4 * arch.base,
-        "down_block_types": ["AttnDownBlock2D" if present else down for present in arch.attention],
-        "up_block_types": ["AttnUpBlock2D" if present else up for present in reversed(arch.attention)],
-        "resnet_time_scale_shift": "scale_shift" if arch.scale_shift else "default",
-        "downsample_type": "resnet" if arch.resample_resnet else "conv",
-        "upsample_type": "resnet" if arch.resample_resnet else "conv",
-        # a width that divides every layer's channels; build_network then sets each layer's own count
-        "attention_head_dim": math.gcd(*(channels // count for channels, count in heads.items())),
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "norm_eps": 1e-5,
-        "norm_num_groups": 32,
-        "attn_norm_num_groups": 32,
-        "num_class_embeds": arch.classes,
-    }
+def convert_state(
+    state: Mapping[str, torch.Tensor],
+    path: Path,
+    heads: int | None = None,
+    head_channels: int | None = None,
+    attention_order: str = "legacy",
+) -> UNet2DModel:
+    """Build the network of a guided-diffusion state dict, all of whose tensors are used, in fp32.
+
+    path: for errors. Works on meta tensors. Raises RestoreError if it is not such a network.
+    """
+    try:
+        config = infer_config({name: tuple(tensor.shape) for name, tensor in state.items()})
+    except RestoreError as error:
+        raise RestoreError(f"{path} does not fit: {error}") from None
+    counts = count_heads(config, heads, head_channels)
+    # A width that divides every layer's channels; build_network then sets each layer's own count.
+    config["attention_head_dim"] = math.gcd(*(channels // count for channels, count in counts.items()))
+    network = build_network(config, config["time_embedding_dim"] // 4, counts)
+    weights = convert_weights(state, config, counts, attention_order, network.state_dict())
+    network.load_state_dict(weights, strict=True, assign=True)
+    return network
 
 
 def build_network(config: Mapping, base: int | None = None, heads: Mapping[int, int] | None = None) -> UNet2DModel:
@@ -176,7 +163,7 @@ def build_network(config: Mapping, base: int | None = None, heads: Mapping[int, 
     return network.eval()
 
 
-def map_modules(arch: Architecture) -> dict[str, str]:
+def map_modules(config: Mapping) -> dict[str, str]:
     """Return the name in diffusers of each module that such a network of guided-diffusion may have."""
     table = {
         "time_embed.0": "time_embedding.linear_1",
@@ -192,7 +179,7 @@ def map_modules(arch: Architecture) -> dict[str, str]:
     add("middle_block.0", "mid_block.resnets.0", RESNET)
     add("middle_block.1", "mid_block.attentions.0", ATTENTION)
     add("middle_block.2", "mid_block.resnets.1", RESNET)
-    levels, depth = len(arch.channels), arch.depth
+    levels, depth = len(config["block_out_channels"]), config["layers_per_block"]
     for i in range(levels):
         for j in range(depth):
             block = f"input_blocks.{1 + i * (depth + 1) + j}"
@@ -203,7 +190,7 @@ def map_modules(arch: Architecture) -> dict[str, str]:
             block = f"output_blocks.{i * (depth + 1) + j}"
             add(f"{block}.0", f"up_blocks.{i}.resnets.{j}", RESNET)
             add(f"{block}.1", f"up_blocks.{i}.attentions.{j}", ATTENTION)
-        upsampler = 2 if arch.attention[levels - 1 - i] else 1
+        upsampler = 2 if "Attn" in config["up_block_types"][i] else 1
         add(f"{block}.{upsampler}", f"up_blocks.{i}.upsamplers.0", {**RESNET, "conv": "conv"})
     return table
 
@@ -218,7 +205,7 @@ def split_qkv(tensor: torch.Tensor, heads: int, order: str) -> tuple[torch.Tenso
 
 def convert_weights(
     state: Mapping[str, torch.Tensor],
-    arch: Architecture,
+    config: Mapping,
     heads: Mapping[int, int],
     attention_order: str,
     targets: Mapping[str, torch.Tensor],
@@ -228,11 +215,10 @@ def convert_weights(
     Works on meta tensors. Raises RestoreError, with the first missing and unexpected names, unless every tensor is
     used exactly once and every target filled.
     """
-    if attention_order not in ("legacy", "new"):
-        raise RestoreError(f"attention_order must be 'legacy' or 'new', got '{attention_order}'")
-    names = [(f"{a}.{kind}", f"{b}.{kind}") for a, b in map_modules(arch).items() for kind in ("weight", "bias")]
+    require_choice(attention_order, "attention_order", ("legacy", "new"))
+    names = [(f"{a}.{kind}", f"{b}.{kind}") for a, b in map_modules(config).items() for kind in ("weight", "bias")]
     table = {source: target for source, target in names if target.replace(".qkv.", ".to_q.") in targets}
-    if arch.classes is not None:
+    if config["num_class_embeds"] is not None:
         table["label_emb.weight"] = "class_embedding.weight"
     missing = [name for name in table if name not in state]
     unexpected = [name for name in state if name not in table]

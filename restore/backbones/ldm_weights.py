@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, UNet2DModel, VQModel
 from torch import nn
 
 from operators import RestoreError
-from restore.backbones.adm import convert_state
+from restore.backbones.adm_weights import convert_state
 from restore.backbones.weights import read_weights
 
 UNET, FIRST, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema.diffusion_model"

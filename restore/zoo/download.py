@@ -95,13 +95,7 @@ def find_damage(path: Path) -> str:
 
 
 def _fetch_from(
-    url: str,
-    target: Path,
-    size: int | None,
-    verify: Verify,
-    progress: Progress | None,
-    patience: float,
-    attempts: int,
+    url: str, target: Path, size: int | None, verify: Verify, progress: Progress | None, patience: float, attempts: int
 ) -> str:
     part, label = target.with_name(target.name + ".part"), target.with_name(target.name + ".part.json")
     failures, resumed = 0, part.exists() and part.stat().st_size > 0

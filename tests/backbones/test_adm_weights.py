@@ -245,20 +245,18 @@ def shapes_of(name):
     return {key: tuple(shape) for key, shape in MODELS[name]["state_dict"].items()}
 
 
-def on_meta(shapes):
-    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+def convert(shapes, **options):
+    """The network of tensors without values; loading is strict, so every name and shape is checked."""
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    return adm_weights.convert_state(state, Path("model.pt"), **options)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_published_configurations_convert(name):
     shapes, expected = shapes_of(name), MODELS[name]
-    arch = adm_weights.infer_architecture(shapes)
-    heads = adm_weights.count_heads(arch)
-    network = adm_weights.build_network(adm_weights.make_config(arch, heads, 256), arch.base, heads)
     order = "new" if expected["config"].get("use_new_attention_order") else "legacy"
-    converted = adm_weights.convert_weights(on_meta(shapes), arch, heads, order, network.state_dict())
-    assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in network.state_dict().items()}
-    assert sum(math.prod(shape) for shape in shapes.values()) == sum(v.numel() for v in converted.values())
+    network = convert(shapes, attention_order=order)
+    assert sum(math.prod(shape) for shape in shapes.values()) == sum(v.numel() for v in network.state_dict().values())
     layers = find_attention_layers(network)
     found = [(layer.paper, layer.channels, layer.heads) for layer in layers.values()]
     assert found == [(a["name"], a["channels"], a["num_heads"]) for a in expected["attention_layers"]]
@@ -266,27 +264,18 @@ def test_published_configurations_convert(name):
     assert [resolution // layer.downsampling for layer in layers.values()] == [
         a["resolution"] for a in expected["attention_layers"]
     ]
-    assert arch.classes == (1000 if expected["config"]["class_cond"] else None)
-    assert 8 * 2 ** (len(arch.channels) - 1) == resolution
+    assert network.config.num_class_embeds == (1000 if expected["config"]["class_cond"] else None)
+    assert network.config.sample_size == resolution
 
 
 def test_ffhq_short_names():
-    arch = adm_weights.infer_architecture(shapes_of("dps_ffhq_10m"))
-    heads = adm_weights.count_heads(arch)
-    layers = find_attention_layers(adm_weights.build_network(adm_weights.make_config(arch, heads, 256)))
+    layers = find_attention_layers(convert(shapes_of("dps_ffhq_10m")))
     assert [(layer.short, layer.path) for layer in layers.values()] == [
         ("i9", "down_blocks.4.attentions.0"),
         ("m1", "mid_block.attentions.0"),
         ("o2", "up_blocks.1.attentions.0"),
         ("o3", "up_blocks.1.attentions.1"),
     ]
-
-
-def convert(shapes, **options):
-    arch = adm_weights.infer_architecture(shapes)
-    heads = adm_weights.count_heads(arch, **options)
-    network = adm_weights.build_network(adm_weights.make_config(arch, heads, 256), arch.base, heads)
-    return adm_weights.convert_weights(on_meta(shapes), arch, heads, "legacy", network.state_dict())
 
 
 def test_first_missing_and_unexpected_names_are_told():
@@ -321,7 +310,7 @@ def test_missing_block_is_no_unet():
 
 def test_other_network_is_named_by_its_first_tensor():
     with pytest.raises(RestoreError, match=r"no 'time_embed\.0\.weight' \(its first tensor is 'conv_in\.weight'\)"):
-        adm_weights.infer_architecture({"conv_in.weight": (64, 3, 3, 3)})
+        adm_weights.infer_config({"conv_in.weight": (64, 3, 3, 3)})
 
 
 @pytest.mark.parametrize(
