@@ -14,7 +14,7 @@ from operators.naming import check_known
 from restore import disk
 from restore.backbones import adm_weights
 from restore.backbones.attention_layers import find_attention_layers
-from restore.backbones.base import PREDICTION_TYPES, Pixels, Prediction, require_shape
+from restore.backbones.base import PREDICTION_TYPES, Pixels, Prediction, expand_times, require_shape
 from restore.backbones.schedule import Schedule
 from restore.backbones.weights import (
     CONFIG,
@@ -117,8 +117,7 @@ class ADM(Pixels):
         """
         require_shape(x_t, self.channels, self.multiple)
         alpha, sigma = self.schedule.levels(t, x_t)
-        # A tensor of floats: diffusers would truncate a number to an integer.
-        times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).reshape(-1)
+        times = expand_times(t, x_t)
         labels = self._labels(condition, len(x_t))
         low = self.dtype != torch.float32
         with torch.autocast(x_t.device.type, dtype=self.dtype) if low else nullcontext():

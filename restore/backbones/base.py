@@ -160,3 +160,8 @@ def require_shape(x_t: torch.Tensor, channels: int, multiple: int) -> None:
         raise RestoreError(
             f"x_t must be (B, {channels}, H, W) with sides divisible by {multiple}, got shape {tuple(x_t.shape)}"
         )
+
+
+def expand_times(t: float | torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
+    """Return the times of a batch, (B,): floats, because diffusers would truncate a number to an integer."""
+    return torch.as_tensor(t, dtype=torch.float32, device=x_t.device).reshape(-1).expand(len(x_t))

@@ -1,7 +1,7 @@
-"""Transformers on latents: Stable Diffusion 3 and 3.5 and FLUX.1 (flow matching), DiT (class-conditional ImageNet).
+"""Flow-matching transformers on latents: Stable Diffusion 3 and 3.5 and FLUX.1.
 
-The networks are diffusers' `SD3Transformer2DModel`, `FluxTransformer2DModel` and `DiTTransformer2DModel`, the
-autoencoder its `AutoencoderKL` or `AutoencoderTiny`; prompts are embedded by its pipelines.
+The networks are diffusers' `SD3Transformer2DModel` and `FluxTransformer2DModel`, the autoencoder its `AutoencoderKL` or
+`AutoencoderTiny`; prompts are embedded by its pipelines.
 """
 
 from __future__ import annotations
@@ -11,17 +11,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from operators import RestoreError
-from operators.naming import check_known
-from restore.backbones import flow_files as files
-from restore.backbones.adm import check_labels
 from restore.backbones.attention_layers import find_attention_layers
 from restore.backbones.autoencoder import Latents
-from restore.backbones.base import PREDICTION_TYPES, Prediction, require_shape
+from restore.backbones.base import Prediction, expand_times, require_shape
+from restore.backbones.pipeline_folders import (
+    KINDS,
+    has_text_encoders,
+    make_prompt_encoder,
+    read_folder,
+    read_text_encoders,
+)
 from restore.backbones.schedule import Schedule
 from restore.backbones.stable_diffusion import run_in_dtype
 
@@ -36,9 +41,9 @@ class FlowTransformer(Latents):
     resolution: the trained side in latent cells; None: the network's own.
 
     A condition is one tensor (1 or B, 1 + tokens, width): the pooled embedding of the prompt as the first row, then
-    the embeddings of its tokens (see `text_condition`). x is a scaled latent (B, C, h, w). A subclass names its
-    classes and defines `_velocity(x, times, text, pooled)`; `packed` is the number of cells of x in one token. Raises
-    RestoreError for parts that do not belong together.
+    the embeddings of its tokens (see `make_condition`). x is a scaled latent (B, C, h, w). A subclass names its
+    classes and defines `_velocity(x, times, text, pooled)` and `_embed_prompt(pipeline, text)`; `packed` is the number
+    of cells of x in one token. Raises RestoreError for parts that do not belong together.
     """
 
     network_class, tiny_vae, kind, default_resolution, patch, packed = "", "", "", 128, 2, 1
@@ -87,10 +92,19 @@ class FlowTransformer(Latents):
         The text encoders run on the CPU, in bfloat16 unless `dtype` is float32. They are released after encoding the
         empty prompt; `encode_prompt` reads them again and keeps them.
         """
-        network, vae, scheduler = files.read_folder(source, cls.kind, dtype, vae)
-        encode = files.make_prompt_encoder(Path(source), cls.kind, network, dtype, text_tokens)
-        null_condition = None if encode is None else encode("", keep=False)
-        parts = {"scheduler": scheduler, "null_condition": null_condition, "encode_prompt": encode}
+        folder = Path(source).expanduser()
+        network, vae, scheduler = read_folder(folder, cls.kind, dtype, vae)
+        if not has_text_encoders(folder, cls.kind):
+            return network, vae, {"scheduler": scheduler} | options
+
+        def read_pipeline():
+            # In float16 T5's activations overflow.
+            parts = read_text_encoders(folder, cls.kind, dtype if dtype == torch.float32 else torch.bfloat16)
+            return getattr(diffusers, KINDS[cls.kind][0])(transformer=network, vae=None, scheduler=None, **parts)
+
+        limit = {} if text_tokens is None else {"max_sequence_length": text_tokens}
+        encode = make_prompt_encoder(read_pipeline, lambda text, pipe: cls._embed_prompt(pipe, text, **limit))
+        parts = {"scheduler": scheduler, "null_condition": encode("", keep=False), "encode_prompt": encode}
         return network, vae, parts | options
 
     def sized_schedule(self, height: int, width: int) -> Schedule:
@@ -107,7 +121,7 @@ class FlowTransformer(Latents):
         other conditions and times out of range.
         """
         require_shape(x_t, self.channels, self.multiple)
-        times = _as_times(t, x_t)
+        times = expand_times(t, x_t)
         batched = isinstance(t, torch.Tensor) and t.numel() > 1
         sigma = t.to(x_t).view(-1, 1, 1, 1) / self.times if batched else float(t) / self.times
         if not 0 <= float(times.min()) <= float(times.max()) <= self.times:
@@ -122,13 +136,13 @@ class FlowTransformer(Latents):
         if condition is None:
             raise RestoreError(
                 "condition must be a prompt's embedding, as this model came without text encoders, got None; try "
-                "restore.backbones.flow_files.text_condition, or a folder with text encoders and tokenizers"
+                "restore.backbones.flow.make_condition, or a folder with text encoders and tokenizers"
             )
         valid = isinstance(condition, torch.Tensor) and condition.ndim == 3 and len(condition) in (1, len(x_t))
         if not valid or condition.shape[1] < 2 or condition.shape[2] != max(tokens, pooled):
             raise RestoreError(
                 f"condition must be a prompt's embedding (1 or {len(x_t)}, 1 + tokens, {max(tokens, pooled)}), got "
-                f"{getattr(condition, 'shape', condition)!s}; try encode_prompt or text_condition"
+                f"{getattr(condition, 'shape', condition)!s}; try encode_prompt or make_condition"
             )
         condition = condition.to(x_t.device, self.network.dtype).expand(len(x_t), -1, -1)
         return condition[:, 1:, :tokens], condition[:, 0, :pooled]
@@ -142,6 +156,12 @@ class SD3(FlowTransformer):
     def __init__(self, network: nn.Module, *parts, **options) -> None:
         self.patch = network.config.get("patch_size", 2)
         super().__init__(network, *parts, **options)
+
+    @staticmethod
+    def _embed_prompt(pipe, text, **limit):
+        options = {"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": False, **limit}
+        embeds, _, pooled, _ = pipe.encode_prompt(text, **options, device=torch.device("cpu"))
+        return make_condition(embeds.float(), pooled.float())
 
     def _velocity(self, x, times, text, pooled):
         return self.network(x, encoder_hidden_states=text, pooled_projections=pooled, timestep=times).sample
@@ -161,6 +181,11 @@ class Flux(FlowTransformer):
         super().__init__(network, *parts, **options)
         self.distilled_guidance = float(distilled_guidance)
 
+    @staticmethod
+    def _embed_prompt(pipe, text, **limit):
+        embeds, pooled, _ = pipe.encode_prompt(text, prompt_2=None, **limit, device=torch.device("cpu"))
+        return make_condition(embeds.float(), pooled.float())
+
     def _velocity(self, x, times, text, pooled):
         h, w = x.shape[-2] // 2, x.shape[-1] // 2
         rows, columns = torch.meshgrid(*(torch.arange(n, device=x.device) for n in (h, w)), indexing="ij")
@@ -178,58 +203,12 @@ class Flux(FlowTransformer):
         return F.pixel_shuffle(out.mT.unflatten(-1, (h, w)), 2)
 
 
-class DiT(Latents):
-    """DiT (Peebles & Xie 2023): class-conditional, eps and a learned variance range, on Stable Diffusion's latents.
+def make_condition(prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor) -> torch.Tensor:
+    """Return the condition (B, 1 + tokens, width) of SD3 and FLUX for the outputs of diffusers' encode_prompt.
 
-    network: DiTTransformer2DModel. vae: AutoencoderKL or AutoencoderTiny. scheduler: the configuration of a scheduler
-        with betas. A condition is class labels, as ADM's; null_condition is the class after the last (1000 of
-        ImageNet's 0..999). x is a scaled latent (B, C, h, w).
-
-    diffusers arranges the tokens in a square, so x must have the trained size: `multiple` is the resolution, and
-    smaller images are padded to it.
+    prompt_embeds: (B, tokens, w). pooled_prompt_embeds: (B, p), which become the first row. Both are padded with zeros
+    to the larger width.
     """
-
-    network_class, tiny_vae, encode_prompt = "DiTTransformer2DModel", "taesd", None
-
-    def __init__(self, network: nn.Module, vae: nn.Module, scheduler: Mapping[str, Any]) -> None:
-        config = network.config
-        self.network = network.eval().requires_grad_(False)
-        self.schedule = Schedule.from_config(scheduler)
-        self.prediction_type = scheduler.get("prediction_type", "epsilon")
-        check_known([self.prediction_type], PREDICTION_TYPES, "unknown prediction type")
-        self.channels, self.resolution = config.in_channels, config.sample_size
-        self.multiple = self.resolution
-        self.learned_variance = network.out_channels == 2 * config.in_channels
-        self.classes = config.num_embeds_ada_norm + 1
-        self.null_condition = torch.tensor([self.classes - 1])
-        self.attention = find_attention_layers(network)
-        self.use_vae(vae)
-
-    @classmethod
-    def read(cls, source: str | Path, dtype: torch.dtype, vae: nn.Module | None = None) -> tuple:
-        """Read a folder as diffusers' DiTPipeline writes it; see Latents.load."""
-        network, vae, scheduler = files.read_folder(source, "dit", dtype, vae)
-        return network, vae, {"scheduler": scheduler}
-
-    def predict(self, x_t: torch.Tensor, t: float, condition: torch.Tensor | int | None = None) -> Prediction:
-        """Return the prediction for a latent x_t (B, C, resolution, resolution), in the dtype of x_t.
-
-        t: 0..T−1, also between; a (B,) tensor gives every latent its own. condition: class labels, one or one per
-        image; None is no class. Raises RestoreError for other sizes, labels and times.
-        """
-        require_shape(x_t, self.channels, self.multiple)
-        if x_t.shape[-1] != x_t.shape[-2]:
-            raise RestoreError(f"x_t must be square for DiT, got shape {tuple(x_t.shape)}")
-        alpha, sigma = self.schedule.levels(t, x_t)
-        times = _as_times(t, x_t)
-        labels = check_labels(self.null_condition if condition is None else condition, len(x_t), self.classes)
-        labels = labels.to(x_t.device)
-        out = run_in_dtype(
-            lambda x: self.network(x, timestep=times, class_labels=labels).sample, x_t, self.network.dtype
-        )
-        out, variance = out.chunk(2, dim=1) if self.learned_variance else (out, None)
-        return Prediction.of(PREDICTION_TYPES[self.prediction_type], out, x_t, alpha, sigma, variance)
-
-
-def _as_times(t: float | torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
-    return torch.as_tensor(t, dtype=torch.float32, device=x_t.device).reshape(-1).expand(len(x_t))
+    width = max(prompt_embeds.shape[-1], pooled_prompt_embeds.shape[-1])
+    rows = [pooled_prompt_embeds[:, None], prompt_embeds]
+    return torch.cat([F.pad(row, (0, width - row.shape[-1])) for row in rows], dim=1)

@@ -16,7 +16,8 @@ from operators import RestoreError
 from operators.naming import check_known
 from restore.backbones.attention_layers import find_attention_layers
 from restore.backbones.autoencoder import Latents
-from restore.backbones.base import PREDICTION_TYPES, Prediction
+from restore.backbones.base import PREDICTION_TYPES, Prediction, expand_times
+from restore.backbones.pipeline_folders import make_prompt_encoder
 from restore.backbones.schedule import Schedule
 
 
@@ -80,11 +81,15 @@ class StableDiffusion(Latents):
 
         where = {"config": config, "revision": revision, "offline": offline}
         parts = files.read_model(source, **where)
+        with torch.no_grad():
+            null_condition = files.embed_prompt("", parts)
         options = {
             "schedule": Schedule.from_config(parts["scheduler"]),
-            "null_condition": files.embed_prompt("", parts["tokenizer"], parts["text_encoder"]),
+            "null_condition": null_condition,
             "prediction_type": parts["scheduler"].get("prediction_type", "epsilon"),
-            "encode_prompt": files.make_prompt_encoder(source, **where),
+            "encode_prompt": make_prompt_encoder(
+                lambda: files.read_model(source, text_only=True, **where), files.embed_prompt
+            ),
         }
         return parts["unet"], parts["vae"] if vae is None else vae, options
 
@@ -104,7 +109,7 @@ class StableDiffusion(Latents):
         # The PSLD code evaluates the network at t = T, a step beyond its table.
         beyond = not isinstance(t, torch.Tensor) and t == self.schedule.time(len(self.schedule))
         alpha, sigma = self.schedule.levels(self.schedule.ts[-1] if beyond else t, x_t)
-        times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).reshape(-1)
+        times = expand_times(t, x_t)
         text = text.to(x_t.device, dtype).expand(len(x_t), -1, -1)
         out = run_in_dtype(
             lambda x: self.network(x, times, encoder_hidden_states=text, return_dict=False)[0], x_t, dtype

@@ -148,10 +148,10 @@ def test_folders_that_are_no_model(tmp_path, broken):
     index = json.loads((broken / "model_index.json").read_text())
     flux = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
     (broken / "model_index.json").write_text(json.dumps(flux))
-    with pytest.raises(RestoreError, match="Stable Diffusion .*got a FluxPipeline"):
+    with pytest.raises(RestoreError, match="StableDiffusionPipeline, got a FluxPipeline"):
         StableDiffusion.load(broken)
     (broken / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionXLPipeline"}))
-    with pytest.raises(RestoreError, match="SDXL"):
+    with pytest.raises(RestoreError, match="StableDiffusionPipeline, got a StableDiffusionXLPipeline"):
         StableDiffusion.load(broken)
     (broken / "model_index.json").write_text("{")
     with pytest.raises(RestoreError, match="cannot be read as JSON"):
@@ -160,7 +160,7 @@ def test_folders_that_are_no_model(tmp_path, broken):
 
 def test_missing_parts(broken):
     shutil.move(broken / "text_encoder", broken / "elsewhere")
-    with pytest.raises(RestoreError, match="no text_encoder: the empty prompt's embedding"):
+    with pytest.raises(RestoreError, match="it has no text_encoder;"):
         StableDiffusion.load(broken)
     shutil.move(broken / "elsewhere", broken / "text_encoder")
     shutil.rmtree(broken / "vae")
