@@ -122,8 +122,7 @@ class ADM(Pixels):
         low = self.dtype != torch.float32
         with torch.autocast(x_t.device.type, dtype=self.dtype) if low else nullcontext():
             out = self.network(x_t, times, class_labels=labels, return_dict=False)[0].to(x_t.dtype)
-        out, variance = out.chunk(2, dim=1) if self.learned_variance else (out, None)
-        return Prediction.of(PREDICTION_TYPES[self.prediction_type], out, x_t, alpha, sigma, variance)
+        return Prediction.of(PREDICTION_TYPES[self.prediction_type], out, x_t, alpha, sigma)
 
     def _labels(self, condition, batch: int) -> torch.Tensor | None:
         if condition is None:

@@ -45,11 +45,14 @@ class Prediction:
         x_t: torch.Tensor,
         alpha: float | torch.Tensor,
         sigma: float | torch.Tensor,
-        variance: torch.Tensor | None = None,
     ) -> Prediction:
-        """Convert the output of a network that predicts `kind`, one of CONVERSIONS, at x_t."""
+        """Convert the output at x_t of a network that predicts `kind`, one of CONVERSIONS.
+
+        With twice the channels of x_t, the second half is the learned variance.
+        """
         if kind not in CONVERSIONS:
             raise RestoreError(f"the kind of prediction must be one of {', '.join(CONVERSIONS)}, got '{kind}'")
+        output, variance = output.chunk(2, dim=1) if output.shape[1] == 2 * x_t.shape[1] else (output, None)
         eps, x0 = CONVERSIONS[kind](output, x_t, alpha, sigma)
         return cls(eps, variance, x0)
 
@@ -144,14 +147,9 @@ class Renormalised:
         return self.inner.predict(x_t * scale, t, condition)
 
 
-def variance_preserving(prior: Backbone) -> Backbone:
-    """Return `prior` with variance-preserving noise levels: itself, or its change of variables."""
-    return prior if prior.schedule.kind == "vp" else Renormalised(prior, "vp")
-
-
-def flow_matching(prior: Backbone) -> Backbone:
-    """Return `prior` with the noise levels of flow matching (alpha + sigma = 1): itself, or its change of variables."""
-    return prior if prior.schedule.kind == "flow" else Renormalised(prior, "flow")
+def normalise(prior: Backbone, kind: str) -> Backbone:
+    """Return `prior` with noise levels normalised as "vp", "ve" or "flow": itself, or its change of variables."""
+    return prior if prior.schedule.kind == kind else Renormalised(prior, kind)
 
 
 def require_shape(x_t: torch.Tensor, channels: int, multiple: int) -> None:

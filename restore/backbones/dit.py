@@ -69,5 +69,4 @@ class DiT(Latents):
         out = run_in_dtype(
             lambda x: self.network(x, timestep=times, class_labels=labels).sample, x_t, self.network.dtype
         )
-        out, variance = out.chunk(2, dim=1) if self.learned_variance else (out, None)
-        return Prediction.of(PREDICTION_TYPES[self.prediction_type], out, x_t, alpha, sigma, variance)
+        return Prediction.of(PREDICTION_TYPES[self.prediction_type], out, x_t, alpha, sigma)

@@ -16,13 +16,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-Make = Callable[[nn.Module, Callable], Callable]
-
 _LOCK = threading.Lock()  # held while dispatchers are installed or removed, not while modules run
 
 
 @contextmanager
-def replace_forward(modules: Iterable[nn.Module], make: Make, *, everywhere: bool = False) -> Iterator[None]:
+def replace_forward(modules: Iterable[nn.Module], make: Callable, *, everywhere: bool = False) -> Iterator[None]:
     """Give each module make(module, its forward) as its forward within the block, in this thread.
 
     Blocks may be nested; the innermost is called first and gets the next one as `forward`. everywhere: replace it for
@@ -34,7 +32,7 @@ def replace_forward(modules: Iterable[nn.Module], make: Make, *, everywhere: boo
     try:
         for module in modules:
             with _LOCK:
-                dispatcher = _Dispatcher.of(module)
+                dispatcher = getattr(module.__dict__.get("forward"), "dispatcher", None) or _Dispatcher(module)
                 forward = dispatcher.find(thread, dispatcher.uncompiled)
                 dispatcher.stacks.setdefault(thread, []).append(forward)
             replaced.append((module, dispatcher))
@@ -85,10 +83,6 @@ class _Dispatcher:
         module.forward = forward
         if self.compiled_call is not None:
             module._compiled_call_impl = call
-
-    @classmethod
-    def of(cls, module: nn.Module) -> _Dispatcher:
-        return getattr(module.__dict__.get("forward"), "dispatcher", None) or cls(module)
 
     def find(self, thread: int | None, default: Callable | None) -> Callable | None:
         """Return the innermost replacement visible to `thread`."""

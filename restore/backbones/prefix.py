@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 
 import torch
@@ -44,21 +45,18 @@ class Trace:
         """Record the calls of the network's first pass within the block (windows take several passes)."""
         clock = count()
 
-        def wrap(module, forward):
-            def run(*args, **kwargs):
-                running = bool(self.calls) and self.calls[0].end < 0
-                if not running and (self.calls or module is not self.network):
-                    return forward(*args, **kwargs)
-                call = ModuleCall(module, next(clock))
-                self.calls.append(call)
-                output = forward(*args, **kwargs)
-                call.end = next(clock)
-                return output
-
-            return run
+        def run(module, forward, *args, **kwargs):
+            running = bool(self.calls) and self.calls[0].end < 0
+            if not running and (self.calls or module is not self.network):
+                return forward(*args, **kwargs)
+            call = ModuleCall(module, next(clock))
+            self.calls.append(call)
+            output = forward(*args, **kwargs)
+            call.end = next(clock)
+            return output
 
         try:
-            with replace_forward(self.network.modules(), wrap):
+            with replace_forward(self.network.modules(), partial(partial, run)):
                 yield
         except BaseException:
             self.calls.clear()
@@ -111,15 +109,12 @@ class Tape:
         """Keep the outputs of the modules within the block (detached, not copied)."""
         self.clear()
 
-        def wrap(module, forward):
-            def run(*args, **kwargs):
-                output = forward(*args, **kwargs)
-                self.queues[module].append(_Output(output))
-                return output
+        def run(module, forward, *args, **kwargs):
+            output = forward(*args, **kwargs)
+            self.queues[module].append(_Output(output))
+            return output
 
-            return run
-
-        with replace_forward(self.queues, wrap):
+        with replace_forward(self.queues, partial(partial, run)):
             yield
 
     @contextmanager
@@ -129,16 +124,13 @@ class Tape:
         The recordings are dropped at the end. Raises RuntimeError if the calls do not match.
         """
 
-        def wrap(module, forward):
-            def run(*args, **kwargs):
-                if not self.queues[module]:
-                    raise RuntimeError(f"{type(module).__name__} is called more often than when it was recorded")
-                return self.queues[module].popleft().get()
-
-            return run
+        def run(module, forward, *args, **kwargs):
+            if not self.queues[module]:
+                raise RuntimeError(f"{type(module).__name__} is called more often than when it was recorded")
+            return self.queues[module].popleft().get()
 
         try:
-            with replace_forward(self.queues, wrap):
+            with replace_forward(self.queues, partial(partial, run)):
                 yield
             if self.recorded:
                 raise RuntimeError("the second pass called fewer modules than were recorded in the first")

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,11 @@ NORMALISATIONS = {
     "vp": lambda r: (1 / math.hypot(1, r), r / math.hypot(1, r)),
     "ve": lambda r: (1.0, r),
     "flow": lambda r: (1 / (1 + r), r / (1 + r)),
+}
+# n ratios from the highest to the lowest: Karras et al. 2022, eq. 5 with rho = 7, and evenly in log.
+SPACINGS = {
+    "karras": lambda low, high, n: np.linspace(high ** (1 / 7), low ** (1 / 7), n) ** 7,
+    "log": lambda low, high, n: np.geomspace(high, low, n),
 }
 # The function of a ratio that is linear in t between the table's times, and its inverse.
 LINEAR = {
@@ -85,38 +92,19 @@ class Schedule:
         Linear, scaled linear and cosine (Nichol & Dhariwal 2021, eq. 17) betas are computed in float64, others by
         diffusers. Raises RestoreError for unknown schedulers and beta schedules, and for zero terminal SNR.
         """
+        name = str(config.get("_class_name", ""))
         try:
-            return cls._from_config(config, tokens)
+            if "FlowMatch" in name:
+                return cls.flow(int(config.get("num_train_timesteps", 1000)), _shift(config, tokens))
+            if name.startswith("EDM"):
+                return cls.edm(float(config.get("sigma_min", 0.002)), float(config.get("sigma_max", 80.0)))
+            if name and config.get("trained_betas") is None and "beta_schedule" not in config:
+                raise RestoreError(f"scheduler must be one with betas, got a {name}, whose noise levels are not known")
+            return cls.vp(torch.cumprod(1 - _betas(config), dim=0))
         except RestoreError:
             raise
         except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
             raise RestoreError(f"the scheduler's configuration must describe noise levels: {error}") from None
-
-    @classmethod
-    def _from_config(cls, config: Mapping[str, Any], tokens: int | None) -> Schedule:
-        from diffusers import DDPMScheduler
-
-        name = str(config.get("_class_name", ""))
-        if "FlowMatch" in name:
-            return cls.flow(int(config.get("num_train_timesteps", 1000)), _shift(config, tokens))
-        if name.startswith("EDM"):
-            return cls.edm(float(config.get("sigma_min", 0.002)), float(config.get("sigma_max", 80.0)))
-        given, steps = config.get("trained_betas") is not None, int(config.get("num_train_timesteps", 1000))
-        if name and not given and "beta_schedule" not in config:
-            raise RestoreError(f"scheduler must be one with betas, got a {name}, whose noise levels are not known")
-        kind = None if given or config.get("rescale_betas_zero_snr") else config.get("beta_schedule", "linear")
-        if kind in ("linear", "scaled_linear"):
-            power, start, end = 1 + (kind != "linear"), config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-            betas = torch.linspace(start ** (1 / power), end ** (1 / power), steps, dtype=torch.float64) ** power
-        elif kind == "squaredcos_cap_v2":
-            grid = torch.arange(steps + 1, dtype=torch.float64) / steps
-            f = torch.cos((grid + 0.008) / 1.008 * math.pi / 2) ** 2
-            betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-        else:
-            known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-            options = {key: config[key] for key in (*known, "rescale_betas_zero_snr") if key in config}
-            betas = DDPMScheduler(**options).betas.double()
-        return cls.vp(torch.cumprod(1 - betas, dim=0))
 
     def normalise(self, kind: str) -> Schedule:
         """Return the schedule with the same ratios, normalised as "vp", "ve" or "flow"."""
@@ -181,19 +169,16 @@ class Schedule:
     def timesteps(self, spec: int | str | Sequence[float]) -> list:
         """Return the times to visit, descending.
 
-        spec: that of `respace`, applied to the table, or a sequence of times, or
-        "karras:N": N ratios from the largest to the smallest trained, with rho = 7 (Karras et al. 2022, eq. 5).
-        "log:N": N ratios evenly spaced in log. Both may fall between the table's times.
-        "quad:N": indices T - 1 - sqrt(i T^2 / (N - 1)), denser at the clean end (DiffPIR's code).
+        spec: that of `respace`, applied to the table, a sequence of times, "karras:N" or "log:N" for N ratios from the
+        largest to the smallest trained (see SPACINGS), which may fall between the table's times, or "quad:N" for the
+        indices T - 1 - sqrt(i T^2 / (N - 1)), denser at the clean end (DiffPIR's code).
         Raises RestoreError for other specs.
         """
         if not isinstance(spec, (int, str)):
-            try:
+            with suppress(TypeError, ValueError):
                 times = sorted((float(t) for t in spec), reverse=True)
                 if len(set(times)) == len(times) > 0 and all(self.ts[0] <= t <= self.ts[-1] for t in times):
                     return [int(t) if t.is_integer() else t for t in times]
-            except (TypeError, ValueError):
-                pass
             raise RestoreError(
                 f"steps must be a number of steps, a text, or different times from {self.ts[0]:g} to {self.ts[-1]:g}, "
                 f"got {str(spec)[:100]}"
@@ -204,9 +189,26 @@ class Schedule:
             return [self.time(i) for i in sorted({max(len(self) - 1 - int(root), 0) for root in roots}, reverse=True)]
         if name:
             n = _count(count, 10**6, spec)
-            grid = lookup(name, _SPACINGS, "spacing of timesteps")(self.ratios[0], self.ratios[-1], n)
+            grid = lookup(name, SPACINGS, "spacing of timesteps")(self.ratios[0], self.ratios[-1], n)
             return [self.t(float(ratio)) for ratio in grid]
         return [self.time(i) for i in reversed(respace(len(self), spec))]
+
+
+def _betas(config: Mapping[str, Any]) -> torch.Tensor:
+    from diffusers import DDPMScheduler
+
+    kind, steps = config.get("beta_schedule", "linear"), int(config.get("num_train_timesteps", 1000))
+    if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
+        kind = None
+    if kind in ("linear", "scaled_linear"):
+        power, start, end = 1 + (kind != "linear"), config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+        return torch.linspace(start ** (1 / power), end ** (1 / power), steps, dtype=torch.float64) ** power
+    if kind == "squaredcos_cap_v2":
+        f = torch.cos((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+    options = {key: config[key] for key in (*known, "rescale_betas_zero_snr") if key in config}
+    return DDPMScheduler(**options).betas.double()
 
 
 def _shift(config: Mapping[str, Any], tokens: int | None) -> float:
@@ -219,13 +221,6 @@ def _shift(config: Mapping[str, Any], tokens: int | None) -> float:
     return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
 
-def _karras(low: float, high: float, n: int) -> np.ndarray:
-    return np.linspace(high ** (1 / 7), low ** (1 / 7), n) ** 7
-
-
-_SPACINGS = {"karras": _karras, "log": lambda low, high, n: np.geomspace(high, low, n)}
-
-
 def respace(num_train_steps: int, spec: int | str) -> list[int]:
     """Return the indices to visit, ascending (Nichol & Dhariwal 2021, sec. 4; rounded as in guided-diffusion).
 
@@ -236,22 +231,19 @@ def respace(num_train_steps: int, spec: int | str) -> list[int]:
     text = str(spec)
     if text.startswith("ddim"):
         n = _count(text[4:], num_train_steps, spec)
-        for stride in range(1, num_train_steps + 1):
-            if len(range(0, num_train_steps, stride)) == n:
-                return list(range(0, num_train_steps, stride))
+        grids = (range(0, num_train_steps, stride) for stride in range(1, num_train_steps + 1))
+        if grid := next((grid for grid in grids if len(grid) == n), None):
+            return list(grid)
         raise RestoreError(f"steps must fit an integer stride, got {spec}: none visits {n} of {num_train_steps} steps")
     counts = [_count(part, num_train_steps, spec) for part in text.split(",")]
     size, extra = divmod(num_train_steps, len(counts))
     visited, start = [], 0
     for section, count in enumerate(counts):
-        length = size + (1 if section < extra else 0)
+        length = size + (section < extra)
         if count > length:
             raise RestoreError(f"steps must fit their sections, got {spec}: {count} of {length} steps")
-        stride = (length - 1) / (count - 1) if count > 1 else 1.0
-        position = 0.0
-        for _ in range(count):
-            visited.append(start + round(position))
-            position += stride
+        strides = [(length - 1) / max(count - 1, 1)] * (count - 1)
+        visited += [start + round(position) for position in accumulate(strides, initial=0.0)]
         start += length
     return visited
 

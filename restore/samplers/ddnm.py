@@ -7,7 +7,7 @@ import torch
 import operators
 from operators import RestoreError
 from operators.naming import check_known
-from restore.backbones.base import variance_preserving
+from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.likelihood import SIGMA_Y_FLOOR, require_linear_gaussian
 from restore.samplers.steps import levels, report, require_finite
@@ -48,7 +48,7 @@ def ddnm(
     """
     check_known([travel_from], ("x_s", "x0"), "unknown travel_from")
     sigma_y = require_linear_gaussian("ddnm", prior, operator, sigma_y)
-    prior = variance_preserving(prior)
+    prior = normalise(prior, "vp")
     clip = prior.bounded if clip is None else clip
     grid = levels(prior.schedule, steps)
     order = travel_order(len(grid) - 1, travel_length, travel_repeat)

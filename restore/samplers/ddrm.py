@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 
 import operators
-from restore.backbones.base import variance_preserving
+from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.likelihood import SIGMA_Y_FLOOR, require_linear_gaussian
 from restore.samplers.steps import levels, report, require_finite
@@ -43,7 +43,7 @@ def ddrm(
     eta, eta_b: the paper's. guidance: makes x0_hat and the noise of coordinates without singular value.
     """
     sigma_y = max(require_linear_gaussian("ddrm", prior, operator, sigma_y), SIGMA_Y_FLOOR)
-    prior = variance_preserving(prior)
+    prior = normalise(prior, "vp")
     clip = prior.bounded if clip is None else clip
     visited = levels(prior.schedule, steps)
     svd = operators.svd(operator, prior.shape, y.dtype, y.device)

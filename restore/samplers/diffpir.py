@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 
 import operators
-from restore.backbones.base import variance_preserving
+from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.consistency import decode_consistently, encode_change, require_decoder_sigma
 from restore.samplers.likelihood import require_linear_gaussian
@@ -49,7 +49,7 @@ def diffpir(
     """
     sigma_y = max(require_linear_gaussian("diffpir", prior, operator, sigma_y, latents=True), AUTHORS_SIGMA_Y_FLOOR)
     decoder_sigma = require_decoder_sigma(prior, decoder_sigma)
-    prior = variance_preserving(prior)
+    prior = normalise(prior, "vp")
     clip = prior.bounded if clip is None else clip
     visited = levels(prior.schedule, steps)
     n = noise(0, (len(y), *prior.shape), "start")

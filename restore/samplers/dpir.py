@@ -9,7 +9,7 @@ import torch
 import operators
 from operators import RestoreError
 from operators.validate import require_number
-from restore.backbones.base import variance_preserving
+from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.likelihood import require_linear_gaussian
 from restore.samplers.steps import reconstruct, report, require_finite
@@ -50,7 +50,7 @@ def dpir(
     sigma_y = require_linear_gaussian("dpir", prior, operator, sigma_y)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise RestoreError(f"steps must be a number of noise levels of at least 1 for dpir, got {steps!r}")
-    prior = variance_preserving(prior)
+    prior = normalise(prior, "vp")
     clip = prior.bounded if clip is None else clip
     last = max(sigma_y, LAST_LEVEL_FLOOR)
     first = last if steps == 1 else max(last, require_number(sigma_max, "sigma_max", low=0.0))

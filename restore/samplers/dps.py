@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from restore.backbones.base import variance_preserving
+from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.likelihood import find_data_norm
 from restore.samplers.steps import Diffusion, report, require_finite
@@ -36,7 +36,7 @@ def dps(
     guidance: in the update; the data term sees the unguided x0_hat (PAG, Ahn et al. 2024, App. C.1).
     ddim_eta: None for DDPM with the learned variance (the paper's), else DDIM(eta).
     """
-    prior = variance_preserving(prior)
+    prior = normalise(prior, "vp")
     diffusion = Diffusion(prior.schedule, prior.schedule.timesteps(steps))
     norm = find_data_norm(operator, data_norm)
     clip = prior.bounded if clip is None else clip

@@ -6,7 +6,7 @@ import torch
 
 from operators.naming import check_known
 from operators.validate import require_integer
-from restore.backbones.base import flow_matching
+from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.steps import report, require_finite
 
@@ -45,7 +45,7 @@ def flowdps(
     """
     check_known([rule], ("flowdps", "flowchef"), "unknown rule")
     require_integer(inner_steps, "inner_steps")
-    prior = flow_matching(prior)
+    prior = normalise(prior, "flow")
     timesteps = prior.schedule.timesteps(steps)
     sigmas = [*(prior.schedule.sigma(t) for t in timesteps), 0.0]
     z_t = sigmas[0] * noise(0, (len(y), *prior.shape), "start")

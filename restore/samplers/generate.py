@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from restore.backbones.base import variance_preserving
+from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.steps import Diffusion, report, require_finite
 
@@ -26,7 +26,7 @@ def generate(
 
     ddim_eta: None for DDPM, else DDIM(eta). callback: x0_hat is not decoded. The rest is as in `restore.samplers`.
     """
-    prior = variance_preserving(prior)
+    prior = normalise(prior, "vp")
     diffusion = Diffusion(prior.schedule, prior.schedule.timesteps(steps))
     clip = prior.bounded if clip is None else clip
     x_t = noise(0, (n, *prior.shape), "start")

@@ -8,7 +8,7 @@ import torch
 
 import operators
 from operators.naming import check_known
-from restore.backbones.base import variance_preserving
+from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.likelihood import SIGMA_Y_FLOOR, require_linear_gaussian
 from restore.samplers.steps import initialise, levels, report, require_finite
@@ -49,7 +49,7 @@ def pigdm(
     """
     check_known([gradient], ("added", "score"), "unknown gradient")
     sigma_y = require_linear_gaussian("pigdm", prior, operator, sigma_y)
-    prior = variance_preserving(prior)
+    prior = normalise(prior, "vp")
     clip = prior.bounded if clip is None else clip
     visited = levels(prior.schedule, steps)
     n = noise(0, (len(y), *prior.shape), "start")

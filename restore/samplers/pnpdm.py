@@ -8,7 +8,7 @@ import torch
 
 import operators
 from operators import RestoreError
-from restore.backbones.base import variance_preserving
+from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.likelihood import SIGMA_Y_FLOOR, require_linear_gaussian
 from restore.samplers.steps import levels, report, require_finite
@@ -51,7 +51,7 @@ def pnpdm(
             "pnpdm needs iterations >= 1, 0 < rho_min <= rho_max and 0 < decay <= 1, "
             f"got {iterations}, {rho_min:g}, {rho_max:g} and {decay:g}"
         )
-    prior = variance_preserving(prior)
+    prior = normalise(prior, "vp")
     times = prior.schedule.timesteps(steps)
     x, evaluations = noise(0, (len(y), *prior.shape), "start"), 0
     with estimator(prior, guidance) as estimate:

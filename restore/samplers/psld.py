@@ -6,7 +6,7 @@ import torch
 
 from operators import RestoreError
 from operators.naming import check_known
-from restore.backbones.base import variance_preserving
+from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.consistency import decode_consistently, require_decoder_sigma
 from restore.samplers.likelihood import l2_norm, require_linear_gaussian
@@ -57,7 +57,7 @@ def psld(
     decoder_sigma, level = require_decoder_sigma(prior, decoder_sigma), 0.0
     if decoder_sigma:
         level = require_linear_gaussian("psld with decoder_sigma", prior, operator, None, latents=True)
-    prior = variance_preserving(prior)
+    prior = normalise(prior, "vp")
     timesteps = ldm_timesteps(prior.schedule, steps, reference=index_shift)
     alpha_bar, alpha_bar_prev = alpha_bars(prior.schedule, timesteps, shift=index_shift)
     z_t = noise(0, (len(y), *prior.shape), "start")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from restore.backbones.base import variance_preserving
+from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.likelihood import l2_norm, likelihood_variance
 from restore.samplers.steps import alpha_bars, ldm_timesteps, report, require_finite
@@ -56,7 +56,7 @@ def resample(
         of `travel` with the alpha_bar of the step before.
     callback: also z0_hat, and after data consistency z_start (what it started from) and z0_y.
     """
-    prior = variance_preserving(prior)
+    prior = normalise(prior, "vp")
     timesteps = ldm_timesteps(prior.schedule, steps)
     alpha_bar, alpha_bar_prev = alpha_bars(prior.schedule, timesteps)
     N = len(timesteps)

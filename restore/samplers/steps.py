@@ -20,7 +20,7 @@ STARTS = ("noise", "measurement", "dagger", "adjoint", "zero")  # see `reconstru
 class Diffusion:
     """Coefficients of the diffusion restricted to `timesteps`, and its update rules.
 
-    schedule: noise levels, variance preserving (see `restore.backbones.base.variance_preserving`).
+    schedule: noise levels, variance preserving (see `restore.backbones.base.normalise`).
     timesteps: at least one time, in any order; step i = 0 is the least noisy.
     All arrays are float64 on the CPU, rounded to float32 when used, as in guided-diffusion.
     """

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 from operators import RestoreError
-from restore.backbones.base import CONVERSIONS, PREDICTION_TYPES, Pixels, Prediction, variance_preserving
+from restore.backbones.base import CONVERSIONS, PREDICTION_TYPES, Pixels, Prediction, normalise
 from restore.backbones.schedule import NORMALISATIONS, Schedule, respace
 
 SCHEDULES = {
@@ -154,7 +154,7 @@ def test_another_normalisation_seen_as_variance_preserving(name):
 
     network, seen = Network(), []
     network.schedule = schedule
-    prior = variance_preserving(network)
+    prior = normalise(network, "vp")
     t = float(schedule.ts[500] + schedule.ts[501]) / 2
     assert prior.schedule.ratio(t) == schedule.ratio(t) and prior.schedule.timesteps(7) == schedule.timesteps(7)
     x0, n = torch.randn(2, 1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -164,7 +164,7 @@ def test_another_normalisation_seen_as_variance_preserving(name):
     x = prior.schedule.alpha(t) * x0 + prior.schedule.sigma(t) * n
     assert relative(prior.schedule.alpha(t) * prediction.x0 + prior.schedule.sigma(t) * prediction.eps, x) < 1e-5
     network.schedule = SCHEDULES["vp"]
-    assert variance_preserving(network) is network
+    assert normalise(network, "vp") is network
 
 
 def test_timesteps():

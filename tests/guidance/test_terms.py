@@ -12,7 +12,7 @@ from weak_passes import latent_prior, relative
 import operators
 from operators import RestoreError
 from restore.backbones.adm import ADM
-from restore.backbones.base import variance_preserving
+from restore.backbones.base import normalise
 from restore.backbones.sizes import Sized
 from restore.guidance import PAG, SAG, SWG, TPG, TSG, Autoguidance, build_guidance, describe_guidance, estimator
 from restore.guidance.pipelines import guided
@@ -99,7 +99,7 @@ def test_every_term_with_sampler_windows_prefix_and_combination(name, tiny_adm, 
         assert relative(estimate(x[1:], 500)[1], results[0][1:]) < 1e-5
     with torch.no_grad(), estimator(model, build_guidance([*config, {"combine": "apg"}])) as estimate:
         assert relative(estimate(x, 500)[1], results[0]) > 1e-6
-    with torch.no_grad(), estimator(variance_preserving(Sized(model, 16, 16)), guidance) as estimate:
+    with torch.no_grad(), estimator(normalise(Sized(model, 16, 16), "vp"), guidance) as estimate:
         assert relative(estimate(x, 500)[1], results[0]) < 1e-5
 
     # A weak pass that fails leaves the network as it was.
