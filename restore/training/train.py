@@ -9,6 +9,7 @@ import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -52,47 +53,30 @@ def train(config: DictConfig) -> Path:
     torch.set_flush_denormal(True)
     if config.threads:
         torch.set_num_threads(config.threads)
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if has_native_bf16() else "no"
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    precision = {"auto": "bf16" if has_native_bf16() else "no", "fp32": "no"}.get(config.precision, config.precision)
+    accelerator = Accelerator(mixed_precision=precision)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     out = disk.make_folder(config.out)
 
     kind = KINDS[config.kind](config, device)
-    model, discriminator = kind.model.to(memory_format=torch.channels_last), kind.discriminator
+    network, discriminator = kind.model.to(memory_format=torch.channels_last), kind.discriminator
     averaging = {"decay": config.ema.decay, "use_ema_warmup": True, "power": config.ema.power}
-    ema = EMAModel(model.parameters(), **averaging, foreach=device.type == "cuda")
+    ema = EMAModel(network.parameters(), **averaging, foreach=device.type == "cuda")
     options = {"lr": config.optimizer.lr, "betas": tuple(config.optimizer.betas)}
-    optimizer = torch.optim.AdamW(model.parameters(), **options, weight_decay=config.optimizer.weight_decay)
+    optimizer = torch.optim.AdamW(network.parameters(), **options, weight_decay=config.optimizer.weight_decay)
+    parts = {"model": network, "optimizer": optimizer, "ema": ema}  # of a checkpoint
     if discriminator is not None:
-        discriminator_optimizer = torch.optim.AdamW(discriminator.parameters(), **options, weight_decay=0.0)
+        judging = torch.optim.AdamW(discriminator.parameters(), **options, weight_decay=0.0)
+        parts |= {"adversary": discriminator, "judging": judging}
     description = json.dumps(OmegaConf.to_container(config.model) | kind.description, sort_keys=True)
+    facts = {"model_config": description, "batch": config.batch * world}
     step, checkpoint = 0, out / "checkpoint.pt"
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        if state.get("batch", config.batch * world) != config.batch * world:
-            raise RestoreError(
-                f"batch must give {state['batch']} images a step to continue {checkpoint}, got {config.batch * world};"
-                " try another out=FOLDER"
-            )
-        if state["model_config"] != description:
-            raise RestoreError(f"{checkpoint} is of another model configuration; try another out=FOLDER")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.load_state_dict(state["ema"])
-        # Frozen parameters stay at their average, which is what was saved and may be in use.
-        for parameter, average in zip(model.parameters(), ema.shadow_params, strict=True):
-            if not parameter.requires_grad:
-                parameter.data.copy_(average)
-        if discriminator is not None and "adversary" in state:  # it may have been enabled since
-            discriminator.load_state_dict(state["adversary"])
-            discriminator_optimizer.load_state_dict(state["judging"])
-        step = state["step"]
+        step = _load_checkpoint(checkpoint, parts, facts)
         log.info("continuing from step %d", step)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(network, optimizer)
     if discriminator is not None:
-        kind.discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
+        kind.discriminator, judging = accelerator.prepare(discriminator, judging)
     ema.to(device)
     compiled = torch.compile(model) if config.compile else model
     last_log, recent = time.monotonic(), []
@@ -105,25 +89,15 @@ def train(config: DictConfig) -> Path:
             return compiled(*args, **kwargs)
 
     def save() -> None:
-        state = {
-            "model": accelerator.unwrap_model(model).state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "ema": ema.state_dict(),
-            "step": step,
-            "model_config": description,
-            "batch": config.batch * world,
-        }
-        if discriminator is not None:
-            state |= {"adversary": discriminator.state_dict(), "judging": discriminator_optimizer.state_dict()}
         with disk.open_atomic(checkpoint) as file:
-            torch.save(state, file)
+            torch.save({name: part.state_dict() for name, part in parts.items()} | facts | {"step": step}, file)
         kind.save(copy_average(), out / "ema")
 
     def copy_average() -> torch.nn.Module:
         """A frozen copy of the network with the EMA weights."""
-        network = copy.deepcopy(accelerator.unwrap_model(model))
-        ema.copy_to(network.parameters())
-        return network.eval().requires_grad_(False)
+        average = copy.deepcopy(network)
+        ema.copy_to(average.parameters())
+        return average.eval().requires_grad_(False)
 
     def average_log() -> dict[str, float]:
         """Means over the steps since the last row of the log. Raises RestoreError if training has diverged."""
@@ -149,11 +123,11 @@ def train(config: DictConfig) -> Path:
         optimizer.zero_grad(set_to_none=True)
         ema.step(model.parameters())
         if discriminator is not None and number >= kind.discriminator_start:
-            discriminator_optimizer.zero_grad(set_to_none=True)  # left by the generator's loss
+            judging.zero_grad(set_to_none=True)  # left by the generator's loss
             loss = kind.discriminator_loss(pair)
             accelerator.backward(loss)
-            discriminator_optimizer.step()
-            discriminator_optimizer.zero_grad(set_to_none=True)
+            judging.step()
+            judging.zero_grad(set_to_none=True)
             logged["judging"] = loss.detach()
         step += 1
         bar.update()
@@ -179,6 +153,26 @@ def train(config: DictConfig) -> Path:
             average_log()
         save()
     return out / "ema"
+
+
+def _load_checkpoint(path: Path, parts: dict[str, Any], facts: dict[str, Any]) -> int:
+    """Load the state of every part and return the step. Raises RestoreError for a checkpoint with other `facts`."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state.get("batch", facts["batch"]) != facts["batch"]:
+        raise RestoreError(
+            f"batch must give {state['batch']} images a step to continue {path}, got {facts['batch']};"
+            " try another out=FOLDER"
+        )
+    if state["model_config"] != facts["model_config"]:
+        raise RestoreError(f"{path} is of another model configuration; try another out=FOLDER")
+    for name, part in parts.items():
+        if name in state or name not in ("adversary", "judging"):  # these may have been enabled since
+            part.load_state_dict(state[name])
+    # Frozen parameters stay at their average, which is what was saved and may be in use.
+    for parameter, average in zip(parts["model"].parameters(), parts["ema"].shadow_params, strict=True):
+        if not parameter.requires_grad:
+            parameter.data.copy_(average)
+    return state["step"]
 
 
 def _append(path: Path, row: dict) -> None:
