@@ -43,15 +43,10 @@ def place_chart(chart: Mapping[str, Any]) -> dict[str, Any]:
     points = [point for series in chart["series"] for point in series["points"]]
     place_x, x_ticks = _place_axis([x for x, _, _ in points], LEFT, RIGHT)
     place_y, y_ticks = _place_axis([y for _, y, _ in points], BOTTOM, TOP)
-    series = [
-        {
-            **series,
-            "points": [(place_x(x), place_y(y), label) for x, y, label in series["points"]],
-            "colour": COLOURS[i % len(COLOURS)],
-            "dashed": i >= len(COLOURS),
-        }
-        for i, series in enumerate(chart["series"])
-    ]
+    series = []
+    for i, line in enumerate(chart["series"]):
+        points = [(place_x(x), place_y(y), label) for x, y, label in line["points"]]
+        series.append({**line, "points": points, "colour": COLOURS[i % len(COLOURS)], "dashed": i >= len(COLOURS)})
     box = {"width": WIDTH, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
     return {**chart, **box, "series": series, "x_ticks": x_ticks, "y_ticks": y_ticks}
 

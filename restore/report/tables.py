@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -176,18 +177,12 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[list[Run]], list[ProtocolDiffe
     """Return the groups of runs that may share a table, and how the protocols of each pair of groups differ."""
     groups: list[list[Run]] = []
     for run in runs:
-        for group in groups:
-            if not find_conflicts(group[0].protocol, run.protocol):
-                group.append(run)
-                break
-        else:
-            groups.append([run])
-    first = [group[0] for group in groups]
-    return groups, [
-        ProtocolDifference(a.title, b.title, find_conflicts(a.protocol, b.protocol))
-        for i, a in enumerate(first)
-        for b in first[i + 1 :]
-    ]
+        group = next((group for group in groups if not find_conflicts(group[0].protocol, run.protocol)), [])
+        if not group:
+            groups.append(group)
+        group.append(run)
+    pairs = combinations((group[0] for group in groups), 2)
+    return groups, [ProtocolDifference(a.title, b.title, find_conflicts(a.protocol, b.protocol)) for a, b in pairs]
 
 
 def split_table(table: Table, limit: int = 10) -> list[Table]:
@@ -225,44 +220,44 @@ def build_charts(run: Run) -> list[dict[str, Any]]:
     per metric against the scale. Each sweep is a line, labelled with the scale or the number of network evaluations,
     and the other methods are single points.
     """
-    methods, curve, metrics = run.config["methods"], run.config["report"]["curve"], run.columns
+    methods, curve = run.config["methods"], run.config["report"]["curve"]
     families: dict[str, list[tuple[float, str]]] = {}
     for name, method in methods.items():
-        members, scale = families.get(method["family"], []), method["swept"].get("scale")
+        scale = method["swept"].get("scale")
         if isinstance(scale, (int, float)):
-            families[method["family"]] = [*members, (float(scale), name)]
+            families.setdefault(method["family"], []).append((float(scale), name))
         elif curve and "steps" in method["swept"]:
-            families[method["family"]] = [*members, (len(members), name)]
+            members = families.setdefault(method["family"], [])
+            members.append((len(members), name))
     if not families:
         return []
-    swept = {name for members in families.values() for _, name in members}
-    pairs = [(curve[0], y) for y in curve[1:]] if curve else [p for p in TRADE_OFFS if set(p) <= set(metrics)][:1]
-    charts = []
-    for task, cells in run.results.items():
-        for x, y in pairs or [(None, metric) for metric in metrics]:
-            series = []
-            for name, cell in cells.items():
-                # Without the baselines: far from every sampler, they would squeeze the curve into a point.
-                if x and name not in swept and methods[name]["sampler"] not in BASELINES:
-                    point = (make_cell(cell, x).value, make_cell(cell, y).value, "")
-                    series.append({"name": run.method_title(name), "line": False, "points": [point]})
-            for members in families.values():
-                members = [(scale, name) for scale, name in sorted(members) if name in cells]
-                if not members:
-                    continue
-                points, by_scale = [], "scale" in methods[members[0][1]]["swept"]
-                for scale, name in members:
-                    label = f"{scale:g}" if "scale" in methods[name]["swept"] else str(cells[name]["cost"].get("nfe"))
-                    at = (make_cell(cells[name], x).value, label) if x else (scale, "")
-                    points.append((at[0], make_cell(cells[name], y).value, at[1]))
-                legend = " (labels: scale s)" if x and by_scale else ""
-                title = methods[members[0][1]]["family_title"] + legend
-                series.append({"name": title, "line": True, "points": points})
-            for line in series:
-                line["points"] = [p for p in line["points"] if all(v is not None and math.isfinite(v) for v in p[:2])]
-            series = [line for line in series if line["points"]]
-            if series:
-                x_title = format_heading(run.find_metric(x)) if x else "guidance scale s"
-                y_title = format_heading(run.find_metric(y))
-                charts.append({"title": run.task_title(task), "x": x_title, "y": y_title, "series": series})
-    return charts
+    pairs = [(curve[0], y) for y in curve[1:]] if curve else [p for p in TRADE_OFFS if set(p) <= set(run.columns)][:1]
+    pairs = pairs or [(None, metric) for metric in run.columns]
+    charts = [_build_chart(run, task, x, y, [*families.values()]) for task in run.results for x, y in pairs]
+    return [chart for chart in charts if chart["series"]]
+
+
+def _build_chart(run: Run, task: str, x: str | None, y: str, families: list[list[tuple[float, str]]]) -> dict[str, Any]:
+    """One chart. families: of swept methods, each a list of (scale or index, method)."""
+    methods, cells = run.config["methods"], run.results[task]
+
+    def place(name: str, scale: float, label: str) -> tuple[float | None, float | None, str]:
+        return make_cell(cells[name], x).value if x else scale, make_cell(cells[name], y).value, label if x else ""
+
+    swept = {name for members in families for _, name in members}
+    # Without the baselines: far from every sampler, they would squeeze the curve into a point.
+    others = [name for name in cells if x and name not in swept and methods[name]["sampler"] not in BASELINES]
+    series = [{"name": run.method_title(name), "line": False, "points": [place(name, 0, "")]} for name in others]
+    for members in families:
+        first, points = methods[members[0][1]], []
+        for scale, name in sorted(members):
+            if name in cells:
+                label = f"{scale:g}" if "scale" in methods[name]["swept"] else str(cells[name]["cost"].get("nfe"))
+                points.append(place(name, scale, label))
+        legend = " (labels: scale s)" if x and "scale" in first["swept"] else ""
+        series.append({"name": first["family_title"] + legend, "line": True, "points": points})
+    for line in series:
+        line["points"] = [p for p in line["points"] if all(v is not None and math.isfinite(v) for v in p[:2])]
+    x_title = format_heading(run.find_metric(x)) if x else "guidance scale s"
+    titles = {"title": run.task_title(task), "x": x_title, "y": format_heading(run.find_metric(y))}
+    return {**titles, "series": [line for line in series if line["points"]]}

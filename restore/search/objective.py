@@ -121,9 +121,8 @@ class MethodResults:
 
     @property
     def files(self) -> list[Path]:
-        return [
-            self.run / "results" / self.task / self.method / f"{to_file_name(row['image'])}.png" for row in self.rows
-        ]
+        folder = self.run / "results" / self.task / self.method
+        return [folder / f"{to_file_name(row['image'])}.png" for row in self.rows]
 
     @property
     def truth(self) -> list[Path]:

@@ -48,13 +48,12 @@ class Diffusion:
         n = len(x0)
         slots = (torch.arange(n, device=device) + torch.rand(n, generator=generator, device=device)) / n
         t = (slots * len(alpha_bar)).long()
-        condition = {}
         if labels is not None:
             dropped = torch.rand(n, generator=generator, device=device) < config.label_dropout
-            condition["class_labels"] = torch.where(dropped, len(self.source.labels), labels)
+            labels = torch.where(dropped, len(self.source.labels), labels)
         a = alpha_bar[t].float().view(-1, 1, 1, 1)
         x_t = (a.sqrt() * x0 + (1 - a).sqrt() * eps).contiguous(memory_format=torch.channels_last)
-        out = forward(x_t, t, return_dict=False, **condition)[0].float()
+        out = forward(x_t, t, class_labels=labels, return_dict=False)[0].float()
         eps_hat, v = self.split_output(out, x_t, a.sqrt(), (1 - a).sqrt())
         simple, vlb = hybrid_loss(
             eps_hat, v, x0, eps, t, alpha_bar, snr_gamma=config.snr_gamma, high_noise_weight=config.high_noise_weight

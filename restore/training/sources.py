@@ -138,18 +138,15 @@ class Latents:
     @property
     def training_images(self) -> torch.Tensor:
         """The images themselves: samples are compared with them after decoding."""
-        return self._load_images().training
+        return self._load_images("training")
 
     @property
     def held_out_images(self) -> torch.Tensor:
-        return self._load_images().held_out
+        return self._load_images("held_out")
 
-    def _load_images(self) -> dataset.TrainingSet:
+    def _load_images(self, part: str) -> torch.Tensor:
         (images,) = dataset.load_training_sets(self.config.data, self.config.seed)
-        size = self.config.data.stored_size
-        images.training = dataset.to_float(images.training, size)
-        images.held_out = dataset.to_float(images.held_out, size)
-        return images
+        return dataset.to_float(getattr(images, part), self.config.data.stored_size)
 
     def batch(self, step: int, generator: torch.Generator) -> tuple[torch.Tensor, None]:
         indices = dataset.batch_indices(len(self.training), self.config.batch, step, self.config.seed)
