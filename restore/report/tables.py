@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -88,11 +89,18 @@ class Run:
 
 @dataclass
 class Table:
-    """Rows by method: (title, cells by column)."""
+    """Rows by method: (title, cells by column). titles: of the tasks."""
 
     columns: list[Column]
     metrics: dict[str, Metric]
+    titles: dict[str, str]
     rows: list[tuple[str, dict[Column, Cell]]] = field(default_factory=list)
+
+    @property
+    def heads(self) -> list[tuple[str, int]]:
+        """The title of each task and the number of its columns, from left to right."""
+        tasks = [task for task, _ in self.columns]
+        return [(self.titles[task], tasks.count(task)) for task in dict.fromkeys(tasks)]
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,15 @@ class ProtocolDifference:
     first: str
     second: str
     values: dict[str, tuple]
+
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        """The keys and values as text, hashes abbreviated."""
+        rows = []
+        for key, pair in self.values.items():
+            texts = ("—" if value is None else str(value) for value in pair)
+            rows.append((key, *(re.sub("^([0-9a-f]{16})[0-9a-f]{48}$", r"\1…", text) for text in texts)))
+        return rows
 
 
 def read_run(folder: str | Path) -> Run:
@@ -143,7 +160,9 @@ def build_results_table(runs: Sequence[Run]) -> Table:
     tasks = list(dict.fromkeys(task for run in runs for task in run.config["tasks"]))
     columns = list(dict.fromkeys((task, m) for run in runs for task in run.config["tasks"] for m in run.columns))
     columns.sort(key=lambda column: tasks.index(column[0]))
-    table = Table(columns, {metric: run.find_metric(metric) for run in reversed(runs) for metric in run.columns})
+    metrics = {metric: run.find_metric(metric) for run in reversed(runs) for metric in run.columns}
+    titles = {task: run.task_title(task) for run in reversed(runs) for task in run.config["tasks"]}
+    table = Table(columns, metrics, titles)
     for run in runs:
         published = run.config["published"]["values"]
         prefix = f"{run.title}: " if len(runs) > 1 else ""
@@ -194,10 +213,7 @@ def split_table(table: Table, limit: int = 10) -> list[Table]:
             parts[-1] += columns
         else:
             parts.append(columns)
-    return [
-        Table(columns, table.metrics, [(title, {c: row[c] for c in columns}) for title, row in table.rows])
-        for columns in parts
-    ]
+    return [dataclasses.replace(table, columns=columns) for columns in parts]
 
 
 def format_number(value: float | None, digits: int) -> str:

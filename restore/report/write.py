@@ -43,17 +43,11 @@ def write_report(
     loaded = [tables.read_run(folder) for folder in runs]
     groups, differences = tables.group_runs(loaded)
     folder = disk.make_folder(out or loaded[0].folder)
-    described = {run.folder: _describe_run(run) for run in loaded}
     context = {
         "title": loaded[0].title if len(loaded) == 1 else "Benchmark report",
-        "runs": list(described.values()),
-        "apart": [
-            (d.first, d.second, [(key, *map(_shorten, pair)) for key, pair in d.values.items()]) for d in differences
-        ],
-        "groups": [
-            _describe_group(group, len(groups) > 1, private) | {"runs": [described[run.folder] for run in group]}
-            for group in groups
-        ],
+        "runs": loaded,
+        "differences": differences,
+        "groups": [_describe_group(group, len(groups) > 1, private) for group in groups],
         "cost_heads": COST_HEADS,
     }
     render_templates("report", folder, context)
@@ -77,6 +71,9 @@ def render_templates(name: str, out: Path, context: Mapping[str, Any], templates
     environment.filters |= {
         "number": format_number,
         "heading": tables.format_heading,
+        "warnings": list_warnings,
+        "summary": summarise_protocol,
+        "settings": list_settings,
         "data_uri": figures.encode_png,
         "bar": lambda value: str(value).replace("|", "\\|").replace("\n", " "),
     }
@@ -85,18 +82,12 @@ def render_templates(name: str, out: Path, context: Mapping[str, Any], templates
         disk.write_bytes(out / f"report.{suffix}", text.encode("utf-8"))
 
 
-def _describe_run(run: Run) -> dict[str, Any]:
-    """Warnings of one run, and its protocol in a sentence and in full."""
+def list_settings(run: Run) -> list[tuple[str, Any]]:
+    """Return the whole protocol of a run, with those of its batches, as (dotted key, value)."""
     protocols: list[Any] = []
     for _, _, cell in run.iterate_cells():
         protocols += [p for p in cell["cost"].get("protocols", []) if p and p not in protocols]
-    return {
-        "title": run.title,
-        "config": run.config,
-        "warnings": list_warnings(run),
-        "summary": summarise_protocol(run),
-        "details": list(flatten({**run.protocol, "ran_with": protocols}).items()),
-    }
+    return list(flatten({**run.protocol, "ran_with": protocols}).items())
 
 
 def _describe_group(group: Sequence[Run], several: bool, private: bool) -> dict[str, Any]:
@@ -104,31 +95,13 @@ def _describe_group(group: Sequence[Run], several: bool, private: bool) -> dict[
     grids = [] if private else [build_picture_grid(run, task) for run in group for task in run.results]
     return {
         "heading": " and ".join(run.title for run in group) if several or len(group) > 1 else None,
-        "table": _lay_out(table, group),
-        "parts": [_lay_out(part, group) for part in tables.split_table(table)],
+        "runs": group,
+        "table": table,
+        "parts": tables.split_table(table),
         "charts": [figures.place_chart(chart) for run in group for chart in tables.build_charts(run)],
         "pictures": [grid for grid in grids if grid],
         "cost": [row for run in group for row in format_cost_rows(run)],
     }
-
-
-def _lay_out(table: tables.Table, group: Sequence[Run]) -> dict[str, Any]:
-    """Columns and rows of a table, with the titles of the tasks and the number of columns under each."""
-    titles = {task: run.task_title(task) for run in reversed(group) for task in run.config["tasks"]}
-    tasks = [task for task, _ in table.columns]
-    metrics = [table.metrics[metric] for _, metric in table.columns]
-    return {
-        "heads": [(titles[task], tasks.count(task)) for task in dict.fromkeys(tasks)],
-        "metrics": metrics,
-        "columns": [(titles[task], metric) for task, metric in zip(tasks, metrics, strict=True)],
-        "rows": [(name, list(zip((row[c] for c in table.columns), metrics, strict=True))) for name, row in table.rows],
-    }
-
-
-def _shorten(value: Any) -> str:
-    """A value of a protocol in a table cell; only the beginning of a hash."""
-    text = "—" if value is None else str(value)
-    return text[:16] + "…" if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
 
 
 def summarise_protocol(run: Run) -> str:

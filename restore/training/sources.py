@@ -114,7 +114,7 @@ class Latents:
             )
         self.vae.register_to_config(scaling_factor=1.0)
         path, identity = Path(config.out) / "latents.safetensors", self._describe_encoding()
-        if not path.is_file() or _read_identity(path) != identity:
+        if not path.is_file() or (safe_open(path, "pt").metadata() or {}).get("made of") != identity:
             latents = encode_images(config, self.vae.to(device), device)
             disk.write_safetensors(disk.make_folder(path.parent) / path.name, latents, {"made of": identity})
         latents = load_file(path)
@@ -154,11 +154,6 @@ class Latents:
 
     def make_backbone(self, network: UNet2DModel, **options) -> LatentDiffusion:
         return LatentDiffusion(network, copy.deepcopy(self.vae), **options)
-
-
-def _read_identity(path: Path) -> str | None:
-    with safe_open(path, "pt") as file:
-        return (file.metadata() or {}).get("made of")
 
 
 @torch.no_grad()
