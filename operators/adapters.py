@@ -75,10 +75,8 @@ def as_operator(operator, *, noise=None) -> Operator:
 
 
 def to_deepinv(operator: Operator):
-    """Return a deepinv.physics.LinearPhysics with this operator's A, A_adjoint and (Gaussian) noise.
-
-    Raises RestoreError if deepinv is not installed or the noise is not Gaussian.
-    """
+    """Return a deepinv.physics.LinearPhysics with this operator's A, A_adjoint and (Gaussian) noise. Raises
+    RestoreError if deepinv is not installed or the noise is not Gaussian."""
     try:
         from deepinv.physics import GaussianNoise as DeepinvGaussian
         from deepinv.physics import LinearPhysics, ZeroNoise

@@ -97,10 +97,7 @@ class Operator:
         shape = tuple(image_shape)[-3:]
         svd = self.cached_svd(shape, dtype, torch.device(device), full=True)
         if svd is None:
-            raise RestoreError(
-                f"{self.name} has no closed-form singular value decomposition for images of shape {shape}; "
-                "try a sampler that needs none, such as DPS or DiffPIR"
-            )
+            raise RestoreError(f"{self.name} has no closed-form singular value decomposition for {shape}; try DPS")
         return dataclasses.replace(svd, singular=svd.singular.expand(-1, *shape))
 
     def factors(self, image_shape: Sequence[int]) -> Sequence[torch.Tensor | None] | None:
@@ -160,18 +157,14 @@ class Operator:
 
     def _check_linear(self, what: str) -> None:
         if not self.linear:
-            raise RestoreError(
-                f"{self.name} is not linear and has no {what}; try a sampler that needs none, such as DPS"
-            )
+            raise RestoreError(f"{self.name} is not linear and has no {what}; try a sampler without it, such as DPS")
 
     def _check_image(self, x: torch.Tensor, channels: int | None = None) -> None:
         validate.require_images(x, channels=channels)
         if self.image_size is not None and tuple(x.shape[2:]) != self.image_size:
             height, width = self.image_size
-            raise RestoreError(
-                f"the image must be {height} x {width} (height x width) for this {self.name}, got "
-                f"{x.shape[2]} x {x.shape[3]}; try resizing it, or an operator built for its size"
-            )
+            size = f"{x.shape[2]} x {x.shape[3]}"
+            raise RestoreError(f"image must be {height} x {width} (height x width) for this {self.name}, got {size}")
 
     def cached_svd(self, image_shape: Sequence[int], dtype: torch.dtype, device: torch.device, full: bool = False):
         """Return `decompose` for images (C, H, W) in this dtype and on this device, computed once."""
@@ -237,10 +230,8 @@ def apply_transpose(A: Callable, y: torch.Tensor, image_shape: Sequence[int]) ->
         x = torch.zeros(tuple(image_shape), dtype=y.dtype, device=y.device, requires_grad=True)
         measured = A(x)
         if measured.shape != y.shape:
-            raise RestoreError(
-                f"y must have the shape {tuple(measured.shape)} of a measured {tuple(x.shape)} image, got "
-                f"{tuple(y.shape)}; try an operator built with the image_size of the original"
-            )
+            expected, given = tuple(measured.shape), tuple(y.shape)
+            raise RestoreError(f"y must have the shape {expected}, got {given}; try the image_size of the original")
         (product,) = torch.autograd.grad(measured, x, y, create_graph=differentiable)
     return product if differentiable else product.detach()
 

@@ -128,10 +128,8 @@ class Blur(Operator):
         reflect = self.border == "reflect"
         if not (ry < height and rx < width if reflect else kh <= height and kw <= width):
             limit = "have a radius below both sides" if reflect else "not exceed the image with a circular border"
-            raise RestoreError(
-                f"kernel must {limit}, got {kh} x {kw} (radius {max(ry, rx)}) for an image of {height} x {width}; "
-                "try a smaller kernel_size"
-            )
+            given = f"{kh} x {kw} (radius {max(ry, rx)}) for an image of {height} x {width}; try a smaller kernel_size"
+            raise RestoreError(f"kernel must {limit}, got {given}")
 
 
 class GaussianBlur(Blur):
@@ -174,10 +172,8 @@ class MotionBlur(Blur):
 
 
 def as_kernel(kernel, normalize: bool = False) -> torch.Tensor:
-    """Return a float64 kernel (kh, kw) or (B, kh, kw) with odd sides; an even one is continued with zeros.
-
-    Raises RestoreError as described in `Blur`.
-    """
+    """Return a float64 kernel (kh, kw) or (B, kh, kw) with odd sides; an even one is continued with zeros. Raises
+    RestoreError as described in `Blur`."""
     kernel = validate.require_tensor(kernel, "kernel").double()
     while kernel.ndim > 2 and kernel.shape[0] == 1:
         kernel = kernel[0]

@@ -12,10 +12,8 @@ from operators.errors import RestoreError
 
 
 def with_adjoint(operator, adjoint: str):
-    """Return a copy with the "exact" or the "reference" A_adjoint (see `Operator`), in all parts of a Compose.
-
-    Raises RestoreError if the operator has no reference transpose.
-    """
+    """Return a copy with the "exact" or the "reference" A_adjoint (see `Operator`), in all parts of a Compose. Raises
+    RestoreError if the operator has no reference transpose."""
     if isinstance(operator, Operator):
         return operator.with_adjoint(adjoint)
     if adjoint == "exact":
@@ -29,20 +27,16 @@ def select_rows(operator, rows):
 
 
 def image_shape(operator, y: torch.Tensor) -> tuple[int, int, int, int]:
-    """Return the shape (B, C, H, W) of the images behind the measurement y (B, ...).
-
-    Raises RestoreError for an object that is no operator, and for a y that does not fit it.
-    """
+    """Return the shape (B, C, H, W) of the images behind the measurement y (B, ...). Raises RestoreError for an object
+    that is no operator, and for a y that does not fit it."""
     if isinstance(operator, Operator):
         validate.require_images(y, "y")
         shape = tuple(operator.image_shape(y))
         with torch.no_grad():
             expected = tuple(operator.A(torch.zeros(shape, dtype=y.dtype, device=y.device)).shape)
         if expected != tuple(y.shape):
-            raise RestoreError(
-                f"y must have the shape {expected} of a measured {shape} image, got {tuple(y.shape)}; try the "
-                "measurement of this operator, or an operator built for the original's size"
-            )
+            given = f"{tuple(y.shape)}; try an operator built for the original's size"
+            raise RestoreError(f"y must have the shape {expected} of a measured {shape} image, got {given}")
         return shape
     require_adjoint(operator)
     try:

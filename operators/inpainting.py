@@ -28,10 +28,8 @@ class Inpainting(Operator):
         height, width = self.mask.shape[2:]
         super().__init__(noise=noise, image_size=(height, width) if image_size is None else image_size, adjoint=adjoint)
         if self.image_size != (height, width):
-            raise RestoreError(
-                f"mask must be {self.image_size[0]} x {self.image_size[1]} (height x width), the image_size, got "
-                f"{height} x {width}; try resizing it"
-            )
+            expected = "{} x {}".format(*self.image_size)
+            raise RestoreError(f"mask must be {expected} (height x width), the image_size, got {height} x {width}")
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         self._check_image(x)
@@ -98,10 +96,8 @@ def box_mask(image_size, *, size=None, margin=None, top=None, left=None, seed: i
         last = side - length if given is not None else side - length - gap - 1
         start = gap if given is None else validate.require_integer(given, "top and left", minimum=0)
         if start > last:
-            raise RestoreError(
-                f"size must fit into the image of {image_size[0]} x {image_size[1]}, got {size[0]} x {size[1]} with "
-                f"margin {gap}; try a smaller size or margin, or another top and left"
-            )
+            given = f"{size} with margin {gap}; try a smaller size or margin, or another top and left"
+            raise RestoreError(f"size must fit into the image of {image_size}, got {given}")
         corner.append(random.randint(gap, last + 1) if given is None else start)
     mask = torch.ones(1, 1, *image_size)
     mask[..., corner[0] : corner[0] + size[0], corner[1] : corner[1] + size[1]] = 0

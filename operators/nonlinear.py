@@ -64,6 +64,4 @@ class PhaseRetrieval(Operator):
         for side in range(measured, 0, -1):
             if side + 2 * self._margin(side) == measured:
                 return side
-        raise RestoreError(
-            f"y must have the sides of a padded image with oversample {self.oversample:g}, got {measured}"
-        )
+        raise RestoreError(f"y must have the sides of a padded image, oversample {self.oversample:g}, got {measured}")

@@ -65,10 +65,8 @@ class SuperResolution(Operator):
             return (*y.shape[:2], y.shape[2] * self.factor, y.shape[3] * self.factor)
         height, width = (math.ceil(side / self.factor) for side in self.image_size)
         if tuple(y.shape[2:]) != (height, width):
-            raise RestoreError(
-                f"y must be {height} x {width}, an image of {self.image_size[0]} x {self.image_size[1]} downsampled "
-                f"by {self.factor}, got {y.shape[2]} x {y.shape[3]}; try the matching image_size"
-            )
+            image = "{} x {} downsampled by {}".format(*self.image_size, self.factor)
+            raise RestoreError(f"y must be {height} x {width}, an image of {image}, got {y.shape[2]} x {y.shape[3]}")
         return (*y.shape[:2], *self.image_size)
 
     def _check_factor(self, height: int, width: int) -> None:

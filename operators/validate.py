@@ -44,9 +44,7 @@ def require_choice(value, name: str, choices: tuple[str, ...]) -> str:
 
 def require_per_image(value, name: str, like: torch.Tensor) -> torch.Tensor:
     """Return `value` >= 0 (infinity included) as float64 on the CPU: (1,), or (B,) with one entry per image of `like`.
-
-    Raises RestoreError otherwise.
-    """
+    Raises RestoreError otherwise."""
     is_number = isinstance(value, (numbers.Real, torch.Tensor))
     values = torch.as_tensor(value if is_number else math.nan, dtype=torch.float64, device="cpu").reshape(-1)
     if len(values) not in (1, len(like)) or not (values >= 0).all():
@@ -91,9 +89,7 @@ def require_tensor(value, name: str) -> torch.Tensor:
 
 def select_images(values: torch.Tensor, rows, what: str) -> torch.Tensor:
     """Return values[rows] along the batch; rows: a list, tensor or slice of indices 0 ... B - 1, or a single one.
-
-    Raises RestoreError if they do not exist.
-    """
+    Raises RestoreError if they do not exist."""
     try:
         index = np.arange(len(values))[rows.cpu().numpy() if isinstance(rows, torch.Tensor) else rows]
         return values[torch.from_numpy(index.reshape(-1))]

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from operators import RestoreError
 from restore.backbones.base import AttentionLayer
 from restore.backbones.forwards import replace_forward
-from restore.guidance.targets import AttentionRecord, Draw, Target
+from restore.guidance.targets import AttentionRecord, Draw, Target, index_tokens
 
 SCOPES = ("joint", "image")
 # Whether a processor of joint attention, with image and text tokens in one sequence, puts the image first.
@@ -54,14 +55,11 @@ def perturb_attention(
     """
     ran: set[str] = set()
 
-    def perturb(item: PerturbedLayer):
-        def attend(record: AttentionRecord, true: Callable[[], torch.Tensor]) -> torch.Tensor:
-            ran.add(item.layer.path)
-            return _mix(item, replace(record, draw=draw), true)
+    def attend(item: PerturbedLayer, record: AttentionRecord, true: Callable[[], torch.Tensor]) -> torch.Tensor:
+        ran.add(item.layer.path)
+        return _mix(item, replace(record, draw=draw), true)
 
-        return attend
-
-    with _replace_attention([item.layer for item in layers], [perturb(item) for item in layers], network):
+    with _replace_attention([item.layer for item in layers], [partial(attend, item) for item in layers], network):
         yield ran
 
 
@@ -73,15 +71,12 @@ def observe_attention(
 ) -> Iterator[None]:
     """Within the block record(layer, a) is called, without gradients, whenever one of the layers attends."""
 
-    def observe(layer: AttentionLayer):
-        def attend(a: AttentionRecord, true: Callable[[], torch.Tensor]) -> torch.Tensor:
-            with torch.no_grad():
-                record(layer, replace(a, q=a.q.detach(), k=a.k.detach(), v=a.v.detach()))
-            return true()
+    def attend(layer: AttentionLayer, a: AttentionRecord, true: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            record(layer, replace(a, q=a.q.detach(), k=a.k.detach(), v=a.v.detach()))
+        return true()
 
-        return attend
-
-    with _replace_attention(layers, [observe(layer) for layer in layers], network):
+    with _replace_attention(layers, [partial(attend, layer) for layer in layers], network):
         yield
 
 
@@ -115,9 +110,8 @@ def _replace_attention(layers: Sequence[AttentionLayer], attends: Sequence[Calla
                     out = forward(*args, **kwargs)
                 if not mode.calls:
                     raise RestoreError(
-                        f"attention of {layer.path} cannot be perturbed or observed: its processor "
-                        f"{type(module.processor).__name__} does not use scaled_dot_product_attention; try "
-                        "network.set_default_attn_processor(), without attention slicing"
+                        f"processor of {layer.path} must use scaled_dot_product_attention, got "
+                        f"{type(module.processor).__name__}; try network.set_default_attn_processor(), without slicing"
                     )
                 return out
 
@@ -158,15 +152,12 @@ class _Intercept(TorchFunctionMode):
             return None
         name = type(self.layer.module.processor).__name__
         if name not in IMAGE_FIRST:
-            raise RestoreError(
-                f"processor of {self.layer.path}, which attends to image and text jointly, must be one of "
-                f"{', '.join(IMAGE_FIRST)}, got {name}"
-            )
+            known = ", ".join(IMAGE_FIRST)
+            raise RestoreError(f"processor of joint attention {self.layer.path} must be one of {known}, got {name}")
         return slice(0, image) if IMAGE_FIRST[name] else slice(text, text + image)
 
 
 def _name_inputs(args: tuple, kwargs: dict) -> dict:
-    """The inputs of a block, an attention module or the network, by name as far as it matters."""
     return dict(zip(("hidden_states", "encoder_hidden_states"), args, strict=False)) | kwargs
 
 
@@ -180,7 +171,6 @@ def _find_sides(inputs: dict) -> tuple[int, int] | None:
 
 
 def _count_tokens(inputs: dict) -> tuple[int, int] | None:
-    """The numbers of tokens of image and text among the inputs."""
     pair = [inputs.get(name) for name in ("hidden_states", "encoder_hidden_states")]
     if not all(isinstance(value, torch.Tensor) and value.ndim == 3 for value in pair):
         return None
@@ -195,11 +185,7 @@ def _mix(item: PerturbedLayer, record: AttentionRecord, true: Callable[[], torch
             return _under_target(item, record)
         out = true()
         return torch.lerp(out, _under_target(item, record).to(out.dtype), item.strength)
-    place = (
-        slice(None),
-        slice(None) if item.heads is None else list(item.heads),
-        slice(None) if rows is None else rows,
-    )
+    place = index_tokens(item.heads, rows)
     mask = record.mask
     if mask is not None:
         mask = mask[(None,) * (4 - mask.ndim)]

@@ -38,17 +38,13 @@ class Autoguidance(Term):
         strong = unwrap(backbone)
         weak = self._load(strong)
         name = self.model if isinstance(self.model, str) else type(self.model).__name__
-        if (weak.channels, weak.downscale) != (strong.channels, strong.downscale):
-            raise RestoreError(
-                f"model of autoguidance must predict the prior's x, {strong.channels} channels at 1/{strong.downscale} "
-                f"of an image's side, got {name} with {weak.channels} at 1/{weak.downscale}"
-            )
+        x, weak_x = (f"{m.channels} channels at 1/{m.downscale} of an image's side" for m in (strong, weak))
+        if x != weak_x:
+            raise RestoreError(f"model of autoguidance must predict the prior's x, {x}, got {name} with {weak_x}")
         weak = wrap_like(backbone, weak)
-        if weak.schedule.kind != backbone.schedule.kind:
-            raise RestoreError(
-                f"model of autoguidance must have noise of the prior's kind {backbone.schedule.kind}, got {name} with "
-                f"{weak.schedule.kind}"
-            )
+        kind, weak_kind = backbone.schedule.kind, weak.schedule.kind
+        if weak_kind != kind:
+            raise RestoreError(f"model of autoguidance must have the prior's noise {kind}, got {name} with {weak_kind}")
         return predict_by(weak, backbone)
 
     def _load(self, strong: Backbone) -> Backbone:

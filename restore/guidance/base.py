@@ -11,8 +11,8 @@ and diffusers' `guidance_scale` for CFG).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,9 +92,7 @@ class Term:
             function = self.schedule if callable(self.schedule) else lookup(self.schedule, {}, "guidance schedule")
             return self.scale * function(t)
         if backbone.schedule is None:
-            raise RestoreError(
-                f"schedule must be 'constant' or a function where noise levels are unknown, got '{self.schedule}'"
-            )
+            raise RestoreError(f"schedule must be constant or a function without noise levels, got '{self.schedule}'")
         return self.scale * SCHEDULES[self.schedule](min(max(t / backbone.schedule.ts[-1], 0.0), 1.0))
 
     def __add__(self, other: Term | Guidance) -> Guidance:
@@ -137,12 +135,19 @@ def as_guidance(value: Term | Guidance | None) -> Guidance | None:
 
 
 class Estimate:
-    """The guided noise estimate of one run; see `estimator`.
+    """The guided noise estimate of one run.
 
-    evaluations: network passes so far.
+    `with estimator(backbone, guidance) as estimate: strong, eps_guided = estimate(x_t, t, condition)`, or, with a
+    backward in between, `strong = estimate.strong(x_t, t)` and `eps_guided = estimate.guided(strong, x_t, t)`.
+
+    A combination may remember its steps. Weak passes run without gradients, after the strong one, and from the second
+    step on take from it what the two have in common (share_prefix=False: compute everything twice; same bits). Changes
+    to the network during a pass are seen by this thread only and are gone after it, so a backward between two calls,
+    and other threads, see the true network. evaluations: network passes so far.
+    Raises RestoreError for unknown layers or heads, and for CFG without a null condition.
     """
 
-    def __init__(self, backbone: Backbone, guidance: Term | Guidance | None, share_prefix: bool = True):
+    def __init__(self, backbone: Backbone, guidance: Term | Guidance | None = None, *, share_prefix: bool = True):
         self.backbone, guidance = backbone, as_guidance(guidance)
         self.terms = [term for term in (guidance.terms if guidance is not None else ()) if term.scale != 0]
         self.passes = [term.bind(backbone) for term in self.terms]
@@ -161,11 +166,24 @@ class Estimate:
     def strong(self, x_t: torch.Tensor, t: float, condition: Any = None) -> Prediction:
         """Return the plain Prediction, with a graph to x_t if x_t requires a gradient."""
         self.close()
-        try:
-            return self._strong(x_t, t, condition)
-        except BaseException:
-            self.close()
-            raise
+        active = self._active(t)
+        tapes = [tape for _, _, tape in active if tape is not None]
+        observers = [weak.observe() for _, weak, _ in active if weak.observe is not None]
+        with ExitStack() as stack:
+            stack.push(lambda error, *_: self.close() if error else None)
+            if tapes or observers:
+                stack.enter_context(run_uncompiled(self.compiled))
+            for observer in observers:
+                stack.enter_context(observer)
+            if tapes and not self.trace.calls:
+                stack.enter_context(self.trace.record())  # the first pass finds the prefix; nothing is shared yet
+                tapes = []
+            for tape in tapes:
+                if not tape.queues:
+                    tape.follow(self.trace)
+                stack.enter_context(tape.record())
+            self.evaluations += 1
+            return self.backbone.predict(x_t, t, condition)
 
     @torch.no_grad()
     def guided(self, strong: Prediction, x_t: torch.Tensor, t: float, condition: Any = None) -> torch.Tensor:
@@ -194,24 +212,11 @@ class Estimate:
         scales = [term.scale_at(t, self.backbone) for term in self.terms]
         return [item for item in zip(scales, self.passes, self.tapes, strict=True) if item[0] != 0]
 
-    def _strong(self, x_t: torch.Tensor, t: float, condition: Any) -> Prediction:
-        active = self._active(t)
-        tapes = [tape for _, _, tape in active if tape is not None]
-        observers = [weak.observe() for _, weak, _ in active if weak.observe is not None]
-        with ExitStack() as stack:
-            if tapes or observers:
-                stack.enter_context(run_uncompiled(self.compiled))
-            for observer in observers:
-                stack.enter_context(observer)
-            if tapes and not self.trace.calls:
-                stack.enter_context(self.trace.record())  # the first pass finds the prefix; nothing is shared yet
-                tapes = []
-            for tape in tapes:
-                if not tape.queues:
-                    tape.follow(self.trace)
-                stack.enter_context(tape.record())
-            self.evaluations += 1
-            return self.backbone.predict(x_t, t, condition)
+    def __enter__(self) -> Estimate:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def close(self) -> None:
         """Drop the recordings of a pass that was interrupted."""
@@ -220,24 +225,7 @@ class Estimate:
                 tape.clear()
 
 
-@contextmanager
-def estimator(
-    backbone: Backbone, guidance: Term | Guidance | None = None, *, share_prefix: bool = True
-) -> Iterator[Estimate]:
-    """`with estimator(backbone, guidance) as estimate: strong, eps_guided = estimate(x_t, t, condition)`, or, with a
-    backward in between, `strong = estimate.strong(x_t, t)` and `eps_guided = estimate.guided(strong, x_t, t)`.
-
-    One estimator serves one run: a combination may remember its steps. Weak passes run without gradients, after
-    the strong one, and from the second step on take from it what the two have in common (share_prefix=False:
-    compute everything twice; same bits). Changes to the network during a pass are seen by this thread only and are
-    gone after it, so a backward between two calls, and other threads, see the true network.
-    Raises RestoreError for unknown layers or heads, and for CFG without a null condition.
-    """
-    estimate = Estimate(backbone, guidance, share_prefix)
-    try:
-        yield estimate
-    finally:
-        estimate.close()
+estimator = Estimate
 
 
 def require_prior(backbone: Backbone, name: str) -> None:

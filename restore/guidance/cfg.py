@@ -29,10 +29,7 @@ class CFG(Term):
         """Raises RestoreError if neither the backbone nor `null` gives a null condition."""
         null = backbone.null_condition if self.null is None else self.null
         if null is None:
-            raise RestoreError(
-                "cfg needs a null condition, which this backbone was not trained with; "
-                "pass CFG(scale, null=...) or use PAG, which needs none"
-            )
+            raise RestoreError("cfg needs a null condition, got a prior without one; try CFG(scale, null=...) or PAG")
 
         def eps(x_t: torch.Tensor, t: float, condition: Any, strong: Prediction) -> torch.Tensor | None:
             if condition is None and self.null is None:

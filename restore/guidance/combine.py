@@ -103,10 +103,8 @@ COMBINATIONS: dict[str, Any] = {"sum": weighted_sum, "rescale": Rescale, "apg": 
 
 
 def find_combination(combine: Any) -> Any:
-    """Return a combination from its name in COMBINATIONS or "module:attribute", {name: options}, or itself.
-
-    Raises RestoreError for an unknown name or option.
-    """
+    """Return a combination from its name in COMBINATIONS or "module:attribute", {name: options}, or itself. Raises
+    RestoreError for an unknown name or option."""
     if not isinstance(combine, (str, Mapping)):
         if callable(combine) or hasattr(combine, "bind"):
             return combine

@@ -44,9 +44,7 @@ def build_guidance(config: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Non
     elif config is None:
         entries = []
     else:
-        raise RestoreError(
-            f"guidance must be a mapping such as {{pag: {{scale: 1.0, layers: i9}}}} or a list of these, got {config!r}"
-        )
+        raise RestoreError(f"guidance must be a mapping {{pag: {{scale: 1.0, layers: i9}}}} or a list, got {config!r}")
     terms, combine = [], "sum"
     for entry in entries:
         if isinstance(entry, Mapping) and list(entry) == ["combine"]:
@@ -85,7 +83,4 @@ def resolve_guidance(value: Any, preset: Guidance | None) -> Guidance | None:
         return preset
     if value is None or isinstance(value, (Term, Guidance)):
         return as_guidance(value)
-    raise RestoreError(
-        'guidance must be None (no guidance), "preset" or a guidance such as restore.PAG(1.0, layers="i9"), '
-        f"got {to_plain(value)!r}"
-    )
+    raise RestoreError(f'guidance must be None, "preset" or a guidance such as PAG(1.0, "i9"), got {to_plain(value)!r}')

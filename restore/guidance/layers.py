@@ -105,10 +105,8 @@ def normalize_strength(strength: Strength) -> Strength:
 def split_by_strength(
     layers: Sequence[LayerHeads], strength: Strength, attention: Mapping[str, AttentionLayer]
 ) -> list[tuple[AttentionLayer, tuple[int, ...] | None, float]]:
-    """Return (layer, heads, u) for the result of choose_layers: each layer's heads in groups of equal u.
-
-    Raises RestoreError if a mapping does not give u for exactly the chosen layers and heads.
-    """
+    """Return (layer, heads, u) for the result of choose_layers: each layer's heads in groups of equal u. Raises
+    RestoreError if a mapping does not give u for exactly the chosen layers and heads."""
     if not isinstance(strength, Mapping):
         return [(layer, heads, strength) for layer, heads in layers]
     strengths = {find_layer(name, attention).path: u for name, u in strength.items()}
@@ -131,13 +129,10 @@ def split_by_strength(
 
 def require_ran(paths: Iterable[str], ran: Iterable[str]) -> None:
     """Raises RestoreError for the first of `paths` whose layer did not run in the weak pass."""
-    ran = set(ran)
-    missed = [path for path in paths if path not in ran]
+    missed = [path for path in paths if path not in set(ran)]
     if missed:
-        raise RestoreError(
-            f"the attention layer {missed[0]} did not run in the perturbed pass, so guidance would have no effect: its "
-            "network was replaced, or compiled in a way that cannot be changed; try loading it again"
-        )
+        reason = "its network was replaced, or compiled in a way that cannot be changed; try loading it again"
+        raise RestoreError(f"the attention layer {missed[0]} did not run in the perturbed pass: {reason}")
 
 
 def format_layer_table(

@@ -55,10 +55,8 @@ class PAG(Term):
             object.__setattr__(self, name, freeze(getattr(self, name)))
 
     def perturbed_layers(self, backbone: Backbone) -> list[PerturbedLayer]:
-        """The chosen layers and heads of `backbone` with target and strength.
-
-        Raises RestoreError for a layer or head that the backbone does not have.
-        """
+        """The chosen layers and heads of `backbone` with target and strength. Raises RestoreError for a layer or head
+        that the backbone does not have."""
         layers = choose_layers(self.layers, self.heads, backbone.attention)
         groups = split_by_strength(layers, self.strength, backbone.attention)
         target = find_target(self.target)

@@ -56,17 +56,12 @@ def guided(pipe: Any, guidance: Term | Guidance | None, *, conditional: str = "a
         raise RestoreError(f"unknown conditional={conditional!r}; {suggest(conditional, PARTS)}")
     network = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     if network is None or not any(hasattr(network, name) for name in ("down_blocks", "transformer_blocks")):
-        raise RestoreError(
-            f"pipe must be a diffusers pipeline with a U-Net or a transformer, got {type(pipe).__name__}"
-        )
+        raise RestoreError(f"pipe must be a diffusers pipeline with U-Net or transformer, got {type(pipe).__name__}")
     guidance = as_guidance(guidance)
     if guidance is not None and any(isinstance(term, CFG) for term in guidance.terms):
         raise RestoreError("cfg is done by the pipeline itself; call it with guidance_scale = w + 1")
     if guidance is not None and hasattr(guidance.combine, "bind"):
-        raise RestoreError(
-            f"the combination {guidance.combine} needs noise levels and a clean estimate, which a network inside "
-            "a pipeline does not give; use sum or rescale"
-        )
+        raise RestoreError(f"combination must be sum or rescale inside a pipeline, got {guidance.combine}")
     adapter = PipelineNetwork(network, pipe)
     Estimate(adapter, guidance)  # raises errors here rather than within the pipeline's call
     local = threading.local()
@@ -172,10 +167,8 @@ def conditional_rows(pipe: Any, network: nn.Module, x: torch.Tensor, conditional
         does_cfg = getattr(pipe, "do_classifier_free_guidance", None)
         doubled = len(x) % 2 == 0 and torch.equal(x[:half], x[half:])
         if does_cfg and not doubled:
-            raise RestoreError(
-                "the pipeline does classifier-free guidance, but its batch is not [without, with prompt]; try "
-                "guided(..., conditional='second'), 'first' or 'all', the part with the prompt"
-            )
+            hint = "try conditional='second', 'first' or 'all', the part with the prompt"
+            raise RestoreError(f"batch of classifier-free guidance must be [without, with prompt]; {hint}")
         usual = WITH_PROMPT.get(type(getattr(network, "_orig_mod", network)).__name__, "second")
         conditional = usual if doubled and does_cfg is not False else "all"
     if conditional == "all":

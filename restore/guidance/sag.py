@@ -17,7 +17,7 @@ from restore.backbones.base import AttentionLayer, Backbone, Prediction
 from restore.guidance.attention import observe_attention
 from restore.guidance.base import Term, WeakPass, require_prior
 from restore.guidance.layers import choose_layers, require_ran
-from restore.guidance.targets import AttentionRecord
+from restore.guidance.targets import AttentionRecord, index_tokens
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,7 @@ class SAG(Term):
         def record(layer: AttentionLayer, a: AttentionRecord) -> None:
             if a.grid is None:
                 raise RestoreError(f"sag needs the grid of image tokens, which is unknown in {layer.path}")
-            place = (
-                slice(None),
-                slice(None) if heads is None else list(heads),
-                slice(None) if a.image is None else a.image,
-            )
+            place = index_tokens(heads, a.image)
             with torch.autocast(a.q.device.type, enabled=False):
                 maps = replace(a, q=a.q[place], k=a.k[place]).map()
                 received.append(maps.mean(1).sum(1).unflatten(-1, a.grid).unsqueeze(1))

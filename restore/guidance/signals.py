@@ -17,11 +17,9 @@ def record_signals(guidance: Term | Guidance, signals: dict[int, torch.Tensor]) 
     those of x_t.
     """
     guidance = as_guidance(guidance)
-    terms = [
-        _Recorded(term.scale, term, k, signals, interval=term.interval, schedule=term.schedule)
-        for k, term in enumerate(guidance.terms)
-    ]
-    return dataclasses.replace(guidance, terms=tuple(terms))
+    terms = enumerate(guidance.terms)
+    recorded = [_Recorded(a.scale, a, k, signals, interval=a.interval, schedule=a.schedule) for k, a in terms]
+    return dataclasses.replace(guidance, terms=tuple(recorded))
 
 
 @dataclasses.dataclass(frozen=True)

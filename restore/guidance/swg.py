@@ -27,8 +27,6 @@ class SWG(Term):
         inner = unwrap(backbone)
         step, limit = inner.downscale * inner.multiple, inner.downscale * inner.resolution
         if self.window % step or not 0 < self.window < limit or not 0 <= self.overlap < 1:
-            raise RestoreError(
-                f"window of swg must be a multiple of {step} and less than {limit} pixels, and overlap in [0, 1), got "
-                f"{self.window} and {self.overlap}"
-            )
+            given = f"{self.window} and {self.overlap}"
+            raise RestoreError(f"swg needs a window < {limit}, a multiple of {step}, overlap in [0, 1), got {given}")
         return predict_by(wrap_like(backbone, inner, self.window // inner.downscale, self.overlap), backbone)

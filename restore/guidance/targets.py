@@ -8,7 +8,7 @@ shape (with v's width). Strength and choice of heads are left to the caller: the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,19 +72,14 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _require_rate(rate: float) -> None:
-    if not 0 <= rate < 1:
-        raise RestoreError(f"rate must be in [0, 1), got {rate}")
+def _require(valid: bool, message: str) -> None:
+    if not valid:
+        raise RestoreError(message)
 
 
-def _require_kernel(kernel: int) -> None:
-    if kernel < 1 or kernel % 2 == 0:
-        raise RestoreError(f"kernel must be a positive odd number, got {kernel}")
-
-
-def _require_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise RestoreError(f"{name} must be positive, got {value}")
+def index_tokens(heads: Sequence[int] | None, tokens: slice | None) -> tuple:
+    """Return the index of these heads and tokens in (B, heads, tokens, ...); None: all of them."""
+    return tuple(slice(None) if part is None else part for part in (None, heads and list(heads), tokens))
 
 
 def identity(a: AttentionRecord) -> torch.Tensor:
@@ -117,7 +112,7 @@ def seg(sigma: float = math.inf) -> Target:
     sigma: of the Gaussian blur, in tokens, reflected at the border; infinite: mean_query. The kernel reaches 3 sigma,
         at most half the grid's side, as in the authors' code. Queries of text tokens are unchanged.
     """
-    _require_positive("sigma", sigma)
+    _require(sigma > 0, f"sigma must be positive, got {sigma}")
     if sigma == math.inf:
         return mean_query
     taps = math.ceil(6 * sigma) + 1 - math.ceil(6 * sigma) % 2
@@ -144,7 +139,7 @@ def maximum(a: AttentionRecord) -> torch.Tensor:
 
 def temperature(tau: float = 2.0) -> Target:
     """A' = softmax(log A / tau): tau < 1 sharpens, tau > 1 flattens."""
-    _require_positive("tau", tau)
+    _require(tau > 0, f"tau must be positive, got {tau}")
 
     def target(a: AttentionRecord) -> torch.Tensor:
         return a.under(F.softmax(a.logits() / tau, dim=-1))
@@ -157,7 +152,7 @@ def random_mask(rate: float = 0.25, diagonal: bool = True) -> Target:
 
     diagonal=False masks off-diagonal entries only. A row without any entry left keeps that of its largest draw.
     """
-    _require_rate(rate)
+    _require(0 <= rate < 1, f"rate must be in [0, 1), got {rate}")
 
     def target(a: AttentionRecord) -> torch.Tensor:
         raw = a.logits()
@@ -174,7 +169,7 @@ def random_mask(rate: float = 0.25, diagonal: bool = True) -> Target:
 
 def random_drop(rate: float = 0.25) -> Target:
     """A with a share `rate` of its entries set to zero after the softmax, the rows not re-normalised."""
-    _require_rate(rate)
+    _require(0 <= rate < 1, f"rate must be in [0, 1), got {rate}")
 
     def target(a: AttentionRecord) -> torch.Tensor:
         weights = a.map()
@@ -195,8 +190,8 @@ def noise(sigma: float = 0.1) -> Target:
 
 def blur(kernel: int = 5, sigma: float = 1.0) -> Target:
     """Gaussian blur of the (queries × keys) matrix itself, reflected at its border (PAG, Table 9)."""
-    _require_kernel(kernel)
-    _require_positive("sigma", sigma)
+    _require(kernel % 2 == 1 and kernel > 0, f"kernel must be a positive odd number, got {kernel}")
+    _require(sigma > 0, f"sigma must be positive, got {sigma}")
 
     def target(a: AttentionRecord) -> torch.Tensor:
         return a.under(gaussian_blur2d(a.map(), (kernel, kernel), (sigma, sigma), "reflect"))
@@ -206,7 +201,7 @@ def blur(kernel: int = 5, sigma: float = 1.0) -> Target:
 
 def average(kernel: int = 3) -> Target:
     """Box blur of the (queries × keys) matrix itself, zeros beyond its border counted in the mean."""
-    _require_kernel(kernel)
+    _require(kernel % 2 == 1 and kernel > 0, f"kernel must be a positive odd number, got {kernel}")
 
     def target(a: AttentionRecord) -> torch.Tensor:
         weights = a.map()
@@ -233,16 +228,8 @@ def seeded_draw(seed: int, t: float) -> Draw:
     return draw
 
 
-# Targets with options, given as {name: options}.
-TARGET_FAMILIES: dict[str, Callable[..., Target]] = {
-    "seg": seg,
-    "temperature": temperature,
-    "random_mask": random_mask,
-    "random_drop": random_drop,
-    "noise": noise,
-    "blur": blur,
-    "average": average,
-}
+_FAMILIES = (seg, temperature, random_mask, random_drop, noise, blur, average)
+TARGET_FAMILIES: dict[str, Callable[..., Target]] = {family.__name__: family for family in _FAMILIES}  # with options
 TARGETS: dict[str, Target] = {
     "identity": identity,
     "uniform": uniform,
@@ -255,10 +242,7 @@ TARGETS: dict[str, Target] = {
 
 def find_target(target: str | Mapping[str, Any] | Target) -> Target:
     """Return a target by its name in TARGETS (the paper's parameters), {name: options} of TARGET_FAMILIES,
-    "module:function", or the function itself.
-
-    Raises RestoreError for an unknown name or option.
-    """
+    "module:function", or the function itself. Raises RestoreError for an unknown name or option."""
     if isinstance(target, Mapping):
         name, options = parse_spec(target, "target")
         return construct(lookup(name, TARGET_FAMILIES, "target with options"), options, f"target {name}")

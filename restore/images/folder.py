@@ -24,9 +24,7 @@ def filter_images(paths: Iterable[Path]) -> list[Path]:
 
 def list_images(folder: str | os.PathLike) -> tuple[dict[str, Path], list[str]]:
     """Return all images below `folder` by id (the relative path without suffix), sorted, and the names of other files.
-
-    Raises RestoreError if the folder is missing or has no image, or if two files share an id.
-    """
+    Raises RestoreError if the folder is missing or has no image, or if two files share an id."""
     folder = Path(folder)
     if not folder.is_dir():
         raise RestoreError(f"{folder} is not a folder; give the folder that holds the images")

@@ -63,9 +63,8 @@ def draw_grid(
             if picture is not None:
                 sheet.paste(picture, (x + (cell - picture.width) // 2, y + (row_height - picture.height) // 2))
             if feet:
-                draw.multiline_text(
-                    (x + cell / 2, y + row_height + 2), feet[index][column], _INK, small, anchor="ma", align="center"
-                )
+                place, text = (x + cell / 2, y + row_height + 2), feet[index][column]
+                draw.multiline_text(place, text, _INK, small, anchor="ma", align="center")
     return sheet
 
 

@@ -204,10 +204,8 @@ def to_tensor(image: Any, *, channels: int | None = 3, largest: float = 8.0) -> 
         values = torch.from_numpy(np.ascontiguousarray(image).astype(np.float32)).movedim(-1, -3)
         white = _LEVELS.get(str(image.dtype), 255) if image.dtype.kind != "f" else 1
         if white == 1 and values.numel() and not (values.min() >= -1e-6 and values.max() <= 1 + 1e-6):  # NaN too
-            raise RestoreError(
-                f"a numpy image of floats must be in [0, 1], got {_describe_range(values)}; rescale it or give a torch "
-                "tensor in [-1, 1]"
-            )
+            given = f"{_describe_range(values)}; rescale it or give a torch tensor in [-1, 1]"
+            raise RestoreError(f"a numpy image of floats must be in [0, 1], got {given}")
         values = values[..., : 1 if values.shape[-3] < 3 else 3, :, :]
     elif isinstance(image, torch.Tensor):
         if image.is_complex() or image.is_quantized:
@@ -217,16 +215,12 @@ def to_tensor(image: Any, *, channels: int | None = 3, largest: float = 8.0) -> 
             if not torch.isfinite(values).all():
                 raise RestoreError("an image must be finite, got NaN or infinite pixels")
             if values.numel() and values.abs().max() > largest:
-                raise RestoreError(
-                    f"a float tensor must be in about [-1, 1], got {_describe_range(values)}; divide 0..255 by 127.5 "
-                    "and subtract 1"
-                )
+                given = f"{_describe_range(values)}; divide 0..255 by 127.5 and subtract 1"
+                raise RestoreError(f"a float tensor must be in about [-1, 1], got {given}")
             return convert_channels(values, channels)
     else:
-        raise RestoreError(
-            "an image must be a PIL image, a path, a numpy array, a torch tensor or a list of them, "
-            f"got {type(image).__name__}"
-        )
+        kinds = "a PIL image, a path, a numpy array, a torch tensor or a list of them"
+        raise RestoreError(f"an image must be {kinds}, got {type(image).__name__}")
     if values.numel() and not (values.min() >= -1e-6 and values.max() <= white + 1e-6):
         raise RestoreError(f"an image of integers must be in 0..{white}, got {_describe_range(values)}")
     return convert_channels(values / white * 2 - 1, channels)

@@ -44,9 +44,7 @@ class Mask:
         if self.sensitivity is None:
             return read_mask(self.path, size, self.threshold, self.invert)
         if self._detected.min() == 1:
-            raise RestoreError(
-                f"no scratches or dust found in {self.path.name}: paint a mask, or look closer with sensitivity=1"
-            )
+            raise RestoreError(f"no scratches or dust found in {self.path.name}; paint a mask or try sensitivity=1")
         return self._detected
 
     @functools.cached_property
@@ -77,10 +75,8 @@ def read_mask(
     if threshold is None:
         between = ((mask > 0.5) & (mask < 254.5)).double().mean().item()
         if between:
-            raise RestoreError(
-                f"the mask {path} must be black (0: missing) and white (255: known), got {between:.2%} in between; "
-                "draw it without soft edges and save it as PNG, or give mask_threshold=127"
-            )
+            hint = "draw it without soft edges and save it as PNG, or give mask_threshold=127"
+            raise RestoreError(f"the mask {path} must be black and white, got {between:.2%} in between; {hint}")
     mask = (mask > (127 if threshold is None else threshold)).float()
     mask = 1 - mask if invert else mask
     if mask.min() == mask.max():

@@ -95,15 +95,12 @@ class Resampling:
         return resize_image(mask, self.side, method="nearest")
 
     def adapt_operator(self, operator: Operator, size: tuple[int, int], name: str) -> Operator:
-        """Return the operator for images of `side`, given the size at which `operator` measures.
-
-        Raises RestoreError, with the photo's name, unless `side` is a multiple of the longer side.
-        """
-        factor, rest = divmod(self.side, max(size))
+        """Return the operator for images of `side`, given the size at which `operator` measures. Raises RestoreError,
+        with the photo's name, unless `side` is a multiple of the longer side."""
+        longer = max(size)
+        factor, rest = divmod(self.side, longer)
         if rest or factor < 1:
-            raise RestoreError(
-                f"solve_at must be a multiple of {max(size)}, the longer side of the restored {name}, got {self.side}"
-            )
+            raise RestoreError(f"solve_at must be a multiple of {longer}, the longer side of {name}, got {self.side}")
         return reduce_before(operator, factor) if factor > 1 else operator
 
     def reduce(self, samples: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -113,10 +110,8 @@ class Resampling:
 
 
 def select_resampling(side: int | None, method: str | None, reference: bool) -> Resampling | None:
-    """Return the Resampling of the options solve_at, resample and reference, None without solve_at.
-
-    Raises RestoreError for resample without solve_at.
-    """
+    """Return the Resampling of the options solve_at, resample and reference, None without solve_at. Raises RestoreError
+    for resample without solve_at."""
     if side is None:
         if method is not None:
             raise RestoreError(f"resample={method} needs solve_at=")

@@ -62,10 +62,8 @@ _CONTRACT = ("prior", "operator", "y", "noise", "steps", "guidance", "condition"
 
 
 def find_sampler(sampler: str | Callable) -> Callable:
-    """Return the function named in SAMPLERS or written "module:function"; a function is returned unchanged.
-
-    Raises RestoreError if there is none of that name.
-    """
+    """Return the function named in SAMPLERS or written "module:function"; a function is returned unchanged. Raises
+    RestoreError if there is none of that name."""
     return sampler if callable(sampler) else lookup(SAMPLERS.get(str(sampler), sampler), SAMPLERS, "sampler")
 
 

@@ -61,9 +61,7 @@ def likelihood_variance(operator, tau: float | None, name: str = "tau") -> float
         return 4 / (255 * operator.noise.rate)
     variance = 2 * (gaussian_sigma(operator) or 0.0) ** 2 if tau is None else tau**2
     if not variance > 0:
-        raise RestoreError(
-            f"{name} must be positive, got {tau}; None takes it from the operator's noise, if there is any"
-        )
+        raise RestoreError(f"{name} must be positive, or None if the operator has noise, got {tau}")
     return variance
 
 

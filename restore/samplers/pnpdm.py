@@ -47,10 +47,8 @@ def pnpdm(
     """
     sigma_y = max(require_linear_gaussian("pnpdm", prior, operator, sigma_y), SIGMA_Y_FLOOR)
     if not (iterations >= 1 and 0 < rho_min <= rho_max and 0 < decay <= 1):
-        raise RestoreError(
-            "pnpdm needs iterations >= 1, 0 < rho_min <= rho_max and 0 < decay <= 1, "
-            f"got {iterations}, {rho_min:g}, {rho_max:g} and {decay:g}"
-        )
+        given = f"{iterations}, {rho_min:g}, {rho_max:g} and {decay:g}"
+        raise RestoreError(f"pnpdm needs iterations >= 1, 0 < rho_min <= rho_max and 0 < decay <= 1, got {given}")
     prior = normalise(prior, "vp")
     times = prior.schedule.timesteps(steps)
     x, evaluations = noise(0, (len(y), *prior.shape), "start"), 0

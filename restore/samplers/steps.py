@@ -156,10 +156,8 @@ def initialise(start_from: str, prior, operator, y, sigma_y: float, level: tuple
 def require_finite(x_t: torch.Tensor, k: int, setting: str) -> None:
     """Raise RestoreError if the sample is not finite after step k; setting: the step size, for the message."""
     if not torch.isfinite(x_t).all():
-        raise RestoreError(
-            f"the sample is not finite after step {k + 1}; lower the step size ({setting}) or the guidance scale, "
-            "or use precision='fp32'"
-        )
+        hint = f"lower the step size ({setting}) or the guidance scale, or use precision='fp32'"
+        raise RestoreError(f"the sample is not finite after step {k + 1}; {hint}")
 
 
 def report(callback, k: int, steps: int, t: float, *, operator=None, y=None, **state) -> None:

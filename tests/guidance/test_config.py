@@ -120,7 +120,7 @@ def test_parts_of_a_users_module_act_from_yaml():
         ({"cfg": {"scale": 1}, "combine": {"rescale": {"phi": 2}}}, r"phi of rescale must be in \[0, 1\], got 2"),
         ({"cfg": {"scale": 1}, "combine": 3}, "combine must be a name, a mapping or a function, got 3"),
         ({"no_module_of_mine:x": {"scale": 1}}, "cannot be imported"),
-        ("pag", "guidance must be a mapping such as"),
+        ("pag", "guidance must be a mapping"),
         (["pag"], "needs the option 'scale'"),
     ],
 )

@@ -126,7 +126,7 @@ def test_a_joint_attention_that_is_not_known_is_refused():
     attn = sd3()
     attn.set_processor(Other())
     layer = AttentionLayer("blocks.0.attn", "", "", attn, HEADS, WIDTH, 1)
-    with pytest.raises(RestoreError, match=r"blocks\.0\.attn, .* jointly.* got Other"):
+    with pytest.raises(RestoreError, match=r"joint attention blocks\.0\.attn .* got Other"):
         with perturb_attention([PerturbedLayer(layer, identity, scope="image")], None):
             attn(torch.randn(1, IMAGE, WIDTH), torch.randn(1, TEXT, WIDTH))
 
