@@ -23,6 +23,7 @@ from restore.backbones.weights import (
     align_memory,
     as_dtype,
     first_line,
+    load_state,
     read_weights,
     save_network,
 )
@@ -256,16 +257,7 @@ def load_network(folder: Path) -> tuple[UNet2DModel, dict]:
     pickled = (folder / PICKLED).is_file() and not (folder / WEIGHTS).is_file()
     tensors = _read_state(folder / (PICKLED if pickled else WEIGHTS))
     state = {_update_name(name): tensor.float() for name, tensor in tensors.items()}
-    targets = network.state_dict()
-    missing = [name for name in targets if name not in state]
-    unexpected = [name for name in state if name not in targets]
-    wrong = [name for name in targets if name in state and targets[name].shape != state[name].shape]
-    if missing or unexpected or wrong:
-        raise RestoreError(
-            f"the weights in {folder} do not fit its {CONFIG}: first missing {next(iter(missing), 'none')}, first "
-            f"unexpected {next(iter(unexpected), 'none')}, first of another shape {next(iter(wrong), 'none')}"
-        )
-    network.load_state_dict(state, strict=True, assign=True)
+    load_state(network, state, f"the weights in {folder}")
     return network, {key: extra[key] for key in TRAINED if key in extra}
 
 

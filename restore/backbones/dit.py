@@ -15,7 +15,7 @@ from restore.backbones.adm import check_labels
 from restore.backbones.attention_layers import find_attention_layers
 from restore.backbones.autoencoder import Latents
 from restore.backbones.base import PREDICTION_TYPES, Prediction, expand_times, require_shape
-from restore.backbones.pipeline_folders import read_folder
+from restore.backbones.pipeline_files import read_folder
 from restore.backbones.schedule import Schedule
 from restore.backbones.stable_diffusion import run_in_dtype
 

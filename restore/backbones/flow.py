@@ -17,16 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from operators import RestoreError
+from restore.backbones import pipeline_files as files
 from restore.backbones.attention_layers import find_attention_layers
 from restore.backbones.autoencoder import Latents
 from restore.backbones.base import Prediction, expand_times, require_shape
-from restore.backbones.pipeline_folders import (
-    KINDS,
-    has_text_encoders,
-    make_prompt_encoder,
-    read_folder,
-    read_text_encoders,
-)
 from restore.backbones.schedule import Schedule
 from restore.backbones.stable_diffusion import run_in_dtype
 
@@ -93,17 +87,17 @@ class FlowTransformer(Latents):
         empty prompt; `encode_prompt` reads them again and keeps them.
         """
         folder = Path(source).expanduser()
-        network, vae, scheduler = read_folder(folder, cls.kind, dtype, vae)
-        if not has_text_encoders(folder, cls.kind):
+        network, vae, scheduler = files.read_folder(folder, cls.kind, dtype, vae)
+        if not files.has_text_encoders(folder, cls.kind):
             return network, vae, {"scheduler": scheduler} | options
 
         def read_pipeline():
             # In float16 T5's activations overflow.
-            parts = read_text_encoders(folder, cls.kind, dtype if dtype == torch.float32 else torch.bfloat16)
-            return getattr(diffusers, KINDS[cls.kind][0])(transformer=network, vae=None, scheduler=None, **parts)
+            parts = files.read_text_encoders(folder, cls.kind, dtype if dtype == torch.float32 else torch.bfloat16)
+            return getattr(diffusers, files.KINDS[cls.kind][0])(transformer=network, vae=None, scheduler=None, **parts)
 
         limit = {} if text_tokens is None else {"max_sequence_length": text_tokens}
-        encode = make_prompt_encoder(read_pipeline, lambda text, pipe: cls._embed_prompt(pipe, text, **limit))
+        encode = files.make_prompt_encoder(read_pipeline, lambda text, pipe: cls._embed_prompt(pipe, text, **limit))
         parts = {"scheduler": scheduler, "null_condition": encode("", keep=False), "encode_prompt": encode}
         return network, vae, parts | options
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from operators import RestoreError
 from restore.backbones.adm_weights import convert_state
-from restore.backbones.weights import read_weights
+from restore.backbones.weights import load_state, read_weights
 
 UNET, FIRST, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema.diffusion_model"
 HEAD_CHANNELS = 32
@@ -63,7 +63,7 @@ def read_checkpoint(
 def convert_autoencoder(state: Mapping[str, torch.Tensor], path: Path, scaling_factor: float) -> nn.Module:
     """Build the VQModel or AutoencoderKL of a first stage's tensors, leaving out its training loss (`loss.`).
 
-    Raises RestoreError, with the first name that does not fit, unless the tensors are exactly the autoencoder's.
+    Raises RestoreError unless the tensors are exactly the autoencoder's.
     """
     state = {name: tensor for name, tensor in state.items() if not name.startswith("loss.")}
     cls, config = infer_autoencoder(state, path)
@@ -71,16 +71,11 @@ def convert_autoencoder(state: Mapping[str, torch.Tensor], path: Path, scaling_f
         vae = cls(**config, scaling_factor=scaling_factor)
     targets, result = vae.state_dict(), {}
     for source, tensor in state.items():
-        name, tensor = rename_tensor(source, len(config["block_out_channels"])), tensor.float()
+        name = rename_tensor(source, len(config["block_out_channels"]))
         if name in targets and tensor.ndim == 4 and targets[name].ndim == 2:
             tensor = tensor[:, :, 0, 0]  # 1x1 convolutions there, linear layers here
-        if name not in targets or targets[name].shape != tensor.shape or name in result:
-            raise RestoreError(f"{path}: '{FIRST}{source}' of shape {tuple(tensor.shape)} fits no {cls.__name__}")
-        result[name] = tensor.contiguous()
-    missing = [name for name in targets if name not in result]
-    if missing:
-        raise RestoreError(f"{path}: {len(missing)} weights of its autoencoder are missing, first {missing[0]}")
-    vae.load_state_dict(result, strict=True, assign=True)
+        result[name] = tensor.float().contiguous()
+    load_state(vae, result, f"the weights of the autoencoder in {path}")
     return vae.eval()
 
 

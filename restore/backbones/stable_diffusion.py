@@ -7,6 +7,7 @@ is rewritten here. `StableDiffusion.load` reads a diffusers folder, a hub id or 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from operators.naming import check_known
 from restore.backbones.attention_layers import find_attention_layers
 from restore.backbones.autoencoder import Latents
 from restore.backbones.base import PREDICTION_TYPES, Prediction, expand_times
-from restore.backbones.pipeline_folders import make_prompt_encoder
+from restore.backbones.pipeline_files import embed_prompt, make_prompt_encoder, read_stable_diffusion
 from restore.backbones.schedule import Schedule
 
 
@@ -77,18 +78,16 @@ class StableDiffusion(Latents):
         The text encoder is released after encoding the empty prompt; `encode_prompt` reads it again and keeps it, on
         the CPU.
         """
-        from restore.backbones import stable_diffusion_files as files
-
         where = {"config": config, "revision": revision, "offline": offline}
-        parts = files.read_model(source, **where)
+        parts = read_stable_diffusion(source, **where)
         with torch.no_grad():
-            null_condition = files.embed_prompt("", parts)
+            null_condition = embed_prompt("", parts)
         options = {
             "schedule": Schedule.from_config(parts["scheduler"]),
             "null_condition": null_condition,
             "prediction_type": parts["scheduler"].get("prediction_type", "epsilon"),
             "encode_prompt": make_prompt_encoder(
-                lambda: files.read_model(source, text_only=True, **where), files.embed_prompt
+                partial(read_stable_diffusion, source, text_only=True, **where), embed_prompt
             ),
         }
         return parts["unet"], parts["vae"] if vae is None else vae, options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,15 @@ def load_part(cls, folder: Path, part: str, dtype: torch.dtype = torch.float32, 
             f"shape, first {sorted(bad)[0]}"
         )
     return align_memory(nn.Module.to(model, dtype).eval().requires_grad_(False))
+
+
+def load_state(network: nn.Module, state: Mapping[str, torch.Tensor], what: str) -> None:
+    """Give a network on the meta device its weights. Raises RestoreError unless names and shapes are all its own."""
+    try:
+        network.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise RestoreError(f"{what} must be exactly those of a {type(network).__name__}, got {first[:200]}") from None
 
 
 def save_network(network: nn.Module, folder: str | Path, dtype: torch.dtype | str | None = None) -> None:

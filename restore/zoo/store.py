@@ -207,7 +207,7 @@ def _verify(entry: Model, path: Path, name: str) -> str:
 
             LatentDiffusion.load(path, **entry.loading)
         else:
-            from restore.backbones.stable_diffusion_files import require_checkpoint
+            from restore.backbones.pipeline_files import require_checkpoint
 
             require_checkpoint(path)
     return digest

@@ -283,7 +283,7 @@ def test_damaged_folders(models, tmp_path):
         ADM.load(tmp_path, heads=2)
     state = load_file(weights)
     save_file({k: v for k, v in state.items() if k != "conv_out.bias"}, weights)
-    with pytest.raises(RestoreError, match=r"first missing conv_out\.bias"):
+    with pytest.raises(RestoreError, match=r"[Mm]issing.*conv_out\.bias"):
         ADM.load(tmp_path)
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(RestoreError, match="not a readable checkpoint"):
