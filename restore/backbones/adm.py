@@ -24,11 +24,13 @@ from restore.backbones.weights import (
     as_dtype,
     first_line,
     load_state,
+    read_pipeline_index,
     read_weights,
     save_network,
 )
 
 EXTRA, SCHEDULER = "restore.json", "scheduler_config.json"
+AUTOENCODERS = ("vqvae", "vae")  # names of the autoencoder in a pipeline's folder
 PICKLED = "diffusion_pytorch_model.bin"  # the only weights of the oldest folders on the hub
 # guided-diffusion's two schedules (Ho et al. 2020; Nichol & Dhariwal 2021, eq. 17) as diffusers describes them.
 SCHEDULES = {"linear": {"beta_schedule": "linear"}, "cosine": {"beta_schedule": "squaredcos_cap_v2"}}
@@ -166,7 +168,8 @@ class ADM(Pixels):
                 raise RestoreError(
                     f"heads, head_channels and attention_order must be left out for {source}, a converted model"
                 )
-            network, trained = _load_folder(source)
+            network, trained, extra = read_folder(source)
+            trained |= extra
         else:
             state = _read_state(source)
             network, trained = adm_weights.convert_state(state, source, heads, head_channels, attention_order), {}
@@ -215,27 +218,25 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _load_folder(folder: Path) -> tuple[UNet2DModel, dict]:
-    """Load the network and the keywords of ADM that the folder has for it."""
-    pipeline = (folder / INDEX).is_file()
+def read_folder(folder: Path, autoencoder: bool = False) -> tuple[UNet2DModel, dict, dict]:
+    """Read a UNet2DModel of pixels or, with `autoencoder`, of latents, from its folder or that of a pipeline.
+
+    Also returns the keywords of ADM from the scheduler and those from restore.json. Raises RestoreError.
+    """
+    pipeline = autoencoder or (folder / INDEX).is_file()
     if pipeline:
-        parts = disk.read_json(folder / INDEX, required=True)
-        if "UNet2DModel" not in (parts.get("unet") or []) or any(name in parts for name in ("vae", "vqvae")):
-            raise RestoreError(f"{folder} must hold a diffusion model of pixels, got a {parts.get('_class_name')}")
+        parts = read_pipeline_index(folder, "a UNet2DModel, a scheduler and, for latents, an autoencoder")
+        if "UNet2DModel" not in (parts.get("unet") or []) or any(name in parts for name in AUTOENCODERS) != autoencoder:
+            kind = "latents, with an autoencoder" if autoencoder else "pixels"
+            raise RestoreError(f"{folder} must hold a diffusion model of {kind}, got a {parts.get('_class_name')}")
     # Older pipelines on the hub keep the files of all parts in one folder.
-    trained = read_scheduler(folder / "scheduler") or read_scheduler(folder)
-    if pipeline and not trained:
-        raise RestoreError(f"{folder} has no {SCHEDULER}: the noise levels of its network are not known")
-    network, more = load_network(folder / "unet" if (folder / "unet").is_dir() else folder)
-    return network, trained | more
-
-
-def read_scheduler(folder: Path) -> dict:
-    """Return the schedule and prediction_type of the scheduler in a folder, {} if there is none."""
-    if not (folder / SCHEDULER).is_file():
-        return {}
-    config = disk.read_json(folder / SCHEDULER, required=True)
-    return {"schedule": config, "prediction_type": config.get("prediction_type", "epsilon")}
+    path = next((path for path in (folder / "scheduler" / SCHEDULER, folder / SCHEDULER) if path.is_file()), None)
+    if pipeline and path is None:
+        raise RestoreError(f"{folder} has no scheduler/{SCHEDULER}: the noise levels of its network are not known")
+    config = {} if path is None else disk.read_json(path, required=True)
+    trained = {"schedule": config, "prediction_type": config.get("prediction_type", "epsilon")} if path else {}
+    network, extra = load_network(folder / "unet" if (folder / "unet").is_dir() else folder)
+    return network, trained, extra
 
 
 def load_network(folder: Path) -> tuple[UNet2DModel, dict]:

@@ -16,11 +16,9 @@ from torch import nn
 from operators import RestoreError
 from restore import disk
 from restore.backbones import ldm_weights
-from restore.backbones.adm import ADM, SCHEDULER, SCHEDULES, load_network, read_scheduler
+from restore.backbones.adm import ADM, AUTOENCODERS, SCHEDULER, SCHEDULES, read_folder
 from restore.backbones.autoencoder import Latents, load_vae, vae_precision
-from restore.backbones.weights import INDEX, align_memory, read_pipeline_index, save_network
-
-PARTS = ("vqvae", "vae")  # names of the autoencoder in a pipeline's folder
+from restore.backbones.weights import INDEX, align_memory, save_network
 
 
 class LatentDiffusion(Latents, ADM):
@@ -74,7 +72,11 @@ class LatentDiffusion(Latents, ADM):
         if source.is_dir():
             if heads is not None or head_channels is not None:
                 raise RestoreError(f"heads and head_channels must be None for {source}, a converted model")
-            network, own_vae, trained = read_folder(source)
+            network, trained, extra = read_folder(source, autoencoder=True)
+            # The scheduler's file, which other programs read and users edit, goes before restore.json.
+            trained = extra | trained
+            part = "vqvae" if (source / "vqvae").is_dir() else "vae"
+            own_vae = load_vae(source / part, pickles=True) if vae is None else vae
         else:
             network, own_vae, trained = ldm_weights.read_checkpoint(source, heads, head_channels, ema)
         options = trained | {key: value for key, value in options.items() if value is not None}
@@ -84,28 +86,12 @@ class LatentDiffusion(Latents, ADM):
         """Write a folder of diffusers' LDMPipeline (fp32, or `dtype`) that `load` reads back."""
         folder = Path(folder)
         super().save(folder / "unet", dtype)
-        save_network(self.vae, folder / PARTS[0], dtype)
+        save_network(self.vae, folder / AUTOENCODERS[0], dtype)
         schedule = self.trained_schedule
         scheduler = {"_class_name": "DDIMScheduler", "clip_sample": False}
         scheduler |= schedule if isinstance(schedule, Mapping) else SCHEDULES[schedule]
         scheduler |= {"prediction_type": self.prediction_type}
         disk.write_json(disk.make_folder(folder / "scheduler") / SCHEDULER, scheduler)
-        names = {PARTS[0]: type(self.vae).__name__, "unet": "UNet2DModel", "scheduler": scheduler["_class_name"]}
+        names = {AUTOENCODERS[0]: type(self.vae).__name__, "unet": "UNet2DModel", "scheduler": scheduler["_class_name"]}
         index = {"_class_name": "LDMPipeline", **{part: ["diffusers", name] for part, name in names.items()}}
         disk.write_json(folder / INDEX, index)
-
-
-def read_folder(folder: Path) -> tuple[UNet2DModel, nn.Module, dict]:
-    """Read U-Net, autoencoder and keywords of the constructor from a pipeline's folder. Raises RestoreError."""
-    index = read_pipeline_index(folder, "a UNet2DModel, an autoencoder and a scheduler")
-    parts = [part for part in PARTS if part in index]
-    if "UNet2DModel" not in (index.get("unet") or []) or not parts:
-        raise RestoreError(
-            f"{folder} must hold an LDMPipeline (a UNet2DModel and an autoencoder), got a {index.get('_class_name')}"
-        )
-    trained = read_scheduler(folder / "scheduler")
-    if not trained:
-        raise RestoreError(f"{folder} has no scheduler/{SCHEDULER}: the noise levels of its network are not known")
-    network, more = load_network(folder / "unet")
-    # The scheduler's file, which other programs read and users edit, goes before restore.json.
-    return network, load_vae(folder / parts[0], pickles=True), more | trained

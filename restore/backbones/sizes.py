@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -39,10 +40,9 @@ def blend_weights(starts: list[int], window: int, length: int) -> torch.Tensor:
 class Sized:
     """A backbone for images of exactly height x width: the prior that a sampler gets.
 
-    It is a `Backbone` itself, and `shape` is that of one x, (C, h, w). In pixels x has the image's size; a latent is
-    the smallest whose sides the network divides and whose image covers height x width: `decode` crops that image,
-    `encode` extends its argument to it by reflection. So samplers and operators see only the true size, and no pixel
-    of the photo is resampled.
+    `shape` is that of one x, (C, h, w). In pixels x has the image's size; a latent is the smallest whose sides the
+    network divides and whose image covers height x width: `decode` crops that image, `encode` extends its argument to
+    it by reflection. So samplers and operators see only the true size, and no pixel of the photo is resampled.
 
     overlap: fraction of a window shared with its neighbour. max_windows: windows per network call (images of the batch
     times windows), which bounds the memory. recompute_windows: keep no activations of the windows for the backward
@@ -107,14 +107,11 @@ class Sized:
         and blended like the predictions of windows.
         """
         height, width = (_round_up(side, self.multiple) for side in x_t.shape[-2:])
-        h, w, tops, lefts = self.window_grid(height, width)
-        weights_y, weights_x = blend_weights(tops, h, height), blend_weights(lefts, w, width)
-        places = [(i, j) for i in range(len(tops)) for j in range(len(lefts))]
+        (h, w), places, weights = self._windows(height, width)
         pieces = F.interpolate(torch.cat(list(maps)), (h, w)).split(len(x_t))
         canvas = maps[0].new_zeros(*pieces[0].shape[:2], height, width)
-        for (i, j), piece in zip(places, pieces, strict=True):
-            weight = (weights_y[i][:, None] * weights_x[j][None, :]).to(canvas)
-            canvas[..., tops[i] : tops[i] + h, lefts[j] : lefts[j] + w] += piece * weight
+        for place, (row, column), piece in zip(places, weights, pieces, strict=True):
+            canvas[place] += piece * (row[:, None] * column).to(canvas)
         return canvas[..., : x_t.shape[-2], : x_t.shape[-1]]
 
     def window_grid(self, height: int, width: int) -> tuple[int, int, list[int], list[int]]:
@@ -126,13 +123,14 @@ class Sized:
         tops, lefts = (window_starts(a, b, int(b * self.overlap)) for a, b in ((height, h), (width, w)))
         return h, w, tops, lefts
 
-    def _predict_windows(self, x: torch.Tensor, t: float, condition: Any) -> Prediction:
-        height, width = x.shape[-2:]
+    def _windows(self, height: int, width: int) -> tuple[tuple[int, int], list[tuple], list[tuple]]:
+        """Return the sides of a window, and for each its index in x and the weights of its rows and columns."""
         h, w, tops, lefts = self.window_grid(height, width)
-        weights_y = blend_weights(tops, h, height).to(x)
-        weights_x = blend_weights(lefts, w, width).to(x)
-        weights = [(row, column) for row in weights_y for column in weights_x]
         places = [(..., slice(top, top + h), slice(left, left + w)) for top in tops for left in lefts]
+        return (h, w), places, list(product(blend_weights(tops, h, height), blend_weights(lefts, w, width)))
+
+    def _predict_windows(self, x: torch.Tensor, t: float, condition: Any) -> Prediction:
+        _, places, weights = self._windows(*x.shape[-2:])
         per_call = max(1, self.max_windows // len(x))
 
         # One canvas for all outputs, so that the learned variance is blended like eps.
@@ -146,12 +144,11 @@ class Sized:
             names, output = self._predict_chunk(windows, t, repeat_condition(condition, len(chunk)))
             for i, piece in zip(chunk, output.split(len(x)), strict=True):
                 if canvas is None:
-                    canvas = piece.new_zeros(*piece.shape[:2], height, width)
-                canvas = _AddWindow.apply(canvas, piece, *weights[i], places[i])
+                    canvas = piece.new_zeros(*piece.shape[:2], *x.shape[-2:])
+                canvas = _AddWindow.apply(canvas, piece, *(weight.to(x) for weight in weights[i]), places[i])
         return Prediction(**dict(zip(names, canvas.chunk(len(names), dim=1), strict=True)))
 
     def _predict_chunk(self, windows: torch.Tensor, t: float, condition: Any) -> tuple[list[str], torch.Tensor]:
-        """Return the names of the prediction's tensors, and these concatenated along the channels."""
         names: list[str] = []
 
         def predict(windows: torch.Tensor) -> torch.Tensor:

@@ -29,10 +29,9 @@ def load_backbone(
     """
     # Imported here: `restore models list` must not wait for torch networks.
     from restore.backbones.adm import ADM
-    from restore.backbones.dit import DiT
-    from restore.backbones.flow import SD3, Flux
     from restore.backbones.latent import LatentDiffusion
     from restore.backbones.stable_diffusion import StableDiffusion
+    from restore.backbones.transformers import SD3, DiT, Flux
     from restore.backbones.weights import as_dtype
 
     dtype, found = as_dtype(precision), _locate_or_pull(name, offline)

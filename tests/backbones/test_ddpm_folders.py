@@ -127,7 +127,7 @@ def test_what_is_no_ddpm_of_pixels_gets_a_sentence(tmp_path):
     with pytest.raises(RestoreError, match="zero terminal SNR"):
         ADM.load(folder)
     (folder / "scheduler" / "scheduler_config.json").unlink()
-    with pytest.raises(RestoreError, match="no scheduler_config.json: the noise levels"):
+    with pytest.raises(RestoreError, match="no scheduler/scheduler_config.json: the noise levels"):
         ADM.load(folder)
     ScoreSdeVeScheduler().save_pretrained(folder / "scheduler")
     with pytest.raises(RestoreError, match="ScoreSdeVeScheduler.*noise levels are not known"):

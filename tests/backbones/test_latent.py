@@ -306,7 +306,7 @@ def test_folders_that_are_no_such_model_get_a_sentence(tmp_path, folders):
     with pytest.raises(RestoreError, match="no scheduler/scheduler_config.json"):
         zoo.load_backbone(folder)
     (folder / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "vqvae"}))
-    with pytest.raises(RestoreError, match="must hold an LDMPipeline"):
+    with pytest.raises(RestoreError, match="must hold a diffusion model of latents"):
         LatentDiffusion.load(folder)
     with pytest.raises(RestoreError, match="no model_index.json"):
         LatentDiffusion.load(folder / "unet")

@@ -7,8 +7,7 @@ import pytest
 import tiny_flow
 import torch
 
-from restore.backbones.dit import DiT
-from restore.backbones.flow import SD3, Flux
+from restore.backbones.transformers import SD3, DiT, Flux
 from restore.guidance import SAG, TPG, TSG, estimator
 from restore.guidance import targets as T
 

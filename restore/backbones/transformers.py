@@ -1,7 +1,7 @@
-"""Flow-matching transformers on latents: Stable Diffusion 3 and 3.5 and FLUX.1.
+"""Transformers on latents: Stable Diffusion 3 and 3.5 and FLUX.1 (flow matching), DiT (class-conditional ImageNet).
 
-The networks are diffusers' `SD3Transformer2DModel` and `FluxTransformer2DModel`, the autoencoder its `AutoencoderKL` or
-`AutoencoderTiny`; prompts are embedded by its pipelines.
+The networks are diffusers' `SD3Transformer2DModel`, `FluxTransformer2DModel` and `DiTTransformer2DModel`, the
+autoencoder its `AutoencoderKL` or `AutoencoderTiny`; prompts are embedded by its pipelines.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from operators import RestoreError
+from operators.naming import check_known
 from restore.backbones import pipeline_files as files
+from restore.backbones.adm import check_labels
 from restore.backbones.attention_layers import find_attention_layers
 from restore.backbones.autoencoder import Latents
-from restore.backbones.base import Prediction, expand_times, require_shape
+from restore.backbones.base import PREDICTION_TYPES, Prediction, expand_times, require_shape
 from restore.backbones.schedule import Schedule
 from restore.backbones.stable_diffusion import run_in_dtype
 
@@ -36,11 +38,11 @@ class FlowTransformer(Latents):
 
     A condition is one tensor (1 or B, 1 + tokens, width): the pooled embedding of the prompt as the first row, then
     the embeddings of its tokens (see `make_condition`). x is a scaled latent (B, C, h, w). A subclass names its
-    classes and defines `_velocity(x, times, text, pooled)` and `_embed_prompt(pipeline, text)`; `packed` is the number
-    of cells of x in one token. Raises RestoreError for parts that do not belong together.
+    kind and defines `_velocity(x, times, text, pooled)` and `_embed_prompt(pipeline, text)`; `packed` cells of x are
+    one input vector. Raises RestoreError for parts that do not belong together.
     """
 
-    network_class, tiny_vae, kind, default_resolution, patch, packed = "", "", "", 128, 2, 1
+    tiny_vae, kind, packed = "", "", 1
 
     def __init__(
         self,
@@ -52,8 +54,9 @@ class FlowTransformer(Latents):
         encode_prompt: Callable[[str], torch.Tensor] | None = None,
         resolution: int | None = None,
     ) -> None:
-        if type(network).__name__ != self.network_class:
-            raise RestoreError(f"network must be a {self.network_class}, got a {type(network).__name__}")
+        network_class = files.KINDS[self.kind][2]
+        if type(network).__name__ != network_class:
+            raise RestoreError(f"network must be a {network_class}, got a {type(network).__name__}")
         if "FlowMatch" not in str(scheduler.get("_class_name", "FlowMatch")):
             raise RestoreError(f"scheduler must be one of flow matching, got a {scheduler['_class_name']}")
         self.network = network.eval().requires_grad_(False)
@@ -62,9 +65,9 @@ class FlowTransformer(Latents):
         self.null_condition = None if null_condition is None else null_condition.detach().to(self.device)
         self.encode_prompt = encode_prompt
         self.attention = find_attention_layers(network)
-        self.multiple = self.patch
+        self.multiple = 2 if self.packed > 1 else network.config.patch_size
         self.channels = network.config.in_channels // self.packed
-        self.resolution = resolution or network.config.get("sample_size") or self.default_resolution
+        self.resolution = resolution or network.config.get("sample_size") or 128
         self.schedule = self.sized_schedule(self.resolution, self.resolution)
         self.use_vae(vae)
 
@@ -104,7 +107,7 @@ class FlowTransformer(Latents):
     def sized_schedule(self, height: int, width: int) -> Schedule:
         """Return the noise levels for latents of height x width cells: with dynamic shifting they depend on the number
         of tokens that the network sees at once."""
-        sides = (min(side, self.resolution) // self.patch for side in (height, width))
+        sides = (min(side, self.resolution) // self.multiple for side in (height, width))
         return Schedule.from_config(self.scheduler, tokens=math.prod(sides))
 
     def predict(self, x_t: torch.Tensor, t: float, condition: torch.Tensor | None = None) -> Prediction:
@@ -117,7 +120,7 @@ class FlowTransformer(Latents):
         require_shape(x_t, self.channels, self.multiple)
         times = expand_times(t, x_t)
         batched = isinstance(t, torch.Tensor) and t.numel() > 1
-        sigma = t.to(x_t).view(-1, 1, 1, 1) / self.times if batched else float(t) / self.times
+        sigma = (t.to(x_t).view(-1, 1, 1, 1) if batched else float(t)) / self.times
         if not 0 <= float(times.min()) <= float(times.max()) <= self.times:
             raise RestoreError(f"t must lie in 0 to {self.times}, got {t}")
         text, pooled = self._split_condition(condition, x_t)
@@ -130,7 +133,7 @@ class FlowTransformer(Latents):
         if condition is None:
             raise RestoreError(
                 "condition must be a prompt's embedding, as this model came without text encoders, got None; try "
-                "restore.backbones.flow.make_condition, or a folder with text encoders and tokenizers"
+                "restore.backbones.transformers.make_condition, or a folder with text encoders and tokenizers"
             )
         valid = isinstance(condition, torch.Tensor) and condition.ndim == 3 and len(condition) in (1, len(x_t))
         if not valid or condition.shape[1] < 2 or condition.shape[2] != max(tokens, pooled):
@@ -145,11 +148,7 @@ class FlowTransformer(Latents):
 class SD3(FlowTransformer):
     """Stable Diffusion 3 and 3.5 (Esser et al. 2024); see FlowTransformer."""
 
-    network_class, tiny_vae, kind = "SD3Transformer2DModel", "taesd3", "sd3"
-
-    def __init__(self, network: nn.Module, *parts, **options) -> None:
-        self.patch = network.config.get("patch_size", 2)
-        super().__init__(network, *parts, **options)
+    tiny_vae, kind = "taesd3", "sd3"
 
     @staticmethod
     def _embed_prompt(pipe, text, **limit):
@@ -168,8 +167,7 @@ class Flux(FlowTransformer):
         no such input.
     """
 
-    network_class, tiny_vae, kind = "FluxTransformer2DModel", "taef1", "flux"
-    packed = 4  # 2 x 2 cells are one token
+    tiny_vae, kind, packed = "taef1", "flux", 4  # 2 x 2 cells are one token
 
     def __init__(self, network: nn.Module, *parts, distilled_guidance: float = 3.5, **options) -> None:
         super().__init__(network, *parts, **options)
@@ -195,6 +193,58 @@ class Flux(FlowTransformer):
             guidance=scale,
         ).sample
         return F.pixel_shuffle(out.mT.unflatten(-1, (h, w)), 2)
+
+
+class DiT(Latents):
+    """DiT (Peebles & Xie 2023): class-conditional, eps and a learned variance range, on Stable Diffusion's latents.
+
+    network: DiTTransformer2DModel. vae: AutoencoderKL or AutoencoderTiny. scheduler: the configuration of a scheduler
+        with betas. A condition is class labels, as ADM's; null_condition is the class after the last (1000 of
+        ImageNet's 0..999). x is a scaled latent (B, C, h, w).
+
+    diffusers arranges the tokens in a square, so x must have the trained size: `multiple` is the resolution, and
+    smaller images are padded to it.
+    """
+
+    tiny_vae, encode_prompt = "taesd", None
+
+    def __init__(self, network: nn.Module, vae: nn.Module, scheduler: Mapping[str, Any]) -> None:
+        config = network.config
+        self.network = network.eval().requires_grad_(False)
+        self.schedule = Schedule.from_config(scheduler)
+        self.prediction_type = scheduler.get("prediction_type", "epsilon")
+        check_known([self.prediction_type], PREDICTION_TYPES, "unknown prediction type")
+        self.channels, self.resolution = config.in_channels, config.sample_size
+        self.multiple = self.resolution
+        self.learned_variance = network.out_channels == 2 * config.in_channels
+        self.classes = config.num_embeds_ada_norm + 1
+        self.null_condition = torch.tensor([self.classes - 1])
+        self.attention = find_attention_layers(network)
+        self.use_vae(vae)
+
+    @classmethod
+    def read(cls, source: str | Path, dtype: torch.dtype, vae: nn.Module | None = None) -> tuple:
+        """Read a folder as diffusers' DiTPipeline writes it; see Latents.load."""
+        network, vae, scheduler = files.read_folder(Path(source).expanduser(), "dit", dtype, vae)
+        return network, vae, {"scheduler": scheduler}
+
+    def predict(self, x_t: torch.Tensor, t: float, condition: torch.Tensor | int | None = None) -> Prediction:
+        """Return the prediction for a latent x_t (B, C, resolution, resolution), in the dtype of x_t.
+
+        t: 0..T−1, also between; a (B,) tensor gives every latent its own. condition: class labels, one or one per
+        image; None is no class. Raises RestoreError for other sizes, labels and times.
+        """
+        require_shape(x_t, self.channels, self.multiple)
+        if x_t.shape[-1] != x_t.shape[-2]:
+            raise RestoreError(f"x_t must be square for DiT, got shape {tuple(x_t.shape)}")
+        alpha, sigma = self.schedule.levels(t, x_t)
+        times = expand_times(t, x_t)
+        labels = check_labels(self.null_condition if condition is None else condition, len(x_t), self.classes)
+        labels = labels.to(x_t.device)
+        out = run_in_dtype(
+            lambda x: self.network(x, timestep=times, class_labels=labels).sample, x_t, self.network.dtype
+        )
+        return Prediction.of(PREDICTION_TYPES[self.prediction_type], out, x_t, alpha, sigma)
 
 
 def make_condition(prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor) -> torch.Tensor:

@@ -23,9 +23,8 @@ import restore
 from operators import RestoreError
 from restore.backbones.attention_layers import find_attention_layers
 from restore.backbones.base import Backbone
-from restore.backbones.dit import DiT
-from restore.backbones.flow import SD3, Flux, make_condition
 from restore.backbones.schedule import Schedule
+from restore.backbones.transformers import SD3, DiT, Flux, make_condition
 from restore.guidance import CFG, PAG, estimator
 
 CLASSES = {"sd3": SD3, "flux": Flux, "dit": DiT}
