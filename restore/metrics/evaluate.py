@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,15 +48,8 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, ready for JSON: infinite values (the PSNR of an exact result) and NaN become None."""
-        return _to_json({"complete": self.complete, "compared": len(self.per_image), **dataclasses.asdict(self)})
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _to_json(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_to_json(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        content = {"complete": self.complete, "compared": len(self.per_image), **dataclasses.asdict(self)}
+        return json.loads(json.dumps(content), parse_constant=lambda name: None)
 
 
 def evaluate(

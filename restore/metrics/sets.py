@@ -7,7 +7,6 @@ content, and a refusal of sets too small for the number to mean anything.
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
@@ -20,7 +19,7 @@ from operators import RestoreError
 from restore import disk, zoo
 from restore.backbones.weights import read_weights
 from restore.images.folder import read_rgb
-from restore.metrics.weights import find_weights, hash_weights
+from restore.metrics.weights import WeightFiles, find_weights, hash_weights
 
 MINIMUM_IMAGES = 1000
 KID_SUBSET = 1000
@@ -74,7 +73,7 @@ def extract_features(
     network: str,
     layers: Sequence[str],
     *,
-    weights: Mapping[str, str | os.PathLike] | None = None,
+    weights: WeightFiles | None = None,
     device: str = "cpu",
     batch_size: int = 32,
     cache: Path | None = None,

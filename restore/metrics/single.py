@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
-from collections.abc import Mapping
 
 import kornia
 import torch
@@ -15,7 +13,7 @@ from operators import RestoreError
 from operators.naming import check_known
 from restore.backbones.weights import read_weights
 from restore.images.io import to_uint8
-from restore.metrics.weights import find_weights
+from restore.metrics.weights import WeightFiles, find_weights
 
 PSNR_DEFINITION = "10 log10(255^2 / MSE) over all channels, 8 bit"
 SSIM_DEFINITION = "Wang et al. 2004: Gaussian window 11x11, sigma 1.5, K1 0.01, K2 0.03, mean over channels, 8 bit"
@@ -77,11 +75,7 @@ class LPIPS:
     """
 
     def __init__(
-        self,
-        net: str = "alex",
-        weights: Mapping[str, str | os.PathLike] | None = None,
-        device: str = "cpu",
-        enlarge: int = 1,
+        self, net: str = "alex", weights: WeightFiles | None = None, device: str = "cpu", enlarge: int = 1
     ) -> None:
         if enlarge < 1:
             raise RestoreError(f"lpips_enlarge must be a whole number of 1 or more, got lpips_enlarge={enlarge}")

@@ -15,6 +15,8 @@ from operators.naming import check_known
 from restore import disk
 from restore.backbones.weights import read_weights
 
+WeightFiles = Mapping[str, str | os.PathLike]  # network -> its file, or the folder of the published one
+
 
 @dataclass(frozen=True)
 class WeightsFile:
@@ -67,7 +69,7 @@ def _hash_version(path: str, size: int, modified: int) -> str:
     return disk.hash_file(path)
 
 
-def find_weights(name: str, weights: Mapping[str, str | os.PathLike] | None = None) -> Path:
+def find_weights(name: str, weights: WeightFiles | None = None) -> Path:
     """Return the checked file of "inception", "vgg16" or "alexnet".
 
     weights: mapping from those names to a file, or to the folder that holds the published one; without an entry

@@ -14,8 +14,7 @@ from restore.backbones.schedule import Schedule
 from restore.paths import configs_dir
 from restore.training import load_training_config, train
 from restore.training.dataset import augment, batch_indices, split_files
-from restore.training.diffusion import build_unet
-from restore.training.losses import hybrid_loss
+from restore.training.diffusion import build_unet, hybrid_loss
 
 TINY = [
     "model.block_out_channels=[32,32]",
