@@ -37,16 +37,8 @@ def build_guidance(config: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Non
     "apg", {"rescale": {"phi": 0.5}}, "module:function". Without terms the result is None.
     Raises RestoreError for unknown names, unknown, missing or wrong options, and data of another form.
     """
-    if isinstance(config, Mapping):
-        entries = [config] if "name" in config else [{name: options} for name, options in config.items()]
-    elif isinstance(config, Sequence) and not isinstance(config, str):
-        entries = list(config)
-    elif config is None:
-        entries = []
-    else:
-        raise RestoreError(f"guidance must be a mapping {{pag: {{scale: 1.0, layers: i9}}}} or a list, got {config!r}")
     terms, combine = [], "sum"
-    for entry in entries:
+    for entry in list_entries(config):
         if isinstance(entry, Mapping) and list(entry) == ["combine"]:
             combine = entry["combine"]
             continue
@@ -56,6 +48,15 @@ def build_guidance(config: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Non
             raise RestoreError(f"guidance.{name} must be a subclass of restore.guidance.Term, got {to_plain(term)}")
         terms.append(term)
     return Guidance(tuple(terms), combine) if terms else None
+
+
+def list_entries(config: Any) -> list[Any]:
+    """Return every form that build_guidance takes as a list of terms. Raises RestoreError for data of another form."""
+    if isinstance(config, Mapping):
+        return [config] if "name" in config else [{name: options} for name, options in config.items()]
+    if config is None or (isinstance(config, Sequence) and not isinstance(config, str)):
+        return list(config or ())
+    raise RestoreError(f"guidance must be a mapping {{pag: {{scale: 1.0, layers: i9}}}} or a list, got {config!r}")
 
 
 def describe_guidance(guidance: Term | Guidance | None) -> list[dict[str, Any]] | None:

@@ -141,10 +141,10 @@ def format_cost_rows(run: Run) -> list[tuple[str, ...]]:
     rows = []
     for task, method, cell in run.iterate_cells():
         if c := cell["cost"]:
-            values = [str(c["nfe"]), format_number(c["seconds_per_image"], 3)]
-            values += [format_number(c["iterations_per_second"], 2)]
-            values += [f"{format_number(c['peak_memory_mb'], 0)} ({c['memory_of']})", f"{100 * c['overhead']:.1f} %"]
-            rows.append((task, method, *values, ", ".join(c["devices"])))
+            seconds, speed = format_number(c["seconds_per_image"], 3), format_number(c["iterations_per_second"], 2)
+            memory = f"{format_number(c['peak_memory_mb'], 0)} ({c['memory_of']})"
+            costs = (str(c["nfe"]), seconds, speed, memory, f"{100 * c['overhead']:.1f} %")
+            rows.append((task, method, *costs, ", ".join(c["devices"])))
     return rows
 
 

@@ -20,6 +20,7 @@ from restore.bench.batches import load_images, read_prompts
 from restore.bench.datasets import ImageSet
 from restore.bench.schema import Benchmark, Data
 from restore.config import fill_defaults, read_config
+from restore.guidance.config import list_entries
 from restore.guidance.options import parse_spec
 from restore.search.objective import Objective
 
@@ -93,13 +94,9 @@ def find_open_term(config: Any) -> tuple[list[dict[str, Any]], int]:
 
     Raises RestoreError unless exactly one term takes `layers` and leaves them out.
     """
-    terms = [{k: v} for k, v in config.items()] if isinstance(config, Mapping) and "name" not in config else config
-    terms = [terms] if isinstance(terms, Mapping) else terms or []
-    if not isinstance(terms, list) or not all(isinstance(entry, (Mapping, str)) for entry in terms):
-        raise RestoreError(f"the guidance of a search must be a mapping or a list of terms, got {config!r}")
-    open_terms = []
+    terms, open_terms = list_entries(config), []
     for i, entry in enumerate(terms):
-        if list(entry) == ["combine"]:
+        if isinstance(entry, Mapping) and list(entry) == ["combine"]:
             continue
         name, options = parse_spec(entry, "guidance term")
         accepted = inspect.signature(lookup(name, guidances.TERMS, "guidance")).parameters

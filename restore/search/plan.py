@@ -46,9 +46,8 @@ def plan_search(
         methods = {"none": {"guidance": None}, "first": search.make_method(pool[:1])}
         methods["last"] = search.make_method(pool[-1:])
         metrics = ["psnr"] * bool(search.images["test"])
-        lines = benchmarks.plan_benchmark(
-            build_benchmark(search.config, "calibration", methods, metrics, search.folder / "absent")
-        )
+        benchmark = build_benchmark(search.config, "calibration", methods, metrics, search.folder / "absent")
+        lines = benchmarks.plan_benchmark(benchmark)
         if all(line.seconds is not None for line in lines):
             by_method = {m: [line for line in lines if line.method == m] for m in methods}
             cost = {m: sum(line.seconds for line in of) / images[0] for m, of in by_method.items()}
