@@ -30,9 +30,8 @@ class PhysicsOperator(Operator):
     name = "physics"
 
     def __init__(self, physics, *, noise=None, image_size=None):
-        generic.require_adjoint(physics)
+        self.physics = generic.require_adjoint(physics)
         super().__init__(noise=_translate_noise(physics) if noise is None else noise, image_size=image_size)
-        self.physics = physics
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         self._check_image(x)
@@ -52,8 +51,7 @@ class PhysicsOperator(Operator):
         """The physics; a module as a copy on the device of x, in its precision (complex buffers stay complex)."""
         if not isinstance(self.physics, torch.nn.Module):
             return self.physics
-        copies = self.__dict__.setdefault("_buffers", {})
-        key = (x.dtype, x.device)
+        copies, key = self.__dict__.setdefault("_buffers", {}), (x.dtype, x.device)
         if key not in copies:
 
             def convert(tensor):  # module.to would make complex buffers real
@@ -114,14 +112,8 @@ def as_linear_operator(operator, image_shape: Sequence[int], *, dtype=torch.floa
         return apply
 
     forward, adjoint = flatten(operator.A, shape), flatten(operator.A_adjoint, measured)
-    return scipy.sparse.linalg.LinearOperator(
-        (math.prod(measured), math.prod(shape)),
-        matvec=forward,
-        rmatvec=adjoint,
-        matmat=forward,
-        rmatmat=adjoint,
-        dtype=torch.empty(0, dtype=dtype).numpy().dtype,
-    )
+    size, kind = (math.prod(measured), math.prod(shape)), torch.empty(0, dtype=dtype).numpy().dtype
+    return scipy.sparse.linalg.LinearOperator(size, forward, adjoint, forward, dtype=kind, rmatmat=adjoint)
 
 
 def _translate_noise(physics) -> GaussianNoise | None:

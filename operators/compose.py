@@ -27,12 +27,10 @@ class Compose(Operator):
             raise RestoreError(f"operators must be one or more Operators, got {kinds}; try as_operator for others")
         if any(operator.noise is not None for operator in operators[:-1]):
             raise RestoreError("noise must be set on the last operator of a composition only, got it on an earlier one")
+        noise = operators[-1].noise if noise is None else noise
+        image_size = operators[0].image_size if image_size is None else image_size
         exact = all(operator.adjoint == "exact" for operator in operators)
-        super().__init__(
-            noise=operators[-1].noise if noise is None else noise,
-            image_size=operators[0].image_size if image_size is None else image_size,
-            adjoint="exact" if exact else "reference",
-        )
+        super().__init__(noise=noise, image_size=image_size, adjoint="exact" if exact else "reference")
         self.operators = operators
 
     @property

@@ -101,14 +101,8 @@ OPERATORS = {
     "inpainting_box": make_box_inpainting,
     "inpainting_random": make_random_inpainting,
     "inpainting_mask": Inpainting,
-    "super_resolution": SuperResolution,
-    "gaussian_blur": GaussianBlur,
-    "motion_blur": MotionBlur,
-    "blur": Blur,
-    "denoising": Denoising,
-    "colorization": Colorization,
-    "clipping": Clipping,
-    "phase_retrieval": PhaseRetrieval,
+    **{kind.name: kind for kind in (SuperResolution, GaussianBlur, MotionBlur, Blur, Denoising)},
+    **{kind.name: kind for kind in (Colorization, Clipping, PhaseRetrieval)},
     "compose": make_composition,
 }
 NOISES = {"none": lambda: None, "gaussian": GaussianNoise, "poisson": PoissonNoise}

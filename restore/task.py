@@ -18,7 +18,7 @@ from restore.disk import hash_file
 from restore.images import io, masks
 from restore.images.estimate import estimate_noise
 from restore.images.masks import Mask
-from restore.images.resampling import Resampling
+from restore.images.resampling import Resampling, resize_image, stretch_range
 from restore.paths import configs_dir
 from restore.samplers.noise import derive_seed, measurement_generator
 
@@ -188,10 +188,10 @@ def measure_photo(
     record = io.read_image(photo)
     height, width = record.size
     if degrade:
-        clean = resampling.prepare_truth(record.pixels) if resampling else record.pixels
+        clean = stretch_range(record.pixels) if resampling and resampling.stretch else record.pixels
         x = resampling.enlarge(clean, photo.name) if resampling else clean
         if resampling and isinstance(task.config.get("mask"), Mask):
-            mask = resampling.enlarge_mask(task.config["mask"].read(record.size))
+            mask = resize_image(task.config["mask"].read(record.size), resampling.side, method="nearest")
             task = Task(task.name, task.config | {"mask": mask})
         operator = task.build(*x.shape[-2:])
         return Measurement(record, clean, operator, operator(x, measurement_generator(seed, image_id)))

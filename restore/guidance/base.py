@@ -153,7 +153,7 @@ class Estimate:
         self.passes = [term.bind(backbone) for term in self.terms]
         self.trace, self.compiled = Trace(backbone.network), find_compiled(backbone.network) if self.terms else []
         share_prefix = share_prefix and getattr(backbone, "share_prefix", True)
-        self.tapes = [Tape(weak.modules) if share_prefix and weak.modules else None for weak in self.passes]
+        self.tapes = [Tape(weak.modules if share_prefix else ()) for weak in self.passes]
         combine = guidance.combine if self.terms else None
         self.combine = combine.bind(backbone) if hasattr(combine, "bind") else lambda eps, weak, *_: combine(eps, weak)
         self.evaluations = 0
@@ -167,7 +167,7 @@ class Estimate:
         """Return the plain Prediction, with a graph to x_t if x_t requires a gradient."""
         self.close()
         active = self._active(t)
-        tapes = [tape for _, _, tape in active if tape is not None]
+        tapes = [tape for _, _, tape in active if tape.changed]
         observers = [weak.observe() for _, weak, _ in active if weak.observe is not None]
         with ExitStack() as stack:
             stack.push(lambda error, *_: self.close() if error else None)
@@ -198,7 +198,7 @@ class Estimate:
                 with ExitStack() as stack:
                     if weak.modules:
                         stack.enter_context(run_uncompiled(self.compiled))
-                    if tape is not None and tape.recorded:
+                    if tape.recorded:
                         stack.enter_context(tape.replay())
                     eps_weak = weak.eps(x_t, t, condition, strong)
                 if eps_weak is not None:
@@ -208,7 +208,7 @@ class Estimate:
             self.close()
         return self.combine(eps, predictions, x_t, t) if predictions else eps
 
-    def _active(self, t: float) -> list[tuple[float, WeakPass, Tape | None]]:
+    def _active(self, t: float) -> list[tuple[float, WeakPass, Tape]]:
         scales = [term.scale_at(t, self.backbone) for term in self.terms]
         return [item for item in zip(scales, self.passes, self.tapes, strict=True) if item[0] != 0]
 
@@ -221,11 +221,10 @@ class Estimate:
     def close(self) -> None:
         """Drop the recordings of a pass that was interrupted."""
         for tape in self.tapes:
-            if tape is not None:
-                tape.clear()
+            tape.clear()
 
 
-estimator = Estimate
+estimator = Estimate  # reads better after `with`
 
 
 def require_prior(backbone: Backbone, name: str) -> None:

@@ -137,7 +137,7 @@ class PipelineNetwork:
         if call.output is None:
             call.output = self.network(*call.args, **call.kwargs)
             if len(x) > len(x_t):
-                for tape in (tape for tape in call.tapes if tape is not None):
+                for tape in call.tapes:
                     tape.map(part)
             return Prediction(_sample(call.output)[call.rows])
         args, kwargs = tree_map(part, call.args), tree_map(part, call.kwargs)

@@ -102,16 +102,9 @@ def read_image(path: str | Path) -> ImageRecord:
     values = values.permute(2, 0, 1)[None] / (255 if bits == 8 else 65535)
     channels = values.shape[1]
     colour = values[:, :1].expand(-1, 3, -1, -1) if channels <= 2 else values[:, :3]
-    return ImageRecord(
-        pixels=(colour * 2 - 1).contiguous(),
-        path=path,
-        format=image_format or "PNG",
-        grey=channels <= 2,
-        bits=bits,
-        alpha=values[:, -1:].contiguous() if channels in (2, 4) else None,
-        icc=icc,
-        exif=_clean_exif(exif) if image_format in ("JPEG", "PNG", "WEBP") else None,
-    )
+    pixels, alpha = (colour * 2 - 1).contiguous(), values[:, -1:].contiguous() if channels in (2, 4) else None
+    exif = _clean_exif(exif) if image_format in ("JPEG", "PNG", "WEBP") else None
+    return ImageRecord(pixels, path, image_format or "PNG", channels <= 2, bits, alpha, icc, exif)
 
 
 def write_image(path: str | Path, image: torch.Tensor, like: ImageRecord | None = None, colour: bool = False) -> None:

@@ -36,9 +36,7 @@ def stretch_range(image: torch.Tensor) -> torch.Tensor:
     return 2 * (image - low) / (high - low).clamp(min=1e-8) - 1
 
 
-def enlarge_image(
-    image: torch.Tensor, size: int = 512, *, method: str = "bicubic", stretch: bool = False
-) -> torch.Tensor:
+def enlarge_image(image: torch.Tensor, size: int = 512, *, method="bicubic", stretch: bool = False) -> torch.Tensor:
     """Resize (B, 3, H, W) in [-1, 1] to size x size and clamp the overshoot of the bicubic filter.
 
     method: one of METHODS; "nearest" is the authors'. stretch: apply `stretch_range` first.
@@ -82,17 +80,11 @@ class Resampling:
             raise RestoreError(f"solve_at must be a number of pixels, got {self.side}")
         check_known([self.method], METHODS, "unknown resampling")
 
-    def prepare_truth(self, clean: torch.Tensor) -> torch.Tensor:
-        return stretch_range(clean) if self.stretch else clean
-
     def enlarge(self, clean: torch.Tensor, name: str) -> torch.Tensor:
         """Resize a square clean photo to `side`. Raises RestoreError, with its file's name, if it is not square."""
         if clean.shape[-1] != clean.shape[-2]:
             raise RestoreError(f"{name} must be square for solve_at={self.side} with degrade=True")
         return enlarge_image(clean, self.side, method=self.method)
-
-    def enlarge_mask(self, mask: torch.Tensor) -> torch.Tensor:
-        return resize_image(mask, self.side, method="nearest")
 
     def adapt_operator(self, operator: Operator, size: tuple[int, int], name: str) -> Operator:
         """Return the operator for images of `side`, given the size at which `operator` measures. Raises RestoreError,
@@ -112,9 +104,7 @@ class Resampling:
 def select_resampling(side: int | None, method: str | None, reference: bool) -> Resampling | None:
     """Return the Resampling of the options solve_at, resample and reference, None without solve_at. Raises RestoreError
     for resample without solve_at."""
-    if side is None:
-        if method is not None:
-            raise RestoreError(f"resample={method} needs solve_at=")
-        return None
-    options = dict(REFERENCE) if reference else {}
-    return Resampling(side, **options | ({} if method is None else {"method": method}))
+    if side is None and method is not None:
+        raise RestoreError(f"resample={method} needs solve_at=")
+    options = (REFERENCE if reference else {}) | ({} if method is None else {"method": method})
+    return None if side is None else Resampling(side, **options)

@@ -77,7 +77,6 @@ def flowdps(
                 z_t = z0 + sigma_next * (eps - z0) + moved
             require_finite(z_t, k, f"step_size={step_size:g}")
             x0_hat, residual = first
-            state = {"x_t": z_t, "x0_hat": x0_hat, "z0_hat": z0_hat, "eps": eps, "residual": residual}
-            report(callback, k, len(timesteps), t, **state)
+            report(callback, k, len(timesteps), t, x_t=z_t, x0_hat=x0_hat, z0_hat=z0_hat, eps=eps, residual=residual)
     with torch.no_grad():
         return prior.decode(z_t)

@@ -22,10 +22,8 @@ def generate(
     ddim_eta: float | None = None,
     clip: bool | None = None,
 ) -> torch.Tensor:
-    """Draw n samples x_0 ~ p(x_0) with guided scores (PAG, Ahn et al. 2024, sec. 5.1-5.2), (n, 3, H, W), not clamped.
-
-    ddim_eta: None for DDPM, else DDIM(eta). callback: x0_hat is not decoded. The rest is as in `restore.samplers`.
-    """
+    """Draw n images (n, 3, H, W), not clamped, with guided scores (PAG, Ahn et al. 2024, sec. 5.1-5.2). ddim_eta: None
+    for DDPM, else DDIM(eta). callback: x0_hat is not decoded. The rest is as in `restore.samplers`."""
     prior = normalise(prior, "vp")
     diffusion = Diffusion(prior.schedule, prior.schedule.timesteps(steps))
     clip = prior.bounded if clip is None else clip

@@ -55,13 +55,6 @@ class Diffusion:
         frac = (v + 1) / 2
         return frac * high + (1 - frac) * low
 
-    def ddpm(self, x_t: torch.Tensor, x0: torch.Tensor, log_variance, i: int, noise: torch.Tensor) -> torch.Tensor:
-        """Return x_{t-1} ~ N(coef_x0 x0 + coef_x_t x_t, Sigma) (Ho et al. 2020, eq. 6-7); no noise in the last step."""
-        mean = _scalar(self.coef_x0[i]) * x0 + _scalar(self.coef_x_t[i]) * x_t
-        if i == 0:
-            return mean
-        return mean + torch.exp(0.5 * torch.as_tensor(log_variance, device=x_t.device, dtype=x_t.dtype)) * noise
-
     def ddim(self, x_t: torch.Tensor, x0: torch.Tensor, eta: float, i: int, noise: torch.Tensor) -> torch.Tensor:
         """Return x_{t-1} of DDIM (Song et al. 2021, eq. 12 and 16), with eps derived from the clamped x0."""
         a, a_prev = self.alpha_bar[i], self.alpha_bar_prev[i]
@@ -73,11 +66,14 @@ class Diffusion:
         return x if i == 0 else x + _scalar(sigma) * noise
 
     def step(self, x_t, eps, v, i, noise, *, ddim_eta: float | None = None, clip: bool = True) -> torch.Tensor:
-        """Return x_{t-1} from x_t and the (guided) eps: DDPM if `ddim_eta` is None, else DDIM(eta)."""
+        """Return x_{t-1} from x_t and the (guided) eps: DDIM(eta) or, if `ddim_eta` is None, DDPM's sample of
+        N(coef_x0 x0 + coef_x_t x_t, Sigma) (Ho et al. 2020, eq. 6-7), without noise in the last step."""
         x0 = self.x0(x_t, eps, i, clip)
-        if ddim_eta is None:
-            return self.ddpm(x_t, x0, self.log_variance(v, i), i, noise)
-        return self.ddim(x_t, x0, ddim_eta, i, noise)
+        if ddim_eta is not None:
+            return self.ddim(x_t, x0, ddim_eta, i, noise)
+        mean = _scalar(self.coef_x0[i]) * x0 + _scalar(self.coef_x_t[i]) * x_t
+        variance = torch.as_tensor(self.log_variance(v, i), device=x_t.device, dtype=x_t.dtype)
+        return mean + torch.exp(0.5 * variance) * noise if i else mean
 
 
 def _scalar(value: torch.Tensor) -> float:
