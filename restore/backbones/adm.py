@@ -89,8 +89,7 @@ class ADM(Pixels):
         self.learned_variance = config.out_channels == 2 * config.in_channels
         if not self.learned_variance and config.out_channels != config.in_channels:
             raise RestoreError(
-                f"the network must have {config.in_channels} output channels, as input, or twice as many with a "
-                f"learned variance, got {config.out_channels}"
+                f"the network must have {self.channels} output channels or twice as many, got {config.out_channels}"
             )
         self.multiple = 2 ** (len(config.block_out_channels) - 1)
         # Published models reach 8x8 at their deepest level, unless the configuration states a size.
@@ -128,17 +127,13 @@ class ADM(Pixels):
         return Prediction.of(PREDICTION_TYPES[self.prediction_type], out, x_t, alpha, sigma)
 
     def _labels(self, condition, batch: int) -> torch.Tensor | None:
-        if condition is None:
-            condition = self.null_condition
+        condition = self.null_condition if condition is None else condition
         if self.classes is None:
             if condition is not None:
                 raise RestoreError(f"condition must be None for an unconditional network, got {condition}")
             return None
         if condition is None:
-            raise RestoreError(
-                f"condition must be class labels, a LongTensor (B,) of 0..{self.classes - 1}, for this "
-                "class-conditional network, got None"
-            )
+            raise RestoreError(f"condition must be 0..{self.classes - 1} for a class-conditional network, got None")
         return check_labels(condition, batch, self.classes).to(self.device)
 
     @classmethod
@@ -202,10 +197,8 @@ def check_labels(condition: torch.Tensor | int, batch: int, classes: int) -> tor
     """Return class labels as a LongTensor (batch,). Raises RestoreError unless they lie in 0..classes−1."""
     labels = torch.as_tensor(condition)
     if labels.is_floating_point() or labels.ndim > 1 or labels.numel() not in (1, batch):
-        raise RestoreError(
-            f"condition must be integer class labels, one for the batch or {batch}, one per image, got "
-            f"{labels.dtype} of shape {tuple(labels.shape)}"
-        )
+        given = f"{labels.dtype} of shape {tuple(labels.shape)}"
+        raise RestoreError(f"condition must be integers, one for the batch or {batch}, one per image, got {given}")
     if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise RestoreError(f"condition must be class labels in 0..{classes - 1}, got {labels.tolist()}")
     return labels.to(torch.long).reshape(-1).expand(batch)

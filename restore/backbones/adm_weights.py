@@ -40,10 +40,7 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict:
     def shape(name: str) -> tuple[int, ...]:
         if name not in shapes:
             first = next(iter(shapes), "nothing")
-            raise RestoreError(
-                f"this is not a guided-diffusion U-Net: it has no '{name}' (its first tensor is '{first}'); "
-                "it must be the flat state dict of a guided-diffusion UNetModel"
-            )
+            raise RestoreError(f"not a guided-diffusion U-Net: it has no '{name}' (its first tensor is '{first}')")
         return tuple(shapes[name])
 
     width, in_channels = 4 * shape("time_embed.0.weight")[1], shape("input_blocks.0.0.weight")[1]
@@ -64,8 +61,7 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict:
     per_level, remainder = divmod(n_in, levels)
     if remainder or per_level < 2 or n_out != n_in:
         raise RestoreError(
-            f"this is not a guided-diffusion U-Net or not complete: it has {n_in} input blocks, {n_out} output blocks "
-            f"and {levels - 1} upsamplers"
+            f"not a complete guided-diffusion U-Net: {n_in} input and {n_out} output blocks, {levels - 1} upsamplers"
         )
     first = [1 + level * per_level for level in range(levels)]
     channels = [shape(f"input_blocks.{n}.0.out_layers.3.weight")[0] for n in first]
@@ -109,8 +105,7 @@ def count_heads(config: Mapping, heads: int | None = None, head_channels: int | 
             raise RestoreError(f"heads must divide the {channels} channels of an attention layer, got {heads}")
         if heads is None and (width < 1 or channels % width):
             raise RestoreError(
-                f"an attention layer of {channels} channels cannot have heads of {width} channels, and the weights do "
-                "not tell their width; pass head_channels=... or heads=... as the network was trained with"
+                f"heads of {width} channels do not fit {channels} channels; pass head_channels or heads as in training"
             )
         counts[channels] = heads if heads is not None else channels // width
     return counts
@@ -130,7 +125,7 @@ def convert_state(
     try:
         config = infer_config({name: tuple(tensor.shape) for name, tensor in state.items()})
     except RestoreError as error:
-        raise RestoreError(f"{path} does not fit: {error}") from None
+        raise RestoreError(f"{path} is {error}") from None
     counts = count_heads(config, heads, head_channels)
     # A width that divides every layer's channels; build_network then sets each layer's own count.
     config["attention_head_dim"] = math.gcd(*(channels // count for channels, count in counts.items()))
@@ -224,9 +219,8 @@ def convert_weights(
     unexpected = [name for name in state if name not in table]
     if missing or unexpected:
         raise RestoreError(
-            "the checkpoint does not fit a guided-diffusion U-Net: "
-            f"{len(missing)} tensors missing (first: {missing[0] if missing else 'none'}), "
-            f"{len(unexpected)} unexpected (first: {unexpected[0] if unexpected else 'none'})"
+            f"the checkpoint must hold the weights of a guided-diffusion U-Net, got {len(missing)} missing, first "
+            f"{missing[:1]}, and {len(unexpected)} unexpected, first {unexpected[:1]}"
         )
     result = {}
     for source, target in table.items():
@@ -243,9 +237,6 @@ def convert_weights(
             names = [f"{stem[:-3]}{letter}.{kind}" for letter in ("to_q", "to_k", "to_v")]
         for name, part in zip(names, parts, strict=True):
             if part.shape != targets[name].shape:
-                raise RestoreError(
-                    f"the checkpoint does not fit: {name} must have the shape {tuple(targets[name].shape)}, got "
-                    f"{tuple(part.shape)} from '{source}'"
-                )
+                raise RestoreError(f"'{source}' must be {tuple(targets[name].shape)}, got {tuple(part.shape)}")
             result[name] = part.contiguous()
     return result

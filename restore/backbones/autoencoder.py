@@ -56,8 +56,7 @@ class Latents:
         channels = getattr(vae.config, "vq_embed_dim", None) or vae.config.latent_channels
         if channels != self.channels:
             raise RestoreError(
-                f"vae must make latents of {self.channels} channels, as the network takes, got {channels} channels; "
-                "try the autoencoder of the same model"
+                f"vae must make latents of {self.channels} channels, got {channels}; try that of the same model"
             )
         self.vae = vae.eval().requires_grad_(False)
         self.downscale = 2 ** (len(vae.config.block_out_channels) - 1)

@@ -155,9 +155,7 @@ def normalise(prior: Backbone, kind: str) -> Backbone:
 def require_shape(x_t: torch.Tensor, channels: int, multiple: int) -> None:
     """Raise RestoreError unless x_t is (B, channels, h, w) with sides divisible by `multiple`."""
     if x_t.ndim != 4 or x_t.shape[1] != channels or any(side % multiple for side in x_t.shape[2:]):
-        raise RestoreError(
-            f"x_t must be (B, {channels}, H, W) with sides divisible by {multiple}, got shape {tuple(x_t.shape)}"
-        )
+        raise RestoreError(f"x_t must be (B, {channels}, H, W), sides divisible by {multiple}, got {tuple(x_t.shape)}")
 
 
 def expand_times(t: float | torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:

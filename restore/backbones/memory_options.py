@@ -40,9 +40,7 @@ def enable_vae_tiling(backbone: Backbone) -> None:
     """Decode large images in tiles. Raises RestoreError if the autoencoder cannot."""
     vae = _find_vae(backbone, "vae_tiling")
     if type(vae).__name__ == "AutoencoderTiny":
-        raise RestoreError(
-            "vae_tiling must be False for a tiny autoencoder: it needs no tiles, and diffusers' tiling breaks it"
-        )
+        raise RestoreError("vae_tiling must be False for a tiny autoencoder, which diffusers' tiling breaks")
     vae.enable_tiling()
 
 

@@ -62,9 +62,7 @@ class Schedule:
         """Return the schedule of a falling table alpha_bar (T,): t = 0 ... T − 1, alpha(t) = sqrt(alpha_bar[t])."""
         table = torch.as_tensor(alphas_cumprod).detach().double().cpu()
         if not (table.ndim == 1 and bool((table > 0).all()) and bool((table < 1).all())):
-            raise RestoreError(
-                "alpha_bar must lie strictly between 0 and 1 at every timestep (zero terminal SNR has no x0_hat)"
-            )
+            raise RestoreError("alpha_bar must lie strictly between 0 and 1 (zero terminal SNR has no x0_hat)")
         schedule = cls(np.arange(len(table)), ((1 - table) / table).sqrt().numpy(), "vp")
         schedule.__dict__["alphas_cumprod"] = table  # without the rounding of the ratios
         return schedule

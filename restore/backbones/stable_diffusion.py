@@ -46,17 +46,30 @@ class StableDiffusion(Latents):
         prediction_type: str = "epsilon",
         encode_prompt: Callable[[str], torch.Tensor] | None = None,
     ) -> None:
-        require_compatible(unet, null_condition, prediction_type)
+        config, width = unet.config, null_condition.shape[-1]
+        if config.in_channels != config.out_channels:
+            raise RestoreError(
+                f"the U-Net must be a text-to-image model's, got {config.in_channels} input and {config.out_channels} "
+                "output channels (an inpainting or upscaling model)"
+            )
+        if config.addition_embed_type is not None or config.class_embed_type is not None:
+            raise RestoreError(
+                "the U-Net must need no conditions beyond a prompt, as SDXL's does; try Stable Diffusion 1.x or 2.x"
+            )
+        if width != (wanted := _first(config.cross_attention_dim)):
+            raise RestoreError(
+                f"embeddings must be {wanted} wide, got {width}; try encoder and U-Net of one model"
+            )
+        check_known([prediction_type], PREDICTION_TYPES, "unknown prediction type")
         self.network = unet.eval().requires_grad_(False)
         self.schedule = schedule
         self.null_condition = null_condition.detach().to(self.device)
         self.prediction_type = prediction_type
         self.encode_prompt = encode_prompt
         self.attention = find_attention_layers(unet)
-        self.channels = unet.config.in_channels
-        self.resolution = _first(unet.config.sample_size)
+        self.channels, self.resolution = config.in_channels, _first(config.sample_size)
         # The U-Net halves its input at every level but the last.
-        self.multiple = 2 ** (len(unet.config.block_out_channels) - 1)
+        self.multiple = 2 ** (len(config.block_out_channels) - 1)
         self.use_vae(vae)
 
     @classmethod
@@ -120,48 +133,19 @@ HALF_SCALE = 2.0**10
 """The data term's gradient, spread over the activations, falls below float16's smallest normal number, 6e-5."""
 
 
-class ScaledGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by `factor`."""
-
-    @staticmethod
-    def forward(ctx, x, factor):
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.factor, None
-
-
 def run_in_dtype(network, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return network(x) computed in `dtype`, in the dtype of x; in float16, gradients are scaled (see HALF_SCALE)."""
     if dtype != torch.float16:
         return network(x.to(dtype)).to(x.dtype)
-    out = network(ScaledGradient.apply(x, 1 / HALF_SCALE).to(dtype)).to(x.dtype)
-    return ScaledGradient.apply(out, HALF_SCALE)
+    out = network(_scale_gradient(x, 1 / HALF_SCALE).to(dtype)).to(x.dtype)
+    return _scale_gradient(out, HALF_SCALE)
 
 
-def require_compatible(unet: nn.Module, null_condition: torch.Tensor, prediction_type: str) -> None:
-    """Raise RestoreError for parts that are not those of a plain text-to-image latent model."""
-    config = unet.config
-    if config.in_channels != config.out_channels:
-        raise RestoreError(
-            f"the U-Net must predict as many channels as it takes, got {config.in_channels} input and "
-            f"{config.out_channels} output channels (an inpainting or upscaling model); try a text-to-image model such "
-            "as Stable Diffusion 1.5"
-        )
-    if config.addition_embed_type is not None or config.class_embed_type is not None:
-        raise RestoreError(
-            "the U-Net must need no conditions beyond a prompt, but it does, as SDXL's; try a Stable Diffusion 1.x or "
-            "2.x model"
-        )
-    width = null_condition.shape[-1]
-    if width != _first(config.cross_attention_dim):
-        raise RestoreError(
-            f"the text encoder's embeddings must be {config.cross_attention_dim} wide, as the U-Net's cross-attention, "
-            f"got {width}; take both from the same model"
-        )
-    check_known([prediction_type], PREDICTION_TYPES, "unknown prediction type")
+def _scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
+    x = x.view_as(x)  # the hook is not for the caller's tensor
+    if x.requires_grad:
+        x.register_hook(lambda gradient: gradient * factor)
+    return x
 
 
 def _first(value):

@@ -131,10 +131,7 @@ class FlowTransformer(Latents):
         condition = self.null_condition if condition is None else condition
         tokens, pooled = self.network.config.joint_attention_dim, self.network.config.pooled_projection_dim
         if condition is None:
-            raise RestoreError(
-                "condition must be a prompt's embedding, as this model came without text encoders, got None; try "
-                "restore.backbones.transformers.make_condition, or a folder with text encoders and tokenizers"
-            )
+            raise RestoreError("condition must be given to a model without text encoders, got None; try make_condition")
         valid = isinstance(condition, torch.Tensor) and condition.ndim == 3 and len(condition) in (1, len(x_t))
         if not valid or condition.shape[1] < 2 or condition.shape[2] != max(tokens, pooled):
             raise RestoreError(

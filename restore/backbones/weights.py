@@ -78,9 +78,7 @@ def read_weights(path: Path, device: str = "cpu") -> Any:
 def read_pipeline_index(folder: Path, parts: str) -> dict:
     """Return the model_index.json of a pipeline's folder. parts: in words, what belongs there. Raises RestoreError."""
     if not (folder / INDEX).is_file():
-        raise RestoreError(
-            f"{folder} must be a folder written by diffusers' save_pretrained, with {parts}; it has no {INDEX}"
-        )
+        raise RestoreError(f"{folder} must be a folder of diffusers' save_pretrained with {parts}; it has no {INDEX}")
     return disk.read_json(folder / INDEX, required=True)
 
 
