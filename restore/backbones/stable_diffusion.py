@@ -57,9 +57,7 @@ class StableDiffusion(Latents):
                 "the U-Net must need no conditions beyond a prompt, as SDXL's does; try Stable Diffusion 1.x or 2.x"
             )
         if width != (wanted := _first(config.cross_attention_dim)):
-            raise RestoreError(
-                f"embeddings must be {wanted} wide, got {width}; try encoder and U-Net of one model"
-            )
+            raise RestoreError(f"embeddings must be {wanted} wide, got {width}; try encoder and U-Net of one model")
         check_known([prediction_type], PREDICTION_TYPES, "unknown prediction type")
         self.network = unet.eval().requires_grad_(False)
         self.schedule = schedule

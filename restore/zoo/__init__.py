@@ -1,21 +1,10 @@
 """Known checkpoints: registry, download, checksums, cache, loading."""
 
 from restore.zoo.load import describe_model, list_models, load_backbone
-from restore.zoo.registry import Model, find_model, read_registry
-from restore.zoo.store import (
-    Located,
-    cache_dir,
-    explain_download,
-    forget_checksum,
-    import_file,
-    is_offline,
-    locate,
-    pull,
-)
+from restore.zoo.registry import find_model, read_registry
+from restore.zoo.store import cache_dir, explain_download, forget_checksum, import_file, is_offline, locate, pull
 
 __all__ = [
-    "Located",
-    "Model",
     "cache_dir",
     "describe_model",
     "explain_download",

@@ -72,9 +72,7 @@ def verify_file(path: Path, size: int | None, sha256: str | None, name: str | No
         raise RestoreError(f"{name} {problem}: fetch it again")
     digest = disk.hash_file(path)
     if sha256 is not None and digest != sha256:
-        raise RestoreError(
-            f"{name} is corrupted or another file: expected SHA-256 {sha256}, got {digest}; fetch it again"
-        )
+        raise RestoreError(f"{name} is broken or another file: expected SHA-256 {sha256}, got {digest}; fetch it again")
     return digest
 
 
@@ -126,7 +124,9 @@ def _fetch_from(
 
 def _transfer(url: str, part: Path, label: Path, size: int | None, progress: Progress | None) -> None:
     """Request once what is missing and append it to `part`."""
-    offset, validator = _find_resume_point(part, label, url)
+    known, offset, validator = disk.read_json(label), 0, None
+    if part.exists() and isinstance(known, dict) and known.get("url") == url:  # else its origin is unknown
+        offset, validator = part.stat().st_size, known.get("validator")
     headers = {"Accept-Encoding": "identity"}  # offsets have no meaning in a compressed transfer
     if offset:
         headers |= {"Range": f"bytes={offset}-"} | ({"If-Range": validator} if validator else {})
@@ -149,9 +149,7 @@ def _transfer(url: str, part: Path, label: Path, size: int | None, progress: Pro
             offset = 0  # the server ignored the range, or its file has changed
         needed = (total or offset) - offset
         if needed > shutil.disk_usage(part.parent).free:
-            raise RestoreError(
-                f"the disk of {part.parent} must have {needed / 1e6:.0f} MB free for the rest of the file"
-            )
+            raise RestoreError(f"the disk of {part.parent} must have {needed / 1e6:.0f} MB free for the file's rest")
         etag = response.headers.get("ETag", "")  # If-Range takes a strong ETag, else the date
         validator = etag if etag.startswith('"') else response.headers.get("Last-Modified")
         disk.write_json(label, {"url": url, "validator": validator})
@@ -167,16 +165,8 @@ def _transfer(url: str, part: Path, label: Path, size: int | None, progress: Pro
         raise _Cut(f"{done} of {total} bytes arrived")
 
 
-def _find_resume_point(part: Path, label: Path, url: str) -> tuple[int, str | None]:
-    """The bytes of `part` to keep and their server's validator; (0, None) if their origin is unknown."""
-    known = disk.read_json(label)
-    if not part.exists() or not isinstance(known, dict) or known.get("url") != url:
-        return 0, None
-    return part.stat().st_size, known.get("validator")
-
-
 def _read_total(response: requests.Response, offset: int) -> int | None:
-    """The size of the whole file as the response states it."""
+    """Return the size of the whole file as the response states it."""
     match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", response.headers.get("Content-Range", ""))
     if response.status_code == 206 and (not match or int(match[1] or -1) != offset):
         raise _Unusable(f"the server sent another range than requested ({response.headers.get('Content-Range')})")

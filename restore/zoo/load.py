@@ -38,13 +38,11 @@ def load_backbone(
     options = {**found.options, "device": device, "dtype": dtype}
     if found.kind == "autoencoder":
         raise RestoreError(f"{name} is an autoencoder, not a prior; give it to a latent model as vae={str(name)!r}")
-    if found.kind == "adm":
-        if vae is not None:
-            raise RestoreError(f"vae must be None for {name}, a model of pixels, got {str(vae)!r}")
-        return found, ADM.load(found.path, **options)
     kinds = {"latent": LatentDiffusion, "stable-diffusion": StableDiffusion, "sd3": SD3, "flux": Flux, "dit": DiT}
-    cls = kinds[found.kind]
+    cls = kinds.get(found.kind, ADM)
     if vae is not None:
+        if cls is ADM:
+            raise RestoreError(f"vae must be None for {name}, a model of pixels, got {str(vae)!r}")
         if vae == "tiny" and cls is LatentDiffusion:
             raise RestoreError(f"{name} has no tiny autoencoder of its own; give vae= a name or a folder")
         options["vae"] = _load_autoencoder(cls.tiny_vae if vae == "tiny" else vae, offline)

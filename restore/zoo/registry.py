@@ -11,7 +11,7 @@ from typing import Any
 from operators import RestoreError
 from operators.naming import check_known, suggest
 from restore.config import read_yaml
-from restore.paths import configs_dir, data_dir
+from restore.paths import configs_dir
 
 KINDS = ("adm", "latent", "stable-diffusion", "sd3", "flux", "dit", "autoencoder")
 
@@ -116,14 +116,6 @@ def detect_kind(content: Mapping[str, Any]) -> str | None:
         return ("latent" if latent else "adm") if "UNet2DModel" in str(content["unet"]) else "stable-diffusion"
     names = [str(content.get("_class_name")), str((content.get("transformer") or ["", ""])[1])]
     return next((kind for part, kind in CLASSES.items() if any(name.startswith(part) for name in names)), None)
-
-
-def find_shipped_folder(entry: Model) -> Path:
-    """Return the folder of a model that is part of the package. Raises RestoreError if it is missing."""
-    folder = data_dir() / str(entry.folder)
-    if not folder.is_dir():
-        raise RestoreError(f"the model {entry.name} must be in {folder}, which is missing; install the package again")
-    return folder
 
 
 def _read_model(path: Path) -> Model:

@@ -16,6 +16,7 @@ import filelock
 from operators import RestoreError
 from operators.naming import suggest
 from restore import disk
+from restore.paths import data_dir
 from restore.zoo import download, registry
 from restore.zoo.registry import Hub, Model
 
@@ -41,7 +42,7 @@ class Located:
 
 
 def cache_dir() -> Path:
-    """The folder of downloaded weights: $RESTORE_CACHE, else `restore` in $XDG_CACHE_HOME or ~/.cache.
+    """Return the folder of downloaded weights: $RESTORE_CACHE, else `restore` in $XDG_CACHE_HOME or ~/.cache.
 
     Hub models are in the Hugging Face cache ($HF_HOME) instead, shared with other programs.
     """
@@ -62,9 +63,9 @@ def locate(name_or_path: str | Path) -> Located:
 
     A registered name wins over a file of that name (write ./name for the file). A folder is a diffusers pipeline
     (model_index.json), of pixels ("adm") or latents ("latent") if its network is a UNet2DModel, or a single network or
-    autoencoder (config.json). Files whose names have the prefix `model.diffusion_model.` are latent diffusion, without
-    conditioning ("latent") or with it (Stable Diffusion); other .pt, .pth and .safetensors files are ADM. The kind of a
-    hub id that is not in the cache is a guess. Raises RestoreError for anything else, with the nearest registered name.
+    autoencoder (config.json). Files with tensors named `model.diffusion_model.` are latent diffusion, without
+    conditioning ("latent") or with it (Stable Diffusion); other weight files are ADM. The kind of a hub id that is not
+    in the cache is a guess. Raises RestoreError for anything else, with the nearest registered name.
     """
     name, path = str(name_or_path), Path(name_or_path).expanduser()
     known = registry.read_registry()
@@ -91,15 +92,13 @@ def pull(
     """Make a registered model or hub id available on this machine and return its file or folder.
 
     A file in the cache is kept if its SHA-256 is right (verify=False: unchecked) and fetched again otherwise; a cut
-    download is resumed. Two processes that pull the same model download it once. If the registry has no checksum, the
-    network is built from the file once, and its checksum is recorded and verified from then on: a file replaced by its
-    publisher is refused like a corrupted one (see `forget_checksum`).
-    offline=True (default: see `is_offline`) never uses the network. progress(bytes so far, bytes in all or None) is
-    called during the download of a file; the hub client shows its own bars.
+    download is resumed, and processes that pull the same model download it once. If the registry has no checksum, the
+    network is built from the file, and its checksum is recorded: a file replaced by its publisher is then refused like
+    a corrupted one (see `forget_checksum`). offline=True (default: see `is_offline`) never uses the network.
+    progress(bytes so far, bytes in all or None): called during the download of a file; the hub client shows bars.
     Raises RestoreError if the model cannot be fetched, with the file, its publisher and where to put it.
     """
-    found = locate(name)
-    offline = is_offline(offline)
+    found, offline = locate(name), is_offline(offline)
     if found.hub is not None:
         folder = _fetch_snapshot(found.hub, offline)
         if folder is None:
@@ -109,8 +108,6 @@ def pull(
             )
         return folder
     if found.entry is None or found.entry.download is None:
-        if found.path is None:
-            raise RestoreError(f"the model {name} is part of the package but missing; install the package again")
         return found.path
     return _pull_file(found.entry, offline, verify, progress)
 
@@ -118,10 +115,8 @@ def pull(
 def import_file(name: str, path: str | Path) -> Path:
     """Verify a weight file fetched by hand, copy it into the cache as the registered model `name`, return the copy.
 
-    Size and SHA-256 must be the registry's or, if it has none, those recorded at an earlier download; the first time
-    they are recorded, after the network has been built from the file. Raises RestoreError, and leaves the cache
-    unchanged, if the file is unreadable, truncated, different or another kind of model, if the model is not a single
-    file, and if the disk is full.
+    Its checks and records are those of `pull`. Raises RestoreError, and leaves the cache unchanged, if the file is
+    unreadable, truncated, different or another kind of model, if the model is not a single file, or the disk is full.
     """
     entry, path = registry.find_model(name), Path(path).expanduser()
     if entry.download is None:
@@ -161,9 +156,7 @@ def explain_download(entry: Model) -> str:
 def _pull_file(entry: Model, offline: bool, verify: bool, progress: download.Progress | None) -> Path:
     target = _cache_path(entry)
     if not target.exists() and offline:
-        raise RestoreError(
-            f"{entry.name} needs {target}, which is missing, and the run is offline. {explain_download(entry)}"
-        )
+        raise RestoreError(f"{entry.name}: {target} is missing and the run is offline. {explain_download(entry)}")
     with _lock(target):
         if target.exists():
             try:
@@ -198,23 +191,19 @@ def _verify(entry: Model, path: Path, name: str) -> str:
         advice = f"the checksum is that of the first file seen here; `restore models forget {entry.name}` removes it"
         raise RestoreError(f"{error}; {advice}") from error
     if _expected(entry)[1] is None:  # no checksum is known: build the network, so that no web page is kept as weights
-        if entry.kind == "adm":
-            from restore.backbones.adm import ADM
+        from restore.backbones.adm import ADM
+        from restore.backbones.latent import LatentDiffusion
+        from restore.backbones.pipeline_files import require_checkpoint
 
-            ADM.load(path, **entry.loading)
-        elif entry.kind == "latent":
-            from restore.backbones.latent import LatentDiffusion
-
-            LatentDiffusion.load(path, **entry.loading)
+        if entry.kind in ("adm", "latent"):
+            (ADM if entry.kind == "adm" else LatentDiffusion).load(path, **entry.loading)
         else:
-            from restore.backbones.pipeline_files import require_checkpoint
-
             require_checkpoint(path)
     return digest
 
 
 def _expected(entry: Model) -> tuple[int | None, str | None]:
-    """Size and SHA-256 from the registry, else from the first time the file was seen here."""
+    """Return size and SHA-256 from the registry, else from the first time the file was seen here."""
     first = _read_record(entry) or {}
     return entry.download.size or first.get("size"), entry.download.sha256 or first.get("sha256")
 
@@ -252,14 +241,17 @@ def _lock(target: Path) -> filelock.BaseFileLock:
 
 def _find_present(entry: Model) -> Path | None:
     if entry.folder is not None:
-        return registry.find_shipped_folder(entry)
+        folder = data_dir() / entry.folder
+        if not folder.is_dir():
+            raise RestoreError(f"the model {entry.name} must be in {folder}, but is not; install the package again")
+        return folder
     if entry.hub is not None:
         return _fetch_snapshot(entry.hub, offline=True)
     return _cache_path(entry) if _cache_path(entry).is_file() else None
 
 
 def _fetch_snapshot(hub: Hub, offline: bool) -> Path | None:
-    """The folder of a hub model in the Hugging Face cache; None if offline and not complete there."""
+    """Return the folder of a hub model in the Hugging Face cache; None if offline and not complete there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -287,8 +279,7 @@ def _detect_folder_kind(folder: Path) -> str:
             if kind is not None or name == "model_index.json":
                 return kind or "stable-diffusion"  # whose loader explains what else it is
     raise RestoreError(
-        f"{folder} is not a model folder: it must have model_index.json (a diffusers pipeline) or the config.json of a "
-        "UNet2DModel or an autoencoder"
+        f"{folder} must be a model folder, with model_index.json or the config.json of a UNet2DModel or autoencoder"
     )
 
 
@@ -305,7 +296,7 @@ def _detect_file_kind(path: Path) -> str:
 
 
 def _read_tensor_names(path: Path) -> bytes:
-    """The part of a weight file that holds the names of its tensors, unparsed; b"" if there is no such part."""
+    """Return the part of a weight file that holds the names of its tensors, unparsed; b"" if there is none."""
     if zipfile.is_zipfile(path):  # torch.save
         with zipfile.ZipFile(path) as archive:
             inside = [name for name in archive.namelist() if name.endswith("data.pkl")]

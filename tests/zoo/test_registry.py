@@ -42,7 +42,7 @@ def test_what_a_name_or_path_means(cache, tmp_path, monkeypatch):
     for wrong, message in (
         ("adm-ffhq-265", "did you mean 'adm-ffhq-256'"),
         (str(tmp_path / "x.pt"), "no file or folder"),
-        (str(tmp_path), "not a model folder"),
+        (str(tmp_path), "must be a model folder"),
         (str(adm), "cut off"),
         (__file__, "weight file must end in"),
     ):

@@ -123,7 +123,7 @@ def other_files(folder):
         "page.pt": "not a readable checkpoint",
         "code.pt": "asks to run code",
         "other.pt": "not a guided-diffusion U-Net",
-        "incomplete.pt": "1 tensors missing",
+        "incomplete.pt": "1 missing",
     }
 
 
