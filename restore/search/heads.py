@@ -83,12 +83,12 @@ def search_heads(
         "images": {half: search.describe_images(half) for half in search.halves},
         "test": search.run_test(heads, curve, best["size"], layer),
     }
-    table = json.loads(json.dumps(table), parse_constant=lambda name: None)  # infinity and NaN are null
     disk.write_json(search.folder / "search.json", table)
     guidance = set_layers(search.config["guidance"], chosen)
     comment = f"# {table['name']}: chosen on the calibration images by {table['objective']}, {best['cost']:.5g}"
     comment += f" with it, {table['none']['cost']:.5g} without\n"
     disk.write_bytes(search.folder / "guidance.yaml", (comment + yaml.safe_dump(guidance, sort_keys=False)).encode())
+    table = json.loads(json.dumps(table))
     write_search_report(search.folder, table, search.config)
     return SearchResult(search.folder, chosen, guidance, table)
 
@@ -271,10 +271,14 @@ class HeadSearch:
 def compare_scores(score: Score, none: Score) -> dict[str, float | None]:
     """Return score - none with the bootstrap interval of the paired differences over the images that both have."""
     if score.shares is None or none.shares is None:
-        return {"mean": score.value - none.value, "low": None, "high": None}
+        return {"mean": _finite(score.value - none.value), "low": None, "high": None}
     return _estimate(score.shares - none.shares[: len(score.shares)], "mean", "low", "high")
 
 
 def _estimate(shares: Any, *keys: str) -> dict[str, float | None]:
     estimate = bootstrap_mean(shares)
-    return {key: getattr(estimate, key) for key in keys}
+    return {key: _finite(getattr(estimate, key)) for key in keys}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
