@@ -107,9 +107,8 @@ def evaluate(
     protocol["reference"] = {"count": len(truth), "sha256": disk.hash_files(list(truth.values()))}
 
     usable = allow_incomplete or not (missing or mismatched)
-    means = {}
-    if per_image and usable:
-        means = {name: bootstrap_mean([row[name] for row in per_image]) for name in functions}
+    averaged = functions if per_image and usable else {}
+    means = {name: bootstrap_mean([row[name] for row in per_image]) for name in averaged}
     set_values: dict[str, float] = {}
     if set_metrics and not usable:
         notes.append("set metrics were not computed, as the results are incomplete")

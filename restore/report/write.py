@@ -54,14 +54,13 @@ def write_report(
     return WrittenReport(folder / "report.html", folder / "report.md", differences)
 
 
-def render_templates(name: str, out: Path, context: Mapping[str, Any], templates: Path | None = None) -> None:
+def render_templates(name: str, out: Path, context: Mapping[str, Any], *templates: Path) -> None:
     """Write `out`/report.html and report.md from the templates NAME.html.j2 and NAME.md.j2.
 
-    templates: a folder of further templates, which may extend those of this one.
+    templates: folders of further templates, which may extend those of this one.
     """
-    folders = [Path(__file__).parent, *([templates] if templates else [])]
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folders),
+        loader=jinja2.FileSystemLoader([Path(__file__).parent, *templates]),
         autoescape=lambda name: name.endswith(".html.j2"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

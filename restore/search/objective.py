@@ -193,13 +193,11 @@ def jackknife_kernel_distance(x: np.ndarray, y: np.ndarray, paired: bool) -> np.
     def distance(sum_xx, sum_yy, sum_xy, n, m):
         return sum_xx / (n * (n - 1)) + sum_yy / (m * (m - 1)) - 2 * sum_xy / (n * m)
 
-    rest_xx, rest_yy, rest_xy = xx.sum() - 2 * xx.sum(1), yy.sum(), xy.sum() - xy.sum(1)
+    rest_yy, rest_xy, rest_m = yy.sum(), xy.sum() - xy.sum(1), m
     if paired:
         rest_xy = xy.sum() - xy.sum(0) - xy.sum(1) + np.diag(xy)
-        rest_yy, m_rest = yy.sum() - 2 * yy.sum(1), m - 1
-    else:
-        m_rest = m
-    without = distance(rest_xx, rest_yy, rest_xy, n - 1, m_rest)
+        rest_yy, rest_m = yy.sum() - 2 * yy.sum(1), m - 1
+    without = distance(xx.sum() - 2 * xx.sum(1), rest_yy, rest_xy, n - 1, rest_m)
     return n * distance(xx.sum(), yy.sum(), xy.sum(), n, m) - (n - 1) * without
 
 

@@ -51,9 +51,8 @@ class Autoencoder:
         self.source = Pixels(config, device)
         self.model = Reconstruction(build_autoencoder(config), config.get("frozen_encoder", False))
         self.lpips = load_lpips(config, device)
-        self.discriminator_start = config.discriminator.start
-        enabled = self.discriminator_start is not None
-        self.discriminator = PatchDiscriminator(config.discriminator.channels) if enabled else None
+        self.discriminator_start, channels = config.discriminator.start, config.discriminator.channels
+        self.discriminator = None if self.discriminator_start is None else PatchDiscriminator(channels)
         self.description = {}
 
     def loss(self, forward, step: int, generator: torch.Generator) -> tuple[Tensor, dict, tuple]:
