@@ -12,22 +12,10 @@ from diffusers import UNet2DModel
 from operators import RestoreError
 from operators.naming import check_known
 from restore import disk
-from restore.backbones import adm_weights
+from restore.backbones import adm_weights, pipeline_files, weights
 from restore.backbones.attention_layers import find_attention_layers
 from restore.backbones.base import PREDICTION_TYPES, Pixels, Prediction, expand_times, require_shape
 from restore.backbones.schedule import Schedule
-from restore.backbones.weights import (
-    CONFIG,
-    INDEX,
-    WEIGHTS,
-    align_memory,
-    as_dtype,
-    first_line,
-    load_state,
-    read_pipeline_index,
-    read_weights,
-    save_network,
-)
 
 EXTRA, SCHEDULER = "restore.json", "scheduler_config.json"
 AUTOENCODERS = ("vqvae", "vae")  # names of the autoencoder in a pipeline's folder
@@ -52,9 +40,8 @@ class ADM(Pixels):
     dtype: torch.float32 (None), bfloat16 or float16, or "fp32", "bf16", "fp16": precision of the network's
         arithmetic by autocast; weights stay fp32 and eps is returned in fp32.
     channels_last: memory format of the weights; by default only in low precision on a GPU, where convolutions are
-        faster that way. On a CPU the backward of group normalisation costs more than they gain (1.5 times the
-        time of a DPS step in bf16). In fp32 another order of summation would be enough to leave the official DPS
-        trajectories: a pixel that rounds across the clamp of x0_hat switches its gradient.
+        faster that way. On a CPU group normalisation's backward costs more than they gain, and in fp32 another order
+        of summation leaves the official DPS trajectories: a pixel rounded across the clamp switches its gradient.
     """
 
     encode_prompt = None
@@ -72,7 +59,7 @@ class ADM(Pixels):
         channels_last: bool | None = None,
     ):
         self.network = network.eval().requires_grad_(False).to(device=device)
-        self.dtype = as_dtype(dtype)
+        self.dtype = weights.as_dtype(dtype)
         if channels_last is None:
             channels_last = self.dtype != torch.float32 and self.device.type == "cuda"
         if channels_last:
@@ -168,7 +155,7 @@ class ADM(Pixels):
         else:
             state = _read_state(source)
             network, trained = adm_weights.convert_state(state, source, heads, head_channels, attention_order), {}
-        align_memory(network)
+        weights.align_memory(network)
         if resolution is not None:
             network.register_to_config(sample_size=resolution)
         return cls(network, **trained | {key: value for key, value in options.items() if value is not None})
@@ -190,7 +177,7 @@ class ADM(Pixels):
             **({"labels": list(self.labels)} if self.labels else {}),
         }
         disk.write_json(folder / EXTRA, extra)
-        save_network(self.network, folder, dtype)
+        weights.save_network(self.network, folder, dtype)
 
 
 def check_labels(condition: torch.Tensor | int, batch: int, classes: int) -> torch.Tensor:
@@ -205,7 +192,7 @@ def check_labels(condition: torch.Tensor | int, batch: int, classes: int) -> tor
 
 
 def _read_state(path: Path) -> dict[str, torch.Tensor]:
-    state = read_weights(path)
+    state = weights.read_weights(path)
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise RestoreError(f"{path} must hold a flat state dict of tensors, as guided-diffusion saves its models")
     return state
@@ -216,9 +203,9 @@ def read_folder(folder: Path, autoencoder: bool = False) -> tuple[UNet2DModel, d
 
     Also returns the keywords of ADM from the scheduler and those from restore.json. Raises RestoreError.
     """
-    pipeline = autoencoder or (folder / INDEX).is_file()
+    pipeline = autoencoder or (folder / pipeline_files.INDEX).is_file()
     if pipeline:
-        parts = read_pipeline_index(folder, "a UNet2DModel, a scheduler and, for latents, an autoencoder")
+        parts = pipeline_files.read_pipeline_index(folder, "a UNet2DModel and a scheduler")
         if "UNet2DModel" not in (parts.get("unet") or []) or any(name in parts for name in AUTOENCODERS) != autoencoder:
             kind = "latents, with an autoencoder" if autoencoder else "pixels"
             raise RestoreError(f"{folder} must hold a diffusion model of {kind}, got a {parts.get('_class_name')}")
@@ -237,21 +224,22 @@ def load_network(folder: Path) -> tuple[UNet2DModel, dict]:
 
     Raises RestoreError, with the first name, unless the file's tensors are exactly the network's.
     """
-    if not (folder / CONFIG).is_file():
-        raise RestoreError(f"{folder} must be the folder of a model, but has no {CONFIG}")
-    config = disk.read_json(folder / CONFIG, required=True)
+    path = folder / weights.CONFIG
+    if not path.is_file():
+        raise RestoreError(f"{folder} must be the folder of a model, but has no {weights.CONFIG}")
+    config = disk.read_json(path, required=True)
     extra = disk.read_json(folder / EXTRA, required=True) if (folder / EXTRA).is_file() else {}
     if config.get("_class_name") != "UNet2DModel":
-        raise RestoreError(f"{folder / CONFIG} must describe a UNet2DModel, got {config.get('_class_name')}")
+        raise RestoreError(f"{path} must describe a UNet2DModel, got {config.get('_class_name')}")
     try:
         heads = {int(channels): count for channels, count in extra.get("heads", {}).items()}
         network = adm_weights.build_network(config, extra.get("time_channels"), heads)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise RestoreError(f"{folder / CONFIG} describes a network that cannot be built: {first_line(error)}") from None
-    pickled = (folder / PICKLED).is_file() and not (folder / WEIGHTS).is_file()
-    tensors = _read_state(folder / (PICKLED if pickled else WEIGHTS))
+        raise RestoreError(f"{path} is of a network that cannot be built: {weights.first_line(error)}") from None
+    pickled = (folder / PICKLED).is_file() and not (folder / weights.WEIGHTS).is_file()
+    tensors = _read_state(folder / (PICKLED if pickled else weights.WEIGHTS))
     state = {_update_name(name): tensor.float() for name, tensor in tensors.items()}
-    load_state(network, state, f"the weights in {folder}")
+    weights.load_state(network, state, f"the weights in {folder}")
     return network, {key: extra[key] for key in TRAINED if key in extra}
 
 

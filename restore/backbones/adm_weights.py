@@ -1,8 +1,7 @@
 """guided-diffusion (ADM) weights as weights of diffusers' `UNet2DModel`.
 
-An ADM network (Dhariwal & Nichol 2021) is exactly a UNet2DModel after renaming its tensors. The
-architecture is inferred from names and shapes; what shapes cannot tell (the number of attention
-heads, the order of q, k, v) are arguments.
+An ADM network (Dhariwal & Nichol 2021) is exactly a UNet2DModel after renaming its tensors. The architecture is
+inferred from names and shapes; what these do not tell (the number of heads, the order of q, k, v) are arguments.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
 from operators import RestoreError
 from operators.validate import require_choice
+
+State = Mapping[str, torch.Tensor]  # weights by name
 
 PUBLISHED_HEAD_CHANNELS = 64
 RESNET = {
@@ -112,7 +113,7 @@ def count_heads(config: Mapping, heads: int | None = None, head_channels: int | 
 
 
 def convert_state(
-    state: Mapping[str, torch.Tensor],
+    state: State,
     path: Path,
     heads: int | None = None,
     head_channels: int | None = None,
@@ -138,9 +139,8 @@ def convert_state(
 def build_network(config: Mapping, base: int | None = None, heads: Mapping[int, int] | None = None) -> UNet2DModel:
     """Build a UNet2DModel on the meta device, for load_state_dict(assign=True).
 
-    base: channels of the timestep embedding; diffusers ties them to the first level's channels, ADM does
-    not (ImageNet-512: 256 against 128). heads: number of heads by a layer's channels; diffusers has
-    one width for all layers.
+    base: channels of the timestep embedding; diffusers ties them to the first level's channels, ADM does not
+    (ImageNet-512: 256 against 128). heads: number of heads by a layer's channels; diffusers has one width for all.
     """
     with torch.device("meta"):
         network = UNet2DModel.from_config(dict(config))
@@ -190,25 +190,13 @@ def map_modules(config: Mapping) -> dict[str, str]:
     return table
 
 
-def split_qkv(tensor: torch.Tensor, heads: int, order: str) -> tuple[torch.Tensor, ...]:
-    """Split a (3c, ...) qkv tensor into q, k, v of (c, ...). legacy: heads outermost; new: q, k, v outermost."""
-    if order == "new":
-        return tuple(tensor.chunk(3))
-    per_head = tensor.reshape(heads, 3, -1, *tensor.shape[1:])
-    return tuple(per_head[:, i].reshape(-1, *tensor.shape[1:]) for i in range(3))
-
-
 def convert_weights(
-    state: Mapping[str, torch.Tensor],
-    config: Mapping,
-    heads: Mapping[int, int],
-    attention_order: str,
-    targets: Mapping[str, torch.Tensor],
+    state: State, config: Mapping, heads: Mapping[int, int], attention_order: str, targets: State
 ) -> dict[str, torch.Tensor]:
     """Return `state` under diffusers' names, fp32, shaped as `targets` (the state dict of build_network).
 
-    Works on meta tensors. Raises RestoreError, with the first missing and unexpected names, unless every tensor is
-    used exactly once and every target filled.
+    attention_order: "legacy" if the rows of a qkv tensor are ordered by head first, "new" if by q, k, v. Works on meta
+    tensors. Raises RestoreError, with the first missing and unexpected names, unless every tensor fills one target.
     """
     require_choice(attention_order, "attention_order", ("legacy", "new"))
     names = [(f"{a}.{kind}", f"{b}.{kind}") for a, b in map_modules(config).items() for kind in ("weight", "bias")]
@@ -233,7 +221,10 @@ def convert_weights(
             if tensor.shape[0] % 3 or tensor.shape[0] // 3 not in heads:
                 wanted = " or ".join(map(str, heads))
                 raise RestoreError(f"'{source}' must have 3 times {wanted} rows, got {tensor.shape[0]} rows")
-            parts = split_qkv(tensor, heads[tensor.shape[0] // 3], attention_order)
+            parts = tensor.chunk(3)
+            if attention_order == "legacy":
+                per_head = tensor.reshape(heads[len(parts[0])], 3, -1, *tensor.shape[1:])
+                parts = [per_head[:, i].reshape(parts[0].shape) for i in range(3)]
             names = [f"{stem[:-3]}{letter}.{kind}" for letter in ("to_q", "to_k", "to_v")]
         for name, part in zip(names, parts, strict=True):
             if part.shape != targets[name].shape:

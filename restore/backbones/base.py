@@ -101,15 +101,12 @@ class Backbone(Protocol):
 
     def predict(self, x_t: torch.Tensor, t: float, condition: Any = None) -> Prediction:
         """Return the prediction at x_t (B, C, h, w); t is a time of the schedule, also between its table's."""
-        ...
 
     def encode(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Return x_0 of `image`: the posterior mean, or mean + std · noise with noise; in pixels the image itself."""
-        ...
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Return the image of x_0; in pixels x_0 itself."""
-        ...
 
 
 class Pixels:

@@ -18,7 +18,8 @@ from restore import disk
 from restore.backbones import ldm_weights
 from restore.backbones.adm import ADM, AUTOENCODERS, SCHEDULER, SCHEDULES, read_folder
 from restore.backbones.autoencoder import Latents, load_vae, vae_precision
-from restore.backbones.weights import INDEX, align_memory, save_network
+from restore.backbones.pipeline_files import INDEX
+from restore.backbones.weights import align_memory, save_network
 
 
 class LatentDiffusion(Latents, ADM):

@@ -12,15 +12,9 @@ from torch import nn
 from operators import RestoreError
 from restore import disk
 from restore.backbones.autoencoder import load_vae
-from restore.backbones.weights import (
-    align_memory,
-    first_line,
-    hide_progress_bars,
-    load_part,
-    read_pipeline_index,
-    read_weights,
-)
+from restore.backbones.weights import align_memory, first_line, hide_progress_bars, load_part, read_weights
 
+INDEX = "model_index.json"
 CLIP, T5 = "CLIPTextModelWithProjection", "T5EncoderModel"
 # Of each kind, its pipeline, the folder and the class of its network, and its text encoders.
 KINDS = {
@@ -35,6 +29,13 @@ PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
 # Full-precision safetensors only: repositories also hold .bin pickles, fp16 copies and safety checkers.
 HUB_FILES = ["*.json", "tokenizer/*", "text_encoder/model.safetensors", "*/diffusion_pytorch_model.safetensors"]
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth")
+
+
+def read_pipeline_index(folder: Path, parts: str) -> dict:
+    """Return the model_index.json of a pipeline's folder. parts: in words, what belongs there. Raises RestoreError."""
+    if not (folder / INDEX).is_file():
+        raise RestoreError(f"{folder} must be a folder of diffusers' save_pretrained with {parts}; it has no {INDEX}")
+    return disk.read_json(folder / INDEX, required=True)
 
 
 def read_folder(folder: Path, kind: str, dtype: torch.dtype, vae: nn.Module | None = None) -> tuple:
@@ -116,7 +117,6 @@ def make_prompt_encoder(read: Callable[[], Any], embed: Callable[[str, Any], tor
 
 
 def _text_parts(kind: str) -> list[tuple[str, str, str]]:
-    """Return class and folder of each text encoder and the folder of its tokenizer."""
     return [(cls, f"text_encoder{n}", f"tokenizer{n}") for cls, n in zip(KINDS[kind][3], SUFFIXES, strict=False)]
 
 
@@ -125,7 +125,10 @@ def read_stable_diffusion(
 ) -> dict:
     """Read the parts of a model in float32 on the CPU: unet, vae, text_encoder, tokenizer; scheduler as its config.
 
-    Arguments as in `StableDiffusion.read`; text_only: only text_encoder and tokenizer. Raises RestoreError.
+    source: a diffusers folder, a hub id ("owner/name") or a single .safetensors / .ckpt file.
+    config: for a single file, the diffusers folder or hub id of the same architecture.
+    offline: use only files on this machine. revision: commit or branch of a hub id. text_only: only text_encoder and
+    tokenizer. Raises RestoreError.
     """
     path = Path(source).expanduser()
     name = str(source)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from restore.backbones.base import Backbone, Prediction
 
 
-def window_starts(length: int, window: int, overlap: int) -> list[int]:
+def place_windows(length: int, window: int, overlap: int) -> list[int]:
     """Return evenly spaced starts of windows that cover [0, length) and overlap by at least `overlap`."""
     if length <= window:
         return [0]
@@ -27,7 +27,7 @@ def window_starts(length: int, window: int, overlap: int) -> list[int]:
     return [round(i * (length - window) / (n - 1)) for i in range(n)]
 
 
-def blend_weights(starts: list[int], window: int, length: int) -> torch.Tensor:
+def make_blend_weights(starts: list[int], window: int, length: int) -> torch.Tensor:
     """Return raised-cosine weights (n, window) per window and position, which sum to one over the windows."""
     positions = (torch.arange(window) + 0.5) / window
     bump = 0.5 - 0.5 * torch.cos(2 * math.pi * positions) + 1e-3
@@ -120,14 +120,14 @@ class Sized:
         if max(height, width) <= max(self.resolution, self.multiple):
             return height, width, [0], [0]
         h, w = min(self.resolution, height), min(self.resolution, width)
-        tops, lefts = (window_starts(a, b, int(b * self.overlap)) for a, b in ((height, h), (width, w)))
+        tops, lefts = (place_windows(a, b, int(b * self.overlap)) for a, b in ((height, h), (width, w)))
         return h, w, tops, lefts
 
     def _windows(self, height: int, width: int) -> tuple[tuple[int, int], list[tuple], list[tuple]]:
         """Return the sides of a window, and for each its index in x and the weights of its rows and columns."""
         h, w, tops, lefts = self.window_grid(height, width)
         places = [(..., slice(top, top + h), slice(left, left + w)) for top in tops for left in lefts]
-        return (h, w), places, list(product(blend_weights(tops, h, height), blend_weights(lefts, w, width)))
+        return (h, w), places, list(product(make_blend_weights(tops, h, height), make_blend_weights(lefts, w, width)))
 
     def _predict_windows(self, x: torch.Tensor, t: float, condition: Any) -> Prediction:
         _, places, weights = self._windows(*x.shape[-2:])
@@ -140,8 +140,10 @@ class Sized:
         else:  # the windows of one call at a time
             inputs = (torch.cat([x[places[i]] for i in chunk]) for chunk in chunks)
         canvas, names = None, None
+        per_image = isinstance(condition, torch.Tensor) and condition.dim() and len(condition) > 1
         for chunk, windows in zip(chunks, inputs, strict=True):
-            names, output = self._predict_chunk(windows, t, repeat_condition(condition, len(chunk)))
+            repeated = torch.cat([condition] * len(chunk)) if per_image else condition
+            names, output = self._predict_chunk(windows, t, repeated)
             for i, piece in zip(chunk, output.split(len(x)), strict=True):
                 if canvas is None:
                     canvas = piece.new_zeros(*piece.shape[:2], *x.shape[-2:])
@@ -192,12 +194,6 @@ class _AddWindow(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor):
         row, column = ctx.saved_tensors
         return grad, grad[ctx.place] * (row[:, None] * column), None, None, None
-
-
-def repeat_condition(condition: Any, times: int) -> Any:
-    """Repeat a condition tensor (B, ...) for `times` windows of each image; return one for all, or no tensor, as is."""
-    batched = isinstance(condition, torch.Tensor) and condition.dim() and len(condition) > 1
-    return torch.cat([condition] * times) if batched else condition
 
 
 def _round_up(side: int, multiple: int) -> int:

@@ -1,7 +1,7 @@
 """Stable Diffusion 1.x / 2.x (Rombach et al. 2022) as a noise-prediction network on latents.
 
-The network is diffusers' `UNet2DConditionModel`, the autoencoder its `AutoencoderKL`; nothing of either
-is rewritten here. `StableDiffusion.load` reads a diffusers folder, a hub id or a single checkpoint file.
+The network is diffusers' `UNet2DConditionModel`, the autoencoder its `AutoencoderKL`. `StableDiffusion.load` reads a
+diffusers folder, a hub id or a single checkpoint file.
 """
 
 from __future__ import annotations
@@ -71,25 +71,13 @@ class StableDiffusion(Latents):
         self.use_vae(vae)
 
     @classmethod
-    def read(
-        cls,
-        source: str | Path,
-        dtype: torch.dtype,
-        vae: nn.Module | None = None,
-        *,
-        config: str | Path | None = None,
-        revision: str | None = None,
-        offline: bool = False,
-    ) -> tuple[nn.Module, nn.Module, dict]:
+    def read(cls, source: str | Path, dtype: torch.dtype, vae: nn.Module | None = None, **where) -> tuple:
         """Read U-Net, autoencoder and keywords of the constructor; see Latents.load.
 
-        source: a diffusers folder, a hub id ("owner/name") or a single .safetensors / .ckpt file.
-        config: for a single file, the diffusers folder or hub id of the same architecture.
-        offline: use only files on this machine. revision: commit or branch of a hub id.
+        source, where: source, config, revision and offline of `pipeline_files.read_stable_diffusion`.
         The text encoder is released after encoding the empty prompt; `encode_prompt` reads it again and keeps it, on
         the CPU.
         """
-        where = {"config": config, "revision": revision, "offline": offline}
         parts = read_stable_diffusion(source, **where)
         with torch.no_grad():
             null_condition = embed_prompt("", parts)

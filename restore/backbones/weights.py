@@ -17,7 +17,7 @@ from torch import nn
 from operators import RestoreError
 from restore import disk
 
-WEIGHTS, CONFIG, INDEX = "diffusion_pytorch_model.safetensors", "config.json", "model_index.json"
+WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Classes that training programs pickle beside the weights (latent-diffusion's own files have the first): read as an
@@ -73,13 +73,6 @@ def read_weights(path: Path, device: str = "cpu") -> Any:
         raise RestoreError(unreadable) from None
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError):
         raise RestoreError(unreadable) from None
-
-
-def read_pipeline_index(folder: Path, parts: str) -> dict:
-    """Return the model_index.json of a pipeline's folder. parts: in words, what belongs there. Raises RestoreError."""
-    if not (folder / INDEX).is_file():
-        raise RestoreError(f"{folder} must be a folder of diffusers' save_pretrained with {parts}; it has no {INDEX}")
-    return disk.read_json(folder / INDEX, required=True)
 
 
 def load_part(cls, folder: Path, part: str, dtype: torch.dtype = torch.float32, pickles: bool = False):

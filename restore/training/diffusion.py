@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from operators import RestoreError
 from restore import disk
-from restore.backbones.adm import CONFIG, load_network
+from restore.backbones.adm import load_network
 from restore.backbones.base import CONVERSIONS, PREDICTION_TYPES
 from restore.backbones.schedule import Schedule
 from restore.backbones.sizes import Sized
+from restore.backbones.weights import CONFIG
 from restore.images import grids, io
 from restore.samplers.generate import generate
 from restore.samplers.noise import ImageNoise

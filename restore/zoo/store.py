@@ -8,6 +8,7 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,14 +169,9 @@ def _pull_file(entry: Model, offline: bool, verify: bool, progress: download.Pro
                 if offline:
                     raise RestoreError(f"{error}. The run is offline. {explain_download(entry)}") from error
         first_time = _read_record(entry) is None
-        digest = download.fetch_file(
-            entry.download.urls,
-            target,
-            _expected(entry)[0],
-            lambda part: _verify(entry, part, target.name),
-            explain_download(entry),
-            progress,
-        )
+        size, advice = _expected(entry)[0], explain_download(entry)
+        check = partial(_verify, entry, name=target.name)
+        digest = download.fetch_file(entry.download.urls, target, size, check, advice, progress)
         if first_time:
             _write_record(entry, digest, "downloaded")
     return target
@@ -191,14 +187,12 @@ def _verify(entry: Model, path: Path, name: str) -> str:
         advice = f"the checksum is that of the first file seen here; `restore models forget {entry.name}` removes it"
         raise RestoreError(f"{error}; {advice}") from error
     if _expected(entry)[1] is None:  # no checksum is known: build the network, so that no web page is kept as weights
-        from restore.backbones.adm import ADM
-        from restore.backbones.latent import LatentDiffusion
-        from restore.backbones.pipeline_files import require_checkpoint
+        from restore.backbones import adm, latent, pipeline_files
 
         if entry.kind in ("adm", "latent"):
-            (ADM if entry.kind == "adm" else LatentDiffusion).load(path, **entry.loading)
+            (adm.ADM if entry.kind == "adm" else latent.LatentDiffusion).load(path, **entry.loading)
         else:
-            require_checkpoint(path)
+            pipeline_files.require_checkpoint(path)
     return digest
 
 

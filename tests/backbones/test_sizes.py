@@ -7,7 +7,7 @@ from tiny_sd import SCHEDULER, tiny_unet, tiny_vae
 import operators
 from restore.backbones.base import Backbone, Pixels, Prediction
 from restore.backbones.schedule import Schedule
-from restore.backbones.sizes import Sized, blend_weights, window_starts
+from restore.backbones.sizes import Sized, make_blend_weights, place_windows
 from restore.backbones.stable_diffusion import StableDiffusion
 from restore.guidance import PAG
 from restore.samplers.noise import ImageNoise
@@ -45,11 +45,11 @@ def test_windows_are_invisible_for_a_local_network(size, recompute_windows):
 
 def test_window_geometry():
     for length in range(16, 90):
-        starts = window_starts(length, 16, 8)
+        starts = place_windows(length, 16, 8)
         assert starts[0] == 0 and starts[-1] == max(0, length - 16)
         assert all(0 < b - a <= 8 for a, b in zip(starts, starts[1:], strict=False))
         total = torch.zeros(length)
-        for start, weight in zip(starts, blend_weights(starts, 16, length), strict=True):
+        for start, weight in zip(starts, make_blend_weights(starts, 16, length), strict=True):
             total[start : start + 16] += weight
         assert torch.allclose(total, torch.ones(length), atol=1e-6)
 

@@ -7,7 +7,7 @@ from weak_passes import relative, weak_of
 
 from restore import zoo
 from restore.backbones.adm import ADM
-from restore.backbones.sizes import Sized, blend_weights, window_starts
+from restore.backbones.sizes import Sized, make_blend_weights, place_windows
 from restore.guidance import SWG, Autoguidance, build_guidance, describe_guidance, estimator
 
 
@@ -42,8 +42,8 @@ def test_swg(x, tiny_adm):
     model = ADM.load(tiny_adm)
     model.network.double()
     x = x[..., :16, :12]
-    starts = {n: window_starts(n, 8, 4) for n in (16, 12)}
-    rows, columns = (blend_weights(starts[n], 8, n).double() for n in (16, 12))
+    starts = {n: place_windows(n, 8, 4) for n in (16, 12)}
+    rows, columns = (make_blend_weights(starts[n], 8, n).double() for n in (16, 12))
     expected = torch.zeros_like(x)
     with torch.no_grad():
         for top, w in zip(starts[16], rows, strict=True):

@@ -13,7 +13,7 @@ from weak_passes import MIDDLE, blur_matrix, double_adm, maps_of, relative, weak
 
 from restore.backbones.adm import ADM
 from restore.backbones.schedule import Schedule
-from restore.backbones.sizes import Sized, blend_weights
+from restore.backbones.sizes import Sized, make_blend_weights
 from restore.guidance import SAG, estimator
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -61,7 +61,7 @@ def test_sag_on_windows_blends_what_each_attended_to(model, x):
     small = double_adm(resolution=32)
     prior = Sized(small, 32, 48, max_windows=2)  # one window of the two images in each call
     strong, got = prior.predict(x, 300), weak_of(SAG(1.0, sigma=2.0, taps=7), prior, x, 300)
-    received, weights = torch.zeros(2, 1, 32, 48, dtype=torch.float64), blend_weights([0, 16], 32, 48).double()
+    received, weights = torch.zeros(2, 1, 32, 48, dtype=torch.float64), make_blend_weights([0, 16], 32, 48).double()
     for start, weight in zip([0, 16], weights, strict=True):
         _, maps, grid = maps_of(small, x[..., start : start + 32], 300)
         seen = maps.mean(1).sum(1).view(2, 1, *grid)
