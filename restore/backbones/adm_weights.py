@@ -18,8 +18,6 @@ from operators import RestoreError
 from operators.validate import require_choice
 
 State = Mapping[str, torch.Tensor]  # weights by name
-
-PUBLISHED_HEAD_CHANNELS = 64
 RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -98,7 +96,7 @@ def count_heads(config: Mapping, heads: int | None = None, head_channels: int | 
     """
     if heads is not None and head_channels is not None:
         raise RestoreError("heads and head_channels must not be given both")
-    width = head_channels or PUBLISHED_HEAD_CHANNELS
+    width = head_channels or 64
     counts = {}
     levels = zip(config["block_out_channels"], config["down_block_types"], strict=True)
     for channels in sorted({config["block_out_channels"][-1], *(c for c, block in levels if "Attn" in block)}):
@@ -113,11 +111,7 @@ def count_heads(config: Mapping, heads: int | None = None, head_channels: int | 
 
 
 def convert_state(
-    state: State,
-    path: Path,
-    heads: int | None = None,
-    head_channels: int | None = None,
-    attention_order: str = "legacy",
+    state: State, path: Path, heads: int | None = None, head_channels: int | None = None, order: str = "legacy"
 ) -> UNet2DModel:
     """Build the network of a guided-diffusion state dict, all of whose tensors are used, in fp32.
 
@@ -131,7 +125,7 @@ def convert_state(
     # A width that divides every layer's channels; build_network then sets each layer's own count.
     config["attention_head_dim"] = math.gcd(*(channels // count for channels, count in counts.items()))
     network = build_network(config, config["time_embedding_dim"] // 4, counts)
-    weights = convert_weights(state, config, counts, attention_order, network.state_dict())
+    weights = convert_weights(state, config, counts, order, network.state_dict())
     network.load_state_dict(weights, strict=True, assign=True)
     return network
 
@@ -191,14 +185,14 @@ def map_modules(config: Mapping) -> dict[str, str]:
 
 
 def convert_weights(
-    state: State, config: Mapping, heads: Mapping[int, int], attention_order: str, targets: State
+    state: State, config: Mapping, heads: Mapping[int, int], order: str, targets: State
 ) -> dict[str, torch.Tensor]:
     """Return `state` under diffusers' names, fp32, shaped as `targets` (the state dict of build_network).
 
-    attention_order: "legacy" if the rows of a qkv tensor are ordered by head first, "new" if by q, k, v. Works on meta
+    order: "legacy" if the rows of a qkv tensor are ordered by head first, "new" if by q, k, v. Works on meta
     tensors. Raises RestoreError, with the first missing and unexpected names, unless every tensor fills one target.
     """
-    require_choice(attention_order, "attention_order", ("legacy", "new"))
+    require_choice(order, "attention_order", ("legacy", "new"))
     names = [(f"{a}.{kind}", f"{b}.{kind}") for a, b in map_modules(config).items() for kind in ("weight", "bias")]
     table = {source: target for source, target in names if target.replace(".qkv.", ".to_q.") in targets}
     if config["num_class_embeds"] is not None:
@@ -222,7 +216,7 @@ def convert_weights(
                 wanted = " or ".join(map(str, heads))
                 raise RestoreError(f"'{source}' must have 3 times {wanted} rows, got {tensor.shape[0]} rows")
             parts = tensor.chunk(3)
-            if attention_order == "legacy":
+            if order == "legacy":
                 per_head = tensor.reshape(heads[len(parts[0])], 3, -1, *tensor.shape[1:])
                 parts = [per_head[:, i].reshape(parts[0].shape) for i in range(3)]
             names = [f"{stem[:-3]}{letter}.{kind}" for letter in ("to_q", "to_k", "to_v")]

@@ -94,5 +94,5 @@ class LatentDiffusion(Latents, ADM):
         scheduler |= {"prediction_type": self.prediction_type}
         disk.write_json(disk.make_folder(folder / "scheduler") / SCHEDULER, scheduler)
         names = {AUTOENCODERS[0]: type(self.vae).__name__, "unet": "UNet2DModel", "scheduler": scheduler["_class_name"]}
-        index = {"_class_name": "LDMPipeline", **{part: ["diffusers", name] for part, name in names.items()}}
-        disk.write_json(folder / INDEX, index)
+        parts = {part: ["diffusers", name] for part, name in names.items()}
+        disk.write_json(folder / INDEX, {"_class_name": "LDMPipeline", **parts})

@@ -24,7 +24,6 @@ KINDS = {
     "dit": ("DiTPipeline", "transformer", "DiTTransformer2DModel", ()),
 }
 OPTIONAL = {"sd3": ("text_encoder_3", "tokenizer_3")}  # the pipeline uses zeros for a missing one
-SUFFIXES = "", "_2", "_3"
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
 # Full-precision safetensors only: repositories also hold .bin pickles, fp16 copies and safety checkers.
 HUB_FILES = ["*.json", "tokenizer/*", "text_encoder/model.safetensors", "*/diffusion_pytorch_model.safetensors"]
@@ -54,8 +53,7 @@ def read_folder(folder: Path, kind: str, dtype: torch.dtype, vae: nn.Module | No
     if "XL" in name or (stored != network and (name != pipeline or stored != "Transformer2DModel")):
         raise RestoreError(f"{folder} must hold a {pipeline}, got a {name}")
     needs_prompt = kind == "stable-diffusion"
-    text_parts = ["text_encoder", "tokenizer"] if needs_prompt else []
-    require_parts(folder, [part, "scheduler", *text_parts] + ["vae"] * (vae is None))
+    require_parts(folder, [part, "scheduler"] + ["vae"] * (vae is None) + ["text_encoder", "tokenizer"] * needs_prompt)
     with hide_progress_bars():
         model = load_part(getattr(diffusers, network), folder, part, dtype, pickles=not needs_prompt)
     vae = load_vae(folder / "vae", pickles=not needs_prompt) if vae is None else vae
@@ -117,7 +115,7 @@ def make_prompt_encoder(read: Callable[[], Any], embed: Callable[[str, Any], tor
 
 
 def _text_parts(kind: str) -> list[tuple[str, str, str]]:
-    return [(cls, f"text_encoder{n}", f"tokenizer{n}") for cls, n in zip(KINDS[kind][3], SUFFIXES, strict=False)]
+    return [(cls, f"text_encoder{n}", f"tokenizer{n}") for cls, n in zip(KINDS[kind][3], ("", "_2", "_3"), strict=False)]
 
 
 def read_stable_diffusion(
@@ -130,8 +128,7 @@ def read_stable_diffusion(
     offline: use only files on this machine. revision: commit or branch of a hub id. text_only: only text_encoder and
     tokenizer. Raises RestoreError.
     """
-    path = Path(source).expanduser()
-    name = str(source)
+    path, name = Path(source).expanduser(), str(source)
     if not path.exists():
         if path.suffix in SINGLE_FILES or name.count("/") != 1 or name[0] in "./~":
             raise RestoreError(f"{source} does not exist; it must be a diffusers folder, a checkpoint file or a hub id")

@@ -53,10 +53,8 @@ def cache_dir() -> Path:
 
 def is_offline(offline: bool | None = None) -> bool:
     """Return `offline` if given, else whether $RESTORE_OFFLINE or $HF_HUB_OFFLINE is 1, true or yes."""
-    if offline is not None:
-        return offline
-    names = ("RESTORE_OFFLINE", "HF_HUB_OFFLINE")
-    return any(os.environ.get(name, "").lower() in ("1", "true", "yes") for name in names)
+    values = (os.environ.get(name, "") for name in ("RESTORE_OFFLINE", "HF_HUB_OFFLINE"))
+    return any(value.lower() in ("1", "true", "yes") for value in values) if offline is None else offline
 
 
 def locate(name_or_path: str | Path) -> Located:

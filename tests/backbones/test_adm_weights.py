@@ -255,7 +255,7 @@ def convert(shapes, **options):
 def test_published_configurations_convert(name):
     shapes, expected = shapes_of(name), MODELS[name]
     order = "new" if expected["config"].get("use_new_attention_order") else "legacy"
-    network = convert(shapes, attention_order=order)
+    network = convert(shapes, order=order)
     assert sum(math.prod(shape) for shape in shapes.values()) == sum(v.numel() for v in network.state_dict().values())
     layers = find_attention_layers(network)
     found = [(layer.paper, layer.channels, layer.heads) for layer in layers.values()]
