@@ -19,12 +19,9 @@ from operators.noise import GaussianNoise
 class PhysicsOperator(Operator):
     """Any object with `A(x)` and `A_adjoint(y)`, such as a deepinv physics, as an Operator.
 
-    physics: its A must be linear. A torch module follows the images to their device and dtype (as a
-        copy: the module itself is not moved).
-    noise: a noise model of this package. By default that of a deepinv physics: none or Gaussian, whose
-        sigma is taken as it is, on the range of the images given here, [-1, 1].
-    Raises RestoreError for objects without A and A_adjoint, and if a deepinv noise model has no
-    counterpart (pass `noise` then).
+    physics: its A must be linear. A copy of a torch module follows the images to their device and dtype.
+    noise: a noise model of this package; None: that of a deepinv physics, its sigma taken on [-1, 1].
+    Raises RestoreError for objects without A and A_adjoint, and for a deepinv noise model that is not Gaussian.
     """
 
     name = "physics"

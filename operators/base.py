@@ -28,10 +28,9 @@ class Operator:
     On a nonlinear operator, everything that needs a transpose raises RestoreError.
 
     noise: a noise model (`GaussianNoise`, `PoissonNoise`) or None.
-    image_size: (H, W) of x, for operators where the size of y does not determine it. If given, images of
-        another size are refused.
-    adjoint: "exact", or "reference" for the approximate "transpose" of the DPS and PSLD repositories
-        (to reproduce their numbers, and only in the operators they have).
+    image_size: (H, W) of x, if the size of y does not determine it. Images of another size are then refused.
+    adjoint: "exact", or "reference" for the approximate "transpose" of the DPS and PSLD repositories, to reproduce
+        their numbers.
     """
 
     name = "operator"  # by which presets are chosen: the class's name in configs
@@ -70,8 +69,8 @@ class Operator:
     def prox_l2(self, z: torch.Tensor, y: torch.Tensor, gamma) -> torch.Tensor:
         """Return argmin_x gamma/2 ||A x - y||^2 + 1/2 ||x - z||^2, z (B, C, H, W); deepinv's name and scaling.
 
-        gamma: >= 0, one number or (B,). 0 gives z; infinity the point next to z that fits y best
-            (in closed form only as well determined as the smallest singular values of A).
+        gamma: >= 0, one number or (B,). 0 gives z; infinity the point next to z that fits y best (in closed
+            form only as well determined as the smallest singular values of A).
 
         Closed form through the singular values (see `factors`) in float64, or float32 on a device without it; else
         conjugate gradients in z's dtype, from z, to the tolerance and the at most 200 iterations of `least_squares`.
@@ -134,8 +133,8 @@ class Operator:
     def __call__(self, x: torch.Tensor, generator=None) -> torch.Tensor:
         """Return the measurement A(x) plus noise.
 
-        generator: a torch.Generator, one per image of the batch (the noise of an image then depends
-            on neither batch size nor order), or None for torch's global one.
+        generator: a torch.Generator, a list of one per image (whose noise then depends on neither batch size nor
+            order), or None for torch's global one.
         Raises RestoreError if x holds NaN or infinity.
         """
         validate.require_images(x)
@@ -219,8 +218,7 @@ def _format(value) -> str:
 def apply_transpose(A: Callable, y: torch.Tensor, image_shape: Sequence[int]) -> torch.Tensor:
     """Return A^T y of a linear map by automatic differentiation, differentiable with respect to y.
 
-    image_shape: (B, C, H, W) of A's argument. The vector-Jacobian product of a linear map does not
-        depend on the point it is taken at, so it is taken at zero.
+    image_shape: (B, C, H, W) of A's argument. The vector-Jacobian product of a linear map is the same at every point.
     Raises RestoreError if A of an image of that shape does not have the shape of y.
     """
     differentiable = torch.is_grad_enabled() and y.requires_grad
@@ -239,8 +237,8 @@ def apply_transpose(A: Callable, y: torch.Tensor, image_shape: Sequence[int]) ->
 def check_operator(operator, shape: Sequence[int], *, dtype=torch.float64, device="cpu", seed: int = 0) -> float:
     """Return the relative adjoint error |<A x, y> - <x, A^T y>| / (||A x|| ||y||) for random x and y.
 
-    operator: anything with `A` and `A_adjoint`. shape: (B, C, H, W) of x. About 1e-16 in float64 and
-    1e-7 in float32 for a correct pair; of order 0.1 for a wrong one.
+    operator: anything with `A` and `A_adjoint`. shape: (B, C, H, W) of x. A correct pair has about 1e-16 in float64 and
+    1e-7 in float32, a wrong one about 0.1.
     Raises RestoreError if A_adjoint does not return the shape of x.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -12,7 +12,7 @@ from operators.base import Operator
 from operators.errors import RestoreError
 from operators.separable import Kronecker, compute_dtype, filter_matrix
 
-SEPARABLE_LIMIT = 384  # pixels; beyond it two dense matrices cost more than the FFT
+SEPARABLE_LIMIT = 384  # pixels; up to it one small matrix per axis is faster than the FFT
 
 
 class Blur(Operator):
@@ -29,8 +29,7 @@ class Blur(Operator):
     `prox_l2`, `regularised_inverse` and `svd` exist for a circular border, and for one kernel that is a column
     times a row (a Gaussian, a box).
 
-    Raises RestoreError for a kernel that is not 2-D, holds NaN or does not sum to one, and for images
-    too small for the kernel.
+    Raises RestoreError for a kernel that is not 2-D, holds NaN or does not sum to one, and for images too small for it.
     """
 
     name = "blur"
@@ -133,10 +132,7 @@ class Blur(Operator):
 
 
 class GaussianBlur(Blur):
-    """Blur by a Gaussian of `std` pixels on a kernel_size x kernel_size grid (DPS: 61, 3.0 at 256 pixels).
-
-    Images of up to 384 pixels are blurred with one small matrix per axis, which is faster than the FFT.
-    """
+    """Blur by a Gaussian of `std` pixels on a kernel_size x kernel_size grid (DPS: 61, 3.0 at 256 pixels)."""
 
     name = "gaussian_blur"
     derived = ("radius", "profile", "kernel")

@@ -26,13 +26,11 @@ def build_operator(mapping: Mapping, *, image_size=None) -> Operator:
     """Return the operator of {"name": ..., option: value, ..., "noise": {"name": "gaussian", "sigma": 0.05}}.
 
     name: one of OPERATORS, or "module:attribute", a class or function of the user's that makes an operator (an
-    `Operator` or anything with A and A_adjoint). Options are the parameters of its signature (`operator_options`);
-    those of this package also take noise, image_size and adjoint. "compose" has `operators`: a list of such mappings,
-    the first is applied first. inpainting_box and inpainting_random need image_size.
-    noise: None, {"name": "none"}, {"name": "gaussian", "sigma"}, {"name": "poisson", "rate", "clip"},
-    or a noise model.
-
-    image_size: (H, W) of the images, unless the mapping has one.
+        `Operator` or anything with A and A_adjoint). Options are the parameters of its signature (`operator_options`);
+        those of this package also take noise, image_size and adjoint. "compose" has `operators`: a list of such
+        mappings, the first is applied first.
+    noise: None, {"name": "none"}, {"name": "gaussian", "sigma"}, {"name": "poisson", "rate", "clip"}, or a noise model.
+    image_size: (H, W) of the images, unless the mapping has one; inpainting_box and inpainting_random need it.
     Raises RestoreError for an unknown name or option (with the nearest known one) and a missing option.
     """
     options = _read_mapping(mapping, "operator")

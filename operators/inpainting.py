@@ -13,11 +13,8 @@ class Inpainting(Operator):
     """y = mask * x, (B, C, H, W) -> (B, C, H, W); holes are 0 (mid-grey), and are noisy if there is noise.
 
     mask: see `as_mask`; (1, 1, H, W) for the whole batch or (B, 1, H, W) for one per image.
-        `box_mask` and `random_mask` make the usual ones.
     adjoint="reference": the identity, `transpose` of the DPS and PSLD repositories.
-
-    Raises RestoreError for a mask without holes or without known pixels, with NaN or values other
-    than 0 and 1, and for images of another size.
+    Raises RestoreError for images of another size, and as `as_mask` does.
     """
 
     name = "inpainting"
@@ -79,10 +76,9 @@ def box_mask(image_size, *, size=None, margin=None, top=None, left=None, seed: i
 
     As in DPS, top is uniform on the integers of [margin, H - size - margin), left likewise.
 
-    image_size: H = W, or (H, W). size: of the hole, one number or (height, width); half the image by
-    default. margin: smallest distance to the border, one number or (vertical, horizontal); 1/16 of the
-    image by default. At 256 pixels these are DPS's 128 and 16. top, left: ignore margin and seed.
-    Raises RestoreError if the hole does not fit.
+    image_size: H = W, or (H, W). size: of the hole, one number or (height, width); None: half the image. margin: least
+    distance to the border, one number or (vertical, horizontal); None: 1/16 of the image (DPS's at 256 pixels).
+    top, left: ignore margin and seed. Raises RestoreError if the hole does not fit.
     """
     image_size = validate.require_size(image_size)
     size = validate.require_size(tuple(max(side // 2, 1) for side in image_size) if size is None else size, "size")

@@ -34,13 +34,12 @@ def gaussian_kernel(size: int = 61, std: float = 3.0) -> torch.Tensor:
 def motion_kernel(size: int = 61, intensity: float = 0.5, seed: int = 0) -> torch.Tensor:
     """Return the blur kernel of a camera that moves along a random path during the exposure, determined by the seed.
 
-    After Boracchi & Foi, "Modeling the performance of image restoration from motion blur" (IEEE TIP
-    2012), Sec. II: a particle of constant speed and random first direction is steered by small random
-    forces (tremor), pulled back to where it started (the hand corrects its drift) and now and then
-    thrown almost backwards (a jerk). The kernel is the time it spends in each pixel.
+    After Boracchi & Foi, "Modeling the performance of image restoration from motion blur" (IEEE TIP 2012), Sec. II: a
+    particle of constant speed and random first direction is steered by small random forces (tremor), pulled back to
+    where it started (the hand corrects its drift) and now and then thrown almost backwards (a jerk). The kernel is the
+    time it spends in each pixel.
 
-    size: any, in pixels. The path is between 0.3 and 1 times as long as that, its centre of mass is
-        the kernel's centre (no shift of the image), and it is shrunk if it would leave the square.
+    size: in pixels. The path is 0.3 to 1 times as long, centred by its mass, and shrunk if it would leave the square.
     intensity: in [0, 1], strength of all three disturbances; 0 is a straight line.
     """
     size = validate.require_integer(size, "kernel_size", maximum=LARGEST)

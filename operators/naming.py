@@ -21,8 +21,8 @@ def suggest(name: Any, known: Iterable[str]) -> str:
 def lookup(name: Any, table: Mapping[str, Any], what: str) -> Any:
     """Return table[name], or the attribute that "module:attribute" imports.
 
-    what: what the table holds, for the message ("sampler"). Raises RestoreError for an unknown name (with
-    the nearest known one), and for a module or attribute that does not exist.
+    what: what the table holds, for the message ("sampler"). Raises RestoreError for an unknown name, with the nearest
+    known one, and for a module or attribute that does not exist.
     """
     if isinstance(name, str) and name in table:
         return table[name]
@@ -52,5 +52,4 @@ def check_known(names: Iterable[Any], known: Iterable[str], what: str) -> None:
 
 
 def _flatten(value: Any) -> str:
-    """`value` as text on one line."""
     return " ".join(str(value).split())

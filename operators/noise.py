@@ -11,10 +11,7 @@ from operators.errors import RestoreError
 
 
 class GaussianNoise:
-    """y + sigma n, n ~ N(0, 1).
-
-    sigma: standard deviation on the range [-1, 1] (0.05 here is 0.025 on [0, 1] and 6.4 grey levels).
-    """
+    """y + sigma n, n ~ N(0, 1); sigma is on the range [-1, 1] (0.05 here is 0.025 on [0, 1] and 6.4 grey levels)."""
 
     def __init__(self, sigma: float):
         self.sigma = validate.require_number(sigma, "sigma", low=0.0)
@@ -35,12 +32,11 @@ class GaussianNoise:
 class PoissonNoise:
     """Photon counts: k ~ Poisson(255 rate (y + 1) / 2), y_noisy = 2 k / (255 rate) - 1.
 
-    The convention of DPS (Chung et al. 2023, Sec. 4): the image is scaled to [0, 255] and `rate` 1.0
-    means one count per grey level; a larger rate means less noise. Values of y below -1 or above 1
-    are clamped before.
+    The convention of DPS (Chung et al. 2023, Sec. 4). y is clamped to [-1, 1] before.
 
-    clip: clamp the result to [-1, 1], as DPS does (a saturating sensor). It biases bright pixels; with
-        False the mean of y_noisy is y and its variance 2 (y + 1) / (255 rate) everywhere.
+    rate: counts per grey level of 255; a larger rate means less noise.
+    clip: clamp the result to [-1, 1], as DPS does (a saturating sensor), which biases bright pixels; with False the
+        mean of y_noisy is y and its variance 2 (y + 1) / (255 rate) everywhere.
     """
 
     def __init__(self, rate: float = 1.0, *, clip: bool = True):

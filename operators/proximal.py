@@ -21,16 +21,14 @@ def least_squares(
 ) -> torch.Tensor:
     """Return argmin_x ||A x - y||^2 + damping ||x||^2 per image, by conjugate gradients (CGLS) from x = 0.
 
-    Björck, Numerical Methods for Least Squares Problems (1996), Alg. 7.4.1. Started at zero, the
-    iterates stay in the row space of A, so that with damping = 0 they converge to the pseudo-inverse.
-
-    Each image stops by itself as soon as ||A^T(y - A x) - damping x|| <= tolerance ||A^T y||, at the
-    latest after max_iterations. tolerance defaults to 1e-5 in float32 and 1e-10 in float64. For an
-    ill-conditioned A (a blur) max_iterations is the regularisation: components with small singular
-    values come last. With noisy y prefer damping = (noise std / signal std)^2 per pixel, which is the
-    Wiener (posterior mean) solution for white x and white noise.
+    Björck, Numerical Methods for Least Squares Problems (1996), Alg. 7.4.1. The iterates stay in the row space of A,
+    so that with damping = 0 they converge to the pseudo-inverse. With noisy y prefer damping = (noise std / signal
+    std)^2 per pixel, the Wiener (posterior mean) solution for white x and white noise.
 
     operator: anything with `A` and `A_adjoint`. float16 and bfloat16 are computed in float32.
+    tolerance, max_iterations: each image stops by itself as soon as ||A^T(y - A x) - damping x|| <= tolerance
+        ||A^T y||, by default 1e-5 in float32 and 1e-10 in float64. For an ill-conditioned A (a blur) max_iterations is
+        the regularisation: components with small singular values come last.
     Raises RestoreError if y is not finite or an option is invalid.
     """
     validate.require_images(y, "y")
@@ -116,7 +114,6 @@ def _cgls(B: Callable, B_adjoint: Callable, y, plus, damping, tolerance, max_ite
 
 
 def _find_svd(operator, image_shape, x: torch.Tensor):
-    """The thin SVD of an Operator, or None if unknown."""
     if not hasattr(operator, "cached_svd"):
         return None
     # a large gamma magnifies rounding by up to sqrt(gamma)

@@ -55,10 +55,8 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 def downsampling_matrix(size: int, factor: int, method: str) -> torch.Tensor:
     """Antialiased 1-D downsampling of `size` samples by `factor`: (ceil(size / factor), size), rows sum to one.
 
-    Output sample i is centred on input coordinate factor (i + 1/2) - 1/2 - overhang, where
-    overhang = (factor ceil(size / factor) - size) / 2 keeps the two grids concentric if the factor
-    does not divide the size. "bicubic": Keys' kernel stretched by the factor (support 4 factor), as
-    MATLAB's imresize and the DPS resizer; "average": a box of width factor. Boundary: symmetric.
+    The two grids are concentric, also if the factor does not divide the size. "bicubic": Keys' kernel stretched by the
+    factor (support 4 factor), as MATLAB's imresize and the DPS resizer; "average": a box. Boundary: symmetric.
     """
     outputs = math.ceil(size / factor)
     overhang = (factor * outputs - size) / 2

@@ -1,10 +1,8 @@
 """Singular value decompositions A = U diag(s) V^T in closed form, as maps on batches of images.
 
-Both classes offer `singular`, `U(c)`, `U_adjoint(y)`, `V(c)` and `V_adjoint(x)`. A coordinate vector c has the
-layout (B, C, H, W) of the image, for U as for V: entry (b, k, i, j) of `singular`, `U_adjoint(y)` and
-`V_adjoint(x)` belongs to the same pair of singular vectors, so that U_adjoint(A(x)) = singular * V_adjoint(x).
-singular = 0 marks what y does not determine; U ignores coordinates for which y has no entry, and U_adjoint
-sets them to 0.
+Both classes offer `singular`, `U(c)`, `U_adjoint(y)`, `V(c)` and `V_adjoint(x)`. Coordinates c have the layout
+(B, C, H, W) of the image, for U as for V, so that U_adjoint(A(x)) = singular * V_adjoint(x). singular = 0 marks what y
+does not determine; U ignores coordinates for which y has no entry, and U_adjoint sets them to 0.
 """
 
 from __future__ import annotations
@@ -86,8 +84,8 @@ class FourierSVD:
 def decompose_kronecker(factors: Kronecker, full: bool) -> KroneckerSVD | None:
     """Return the SVD of float64 matrices; None if one exceeds LIMIT or has more rows than columns.
 
-    full: with all of V; otherwise only the row space of A, which is cheaper. A singular value below
-    the rounding error of its matrix's largest is set to 0 (as in torch.linalg.pinv).
+    full: with all of V; otherwise only the row space of A, which is cheaper. Singular values below the rounding error
+    of the largest are 0 (as in torch.linalg.pinv).
     """
     singular, left, right = torch.ones(1, 1, 1, 1, dtype=torch.float64), [None] * 3, [None] * 3
     for axis, matrix in enumerate(factors):

@@ -16,11 +16,9 @@ class SuperResolution(Operator):
     """y = x downsampled by `factor`: (B, C, H, W) -> (B, C, ceil(H / factor), ceil(W / factor)).
 
     factor: integer >= 1.
-    method: "bicubic" (antialiased, a = -0.5, symmetric boundary: the resizer of DPS and MATLAB's
-        imresize) or "average" (mean over factor x factor blocks).
-    image_size: (H, W), needed for A_adjoint and A_dagger only if the factor does not divide the
-        size; otherwise a measurement (h, w) belongs to an image (h factor, w factor). The output
-        grid is concentric with the image (see `separable.downsampling_matrix`).
+    method: "bicubic" (antialiased, a = -0.5, symmetric boundary: the resizer of DPS and MATLAB's imresize) or "average"
+        (mean over factor x factor blocks); see `separable.downsampling_matrix`.
+    image_size: (H, W), needed for A_adjoint and A_dagger only if the factor does not divide the size.
     adjoint="reference": nearest-neighbour replication, `transpose` of the DPS and PSLD repositories.
 
     Raises RestoreError for a bad factor, an image smaller than the factor, or a y of another size.

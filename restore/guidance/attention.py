@@ -47,11 +47,10 @@ class PerturbedLayer:
 def perturb_attention(
     layers: Sequence[PerturbedLayer], draw: Draw | None, network: nn.Module | None = None
 ) -> Iterator[set[str]]:
-    """Within the block the given layers attend with the map (1 − u) A + u A' on their heads; yield the paths of the
-    layers that ran.
+    """Within the block the layers attend with the map (1 − u) A + u A'; yield the paths of the layers that ran.
 
-    draw(kind, shape) supplies the noise of random targets, in order of execution. network: the one that has the
-    layers at their paths; it gives the grid of tokens. Enter it around the weak pass only.
+    draw: draw(kind, shape), noise of random targets, in order of execution. network: has the layers at their paths and
+    gives the grid of tokens. Enter it around the weak pass only.
     """
     ran: set[str] = set()
 

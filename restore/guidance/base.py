@@ -187,10 +187,9 @@ class Estimate:
 
     @torch.no_grad()
     def guided(self, strong: Prediction, x_t: torch.Tensor, t: float, condition: Any = None) -> torch.Tensor:
-        """Return the guided eps, detached. `strong` must be the last strong prediction, of the same arguments.
+        """Return the guided eps, detached; strong: the last strong prediction, of the same arguments.
 
         Called after the backward through `strong`, the weak passes need memory that the graph no longer holds.
-        Without an active term this is strong.eps and no weak pass is run.
         """
         eps, x_t, predictions = strong.eps.detach(), x_t.detach(), []
         try:

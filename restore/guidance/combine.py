@@ -52,9 +52,8 @@ class Rescale:
 class APG:
     """Adaptive projected guidance (Sadat et al. 2025, Alg. 1), on clean estimates, with norms per image.
 
-    With D = x0_hat of the strong pass and the update d = D − D_weak (for several terms their mean, weighted by scale):
-    d is averaged over the steps, clipped to a norm of at most `threshold`, and its part along D, which only adds
-    contrast, is multiplied by eta; then D + s d.
+    With D = x0_hat of the strong pass and d = D − D_weak (for several terms their mean, weighted by scale): d is
+    averaged over the steps, clipped to a norm of at most `threshold`, its part along D multiplied by eta; then D + s d.
 
     eta: 0 drops the parallel part, 1 keeps it.
     momentum: factor on the running mean, negative in the paper (−0.5 to −0.75); 0: none.

@@ -76,10 +76,7 @@ def describe_guidance(guidance: Term | Guidance | None) -> list[dict[str, Any]] 
 
 
 def resolve_guidance(value: Any, preset: Guidance | None) -> Guidance | None:
-    """Return the guidance meant by an argument: None, a guidance, or "preset" for the preset's.
-
-    Raises RestoreError for anything else.
-    """
+    """Return the guidance meant by an argument: None, a guidance, or "preset". Raises RestoreError otherwise."""
     if isinstance(value, str) and value == "preset":
         return preset
     if value is None or isinstance(value, (Term, Guidance)):

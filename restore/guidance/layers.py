@@ -13,18 +13,15 @@ from restore.backbones.base import AttentionLayer
 INNER = re.compile(r"\.transformer_blocks\.\d+\.attn1$")
 LOOSE = {"input_blocks.": "input", "middle_block.": "middle.", "output_blocks.": "output"}
 
+Attention = Mapping[str, AttentionLayer]  # by path, as `Backbone.attention`
 Heads = int | Sequence[int] | Mapping[str, Sequence[int]] | None
 Strength = float | Mapping[str, float | Mapping[int, float]]
 LayerHeads = tuple[AttentionLayer, tuple[int, ...] | None]  # a layer with some of its heads; None: all of them
 
 
 def layer_names(layer: AttentionLayer) -> set[str]:
-    """Return every name of `layer`.
-
-    Its diffusers path, the paper's name (`input_blocks.9.1`), the paper's loose spelling (`input9.1`,
-    `middle.1`) and the short name (`i9`, `m1`, `o2`), the long ones with and without a trailing
-    `.transformer_blocks.0.attn1`.
-    """
+    """Return every name of `layer`: its diffusers path, the paper's name (`input_blocks.9.1`), its loose spelling
+    (`input9.1`, `middle.1`) and the short name (`i9`), the long ones also without `.transformer_blocks.0.attn1`."""
     names = {layer.path, INNER.sub("", layer.path)}
     if not INNER.search(layer.path):
         names.add(layer.path + ".transformer_blocks.0.attn1")
@@ -38,7 +35,7 @@ def layer_names(layer: AttentionLayer) -> set[str]:
     return names
 
 
-def find_layer(name: str, attention: Mapping[str, AttentionLayer]) -> AttentionLayer:
+def find_layer(name: str, attention: Attention) -> AttentionLayer:
     """Return the layer of that name. Raises RestoreError if there is none, or more than one."""
     matches = [layer for layer in attention.values() if name in layer_names(layer)]
     if len(matches) > 1:
@@ -51,14 +48,12 @@ def find_layer(name: str, attention: Mapping[str, AttentionLayer]) -> AttentionL
     return matches[0]
 
 
-def resolve_layers(layers: str | Iterable[str], attention: Mapping[str, AttentionLayer]) -> list[AttentionLayer]:
+def resolve_layers(layers: str | Iterable[str], attention: Attention) -> list[AttentionLayer]:
     """Return the layers meant by `layers` (see choose_layers), in order of execution, each once."""
     return [layer for layer, _ in choose_layers(layers, None, attention)]
 
 
-def choose_layers(
-    layers: str | Iterable[str], heads: Heads, attention: Mapping[str, AttentionLayer]
-) -> list[LayerHeads]:
+def choose_layers(layers: str | Iterable[str], heads: Heads, attention: Attention) -> list[LayerHeads]:
     """Return (layer, its heads) in order of execution, each layer once; heads None: all of them.
 
     layers: names (see layer_names), separated by commas or in a list, each with its heads after a colon, or without
@@ -102,15 +97,13 @@ def normalize_strength(strength: Strength) -> Strength:
     return result
 
 
-def split_by_strength(
-    layers: Sequence[LayerHeads], strength: Strength, attention: Mapping[str, AttentionLayer]
-) -> list[tuple[AttentionLayer, tuple[int, ...] | None, float]]:
+def split_by_strength(layers: Sequence[LayerHeads], strength: Strength, attention: Attention) -> list[tuple]:
     """Return (layer, heads, u) for the result of choose_layers: each layer's heads in groups of equal u. Raises
     RestoreError if a mapping does not give u for exactly the chosen layers and heads."""
     if not isinstance(strength, Mapping):
         return [(layer, heads, strength) for layer, heads in layers]
     strengths = {find_layer(name, attention).path: u for name, u in strength.items()}
-    groups: list[tuple[AttentionLayer, tuple[int, ...] | None, float]] = []
+    groups: list[tuple] = []
     for layer, heads in layers:
         u = strengths.pop(layer.path, None)
         if u is None:
@@ -135,9 +128,7 @@ def require_ran(paths: Iterable[str], ran: Iterable[str]) -> None:
         raise RestoreError(f"the attention layer {missed[0]} did not run in the perturbed pass: {reason}")
 
 
-def format_layer_table(
-    attention: Mapping[str, AttentionLayer], resolution: int, layers: str | Iterable[str] | None = None
-) -> list[str]:
+def format_layer_table(attention: Attention, resolution: int, layers: str | Iterable[str] | None = None) -> list[str]:
     """Return one line per layer: short name, paper's name, diffusers path, heads, width, side at that resolution.
 
     layers: only those that this selects, with the heads that it selects.
@@ -151,7 +142,7 @@ def format_layer_table(
     return lines
 
 
-def _parse(layers: str | Iterable[str], attention: Mapping[str, AttentionLayer]) -> list[tuple[str, list[int] | None]]:
+def _parse(layers: str | Iterable[str], attention: Attention) -> list[tuple[str, list[int] | None]]:
     """ "i5:0,3,m1" -> [("i5", [0, 3]), ("m1", None)]; a bare number continues the heads before it."""
     texts = [layers] if isinstance(layers, str) else list(layers)
     if not all(isinstance(text, str) for text in texts):
@@ -184,6 +175,6 @@ def _check_heads(layer: AttentionLayer, indices: int | Iterable[int] | None) -> 
     return tuple(sorted(heads))
 
 
-def _list_layers(attention: Mapping[str, AttentionLayer]) -> str:
+def _list_layers(attention: Attention) -> str:
     layers = (f"{layer.short or layer.paper or '-'} ({layer.path})" for layer in attention.values())
     return ", ".join(layers) or "no attention layers"

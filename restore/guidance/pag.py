@@ -28,8 +28,7 @@ from restore.guidance.targets import Draw, Target, find_target, seeded_draw
 class PAG(Term):
     """Perturbed-attention guidance. See Term for scale, interval and schedule.
 
-    layers: names as restore.guidance.layers.choose_layers takes them ("i9", "input_blocks.9.1", a diffusers path;
-        several separated by commas or in a list; "i5:0,3" for two heads of one).
+    layers: names as restore.guidance.layers.choose_layers takes them ("i9,m1"; "i5:0,3" for two heads of one).
     heads: only these heads: indices for every layer, or a mapping from layer name to indices; None: all.
     target: A', a name in restore.guidance.targets.TARGETS ("identity" is PAG), {name: options} such as
         {"seg": {"sigma": 4}}, a function of an AttentionRecord or its "module:function".

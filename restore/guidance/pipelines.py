@@ -38,9 +38,8 @@ def guided(pipe: Any, guidance: Term | Guidance | None, *, conditional: str = "a
         with guided(pipe, PAG(scale=3.0, layers="m1")):
             image = pipe("a cat", guidance_scale=7.5).images[0]
 
-    With classifier-free guidance the pipeline's batch is [without prompt u, with prompt c], and it computes
-    u + g (c - u). The weak pass then runs only on the half with the prompt and s (c - c_weak) is added to both halves,
-    which turns the pipeline's own formula into
+    With classifier-free guidance a pipeline computes u + g (c - u) from the batch [without prompt u, with prompt c].
+    The weak pass runs only on the half with the prompt and s (c - c_weak) is added to both halves, which makes it
 
         c + w (c - u) + s (c - c_weak),   w = g - 1                      (PAG, Ahn et al. 2024, eq. 14).
 
@@ -105,10 +104,9 @@ class NetworkCall:
 
 
 class PipelineNetwork:
-    """The network of a pipeline with the part of the Backbone protocol that guidance needs.
+    """A pipeline's network as the Backbone that guidance needs; `condition` is a NetworkCall.
 
-    `condition` is a NetworkCall. x_t and predictions are those of the rows with the prompt; the strong pass computes
-    the whole batch.
+    x_t and predictions are those of the rows with the prompt; the strong pass computes the whole batch.
     """
 
     null_condition = None

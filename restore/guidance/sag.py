@@ -24,11 +24,10 @@ from restore.guidance.targets import AttentionRecord, index_tokens
 class SAG(Term):
     """Self-attention guidance. See Term for scale, interval and schedule.
 
-    x0_hat and eps are those of the strong pass; x0_hat is clamped if the prior's images are bounded. M = 1 where a
-    key token gets more attention from all queries, on the mean of the heads, than `threshold`.
+    x0_hat and eps are those of the strong pass; x0_hat is clamped if the prior's images are bounded.
 
     layers: the one self-attention layer that is observed in the strong pass; "i5:0,3" for the mean of two heads.
-    threshold: in units of a uniform map's attention.
+    threshold: M = 1 where a key token gets more attention than this, in units of a uniform map's.
     sigma, taps: standard deviation and (odd) size of the Gaussian blur, in cells of x; None: 9 and 31 in pixels (the
         code of PAG's comparison), 1 and 9 in latents (diffusers).
     """

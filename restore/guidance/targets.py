@@ -1,8 +1,7 @@
 """Targets: the maps that perturbed attention uses in place of the network's own.
 
-A target is a function of one `AttentionRecord` that returns the attention output under the perturbed map, of q's
-shape (with v's width). Strength and choice of heads are left to the caller: the output is linear in the map, so
-(1 − u) A + u A' is a lerp of the two outputs.
+A target is a function of one `AttentionRecord` that returns the attention output under the perturbed map, of q's shape
+(with v's width). The caller does the rest: the output is linear in the map, so (1 − u) A + u A' is a lerp of outputs.
 """
 
 from __future__ import annotations

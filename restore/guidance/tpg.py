@@ -23,8 +23,7 @@ class TPG(Term):
     """Token perturbation guidance. See Term for scale, interval and schedule.
 
     The image tokens enter the blocks of the chosen attention layers in random order, which keeps every token's norm
-    and their mean. The block is the transformer block of the layer, or, in pixel U-Nets without transformer blocks,
-    the attention layer with its skip connection; everything around it is unchanged.
+    and their mean. The block of a layer is its transformer block or, if none, the layer with its skip connection.
 
     layers: as restore.guidance.layers.choose_layers takes them, without heads.
     noise: a seed: the permutation depends only on it, t and the layer, and is shared by the images of a batch.

@@ -1,6 +1,6 @@
 """Detection of thin scratches, hairs and dust, as a mask for a person to correct.
 
-The constants were chosen on damage drawn over the photos of docs/photo.md and on the undamaged photos.
+All constants were fitted to damage drawn over the photos of docs/photo.md and to the undamaged photos.
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ def detect_damage(x: torch.Tensor, sensitivity: float = 0.5) -> torch.Tensor:
 
 
 def _find_pieces(plane: np.ndarray, colour: np.ndarray, strictness: float) -> Iterator[Piece]:
-    """Yield the bright, thin, conspicuous structures in `plane` (H, W); colour: max - min of the channels.
-
-    The weights of the two scores were fitted to drawn damage and undamaged photos."""
+    """Yield the bright, thin, conspicuous structures in `plane` (H, W); colour: max - min of the channels."""
     shorter = min(plane.shape)
     width = max(5, round(WIDEST * shorter) // 2 * 2 + 1)
     plane = nd.gaussian_filter(plane, 0.7)

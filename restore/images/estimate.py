@@ -39,9 +39,7 @@ def estimate_noise(x: torch.Tensor) -> float:
     is then the noise that compression left.
     Returns 0 for a flat image. Raises RestoreError below 32 pixels a side.
     """
-    x = _as_batch(x)
-    if min(x.shape[-2:]) < 4 * BLOCK:
-        raise RestoreError(f"noise is measured in photos of at least {4 * BLOCK} pixels a side, got {_format_size(x)}")
+    x = _as_batch(x, "noise")
     if measure_grey_share(x) == 1:
         x = x[:, :1]
     planes = [_Blocks(plane) for plane in x.split(1, 1)]
@@ -100,11 +98,9 @@ def estimate_blur(x: torch.Tensor) -> float:
     blurred, soft shadows more. Sharp photos, and those without edges, give 0 to 1; the error is about a quarter between
     1.5 and 6 pixels (docs/photo.md). Raises RestoreError below 32 pixels a side.
     """
-    x = _as_batch(x)
+    x = _as_batch(x, "blur")
     top, left = (max(0, (side - MIDDLE) // 2) for side in x.shape[-2:])
     x = x[..., top : top + MIDDLE, left : left + MIDDLE]
-    if min(x.shape[-2:]) < 32:
-        raise RestoreError(f"blur is measured in photos of at least 32 pixels a side, got {_format_size(x)}")
     noise = estimate_noise(x) / math.sqrt(x.shape[1] if measure_grey_share(x) < 1 else 1)
     size = 0.0
     for std in (1.0, 2.0, 4.0):  # the finest scale at which edges exceed the noise
@@ -174,11 +170,10 @@ def measure_grey_share(x: torch.Tensor, tolerance: float = 0.0) -> float:
     return float((x.amax(-3) - x.amin(-3) <= tolerance).double().mean())
 
 
-def _as_batch(x: torch.Tensor) -> torch.Tensor:
-    """(B, 1 or 3, H, W) float32 on the CPU."""
+def _as_batch(x: torch.Tensor, what: str) -> torch.Tensor:
     x = x[None] if x.ndim == 3 else x
-    return convert_channels(x.detach().float().cpu(), None if x.shape[-3] == 1 else 3)
-
-
-def _format_size(x: torch.Tensor) -> str:
-    return f"{x.shape[-1]} x {x.shape[-2]}"
+    x = convert_channels(x.detach().float().cpu(), None if x.shape[-3] == 1 else 3)
+    width, height, least = x.shape[-1], x.shape[-2], 4 * BLOCK
+    if min(width, height) < least:
+        raise RestoreError(f"{what} is measured in photos of at least {least} pixels a side, got {width} x {height}")
+    return x

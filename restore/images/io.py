@@ -46,8 +46,8 @@ class ImageRecord:
     """A photo read from a file, with what is needed to write its restored version in the same way.
 
     pixels: (1, 3, H, W) float32 in [-1, 1], upright. alpha: (1, 1, H, W) in [0, 1] or None. path: the file read.
-    format: Pillow's name of its format. grey: whether it has no colour channels. bits: 8 or 16. icc, exif: embedded
-    profile and EXIF block without orientation, or None.
+    format: Pillow's name. grey: without colour channels. bits: 8 or 16. icc, exif: profile and EXIF block without
+    orientation, or None.
     """
 
     pixels: torch.Tensor = field(repr=False)
@@ -131,7 +131,7 @@ def encode_image(path: str | Path, image: torch.Tensor, like: ImageRecord | None
     alpha = like.alpha if like is not None else None
     if alpha is not None:
         if image_format in _OPAQUE:
-            raise RestoreError(_describe_alpha(path, like.path))
+            raise RestoreError(f"cannot write {path}: its format has no transparency and {like.path} has; write a PNG")
         if alpha.shape[-2:] != samples.shape[-2:]:
             alpha = F.interpolate(alpha, samples.shape[-2:], mode="bilinear", antialias=True)
         if image_format == "TIFF" and samples.shape[1] == 1:  # few programs open grey + alpha TIFF files
@@ -165,7 +165,7 @@ def check_alpha(source: Path, target: Path) -> None:
         return
     with explain_errors(source, "image", UNREADABLE), PIL.Image.open(source) as image:
         if _has_alpha(image):
-            raise RestoreError(_describe_alpha(target, source))
+            raise RestoreError(f"cannot write {target}: its format has no transparency and {source} has; write a PNG")
 
 
 def to_tensor(image: Any, *, channels: int | None = 3, largest: float = 8.0) -> torch.Tensor:
@@ -267,10 +267,6 @@ def _read_samples(image: PIL.Image.Image, name: str | Path) -> np.ndarray:
 
 def _has_alpha(image: PIL.Image.Image) -> bool:
     return image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info
-
-
-def _describe_alpha(target: Path, source: Path) -> str:
-    return f"cannot write {target}: its format has no transparency and {source} has; write a PNG"
 
 
 def _clean_exif(exif: PIL.Image.Exif) -> bytes | None:

@@ -27,10 +27,7 @@ REFERENCE = {"method": "nearest", "stretch": True}
 
 
 def stretch_range(image: torch.Tensor) -> torch.Tensor:
-    """Scale each image of (B, C, H, W) to [-1, 1] by its extrema, as the authors load theirs; a constant becomes -1.
-
-    Results are then compared with the stretched image.
-    """
+    """Scale each image of (B, C, H, W) to [-1, 1] by its extrema, as the authors load theirs; a constant becomes -1."""
     flat = image.flatten(1)
     low, high = flat.amin(1).view(-1, 1, 1, 1), flat.amax(1).view(-1, 1, 1, 1)
     return 2 * (image - low) / (high - low).clamp(min=1e-8) - 1
@@ -52,11 +49,8 @@ def resize_image(image: torch.Tensor, size: int | tuple[int, int], *, method: st
 
 
 def reduce_before(operator: Operator, factor: int = 2) -> Operator:
-    """Return the operator x -> A(reduced x) for images `factor` times larger than those of `operator`.
-
-    The reduction is the antialiased bicubic of `operators.SuperResolution`. Noise and name, by which presets are found,
-    are the operator's.
-    """
+    """Return the operator x -> A(reduced x) for images `factor` times larger than those of `operator`, reduced by the
+    antialiased bicubic of `operators.SuperResolution`; noise and name, by which presets are found, are `operator`'s."""
     composed = Compose(SuperResolution(factor), operator)
     composed.name = operator.name
     return composed

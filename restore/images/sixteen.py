@@ -48,17 +48,9 @@ def encode_tiff(samples: np.ndarray, icc: bytes | None = None) -> bytes:
     """Return a Deflate-compressed TIFF file of uint16 samples (H, W, C): 1 grey, 3 RGB, 4 RGBA."""
     channels, buffer = samples.shape[2], io.BytesIO()
     options = {"photometric": "minisblack"} if channels == 1 else {"photometric": "rgb", "planarconfig": "contig"}
-    tifffile.imwrite(
-        buffer,
-        samples[:, :, 0] if channels == 1 else samples,
-        compression="zlib",
-        compressionargs={"level": 6},
-        extrasamples=["unassalpha"] if channels == 4 else None,
-        iccprofile=icc,
-        metadata=None,
-        software=False,
-        **options,
-    )
+    options |= {"compression": "zlib", "compressionargs": {"level": 6}, "metadata": None, "software": False}
+    options |= {"extrasamples": ["unassalpha"] if channels == 4 else None, "iccprofile": icc}
+    tifffile.imwrite(buffer, samples[:, :, 0] if channels == 1 else samples, **options)
     return buffer.getvalue()
 
 

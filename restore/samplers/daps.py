@@ -43,22 +43,21 @@ def daps(
         x0_y     a sample of exp(-||y - A(x_0)||² / tau²) N(x_0; x0_hat, sigma_k²), by `mcmc_steps` Langevin steps
         x_{k+1} = x0_y + sigma_{k+1} n.
 
-    The network is not differentiated. On latents (LatentDAPS) x is the latent, and A(decode(x)) replaces A(x).
-    The arguments of all samplers are in `restore.samplers`.
+    The network is not differentiated. On latents (LatentDAPS) A(decode(x)) replaces A(x). The arguments of all samplers
+    are in `restore.samplers`.
 
     operator: a differentiable `A`, linear or not. noise: "latent" makes x_k; also "langevin" and "velocity".
     steps: how many levels sigma_k, between sigma_max (at most the trained one) and sigma_min with rho = 7 (Karras et
-        al. 2022, eq. 5), or the times of the levels. Network evaluations: steps · ode_steps, twice that if guided.
+        al. 2022, eq. 5), or the times of the levels.
     ode_steps, ode_sigma_min: the grid of the ODE, rho = 7 too; it ends at ode_sigma_min without a last denoising.
     mcmc_steps, lr, lr_min_ratio: Langevin steps, their size at the first level, and the factor to which it falls
         linearly by the last. A step is stable if lr (2 s² / tau² + 1 / sigma_k²) < 2, s the norm of A.
-    tau: of the likelihood above, for y in [-1, 1]: its standard deviation is tau / sqrt(2), and the published 0.01
-        belongs to sigma_y = 0.05. None: from the operator's noise, which makes it the true likelihood.
+    tau: the likelihood's standard deviation is tau / sqrt(2) on [-1, 1]; the published 0.01 belongs to sigma_y = 0.05.
+        None: from the operator's noise, which makes it the true likelihood.
     momentum: of the Langevin steps, in [0, 1); above 0 they are the Hamiltonian Monte Carlo of the authors' code.
     conditional: "gaussian", as above, or "exact": the score at ode_sigma_min and N(x_k; x_0, sigma_k²) take the place
         of N(x_0; x0_hat, sigma_k²). Exact in the limit of many Langevin steps; one more evaluation for each.
-    latent_clamp: on latents, clamp the data term's gradient to ± this, entry by entry, before the division by tau²;
-        the authors' code clamps to 1, and its step sizes for latents need it.
+    latent_clamp: on latents, largest entry of the data term's gradient before the division by tau² (the authors': 1).
     callback: also z0_hat and z0_y, not decoded; eps is the ODE's first, residual x0_y's, `used` has tau and sigma_max.
     """
     check_known([conditional], ("gaussian", "exact"), "unknown conditional")

@@ -36,9 +36,8 @@ def ddnm(
         x_s = alpha_s (x0_hat - A^+ (A x0_hat - y)) + sigma_s (eta n + sqrt(1 - eta^2) eps)          (DDNM, eq. 13)
 
     and with sigma_y > 0 (DDNM+, eq. 17-19 and App. I), in the singular basis A = U S V^T, the correction is scaled so
-    that x_s never holds more noise than sigma_s, and the noise of y counts as part of it. The authors' DDNM+ omits V^T
-    before it scales eps (super-resolution, blur); this does not. The arguments of all samplers are in
-    `restore.samplers`.
+    that x_s never holds more noise than sigma_s. The authors' DDNM+ omits V^T before it scales eps (super-resolution,
+    blur); this does not. The arguments of all samplers are in `restore.samplers`.
 
     prior: in pixels. operator: a linear one, with an SVD if sigma_y > 0. Raises RestoreError if it has none.
     noise: also of kind "travel". steps: evaluations without time travel; with it there are more, and k counts them.

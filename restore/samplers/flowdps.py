@@ -34,12 +34,10 @@ def flowdps(
         flowdps:   z0 = (1 − sigma) z0_hat + sigma z0_y,   z = (1 − s') z0 + s' (sqrt(s') z1_hat + sqrt(1 − s') n)
         flowchef:  z = z0_hat + s' (z1_hat − z0_hat) + (z0_y − z0_hat)         (FlowChef takes one inner step)
 
-    Noise levels other than flow matching's go through a change of variables. The arguments of all samplers are in
-    `restore.samplers`.
+    Other noise levels go through a change of variables. The arguments of all samplers are in `restore.samplers`.
 
     operator: a differentiable `A`.
-    guidance: of the transition. The likelihood sees the unguided z0_hat, and its change is added to the guided one
-        (PAG, Ahn et al. 2024, App. A.3).
+    guidance: of the transition; the likelihood sees the unguided z0_hat (PAG, Ahn et al. 2024, App. A.3).
     step_size: if D and A are linear with singular values up to 1, 1 removes all of the residual that they see.
     callback: also z0_hat; x0_hat and the residual are those before the inner steps.
     """

@@ -35,9 +35,8 @@ def pnpdm(
     """Sample (x, z) ~ p(y | z) p(x) exp(-||x - z||^2 / 2 rho^2) by drawing z and x in turn, while rho falls by `decay`
     from rho_max to rho_min.
 
-    Both draws are exact up to the discretisation of the diffusion, so x follows p(x | y) as rho goes to 0: the bias is
-    that of rho_min, not that of an approximate likelihood. The arguments of all samplers are in `restore.samplers`;
-    sigma_y is at least SIGMA_Y_FLOOR.
+    Both draws are exact up to the discretisation of the diffusion, so x follows p(x | y) as rho goes to 0. The
+    arguments of all samplers are in `restore.samplers`; sigma_y is at least SIGMA_Y_FLOOR.
 
     prior: in pixels. operator: a linear one (see operators.prox_l2).
     noise: "latent" counts network evaluations; also "posterior" and "measurement", counting iterations.

@@ -35,13 +35,11 @@ def psld(
 
         eta ||y - A(D(z0_hat))|| + gamma ||z0_hat - E(A^T y + (I - A^T A) D(z0_hat))||,
 
-    norms per image and not squared, the gradient taken through the decoder, the encoder and the U-Net. The arguments of
-    all samplers are in `restore.samplers`.
+    norms per image and not squared. The arguments of all samplers are in `restore.samplers`.
 
     operator: anything with differentiable `A` and `A_adjoint`. noise: also of kind "measurement" and "posterior".
     steps: a number as `restore.samplers.steps.ldm_timesteps` takes it, or the times to visit.
-    eta, gamma: steps of the data and of the gluing term. gamma = 0 is DPS in latent space ("latent DPS"), which does
-        not run the encoder.
+    eta, gamma: steps of the data and of the gluing term. gamma = 0 is "latent DPS", which does not run the encoder.
     guidance: of the update; the loss sees the unguided z0_hat (PAG, Ahn et al. 2024, App. A.3).
     ddim_eta: DDIM's sigma; 0 is deterministic and draws no latent noise.
     measurement_noise: add the operator's Gaussian noise to A(D(z0_hat)) at every step. encoding: "mean" or "sample" of

@@ -37,9 +37,8 @@ def reddiff(
 
         v ||y - A(mu)||² / (2 m) + lam w(sigma_t / alpha_t) mean(sg(eps(x_t) - n) mu),   x_t = alpha_t mu + sigma_t n,
 
-    m the number of entries of one y and the mean that of one image, as in the authors' code: so lam depends on how
-    many measurements there are, and sigma_y enters only through it. The network is not differentiated. On latents mu is
-    the latent, and decoded before A. The arguments of all samplers are in `restore.samplers`.
+    m the number of entries of one y, the mean over one image (so lam depends on m, and stands for sigma_y). The network
+    is not differentiated. On latents mu is decoded before A. The arguments of all samplers are in `restore.samplers`.
 
     operator: a differentiable `A`, linear or not. noise: only of kind "latent". steps: the authors' are "ddimN".
     guidance: its eps takes the place of eps. weighting: w, a name in WEIGHTINGS or a function of sigma / alpha.

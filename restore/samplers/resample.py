@@ -40,18 +40,14 @@ def resample(
         z_t ~ N((s sqrt(alpha_bar) z0_y + (1 - alpha_bar) z_t) / (s + 1 - alpha_bar), (1 / s + 1 / (1 - alpha_bar))^-1),
         s = gamma (1 - alpha_bar_prev) / (1 - alpha_bar) (1 - alpha_bar / alpha_bar_prev)      (resampling, eq. 11).
 
-    The arguments of all samplers are in `restore.samplers`.
-
-    operator: a differentiable `A`, linear or not.
+    operator: a differentiable `A`, linear or not. The arguments of all samplers are in `restore.samplers`.
     steps: a number as `restore.samplers.steps.ldm_timesteps` takes it, or the times to visit.
-    every, travel: data consistency at the step numbers (from the clean end) divisible by `every`, on the estimate
-        `travel` DDIM steps further on.
+    every, travel: data consistency at every `every`-th step, on the estimate `travel` DDIM steps further on.
     pixel_lr, pixel_iterations, latent_lr, latent_iterations: AdamW on the image, which is then encoded, while a third
         of the steps or more remains; on the latent later, and once at the end.
     tolerance: an image's optimisation ends once its root mean square residual is below; None: at sigma_y, because the
         published 1e-3 fits the noise of y too.
-    guidance: moves the DDIM steps; guided_estimate: also the estimates that are fitted to y. (PAG's authors keep
-        those unguided in DPS and PSLD, Ahn et al. 2024, App. C.1; the gradient never sees the weak pass.)
+    guidance: moves the DDIM steps; guided_estimate: also the estimates that are fitted to y.
     slips: two mistakes of the authors' code: (1 - alpha_bar) eps for sqrt(1 - alpha_bar) eps in z0_hat, and the steps
         of `travel` with the alpha_bar of the step before.
     callback: also z0_hat, and after data consistency z_start (what it started from) and z0_y.

@@ -98,12 +98,8 @@ def ldm_timesteps(schedule: Schedule, steps, *, reference: bool = False) -> list
     if not str(steps).isdecimal() or not 1 <= int(steps) <= T:
         raise RestoreError(f"steps must be a list of times or a number between 1 and {T}, got {steps}")
     steps = int(steps)
-    if reference:
-        indices = range(1, T + 1, T // steps)
-    elif steps == T:
-        indices = range(T)
-    else:
-        indices = [1 + i * T // steps for i in range(steps)]
+    indices = [1 + i * T // steps for i in range(steps)] if steps < T else range(T)
+    indices = range(1, T + 1, T // steps) if reference else indices
     return [schedule.time(i) for i in reversed(indices)]
 
 
@@ -111,8 +107,7 @@ def alpha_bars(schedule: Schedule, timesteps: list, *, shift: bool = False) -> t
     """Return alpha_bar at descending `timesteps`, and at the time that follows each.
 
     The last one is followed by the least noise the model was trained on, or by 1 if it has that itself. With `shift`,
-    and only if all T steps are visited, every time is lowered by one although the network is given t; the least noise
-    then comes twice and the last step changes nothing (PSLD's authors' code).
+    and only if all T steps are visited, every time is lowered by one, but not for the network (PSLD's authors' code).
     Raises RestoreError for times that were not trained.
     """
     T, first = len(schedule), schedule.time(0)
