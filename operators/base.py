@@ -59,10 +59,8 @@ class Operator:
         return apply_transpose(self.A, y, self.image_shape(y))
 
     def A_dagger(self, y: torch.Tensor) -> torch.Tensor:
-        """Apply the pseudo-inverse: the smallest x among those that minimise ||A x - y||.
-
-        Closed form if the class has one, else `least_squares` with its defaults.
-        """
+        """Apply the pseudo-inverse, the smallest x among those that minimise ||A x - y||: in closed form if the class
+        has one, else by `least_squares` with its defaults."""
         self._check_linear("A_dagger")
         return proximal.least_squares(self, y)
 
@@ -73,16 +71,14 @@ class Operator:
             form only as well determined as the smallest singular values of A).
 
         Closed form through the singular values (see `factors`) in float64, or float32 on a device without it; else
-        conjugate gradients in z's dtype, from z, to the tolerance and the at most 200 iterations of `least_squares`.
+        conjugate gradients in z's dtype, from z, with the defaults of `least_squares`.
         """
         self._check_linear("prox_l2")
         return proximal.prox_l2(self, z, y, gamma)
 
     def regularised_inverse(self, v: torch.Tensor, r) -> torch.Tensor:
-        """Return (A A^T + r I)^-1 v for v of a measurement's shape; r >= 0, one number or (B,).
-
-        r = 0 is the pseudo-inverse of A A^T. Computed as `prox_l2` is.
-        """
+        """Return (A A^T + r I)^-1 v (r = 0: the pseudo-inverse) for v of a measurement's shape; r >= 0, one number or
+        (B,). Computed as `prox_l2` is."""
         self._check_linear("regularised_inverse")
         return proximal.regularised_inverse(self, v, r)
 
@@ -100,10 +96,8 @@ class Operator:
         return dataclasses.replace(svd, singular=svd.singular.expand(-1, *shape))
 
     def factors(self, image_shape: Sequence[int]) -> Sequence[torch.Tensor | None] | None:
-        """Return float64 matrices (channels, rows, columns) whose Kronecker product is A for images (C, H, W).
-
-        One of them is None if it is the identity; all of it is None if A is no such product.
-        """
+        """Return float64 matrices (channels, rows, columns), None for the identity, whose Kronecker product is A for
+        images (C, H, W); None if A is no such product."""
         return None
 
     def decompose(self, image_shape: Sequence[int], full: bool):

@@ -14,8 +14,7 @@ from operators.separable import Kronecker
 class Compose(Operator):
     """Operators one after the other: Compose(a, b).A(x) = b.A(a.A(x)), the same as `b @ a`.
 
-    The noise is that of the last operator unless `noise` is given. Raises RestoreError if an
-    earlier operator has noise: it would be degraded itself.
+    noise: None: that of the last operator. Raises RestoreError if an earlier one has noise.
     """
 
     name = "compose"

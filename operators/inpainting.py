@@ -82,8 +82,7 @@ def box_mask(image_size, *, size=None, margin=None, top=None, left=None, seed: i
     """
     image_size = validate.require_size(image_size)
     size = validate.require_size(tuple(max(side // 2, 1) for side in image_size) if size is None else size, "size")
-    if margin is None:
-        margin = tuple(side // 16 for side in image_size)
+    margin = tuple(side // 16 for side in image_size) if margin is None else margin
     margin = margin if isinstance(margin, (list, tuple)) else (margin, margin)
     random = validate.make_random_state(seed)
     corner = []

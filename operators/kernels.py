@@ -87,9 +87,8 @@ def rasterise(path: np.ndarray, size: int) -> np.ndarray:
     corner = np.minimum(np.floor(points).astype(int), max(size - 2, 0))
     fraction = points - corner
     kernel = np.zeros((size, size))
-    for row in (0, 1):
-        for column in (0, 1):
-            weight = np.abs(1 - row - fraction[:, 0]) * np.abs(1 - column - fraction[:, 1])
-            index = np.minimum(corner + (row, column), size - 1)
-            np.add.at(kernel, (index[:, 0], index[:, 1]), weight)
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        weight = np.abs(1 - row - fraction[:, 0]) * np.abs(1 - column - fraction[:, 1])
+        index = np.minimum(corner + (row, column), size - 1)
+        np.add.at(kernel, (index[:, 0], index[:, 1]), weight)
     return kernel / kernel.sum()

@@ -1,4 +1,4 @@
-"""Degradations of each pixel by itself: none (denoising) and loss of colour."""
+"""Pixelwise degradations: none (denoising) and loss of colour."""
 
 from __future__ import annotations
 
@@ -34,10 +34,9 @@ class Denoising(Operator):
 class Colorization(Operator):
     """y = the grey image: (B, 3, H, W) -> (B, 1, H, W), y = sum_c weights[c] x_c.
 
-    weights: of R, G, B, summing to one; the luma of ITU-R BT.601 (0.299, 0.587, 0.114) by default,
-    which is Pillow's and MATLAB's conversion. (1/3, 1/3, 1/3) is the mean that DDRM and DDNM use.
-    Raises RestoreError for weights that are not three finite numbers with sum one, and for
-    adjoint="reference": DPS and PSLD have no such operator.
+    weights: of R, G, B, summing to one; by default the luma of ITU-R BT.601, as in Pillow and MATLAB. DDRM and DDNM use
+        (1/3, 1/3, 1/3).
+    Raises RestoreError for weights that are not three finite numbers with sum one, and for adjoint="reference".
     """
 
     name = "colorization"

@@ -26,7 +26,7 @@ def least_squares(
     std)^2 per pixel, the Wiener (posterior mean) solution for white x and white noise.
 
     operator: anything with `A` and `A_adjoint`. float16 and bfloat16 are computed in float32.
-    tolerance, max_iterations: each image stops by itself as soon as ||A^T(y - A x) - damping x|| <= tolerance
+    tolerance, max_iterations: each image stops independently as soon as ||A^T(y - A x) - damping x|| <= tolerance
         ||A^T y||, by default 1e-5 in float32 and 1e-10 in float64. For an ill-conditioned A (a blur) max_iterations is
         the regularisation: components with small singular values come last.
     Raises RestoreError if y is not finite or an option is invalid.

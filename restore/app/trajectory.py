@@ -27,7 +27,8 @@ class Trajectory:
 
     def estimates(self) -> PIL.Image.Image:
         """Return x0_hat of the steps side by side."""
-        return grids.draw_strip([io.to_pil(x0_hat) for _, x0_hat, _ in self.steps])
+        pictures = [io.to_pil(x0_hat) for _, x0_hat, _ in self.steps]
+        return grids.draw_grid([pictures], [""] * len(pictures), cell=128, font_size=14)
 
     @property
     def guided(self) -> bool:

@@ -1,8 +1,7 @@
 """Perturb or observe the attention of chosen layers within a `with` block, in any architecture.
 
 The module runs unchanged, with its own processor; only what `scaled_dot_product_attention` returns inside it is
-replaced. Norms, residuals, rotary embeddings and text streams stay the processor's business. Only the calling thread
-sees the change.
+replaced, and only for the calling thread.
 """
 
 from __future__ import annotations

@@ -19,9 +19,8 @@ from restore.guidance.base import Term, WeakPass, require_prior
 class Autoguidance(Term):
     """Guidance by a smaller model or an earlier checkpoint. See Term for scale, interval and schedule.
 
-    model: a name of `restore models list`, a folder, a file, or a backbone. It is loaded once per guidance, to the
-        strong model's device and in its precision. It must predict the same x; if its noise levels lie at other
-        times, it is evaluated at the time of the same ratio sigma / alpha.
+    model: a name of `restore models list`, a folder, a file, or a backbone; loaded once, to the strong model's device
+        and precision. It must predict the same x, and is evaluated at the time of the same ratio sigma / alpha.
     """
 
     model: Any

@@ -4,8 +4,7 @@
 
 Three independent choices: how each *term* makes its weak prediction, how its scale depends on t (its *schedule*), and
 how strong and weak predictions meet (the *combination*: the sum above, or another of restore.guidance.combine). Scales
-follow the paper: s = 0 is off. In the two other conventions in use the same guidance is s + 1 (the PAG repository,
-and diffusers' `guidance_scale` for CFG).
+follow the paper: s = 0 is off. In the PAG repository, and in diffusers' `guidance_scale`, the same guidance is s + 1.
 """
 
 from __future__ import annotations
@@ -42,8 +41,7 @@ class WeakPass:
     eps: function (x_t, t, condition, strong) -> eps_weak (B, C, H, W); None if there is nothing to contrast.
     modules: those that behave differently in the weak pass on the same input. What is computed before the first of
         them is taken from the strong pass. Empty if the input or the condition differs: nothing can be shared.
-    observe: function () -> context manager that is entered around the strong pass, for a term that needs to see
-        something of it (restore.guidance.attention.observe_attention).
+    observe: function () -> context manager around the strong pass (restore.guidance.attention.observe_attention).
     """
 
     eps: Callable[[torch.Tensor, float, Any, Prediction], torch.Tensor | None]
@@ -53,14 +51,12 @@ class WeakPass:
 
 @dataclass(frozen=True)
 class Term:
-    """One term of a guidance, the base of PAG, CFG and the others. `a + b` is a Guidance with both.
-
-    A subclass is a frozen dataclass that adds its options and `bind`.
+    """One term of a guidance, the base of PAG, CFG and the others. `a + b` is a Guidance with both. A subclass is a
+    frozen dataclass that adds its options and `bind`.
 
     scale: s; 0 is off: no weak pass is run.
     interval: (t_high, t_low), the times between which the guidance acts, both included; None: always.
-    schedule: factor on s: a name in SCHEDULES, or a function t -> factor or its "module:function". No weak pass is
-        run at times where the factor is 0.
+    schedule: factor on s (0: no weak pass): a name in SCHEDULES, a function t -> factor or its "module:function".
     """
 
     scale: float
@@ -127,10 +123,8 @@ class Guidance:
 
 def as_guidance(value: Term | Guidance | None) -> Guidance | None:
     """Return a Guidance of one term for a Term, and a Guidance or None unchanged. Raises RestoreError otherwise."""
-    if isinstance(value, Term):
-        return Guidance((value,))
-    if value is None or isinstance(value, Guidance):
-        return value
+    if value is None or isinstance(value, (Term, Guidance)):
+        return Guidance((value,)) if isinstance(value, Term) else value
     raise RestoreError(f'guidance must be None or a guidance such as restore.PAG(1.0, layers="i9"), got {value!r}')
 
 

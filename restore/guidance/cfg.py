@@ -19,8 +19,8 @@ from restore.guidance.base import Term, WeakPass
 class CFG(Term):
     """Classifier-free guidance. See Term for scale (w), interval and schedule.
 
-    null: condition of the weak pass (a negative prompt, say); None: the backbone's null_condition. Without it and
-        without a condition of the strong pass there is nothing to contrast, and no weak pass is run.
+    null: condition of the weak pass (a negative prompt, say); None: the backbone's null_condition, and no weak pass if
+        the strong one has no condition either.
     """
 
     null: Any = field(default=None, kw_only=True)

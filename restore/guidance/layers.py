@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from operators import RestoreError
@@ -57,7 +57,7 @@ def choose_layers(layers: str | Iterable[str], heads: Heads, attention: Attentio
     """Return (layer, its heads) in order of execution, each layer once; heads None: all of them.
 
     layers: names (see layer_names), separated by commas or in a list, each with its heads after a colon, or without
-        for all: "i5:0,3,m1" is heads 0 and 3 of i5 and the whole of m1. A name is never matched by part or pattern.
+        for all: "i5:0,3,m1" is heads 0 and 3 of i5 and the whole of m1.
     heads: in place of colons, indices for every layer or a mapping from layer name to indices.
     Raises RestoreError if a name matches no layer, or more than one, and for heads that a layer does not have.
     """
@@ -80,8 +80,7 @@ def choose_layers(layers: str | Iterable[str], heads: Heads, attention: Attentio
 
 
 def normalize_strength(strength: Strength) -> Strength:
-    """Return a strength u in [0, 1], one for each layer {"i5": u}, or for each head {"i5": {0: u, 3: u}}, with heads
-    as integers. Raises RestoreError for anything else."""
+    """Return u in [0, 1], {"i5": u} or {"i5": {0: u, 3: u}}, heads as integers. Raises RestoreError otherwise."""
     if not isinstance(strength, Mapping):
         if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
             raise RestoreError(f"strength must be a number in [0, 1], got {strength!r}")
@@ -120,9 +119,9 @@ def split_by_strength(layers: Sequence[LayerHeads], strength: Strength, attentio
     return groups
 
 
-def require_ran(paths: Iterable[str], ran: Iterable[str]) -> None:
+def require_ran(paths: Iterable[str], ran: Collection[str]) -> None:
     """Raises RestoreError for the first of `paths` whose layer did not run in the weak pass."""
-    missed = [path for path in paths if path not in set(ran)]
+    missed = [path for path in paths if path not in ran]
     if missed:
         reason = "its network was replaced, or compiled in a way that cannot be changed; try loading it again"
         raise RestoreError(f"the attention layer {missed[0]} did not run in the perturbed pass: {reason}")

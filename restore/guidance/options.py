@@ -15,8 +15,7 @@ from operators.naming import check_known
 
 
 def parse_spec(spec: Any, what: str) -> tuple[str, dict[str, Any]]:
-    """Return (name, options) of "name", {name: options} or {"name": name, **options}. Raises RestoreError if `spec` is
-    none of these."""
+    """Return (name, options) of "name", {name: options} or {"name": name, **options}; RestoreError for others."""
     if isinstance(spec, str):
         return spec, {}
     if isinstance(spec, Mapping) and "name" in spec:

@@ -3,8 +3,6 @@
 The weak pass attends with another map on the chosen layers and heads,
 
     A = softmax(Q K^T / sqrt(d))  ->  (1 − u) A + u A',        PAG: A' = I, u = 1; SoftPAG: u < 1   (eqs. 10, 13)
-
-and the estimate is pushed away from it: eps + s (eps − eps_weak)                                    (eq. 14)
 """
 
 from __future__ import annotations
@@ -33,8 +31,7 @@ class PAG(Term):
     target: A', a name in restore.guidance.targets.TARGETS ("identity" is PAG), {name: options} such as
         {"seg": {"sigma": 4}}, a function of an AttentionRecord or its "module:function".
     strength: u, in [0, 1]; or one for each of the chosen layers or heads, {"i5": {0: 0.5, 3: 1.0}, "m1": 0.3}.
-    noise: of the random targets: a seed (the draw then depends only on seed, t and layer, and is shared by the
-        images of a batch) or a function (kind, shape) -> tensor, kind "uniform" or "normal", or its name.
+    noise: of the random targets: a seed (see restore.guidance.targets.seeded_draw), or a Draw or its name.
     scope: where image and text tokens attend jointly, "joint" perturbs the map of all, "image" that of the image.
     """
 
@@ -54,8 +51,7 @@ class PAG(Term):
             object.__setattr__(self, name, freeze(getattr(self, name)))
 
     def perturbed_layers(self, backbone: Backbone) -> list[PerturbedLayer]:
-        """The chosen layers and heads of `backbone` with target and strength. Raises RestoreError for a layer or head
-        that the backbone does not have."""
+        """Return the layers and heads to perturb. Raises RestoreError for one that `backbone` does not have."""
         layers = choose_layers(self.layers, self.heads, backbone.attention)
         groups = split_by_strength(layers, self.strength, backbone.attention)
         target = find_target(self.target)

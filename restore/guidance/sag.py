@@ -71,9 +71,7 @@ class SAG(Term):
             assemble = getattr(backbone, "blend_maps", lambda maps, x: F.interpolate(maps[0], x.shape[-2:]))
             mask = (assemble(received, x_t) > self.threshold).to(x_t.dtype)
             received.clear()
-            x0 = strong.x0.detach()
-            if backbone.bounded:
-                x0 = x0.clamp(-1, 1)
+            x0 = strong.x0.detach().clamp(-1, 1) if backbone.bounded else strong.x0.detach()
             size = tuple(min(taps, 2 * side - 1) for side in x0.shape[-2:])
             blurred = gaussian_blur2d(x0, size, (blur_sigma, blur_sigma), "reflect")
             # The PSLD code gives the network a time beyond the table.

@@ -13,8 +13,7 @@ from restore.guidance.base import Guidance, Term, WeakPass, as_guidance
 def record_signals(guidance: Term | Guidance, signals: dict[int, torch.Tensor]) -> Guidance:
     """Return the same guidance, which also writes each weak prediction's signal into `signals`.
 
-    signals[k]: |eps − eps_weak| of the last prediction of term k, averaged over the channels, (B, 1, h, w), h and w
-    those of x_t.
+    signals[k]: |eps − eps_weak| of term k's last prediction, averaged over the channels, (B, 1, h, w) as x_t.
     """
     guidance = as_guidance(guidance)
     terms = enumerate(guidance.terms)

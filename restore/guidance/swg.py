@@ -14,8 +14,7 @@ from restore.guidance.base import Term, WeakPass, require_prior
 class SWG(Term):
     """Sliding-window guidance. See Term for scale, interval and schedule.
 
-    window: side in pixels, less than the prior's resolution. overlap: the fraction shared with a neighbour. Windows
-    are blended as those of large photos are.
+    window: side in pixels, less than the prior's resolution. overlap: the fraction shared with a neighbour.
     """
 
     window: int

@@ -55,10 +55,8 @@ class TPG(Term):
                         orders[module, count] = draw("uniform", (1, count))[0].argsort().to(tokens.device)
                     order = orders[module, count]
                     ran.add(paths[module])
-                    if tokens.ndim == 3:
-                        tokens = tokens[:, order]
-                    else:
-                        tokens = tokens.flatten(2)[..., order].view(tokens.shape)
+                    flat = tokens.ndim == 3
+                    tokens = tokens[:, order] if flat else tokens.flatten(2)[..., order].view(tokens.shape)
                     if args:
                         return forward(tokens, *args[1:], **kwargs)
                     return forward(**kwargs | {"hidden_states": tokens})

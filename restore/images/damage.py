@@ -34,10 +34,9 @@ def detect_damage(x: torch.Tensor, sensitivity: float = 0.5) -> torch.Tensor:
     (more damage, more false alarms).
 
     Structures brighter, or darker, than their surroundings in all channels and thinner than 2.2 % of the shorter side
-    (a top-hat transform) are scored by their contrast relative to the detail around them, the rarity of their
-    brightness, the similarity of their two sides (those of an object's contour differ) and their lack of colour. They
-    count as lines if they continue along one of 24 directions, or as specks. Stains of the same colour that touch a
-    line are added.
+    (a top-hat transform) are scored by their contrast to the detail around them, the rarity of their brightness, the
+    similarity of their two sides and their lack of colour. They count as lines if they continue along one of 24
+    directions, or as specks. Stains of the same colour that touch a line are added.
     Raises RestoreError below 32 pixels a side, for several photos and for a sensitivity outside [0, 1].
     """
     sensitivity = require_number(sensitivity, "sensitivity", low=0.0, high=1.0)

@@ -35,8 +35,7 @@ def estimate_noise(x: torch.Tensor) -> float:
 
     The estimate is the energy of the finest diagonal Haar detail (Donoho & Johnstone 1994) in the 15 % of blocks with
     least coarse detail, for colour photos also of the colour differences, which have little texture. Flat and nearly
-    clipped blocks are ignored, and so is colour whose fine detail was removed (chroma subsampling of JPEG); the result
-    is then the noise that compression left.
+    clipped blocks are ignored, and so is colour whose fine detail was removed (chroma subsampling of JPEG).
     Returns 0 for a flat image. Raises RestoreError below 32 pixels a side.
     """
     x = _as_batch(x, "noise")
@@ -94,9 +93,9 @@ def estimate_blur(x: torch.Tensor) -> float:
     x: as in `estimate_noise`; of a photo above 1536 pixels a side the centre is used.
 
     Between derivatives of Gaussians of std a and b the slope of a step blurred by s falls by R, R^2 = (s^2 + b^2) /
-    (s^2 + a^2) (Zhuo & Sim 2011, Eq. 7). The 70th percentile over the strongest edges is taken: thin lines appear less
-    blurred, soft shadows more. Sharp photos, and those without edges, give 0 to 1; the error is about a quarter between
-    1.5 and 6 pixels (docs/photo.md). Raises RestoreError below 32 pixels a side.
+    (s^2 + a^2) (Zhuo & Sim 2011, Eq. 7), of which the 70th percentile over the strongest edges is taken. Photos that
+    are sharp or without edges give 0 to 1; the error is about a quarter between 1.5 and 6 pixels (docs/photo.md).
+    Raises RestoreError below 32 pixels a side.
     """
     x = _as_batch(x, "blur")
     top, left = (max(0, (side - MIDDLE) // 2) for side in x.shape[-2:])
@@ -140,9 +139,8 @@ def _measure_edges(plane: np.ndarray, a: float, b: float, noise: float) -> np.nd
 def rasterise_path(points: torch.Tensor | np.ndarray | list, size: int | None = None) -> torch.Tensor:
     """Return the motion blur kernel (k, k) float64, with sum one, of a path drawn by hand at constant speed.
 
-    points: (N, 2) pixels (x to the right, y down), joined by straight lines; their centre of mass becomes the kernel's
-    centre. The layout is that of `operators.Blur`: a point of light in the sharp photo becomes this path. size: k, odd;
-    default: the smallest that holds the path. A single point gives no blur.
+    points: (N, 2) pixels (x to the right, y down), joined by straight lines and centred by their mass: what a point of
+    light in the sharp photo becomes. size: k, odd; None: the smallest that holds the path.
     Raises RestoreError if `points` is not a path or does not fit into `size`.
     """
     try:

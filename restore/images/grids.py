@@ -1,4 +1,4 @@
-"""Labelled pictures: comparison grids and strips through time. Never part of the data path."""
+"""Labelled pictures: comparison grids and strips through time (one row). Never part of the data path."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ def draw_grid(
     """Return a labelled table of pictures on a white background.
 
     rows: one image per column, a tensor (3, H, W) or (1, 3, H, W) in [-1, 1], a PIL image, or None for an empty cell,
-    fitted into `cell` pixels, see `fit_image`. captions: a short text under every cell. All rows are as high as the
-    highest picture. Long titles are wrapped. Raises RestoreError unless there is one image per title.
+    see `fit_image`. captions: a text under every cell. Raises RestoreError unless there is one image per title.
     """
     if not rows or any(len(row) != len(column_titles) for row in rows):
         raise RestoreError(f"every row of the grid must have {len(column_titles)} images, one per column title")
@@ -66,15 +65,6 @@ def draw_grid(
                 place, text = (x + cell / 2, y + row_height + 2), feet[index][column]
                 draw.multiline_text(place, text, _INK, small, anchor="ma", align="center")
     return sheet
-
-
-def draw_strip(
-    images: Sequence[torch.Tensor | PIL.Image.Image], titles: Sequence[str] | None = None, cell: int = 128
-) -> PIL.Image.Image:
-    """Return images side by side, e.g. x0_hat through time, with titles. Raises RestoreError if there is none."""
-    if not images:
-        raise RestoreError("a strip must have at least one image")
-    return draw_grid([list(images)], list(titles) if titles else [""] * len(images), cell=cell, font_size=14)
 
 
 def fit_image(image: torch.Tensor | PIL.Image.Image, cell: int) -> PIL.Image.Image:

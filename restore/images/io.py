@@ -176,8 +176,7 @@ def to_tensor(image: Any, *, channels: int | None = 3, largest: float = 8.0) -> 
         1), numpy floats in [0, 1], torch floats in about [-1, 1].
     channels: 3: grey is repeated, alpha dropped. 1: grey by the luma of ITU-R BT.601. None: a measurement; its channels
         are kept (1 for grey files, alpha is dropped; a float tensor may have any shape (B, ...)).
-    largest: the largest absolute value of a float tensor. Noise of sigma = 1 on an image exceeds the default of 8 once
-        in 1e12 pixels; of images on 0..255 only nearly black ones stay below it.
+    largest: the largest absolute value of a float tensor; noise of sigma = 1 exceeds 8 once in 1e12 pixels.
     Raises RestoreError for NaN, other shapes and types, an empty batch and values outside the range.
     """
     if isinstance(image, (list, tuple)):

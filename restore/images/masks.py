@@ -88,9 +88,8 @@ def read_mask(
 def read_kernel(path: str | Path) -> torch.Tensor:
     """Read a blur kernel (kh, kw) float64 from .npy, .txt, .csv or a grey picture.
 
-    Numbers must sum to one within 1e-3 and are not rescaled: a kernel that brightens is usually a mistake. The grey
-    values of a picture, 8 or 16 bits, are divided by their sum. Raises RestoreError for NaN, a wrong sum, more than
-    two dimensions and an unreadable file.
+    Numbers must sum to one within 1e-3; the grey values of a picture, 8 or 16 bits, are divided by their sum. Raises
+    RestoreError for NaN, a wrong sum, more than two dimensions and an unreadable file.
     """
     path = Path(path)
     suffix = path.suffix.lower()

@@ -34,11 +34,8 @@ def stretch_range(image: torch.Tensor) -> torch.Tensor:
 
 
 def enlarge_image(image: torch.Tensor, size: int = 512, *, method="bicubic", stretch: bool = False) -> torch.Tensor:
-    """Resize (B, 3, H, W) in [-1, 1] to size x size and clamp the overshoot of the bicubic filter.
-
-    method: one of METHODS; "nearest" is the authors'. stretch: apply `stretch_range` first.
-    Raises RestoreError for an unknown method.
-    """
+    """Resize (B, 3, H, W) in [-1, 1] to size x size by `resize_image` and clamp the overshoot of the bicubic filter;
+    stretch: apply `stretch_range` first."""
     return resize_image(stretch_range(image) if stretch else image, size, method=method).clamp(-1, 1)
 
 
@@ -60,9 +57,8 @@ def reduce_before(operator: Operator, factor: int = 2) -> Operator:
 class Resampling:
     """Restoration at another size than the photo's, in either reading of the protocol.
 
-    side: the size in pixels at which the restoration runs. method: one of METHODS. stretch: apply `stretch_range` to
-    clean images. A clean photo is enlarged and then degraded; a damaged one was measured at its own size and is
-    restored at an integer multiple of it.
+    side: the size in pixels at which the restoration runs, for a damaged photo a multiple of its own. method: one of
+    METHODS. stretch: apply `stretch_range` to clean images.
     """
 
     side: int

@@ -12,9 +12,8 @@ def estimate_tint(x: torch.Tensor) -> torch.Tensor | None:
     """Return the tint (5, 3) of a photo (1, 3, H, W) that has one hue; None for a colour photo.
 
     Rows 0 to 3: the difference of each channel from the mean of the channels, as a cubic in that mean; row 4: the range
-    of the mean, its upper end twice. A photo has one hue if the means of its blocks follow the cubic within 0.03 (root
-    mean square) and 0.08 (99.9th percentile): blocks average out noise and compression, while any coloured object,
-    however small, makes a colour photo.
+    of the mean, its upper end twice. A photo has one hue if the means of its blocks, without noise and compression,
+    follow the cubic within 0.03 (root mean square) and 0.08 (99.9th percentile).
     """
     blocks = F.avg_pool2d(x.double(), max(1, min(8, min(x.shape[-2:]) // 16)))[0].flatten(1)
     brightness = blocks.mean(0)

@@ -30,7 +30,7 @@ def ddrm(
     clip: bool | None = False,
 ) -> torch.Tensor:
     """Sample x_0 ~ p(x_0 | y) approximately. With A = U S V^T, x_bar = V^T x / alpha and y_bar = S^+ U^T y, every
-    coordinate moves to the next noise ratio r = sigma / alpha by itself (eq. 7, 8):
+    coordinate moves to the next noise ratio r = sigma / alpha independently (eq. 7, 8):
 
         no singular value:  x0_bar + r (sqrt(1 - eta^2) eps + eta n)
         s r < sigma_y:      x0_bar + r (sqrt(1 - eta^2) (U^T y - s x0_bar) / sigma_y + eta n)

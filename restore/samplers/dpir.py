@@ -43,9 +43,8 @@ def dpir(
     arguments of all samplers are in `restore.samplers`; noise is not used.
 
     prior: in pixels. operator: a linear one (see operators.prox_l2). guidance: makes z.
-    steps: the number of levels, 1 being sigma_y only.
+    steps: the number of levels; the last, and only one if 1, is sigma_y (at least LAST_LEVEL_FLOOR).
     lam: the paper's lambda. sigma_max: on [-1, 1], at most the largest trained level; the paper has 49 / 255 on [0, 1].
-    sigma_y: also the last level, which is at least LAST_LEVEL_FLOOR.
     """
     sigma_y = require_linear_gaussian("dpir", prior, operator, sigma_y)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:

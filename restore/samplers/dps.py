@@ -57,8 +57,7 @@ def dps(
             residual = norm(y - operator.A(x0_hat), y)
             (grad,) = torch.autograd.grad(residual.sum(), x_t)
 
-            # Prior: the sampler's own step with the guided score, then the likelihood step. The weak pass comes
-            # now, when the graph's memory is free again.
+            # Prior: the sampler's own step with the guided score, then the likelihood step.
             with torch.no_grad():
                 eps = estimate.guided(strong, x_t, t, condition)
                 v = None if strong.variance is None else strong.variance.detach()

@@ -37,8 +37,6 @@ class ImageNoise:
         """Return noise of `shape` (B, ...) for step k; kind: its purpose, "start", "latent" or a sampler's own."""
         if shape[0] != len(self.keys):
             raise ValueError(f"shape must be that of {len(self.keys)} images, got a batch of {shape[0]}")
-        draws = []
-        for key in self.keys:
-            generator = torch.Generator().manual_seed(derive_seed(*key, kind, k))
-            draws.append(torch.randn(tuple(shape[1:]), generator=generator))
+        generators = (torch.Generator().manual_seed(derive_seed(*key, kind, k)) for key in self.keys)
+        draws = [torch.randn(tuple(shape[1:]), generator=generator) for generator in generators]
         return torch.stack(draws).to(self.device, self.dtype)

@@ -44,8 +44,7 @@ def pigdm(
     prior_variance: c of r^2 = c sigma^2 / (sigma^2 + c alpha^2), the paper's being 1.
     gradient: "added": alpha_s alpha_t g is added to the DDIM step (Algorithm 1, as its implementations scale it).
         "score": grad log p(y | x_t) = g / r^2 is a part of the score, in x0_hat and eps alike; exact in the limit of
-        many steps if the prior is N(m, c I), while "added" pulls the harder the more steps there are. But it trusts
-        the network's Jacobian at the noisiest times: with a trained network it needs clip=True.
+        many steps if the prior is N(m, c I), but a trained network, inexact at the noisiest times, needs clip=True.
     """
     check_known([gradient], ("added", "score"), "unknown gradient")
     sigma_y = require_linear_gaussian("pigdm", prior, operator, sigma_y)

@@ -80,8 +80,7 @@ def psld(
                 glue = l2_norm(z0_hat - prior.encode(x_glued, n), y)
             (gradient,) = torch.autograd.grad((eta * residual + gamma * glue).sum(), z_t)
 
-            # Prior: DDIM with the guided score (Song et al. 2021, eq. 12), then the likelihood step. The weak pass
-            # comes now, when the graph's memory is free again.
+            # Prior: DDIM with the guided score (Song et al. 2021, eq. 12), then the likelihood step.
             with torch.no_grad():
                 eps = estimate.guided(strong, z_t, t, condition)
                 sigma_t = ddim_eta * ((1 - a_prev) / (1 - a)) ** 0.5 * (1 - a / a_prev) ** 0.5

@@ -67,8 +67,7 @@ def resample(
 
     def fit_to_y(z0, in_pixels):
         if in_pixels:
-            x = fit(prior.decode(z0), operator.A, y, pixel_lr, pixel_iterations, tolerance)
-            return prior.encode(x)
+            return prior.encode(fit(prior.decode(z0), operator.A, y, pixel_lr, pixel_iterations, tolerance))
         return fit(z0, lambda z: operator.A(prior.decode(z)), y, latent_lr, latent_iterations, tolerance)
 
     z = noise(0, (len(y), *prior.shape), "start")

@@ -154,8 +154,7 @@ def require_finite(x_t: torch.Tensor, k: int, setting: str) -> None:
 def report(callback, k: int, steps: int, t: float, *, operator=None, y=None, **state) -> None:
     """Call `callback`, if there is one, after step k (from 0) of `steps`, at time t, with one dict of
 
-    step, steps, t: k, `steps` and t.
-    x_t: the sample after the step. x0_hat: the clean estimate as an image. eps: the guided noise estimate.
+    step, steps, t; x_t: the sample after the step; x0_hat: the clean estimate as an image; eps: the guided noise.
     residual: ||y - A(x0_hat)|| (B,), computed here if operator and y are given.
     used: numbers that the sampler derived from its parameters, for the record of the run.
     Anything else is the sampler's own. Tensors are detached.

@@ -309,7 +309,7 @@ def test_low_precision_maps_are_made_in_fp32(model, golden):
     assert float((out == expected.bfloat16()).float().mean()) > 0.98  # but for values halfway between two bf16
 
 
-def test_seeded_noise_depends_on_seed_timestep_and_draw_alone():
+def test_seeded_noise_depends_only_on_seed_timestep_and_draw():
     torch.manual_seed(0)
     first = [seeded_draw(0, 5)("normal", (2, 3, 4, 4)) for _ in range(2)]
     torch.manual_seed(1)

@@ -133,7 +133,7 @@ def test_cfg_without_anything_to_contrast_runs_no_weak_pass(model, golden, passe
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradient_flows_through_the_strong_pass_alone(golden, checkpointing, plain):
+def test_gradient_flows_only_through_the_strong_pass(golden, checkpointing, plain):
     """The checkpoint trap: blocks recomputed in backward must see neither perturbed attention nor replay."""
     model = ADM.load(GOLDEN / "nets/adm_a.safetensors", head_channels=16)
     if checkpointing:

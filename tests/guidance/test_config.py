@@ -63,7 +63,7 @@ def test_describe_is_the_inverse_of_build(guidance):
     assert describe_guidance(build_guidance(json.loads(text))) == describe_guidance(guidance)
 
 
-def test_what_is_described():
+def test_descriptions():
     assert describe_guidance(None) is None
     assert describe_guidance(PAG(1.0, "i9")) == [{"pag": {"scale": 1.0, "layers": "i9"}}]
     guidance = PAG(1.0, "i9", target=own.reversed_values, schedule=own.late)

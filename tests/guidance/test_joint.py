@@ -281,7 +281,7 @@ def test_identity_in_whole_networks(name, short, text, text_first, scope, head):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["sd3.5", "flux", "dit"])
-def test_what_targets_are_told_in_whole_networks_and_the_way_back(name):
+def test_records_of_targets_in_whole_networks_and_restoration_of_the_network(name):
     """Grid and image tokens of every layer; an exception leaves every processor and forward as it was."""
     network, given = network_of(name)
     layers, told = find_attention_layers(network), []

@@ -81,7 +81,7 @@ def test_parts_and_patterns_match_nothing(name):
         resolve_layers(name, FFHQ)
 
 
-def test_a_miss_lists_what_exists_and_what_is_near():
+def test_an_unknown_name_lists_all_names_or_the_nearest():
     with pytest.raises(RestoreError) as error:
         resolve_layers("i9,input_blocks.8.1", FFHQ)
     message = str(error.value)

@@ -54,7 +54,7 @@ def test_without_cfg_and_outside_the_block(pipe):
 
 
 @torch.no_grad()
-def test_interval_scale_zero_and_errors_leave_the_network_alone():
+def test_interval_scale_zero_and_errors_leave_the_network_unchanged():
     unet = tiny_unet()
     z, text = inputs(2)
     plain = unet(z, 401, encoder_hidden_states=text).sample

@@ -36,7 +36,7 @@ def test_flux(tmp_path, distilled, layers):
     with guided(pipe, PAG(2.0, layers=layers, scope="image")):
         ours = sample(pipe, **options)
     with guided(pipe, PAG(2.0, layers=layers, interval=(1000, 999.5))):
-        first = sample(pipe, **options)  # the first step alone: times run to 1000
+        first = sample(pipe, **options)  # only the first step: times run to 1000
     with guided(pipe, PAG(2.0, layers=layers, interval=(0.9, 0))):
         assert torch.equal(sample(pipe, **options), plain)
     pipe.transformer.forward = by_hand(pipe.transformer, layers, 2.0, cfg="all", scope="image")

@@ -55,7 +55,7 @@ def test_sag(model, x, size, layers, heads):
     assert relative(got, expected) < 1e-12 and relative(expected, strong.eps) > 1e-4
 
 
-def test_sag_on_windows_blends_what_each_attended_to(model, x):
+def test_sag_on_windows_blends_their_attention(model, x):
     """At 32 x 48 with windows of 32: the mask is where the blended attention is above the threshold."""
     x = torch.cat([x, x.flip(-1)[..., :16]], dim=-1)
     small = double_adm(resolution=32)

@@ -58,7 +58,7 @@ def generate(model, guidance, seed):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_threads_do_not_mix_their_guidance(checkpointing):
-    """Guided and unguided runs on one network at once: each has the bits it has alone, every time."""
+    """Guided and unguided runs on one network at once: each gives the bits of a run on its own, every time."""
     torch.set_num_threads(1)
     model = adm(checkpointing)
     before = state_of(model.network)
@@ -94,7 +94,7 @@ def test_threads_do_not_mix_their_guidance(checkpointing):
     assert state_of(model.network) == before
 
 
-def test_a_replacement_is_seen_by_its_thread_alone():
+def test_a_replacement_is_seen_only_by_its_thread():
     network, seen = torch.nn.Sequential(torch.nn.Identity()), []
 
     def add(n):
@@ -120,7 +120,7 @@ def test_a_replacement_is_seen_by_its_thread_alone():
     assert seen == [0.0, 10.0, 0.0] and "forward" not in network[0].__dict__
 
 
-def test_everywhere_means_threads_without_their_own():
+def test_everywhere_applies_to_threads_without_a_replacement():
     network, seen = torch.nn.Sequential(torch.nn.Identity()), []
     with replace_forward([network[0]], lambda m, forward: lambda x: forward(x) + 1, everywhere=True):
         thread = threading.Thread(target=lambda: seen.append(float(network(torch.zeros(())))))
@@ -190,7 +190,7 @@ def test_a_weak_pass_that_misses_its_layer_is_an_error():
         e(torch.zeros(1, 3, 16, 16), 5)
 
 
-def test_what_counts_as_compiled():
+def test_find_compiled():
     network = tiny()
     assert find_compiled(network) == []
     network.mid_block.compile(backend="eager")

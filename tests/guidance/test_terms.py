@@ -130,7 +130,7 @@ def test_latents(name):
 
 
 def test_inside_a_pipeline(tiny_adm):
-    """What changes the network works there; what needs clean estimates or images says so."""
+    """Terms that change the network work there; those that need clean estimates or images raise an error."""
     unet = tiny_unet()
     x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
     with torch.no_grad():

@@ -116,7 +116,7 @@ def test_tsg_at_another_time(case, shift):
     with torch.no_grad():
         strong, other = model.predict(x, T_HIGH, condition), model.predict(x, told, condition)
     if isinstance(model, DiT):
-        expected = other.eps  # what the network says, whatever the time
+        expected = other.eps  # the output of the network does not depend on the time
     else:
         sigma = T_HIGH / 1000
         expected = x + (1 - sigma) * (other.eps - other.x0)  # eps = x + alpha v

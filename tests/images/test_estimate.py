@@ -45,7 +45,7 @@ def test_noise_level_of_a_photo(name):
 def test_noise_level_is_not_fooled():
     x = photo(CAT)
     assert estimate_noise(torch.zeros(3, 40, 40)) == 0
-    assert estimate_noise(x) < 0.008  # rounding to 8 bits alone is 0.0023
+    assert estimate_noise(x) < 0.008  # rounding to 8 bits gives 0.0023
     framed = torch.full((1, 3, 600, 700), 0.97)  # a flat border, nearly white, of more than half the area
     framed[..., 100:400, 100:551] = noisy(x, 0.1)
     assert estimate_noise(framed) == pytest.approx(0.1, rel=0.1)
@@ -55,7 +55,7 @@ def test_noise_level_is_not_fooled():
         estimate_noise(x[..., :20])
 
 
-def test_noise_level_takes_what_compression_left(tmp_path):
+def test_noise_level_after_compression(tmp_path):
     """Chroma at half resolution has lost its fine noise; brightness has not."""
     x = noisy(photo(COFFEE), 0.1)
     io.to_pil(x).save(tmp_path / "x.jpg", quality=95, subsampling=2)
@@ -168,7 +168,7 @@ def test_drawn_scratches_and_specks_are_found(name, grey):
     assert (found & ~near).mean() < 0.035  # highlights of the cup and the helmet
 
 
-def test_undamaged_photos_are_left_alone():
+def test_undamaged_photos_are_hardly_masked():
     shares = [1 - float(detect_damage(photo(name)).mean()) for name in (COFFEE, CAT, ASTRONAUT)]
     assert max(shares) < 0.01
     for name in ("astronaut-face-64.png", "chelsea-face-64.png", "generated-face-64-1.png"):

@@ -39,4 +39,4 @@ def test_comparison_grid_shows_every_cell():
         grids.draw_grid([[small]], ["a", "b"])
     wide_rows = grids.draw_grid([[wide], [wide]], ["photos"], cell=96)
     assert 2 * 24 < wide_rows.height < 2 * 24 + 60  # as high as their pictures, not as their cells
-    assert grids.draw_strip([small] * 3, ["t = 9", "t = 5", "t = 0"], cell=64).width > 3 * 64
+    assert grids.draw_grid([[small] * 3], ["t = 9", "t = 5", "t = 0"], cell=64).width > 3 * 64

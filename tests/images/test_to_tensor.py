@@ -1,4 +1,4 @@
-"""The one door for pixels: every type and layout an image may have, and one sentence for what it cannot be."""
+"""Conversion of pixels: every type and layout of an image, and one sentence for what is not an image."""
 
 import numpy as np
 import PIL.Image
@@ -103,7 +103,7 @@ def test_a_noisy_measurement_passes_and_another_range_does_not():
         (["nowhere.png"], "nowhere.png"),
     ],
 )
-def test_what_is_no_image_is_one_sentence(image, message):
+def test_invalid_images_raise_one_sentence(image, message):
     for channels in (3, 1):
         with pytest.raises(RestoreError, match=message) as caught:
             io.to_tensor(image, channels=channels)

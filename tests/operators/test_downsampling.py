@@ -51,7 +51,7 @@ def test_factor_one_is_the_identity():
     assert relative(operators.SuperResolution(1).A(x), x) < 1e-12
 
 
-def test_image_size_decides_where_the_factor_does_not_divide():
+def test_image_size_is_used_if_the_factor_does_not_divide_it():
     x = image((33, 47))
     operator = operators.SuperResolution(4, image_size=(33, 47))
     y = operator.A(x)

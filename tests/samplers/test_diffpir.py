@@ -60,7 +60,7 @@ class Mirrored:
 
 @pytest.mark.parametrize("start_from", ["noise", "measurement"])
 def test_on_latents_the_data_step_is_taken_in_the_image(prior, start_from):
-    """And its change is encoded: what is lost between decoder and encoder moves nothing."""
+    """The change of the image is encoded, so that the error of the autoencoder does not move the latent."""
     draws, noise = ImageNoise([(0, "image", 0)], dtype=torch.float64), operators.GaussianNoise(0.05)
     mask = operators.box_mask(32, size=12, margin=2, seed=1)
     y = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1

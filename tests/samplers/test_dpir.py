@@ -80,7 +80,7 @@ def test_every_step_is_that_of_the_paper(prior, operator):
     assert torch.equal(found, seen[-1]["x0_hat"]) and len(seen) == 3
 
 
-def test_estimates_are_clamped_where_the_prior_is_bounded(prior):
+def test_estimates_are_clamped_if_the_prior_is_bounded(prior):
     operator = operators.Denoising(noise=operators.GaussianNoise(SIGMA))
     y = 3 * measure(prior, operator)
     assert dpir(prior, operator, y, noise=refuse_noise, steps=1).abs().max() > 1

@@ -80,7 +80,7 @@ def dps_moments(prior, zeta, *family, sigma=0.1):
     return float(bias), float(got_cov.trace() / true_cov.trace())
 
 
-def test_dps_bias_is_what_we_document(prior):
+def test_dps_bias_is_as_documented(prior):
     """DPS only approximates the posterior. docs/verified.md states these numbers: if they change, DPS has."""
     results = {zeta: dps_moments(prior, zeta) for zeta in (0.0, 0.003, 0.01, 0.03, 0.1)}
     for zeta, (bias, spread) in results.items():

@@ -209,7 +209,7 @@ def errors(name, mean, cov, operator, *, n=2000, steps, schedule=None, kind="eps
     return float(error), float((torch.cov(x.T) - true_cov).norm() / true_cov.norm())
 
 
-def test_pigdm_is_exact_where_its_model_is(problem):
+def test_pigdm_is_exact_if_its_model_is(problem):
     """White Gaussian prior: p(x_0 | x_t) is what PiGDM takes it for, so with its gradient in the score only the steps
     are wrong. As published (added once a step, however small) it leaves the posterior as the steps grow in number."""
     mean, operator = problem

@@ -87,7 +87,7 @@ def test_batch_equals_single_images(prior):
     assert relative(together[:1], together[1:]) > 0.1
 
 
-def test_each_image_stops_fitting_by_itself():
+def test_images_stop_fitting_independently():
     y = torch.tensor([[1.0], [0.01]])
     x = fit(torch.zeros(2, 1), lambda x: x, y, 0.01, 50, 0.05)
     # The second fits from the start: one step of 0.01, then it rests while the first goes on to 0.5.
