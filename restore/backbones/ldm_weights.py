@@ -19,7 +19,6 @@ from restore.backbones.adm_weights import convert_state
 from restore.backbones.weights import load_state, read_weights
 
 UNET, FIRST, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema.diffusion_model"
-HEAD_CHANNELS = 32
 # Of the published models without conditioning, for files without `betas`.
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
 # Patterns and their replacements, of which only the first that matches a name is applied.
@@ -53,7 +52,7 @@ def read_checkpoint(
     if ema and all(name in state for name in averaged.values()):
         unet = {name: state[source] for name, source in averaged.items()}
     if heads is None and head_channels is None:
-        head_channels = HEAD_CHANNELS
+        head_channels = 32  # of the published models
     network = convert_state(unet, path, heads, head_channels)
     scale = float(state["scale_factor"]) if "scale_factor" in state else 1.0
     betas = {"trained_betas": state["betas"].tolist()} if "betas" in state else {}

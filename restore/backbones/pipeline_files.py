@@ -115,7 +115,8 @@ def make_prompt_encoder(read: Callable[[], Any], embed: Callable[[str, Any], tor
 
 
 def _text_parts(kind: str) -> list[tuple[str, str, str]]:
-    return [(cls, f"text_encoder{n}", f"tokenizer{n}") for cls, n in zip(KINDS[kind][3], ("", "_2", "_3"), strict=False)]
+    suffixes = ("", "_2", "_3")
+    return [(cls, f"text_encoder{n}", f"tokenizer{n}") for cls, n in zip(KINDS[kind][3], suffixes, strict=False)]
 
 
 def read_stable_diffusion(

@@ -278,7 +278,7 @@ def test_ffhq_short_names():
     ]
 
 
-def test_first_missing_and_unexpected_names_are_told():
+def test_error_names_first_missing_and_unexpected_weights():
     shapes = shapes_of("dps_ffhq_10m")
     del shapes["output_blocks.4.0.skip_connection.bias"]
     shapes["input_blocks.3.1.proj_out.bias"] = (128,)
@@ -297,18 +297,18 @@ def test_first_missing_and_unexpected_names_are_told():
         ("input_blocks.9.1.qkv.weight", (1530, 512, 1), r"input_blocks\.9\.1\.qkv\.weight.*1530 rows"),
     ],
 )
-def test_wrong_shape_is_told(name, shape, match):
+def test_error_names_wrong_shape(name, shape, match):
     with pytest.raises(RestoreError, match=match):
         convert(shapes_of("dps_ffhq_10m") | {name: shape})
 
 
-def test_missing_block_is_no_unet():
+def test_missing_block_is_refused():
     shapes = {k: v for k, v in shapes_of("dps_ffhq_10m").items() if not k.startswith("output_blocks.11.")}
     with pytest.raises(RestoreError, match="not a complete guided-diffusion U-Net.*output blocks"):
         convert(shapes)
 
 
-def test_other_network_is_named_by_its_first_tensor():
+def test_error_names_first_tensor_of_another_network():
     with pytest.raises(RestoreError, match=r"no 'time_embed\.0\.weight' \(its first tensor is 'conv_in\.weight'\)"):
         adm_weights.infer_config({"conv_in.weight": (64, 3, 3, 3)})
 

@@ -1,4 +1,4 @@
-"""Pipelines of pixels that diffusers wrote, as priors: their own noise levels, whatever the network predicts."""
+"""Pipelines of pixels that diffusers wrote, as priors: their own noise levels, for every type of prediction."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_pipelines_of_the_hubs_first_days(tmp_path):
     assert found.kind == "adm" and float(model.schedule.alphas_cumprod[0]) == pytest.approx(1 - 1e-4)
 
 
-def test_what_is_no_ddpm_of_pixels_gets_a_sentence(tmp_path):
+def test_folders_without_a_pixel_ddpm_are_refused(tmp_path):
     folder = save(tmp_path / "zero", DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"))
     with pytest.raises(RestoreError, match="zero terminal SNR"):
         ADM.load(folder)

@@ -79,7 +79,7 @@ def test_the_attention_layers_have_the_names_of_the_u_net(folders):
 
 
 def test_gradients_pass_the_quantisation_straight_through(folders):
-    """As many latent cells as codes: the image is a step function of z, its gradient that of the decoder alone."""
+    """As many latent cells as codes: the image is a step function of z, its gradient the decoder's."""
     model = LatentDiffusion.load(folders["VQModel"])
     z = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
     weights = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
@@ -111,7 +111,7 @@ def test_saving_and_loading(folders, tmp_path, image, kind):
     assert relative(LatentDiffusion.load(tmp_path / "half").decode(z), model.decode(z)) < 2e-2
 
 
-def test_what_the_published_folder_leaves_unsaid(folders, tmp_path):
+def test_defaults_of_the_published_folder(folders, tmp_path):
     """Its VQModel was trained on unscaled latents, before diffusers' config knew a scaling factor, its attention had
     other names, and its weights may be pickles."""
     folder = save_ldm(tmp_path / "old")
@@ -248,7 +248,7 @@ class Code:
         return os.mkdir, (os.environ["RESTORE_TEST_PAYLOAD"],)
 
 
-def test_files_that_are_no_such_model_get_a_sentence(tmp_path, monkeypatch):
+def test_wrong_files_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("RESTORE_TEST_PAYLOAD", str(tmp_path / "ran"))
     content, *_ = checkpoint()
     state = content["state_dict"]
@@ -290,7 +290,7 @@ def test_a_checkpoint_with_the_trainers_callbacks_is_read(tmp_path, monkeypatch)
     assert LatentDiffusion.load(tmp_path / "model.ckpt").channels == 3
 
 
-def test_folders_that_are_no_such_model_get_a_sentence(tmp_path, folders):
+def test_wrong_folders_are_refused(tmp_path, folders):
     folder = save_ldm(tmp_path / "model")
     index = json.loads((folder / "model_index.json").read_text())
     path = folder / "vqvae" / "diffusion_pytorch_model.safetensors"

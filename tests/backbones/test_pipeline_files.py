@@ -48,7 +48,7 @@ def test_folder_gives_the_pipelines_own_prediction(folder, latent):
     assert relative(backbone.schedule.alphas_cumprod, alphas.double()) < 1e-6
 
 
-def test_the_text_encoder_is_in_memory_only_once_a_prompt_came(folder, tmp_path):
+def test_the_text_encoder_is_read_with_the_first_prompt(folder, tmp_path):
     def encoders():
         gc.collect()
         return sum(type(thing) is CLIPTextModel for thing in gc.get_objects())
@@ -124,7 +124,7 @@ def test_pickles_with_code_are_refused(tmp_path, capsys):
     assert "code ran" not in capsys.readouterr().out
 
 
-def test_files_that_are_no_model(tmp_path, folder):
+def test_wrong_files_are_refused(tmp_path, folder):
     path = tmp_path / "model.safetensors"
     save_file({"weight": torch.zeros(1)}, path)
     with pytest.raises(RestoreError, match="could not be read as a Stable Diffusion checkpoint"):
@@ -142,7 +142,7 @@ def test_files_that_are_no_model(tmp_path, folder):
         StableDiffusion.load(tmp_path / "cut.ckpt")
 
 
-def test_folders_that_are_no_model(tmp_path, broken):
+def test_wrong_folders_are_refused(tmp_path, broken):
     with pytest.raises(RestoreError, match="diffusers' save_pretrained.*model_index.json"):
         StableDiffusion.load(tmp_path)
     index = json.loads((broken / "model_index.json").read_text())

@@ -144,7 +144,7 @@ def test_diffusers_names_of_predictions():
 
 
 @pytest.mark.parametrize("name", ["ve", "flow"])
-def test_another_normalisation_seen_as_variance_preserving(name):
+def test_normalise_to_variance_preserving(name):
     schedule = SCHEDULES[name]
 
     class Network(Pixels):
@@ -189,7 +189,7 @@ def test_timesteps():
     "spec", [0, -3, 1001, "abc", "", "ddim", "ddim7x", "ddim999", "5,,5", "karras:0", "karras:x", "cubic:5", 2.5, None]
     + [[], [1000], [-1, 5], ["a"], [math.nan], [5, 5], {"a": 1}]
 )  # fmt: skip
-def test_wrong_timesteps_get_one_sentence(spec):
+def test_wrong_timesteps_are_refused(spec):
     with pytest.raises(RestoreError) as caught:
         SCHEDULES["vp"].timesteps(spec)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
@@ -212,7 +212,7 @@ def test_wrong_timesteps_get_one_sentence(spec):
         ({"_class_name": "EDMEulerScheduler", "sigma_min": 90.0}, "grow with its times"),
     ],
 )
-def test_wrong_configurations_get_one_sentence(config, message):
+def test_wrong_configurations_are_refused(config, message):
     with pytest.raises(RestoreError, match=message) as caught:
         Schedule.from_config(config)
     assert "\n" not in str(caught.value)

@@ -141,7 +141,7 @@ def test_v_prediction_gives_the_same_eps_as_the_network_it_stands_for(golden, te
         handle.remove()
 
 
-def test_a_condition_that_is_no_embedding_gets_a_sentence(golden, tensors):
+def test_conditions_must_be_embeddings(golden, tensors):
     for wrong in (3, torch.tensor([1, 2]), tensors["context"][:1].expand(3, -1, -1)):
         with pytest.raises(RestoreError, match="embedding .1 or 2, tokens, width.*encode_prompt"):
             golden.predict(tensors["z"], 401, wrong)
@@ -212,7 +212,7 @@ def test_half_precision_keeps_the_sample_in_float32_and_small_gradients_alive():
     assert relative(gradients[2], gradients[0]) < 0.1
 
 
-def test_an_overflowing_vae_is_named():
+def test_error_names_an_overflowing_vae():
     vae = tiny_vae()
     torch.nn.init.constant_(vae.decoder.conv_in.bias, 1e30)
     for conv in (vae.decoder.conv_in, vae.decoder.conv_out):

@@ -37,7 +37,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["sd", "sd3", "flux", "dit"])
-def test_every_latent_prior_takes_it(folders, kind):
+def test_every_latent_prior_takes_a_tiny_vae(folders, kind):
     """Its latents are x itself: no factor and no shift, whatever the replaced autoencoder's were."""
     restorer = restore.load(folders[kind], vae=folders["tae"])
     prior, plain = restorer.backbone, restore.load(folders[kind])

@@ -55,7 +55,7 @@ def latents(n=2, h=8, w=8, seed=0):
 
 
 def calls_of(pipe, **options):
-    """What the pipeline asks its transformer in three steps, and the answers."""
+    """Inputs and outputs of the transformer in three steps of the pipeline."""
     told, forward = [], pipe.transformer.forward
 
     def listening(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Loaded weights lie in their own aligned memory, so that a result does not depend on where a file has them."""
+"""Loaded weights lie in their own aligned memory, so that results do not depend on their offsets in a file."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_no_weight_is_part_of_the_file_or_of_another(tmp_path):
 
 
 @pytest.mark.parametrize("residue", [0, 4, 21, 32, 52])
-def test_every_part_of_stable_diffusion_is_at_home(tmp_path, residue):
+def test_every_part_of_stable_diffusion_is_aligned(tmp_path, residue):
     folder = save_folder(tmp_path / "model")
     straight = StableDiffusion.load(folder)
     moved = shutil.copytree(folder, tmp_path / "moved")

@@ -87,7 +87,7 @@ def test_a_bad_old_part_is_thrown_away_once(tmp_path):
     assert server.requests == ["bytes=1000-", None] and (tmp_path / "w.pt").read_bytes() == content
 
 
-def test_wrong_content_is_refused_and_nothing_is_left(tmp_path):
+def test_wrong_content_is_refused_and_removed(tmp_path):
     content = archive()
     cases = (
         ({"corrupt": True}, {"sha256": sha(content)}, f"expected SHA-256 {sha(content)}, got "),

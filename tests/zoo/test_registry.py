@@ -15,7 +15,7 @@ from restore.zoo import registry
 from tests.zoo.servers import archive
 
 
-def test_what_a_name_or_path_means(cache, tmp_path, monkeypatch):
+def test_locate_by_name_or_path(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     pipeline, network, ddpm = tmp_path / "pipeline", tmp_path / "network", tmp_path / "ddpm"
     for folder, file, text in (
@@ -50,7 +50,7 @@ def test_what_a_name_or_path_means(cache, tmp_path, monkeypatch):
             zoo.locate(wrong)
 
 
-def test_finding_things_imports_no_torch():
+def test_locating_imports_no_torch():
     code = "import sys; from restore import zoo; zoo.locate('adm-ffhq-256'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 

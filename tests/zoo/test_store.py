@@ -111,7 +111,7 @@ class Code:
 
 
 def other_files(folder):
-    """What people have at hand instead of a checkpoint, and what the refusal says."""
+    """Files that are no checkpoint, and what the error must contain."""
     Image.new("RGB", (32, 32)).save(folder / "photo.png")
     (folder / "page.pt").write_text("Please log in to continue.\n<html></html>")
     torch.save({"time_embed.0.weight": torch.zeros(1), "hook": Code()}, folder / "code.pt")
