@@ -47,7 +47,7 @@ def read_folder(folder: Path, kind: str, dtype: torch.dtype, vae: nn.Module | No
 
     pipeline, part, network, _ = KINDS[kind]
     index = read_pipeline_index(folder, f"{part}, vae and scheduler")
-    name, stored = index.get("_class_name", "model"), (index.get(part) or [None, None])[1]
+    name, stored = str(index.get("_class_name")), (index.get(part) or [None, None])[1]
     # diffusers' DiT was a Transformer2DModel when the published folders were written. SDXL's U-Net has the class of
     # Stable Diffusion's.
     if "XL" in name or (stored != network and (name != pipeline or stored != "Transformer2DModel")):
