@@ -287,7 +287,7 @@ def test_conditions_that_are_refused(restorer, face):
         ({"samples": 0}, "at least 1"),
         ({"image_ids": ["a", "b"]}, "different image_ids"),
         ({"reference": True}, "no reference preset"),
-        ({"steps": 0}, "steps=0"),
+        ({"steps": 0}, "steps must be .*got 0"),
         ({"guidance": restore.PAG(1.0, layers="i77")}, "i77"),
     ]:
         with pytest.raises(restore.RestoreError, match=message):

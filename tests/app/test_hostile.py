@@ -77,7 +77,8 @@ def test_configurations(refused, hostile, verb, name):
 
 
 @pytest.mark.parametrize(
-    "name, what", [("list", "damaged"), ("empty", "damaged"), ("other", "damaged"), ("metrics", "lacks")]
+    "name, what",
+    [("list", "damaged"), ("empty", "damaged"), ("other", "damaged"), ("metrics", "has no name, backbone")],
 )
 def test_reports_of_strange_runs(refused, hostile, name, what):
     sentence = refused("report", hostile / name)

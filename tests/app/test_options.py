@@ -135,7 +135,7 @@ def test_heads_with_their_strengths_and_targets_with_options(command, tmp_path):
     assert json.loads((tmp_path / "samples" / "sample-0000.json").read_text())["guidance"] == described
     for wrong, message in (
         (["--strength", "half", "--pag-scale", 1], "--strength half must be a number"),
-        (["--strength", "{m1: {0: 2}}", "--pag-scale", 1], "must lie in [0, 1], not 2"),
+        (["--strength", "{m1: {0: 2}}", "--pag-scale", 1], "must be a number in [0, 1], got 2"),
         (["--strength", "{m1: {0: 1}}", "--pag-scale", 1, "--layers", "m1:0,3"], "but [0, 3] are chosen"),
         (["--strength", "0.5"], "--strength needs --pag-scale"),
         (["--target", "{sge: {sigma: 2}}", "--pag-scale", 1], "did you mean 'seg'"),
@@ -161,7 +161,7 @@ def test_layers_and_heads_are_listed(command):
     code, out, _ = command("models", "layers", "embedded", "--layers", "i5:0,3,m1")
     assert code == 0 and [line.split()[3] for line in out.splitlines()[1:]] == ["0,3", "0..3"]
     code, _, err = command("models", "layers", "embedded", "--layers", "i5:4")
-    assert code == 2 and "has heads 0..3" in err
+    assert code == 2 and "must be in 0..3, got [4]" in err
 
 
 def test_steps_are_parsed_once():
