@@ -73,6 +73,8 @@ def convert_autoencoder(state: Mapping[str, torch.Tensor], path: Path, scaling_f
         name = rename_tensor(source, len(config["block_out_channels"]))
         if name in targets and tensor.ndim == 4 and targets[name].ndim == 2:
             tensor = tensor[:, :, 0, 0]  # 1x1 convolutions there, linear layers here
+        if name in result:
+            raise RestoreError(f"{path} must hold every weight once, but '{FIRST}{source}' is {name} again")
         result[name] = tensor.float().contiguous()
     load_state(vae, result, f"the weights of the autoencoder in {path}")
     return vae.eval()

@@ -136,7 +136,10 @@ def test_heads_with_their_strengths_and_targets_with_options(command, tmp_path):
     for wrong, message in (
         (["--strength", "half", "--pag-scale", 1], "--strength half must be a number"),
         (["--strength", "{m1: {0: 2}}", "--pag-scale", 1], "must be a number in [0, 1], got 2"),
-        (["--strength", "{m1: {0: 1}}", "--pag-scale", 1, "--layers", "m1:0,3"], "but [0, 3] are chosen"),
+        (
+            ["--strength", "{m1: {0: 1}}", "--pag-scale", 1, "--layers", "m1:0,3"],
+            "must be given for heads [0, 3], got [0]",
+        ),
         (["--strength", "0.5"], "--strength needs --pag-scale"),
         (["--target", "{sge: {sigma: 2}}", "--pag-scale", 1], "did you mean 'seg'"),
     ):
