@@ -86,9 +86,7 @@ def make_folder(path: str | Path) -> Path:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RestoreError(
-            f"cannot create the folder {path}: {describe_os_error(error)}; choose another one"
-        ) from error
+        raise RestoreError(f"cannot create the folder {path}: {describe_os_error(error)}; try another") from error
     return Path(path)
 
 

@@ -72,8 +72,7 @@ class Method:
             merged |= self.unguided
         merged |= parameters or {}
         samplers.check_parameters(self.sampler, merged)
-        if steps is None:
-            steps = self.steps
+        steps = self.steps if steps is None else steps
         if isinstance(steps, str) and steps.isdecimal():
             steps = int(steps)
         return replace(self, steps=steps, guidance=guidance, parameters=merged, unguided={})

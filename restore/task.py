@@ -172,13 +172,7 @@ class Measurement:
 
 
 def measure_photo(
-    photo: Path,
-    task: Task,
-    *,
-    image_id: str,
-    degrade: bool = False,
-    seed: int = 0,
-    resampling: Resampling | None = None,
+    photo: Path, task: Task, *, image_id: str, degrade=False, seed: int = 0, resampling: Resampling | None = None
 ) -> Measurement:
     """Read a photo as a measurement: degraded by the task with `degrade`, else as it is.
 

@@ -10,14 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
+from operators import RestoreError
 from restore.app import models, options, research
 from restore.app.look import look
 
-app = typer.Typer(
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Restore images with diffusion priors, training-free.",
-)
+SUMMARY = "Restore images with diffusion priors, training-free."
+app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}, help=SUMMARY)
 app.add_typer(models.app, name="models")
 
 
@@ -36,12 +34,10 @@ def run(
     invert_mask: options.InvertMask = False,
     mask_threshold: options.MaskThreshold = None,
     kernel: options.KernelFile = None,
-    degrade: Annotated[
-        bool, typer.Option("--degrade", help="Degrade clean images first, restore them, print PSNR and SSIM.")
-    ] = False,
+    degrade: Annotated[bool, typer.Option("--degrade", help="Degrade clean images, restore and score them.")] = False,
     backbone: options.Backbone = "embedded",
     sampler: Annotated[
-        str | None, typer.Option(help="dps, psld, ... or module:function; default: the best suited.")
+        str | None, typer.Option(help="dps, psld, ..., module:function; default: the best suited.")
     ] = None,
     quality: options.Quality = None,
     pag_scale: options.PagScale = None,
@@ -63,18 +59,12 @@ def run(
     prompt: options.Prompt = None,
     negative_prompt: options.NegativePrompt = None,
     data: Annotated[str | None, typer.Option(help="Use the presets published for ffhq or imagenet.")] = None,
-    reference: Annotated[
-        bool, typer.Option("--reference", help="Compute what the authors' PSLD code computes.")
-    ] = False,
-    solve_at: Annotated[
-        int | None, typer.Option(help="Restore at this side length and resize the result; 512 as in PSLD.")
-    ] = None,
-    resample: Annotated[
-        str | None, typer.Option(help="With --solve-at: bicubic, or nearest as in PSLD's code.")
-    ] = None,
+    reference: Annotated[bool, typer.Option("--reference", help="Compute what PSLD's own code computes.")] = False,
+    solve_at: Annotated[int | None, typer.Option(help="Restore at this side length, then resize; PSLD: 512.")] = None,
+    resample: Annotated[str | None, typer.Option(help="With --solve-at: bicubic, or nearest (PSLD's code).")] = None,
     overwrite: options.Overwrite = False,
     save_trajectory: Annotated[
-        bool, typer.Option("--save-trajectory", help="Draw x0_hat and the guidance through time.")
+        bool, typer.Option("--save-trajectory", help="Draw x0_hat and guidance over time.")
     ] = False,
     png: options.Png = False,
     recursive: options.Recursive = False,
@@ -94,8 +84,8 @@ def run(
     from restore.task import load_task
 
     names, settings = options.split_settings(inputs)
-    mask_options = {"mask": mask, "invert_mask": invert_mask, "mask_threshold": mask_threshold}
-    selected = load_task(task, settings, kernel=kernel, **mask_options)
+    masks = {"invert_mask": invert_mask, "mask_threshold": mask_threshold}
+    selected = load_task(task, settings, mask=mask, kernel=kernel, **masks)
     options.check_settings(settings, sampler, context.params)
     guided = options.parse_guidance(guidance, pag_scale, layers, target, strength)
     method = MethodChoice(sampler, quality, guided, options.parse_steps(steps), settings, data, reference)
@@ -104,35 +94,15 @@ def run(
     names, out = context.with_resource(files.bind_standard_streams(names, out))
     photos = files.find_photos(names, out, png=png, recursive=recursive)
     files.check_outputs(photos, [photo.outputs(samples, degrade, save_trajectory) for photo in photos], overwrite)
-    model = restorer.load(
-        backbone,
-        device=device,
-        precision=precision,
-        offline=offline,
-        checkpointing=checkpointing,
-        max_windows=max_windows,
-        vae_tiling=vae_tiling,
-        vae=vae,
-    )
+    saving = {"checkpointing": checkpointing, "max_windows": max_windows, "vae_tiling": vae_tiling}
+    model = restorer.load(backbone, device=device, precision=precision, offline=offline, vae=vae, **saving)
+    condition, planner = Condition(label, prompt, negative_prompt), Planner(model, memory and memory * 1e9)
+    sampling = {"samples": samples, "seed": seed, "batch_size": batch_size, "resampled": resampled}
+    writing = {"degrade": degrade, "save_trajectory": save_trajectory, "overwrite": overwrite}
+    limits = {"planner": planner, "force": force, "dry_run": dry_run}
     with options.Progress(len(photos), quiet) as progress:
-        job = RestoreJob(
-            model,
-            selected,
-            method,
-            Condition(label, prompt, negative_prompt),
-            samples=samples,
-            seed=seed,
-            batch_size=batch_size,
-            degrade=degrade,
-            resampled=resampled,
-            save_trajectory=save_trajectory,
-            overwrite=overwrite,
-            planner=Planner(model, None if memory is None else memory * 1e9),
-            announce=None if dry_run else progress.announce,
-            force=force,
-            dry_run=dry_run,
-            callback=progress,
-        )
+        shown = {"announce": None if dry_run else progress.announce, "callback": progress}
+        job = RestoreJob(model, selected, method, condition, **sampling, **writing, **limits, **shown)
         options.print_outcomes(job.run(photos), quiet)
 
 
@@ -158,8 +128,8 @@ def degrade(
     from restore.task import load_task
 
     names, settings = options.split_settings(inputs)
-    mask_options = {"mask": mask, "invert_mask": invert_mask, "mask_threshold": mask_threshold}
-    selected = load_task(task, settings, kernel=kernel, **mask_options)
+    masks = {"invert_mask": invert_mask, "mask_threshold": mask_threshold}
+    selected = load_task(task, settings, mask=mask, kernel=kernel, **masks)
     known = ["sigma", *operators.operator_options(selected.config["name"])]
     check_known(settings, known, f"task {task} has no setting")
     photos = files.find_photos(names, out, png=png, recursive=recursive)
@@ -191,7 +161,6 @@ def generate(
     offline: options.Offline = False,
 ) -> None:
     """Sample images from a prior: `restore generate -n 16 --pag-scale 1 -o samples/`."""
-    from operators import RestoreError
     from restore import restorer
     from restore.app.samples import generate_files
     from restore.guidance import CFG
@@ -205,22 +174,11 @@ def generate(
         terms = [] if guided == "preset" else [guided.apply(None, model.default_layers())]
         terms += [CFG(cfg_scale)] if cfg_scale else []
         guided = sum(terms[1:], terms[0]) if terms else None
+    condition = {"labels": classes, "prompt": prompt, "negative_prompt": negative_prompt, "guidance": guided}
+    sampling = {"steps": options.parse_steps(steps), "ddim_eta": ddim_eta, "seed": seed, "batch_size": batch_size}
     with options.Progress(n) as progress:
-        for output in generate_files(
-            out,
-            model,
-            n=n,
-            guidance=guided,
-            labels=classes,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            steps=options.parse_steps(steps),
-            ddim_eta=ddim_eta,
-            seed=seed,
-            batch_size=batch_size,
-            overwrite=overwrite,
-            callback=lambda step: progress({**step, "total": 1}),
-        ):
+        shown = {"callback": lambda step: progress({**step, "total": 1})}
+        for output in generate_files(out, model, n=n, overwrite=overwrite, **condition, **sampling, **shown):
             typer.echo(str(output))
 
 
@@ -244,20 +202,15 @@ def demo(
 @app.command()
 def ui(
     backbone: options.Backbone = "embedded",
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 opens the page to the network.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: the whole network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 7860,
-    share: Annotated[
-        bool, typer.Option("--share", help="Make a public address for three days, through gradio's servers.")
-    ] = False,
+    share: Annotated[bool, typer.Option("--share", help="Public address for three days, through gradio.")] = False,
     auth: Annotated[str | None, typer.Option(envvar="RESTORE_AUTH", help="Require this user:password.")] = None,
     device: options.Device = "auto",
     precision: options.Precision = "fp32",
     offline: options.Offline = False,
 ) -> None:
     """Serve a page for old photos to your browser (needs the extra `ui`)."""
-    from operators import RestoreError
     from restore import restorer
     from restore.app.page import build_page, launch
 
@@ -286,8 +239,6 @@ def list_options(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
-    from operators import RestoreError
-
     sys.path.append(os.getcwd())  # so that "module:attribute" finds the user's samplers and operators
     interrupted = "restore: interrupted; finished files are kept, run the same command to continue"
     try:

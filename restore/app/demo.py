@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from operators import RestoreError
 from restore import disk
@@ -28,61 +29,38 @@ from restore.versions import get_version
 
 @dataclass(frozen=True)
 class Part:
-    """What one picture of the demo shows: shipped photos of one size, tasks with their settings, and the prior.
+    """What one picture of the demo shows: shipped photos of one size, tasks and the prior.
 
-    sampler: the first one shown; None for only the default one, without PAG. label: the prior's class. cell: width of a
-    photo in the picture, in pixels.
+    sampler: the first one shown; None for only the default one, without PAG. cell: width of a photo in the picture, in
+    pixels. label: the prior's class.
     """
 
+    picture: str
     backbone: str
     sampler: str | None
     photos: tuple[str, ...]
-    tasks: Mapping[str, Mapping[str, Any]]
-    picture: str
+    tasks: tuple[str, ...]
+    cell: int
     label: str | None = None
-    cell: int = 192
 
 
-TITLES = {
-    "inpaint-box": "box inpainting",
-    "sr4": "SR x4",
-    "gaussian-blur": "Gaussian blur",
-    "motion-blur": "motion blur",
-    "denoise": "noise",
-    "sr2": "SR x2",
+# Title and settings of each task. At 64 pixels the usual 61-pixel kernels would cover the image; these reach as far
+# relative to the face.
+TASKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "inpaint-box": ("box inpainting", {}),
+    "sr4": ("SR x4", {}),
+    "gaussian-blur": ("Gaussian blur", {"kernel_size": 15, "std": 1.5}),
+    "motion-blur": ("motion blur", {"kernel_size": 15}),
+    "denoise": ("noise", {"sigma": 0.2}),
+    "sr2": ("SR x2", {}),
 }
-# At 64 pixels the usual 61-pixel kernels would cover the image; these reach as far relative to the face.
+FACES_64 = ("astronaut-face-64.png", "generated-face-64-1.png", "generated-face-64-2.png")
+FACES_128 = ("astronaut-face-128.png", "generated-face-128-1.png", "generated-face-128-2.png")
+FACE_TASKS, PHOTO_TASKS = ("inpaint-box", "sr4", "gaussian-blur", "motion-blur"), ("denoise", "gaussian-blur", "sr2")
 PARTS = (
-    Part(
-        "embedded",
-        "dps",
-        ("astronaut-face-64.png", "generated-face-64-1.png", "generated-face-64-2.png"),
-        {
-            "inpaint-box": {},
-            "sr4": {},
-            "gaussian-blur": {"kernel_size": 15, "std": 1.5},
-            "motion-blur": {"kernel_size": 15},
-        },
-        "comparison.png",
-        label="face",
-    ),
-    Part(
-        "embedded-latent",
-        "psld",
-        ("astronaut-face-128.png", "generated-face-128-1.png", "generated-face-128-2.png"),
-        {"inpaint-box": {}},
-        "comparison-latent.png",
-        cell=256,
-    ),
-    Part(
-        "embedded",
-        None,
-        ("coffee.jpg",),
-        {"denoise": {"sigma": 0.2}, "gaussian-blur": {"kernel_size": 15, "std": 1.5}, "sr2": {}},
-        "comparison-photo.png",
-        label="photo",
-        cell=320,
-    ),
+    Part("comparison.png", "embedded", "dps", FACES_64, FACE_TASKS, 192, "face"),
+    Part("comparison-latent.png", "embedded-latent", "psld", FACES_128, ("inpaint-box",), 256),
+    Part("comparison-photo.png", "embedded", None, ("coffee.jpg",), PHOTO_TASKS, 320, "photo"),
 )
 LPIPS_SIDE = 128  # AlexNet was trained on images of 224 pixels
 BASELINE = "bicubic / Wiener"
@@ -104,31 +82,32 @@ def run_demo(
     steps: of every sampler, instead of the presets'. weights: as restore.metrics.weights.find_weights takes them;
     without AlexNet's, given or in PyTorch's cache, the table has no LPIPS.
     """
-    started = time.perf_counter()
-    out = Path(out)
+    started, out = time.perf_counter(), Path(out)
     files.make_writable_folder(out)
-    lpips = _load_lpips(weights)
-    table, records, notes = [], [], []
+    lpips, table, records, notes = _load_lpips(weights), [], [], []
     total = sum((4 if part.sampler else 1) * len(part.tasks) for part in PARTS)
     for part in PARTS:
         restorer = load(part.backbone, device=device)
         photos = [io.read_image(data_dir() / "photos" / name) for name in part.photos]
         x, ids = torch.cat([photo.pixels for photo in photos]), [Path(name).stem for name in part.photos]
+        size = "x".join(dict.fromkeys(str(side) for side in (x.shape[-1], x.shape[-2])))  # "64" for a square
         rows, titles, evaluations = [], [], {}
         for task in part.tasks:
             progress = partial(_scale_progress, callback, total, len(records))
             restored = _restore_task(restorer, part, task, x, ids, seed, steps, progress)
             records += restored.records
-            table += restored.score(x, TITLES[task], lpips)
+            title = TASKS[task][0]
+            table += restored.score(x, {"px": size, "task": title}, lpips)
             for record in restored.records:
                 evaluations.setdefault(record["method"], {})[str(record["nfe"])] = None
-            rows += restored.pictures(x)
-            short = [name.replace(f"-face-{x.shape[-1]}", "").replace("-", " ") for name in ids]
-            titles += [f"{TITLES[task]}\n{name}" for name in short]
+            y = F.interpolate(restored.y, x.shape[-2:])
+            rows += [[y[i], *(each[i] for each in restored.estimates.values()), x[i]] for i in range(len(x))]
+            names = (name.replace(f"-face-{x.shape[-1]}", "").replace("-", " ") for name in ids)
+            titles += [f"{title}\n{name}" for name in names]
         grid = grids.draw_grid(rows, ["input", *restored.estimates, "truth"], titles, cell=part.cell)
         io.write_image(out / part.picture, io.to_tensor(grid)[0])
         counts = ", ".join(f"{method} {' or '.join(each)} evaluations" for method, each in evaluations.items())
-        notes.append(f"{_format_size(x)} px, {part.backbone}: means over {len(ids)}, {counts}.")
+        notes.append(f"{size} px, {part.backbone}: means over {len(ids)}, {counts}.")
     digits = {"PSNR dB": 2, "SSIM": 3, "LPIPS": 3, "residual / noise": 2, "s / photo": 1}
     lines = [" | ".join(table[0]), "|".join("---" for _ in table[0])]
     lines += [" | ".join(f"{v:.{digits[key]}f}" if key in digits else v for key, v in row.items()) for row in table]
@@ -152,36 +131,32 @@ class Restored:
     seconds: dict[str, float]
     records: list[dict[str, Any]]
 
-    def score(self, x: torch.Tensor, task: str, lpips: LPIPS | None) -> list[dict[str, Any]]:
-        """Return a row of the table for each estimate; x: the truth."""
+    def score(self, x: torch.Tensor, first: dict[str, str], lpips: LPIPS | None) -> list[dict[str, Any]]:
+        """Return a row of the table for each estimate; x: the truth. first: the cells before the method's."""
         rows, noise = [], self.operator.noise.sigma * self.y[0].numel() ** 0.5
         for title, estimate in self.estimates.items():
-            row = {"px": _format_size(x), "task": task, "method": title}
+            row = {**first, "method": title}
             row |= {"PSNR dB": float(psnr(estimate, x).mean()), "SSIM": float(ssim(estimate, x).mean())}
             if lpips is not None:
-                row["LPIPS"] = float(lpips(*(_enlarge(image) for image in (estimate, x))).mean())
+                pair = (estimate, x)
+                if max(x.shape[-2:]) <= LPIPS_SIDE:
+                    pair = (F.interpolate(image, (LPIPS_SIDE, LPIPS_SIDE), mode="nearest") for image in pair)
+                row["LPIPS"] = float(lpips(*pair).mean())
             residual = torch.linalg.vector_norm((self.y - self.operator.A(estimate)).flatten(1), dim=1).mean()
             rows.append(row | {"residual / noise": float(residual) / noise, "s / photo": self.seconds[title] / len(x)})
         return rows
 
-    def pictures(self, x: torch.Tensor) -> list[list[torch.Tensor]]:
-        """Return a row of pictures for every photo."""
-        same = self.y.shape[-2:] == x.shape[-2:]
-        y = self.y if same else torch.nn.functional.interpolate(self.y, x.shape[-2:])
-        return [[y[i], *(estimate[i] for estimate in self.estimates.values()), x[i]] for i in range(len(x))]
-
 
 def _restore_task(restorer, part: Part, task: str, x, ids, seed: int, steps, progress) -> Restored:
     """Measure x once and restore it by the baseline and every method. progress: makes the callback of the i-th."""
-    operator = load_task(task, dict(part.tasks[task])).build(*x.shape[-2:])
+    operator = load_task(task, dict(TASKS[task][1])).build(*x.shape[-2:])
     y = operator(x, [measurement_generator(seed, name) for name in ids])
     started = time.perf_counter()
     estimates = {BASELINE: baseline(y, operator)}
     seconds, records = {BASELINE: time.perf_counter() - started}, []
     for i, (title, method) in enumerate(select_methods(restorer, operator, task, part.sampler, steps).items()):
-        condition = {} if part.label is None else {"label": part.label}
         options = {"seed": seed, "image_ids": ids, "batch_size": len(ids), "callback": progress(i)}
-        result = restorer(y, operator, method, **options, **condition)
+        result = restorer(y, operator, method, **options, label=part.label)
         estimates[title], seconds[title] = result.samples[:, 0].cpu(), result.seconds
         record = {"backbone": part.backbone, "task": task, "method": title, "protocol": result.protocol}
         record |= {"seconds": result.seconds, "nfe": result.nfe}
@@ -189,48 +164,34 @@ def _restore_task(restorer, part: Part, task: str, x, ids, seed: int, steps, pro
     return Restored(y, operator, estimates, seconds, records)
 
 
-def select_methods(
-    restorer: Restorer, operator: Any, task: str, sampler: str | None, steps: int | None = None
-) -> dict[str, Method]:
+def select_methods(restorer: Restorer, operator: Any, task: str, sampler: str | None, steps=None) -> dict[str, Method]:
     """Return methods by column title: `sampler` and the one of quality "best", each without and with PAG.
 
     If they are the same, DiffPIR takes the place of the second. sampler: None for only the default one.
     """
     resolve = partial(restorer.method, operator, task=task, steps=steps)
+    methods, name = {}, lambda method: NAMES.get(method.sampler, str(method.sampler))
     if sampler is None:
         method = resolve(guidance=None)
-        return {NAMES.get(method.sampler, str(method.sampler)): method}
-    methods = {}
+        return {name(method): method}
     for choice in ({"sampler": sampler}, {"quality": "best"}):
         if methods and resolve(**choice).sampler == sampler:
             choice = {"sampler": "diffpir"}
         preset = resolve(**choice)
-        title = NAMES.get(preset.sampler, str(preset.sampler))
-        methods[title] = resolve(**choice, guidance=None)
+        methods[name(preset)] = resolve(**choice, guidance=None)
         pag = preset.guidance or PAG(1.0, layers=restorer.default_layers())
-        methods[f"{title}+PAG"] = resolve(**choice, guidance=pag)
+        methods[f"{name(preset)}+PAG"] = resolve(**choice, guidance=pag)
     return methods
 
 
 def _load_lpips(weights: Mapping[str, str | Path] | None) -> LPIPS | None:
-    """LPIPS with AlexNet, or None if its weights are neither given nor in PyTorch's cache."""
+    """Return LPIPS with AlexNet, or None if its weights are neither given nor in PyTorch's cache."""
     try:
         return LPIPS("alex", weights)
     except RestoreError:
         if weights:
             raise
         return None
-
-
-def _enlarge(image: torch.Tensor) -> torch.Tensor:
-    if max(image.shape[-2:]) > LPIPS_SIDE:
-        return image
-    return torch.nn.functional.interpolate(image, (LPIPS_SIDE, LPIPS_SIDE), mode="nearest")
-
-
-def _format_size(x: torch.Tensor) -> str:
-    height, width = x.shape[-2:]
-    return str(width) if height == width else f"{width}x{height}"
 
 
 def _scale_progress(callback: Callable | None, total: int, first: int, i: int) -> Callable | None:

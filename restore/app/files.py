@@ -77,9 +77,7 @@ class Photo:
             raise
 
 
-def find_photos(
-    inputs: Sequence[str | Path], out: str | Path, png: bool = False, recursive: bool = False
-) -> list[Photo]:
+def find_photos(inputs: Sequence[str | Path], out: str | Path, png=False, recursive=False) -> list[Photo]:
     """Return the photos of files, folders and glob patterns, see `expand_inputs` and `choose_targets`.
 
     recursive: include the sub-folders of folders, each with an output folder of its name in `out`.
@@ -91,8 +89,7 @@ def find_photos(
         groups = [([group], out / below) for path in inputs for group, below in _list_folders(Path(path), out)]
     photos = []
     for group, target in groups:
-        sources = expand_inputs(group)
-        photos += [Photo(*pair) for pair in zip(sources, choose_targets(sources, target, png=png), strict=True)]
+        photos += choose_targets(expand_inputs(group), target, png=png)
     if len(photos) == 1:  # in a folder every photo keeps its format
         io.check_alpha(photos[0].source, photos[0].target)
     return photos
@@ -131,9 +128,7 @@ def check_outputs(photos: Sequence[Photo], outputs: Iterable[Sequence[Path]], ov
         for path in paths:
             other = writers.setdefault(str(path.resolve()).casefold(), photo)  # some file systems ignore case
             if other is not photo:
-                raise RestoreError(
-                    f"{other.source} and {photo.source} would both write {path}; rename one or use different folders"
-                )
+                raise RestoreError(f"{other.source} and {photo.source} would both write {path}; rename one")
             if path.resolve() in sources:
                 raise RestoreError(f"{photo.source} would overwrite the input {path}; choose another output folder")
             if path.exists() and not overwrite and (path.name not in ours or photo.target.name not in ours):
@@ -167,9 +162,7 @@ def is_finished(photo: Photo, expected: Mapping[str, Any]) -> bool:
             return True
         except RestoreError:
             reason = "not readable"
-    raise RestoreError(
-        f"{photo.target} is another result ({reason}); give overwrite=True to redo it, or choose another output folder"
-    )
+    raise RestoreError(f"{photo.target} is another result ({reason}); try overwrite=True or another output folder")
 
 
 def expand_inputs(paths: Iterable[str | Path]) -> list[Path]:
@@ -180,11 +173,8 @@ def expand_inputs(paths: Iterable[str | Path]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for path in map(Path, paths):
-        if path.is_file():
-            matches = [path]
-        else:
-            names = path.iterdir() if path.is_dir() else glob.glob(str(path), recursive=True)
-            matches = filter_images(map(Path, names))
+        names = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+        matches = [path] if path.is_file() else filter_images(names)
         if not matches:
             kinds = " ".join(READABLE_SUFFIXES)
             raise RestoreError(f"an input must be an image, or a folder or pattern with images ({kinds}), got {path}")
@@ -194,13 +184,13 @@ def expand_inputs(paths: Iterable[str | Path]) -> list[Path]:
     return list(found)
 
 
-def choose_targets(inputs: Iterable[str | Path], out: str | Path, png: bool = False) -> list[Path]:
-    """Return the result file of every input, in order; the output folder is created.
+def choose_targets(inputs: Iterable[str | Path], out: str | Path, png: bool = False) -> list[Photo]:
+    """Return every input with its result file, in order; the output folder is created.
 
     out: a folder, in which results keep the name and format of their inputs (formats that cannot be written become PNG;
     png=True: all), or, for a single input, a file name with an image suffix. Raises RestoreError if two inputs have the
-    same stem (their results and side-cars would collide), a result would overwrite an input, the folder is not
-    writable, the image suffix is unknown, or several inputs share a file name.
+    same stem (their side-cars would collide), a result would overwrite an input, the folder is not writable, the image
+    suffix is unknown, or several inputs share a file name.
     """
     inputs, out = [Path(path) for path in inputs], Path(out)
     suffix = out.suffix.lower()
@@ -213,20 +203,10 @@ def choose_targets(inputs: Iterable[str | Path], out: str | Path, png: bool = Fa
     else:
         keep = () if png else WRITABLE_SUFFIXES
         targets = [out / f"{p.stem}{p.suffix if p.suffix.lower() in keep else '.png'}" for p in inputs]
-        first: dict[str, Path] = {}
-        for path in inputs:
-            other = first.setdefault(path.stem.casefold(), path)  # some file systems ignore case
-            if other != path:
-                raise RestoreError(
-                    f"{other} and {path} have the same name, so their results would overwrite each other in {out}; "
-                    "rename one or use different folders"
-                )
-    sources = {path.resolve() for path in inputs}
-    for target in targets:
-        if target.resolve() in sources:
-            raise RestoreError(f"the result would overwrite the input {target}; choose another output folder")
+    photos = [Photo(*pair) for pair in zip(inputs, targets, strict=True)]
+    check_outputs(photos, [photo.outputs() for photo in photos], overwrite=True)
     make_writable_folder(targets[0].parent if targets else out)
-    return targets
+    return photos
 
 
 def make_writable_folder(folder: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from restore.app.options import Overwrite, Recursive
+from operators import RestoreError
+from restore.app.options import Overwrite, Recursive, split_settings
 
 NOISY, BLURRED = 0.04, 1.3  # a command is proposed from here on: sigma on [-1, 1], std in pixels
 
@@ -22,11 +23,9 @@ def look(
     overwrite: Overwrite = False,
 ) -> None:
     """Show noise, blur, damage and colour of a photo, and what to run: `restore look photo.png`."""
-    from operators import RestoreError
     from operators.naming import check_known
     from operators.validate import require_number
     from restore.app import files
-    from restore.app.options import split_settings
     from restore.images import io
 
     names, settings = split_settings(inputs)

@@ -22,19 +22,10 @@ def print_version(requested: bool) -> None:
         raise typer.Exit()
 
 
-Inputs = Annotated[
-    list[str], typer.Argument(help="Images, folders, globs or - for standard input; key=value settings.")
-]
-Out = Annotated[
-    Path, typer.Option("--out", "-o", help="A folder; for one image also a file, or - for standard output.")
-]
-Task = Annotated[
-    str,
-    typer.Option(help="sr4, sr8, inpaint, gaussian-blur, motion-blur, blur, denoise, colorize, ... or a YAML file."),
-]
-MaskFile = Annotated[
-    Path | None, typer.Option(help="Mask image: white known, black missing; a folder of masks; or auto.")
-]
+Inputs = Annotated[list[str], typer.Argument(help="Images, folders, globs, - for standard input; key=value settings.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="A folder; for one image also a file, - for standard output.")]
+Task = Annotated[str, typer.Option(help="sr4, sr8, inpaint, motion-blur, blur, denoise, colorize, ...; a YAML file.")]
+MaskFile = Annotated[Path | None, typer.Option(help="Mask: white known, black missing; a folder of masks; auto.")]
 InvertMask = Annotated[bool, typer.Option("--invert-mask", help="In the mask, white is missing.")]
 MaskThreshold = Annotated[int | None, typer.Option(min=0, max=254, help="Values of a grey mask above this are white.")]
 Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Include sub-folders.")]
@@ -49,9 +40,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo finished file
 Png = Annotated[bool, typer.Option("--png", help="Write PNG for every input format.")]
 PagScale = Annotated[float | None, typer.Option(help="PAG scale s, 0 is off; default: the preset's.")]
 Layers = Annotated[str | None, typer.Option(help="PAG layers, e.g. i9 or input_blocks.9.1,m1; i5:0,3 for heads.")]
-Target = Annotated[
-    str | None, typer.Option(help="What replaces the attention maps: identity, ..., '{seg: {sigma: 4}}'.")
-]
+Target = Annotated[str | None, typer.Option(help="What replaces attention maps: identity, ..., '{seg: {sigma: 4}}'.")]
 Strength = Annotated[str | None, typer.Option(help="u of (1-u) A + u A' in [0, 1]; by head: '{i5: {0: 0.5, 3: 1}}'.")]
 Guide = Annotated[str | None, typer.Option("--guidance", help="YAML text or file: {pag: {scale: 1, layers: i9}}.")]
 Quality = Annotated[str | None, typer.Option(help="fast, balanced or best: sampler and steps in one word.")]
@@ -113,10 +102,8 @@ def parse_steps(steps: str | None) -> int | str | None:
 
 def parse_labels(labels: str | None) -> list[str] | None:
     """Split comma-separated class numbers or names. Raises RestoreError if one is empty or negative."""
-    if labels is None:
-        return None
-    names = [label.strip() for label in labels.split(",")]
-    if not all(names) or any(name.startswith("-") for name in names):
+    names = None if labels is None else [label.strip() for label in labels.split(",")]
+    if names is not None and not all(name and name[0] != "-" for name in names):
         raise RestoreError(f"labels={labels!r} must be comma-separated names or class numbers from 0, such as 207,360")
     return names
 
@@ -210,14 +197,12 @@ def print_outcomes(outcomes: Iterable[Any], quiet: bool = False) -> None:
     count = 0
     for outcome in outcomes:
         count += 1
-        if outcome.error is None:
-            if not quiet:
-                typer.echo(outcome.line())
-        else:
+        if outcome.error is not None:
             failed.setdefault(outcome.error, []).append(outcome.photo.source.name)
-    lines = [f"{reason} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for reason, names in failed.items()]
+        elif not quiet:
+            typer.echo(outcome.line())
     if count == 1 and failed:
         raise RestoreError(next(iter(failed)))
     if failed:
-        total = sum(map(len, failed.values()))
-        raise RestoreError("\n".join([f"{total} of {count} files failed", *lines]))
+        lines = [f"{reason} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for reason, names in failed.items()]
+        raise RestoreError("\n".join([f"{sum(map(len, failed.values()))} of {count} files failed", *lines]))

@@ -15,9 +15,7 @@ from restore.app.options import Device
 def train(
     config: Annotated[Path, typer.Argument(help="A file such as configs/train/*.yaml.")],
     settings: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data.folder=faces/")] = None,
-    card: Annotated[
-        Path | None, typer.Option(help="Do not train; write card.json and a picture to this folder.")
-    ] = None,
+    card: Annotated[Path | None, typer.Option(help="Only write card.json and a picture to this folder.")] = None,
     weights: Annotated[Path | None, typer.Option(help="With --card: the folder with the weights.")] = None,
 ) -> None:
     """Train a pixel prior, an autoencoder or a latent prior, continuing where the last run stopped."""
@@ -61,9 +59,7 @@ def bench(
 def heads(
     config: Annotated[Path, typer.Argument(help="A file such as configs/search/*.yaml.")],
     settings: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. calibration.folder=faces/")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only print candidates, evaluations, NFE and time.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print candidates, NFE and time.")] = False,
 ) -> None:
     """Search for the attention heads whose perturbation helps (HeadHunter), or continue a search."""
     from restore import search
@@ -121,13 +117,11 @@ def evaluate(
     full_reference: Annotated[Path | None, typer.Option(help="A larger set for FID, reported separately.")] = None,
     lpips_net: Annotated[str, typer.Option(help="alex or vgg.")] = "alex",
     weights: Annotated[
-        list[str] | None, typer.Option(help="A metric's network: inception=FILE, vgg16=FILE or alexnet=FILE.")
+        list[str] | None, typer.Option(help="Networks: inception=FILE, vgg16=FILE, alexnet=FILE.")
     ] = None,
     device: Device = "auto",
     allow_small: Annotated[bool, typer.Option("--allow-small", help="Allow FID on few images.")] = False,
-    allow_incomplete: Annotated[
-        bool, typer.Option("--allow-incomplete", help="Allow means over an incomplete set.")
-    ] = False,
+    allow_incomplete: Annotated[bool, typer.Option("--allow-incomplete", help="Allow means over a part.")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for all numbers.")] = None,
 ) -> None:
     """Compare a folder of results, of any program, with the truth."""
@@ -138,15 +132,9 @@ def evaluate(
     from restore.restorer import choose_device
 
     names = [name.strip() for name in metrics.split(",") if name.strip()]
-    done = compare(
-        results,
-        reference,
-        metrics=names,
-        full_reference=full_reference,
-        options=MetricOptions(lpips_net, parse_weight_files(weights or []), allow_small=allow_small),
-        device=str(choose_device(device)),
-        allow_incomplete=allow_incomplete,
-    )
+    settings = MetricOptions(lpips_net, parse_weight_files(weights or []), allow_small=allow_small)
+    more = {"full_reference": full_reference, "allow_incomplete": allow_incomplete}
+    done = compare(results, reference, metrics=names, options=settings, device=str(choose_device(device)), **more)
     if out is not None:
         disk.write_json(out, done.to_dict())
     typer.echo(f"{len(done.per_image)} of {done.expected} images compared")
@@ -155,8 +143,7 @@ def evaluate(
     for name, value in done.set_values.items():
         typer.echo(f"{name} {value:.4f}")
     for kind in ("missing", "mismatched", "extra"):
-        names = getattr(done, kind)
-        if names:
+        if names := getattr(done, kind):
             typer.echo(f"{kind}: {len(names)}, e.g. {', '.join(names[:3])}")
     for note in done.notes:
         typer.echo(note)

@@ -132,25 +132,18 @@ class RestoreJob:
             return Outcome(photo, plan=plan)
         trajectory = Trajectory(self.callback) if self.save_trajectory else None
         with nullcontext(self.restorer) if plan is None else self.planner.apply(plan) as restorer:
-            result = restorer(
-                y,
-                operator,
-                method,
-                samples=self.samples,
-                seed=self.seed,
-                image_ids=[photo.image_id],
-                batch_size=self.batch_size,
-                **dataclasses.asdict(self.condition),
-                callback=trajectory or self.callback,
-            )
+            options = {"samples": self.samples, "seed": self.seed, "batch_size": self.batch_size}
+            options |= {"image_ids": [photo.image_id], "callback": trajectory or self.callback}
+            result = restorer(y, operator, method, **options, **dataclasses.asdict(self.condition))
         samples = self.resampled.reduce(result.samples, size) if self.resampled else result.samples
         tint = None if record.grey or y.shape[1] == 1 else estimate_tint(record.pixels)
         if tint is not None:  # a photo without colour gains none
             samples = apply_tint(samples, tint)
         result = dataclasses.replace(result, samples=samples)
-        more = {} if plan is None else {"estimate": plan.describe()}
-        more |= {} if tint is None else {"one_hue": True}
-        return _Restored(measured, result, trajectory, expected | more)
+        expected |= ({} if plan is None else {"estimate": plan.describe()}) | (
+            {} if tint is None else {"one_hue": True}
+        )
+        return _Restored(measured, result, trajectory, expected)
 
     def _describe_settings(self, photo: Photo, task: Task, protocol: dict[str, Any]) -> dict[str, Any]:
         condition = dataclasses.asdict(self.condition)

@@ -45,27 +45,18 @@ def generate_files(
     paths = [out / f"sample-{i:04d}.png" for i in range(n)]
     places = [Photo(path.with_suffix(""), path) for path in paths]
     files.check_outputs(places, [place.outputs() for place in places], overwrite)
+    prompts = {"prompt": prompt, "negative_prompt": negative_prompt}
+    options = {"guidance": guidance, "steps": steps, "ddim_eta": ddim_eta, "seed": seed}
+    options |= {"batch_size": batch_size, "callback": callback}
     for first in range(0, n, batch_size):
         count = min(batch_size, n - first)
-        images = restorer.generate(
-            count,
-            guidance=guidance,
-            steps=steps,
-            seed=seed,
-            labels=None if labels is None else labels[first : first + count],
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            ddim_eta=ddim_eta,
-            batch_size=batch_size,
-            first=first,
-            callback=callback,
-        )
+        own = None if labels is None else labels[first : first + count]
+        images = restorer.generate(count, first=first, labels=own, **prompts, **options)
         for i, image in enumerate(images, first):
             sidecar = {"version": get_version(), "files": [paths[i].name, paths[i].with_suffix(SIDECAR).name]}
             sidecar |= {"backbone": restorer.name, "steps": steps, "ddim_eta": ddim_eta, "seed": seed, "index": i}
             sidecar |= {"guidance": guidances.describe_guidance(guidance)}
-            sidecar |= {"label": None if labels is None else labels[i]}
-            sidecar |= {"prompt": prompt, "negative_prompt": negative_prompt}
+            sidecar |= {"label": None if labels is None else labels[i]} | prompts
             with places[i].remove_on_failure():
                 disk.write_json(places[i].sidecar, sidecar)
                 io.write_image(paths[i], image)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import PIL.Image
-import torch
 
 from restore.images import grids, io
 
@@ -48,14 +47,11 @@ class Trajectory:
             largest = max((float(signal.max()) for signal in row if signal is not None), default=None)
             if largest is None:
                 continue
-            cells = [None if signal is None else _grey(signal, largest) for signal in row]
+            white = max(largest, 1e-12)
+            cells = [None if s is None else (2 * (s / white).sqrt() - 1).expand(3, *s.shape) for s in row]
             layers = options.get("layers", ())
             layers = layers if isinstance(layers, str) else ", ".join(layers)
             titles.append("\n".join(filter(None, [f"{name} {options['scale']:g}", layers, f"white: {largest:.2g}"])))
             pictures.append(cells)
             captions.append(["" if signal is None else f"{float(signal.mean()):.3g}" for signal in row])
         return grids.draw_grid(pictures, [f"t = {t:g}" for t, _, _ in self.steps], titles, captions, cell=128)
-
-
-def _grey(signal: torch.Tensor, largest: float) -> torch.Tensor:
-    return (2 * (signal / max(largest, 1e-12)).sqrt() - 1).expand(3, *signal.shape)

@@ -96,7 +96,7 @@ def make_batches(config: Mapping[str, Any], images: ImageSet | None) -> list[Bat
     batches, size = [], config["batch"]
     for task, method in list_cells(config):
         ids = list_image_ids(config, task, images)
-        for index, first in enumerate(range(0, len(ids), size)):
-            batches.append(Batch(task, method, index, tuple(ids[first : first + size])))
+        groups = [tuple(ids[first : first + size]) for first in range(0, len(ids), size)]
+        batches += [Batch(task, method, index, group) for index, group in enumerate(groups)]
     backbones = list(dict.fromkeys(task["backbone"] for task in config["tasks"].values()))
     return sorted(batches, key=lambda batch: (backbones.index(config["tasks"][batch.task]["backbone"]), batch.index))

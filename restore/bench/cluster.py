@@ -6,7 +6,7 @@ does, so that a run may be started with one engine and finished with the other.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,7 @@ MAX_FAILURES = 3
 
 
 def run_batches(
-    batches: Sequence[Batch],
-    config: Mapping[str, Any],
-    run: Path,
-    images: ImageSet | None,
-    finish: Callable[[Batch, dict[str, Any]], None],
+    batches: Sequence[Batch], config: Mapping[str, Any], run: Path, images: ImageSet | None, finish: Callable
 ) -> None:
     """Compute batches on several workers, each of which takes the next one when it is free.
 
@@ -62,8 +58,7 @@ def run_batches(
 
 
 def _distribute(ray, waiting: deque, workers: list, start: Callable[[], Any], finish) -> None:
-    failures: dict[str, int] = {}
-    running = {}
+    failures, running = Counter(), {}
 
     def give(worker: Any) -> None:
         if waiting:
@@ -82,7 +77,7 @@ def _distribute(ray, waiting: deque, workers: list, start: Callable[[], Any], fi
             raise RestoreError(str(cause) if cause else f"batch {batch.key} failed: {error}") from error
         except ray.exceptions.RayError as error:
             # The worker died (killed, out of memory, node lost): its batch goes to a new one.
-            failures[batch.key] = failures.get(batch.key, 0) + 1
+            failures[batch.key] += 1
             if failures[batch.key] >= MAX_FAILURES:
                 raise RestoreError(
                     f"{MAX_FAILURES} workers died over batch {batch.key}, the last with {type(error).__name__};"

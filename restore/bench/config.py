@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from operators import RestoreError, factory
 from operators.naming import check_known, lookup
 from restore import samplers
@@ -29,6 +31,8 @@ KINDS = {
 # What decides the bytes of a result; the rest may change when a run is continued.
 RESULT_KEYS = ("kind", "backbone", "precision", "seed", "samples", "batch", "data", "tasks", "methods", "threads")
 
+SWEEPABLE = ("guidance", "parameters", "steps")
+
 
 def load_config(config: str | os.PathLike | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Return a complete configuration as plain containers, with sweeps expanded into methods.
@@ -46,12 +50,9 @@ def load_config(config: str | os.PathLike | Mapping[str, Any], overrides: Sequen
 
 def list_cells(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return every (task, method) that runs, in order."""
-    return [
-        (task, method)
-        for task in config["tasks"]
-        for method, entry in config["methods"].items()
-        if entry["only"] is None or task in entry["only"]
-    ]
+    cells = [(task, method) for task in config["tasks"] for method in config["methods"]]
+    only = {method: entry["only"] for method, entry in config["methods"].items()}
+    return [(task, method) for task, method in cells if only[method] is None or task in only[method]]
 
 
 def build_method(config: Mapping[str, Any], task: str, method: str) -> Method:
@@ -118,31 +119,22 @@ def _expand_sweeps(methods: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str,
         for dotted, values in sweep.items():
             if not isinstance(values, list) or not values:
                 raise RestoreError(f"methods.{name}.sweep.{dotted} must be a list of values, got {values!r}")
-            if dotted.split(".")[0] not in ("guidance", "parameters", "steps"):
+            if dotted.split(".")[0] not in SWEEPABLE:
                 raise RestoreError(f"methods.{name}.sweep must vary guidance, parameters or steps, got {dotted}")
             last = dotted.rsplit(".", 1)[-1]
             following = []
             for (key, variant), value in ((v, value) for v in variants for value in values):
                 words = "+".join(map(str, value)) if isinstance(value, list) else str(value)
                 words = words.replace(":", "-")  # it becomes a folder's name
-                variant = copy.deepcopy(variant) | {"swept": {**variant["swept"], last: value}}
-                _set(variant, dotted, value)
+                sections = OmegaConf.create({section: variant[section] for section in SWEEPABLE})
+                OmegaConf.update(sections, dotted, value, merge=False)  # a list's entry by number: guidance.0.pag.scale
+                variant = copy.deepcopy(variant) | OmegaConf.to_container(sections)
+                variant["swept"] |= {last: value}
                 if variant["title"]:
                     variant["title"] += f", {last} {words}"
                 following.append((f"{key}_{last}={words}", variant))
             variants = following
         yield from variants
-
-
-def _set(mapping: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set mapping[a][b] for "a.b"; an entry of a list is given by its number (guidance.0.pag.scale)."""
-    *parents, last = dotted.split(".")
-    for parent in parents:
-        key = int(parent) if isinstance(mapping, list) else parent
-        if isinstance(mapping, dict) and mapping.get(key) is None:
-            mapping[key] = {}
-        mapping = mapping[key]
-    mapping[last] = value
 
 
 def _check(config: dict[str, Any]) -> None:

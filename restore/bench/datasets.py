@@ -106,9 +106,7 @@ def load_dataset(
     root, size = Path(folder) / split if split else Path(folder), size or known_size
     files, _ = list_images(root)
     if name == "imagenet-256" and names is None:
-        raise RestoreError(
-            "imagenet-256 needs names=FILE, a text file with one image name a line: papers use different 1k lists"
-        )
+        raise RestoreError("imagenet-256 needs names=FILE, with one image name a line: papers use different lists")
     wanted = _read_names(names) or known_names or read_metadata_names(root)
     if name == "ffhq-256" and names is None and limit is not None:
         wanted = wanted[: every * limit]  # fewer images do not require the others
@@ -126,9 +124,8 @@ def load_dataset(
         shapes.append((size, size) if size else (int(shape[0]), int(shape[1])))
         digest.update(key.encode() + b"\0" + bytes.fromhex(hash_file(path)))
     if corrupt:
-        raise RestoreError(
-            f"{len(corrupt)} of {len(files)} files in {root} are not readable images: {_shorten(corrupt)}; replace them"
-        )
+        count = f"{len(corrupt)} of {len(files)}"
+        raise RestoreError(f"{count} files in {root} are not readable images: {_shorten(corrupt)}; replace them")
     if size:
         digest.update(f"size {size} {PREPROCESSING}".encode())
     if stretch:
@@ -162,16 +159,10 @@ def _read_names(names: str | os.PathLike | Sequence[str] | None) -> list[str] | 
     lines = [str(line).strip() for line in names if str(line).strip() and not str(line).startswith("#")]
     if not lines:
         raise RestoreError("the list of image names is empty; give at least one name")
-    return [_strip_suffix(line) for line in lines]
-
-
-def _strip_suffix(line: str) -> str:
-    """`n01/a.JPEG 65` -> `n01/a`: lists of the literature have a class label after the file name."""
-    for candidate in (line, line.split()[0]):
-        suffix = Path(candidate).suffix
-        if suffix.lower() in READABLE_SUFFIXES:
-            return candidate[: -len(suffix)]
-    return line
+    for i, line in enumerate(lines):  # "n01/a.JPEG 65": lists of the literature have a class after the file name
+        pictures = [name for name in (line, line.split()[0]) if Path(name).suffix.lower() in READABLE_SUFFIXES]
+        lines[i] = pictures[0].removesuffix(Path(pictures[0]).suffix) if pictures else line
+    return lines
 
 
 def _select_files(files: dict[str, Path], names: list[str], folder: Path) -> dict[str, Path]:

@@ -116,16 +116,13 @@ def count_steps(steps: Any) -> int | None:
 
 
 def write_metrics(
-    run: Path,
-    config: Mapping[str, Any],
-    images: ImageSet | None,
-    device: str = "cpu",
-    progress: Callable[[str], None] | None = None,
+    run: Path, config: Mapping[str, Any], images: ImageSet | None, device: str = "cpu", progress: Callable | None = None
 ) -> dict[str, Any]:
     """Compute the metrics of every (task, method) of a run, write metrics.json and return its content.
 
-    Metrics that need networks or files are computed unless they are stored. Incomplete cells have `missing` > 0: their
-    means say over how many images they are, and set metrics are left out.
+    Metrics that need networks or files are computed unless they are stored; progress is called with the name of each
+    cell that needs them. Incomplete cells have `missing` > 0: their means say over how many images they are, and set
+    metrics are left out.
     """
     cells: dict[str, Any] = {}
     rows_of = table.select_metrics(config["metrics"]["names"], "paired", "set", "pairs")
@@ -172,7 +169,7 @@ def _compute_means(rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, Any])
 
 
 def _hash_inputs(config: Mapping[str, Any], metrics: Mapping[str, table.Metric], rows: Sequence[Mapping]) -> str:
-    """A hash of the results and of how they are measured: what is stored under another one is computed again."""
+    """Return a hash of the results and of how they are measured: what is stored under another one is computed again."""
     own = [read_source(row.function) for name, row in metrics.items() if ":" in name]
     text = json.dumps([config["metrics"], own, [row["sha256"] for row in rows]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -73,8 +73,7 @@ def run_benchmark(
     Raises RestoreError before anything runs for bad configurations, missing images or weights, and for a folder
     that holds another run, with the difference.
     """
-    config, images, batches, metrics = _prepare(config, overrides)
-    folder = _choose_folder(config)
+    config, folder, images, batches, metrics = _prepare(config, overrides)
     _open_folder(folder, config, images, metrics)
     for leftover in folder.rglob(LEFTOVER):  # one run has one driver at a time
         leftover.unlink(missing_ok=True)
@@ -82,7 +81,7 @@ def run_benchmark(
     waiting = [batch for batch in batches if not batch.is_done(folder)]
     rows = [path for batch in waiting for path in batch.row_paths(folder)]
     damaged = [str(path) for path in rows if path.exists() and read_row(path) is None]
-    reused, done = len(batches) - len(waiting), len(batches) - len(waiting)
+    reused = done = len(batches) - len(waiting)
 
     def finish(batch: Batch, cost: Mapping[str, Any]) -> None:
         nonlocal done
@@ -114,8 +113,7 @@ def plan_benchmark(
     """
     from restore.bench.worker import Worker
 
-    config, images, batches, _ = _prepare(config, overrides)
-    folder, cells = _choose_folder(config), []
+    (config, folder, images, batches, _), cells = _prepare(config, overrides), []
     with tempfile.TemporaryDirectory() as scratch:
         workers: dict[int, Worker] = {}
 
@@ -140,17 +138,14 @@ def plan_benchmark(
     return cells
 
 
-def _prepare(config: Any, overrides: Sequence[str]) -> tuple[dict, ImageSet | None, list[Batch], dict]:
-    """The complete configuration, its images and batches, and the metrics' entry of the protocol."""
+def _prepare(config: Any, overrides: Sequence[str]) -> tuple[dict, Path, ImageSet | None, list[Batch], dict]:
+    """Return the complete configuration, the run's folder, its images, batches, and the protocol's entry of metrics."""
     config = load_config(config, overrides)
     images = load_images(config)
     batches = make_batches(config, images)
     count = min(len(list_image_ids(config, task, images)) for task in config["tasks"])
-    return config, images, batches, results.check_metrics(config, count)
-
-
-def _choose_folder(config: Mapping[str, Any]) -> Path:
-    return Path(config["out"] or Path("runs") / config["name"])
+    folder = Path(config["out"] or Path("runs") / config["name"])
+    return config, folder, images, batches, results.check_metrics(config, count)
 
 
 def _set_steps(config: Mapping[str, Any], n: int) -> dict[str, Any]:
@@ -243,9 +238,7 @@ def describe_tasks(config: Mapping[str, Any]) -> dict[str, Any]:
     for name, task in config["tasks"].items():
         entry = {k: value for k, value in task.items() if k not in ("title", "note") and value not in (None, "", {})}
         sigma = (task["operator"].get("noise") or {}).get("sigma")
-        if sigma is not None and math.isfinite(sigma):
-            entry["sigma_y"] = sigma
-        described[name] = entry
+        described[name] = entry | ({} if sigma is None or not math.isfinite(sigma) else {"sigma_y": sigma})
     return described
 
 

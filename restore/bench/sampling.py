@@ -101,18 +101,10 @@ def generate_batch(
         labels = [cycle[int(i) % len(cycle)] for i in ids]
     eta = method.parameters.get("eta", 0.0) if method.sampler == "ddim" else None
     options = {"guidance": method.guidance, "steps": method.steps, "ddim_eta": eta, "seed": seed, "labels": labels}
-    calls = 0
-
-    def count(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-
-    hook = restorer.backbone.network.register_forward_pre_hook(count)
-    try:
+    calls: list[None] = []
+    with restorer.backbone.network.register_forward_pre_hook(lambda *_: calls.append(None)):
         x = restorer.generate(len(ids), batch_size=len(ids), first=int(ids[0]), **options)
-    finally:
-        hook.remove()
-    return Estimates(x.cpu()[:, None], calls, protocol=restorer.protocol(None, method, seed=seed))
+    return Estimates(x.cpu()[:, None], len(calls), protocol=restorer.protocol(None, method, seed=seed))
 
 
 def load_pipeline(name: str, *, device: torch.device, precision: str, offline: bool) -> Any:
@@ -155,12 +147,7 @@ def run_pipeline(
     latents = ImageNoise([(seed, i, 0) for i in ids], pipe.device, pipe.unet.dtype)(0, shape, "start")
     passes = 1 + len(others) + (cfg > 0)
     with torch.no_grad(), guided(pipe, replace(method.guidance, terms=others) if others else None):
-        images = pipe(
-            prompt=list(prompts),
-            negative_prompt=[task["negative_prompt"]] * len(ids),
-            latents=latents,
-            num_inference_steps=int(method.steps),
-            guidance_scale=1.0 + cfg,
-            output_type="pt",
-        ).images
+        texts = {"prompt": list(prompts), "negative_prompt": [task["negative_prompt"]] * len(ids)}
+        options = {"num_inference_steps": int(method.steps), "guidance_scale": 1.0 + cfg, "output_type": "pt"}
+        images = pipe(**texts, latents=latents, **options).images
     return Estimates(images.float().mul(2).sub(1).clamp(-1, 1).cpu()[:, None], passes * int(method.steps))

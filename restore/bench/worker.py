@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class Worker:
         self.device = choose_device(device or config["device"])
         self.index = {key: i for i, key in enumerate(images.ids)} if images is not None else {}
         self.loaded: tuple[str, Any] | None = None
-        self.methods: dict[tuple[str, str], Method] = {}
+        self.method = cache(partial(build_method, config))
 
     def run(self, batch: Batch) -> dict[str, Any]:
         """Compute and write one batch; return its cost, which is also written, under `cost`."""
@@ -70,10 +71,8 @@ class Worker:
             return self._run(batch)
 
     def _run(self, batch: Batch) -> dict[str, Any]:
-        cell = (batch.task, batch.method)
-        if cell not in self.methods:
-            self.methods[cell] = build_method(self.config, *cell)
-        method, is_cuda = self.methods[cell], self.device.type == "cuda"
+        method = self.method(batch.task, batch.method)
+        is_cuda = self.device.type == "cuda"
         if is_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         # Loading the backbone is not part of the cost of a batch.
@@ -103,7 +102,7 @@ class Worker:
         return cost
 
     def _load(self, name: str) -> Any:
-        """The Restorer or, for text_to_image, the pipeline of this name."""
+        """Return the Restorer or, for text_to_image, the pipeline of this name."""
         if self.loaded is None or self.loaded[0] != name:
             self.loaded = None  # free one backbone before loading the next
             options = {"precision": self.config["precision"], "offline": self.config["offline"]}
@@ -135,7 +134,7 @@ class Worker:
         return [prompts[int(i) % len(prompts)] for i in batch.ids]
 
     def _peak_memory(self) -> float | None:
-        """In MiB: of the device with CUDA, else of the whole process so far."""
+        """Return the MiB of the device with CUDA, else of the whole process so far."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         if sys.platform == "win32":
@@ -157,9 +156,12 @@ class Worker:
             row: dict[str, Any] = {"image": image_id, "nfe": estimates.nfe}
             if self.images is not None:
                 truth = self.images.pixels(i)
-                measurement = self.run_folder / "measurements" / batch.task / f"{name}.png"
-                self._write_once(self.run_folder / "truth" / f"{name}.png", truth)
-                self._write_once(measurement, to_picture(estimates.measurement[b : b + 1]))
+                y = estimates.measurement[b : b + 1]  # drawn in grey if it does not have three channels
+                y = io.to_uint8(y if y.shape[1] == 3 else y.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1))[0]
+                for place, picture in (("truth", truth), (f"measurements/{batch.task}", y)):
+                    path = disk.make_folder(self.run_folder / place) / f"{name}.png"
+                    if not path.exists():  # all workers write the same bytes
+                        disk.write_bytes(path, encode_png(picture))
                 for key, metric in BASE_METRICS.items():
                     value = float(metric.function(samples[b, :1], io.to_tensor(truth)))
                     row[key] = value if math.isfinite(value) else None  # JSON has no infinity
@@ -179,19 +181,9 @@ class Worker:
             disk.write_bytes(folder / f"{name}.png", content)
             disk.write_json(folder / "rows" / f"{name}.json", row)
 
-    def _write_once(self, path: Path, pixels: np.ndarray) -> None:
-        """Write a file unless another worker has: all write the same bytes."""
-        if not path.exists():
-            disk.write_bytes(disk.make_folder(path.parent) / path.name, encode_png(pixels))
-
 
 def encode_png(pixels: np.ndarray) -> bytes:
     """Return uint8 (H, W, 3) or (H, W) as the bytes of a PNG file, the same for the same pixels."""
     buffer = bytes_io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def to_picture(y: torch.Tensor) -> np.ndarray:
-    """Return a measurement (1, C, H, W) as uint8 (H, W, 3): clamped, grey if it does not have three channels."""
-    return io.to_uint8(y if y.shape[1] == 3 else y.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1))[0]

@@ -195,10 +195,12 @@ def test_inputs_and_outputs(tmp_path):
         with pytest.raises(RestoreError):
             files.expand_inputs([wrong] if wrong else [])
     sources = files.expand_inputs([source])
-    assert [path.name for path in files.choose_targets(sources, out)] == ["a.jpg", "b.png", "c.png"]
-    assert [path.name for path in files.choose_targets(sources, out, png=True)] == ["a.png", "b.png", "c.png"]
-    assert files.choose_targets(sources[:1], out / "r.png") == [out / "r.png"] and list(out.iterdir()) == []
-    with pytest.raises(RestoreError, match="a.jpg and .*a.png have the same name"):
+    assert [photo.source for photo in files.choose_targets(sources, out)] == sources
+    assert [photo.target.name for photo in files.choose_targets(sources, out)] == ["a.jpg", "b.png", "c.png"]
+    assert [photo.target.name for photo in files.choose_targets(sources, out, png=True)] == ["a.png", "b.png", "c.png"]
+    (photo,) = files.choose_targets(sources[:1], out / "r.png")
+    assert photo.target == out / "r.png" and list(out.iterdir()) == []
+    with pytest.raises(RestoreError, match="a.jpg and .*a.png would both write"):
         files.choose_targets([source / "a.jpg", tmp_path / "a.png"], out)
     with pytest.raises(RestoreError, match="overwrite the input"):
         files.choose_targets(sources, source)

@@ -96,9 +96,8 @@ def _connect(page: Any, parts: Any, handlers: Any) -> None:
     changes = [part.change for part in parts.select(*SETTINGS).values()] + [parts.steps.blur, parts.pag_scale.blur]
     gr.on(changes, handlers.estimate, **select(*INPUTS, outputs="plan fits"), trigger_mode="always_last", **quiet)
     results = f"status {' '.join(RESULTS)} guidance sidecar"
-    begin = parts.go.click(
-        handlers.begin, **select(outputs=f"{results} go cancel"), js=SCROLL_TO_STATUS, queue=False, **quiet
-    )
+    begun = select(outputs=f"{results} go cancel")
+    begin = parts.go.click(handlers.begin, **begun, js=SCROLL_TO_STATUS, queue=False, **quiet)
     run = begin.then(handlers.restore, **select(*INPUTS, outputs=results), concurrency_id="restore", **quiet)
     run.failure(handlers.report_failure, **select(outputs="status"), queue=False, **quiet)
     run.then(handlers.finish, **select(outputs="go cancel"), queue=False, **quiet)
@@ -107,9 +106,8 @@ def _connect(page: Any, parts: Any, handlers: Any) -> None:
     parts.prior.change(handlers.describe_prior, **select("prior", outputs="about fetch"), **quiet)
     label = select("prior", outputs="label")
     parts.prior.change(handlers.offer_labels, **label, **quiet)
-    fetch = parts.fetch.click(
-        handlers.fetch, **select("prior", outputs="about fetch prior"), show_progress_on=parts.about, **private
-    )
+    fetched = select("prior", outputs="about fetch prior")
+    fetch = parts.fetch.click(handlers.fetch, **fetched, show_progress_on=parts.about, **private)
     fetch.then(handlers.offer_labels, **label, **quiet)
 
 

@@ -157,9 +157,8 @@ class Handlers:
         except RestoreError as error:
             text = f"**{to_sentence(str(error))}**\n\n{models.describe_prior(prior)}"
             return self.describe_prior(prior) | self.parts.updates(about=text)
-        return self.describe_prior(prior) | self.parts.updates(
-            prior=gr.update(choices=self.priors.choices(), value=prior)
-        )
+        choices = gr.update(choices=self.priors.choices(), value=prior)
+        return self.describe_prior(prior) | self.parts.updates(prior=choices)
 
     def _buttons(self, ready: bool) -> dict[Any, Any]:
         return self.parts.updates(go=gr.update(interactive=ready), cancel=gr.update(interactive=not ready))

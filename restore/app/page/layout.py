@@ -18,6 +18,7 @@ HONEST = (
     "is nobody's likeness."
 )
 IDLE = "Choose a photo, say what should be done, and press Restore."
+BARE = {"show_label": False, "container": False}
 IMAGE_FILE = {"file_types": ["image"], "type": "filepath"}
 
 
@@ -33,24 +34,16 @@ class Parts(SimpleNamespace):
 
 
 def add_header() -> None:
-    gr.HTML(
-        "<h1>Restore an old photo</h1><p>Everything is computed on the machine that serves this page.</p>",
-        elem_id="head",
-    )
+    where = "Everything is computed on the machine that serves this page."
+    gr.HTML(f"<h1>Restore an old photo</h1><p>{where}</p>", elem_id="head")
     gr.HTML(f'<p role="note">{HONEST}</p>', elem_id="honest")
 
 
 def add_photo_section(parts: Parts, priors: Priors) -> None:
     _add_heading("1. Your photo")
-    parts.photo = gr.Image(
-        label="Your photo: drop it here, choose it, paste it or take it with the camera",
-        sources=["upload", "clipboard", "webcam"],
-        type="filepath",
-        image_mode=None,
-        format="png",
-        height=260,
-        elem_id="photo",
-    )
+    label = "Your photo: drop it here, choose it, paste it or take it with the camera"
+    form = {"sources": ["upload", "clipboard", "webcam"], "type": "filepath", "image_mode": None, "format": "png"}
+    parts.photo = gr.Image(label=label, height=260, elem_id="photo", **form)
     # The uploaded file itself, unread: alpha and 16 bits are kept, and a file that is no picture gets our own message.
     parts.photo.preprocess = lambda payload: None if payload is None else payload.path
     stage = {"photo": "", "painting": True, "proposal": "", "visible": "hidden", "elem_id": "stage"}
@@ -58,44 +51,24 @@ def add_photo_section(parts: Parts, priors: Priors) -> None:
     with gr.Column(elem_id="filling") as parts.filling:
         with gr.Row(equal_height=True):
             parts.propose = gr.Button("Propose scratches and dust", size="md", min_width=150, scale=1)
-            parts.sensitivity = gr.Slider(
-                0, 1, 0.5, step=0.05, label="Sensitivity", min_width=150, scale=1, elem_id="keenly"
-            )
+            parts.sensitivity = gr.Slider(0, 1, 0.5, step=0.05, label="Sensitivity", min_width=150, elem_id="keenly")
         with gr.Accordion("Or upload a mask: black is missing, white is kept", open=False):
             parts.mask = gr.File(label="Mask", **IMAGE_FILE)
     parts.again = gr.Button("Choose another photo", size="sm", visible=False, elem_id="again")
     with gr.Accordion("More photos, with the same settings", open=False):
         parts.more = gr.File(label="More photos", file_count="multiple", elem_id="more", **IMAGE_FILE)
     choices = class_choices(priors.first)
-    parts.label = gr.Radio(
-        choices,
-        value="",
-        label="What it shows",
-        visible=bool(choices),
-        elem_id="shows",
-        info="the kinds of picture that the prior knows; telling it means less guessing",
-    )
+    info = "the kinds of picture that the prior knows; telling it means less guessing"
+    parts.label = gr.Radio(choices, value="", label="What it shows", visible=bool(choices), elem_id="shows", info=info)
     parts.fits = gr.Markdown(describe_fit(priors, None), elem_classes="fine", elem_id="fits")
 
 
 def add_task_section(parts: Parts) -> None:
     _add_heading("2. What should be done?")
-    parts.task = gr.Radio(
-        [(words, name) for name, (words, _) in PLAIN.items()],
-        value="fill",
-        label="What should be done?",
-        show_label=False,
-        container=False,
-        elem_id="task",
-    )
+    parts.task = gr.Radio(_list_choices(PLAIN), value="fill", label="What should be done?", elem_id="task", **BARE)
     parts.factor = gr.Radio([(f"×{n}", n) for n in FACTORS], value=4, label="How many times larger", visible=False)
     with gr.Column(visible=False) as parts.sharpening:
-        parts.blur = gr.Radio(
-            [(words, name) for name, (words, _) in BLURS.items()],
-            value="focus",
-            label="Why it is blurred",
-            elem_id="blur",
-        )
+        parts.blur = gr.Radio(_list_choices(BLURS), value="focus", label="Why it is blurred", elem_id="blur")
         with gr.Row(equal_height=True) as parts.focus:
             info = "standard deviation in pixels"
             parts.std = gr.Slider(0.3, 12, 1.5, step=0.1, label="Size of the blur", info=info, elem_id="std", scale=3)
@@ -104,32 +77,17 @@ def add_task_section(parts: Parts) -> None:
             gr.HTML("<p>Draw how the camera moved: the streak that a point of light left.</p>", elem_classes="fine")
             parts.path = gr.HTML("", **_read_canvas("path"), elem_id="path")
             parts.extent = gr.Slider(5, 61, 21, step=2, label="Width of the square, in pixels of the photo")
-    parts.noise = gr.Slider(
-        0.01,
-        1,
-        0.1,
-        step=0.005,
-        label="How strong the noise is",
-        info="estimated from your photo; sigma_y, its standard deviation on [-1, 1]",
-        elem_id="noise",
-        visible=False,
-    )
+    words = {"label": "How strong the noise is"}
+    words["info"] = "estimated from your photo; sigma_y, its standard deviation on [-1, 1]"
+    parts.noise = gr.Slider(0.01, 1, 0.1, step=0.005, elem_id="noise", visible=False, **words)
 
 
 def add_quality_section(parts: Parts) -> None:
     _add_heading("3. How carefully?")
-    parts.quality = gr.Radio(
-        [(name.capitalize(), name) for name in QUALITIES],
-        value="balanced",
-        label="How carefully?",
-        show_label=False,
-        container=False,
-    )
-    parts.three = gr.Checkbox(
-        value=True,
-        label="Three versions, to show what is guesswork",
-        info="three posterior samples and their spread; takes three times as long",
-    )
+    choices = [(name.capitalize(), name) for name in QUALITIES]
+    parts.quality = gr.Radio(choices, value="balanced", label="How carefully?", **BARE)
+    info = "three posterior samples and their spread; takes three times as long"
+    parts.three = gr.Checkbox(value=True, label="Three versions, to show what is guesswork", info=info)
     parts.plan = gr.HTML(elem_id="plan", elem_classes="fine")
     with gr.Row():
         parts.go = gr.Button("Restore", variant="primary", elem_id="go", min_width=150, scale=3)
@@ -141,13 +99,10 @@ def add_advanced_section(parts: Parts) -> None:
         # Textboxes: an untouched gr.Number posts 0, which would switch PAG off.
         parts.steps = gr.Textbox(label="Steps", info="of the sampler; empty: the preset's")
         parts.seed = gr.Number(value=0, precision=0, minimum=0, label="Seed", info="another seed invents other details")
-        parts.pag_scale = gr.Textbox(
-            label="PAG scale s", info="perturbed-attention guidance; empty: the preset's, 0: off"
-        )
+        parts.pag_scale = gr.Textbox(label="PAG scale s", info="perturbed attention; empty: the preset's, 0: off")
         parts.sigma = gr.Textbox(label="sigma_y", info="noise in the photo on [-1, 1]; empty: estimated")
-        parts.trajectory = gr.Checkbox(
-            value=True, label="Keep a picture of the guidance", info="|eps − eps_weak| through time"
-        )
+        info = "|eps − eps_weak| through time"
+        parts.trajectory = gr.Checkbox(value=True, label="Keep a picture of the guidance", info=info)
 
 
 def add_prior_section(parts: Parts, priors: Priors) -> None:
@@ -163,27 +118,13 @@ def add_results(parts: Parts) -> None:
     _add_heading("Result")
     parts.status = gr.HTML(format_status(IDLE), elem_id="status")
     parts.forming = gr.Image(label="The photo as it forms (x̂0)", format="jpeg", buttons=[], elem_id="forming", **hidden)
-    parts.slider = gr.ImageSlider(
-        label="Before | after", format="png", buttons=["fullscreen"], elem_id="slider", **hidden
-    )
+    png = hidden | {"format": "png"}
+    parts.slider = gr.ImageSlider(label="Before | after", buttons=["fullscreen"], elem_id="slider", **png)
     parts.download = gr.DownloadButton("Download the photo", variant="primary", visible=False, elem_id="download")
-    parts.gallery = gr.Gallery(
-        label="Three versions, all equally likely",
-        rows=1,
-        height="auto",
-        object_fit="contain",
-        columns=3,
-        format="png",
-        elem_id="versions",
-        **hidden,
-    )
-    parts.guessed = gr.Image(
-        label="Orange: guesswork, where the versions differ (spread)",
-        format="png",
-        buttons=["download"],
-        elem_id="guessed",
-        **hidden,
-    )
+    form = {"rows": 1, "columns": 3, "height": "auto", "object_fit": "contain"}
+    parts.gallery = gr.Gallery(label="Three versions, all equally likely", elem_id="versions", **form, **png)
+    label = "Orange: guesswork, where the versions differ (spread)"
+    parts.guessed = gr.Image(label=label, buttons=["download"], elem_id="guessed", **png)
     parts.files = gr.File(label="All files", file_count="multiple", elem_id="files", **hidden)
     with gr.Accordion("For experts", open=False, visible=False) as parts.experts:
         parts.guidance = gr.Image(
@@ -194,6 +135,11 @@ def add_results(parts: Parts) -> None:
 
 def _add_heading(text: str) -> None:
     gr.HTML(f"<h2>{text}</h2>", elem_classes="step")
+
+
+def _list_choices(words: dict[str, tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return (plain words, name) of PLAIN or BLURS."""
+    return [(plain, name) for name, (plain, _) in words.items()]
 
 
 def _read_canvas(name: str) -> dict[str, str]:

@@ -41,16 +41,17 @@ class Priors:
     def planner(self, name: str | None, use: str) -> Planner:
         """Return the planner of a prior and a use; a Planner must not be shared by several threads."""
         prior = self.get(name)
-        key = (prior.name, use)
-        if key not in self.planners or self.planners[key].restorer is not prior:
-            self.planners[key] = Planner(prior)
-        return self.planners[key]
+        planner = self.planners.get((prior.name, use))
+        if planner is None or planner.restorer is not prior:
+            planner = self.planners[prior.name, use] = Planner(prior)
+        return planner
 
     def choices(self) -> list[tuple[str, str]]:
         """Return (text, name) of every prior to choose from."""
         known = list_priors()
         own = [] if self.first.name in known else [(f"{self.first.name} (yours)", self.first.name)]
-        return own + [(_format_choice(name, entry), name) for name, entry in known.items()]
+        texts = {name: f"{entry.resolution} px {entry.subject or 'pictures'}: {name}" for name, entry in known.items()}
+        return own + [(text + ", to be downloaded" * is_missing(name), name) for name, text in texts.items()]
 
     def fetch(self, name: str, progress: Callable[[int, int | None], None]) -> None:
         """Download a prior of the list. Raises RestoreError if that fails or is not allowed here."""
@@ -73,10 +74,8 @@ class Priors:
 
 def list_priors() -> dict[str, Model]:
     """Return the registered priors that need no class, smallest pictures first."""
-    priors = {
-        name: entry for name, entry in zoo.read_registry().items() if entry.kind != "autoencoder" and not entry.classes
-    }
-    return dict(sorted(priors.items(), key=lambda item: item[1].resolution))
+    known = [item for item in zoo.read_registry().items() if item[1].kind != "autoencoder" and not item[1].classes]
+    return dict(sorted(known, key=lambda item: item[1].resolution))
 
 
 def class_choices(prior: Any) -> list[tuple[str, str]]:
@@ -114,7 +113,7 @@ def describe_prior(name: str) -> str:
     entry = list_priors().get(name)
     if entry is None:
         return f"**{name}** is your own model."
-    here = "on this machine" if zoo.locate(name).path is not None else "not on this machine yet"
+    here = "not on this machine yet" if is_missing(name) else "on this machine"
     lines = [f"**{entry.title}** ({here})", f"Licence: {entry.licence}", f"Size: {_format_size(entry)}"]
     lines += [f"[Where it is from]({entry.page})"] if "://" in entry.page else []
     lines += [f"*{' '.join(entry.notes.split())}*"] if entry.notes else []
@@ -127,7 +126,7 @@ def is_missing(name: str) -> bool:
 
 
 def _format_size(entry: Model) -> str:
-    """What is known of a download's size before it begins."""
+    """Return what is known of a download's size before it begins."""
     if entry.folder is not None:
         return "comes with the package"
     if entry.download is not None and entry.download.size:
@@ -135,11 +134,6 @@ def _format_size(entry: Model) -> str:
     if entry.parameters:
         return f"about {_format_bytes(4 * entry.parameters)} ({entry.parameters / 1e6:.0f} million parameters)"
     return "not stated; several GB" if entry.hub is not None else "not stated"
-
-
-def _format_choice(name: str, entry: Model) -> str:
-    here = "" if zoo.locate(name).path is not None else ", to be downloaded"
-    return f"{entry.resolution} px {entry.subject or 'pictures'}: {name}{here}"
 
 
 def _format_bytes(n: float) -> str:

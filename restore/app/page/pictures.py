@@ -54,7 +54,7 @@ def read_photo(path: str | Path) -> ImageRecord:
         raise RestoreError(f"the photo has far more than {LARGEST_PHOTO / 1e6:.0f} million pixels") from None
     if height * width > LARGEST_PHOTO:
         raise RestoreError(
-            f"the photo has {width} x {height} pixels, at most {LARGEST_PHOTO / 1e6:.0f} million are allowed here"
+            f"the photo must have at most {LARGEST_PHOTO / 1e6:.0f} million pixels, got {width} x {height}"
         )
     return images.read_image(path)
 
@@ -100,9 +100,7 @@ def propose_mask(pixels: torch.Tensor, sensitivity: float) -> np.ndarray:
     """Return where scratches and dust may be in (1, 3, H, W): (H, W), True there. Raises RestoreError if nowhere."""
     missing = (damage.detect_damage(pixels, sensitivity)[0, 0] < 0.5).numpy()
     if not missing.any():
-        raise RestoreError(
-            "no scratches and no dust were found: raise the sensitivity, or paint over the damage by hand"
-        )
+        raise RestoreError("no scratches and no dust were found: raise the sensitivity, or paint over the damage")
     return missing
 
 
@@ -136,14 +134,9 @@ def limit_size(pixels: torch.Tensor, longest: int = LONGEST, smallest: int = 0) 
 
 def to_data_url(picture: PIL.Image.Image) -> str:
     """Return a picture as a data URL: PNG if it is small or has alpha, else JPEG."""
-    content = io.BytesIO()
-    if picture.mode == "RGBA" or max(picture.size) <= 512:
-        picture.save(content, "PNG")
-        prefix = _PNG
-    else:
-        picture.save(content, "JPEG", quality=90)
-        prefix = "data:image/jpeg;base64,"
-    return prefix + base64.b64encode(content.getvalue()).decode()
+    content, png = io.BytesIO(), picture.mode == "RGBA" or max(picture.size) <= 512
+    picture.save(content, "PNG" if png else "JPEG", quality=90)
+    return (_PNG if png else "data:image/jpeg;base64,") + base64.b64encode(content.getvalue()).decode()
 
 
 def draw_spread(result: torch.Tensor, spread: torch.Tensor) -> PIL.Image.Image:

@@ -100,34 +100,17 @@ def estimate_sigma(pixels: torch.Tensor) -> float:
     return min(max(round(estimate.estimate_noise(pixels), 3), low), high)
 
 
-def parse_request(
-    *,
-    path: str,
-    sigma: str,
-    quality: str,
-    steps: str,
-    pag_scale: str,
-    label: str,
-    factor: float,
-    samples: float,
-    seed: float,
-    extent: float | None = None,
-    **values: Any,
-) -> Request:
-    """Return a Request of what was typed, drawn and selected. extent: see parse_path. Raises RestoreError."""
-    check_known([quality], QUALITIES, "there is no quality called")
-    return Request(
-        path=parse_path(path, extent),
-        sigma=parse_number(sigma, "sigma"),
-        quality=quality,
-        steps=parse_steps((steps or "").strip() or None),
-        pag_scale=parse_number(pag_scale, "PAG scale"),
-        label=(label or "").strip() or None,
-        factor=int(factor),
-        samples=min(int(samples), MOST_SAMPLES),
-        seed=int(seed or 0),
-        **values,
-    )
+def parse_request(*, extent: float | None = None, **values: Any) -> Request:
+    """Return a Request of what was typed, drawn and selected: its fields, path, numbers that may be left empty, steps
+    and label as text. extent: see parse_path. Raises RestoreError."""
+    check_known([values["quality"]], QUALITIES, "there is no quality called")
+    values["path"] = parse_path(values["path"], extent)
+    values["sigma"] = parse_number(values["sigma"], "sigma")
+    values["pag_scale"] = parse_number(values["pag_scale"], "PAG scale")
+    values["steps"] = parse_steps((values["steps"] or "").strip() or None)
+    values["label"] = (values["label"] or "").strip() or None
+    values["samples"] = min(int(values["samples"]), MOST_SAMPLES)
+    return Request(**values | {"factor": int(values["factor"]), "seed": int(values["seed"] or 0)})
 
 
 def parse_path(text: str | None, extent: float | None = None) -> list[list[float]]:

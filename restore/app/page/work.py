@@ -26,6 +26,7 @@ from restore.app.run import Condition, Outcome, RestoreJob
 from restore.images import io
 from restore.memory import Plan, Planner, format_duration
 
+File = str | Path
 INTERVAL = 0.5  # seconds between two pictures of what is forming
 WORKER = "restore-photos"  # the name of the thread
 LARGEST_TRAJECTORY = 4_000_000  # pixels of the largest result whose guidance is drawn
@@ -62,13 +63,13 @@ class Result:
 
 
 def restore(
-    photos: list[str | Path],
+    photos: list[File],
     planner: Planner,
     request: Request,
-    folder: str | Path,
+    folder: File,
     stop: threading.Event,
     edits: Edits | None = None,
-    mask: str | Path | None = None,
+    mask: File | None = None,
 ) -> Iterator[Step | Result]:
     """Restore photos, by the planner's Restorer, into a folder of the caller's; yield steps and a Result of each photo.
 
@@ -99,12 +100,7 @@ def restore(
 
 
 def estimate(
-    photo: str | Path,
-    planner: Planner,
-    request: Request,
-    folder: str | Path,
-    edits: Edits | None = None,
-    mask: str | None = None,
+    photo: File, planner: Planner, request: Request, folder: File, edits: Edits | None = None, mask: File | None = None
 ) -> Plan:
     """Return memory and time of one photo, which need not be painted over yet. Raises RestoreError."""
     folder = Path(folder)
@@ -157,19 +153,16 @@ def _restore_photo(photo: Photo, task: Any, planner: Planner, request: Request, 
     options = _options(request) | {"save_trajectory": trajectory, "callback": watch.step, "announce": watch.announce}
     watch.check()
     (outcome,) = RestoreJob(planner.restorer, task, **options, planner=planner).run([photo])
-    plan = watch.plan
-    if plan is not None and not plan.fits:
-        raise RestoreError(
-            f"{photo.source.name} would take {plan.memory / 1e9:.1f} GB of memory and {plan.available / 1e9:.1f} GB "
-            "are free here: crop it or reduce it"
-        )
+    if (plan := watch.plan) is not None and not plan.fits:
+        need, free = f"{plan.memory / 1e9:.1f} GB of memory", f"{plan.available / 1e9:.1f} GB are free"
+        raise RestoreError(f"{photo.source.name} would take {need} and {free} here: crop it or reduce it")
     if outcome.error is not None:
         raise RestoreError(outcome.error)
     return time.monotonic() - started
 
 
 def _prepare(
-    photo: Path, request: Request, folder: Path, edits: Edits | None, mask: str | Path | None, planning: bool = False
+    photo: Path, request: Request, folder: Path, edits: Edits | None, mask: File | None, planning: bool = False
 ) -> tuple[Photo, Any]:
     """Return the photo to be restored, a new file if it was turned or cropped, and its task."""
     record = pictures.read_photo(photo)
