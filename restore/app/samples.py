@@ -40,9 +40,8 @@ def generate_files(
     if labels is not None and len(labels) not in (1, n):
         raise RestoreError(f"labels must be one class or {n}, one per image, got {len(labels)}")
     labels = None if labels is None else list(labels) * (n if len(labels) == 1 else 1)
-    out = Path(out)
-    files.make_writable_folder(out)
-    paths = [out / f"sample-{i:04d}.png" for i in range(n)]
+    files.make_writable_folder(Path(out))
+    paths = [Path(out) / f"sample-{i:04d}.png" for i in range(n)]
     places = [Photo(path.with_suffix(""), path) for path in paths]
     files.check_outputs(places, [place.outputs() for place in places], overwrite)
     prompts = {"prompt": prompt, "negative_prompt": negative_prompt}

@@ -125,10 +125,9 @@ def render(pixels: torch.Tensor, longest: int = LONGEST, smallest: int = 0) -> P
 
 def limit_size(pixels: torch.Tensor, longest: int = LONGEST, smallest: int = 0) -> torch.Tensor:
     """Resize (1, C, H, W) so that its longer side has from `smallest` to `longest` pixels."""
-    h, w = pixels.shape[-2:]
-    scale = min(1.0, longest / max(h, w))
-    scale = max(scale, smallest / max(h, w)) if scale == 1 else scale
-    size = (max(1, round(h * scale)), max(1, round(w * scale)))
+    longer = max(pixels.shape[-2:])
+    scale = longest / longer if longer > longest else max(1.0, smallest / longer)
+    size = tuple(max(1, round(side * scale)) for side in pixels.shape[-2:])
     return pixels if scale == 1 else F.interpolate(pixels, size, mode="bicubic", antialias=True)
 
 
