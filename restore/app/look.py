@@ -70,11 +70,10 @@ def inspect_photo(source: str | Path, sensitivity: float = 0.5) -> dict[str, Any
 
 def _format_findings(source: Path, found: dict[str, Any], mask: Path | None) -> list[str]:
     hue = {"grey": "none, stays grey", "one hue": "a single hue, which is kept", "colour": "yes"}[found["hue"]]
-    share = f"scratches and dust on {found['damage']:.1%}, see the mask" if found["damage"] else "none found"
+    where = "see the mask" if mask else "-o mask.png draws it"
+    share = f"scratches and dust on {found['damage']:.1%}, {where}" if found["damage"] else "none found"
     blur = f"about {found['blur']:.1f} pixels" if found["blur"] >= BLURRED else "none or very little"
-    sigma = found["sigma"]
-    run = f"  restore run {shlex.quote(str(source))} --task"
-    commands = []
+    sigma, commands, run = found["sigma"], [], f"  restore run {shlex.quote(str(source))} --task"
     if found["damage"]:
         commands.append(f"{run} inpaint --mask {shlex.quote(str(mask)) if mask else 'auto'} sigma=auto -o restored/")
     if found["blur"] >= BLURRED:

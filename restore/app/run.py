@@ -140,10 +140,9 @@ class RestoreJob:
         if tint is not None:  # a photo without colour gains none
             samples = apply_tint(samples, tint)
         result = dataclasses.replace(result, samples=samples)
-        expected |= ({} if plan is None else {"estimate": plan.describe()}) | (
-            {} if tint is None else {"one_hue": True}
-        )
-        return _Restored(measured, result, trajectory, expected)
+        estimate = {} if plan is None else {"estimate": plan.describe()}
+        hue = {} if tint is None else {"one_hue": True}
+        return _Restored(measured, result, trajectory, expected | estimate | hue)
 
     def _describe_settings(self, photo: Photo, task: Task, protocol: dict[str, Any]) -> dict[str, Any]:
         condition = dataclasses.asdict(self.condition)

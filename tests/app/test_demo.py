@@ -10,7 +10,6 @@ from PIL import Image
 from operators import RestoreError
 from restore.app import demo
 from restore.app.demo import PARTS, run_demo, select_methods
-from restore.metrics import weights
 from restore.paths import data_dir
 from restore.restorer import load
 from restore.task import load_task
@@ -54,7 +53,7 @@ def test_demo_writes_picture_and_numbers(tmp_path):
 
 
 def test_no_lpips_without_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "default_folder", lambda: tmp_path / "nothing")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     assert demo._load_lpips(None) is None and demo._load_lpips({}) is None
 
 

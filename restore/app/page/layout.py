@@ -50,8 +50,9 @@ def add_photo_section(parts: Parts, priors: Priors) -> None:
     parts.stage = gr.HTML("", **_read_canvas("stage"), **stage)
     with gr.Column(elem_id="filling") as parts.filling:
         with gr.Row(equal_height=True):
-            parts.propose = gr.Button("Propose scratches and dust", size="md", min_width=150, scale=1)
-            parts.sensitivity = gr.Slider(0, 1, 0.5, step=0.05, label="Sensitivity", min_width=150, elem_id="keenly")
+            half: dict[str, Any] = {"min_width": 150, "scale": 1}
+            parts.propose = gr.Button("Propose scratches and dust", size="md", **half)
+            parts.sensitivity = gr.Slider(0, 1, 0.5, step=0.05, label="Sensitivity", elem_id="keenly", **half)
         with gr.Accordion("Or upload a mask: black is missing, white is kept", open=False):
             parts.mask = gr.File(label="Mask", **IMAGE_FILE)
     parts.again = gr.Button("Choose another photo", size="sm", visible=False, elem_id="again")
