@@ -3,6 +3,8 @@
 The weak pass attends with another map on the chosen layers and heads,
 
     A = softmax(Q K^T / sqrt(d))  ->  (1 − u) A + u A',        PAG: A' = I, u = 1; SoftPAG: u < 1   (eqs. 10, 13)
+
+and the estimate is pushed away from it: eps + s (eps − eps_weak)                                    (eq. 14)
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ from restore.guidance.targets import Draw, Target, find_target, seeded_draw
 class PAG(Term):
     """Perturbed-attention guidance. See Term for scale, interval and schedule.
 
-    layers: names as restore.guidance.layers.choose_layers takes them ("i9,m1"; "i5:0,3" for two heads of one).
+    layers: names as restore.guidance.layers.choose_layers takes them ("i9", "input_blocks.9.1", a diffusers path;
+        several separated by commas or in a list; "i5:0,3" for two heads of one).
     heads: only these heads: indices for every layer, or a mapping from layer name to indices; None: all.
     target: A', a name in restore.guidance.targets.TARGETS ("identity" is PAG), {name: options} such as
         {"seg": {"sigma": 4}}, a function of an AttentionRecord or its "module:function".
     strength: u, in [0, 1]; or one for each of the chosen layers or heads, {"i5": {0: 0.5, 3: 1.0}, "m1": 0.3}.
-    noise: of the random targets: a seed (see restore.guidance.targets.seeded_draw), or a Draw or its name.
+    noise: of the random targets: a seed (the draw then depends only on seed, t and layer, and is shared by the
+        images of a batch) or a function (kind, shape) -> tensor, kind "uniform" or "normal", or its name.
     scope: where image and text tokens attend jointly, "joint" perturbs the map of all, "image" that of the image.
     """
 

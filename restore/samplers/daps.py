@@ -48,7 +48,7 @@ def daps(
 
     operator: a differentiable `A`, linear or not. noise: "latent" makes x_k; also "langevin" and "velocity".
     steps: how many levels sigma_k, between sigma_max (at most the trained one) and sigma_min with rho = 7 (Karras et
-        al. 2022, eq. 5), or the times of the levels.
+        al. 2022, eq. 5), or the times of the levels. Network evaluations: steps · ode_steps, twice that if guided.
     ode_steps, ode_sigma_min: the grid of the ODE, rho = 7 too; it ends at ode_sigma_min without a last denoising.
     mcmc_steps, lr, lr_min_ratio: Langevin steps, their size at the first level, and the factor to which it falls
         linearly by the last. A step is stable if lr (2 s² / tau² + 1 / sigma_k²) < 2, s the norm of A.

@@ -44,7 +44,8 @@ def diffpir(
 
     operator: a linear one (see operators.prox_l2). guidance: makes x0_hat, hence the data step and the implied noise.
     steps, start_from: "quad:N", denser at the clean end, and "measurement" are the authors'.
-    lam: lambda with sigma_y on [-1, 1]; the authors' is 4 lam, for [0, 1]. zeta: share of fresh noise, 0 to 1.
+    lam: lambda with sigma_y on [-1, 1]. The authors state sigma_y on [0, 1], which makes theirs 4 lam.
+    zeta: share of fresh noise, 0 to 1.
     """
     sigma_y = max(require_linear_gaussian("diffpir", prior, operator, sigma_y, latents=True), AUTHORS_SIGMA_Y_FLOOR)
     decoder_sigma = require_decoder_sigma(prior, decoder_sigma)
