@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from operators.errors import RestoreError
+
+# Folders in which "module:attribute" is found besides Python's own path. Not on that path: an `import pillow_heif` of a
+# library must never run a file of that name in the user's folder.
+MODULE_FOLDERS: list[str] = []
 
 
 def suggest(name: Any, known: Iterable[str]) -> str:
@@ -35,12 +41,25 @@ def import_object(name: str, what: str) -> Any:
     """Return the object that "module:attribute" names. Raises RestoreError if it cannot be imported."""
     module, _, attribute = name.partition(":")
     try:
-        value: Any = importlib.import_module(module)
+        with _extend_path():
+            value: Any = importlib.import_module(module)
         for part in attribute.split("."):
             value = getattr(value, part)
     except (ImportError, AttributeError, ValueError) as error:
         raise RestoreError(f"the {what} '{_flatten(name)}' cannot be imported: {_flatten(error)}") from None
     return value
+
+
+@contextmanager
+def _extend_path() -> Iterator[None]:
+    sys.path.extend(MODULE_FOLDERS)
+    try:
+        yield
+    finally:
+        for folder in MODULE_FOLDERS:
+            sys.path.reverse()  # the last of equal entries is the one that was added
+            sys.path.remove(folder)
+            sys.path.reverse()
 
 
 def check_known(names: Iterable[Any], known: Iterable[str], what: str) -> None:

@@ -239,7 +239,9 @@ def list_options(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
-    sys.path.append(os.getcwd())  # so that "module:attribute" finds the user's samplers and operators
+    from operators import RestoreError, naming
+
+    naming.MODULE_FOLDERS.append(os.getcwd())  # so that "module:attribute" finds the user's samplers and operators
     interrupted = "restore: interrupted; finished files are kept, run the same command to continue"
     try:
         code = app(standalone_mode=False)
