@@ -220,6 +220,15 @@ def _list_folders(path: Path, out: Path) -> list[tuple[Path, Path]]:
     """The folders with images from `path` down, without `out`, and their paths relative to it; `path` if none has."""
     below = sorted(folder for folder in path.rglob("*") if folder.is_dir()) if path.is_dir() else []
     below = [folder for folder in below if not any(p.startswith(".") for p in folder.relative_to(path).parts)]
-    below = [folder for folder in below if out.resolve() not in (folder.resolve(), *folder.resolve().parents)]
+    if path.resolve() in out.resolve().parents:  # results inside of the inputs are not restored again
+        below = [folder for folder in below if out.resolve() not in (folder.resolve(), *folder.resolve().parents)]
+    below = [folder for folder in below if not _holds_results(folder)]
     found = [folder for folder in (path, *below) if folder.is_dir() and filter_images(folder.iterdir())]
     return [(folder, folder.relative_to(path)) for folder in found] or [(path, Path())]
+
+
+def _holds_results(folder: Path) -> bool:
+    """Whether the images of a folder are all results of this program, of an earlier output folder."""
+    results = {name for path in folder.glob("*.json") for name in (read_sidecar(path) or {}).get("files", ())}
+    images = filter_images(folder.iterdir())
+    return bool(images) and all(path.name in results for path in images)
