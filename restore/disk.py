@@ -81,6 +81,22 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Any], metadata: Ma
             raise
 
 
+def require_file_names(names: Iterable[Any], what: str) -> None:
+    """Raise RestoreError unless names from a configuration can be files of one folder: no way out of it, no two alike.
+
+    what: the names' place, for the message ("methods").
+    """
+    seen: dict[str, Any] = {}
+    for name in names:
+        text = str(name)
+        is_component = text and not text.startswith(".") and not re.search(r"[/\\\x00-\x1f]", text)
+        if not is_component or len(text.encode()) > 200:
+            raise RestoreError(f"a name in {what} must be a file name without folders, 200 bytes at most, got {name!r}")
+        other = seen.setdefault(text.casefold(), name)  # some file systems ignore case
+        if other is not name:
+            raise RestoreError(f"names in {what} must differ in more than case, got {other!r} and {name!r}")
+
+
 def make_folder(path: str | Path) -> Path:
     """Create a folder and its parents, if missing, and return its path. Raises RestoreError if that fails."""
     try:

@@ -18,6 +18,7 @@ from restore.bench.baselines import BASELINES
 from restore.bench.datasets import KNOWN_SETS
 from restore.bench.schema import Benchmark
 from restore.config import fill_defaults, read_config
+from restore.disk import require_file_names
 from restore.method import Method
 from restore.metrics import table
 from restore.task import read_task
@@ -139,6 +140,9 @@ def _expand_sweeps(methods: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str,
 
 def _check(config: dict[str, Any]) -> None:
     kind = config["kind"]
+    require_file_names([config["name"]], "name")
+    for key in ("tasks", "methods"):
+        require_file_names(config[key], key)
     check_known([kind], KINDS, "there is no kind of benchmark")
     check_known([config["engine"]], ("local", "ray"), "there is no engine")
     check_known([config["data"]["name"]], KNOWN_SETS, "there is no data set named")

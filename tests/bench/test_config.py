@@ -143,3 +143,23 @@ def test_a_key_with_a_line_break_is_one_sentence():
     with pytest.raises(RestoreError, match="has no key see") as caught:
         load_config(BASE | {"see\nd": 1})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../../holiday", "a/b", "a\\b", "..", ".hidden", "", "a\nb", "x" * 201])
+@pytest.mark.parametrize("place", ["name", "tasks", "methods"])
+def test_names_become_file_names_that_stay_in_the_run(place, name):
+    config = copy.deepcopy(BASE)
+    if place == "name":
+        config["name"] = name
+    else:
+        config[place][name] = config[place].pop(next(iter(config[place])))
+        config["methods"] = {key: {**entry, "only": None, "per_task": {}} for key, entry in config["methods"].items()}
+    with pytest.raises(RestoreError, match=f"name in {place} must be a file name"):
+        load_config(config)
+
+
+def test_names_that_some_file_systems_take_for_one():
+    config = copy.deepcopy(BASE)
+    config["methods"]["DPS"] = config["methods"]["dps"]
+    with pytest.raises(RestoreError, match="'dps' and 'DPS'"):
+        load_config(config)
