@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from operators import RestoreError
+from operators import RestoreError, naming
 from restore.app import models, options, research
 from restore.app.look import look
 
@@ -239,8 +239,6 @@ def list_options(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
-    from operators import RestoreError, naming
-
     naming.MODULE_FOLDERS.append(os.getcwd())  # so that "module:attribute" finds the user's samplers and operators
     interrupted = "restore: interrupted; finished files are kept, run the same command to continue"
     try:
