@@ -203,7 +203,7 @@ def mistakes(folder):
         "wrong checkpoint": ([*face, *sr, "--backbone", folder / "wrong.pt", *out], "wrong.pt"),
         "precision": ([*face, *sr, "--precision", "fp8", *out], "fp8"),
         "device": ([*face, *sr, "--device", "warp", *out], "warp"),
-        "same stem": (["run", folder / "twin", *sr, *out], "same name"),
+        "same stem": (["run", folder / "twin", *sr, *out], "would both write"),
         "output is a file": ([*face, *sr, "-o", folder / "file" / "out"], "file"),
         "over the input": ([*face, *sr, "-o", FACE.parent], "overwrite"),
         "offline": ([*face, *sr, "--backbone", "adm-ffhq-256", "--offline", *out], "ffhq_10m.pt"),
@@ -277,7 +277,7 @@ def test_masks_inverted_grey_and_one_for_each_photo(command, tmp_path):
         Image.fromarray(255 - np.where(grey > 127, white, 0).astype(np.uint8)).save(tmp_path / f"inverted-{name}.png")
     common = ("--task", "inpaint", "--steps", 1)
     code, _, err = command("run", tmp_path / "photos", *common, "--mask", tmp_path / "masks", "-o", tmp_path / "no")
-    assert code == 2 and "lies between" in err and "--mask-threshold 127" in err
+    assert code == 2 and "in between" in err and "--mask-threshold 127" in err
     options = (*common, "--mask", tmp_path / "masks", "--mask-threshold", 127)
     code, _, err = command("run", tmp_path / "photos", *options, "-o", tmp_path / "own")
     assert code == 0, err
