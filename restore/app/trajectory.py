@@ -47,8 +47,7 @@ class Trajectory:
             largest = max((float(signal.max()) for signal in row if signal is not None), default=None)
             if largest is None:
                 continue
-            white = max(largest, 1e-12)
-            cells = [None if s is None else (2 * (s / white).sqrt() - 1).expand(3, *s.shape) for s in row]
+            cells = [None if s is None else (2 * (s / max(largest, 1e-12)).sqrt() - 1).expand(3, *s.shape) for s in row]
             layers = options.get("layers", ())
             layers = layers if isinstance(layers, str) else ", ".join(layers)
             titles.append("\n".join(filter(None, [f"{name} {options['scale']:g}", layers, f"white: {largest:.2g}"])))

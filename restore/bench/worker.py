@@ -71,8 +71,7 @@ class Worker:
             return self._run(batch)
 
     def _run(self, batch: Batch) -> dict[str, Any]:
-        method = self.method(batch.task, batch.method)
-        is_cuda = self.device.type == "cuda"
+        method, is_cuda = self.method(batch.task, batch.method), self.device.type == "cuda"
         if is_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         # Loading the backbone is not part of the cost of a batch.

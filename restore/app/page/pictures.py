@@ -50,8 +50,10 @@ def read_photo(path: str | Path) -> ImageRecord:
     """Read an uploaded photo. Raises RestoreError, before it is decoded, for more than LARGEST_PHOTO pixels."""
     try:
         height, width = read_image_size(Path(path))
-    except PIL.Image.DecompressionBombError:
-        raise RestoreError(f"the photo has far more than {LARGEST_PHOTO / 1e6:.0f} million pixels") from None
+    except RestoreError as error:
+        if isinstance(error.__cause__, PIL.Image.DecompressionBombError):
+            raise RestoreError(f"the photo has far more than {LARGEST_PHOTO / 1e6:.0f} million pixels") from None
+        raise
     if height * width > LARGEST_PHOTO:
         raise RestoreError(
             f"the photo must have at most {LARGEST_PHOTO / 1e6:.0f} million pixels, got {width} x {height}"
