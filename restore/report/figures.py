@@ -72,6 +72,6 @@ def _colour_cell(value: float, note: str, largest: float, digits: int) -> dict[s
     return {"text": f"{value:+.{digits}f}", "note": note, "colour": colour, "dark": share > 0.6}
 
 
-def encode_png(path: Path) -> str:
+def to_data_uri(path: Path) -> str:
     """Return a PNG file as a data URI."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")

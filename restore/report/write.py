@@ -73,7 +73,7 @@ def render_templates(name: str, out: Path, context: Mapping[str, Any], *template
         "warnings": list_warnings,
         "summary": summarise_protocol,
         "settings": list_settings,
-        "data_uri": figures.encode_png,
+        "data_uri": figures.to_data_uri,
         "bar": lambda value: str(value).replace("|", "\\|").replace("\n", " "),
     }
     for suffix in ("html", "md"):

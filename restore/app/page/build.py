@@ -14,8 +14,6 @@ LARGEST_FILE = "64mb"  # of an upload
 SCROLL_TO_STATUS = """() => {
     if (innerWidth < 768) document.getElementById('status').scrollIntoView({behavior: 'smooth', block: 'center'});
 }"""
-# The results that a new restoration hides first.
-RESULTS = ("forming", "slider", "download", "gallery", "guessed", "files", "experts")
 # The inputs of a restoration. A change of SETTINGS makes a new estimate, as does leaving the steps or pag_scale field.
 SETTINGS = ("stage", "more", "task", "factor", "blur", "std", "path", "extent", "quality", "three", "prior", "label")
 INPUTS = (*SETTINGS, "photo", "noise", "sensitivity", "seed", "sigma", "trajectory", "steps", "pag_scale")
@@ -95,7 +93,7 @@ def _connect(page: Any, parts: Any, handlers: Any) -> None:
     parts.measure.click(handlers.measure_blur, **select("photo", "stage", outputs="std"), **quiet)
     changes = [part.change for part in parts.select(*SETTINGS).values()] + [parts.steps.blur, parts.pag_scale.blur]
     gr.on(changes, handlers.estimate, **select(*INPUTS, outputs="plan fits"), trigger_mode="always_last", **quiet)
-    results = f"status {' '.join(RESULTS)} guidance sidecar"
+    results = f"status {' '.join(handlers.RESULTS)} guidance sidecar"
     begun = select(outputs=f"{results} go cancel")
     begin = parts.go.click(handlers.begin, **begun, js=SCROLL_TO_STATUS, queue=False, **quiet)
     run = begin.then(handlers.restore, **select(*INPUTS, outputs=results), concurrency_id="restore", **quiet)

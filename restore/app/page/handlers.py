@@ -13,7 +13,6 @@ import gradio as gr
 
 from operators import RestoreError
 from restore.app.page import models, pictures, work
-from restore.app.page.build import RESULTS
 from restore.app.page.models import Priors
 from restore.app.page.request import Request, estimate_sigma, parse_request
 from restore.app.page.text import format_plan, format_status, hide_folders, to_sentence
@@ -22,6 +21,9 @@ from restore.images import estimate
 
 class Handlers:
     """The handlers of one page. parts: its components, a layout.Parts, for handlers with several outputs."""
+
+    # The results that a new restoration hides first.
+    RESULTS = ("forming", "slider", "download", "gallery", "guessed", "files", "experts")
 
     def __init__(self, priors: Priors, parts: Any = None) -> None:
         self.priors, self.parts = priors, parts
@@ -85,7 +87,7 @@ class Handlers:
     def begin(self, session: gr.Request) -> dict[Any, Any]:
         """Answer the button at once; other visitors may come first."""
         self.stops[session.session_hash] = threading.Event()
-        hidden = {name: gr.update(visible=False) for name in RESULTS}
+        hidden = {name: gr.update(visible=False) for name in self.RESULTS}
         return self.parts.updates(status=format_status("Waiting for its turn …"), **hidden) | self._buttons(False)
 
     def finish(self) -> dict[Any, Any]:
