@@ -50,7 +50,7 @@ class Method:
         """
         check_known(config, cls.__dataclass_fields__, "a method has no key")
         if not config.get("sampler"):
-            raise RestoreError("a method needs a sampler")
+            raise RestoreError("sampler must be given, got none; try sampler: diffpir")
         given = {key: value for key, value in config.items() if value is not None}
         return cls(**{**given, "guidance": guidances.build_guidance(config.get("guidance"))})
 
@@ -140,7 +140,7 @@ def find_preset(situation: Situation, sampler: str | Callable | None = None, qua
     Raises RestoreError for an unknown sampler, quality or data set, and if no preset fits.
     """
     if sampler is not None and quality is not None:
-        raise RestoreError(f"quality='{quality}' chooses the sampler; give either quality or sampler")
+        raise RestoreError(f"quality must be left out with sampler=, got '{quality}'; it chooses the sampler")
     if situation.data is not None:
         published = {entry["data"] for entry in _presets() if "data" in entry}
         check_known([situation.data], published, "no settings were published for")
@@ -189,7 +189,9 @@ def find_reference(sampler: str | Callable) -> dict[str, Any]:
     is_shipped = (configs_dir() / "method" / f"{name}.yaml").is_file()
     block = _read_method_file(name).get("reference") if is_shipped else None
     if not block:
-        raise RestoreError(f"sampler {name} has no reference preset: its default is what its authors' code does")
+        raise RestoreError(
+            f"reference must be False for sampler {name}: its file in configs/method has no reference block"
+        )
     return block
 
 

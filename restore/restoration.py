@@ -27,7 +27,7 @@ class Restoration:
     residual: ||y - A(x)||_2 of every sample, (B, K); residual_ratio: the same divided by
         sigma_y sqrt(m), near 1 for a sample that explains y up to its noise; None when sigma_y is unknown.
     nfe: network evaluations per sample, weak passes included. seconds: wall time of the call.
-    protocol: everything that determines the result, ready for JSON (see Restorer.protocol).
+    protocol: what determines the result besides y, image_ids and condition, ready for JSON (see Restorer.protocol).
     """
 
     samples: torch.Tensor
@@ -95,8 +95,8 @@ def prepare_measurement(y: Any, operator: Any, device: torch.device) -> tuple[to
             raise RestoreError("y must be finite, got NaN or infinite values")
         y = y.float()
     else:
-        is_picture = isinstance(operator, operators.Operator) and operator.linear
-        y = io.to_tensor(y, channels=None, largest=8.0 if is_picture else float("inf"))
+        is_linear = isinstance(operator, operators.Operator) and operator.linear
+        y = io.to_tensor(y, channels=None, largest=8.0 if is_linear else float("inf"))
     y = y.to(device)
     shape = operators.image_shape(operator, y)
     if shape[1] != 1:
@@ -105,7 +105,7 @@ def prepare_measurement(y: Any, operator: Any, device: torch.device) -> tuple[to
     return y, operators.image_shape(operator, y)
 
 
-def hash_weights(backbone: Any) -> str:
+def hash_backbone(backbone: Any) -> str:
     """Return twelve hexadecimal digits of the weights of a backbone's network and autoencoder in memory."""
     digest = hashlib.blake2b(digest_size=6)
     for network in (backbone.network, getattr(backbone, "vae", None)):

@@ -24,7 +24,7 @@ from restore.restoration import (
     choose_device,
     encode_condition,
     explain_out_of_memory,
-    hash_weights,
+    hash_backbone,
     observe_run,
     prepare_measurement,
     select_condition,
@@ -131,7 +131,9 @@ class Restorer:
         method = preset.override(steps=steps, guidance=guidance, parameters=parameters)
         method.check_samples(samples)
         if method.steps is None:
-            raise RestoreError(f"sampler {samplers.sampler_name(method.sampler)} has no preset here: give steps=N")
+            raise RestoreError(
+                f"steps must be given for sampler {samplers.sampler_name(method.sampler)}, which has no preset"
+            )
         return method
 
     def default_layers(self) -> list[str]:
@@ -199,7 +201,7 @@ class Restorer:
                 raise RestoreError(f"samples and batch_size must be at least 1, got {samples} and {batch_size}")
             ids = [str(i) for i in range(len(y))] if image_ids is None else [str(i) for i in image_ids]
             if len(ids) != len(y) or len(set(ids)) != len(ids):
-                raise RestoreError(f"{len(y)} measurements need {len(y)} different image_ids, got {ids}")
+                raise RestoreError(f"image_ids must be {len(y)} different names, got {ids}")
             if shape[1] != 3:
                 raise RestoreError(f"the operator's images must be (B, 3, H, W), got {tuple(shape)}")
             if method is None:
@@ -208,7 +210,7 @@ class Restorer:
                 method = self.method(operator, size=size, samples=samples, parameters=parameters, **choices)
             else:
                 for name in [*(name for name in choices if choices[name] != _DEFAULTS[name]), *parameters]:
-                    raise RestoreError(f"{name}= belongs to the method: pass it to restorer.method(...)")
+                    raise RestoreError(f"{name}= belongs to the method; try restorer.method(operator, {name}=...)")
                 method.check_samples(samples)
             prior = self.prior(*shape[-2:])
             labels = None if label is None else [label]
@@ -258,7 +260,7 @@ class Restorer:
         )
 
     def protocol(self, operator: Any, method: Method, **more: Any) -> dict[str, Any]:
-        """Return everything that determines a result, ready for JSON: method, operator, hash of the weights, precision,
+        """Return what determines a result of y, ready for JSON: method, operator, hash of the weights, precision,
         and what rounding depends on (torch's version, device, threads). A restoration adds what its sampler `used`."""
         noise = getattr(operator, "noise", None)
         dtype = getattr(self.backbone, "dtype", None) or self.backbone.network.dtype
@@ -281,7 +283,7 @@ class Restorer:
     def weights_hash(self) -> str:
         """Return twelve hexadecimal digits of the network's (and autoencoder's) weights in memory, computed once."""
         if not hasattr(self, "_weights_hash"):
-            self._weights_hash = hash_weights(self.backbone)
+            self._weights_hash = hash_backbone(self.backbone)
         return self._weights_hash
 
     def generate(
@@ -308,7 +310,7 @@ class Restorer:
         if n < 1 or batch_size < 1:
             raise RestoreError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
         if labels is not None and len(labels) != n:
-            raise RestoreError(f"{n} images need {n} class labels, got {len(labels)}")
+            raise RestoreError(f"labels must be one for each of {n} images, got {len(labels)}")
         side = self.backbone.resolution * self.backbone.downscale
         results = []
         with torch.inference_mode(False):

@@ -147,7 +147,7 @@ def test_a_sampler_of_ones_own(restorer, face):
     assert "adjoint" in result.protocol["method"]["sampler"]
     with pytest.raises(restore.RestoreError, match="has no parameter 'gian'; did you mean 'gain'"):
         restorer(face, A, sampler=adjoint, steps=1, gian=0.5)
-    with pytest.raises(restore.RestoreError, match="give steps"):
+    with pytest.raises(restore.RestoreError, match="steps must be given"):
         restorer(face, A, sampler=adjoint)
 
 
@@ -188,7 +188,7 @@ def test_reference_is_what_the_samplers_file_says(restorer):
     psld = restore.load("embedded-latent").method(A, sampler="psld", reference=True, steps=2)
     assert psld.adjoint == "reference" and psld.parameters["index_shift"] and psld.describe()["adjoint"] == "reference"
     assert restore.Method.from_config(psld.describe()) == psld
-    with pytest.raises(restore.RestoreError, match="dps has no reference"):
+    with pytest.raises(restore.RestoreError, match="reference must be False for sampler dps"):
         restorer.method(A, sampler="dps", reference=True)
 
 
@@ -285,8 +285,8 @@ def test_conditions_that_are_refused(restorer, face):
         ({"prompt": "a face"}, "no text encoder"),
         ({"sampler": "dsp"}, "did you mean 'dps'"),
         ({"samples": 0}, "at least 1"),
-        ({"image_ids": ["a", "b"]}, "different image_ids"),
-        ({"reference": True}, "no reference preset"),
+        ({"image_ids": ["a", "b"]}, "image_ids must be 1 different names"),
+        ({"reference": True}, "reference must be False"),
         ({"steps": 0}, "steps must be .*got 0"),
         ({"guidance": restore.PAG(1.0, layers="i77")}, "i77"),
     ]:
@@ -304,7 +304,7 @@ def test_conditions_that_are_refused(restorer, face):
             restorer(images, operator, steps=2)
     with pytest.raises(restore.RestoreError, match="batch_size"):
         restorer.generate(1, batch_size=0)
-    with pytest.raises(restore.RestoreError, match="class labels"):
+    with pytest.raises(restore.RestoreError, match="labels must be one for each"):
         restorer.generate(2, labels=[1])
 
 

@@ -145,7 +145,7 @@ def generate(
     layers: options.Layers = None,
     target: options.Target = None,
     strength: options.Strength = None,
-    cfg_scale: Annotated[float, typer.Option(help="CFG scale w of the paper's Eq. 14, 0 is off.")] = 0.0,
+    cfg_scale: Annotated[float, typer.Option(help="CFG scale, 0 is off: diffusers' guidance_scale - 1.")] = 0.0,
     guidance: options.Guide = None,
     labels: Annotated[str | None, typer.Option(help="Classes, by name or number, comma separated.")] = None,
     prompt: options.Prompt = None,

@@ -63,7 +63,7 @@ def build_method(config: Mapping[str, Any], task: str, method: str) -> Method:
     """
     entry = config["methods"][method]
     merged = {key: copy.deepcopy(entry[key]) for key in ("sampler", "steps", "guidance", "parameters")}
-    # Two levels deep: guidance.pag.layers may change while the scale stays.
+    # Nested mappings merge: guidance.pag.layers may change while the scale stays. Lists are replaced.
     return Method.from_config(_merge(merged, entry["per_task"].get(task) or {}, depth=3))
 
 

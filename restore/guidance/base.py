@@ -88,7 +88,9 @@ class Term:
             function = self.schedule if callable(self.schedule) else lookup(self.schedule, {}, "guidance schedule")
             return self.scale * function(t)
         if backbone.schedule is None:
-            raise RestoreError(f"schedule must be constant or a function without noise levels, got '{self.schedule}'")
+            raise RestoreError(
+                f"schedule must be 'constant' or a function where noise levels are unknown, got '{self.schedule}'"
+            )
         return self.scale * SCHEDULES[self.schedule](min(max(t / backbone.schedule.ts[-1], 0.0), 1.0))
 
     def __add__(self, other: Term | Guidance) -> Guidance:
