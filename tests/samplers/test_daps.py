@@ -203,7 +203,7 @@ def test_annealing_levels():
     assert annealing_levels(schedule, "12", 100.0, 0.1)[:2] == pytest.approx([100, 68.67398], rel=1e-6)
     assert annealing_levels(schedule, [900, 100], 100.0, 0.1) == [schedule.ratio(900), schedule.ratio(100), 0.0]
     for steps in (0, "none"):
-        with pytest.raises(RestoreError, match=f"steps={steps}"):
+        with pytest.raises(RestoreError, match=f"steps.*{steps}"):
             annealing_levels(schedule, steps, 100.0, 0.1)
 
 
