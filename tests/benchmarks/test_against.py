@@ -52,6 +52,7 @@ def test_both_restore(comparison):
         assert image.shape == comparison.truth.shape and float(psnr(image, comparison.truth)) > grey + 5
 
 
+@pytest.mark.slow
 def test_the_table_has_every_row():
     text = compare_with_deepinv(evaluations=3, dps_evaluations=3, repeats=1, samples=1, memory=False)
     head, *table = [line.split(" | ") for line in text.splitlines() if " | " in line]

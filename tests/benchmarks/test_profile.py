@@ -8,6 +8,7 @@ from benchmarks.profile import VARIANTS, TwoSteps, make_backbone, profile
 from operators import RestoreError
 
 
+@pytest.mark.slow
 def test_all_variants_compute_the_same_steps():
     steps = TwoSteps(make_backbone(), 32, 2)
     after = {name: variant(steps)[1] for name, variant in VARIANTS.items()}
@@ -18,6 +19,7 @@ def test_all_variants_compute_the_same_steps():
     assert (guided - plain).abs().max() > 1e-2, "guidance did nothing"
 
 
+@pytest.mark.slow
 def test_profile_reports_every_variant_and_phase():
     text = profile(size=32, repeats=1, memory_size=0)
     for name in VARIANTS:
