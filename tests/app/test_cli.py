@@ -175,7 +175,10 @@ def mistakes(folder):
         "samples": ([*face, *sr, "--samples", 0, *out], "samples"),
         "sampler": ([*face, *sr, "--sampler", "ddrn", *out], "unknown sampler"),
         "quality": ([*face, *sr, "--quality", "bets", *out], "did you mean 'best'"),
-        "quality and sampler": ([*face, *sr, "--quality", "best", "--sampler", "dps", *out], "--quality must be left out with --sampler"),
+        "quality and sampler": (
+            [*face, *sr, "--quality", "best", "--sampler", "dps", *out],
+            "--quality must be left out",
+        ),
         "own sampler": ([*face, *sr, "--sampler", "nowhere:sampler", *out], "nowhere"),
         "text as a number": ([*face, *sr, "zeta=abc", *out], "zeta must be a finite number, got 'abc'"),
         "no number": ([*face, *sr, "zeta=nan", *out], "zeta must be a finite number"),
