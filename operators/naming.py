@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from operators.errors import RestoreError
@@ -41,7 +42,9 @@ def import_object(name: str, what: str) -> Any:
     """Return the object that "module:attribute" names. Raises RestoreError if it cannot be imported."""
     module, _, attribute = name.partition(":")
     try:
-        with _extend_path():
+        top = module.partition(".")[0]
+        is_installed = top in sys.modules or importlib.util.find_spec(top) is not None
+        with nullcontext() if is_installed else _extend_path():
             value: Any = importlib.import_module(module)
         for part in attribute.split("."):
             value = getattr(value, part)

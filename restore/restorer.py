@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ class Restorer:
         )
         preset = methods.find_preset(situation, sampler, quality)
         published = methods.find_reference(preset.sampler) if reference else {}
-        preset = Method(**{**vars(preset), "adjoint": published.get("adjoint", "exact")})
+        preset = replace(preset, adjoint=published.get("adjoint", "exact"))
         parameters = {**published.get("parameters", {}), **(parameters or {})}
         method = preset.override(steps=steps, guidance=guidance, parameters=parameters)
         method.check_samples(samples)
