@@ -147,14 +147,13 @@ def find_preset(situation: Situation, sampler: str | Callable | None = None, qua
     default: dict[str, Any] = {}
     if sampler is None:
         default = find_default(situation, quality or "balanced")
-        sampler = default["sampler"]
+        sampler = default.pop("sampler")
     name = samplers.sampler_name(sampler)
     samplers.find_sampler(sampler)
     presets = [entry for entry in _presets() if entry["sampler"] == name]
     for entry in presets:
         if situation.matches(entry):
-            keys = {key: entry.get(key) for key in Method.__dataclass_fields__}
-            return Method.from_config({**keys, **default, "sampler": sampler})
+            return _build_preset(entry, **default, sampler=sampler)
     if presets:
         task = situation.task or situation.operator
         raise RestoreError(f"no preset of sampler {name} fits backbone {situation.backbone} and task {task}")
@@ -204,6 +203,30 @@ def find_pag_layers(backbone: str) -> list[str]:
     return []
 
 
+def find_generation(backbone: str, steps: int | str | None = None, ddim_eta: float | None | str = "preset") -> Method:
+    """Return the settings of a backbone's samples (configs/method/generate.yaml): steps, ddim_eta and, if published,
+    PAG, which is used only on request. steps, ddim_eta: in place of the preset's; ddim_eta=None is DDPM."""
+    presets = _read_method_file("generate")["presets"]
+    entry = next(entry for entry in presets if _matches(entry["backbone"], backbone))
+    preset = _build_preset(entry, sampler="generate")
+    eta = preset.parameters["ddim_eta"] if ddim_eta == "preset" else ddim_eta
+    return replace(preset, steps=preset.steps if steps is None else steps, parameters={"ddim_eta": eta})
+
+
+def list_guided_presets(backbone: str) -> list[Method]:
+    """Return the presets with guidance that name this backbone: of its samples, then of its restorations."""
+    entries = [{"sampler": "generate", **entry} for entry in _read_method_file("generate")["presets"]]
+    return [
+        _build_preset(entry)
+        for entry in (*entries, *_presets())
+        if entry.get("guidance") and entry["backbone"] != "*" and _matches(entry["backbone"], backbone)
+    ]
+
+
+def _build_preset(entry: Mapping[str, Any], **override: Any) -> Method:
+    return Method.from_config({key: entry.get(key) for key in Method.__dataclass_fields__} | override)
+
+
 @lru_cache
 def _read_method_file(name: str) -> dict[str, Any]:
     return read_yaml(configs_dir() / "method" / f"{name}.yaml")
@@ -211,7 +234,7 @@ def _read_method_file(name: str) -> dict[str, Any]:
 
 @lru_cache
 def _presets() -> tuple[dict, ...]:
-    names = sorted(path.stem for path in (configs_dir() / "method").glob("*.yaml") if path.stem != "defaults")
+    names = sorted({path.stem for path in (configs_dir() / "method").glob("*.yaml")} - {"defaults", "generate"})
     files = [_read_method_file(name) for name in names]
     return tuple({"sampler": file["sampler"], **entry} for file in files for entry in file["presets"])
 

@@ -292,13 +292,13 @@ class Restorer:
         n: int = 1,
         *,
         guidance: Guidance | None = None,
-        steps: int | str = 250,
+        steps: int | str | None = None,
         seed: int = 0,
         size: tuple[int, int] | None = None,
         labels: Sequence[int | str] | None = None,
         prompt: str | None = None,
         negative_prompt: str | None = None,
-        ddim_eta: float | None = None,
+        ddim_eta: float | None | str = "preset",
         batch_size: int = 1,
         first: int = 0,
         callback: Callable[[dict], None] | None = None,
@@ -306,12 +306,14 @@ class Restorer:
         """Return n samples of the prior (with `labels` or a prompt: conditional ones) (n, 3, H, W) in [-1, 1].
 
         Sample i depends only on (seed, first + i). size: (H, W) in pixels, the trained resolution by default.
+        steps: None, ddim_eta: "preset": those of restore.method.find_generation. ddim_eta: None for DDPM.
         labels: one class per image, by number or name. The other arguments are those of a restoration.
         """
         if n < 1 or batch_size < 1:
             raise RestoreError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
         if labels is not None and len(labels) != n:
             raise RestoreError(f"labels must be one for each of {n} images, got {len(labels)}")
+        method = methods.find_generation(self.name, steps, ddim_eta)
         side = self.backbone.resolution * self.backbone.downscale
         results = []
         with torch.inference_mode(False):
@@ -326,10 +328,10 @@ class Restorer:
                         prior,
                         len(rows),
                         noise=ImageNoise([(seed, "generate", first + i) for i in rows], self.device),
-                        steps=steps,
+                        steps=method.steps,
                         guidance=observed,
                         condition=select_condition(condition, rows),
-                        ddim_eta=ddim_eta,
+                        **method.parameters,
                         callback=receive,
                     )
                 results.append(x.float().clamp(-1, 1))

@@ -1,5 +1,7 @@
 """Methods: presets, what a caller changes, how they are written down."""
 
+from dataclasses import replace
+
 import pytest
 
 import restore
@@ -22,6 +24,8 @@ def test_published_presets():
     assert sd.override(guidance=None).parameters == sd.override(guidance=PAG(0.0, "m1")).parameters
     assert sd.override(guidance=None).parameters == {"eta": 1.0, "gamma": 0.1}
     assert sd.override().parameters == {"eta": 0.15, "gamma": 0.015} and sd.override().guidance == sd.guidance
+    motion = find("adm-imagenet-256", None, "motion_blur", "dps")
+    assert motion.override().parameters == {"zeta": 1.0} and motion.override(guidance=None).parameters == {"zeta": 0.6}
     assert find("someone's.pt", None, "inpainting", "dps").parameters == {"zeta": 0.5}
     daps = find("someone's.pt", "inpaint-random", "inpainting", "daps")
     assert daps.steps == 200 and daps.parameters["lr"] == 1e-4
@@ -29,6 +33,23 @@ def test_published_presets():
     assert daps.parameters["latent_clamp"] == 1 and daps.parameters["lr"] == 1.11e-6 and daps.parameters["tau"] == 0.01
     for file in (configs_dir() / "method").glob("*.yaml"):
         assert all(entry["source"] for entry in method._presets()), file
+
+
+@pytest.mark.parametrize(
+    ("backbone", "steps", "ddim_eta", "layers"),
+    [  # PAG (Ahn et al. 2024), App. A.1 and A.2
+        ("adm-imagenet-256", 250, None, "input_blocks.14.1 input_blocks.16.1 input_blocks.17.1 middle_block.1"),
+        ("adm-imagenet-256-cond", 250, None, "input_blocks.14.1"),
+        ("sd-1.5", 50, 0.0, "mid_block.attentions.0.transformer_blocks.0.attn1"),
+    ],
+)
+def test_samples_of_a_prior_have_settings_of_their_own(backbone, steps, ddim_eta, layers):
+    """Restorations perturb other layers of the same networks (Tables 5 and 7)."""
+    preset = method.find_generation(backbone)
+    assert (preset.steps, preset.parameters) == (steps, {"ddim_eta": ddim_eta})
+    assert list(preset.guidance.terms[0].layers) == layers.split() != method.find_pag_layers(backbone)
+    assert method.find_generation(backbone, 25, 0.5) == replace(preset, steps=25, parameters={"ddim_eta": 0.5})
+    assert method.find_generation(backbone, None, None).parameters == {"ddim_eta": None}
 
 
 def test_what_a_caller_gives_counts():

@@ -168,13 +168,14 @@ def test_the_calls_of_generation_say_the_same():
     text = page("samplers", "generate")
     given = command(block(text, "bash"))
     (n,), python = keywords(block(text, "python"))
-    assert (given["n"], given["steps"], given["ddim_eta"]) == (ast.literal_eval(n), *python.values())
+    eta = options.parse_ddim_eta(given["ddim_eta"])
+    assert (given["n"], given["steps"], eta) == (ast.literal_eval(n), *python.values())
     assert set(python) <= set(inspect.signature(restore.Restorer.generate).parameters)
     entry = yaml.safe_load(block(text, "yaml"))
     config = {"name": "n", "kind": "generation", "backbone": "embedded", "tasks": {"t": {"count": 2}}, "methods": entry}
     config["metrics"] = {"names": ["kid_vgg16"], "reference": "f", "allow_small": True}
     loaded = load_config(config)["methods"]["ddim"]
-    assert (loaded["steps"], loaded["parameters"]["eta"]) == (given["steps"], given["ddim_eta"])
+    assert (loaded["steps"], loaded["parameters"]["eta"]) == (given["steps"], eta)
 
 
 @pytest.mark.parametrize("name", [*GUIDANCE, "seg"])

@@ -150,8 +150,8 @@ def generate(
     labels: Annotated[str | None, typer.Option(help="Classes, by name or number, comma separated.")] = None,
     prompt: options.Prompt = None,
     negative_prompt: options.NegativePrompt = None,
-    steps: Annotated[str, typer.Option(help="Number of steps, or ddimN with --ddim-eta.")] = "250",
-    ddim_eta: Annotated[float | None, typer.Option(help="DDIM eta; default: DDPM.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Number, or ddimN with --ddim-eta; default: the prior's.")] = None,
+    ddim_eta: Annotated[str | None, typer.Option(help="DDIM eta, or ddpm; default: the prior's.")] = None,
     seed: options.Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images computed together.")] = 1,
     device: options.Device = "auto",
@@ -164,6 +164,7 @@ def generate(
     from restore import restorer
     from restore.app.samples import generate_files
     from restore.guidance import CFG
+    from restore.method import find_generation
 
     classes = options.parse_labels(labels)
     if guidance is not None and cfg_scale:
@@ -171,11 +172,13 @@ def generate(
     guided = options.parse_guidance(guidance, pag_scale or None, layers, target, strength)
     model = restorer.load(backbone, device=device, precision=precision, offline=offline, vae=vae)
     if guidance is None:
-        terms = [] if guided == "preset" else [guided.apply(None, model.default_layers())]
+        preset = find_generation(model.name).guidance if pag_scale else None
+        terms = [] if guided == "preset" else [guided.apply(preset, model.default_layers())]
         terms += [CFG(cfg_scale)] if cfg_scale else []
         guided = sum(terms[1:], terms[0]) if terms else None
     condition = {"labels": classes, "prompt": prompt, "negative_prompt": negative_prompt, "guidance": guided}
-    sampling = {"steps": options.parse_steps(steps), "ddim_eta": ddim_eta, "seed": seed, "batch_size": batch_size}
+    sampling = {"steps": options.parse_steps(steps), "ddim_eta": options.parse_ddim_eta(ddim_eta)}
+    sampling |= {"seed": seed, "batch_size": batch_size}
     with options.Progress(n) as progress:
         shown = {"callback": lambda step: progress({**step, "total": 1})}
         for output in generate_files(out, model, n=n, overwrite=overwrite, **condition, **sampling, **shown):

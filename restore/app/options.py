@@ -100,6 +100,16 @@ def parse_steps(steps: str | None) -> int | str | None:
     return int(steps) if steps is not None and re.fullmatch(r"[+-]?[0-9]+", steps) else steps
 
 
+def parse_ddim_eta(ddim_eta: str | None) -> float | None | str:
+    """Return "preset" for nothing, None for "ddpm", else the number. Raises RestoreError for other text."""
+    if ddim_eta in (None, "ddpm"):
+        return "preset" if ddim_eta is None else None
+    try:
+        return float(ddim_eta)
+    except ValueError:
+        raise RestoreError(f"ddim_eta={ddim_eta!r} must be a number from 0 to 1, or ddpm") from None
+
+
 def parse_labels(labels: str | None) -> list[str] | None:
     """Split comma-separated class numbers or names. Raises RestoreError if one is empty or negative."""
     names = None if labels is None else [label.strip() for label in labels.split(",")]

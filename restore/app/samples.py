@@ -13,6 +13,7 @@ from restore.app import files
 from restore.app.files import SIDECAR, Photo
 from restore.guidance import Guidance
 from restore.images import io
+from restore.method import find_generation
 from restore.versions import get_version
 
 
@@ -25,8 +26,8 @@ def generate_files(
     labels: Sequence[int | str] | None = None,
     prompt: str | None = None,
     negative_prompt: str | None = None,
-    steps: int | str = 250,
-    ddim_eta: float | None = None,
+    steps: int | str | None = None,
+    ddim_eta: float | None | str = "preset",
     seed: int = 0,
     batch_size: int = 1,
     overwrite: bool = False,
@@ -44,6 +45,8 @@ def generate_files(
     paths = [Path(out) / f"sample-{i:04d}.png" for i in range(n)]
     places = [Photo(path.with_suffix(""), path) for path in paths]
     files.check_outputs(places, [place.outputs() for place in places], overwrite)
+    method = find_generation(restorer.name, steps, ddim_eta)
+    steps, ddim_eta = method.steps, method.parameters["ddim_eta"]
     prompts = {"prompt": prompt, "negative_prompt": negative_prompt}
     options = {"guidance": guidance, "steps": steps, "ddim_eta": ddim_eta, "seed": seed}
     options |= {"batch_size": batch_size, "callback": callback}

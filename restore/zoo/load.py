@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from operators import RestoreError
 from restore.zoo.registry import read_registry
 from restore.zoo.store import Located, is_offline, locate, pull
@@ -84,14 +86,23 @@ def describe_model(name: str) -> str:
         lines += [f"          {url}" for url in entry.download.urls]
     if entry.hub is not None:
         lines.append(f"hub       {entry.hub.repo} at {entry.hub.revision}")
-    if entry.guidance is not None:
-        lines.append(f"PAG       layers {', '.join(entry.guidance.layers)}, scale {entry.guidance.scale}")
-        lines.append(f"          {entry.guidance.source}")
+    lines += _describe_guided_presets(name)
     lines.append(f"here      {found.path or 'no; `restore models pull ' + entry.name + '`'}")
     for title, text in (("notes", entry.notes), ("cite", entry.citation)):
         if text:
             lines.append(f"{title:9} {' '.join(text.split())}")
     return "\n".join(lines)
+
+
+def _describe_guided_presets(name: str) -> list[str]:
+    from restore.guidance import describe_guidance  # imported here, like the networks above
+    from restore.method import list_guided_presets
+
+    sources: dict[str, str] = {}  # of the first preset with this guidance
+    for preset in list_guided_presets(name):
+        terms = yaml.safe_dump(describe_guidance(preset.guidance), default_flow_style=True, width=1000).strip()
+        sources.setdefault(f"{preset.sampler}: {terms}", preset.source)
+    return [f"guidance  {terms}\n          {source}" for terms, source in sources.items()]
 
 
 def list_models() -> list[str]:

@@ -52,15 +52,6 @@ class Hub:
 
 
 @dataclass(frozen=True)
-class PublishedGuidance:
-    """Published settings of Perturbed-Attention Guidance for a network, with their source."""
-
-    layers: tuple[str, ...]
-    scale: float
-    source: str
-
-
-@dataclass(frozen=True)
 class Model:
     """A registered model. Exactly one of `folder` (shipped, below data/), `download` and `hub` is set.
 
@@ -81,7 +72,6 @@ class Model:
     parameters: int | None = None
     classes: int | None = None
     options: Mapping[str, Any] | None = None
-    guidance: PublishedGuidance | None = None
     citation: str | None = None
     notes: str | None = None
     subject: str | None = None
@@ -123,7 +113,7 @@ def _read_model(path: Path) -> Model:
     if not isinstance(content, dict):
         raise RestoreError(f"{path} must hold the keys of a model, got a {type(content).__name__}")
     values = {"name": path.stem} | content
-    for key, record in {"download": Download, "hub": Hub, "guidance": PublishedGuidance}.items():
+    for key, record in {"download": Download, "hub": Hub}.items():
         if values.get(key) is not None:
             values[key] = _build_record(record, values[key], path, f"{key}.")
     entry = _build_record(Model, values, path, "")
