@@ -306,16 +306,14 @@ class Restorer:
         """Return n samples of the prior (with `labels` or a prompt: conditional ones) (n, 3, H, W) in [-1, 1].
 
         Sample i depends only on (seed, first + i). size: (H, W) in pixels, the trained resolution by default.
-        steps: None, ddim_eta: "preset": those of restore.method.find_generation. ddim_eta: None for DDPM.
-        labels: one class per image, by number or name. The other arguments are those of a restoration.
+        steps: None, ddim_eta: "preset": those of restore.method.find_generation. labels: one class per image.
         """
         if n < 1 or batch_size < 1:
             raise RestoreError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
         if labels is not None and len(labels) != n:
             raise RestoreError(f"labels must be one for each of {n} images, got {len(labels)}")
         method = methods.find_generation(self.name, steps, ddim_eta)
-        side = self.backbone.resolution * self.backbone.downscale
-        results = []
+        side, results = self.backbone.resolution * self.backbone.downscale, []
         with torch.inference_mode(False):
             prior = self.prior(*(size or (side, side)))
             condition = encode_condition(prior, None, labels, prompt, negative_prompt)
