@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -134,6 +135,20 @@ def hash_file(path: str | Path) -> str:
     except OSError as error:
         raise RestoreError(f"cannot read {path}: {describe_os_error(error)}") from error
     return digest.hexdigest()
+
+
+def has_hash(path: str | Path, digest: str) -> bool:
+    """Return whether a file exists and has this SHA-256, which is computed once while the file does not change."""
+    try:
+        status = os.stat(path)
+        return _hash_version(str(path), status.st_size, status.st_mtime_ns, status.st_ino) == digest
+    except (OSError, RestoreError):
+        return False
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _hash_version(path: str, size: int, modified: int, inode: int) -> str:
+    return hash_file(path)
 
 
 def hash_files(paths: Iterable[str | Path]) -> str:

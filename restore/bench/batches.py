@@ -45,10 +45,15 @@ class Batch:
 
 
 def read_row(path: Path) -> dict[str, Any] | None:
-    """Return a finished image's row; None if it or its picture is missing or damaged, and must be computed again."""
-    row = disk.read_json(path)
-    is_whole = isinstance(row, dict) and "sha256" in row and "image" in row
-    return row if is_whole and (path.parent.parent / f"{path.stem}.png").exists() else None
+    """Return a finished image's row. None if it, its picture or a file beside it (truth, measurement, samples, spread)
+    is missing or not the one that was written: the image must be computed again."""
+    row, folder = disk.read_json(path), path.parent.parent
+    if not (isinstance(row, dict) and "sha256" in row and "image" in row):
+        return None
+    run = folder.parents[2]
+    files = {folder / f"{path.stem}.png": row["sha256"]}
+    files |= {run / name: digest for name, digest in (row.get("files") or {}).items()}  # older rows have none
+    return row if all(disk.has_hash(file, digest) for file, digest in files.items()) else None
 
 
 def load_images(config: Mapping[str, Any]) -> ImageSet | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,9 @@ from restore.images import io
 from restore.images.folder import list_images, read_rgb, to_file_name
 from restore.metrics import evaluate, sets, table
 from restore.metrics.statistics import bootstrap_mean
+from restore.versions import hash_own_code
+
+REFERENCES = ("reference", "full_reference")  # keys of the configuration that name folders to compare sets with
 
 
 def check_metrics(config: Mapping[str, Any], count: int) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def check_metrics(config: Mapping[str, Any], count: int) -> dict[str, Any]:
             raise RestoreError(f"{relative[0]} needs a set to compare with; give metrics.reference=FOLDER")
         if relative and is_restoration:
             entry["reference"] = f"the {count} true images"
-        for key in ("reference", "full_reference"):
+        for key in REFERENCES:
             if wanted[key] and relative:
                 files = _list_files(wanted[key])
                 sets.check_set_size(len(files), key, options.allow_small)
@@ -128,11 +130,12 @@ def write_metrics(
     rows_of = table.select_metrics(config["metrics"]["names"], "paired", "set", "pairs")
     to_compute = {name: row for name, row in rows_of.items() if name not in table.BASE_METRICS}
     functions: dict[str, Callable] | None = None
+    measuring = _describe_measuring(config, to_compute)
     for task, method in list_cells(config):
         ids = list_image_ids(config, task, images)
         rows = _read_own_rows(run, task, method, ids)
         missing = len(ids) - len(rows)
-        key, stored = _hash_inputs(config, to_compute, rows), read_metrics(run, task, method)
+        key, stored = _hash_inputs(measuring, rows), read_metrics(run, task, method)
         if stored.get("key") != key:
             stored = {}
             if rows and to_compute:
@@ -168,19 +171,18 @@ def _compute_means(rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, Any])
     return means
 
 
-def _hash_inputs(config: Mapping[str, Any], metrics: Mapping[str, table.Metric], rows: Sequence[Mapping]) -> str:
+def _describe_measuring(config: Mapping[str, Any], metrics: Mapping[str, table.Metric]) -> list[Any]:
+    """Return how results are measured, ready for JSON: weights, references and code with their contents, as the files
+    behind a path may have been replaced."""
+    wanted = config["metrics"]
+    references = {key: disk.hash_files(_list_files(wanted[key])) for key in REFERENCES if wanted[key] and metrics}
+    return [wanted, table.check_metrics(metrics, metric_options(config)), references, hash_own_code(dict(metrics))]
+
+
+def _hash_inputs(measuring: Sequence[Any], rows: Sequence[Mapping]) -> str:
     """Return a hash of the results and of how they are measured: what is stored under another one is computed again."""
-    own = [read_source(row.function) for name, row in metrics.items() if ":" in name]
-    text = json.dumps([config["metrics"], own, [row["sha256"] for row in rows]], sort_keys=True)
+    text = json.dumps([measuring, [(row["sha256"], row.get("files")) for row in rows]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def read_source(function: Callable) -> str:
-    """Return the source of a function, or its repr if there is no source."""
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError):
-        return repr(function)
 
 
 def _measure_files(run, config, task, method, rows, complete: bool, functions, device) -> dict[str, Any]:

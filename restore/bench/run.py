@@ -24,7 +24,7 @@ from restore.bench.config import build_method, list_cells, load_config, select_r
 from restore.bench.datasets import ImageSet
 from restore.bench.protocol import LEFTOVER, check_folder
 from restore.restoration import choose_device
-from restore.versions import collect_versions
+from restore.versions import collect_versions, hash_own_code
 
 FORMAT = 2
 
@@ -166,6 +166,8 @@ def _open_folder(folder: Path, config: Mapping[str, Any], images: ImageSet | Non
         "backbone": hash_backbones(config),
         "prompts": {k: disk.hash_file(t["prompts"]) for k, t in config["tasks"].items() if t["prompts"]},
     }
+    if code := hash_code(config):
+        identity["code"] = code
     identity = _to_json(identity)  # compare what will be read back
     manifest = folder / "run.json"
     existing = read_manifest(folder) if manifest.exists() else {}
@@ -215,13 +217,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def hash_backbones(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {backbone: {file: sha256}} of every backbone that the run loads; {} if there are only baselines."""
+    """Return {backbone: {file: sha256}} of every backbone that the run loads, weak models of guidance included; {} if
+    there are only baselines."""
     if all(m["sampler"] in BASELINES for m in config["methods"].values()):
         return {}
     from restore import zoo
 
     hashes = {}
-    for name in sorted({task["backbone"] or config["backbone"] for task in config["tasks"].values()}):
+    names = {task["backbone"] or config["backbone"] for task in config["tasks"].values()}
+    for cell in list_cells(config):  # the weak models of autoguidance
+        guidance = build_method(config, *cell).guidance
+        names |= {term.model for term in (guidance.terms if guidance else ()) if hasattr(term, "model")}
+    for name in sorted(names):
         path = zoo.locate(name).path
         if path is None:
             path = zoo.pull(name, offline=config["offline"])
@@ -232,6 +239,12 @@ def hash_backbones(config: Mapping[str, Any]) -> dict[str, Any]:
     return hashes
 
 
+def hash_code(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return {module: sha256} of the code from outside the package that decides the results; {} without any."""
+    operators = [task["operator"] for task in config["tasks"].values()]
+    return hash_own_code(operators, [build_method(config, *cell) for cell in list_cells(config)])
+
+
 def describe_tasks(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return per task, for the protocol, what is measured, with sigma_y named."""
     described = {}
@@ -239,6 +252,8 @@ def describe_tasks(config: Mapping[str, Any]) -> dict[str, Any]:
         entry = {k: value for k, value in task.items() if k not in ("title", "note") and value not in (None, "", {})}
         sigma = (task["operator"].get("noise") or {}).get("sigma")
         described[name] = entry | ({} if sigma is None or not math.isfinite(sigma) else {"sigma_y": sigma})
+        if code := hash_own_code(task["operator"]):
+            described[name]["code"] = code
     return described
 
 
@@ -251,6 +266,8 @@ def describe_methods(config: Mapping[str, Any]) -> dict[str, Any]:
             entry = {"sampler": method.sampler, "parameters": method.parameters}
         else:
             entry = {key: value for key, value in method.describe().items() if key != "source"}
+            if code := hash_own_code(method):
+                entry["code"] = code
         described.setdefault(name, {})[task] = entry
     for name, entries in described.items():
         first, *others = entries.values()

@@ -153,14 +153,13 @@ class Worker:
         for b, image_id in enumerate(batch.ids):
             name, i = to_file_name(image_id), self.index.get(image_id)
             row: dict[str, Any] = {"image": image_id, "nfe": estimates.nfe}
+            files: dict[Path, np.ndarray] = {}  # beside the result
             if self.images is not None:
                 truth = self.images.pixels(i)
                 y = estimates.measurement[b : b + 1]  # drawn in grey if it does not have three channels
                 y = io.to_uint8(y if y.shape[1] == 3 else y.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1))[0]
                 for place, picture in (("truth", truth), (f"measurements/{batch.task}", y)):
-                    path = disk.make_folder(self.run_folder / place) / f"{name}.png"
-                    if not path.exists():  # all workers write the same bytes
-                        disk.write_bytes(path, encode_png(picture))
+                    files[disk.make_folder(self.run_folder / place) / f"{name}.png"] = picture
                 for key, metric in BASE_METRICS.items():
                     value = float(metric.function(samples[b, :1], io.to_tensor(truth)))
                     row[key] = value if math.isfinite(value) else None  # JSON has no infinity
@@ -171,14 +170,24 @@ class Worker:
                 if self.images is not None:
                     row["coverage"] = float(single.coverage(samples[b : b + 1], self.images.tensor(i)[None])[0])
                 for k in range(1, pixels.shape[1]):
-                    disk.write_bytes(folder / "samples" / f"{name}-{k}.png", encode_png(pixels[b, k]))
+                    files[folder / "samples" / f"{name}-{k}.png"] = pixels[b, k]
                 deviation = samples[b].float().std(dim=0).mean(dim=0)
                 grey = (deviation / SPREAD_WHITE * 255).clamp(0, 255).round().byte().numpy()
-                disk.write_bytes(folder / "spread" / f"{name}.png", encode_png(grey))
-            content = encode_png(pixels[b, 0])
-            row["sha256"] = hashlib.sha256(content).hexdigest()
-            disk.write_bytes(folder / f"{name}.png", content)
+                files[folder / "spread" / f"{name}.png"] = grey
+            for path, picture in files.items():
+                digest = write_png(path, picture)
+                row.setdefault("files", {})[path.relative_to(self.run_folder).as_posix()] = digest
+            row["sha256"] = write_png(folder / f"{name}.png", pixels[b, 0])
             disk.write_json(folder / "rows" / f"{name}.json", row)
+
+
+def write_png(path: Path, pixels: np.ndarray) -> str:
+    """Write uint8 (H, W, 3) or (H, W) as a PNG file and return its SHA-256."""
+    content = encode_png(pixels)
+    digest = hashlib.sha256(content).hexdigest()
+    if not disk.has_hash(path, digest):  # all workers write the same truth and measurements
+        disk.write_bytes(path, content)
+    return digest
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

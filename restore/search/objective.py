@@ -30,6 +30,7 @@ from restore.images.folder import list_images, read_rgb, to_file_name
 from restore.metrics import sets, table
 from restore.restoration import choose_device
 from restore.search.clip_score import SCORES
+from restore.versions import hash_own_code
 
 KERNEL_DISTANCES = ("kid", "kid_vgg16")
 
@@ -165,7 +166,7 @@ class MethodResults:
     def _call_function(self, name: str, function: Callable) -> np.ndarray:
         """(N,) or (1,) values, kept beside the benchmark's metrics under the hash of the results."""
         path = self.run / "objective" / self.task / f"{self.method}.{name.replace(':', '.')}.json"
-        text = json.dumps([name, results.read_source(function), [row["sha256"] for row in self.rows]])
+        text = json.dumps([name, hash_own_code(function), [row["sha256"] for row in self.rows]])
         key = hashlib.sha256(text.encode()).hexdigest()
         kept = disk.read_json(path)
         if isinstance(kept, dict) and kept.get("key") == key:

@@ -64,7 +64,8 @@ def test_a_run_writes_every_image_with_its_row(config):
     run = Path(config["out"])
     assert (done.computed, done.reused) == (24, 0) and seen[-1]["done"] == seen[-1]["total"] == 24
     row = json.loads((run / "results/sr/pag_scale=2.0/rows/00003.json").read_text())
-    assert row["nfe"] == 8 and set(row) == {"image", "nfe", "psnr", "ssim", "residual_ratio", "sha256"}
+    assert row["nfe"] == 8 and set(row) == {"image", "nfe", "psnr", "ssim", "residual_ratio", "sha256", "files"}
+    assert set(row["files"]) == {"truth/00003.png", "measurements/sr/00003.png"}
     cell = done.table["table"]["sr"]["pag_scale=2.0"]
     assert cell["missing"] == 0 and cell["means"]["psnr"]["n"] == 5 and cell["cost"]["nfe"] == 8
     masks = [(run / f"measurements/box/0000{i}.png").read_bytes() for i in range(5)]
