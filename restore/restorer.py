@@ -33,6 +33,7 @@ from restore.restoration import (
 from restore.samplers.generate import generate
 from restore.samplers.likelihood import is_linear_gaussian
 from restore.samplers.noise import ImageNoise
+from restore.versions import hash_own_code
 
 
 def load(
@@ -274,6 +275,7 @@ class Restorer:
             "noise": repr(noise) if noise is not None else None,
             "range": "[-1, 1]",
             "method": method.describe(),
+            **({"code": code} if (code := hash_own_code(operator, method)) else {}),
             "windows": {key: value for key, value in self.windows.items() if key != "recompute_windows"},
             "torch": torch.__version__,
             "device": self.device.type,

@@ -147,8 +147,9 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
 def is_finished(photo: Photo, expected: Mapping[str, Any]) -> bool:
     """Return whether the result exists, complete and readable, with the same input and settings.
 
-    expected: entries of its side-car, e.g. {"sha256": ..., "settings": {...}}. False if there is no result or only what
-    an interrupted run left. Raises RestoreError, with the differences, if there is another result.
+    expected: entries of its side-car, e.g. {"sha256": ..., "settings": {...}}. False if there is no result, if one of
+    its files is missing, or if there is only what an interrupted run left. Raises RestoreError, with the differences, if
+    there is another result, or a picture was changed since.
     """
     sidecar = read_sidecar(photo.sidecar)
     if sidecar is None or not sidecar.get("finished"):
@@ -157,12 +158,22 @@ def is_finished(photo: Photo, expected: Mapping[str, Any]) -> bool:
     changed = find_differences({key: sidecar.get(key) for key in expected}, expected, circumstances=True)
     reason = "of another photo" if changed.pop("sha256", None) else format_differences(changed, limit=3)
     if not reason:
-        try:
-            io.read_image(photo.target)
-            return True
-        except RestoreError:
-            reason = "not readable"
+        written = sidecar.get("written") or {photo.target.name: None}  # earlier versions did not record hashes
+        hashes = {photo.target.with_name(name): digest for name, digest in written.items()}
+        changed = [path.name for path, digest in hashes.items() if path.exists() and not _is_as_written(path, digest)]
+        if not changed:
+            return all(path.exists() for path in hashes)
+        reason = f"{changed[0]} is not readable or was changed"
     raise RestoreError(f"{photo.target} is another result ({reason}); try overwrite=True or another output folder")
+
+
+def _is_as_written(path: Path, digest: str | None) -> bool:
+    if digest is not None:
+        return disk.has_hash(path, digest)
+    try:
+        return bool(io.read_image(path))
+    except RestoreError:
+        return False
 
 
 def expand_inputs(paths: Iterable[str | Path]) -> list[Path]:

@@ -29,7 +29,7 @@ from restore.task import Measurement, Task, measure_photo
 from restore.versions import get_version
 
 # The parts of a protocol that make a result another one. The others (threads, batch size, ...) only affect rounding.
-_DECISIVE = ("backbone", "weights", "precision", "operator", "noise", "method")
+_DECISIVE = ("backbone", "weights", "precision", "operator", "noise", "method", "code")
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class RestoreJob:
         condition = dataclasses.asdict(self.condition)
         if condition["label"] is None:  # side-cars from before there were labels stay valid
             del condition["label"]
-        return {key: protocol[key] for key in _DECISIVE} | {
+        return {key: protocol[key] for key in _DECISIVE if key in protocol} | {
             "task": task.describe(),
             "degrade": self.degrade,
             "image_id": photo.image_id,
@@ -182,7 +182,10 @@ class RestoreJob:
             restored.write_pictures(photo, self.degrade)
             numbers["seconds"] = time.perf_counter() - started
             protocol = restored.result.protocol
-            disk.write_json(photo.sidecar, sidecar | {"finished": True, "protocol": protocol, **numbers})
+            written = {path.name: disk.hash_file(path) for path in map(photo.target.with_name, outputs) if path.exists()}
+            del written[photo.sidecar.name]
+            done = {"finished": True, "written": written, "protocol": protocol}
+            disk.write_json(photo.sidecar, sidecar | done | numbers)
         return Outcome(photo, numbers=numbers)
 
 

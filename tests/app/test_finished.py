@@ -1,0 +1,79 @@
+"""`restore run` says "finished before" only if every file is there, as it was written, by the same code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageOps
+
+from restore.app import cli
+from restore.paths import data_dir
+
+FACE = data_dir() / "photos" / "astronaut-face-64.png"
+
+
+@pytest.fixture
+def restore(tmp_path, monkeypatch, capsys):
+    def run(*options):
+        command = ["run", FACE, "--task", "sr4", "--steps", 1, "-o", tmp_path / "out", *options]
+        monkeypatch.setattr(sys, "argv", ["restore", *map(str, command)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_a_deleted_companion_is_made_again_and_a_changed_one_is_kept(restore, tmp_path):
+    options = ["--degrade", "--samples", 2, "--sampler", "diffpir"]
+    assert restore(*options)[0] == 0
+    assert "finished before" in restore(*options)[1]
+    out = tmp_path / "out"
+    whole = {path: path.read_bytes() for path in out.glob("*.png")}
+    assert {path.stem.removeprefix(FACE.stem) for path in whole} == {"", "-degraded", "-mean", "-sample1", "-spread"}
+    for path in whole:
+        path.unlink()
+        code, said, err = restore(*options)
+        assert code == 0 and "finished before" not in said, (path.name, err)
+        assert path.read_bytes() == whole[path]
+
+        for change in ("truncated", "retouched"):
+            if change == "truncated":
+                path.write_bytes(path.read_bytes()[:-20])
+            else:
+                ImageOps.mirror(Image.open(path)).save(path)
+            theirs = path.read_bytes()
+            code, said, err = restore(*options)
+            assert code == 2 and path.name in err and "--overwrite" in err and "finished before" not in said
+            assert path.read_bytes() == theirs  # somebody may have retouched it
+        path.write_bytes(whole[path])
+    assert "finished before" in restore(*options)[1]
+
+
+def test_side_cars_of_earlier_versions_stay_valid(restore, tmp_path):
+    assert restore()[0] == 0
+    sidecar = next((tmp_path / "out").glob("*.json"))
+    content = json.loads(sidecar.read_text())
+    del content["written"]
+    sidecar.write_text(json.dumps(content))
+    assert "finished before" in restore()[1]
+
+
+def test_an_edited_sampler_makes_another_result(restore, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "def adjoint(prior, operator, y, *, noise, steps, guidance=None, condition=None, callback=None):\n"
+
+    def write(gain):
+        Path(tmp_path / "edited_sampler.py").write_text(f"{code}    return {gain} * operator.A_adjoint(y)\n")
+        sys.modules.pop("edited_sampler", None)
+
+    options = ["--degrade", "--sampler", "edited_sampler:adjoint"]
+    write(1.0)
+    assert restore(*options)[0] == 0 and "finished before" in restore(*options)[1]
+    write(0.55)
+    status, said, err = restore(*options)
+    assert status == 2 and "code.edited_sampler" in err and "--overwrite" in err and "finished before" not in said
+    sys.modules.pop("edited_sampler", None)
