@@ -147,9 +147,9 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
 def is_finished(photo: Photo, expected: Mapping[str, Any]) -> bool:
     """Return whether the result exists, complete and readable, with the same input and settings.
 
-    expected: entries of its side-car, e.g. {"sha256": ..., "settings": {...}}. False if there is no result, if one of
-    its files is missing, or if there is only what an interrupted run left. Raises RestoreError, with the differences, if
-    there is another result, or a picture was changed since.
+    expected: entries of its side-car, e.g. {"sha256": ..., "settings": {...}}. False if there is no result, one of its
+    files is missing, or there is only what an interrupted run left. Raises RestoreError, with the differences, if
+    there is another result or a picture was changed since.
     """
     sidecar = read_sidecar(photo.sidecar)
     if sidecar is None or not sidecar.get("finished"):

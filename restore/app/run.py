@@ -182,8 +182,10 @@ class RestoreJob:
             restored.write_pictures(photo, self.degrade)
             numbers["seconds"] = time.perf_counter() - started
             protocol = restored.result.protocol
-            written = {path.name: disk.hash_file(path) for path in map(photo.target.with_name, outputs) if path.exists()}
-            del written[photo.sidecar.name]
+            pictures = [
+                path for path in map(photo.target.with_name, outputs) if path != photo.sidecar and path.exists()
+            ]
+            written = {path.name: disk.hash_file(path) for path in pictures}
             done = {"finished": True, "written": written, "protocol": protocol}
             disk.write_json(photo.sidecar, sidecar | done | numbers)
         return Outcome(photo, numbers=numbers)

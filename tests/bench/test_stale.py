@@ -111,10 +111,17 @@ def test_edited_code_is_another_benchmark(config, code, changes):
 def test_only_code_from_outside_is_hashed(code):
     shipped = operators.SuperResolution(4, noise=operators.GaussianNoise(0.05))
     method = restore.load("embedded").method(shipped, sampler="dps", guidance=restore.PAG(1.0, "i5"))
-    assert hash_own_code(shipped, method, "restore.samplers.dps:dps", "a title: words", "m1:3", torch.nn.Identity()) == {}
+    assert (
+        hash_own_code(shipped, method, "restore.samplers.dps:dps", "a title: words", "m1:3", torch.nn.Identity()) == {}
+    )
     own = importlib.import_module("code_of_mine")
     names = {"code_of_mine", "helper_of_mine"}
-    for thing in (own.Dimmed(), own.adjoint, "code_of_mine:schedule:20", {"a": [restore.PAG(1.0, "i5", target=own.target)]}):
+    for thing in (
+        own.Dimmed(),
+        own.adjoint,
+        "code_of_mine:schedule:20",
+        {"a": [restore.PAG(1.0, "i5", target=own.target)]},
+    ):
         assert hash_own_code(thing).keys() == names, thing
 
 
