@@ -323,17 +323,11 @@ class Restorer:
             for start in range(0, n, batch_size):
                 rows = list(range(start, min(start + batch_size, n)))
                 observed, receive = observe_run(callback, guidance, {}, start, len(rows), n)
+                options = {"steps": method.steps, "guidance": observed, "callback": receive, **method.parameters}
+                options["condition"] = select_condition(condition, rows)
+                noise = ImageNoise([(seed, "generate", first + i) for i in rows], self.device)
                 with explain_out_of_memory():
-                    x = generate(
-                        prior,
-                        len(rows),
-                        noise=ImageNoise([(seed, "generate", first + i) for i in rows], self.device),
-                        steps=method.steps,
-                        guidance=observed,
-                        condition=select_condition(condition, rows),
-                        **method.parameters,
-                        callback=receive,
-                    )
+                    x = generate(prior, len(rows), noise=noise, **options)
                 results.append(x.float().clamp(-1, 1))
         return torch.cat(results)
 
