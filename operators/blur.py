@@ -154,16 +154,29 @@ class GaussianBlur(Blur):
 
 
 class MotionBlur(Blur):
-    """Blur by a random camera motion (`kernels.motion_kernel`; DPS: 61, 0.5 at 256 pixels)."""
+    """Blur by a random camera motion (DPS: 61, 0.5 at 256 pixels).
+
+    law: of the kernel: "boracchi-foi" (`kernels.motion_kernel`), or "dps" (`kernels.dps_motion_kernel`).
+    """
 
     name = "motion_blur"
     derived = ("radius", "kernel")
 
     def __init__(
-        self, kernel_size=61, intensity=0.5, seed=0, *, border="reflect", noise=None, image_size=None, adjoint="exact"
+        self,
+        kernel_size=61,
+        intensity=0.5,
+        seed=0,
+        *,
+        law="boracchi-foi",
+        border="reflect",
+        noise=None,
+        image_size=None,
+        adjoint="exact",
     ):
         self.kernel_size, self.intensity, self.seed = kernel_size, intensity, seed
-        kernel = kernels.motion_kernel(kernel_size, intensity, seed)
+        self.law = validate.require_choice(law, "law", tuple(kernels.MOTION_LAWS))
+        kernel = kernels.MOTION_LAWS[law](kernel_size, intensity, seed)
         super().__init__(kernel, border=border, noise=noise, image_size=image_size, adjoint=adjoint)
 
 

@@ -1,6 +1,7 @@
 """Outputs of the DPS repository's own operators (tests/golden/operators.*: side-car with every tensor's source)."""
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import operators
-from operators import separable
+from operators import kernels, separable
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MOTION = ["motion61_0.5_s51", "motion61_0.5_s52", "motion121_0.5_s53"]
@@ -43,6 +44,27 @@ def test_gaussian_blur(golden, synth):
     assert relative(operators.Blur(golden["gauss61_3.0.kernel"]).A(synth), golden["gauss61_3.0.synth_y"]) <= 1e-5
     assert relative(operators.gaussian_kernel(61, 3.0)[30], golden["gauss61_3.0.kernel_f64_row"]) <= 1e-12
     assert (operators.gaussian_kernel(61, 3.0)[30] > 0).sum() == 25
+
+
+@pytest.mark.parametrize("name", MOTION)
+def test_motion_kernels_of_dps(golden, name):
+    """Path and kernel of the package that DPS draws from, of which its operator uses the second."""
+    size, seed = (int(part) for part in re.fullmatch(r"motion(\d+)_0.5_s(\d+)", name).groups())
+    random = np.random.RandomState(seed)
+    first, path = (kernels.draw_dps_path(random, size, 0.5) for _ in range(2))
+    np.testing.assert_allclose(path, golden[f"{name}.path_xy"], atol=1e-4)
+    expected = golden[f"{name}.kernel"].double()
+    torch.testing.assert_close(kernels.render_dps_path(path, size), expected, rtol=0, atol=1e-8)
+    kernel = operators.MotionBlur(size, 0.5, seed, law="dps").kernel
+    assert torch.equal(kernel, kernels.render_dps_path(first, size))
+
+
+@pytest.mark.parametrize("intensity", [0.0, 0.5, 1.0])
+def test_small_motion_kernels_of_dps_are_not_empty(intensity):
+    """Below a size of 54 the package draws a line of no width, and divides by zero."""
+    for size in (3, 9, 31):
+        kernel = operators.MotionBlur(size, intensity, 4, law="dps").kernel
+        assert abs(float(kernel.sum()) - 1) < 1e-12 and kernel.min() >= 0
 
 
 @pytest.mark.parametrize("name", MOTION)
