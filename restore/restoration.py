@@ -15,7 +15,7 @@ import operators
 from operators import RestoreError
 from operators.naming import check_known
 from restore.backbones.sizes import Sized
-from restore.guidance import Guidance, record_signals
+from restore.guidance import Guidance, Record, record_guidance
 from restore.images import io
 
 
@@ -167,19 +167,27 @@ def select_condition(condition: Any, rows: list[int]) -> Any:
 
 
 def observe_run(
-    callback: Callable | None, guidance: Guidance | None, used: dict, first: int, count: int, total: int
+    callback: Callable | None, guidance: Guidance | None, used: dict, batch: tuple[int, int, int], prior: Sized
 ) -> tuple[Guidance | None, Callable[[dict], None]]:
-    """Return (guidance, callback) for a sampler that collect `used` and extend what the caller's callback receives.
+    """Return (guidance, callback) for a sampler that collect `used` and extend what the caller's callback receives:
 
-    first, count, total: the samples of this batch among all; the callback receives them with the guidance's `signals`.
+    first, count, total: `batch`, this batch's samples among all. decode: from x0 as x_t to images.
+    With guidance, signals: for each term the step's last |eps − eps_weak|, averaged over the channels, (B, 1, h, w) as
+    x_t, None if it was off. predictions: its last clean estimates "strong", "guided" (None if all terms were off) and
+    "weak", one for each term; (B, C, h, w) as x_t, not clamped.
     """
-    signals: dict[int, torch.Tensor] = {}
+    record, shared = Record(), dict(zip(("first", "count", "total"), batch, strict=True)) | {"decode": prior.decode}
 
     def receive(step: dict) -> None:
         used.update(step.get("used", {}))
         if callback is not None:
-            terms = range(len(guidance.terms)) if guidance is not None else ()
-            own = {} if guidance is None else {"signals": [signals.pop(k, None) for k in terms]}
-            callback({**step, **own, "first": first, "count": count, "total": total})
+            own = {}
+            if guidance is not None:
+                terms, x0 = range(len(guidance.terms)), dict(record.x0)
+                own["signals"] = [record.signals.get(k) for k in terms]
+                own["predictions"] = {name: x0.get(name) for name in ("guided", "strong")}
+                own["predictions"]["weak"] = [x0.get(k) for k in terms]
+                record.clear()
+            callback({**step, **own, **shared})
 
-    return guidance if guidance is None or callback is None else record_signals(guidance, signals), receive
+    return guidance if guidance is None or callback is None else record_guidance(guidance, record), receive

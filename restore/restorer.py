@@ -189,9 +189,7 @@ class Restorer:
         condition: class labels (B,), or embeddings (B or 1, tokens, width). In its place, label: one class, by its
             number or name; prompt, negative_prompt: text, and text in place of the empty prompt of CFG's weak pass,
             for backbones with a text encoder.
-        callback: receives the sampler's dict plus `first`, `count` and `total` (samples), and, with guidance,
-            `signals`: for each term the step's last |eps − eps_weak|, averaged over the channels, (B, 1, h, w) as x_t,
-            or None if it was off.
+        callback: receives the sampler's dict and what `restore.restoration.observe_run` adds.
         Works inside torch.no_grad() and torch.inference_mode(). Raises RestoreError for unknown parameters, sizes
         that do not fit, non-finite input or samples, and insufficient memory.
         """
@@ -231,7 +229,7 @@ class Restorer:
         for first in range(0, len(items), batch_size):
             batch = items[first : first + batch_size]
             rows = [b for b, _ in batch]
-            guidance, receive = observe_run(callback, method.guidance, used, first, len(batch), len(items))
+            guidance, receive = observe_run(callback, method.guidance, used, (first, len(batch), len(items)), prior)
             with explain_out_of_memory():
                 x = sampler(
                     prior,
@@ -322,7 +320,7 @@ class Restorer:
             guidance = resolve_guidance(guidance, None)
             for start in range(0, n, batch_size):
                 rows = list(range(start, min(start + batch_size, n)))
-                observed, receive = observe_run(callback, guidance, {}, start, len(rows), n)
+                observed, receive = observe_run(callback, guidance, {}, (start, len(rows), n), prior)
                 options = {"steps": method.steps, "guidance": observed, "callback": receive, **method.parameters}
                 options["condition"] = select_condition(condition, rows)
                 noise = ImageNoise([(seed, "generate", first + i) for i in rows], self.device)

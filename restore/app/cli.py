@@ -63,9 +63,7 @@ def run(
     solve_at: Annotated[int | None, typer.Option(help="Restore at this side length, then resize; PSLD: 512.")] = None,
     resample: Annotated[str | None, typer.Option(help="With --solve-at: bicubic, or nearest (PSLD's code).")] = None,
     overwrite: options.Overwrite = False,
-    save_trajectory: Annotated[
-        bool, typer.Option("--save-trajectory", help="Draw x0_hat and guidance over time.")
-    ] = False,
+    save_trajectory: options.SaveTrajectory = False,
     png: options.Png = False,
     recursive: options.Recursive = False,
     offline: options.Offline = False,
@@ -157,6 +155,10 @@ def generate(
     device: options.Device = "auto",
     precision: options.Precision = "fp32",
     vae: options.Vae = None,
+    save_trajectory: options.SaveTrajectory = False,
+    trajectory_steps: Annotated[
+        int | None, typer.Option(min=1, help="Draw the first steps, so many; default: about ten of all.")
+    ] = None,
     overwrite: options.Overwrite = False,
     offline: options.Offline = False,
 ) -> None:
@@ -179,6 +181,8 @@ def generate(
     condition = {"labels": classes, "prompt": prompt, "negative_prompt": negative_prompt, "guidance": guided}
     sampling = {"steps": options.parse_steps(steps), "ddim_eta": options.parse_ddim_eta(ddim_eta)}
     sampling |= {"seed": seed, "batch_size": batch_size}
+    drawn = save_trajectory or trajectory_steps is not None
+    sampling |= {"save_trajectory": drawn, "trajectory_steps": trajectory_steps}
     with options.Progress(n) as progress:
         shown = {"callback": lambda step: progress({**step, "total": 1})}
         for output in generate_files(out, model, n=n, overwrite=overwrite, **condition, **sampling, **shown):

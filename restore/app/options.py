@@ -38,6 +38,7 @@ Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.
 Version = Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo finished files and replace existing ones.")]
 Png = Annotated[bool, typer.Option("--png", help="Write PNG for every input format.")]
+SaveTrajectory = Annotated[bool, typer.Option("--save-trajectory", help="Draw x0_hat and guidance over time.")]
 PagScale = Annotated[float | None, typer.Option(help="PAG scale s, 0 is off; default: the preset's.")]
 Layers = Annotated[str | None, typer.Option(help="PAG layers, e.g. i9 or input_blocks.9.1,m1; i5:0,3 for heads.")]
 Target = Annotated[str | None, typer.Option(help="What replaces attention maps: identity, ..., '{seg: {sigma: 4}}'.")]

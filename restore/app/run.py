@@ -224,10 +224,11 @@ class _Restored:
             io.write_image(photo.companion(MEAN), result.mean[0], **like)
             # A fixed scale, white for a spread of 0.5 on [-1, 1], so that maps can be compared.
             io.write_image(photo.companion(SPREAD, ".png"), (4 * result.spread[0].mean(0, True) - 1).expand(3, -1, -1))
-        if trajectory is not None and trajectory.steps:
-            pictures = {TRAJECTORY: trajectory.estimates()}
+        if trajectory is not None and trajectory.times:
+            guidance = result.protocol["method"]["guidance"] or ()
+            pictures = {TRAJECTORY: trajectory.estimates(guidance)}
             if trajectory.guided:
-                pictures[SIGNALS] = trajectory.guidance(result.protocol["method"]["guidance"])
+                pictures[SIGNALS] = trajectory.guidance(guidance)
             for ending, picture in pictures.items():
                 io.write_image(photo.companion(ending, ".png"), io.to_tensor(picture)[0])
         io.write_image(photo.target, result.samples[0, 0], **like)

@@ -10,7 +10,8 @@ from operators import RestoreError
 from restore import disk
 from restore import guidance as guidances
 from restore.app import files
-from restore.app.files import SIDECAR, Photo
+from restore.app.files import SIDECAR, SIGNALS, TRAJECTORY, Photo
+from restore.app.trajectory import Trajectory
 from restore.guidance import Guidance
 from restore.images import io
 from restore.method import find_generation
@@ -31,12 +32,15 @@ def generate_files(
     seed: int = 0,
     batch_size: int = 1,
     overwrite: bool = False,
+    save_trajectory: bool = False,
+    trajectory_steps: int | None = None,
     callback: Callable[[dict], None] | None = None,
 ) -> Iterator[Path]:
     """Write samples of the prior as sample-0000.png, ... with side-cars into the folder `out`, yielding each path.
 
-    labels: one class, or one per image. The other arguments are those of Restorer.generate; sample i depends only on
-    (seed, i). Raises RestoreError if a file of another program would be replaced, unless `overwrite`.
+    labels: one class, or one per image. save_trajectory, trajectory_steps: draw each sample through time, see
+    `Trajectory`. The other arguments are those of Restorer.generate; sample i depends only on (seed, i). Raises
+    RestoreError if a file of another program would be replaced, unless `overwrite`.
     """
     if labels is not None and len(labels) not in (1, n):
         raise RestoreError(f"labels must be one class or {n}, one per image, got {len(labels)}")
@@ -44,22 +48,37 @@ def generate_files(
     files.make_writable_folder(Path(out))
     paths = [Path(out) / f"sample-{i:04d}.png" for i in range(n)]
     places = [Photo(path.with_suffix(""), path) for path in paths]
-    files.check_outputs(places, [place.outputs() for place in places], overwrite)
+    files.check_outputs(places, [place.outputs(trajectory=save_trajectory) for place in places], overwrite)
     method = find_generation(restorer.name, steps, ddim_eta)
     steps, ddim_eta = method.steps, method.parameters["ddim_eta"]
     prompts = {"prompt": prompt, "negative_prompt": negative_prompt}
     options = {"guidance": guidance, "steps": steps, "ddim_eta": ddim_eta, "seed": seed}
-    options |= {"batch_size": batch_size, "callback": callback}
+    options |= {"batch_size": batch_size}
+    described = guidances.describe_guidance(guidance)
     for first in range(0, n, batch_size):
         count = min(batch_size, n - first)
         own = None if labels is None else labels[first : first + count]
-        images = restorer.generate(count, first=first, labels=own, **prompts, **options)
+        drawn, observed = [], callback
+        for k in range(count if save_trajectory else 0):
+            observed = Trajectory(observed, k, trajectory_steps)
+            drawn.append(observed)
+        images = restorer.generate(count, first=first, labels=own, callback=observed, **prompts, **options)
         for i, image in enumerate(images, first):
-            sidecar = {"version": get_version(), "files": [paths[i].name, paths[i].with_suffix(SIDECAR).name]}
-            sidecar |= {"backbone": restorer.name, "steps": steps, "ddim_eta": ddim_eta, "seed": seed, "index": i}
-            sidecar |= {"guidance": guidances.describe_guidance(guidance)}
+            pictures = _draw_trajectory(drawn[i - first], places[i], described or ()) if drawn else {}
+            names = [path.name for path in (paths[i], paths[i].with_suffix(SIDECAR), *pictures)]
+            sidecar = {"version": get_version(), "files": names, "backbone": restorer.name, "steps": steps}
+            sidecar |= {"ddim_eta": ddim_eta, "seed": seed, "index": i, "guidance": described}
             sidecar |= {"label": None if labels is None else labels[i]} | prompts
-            with places[i].remove_on_failure():
+            with places[i].remove_on_failure(1, False, save_trajectory):
                 disk.write_json(places[i].sidecar, sidecar)
+                for path, picture in pictures.items():
+                    io.write_image(path, io.to_tensor(picture)[0])
                 io.write_image(paths[i], image)
             yield paths[i]
+
+
+def _draw_trajectory(trajectory: Trajectory, place: Photo, described: Sequence) -> dict[Path, Any]:
+    pictures = {place.companion(TRAJECTORY): trajectory.estimates(described)}
+    if trajectory.guided:
+        pictures[place.companion(SIGNALS)] = trajectory.guidance(described)
+    return pictures

@@ -8,7 +8,7 @@ from restore.guidance.config import TERMS, build_guidance, describe_guidance, re
 from restore.guidance.layers import resolve_layers
 from restore.guidance.pag import PAG
 from restore.guidance.sag import SAG
-from restore.guidance.signals import record_signals
+from restore.guidance.signals import Record, record_guidance
 from restore.guidance.swg import SWG
 from restore.guidance.targets import TARGETS, AttentionRecord
 from restore.guidance.tpg import TPG
@@ -30,6 +30,7 @@ __all__ = [
     "Autoguidance",
     "Estimate",
     "Guidance",
+    "Record",
     "Rescale",
     "Term",
     "WeakPass",
@@ -37,7 +38,7 @@ __all__ = [
     "build_guidance",
     "describe_guidance",
     "estimator",
-    "record_signals",
+    "record_guidance",
     "resolve_guidance",
     "resolve_layers",
 ]

@@ -1,8 +1,10 @@
-"""The contribution of each term at every step, |eps − eps_weak|, as in PAG's Figs. 3 and 42."""
+"""What the terms contribute at every step, as in PAG's Figs. 2, 3, 42 and 43: predictions, and |eps − eps_weak|."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -10,22 +12,40 @@ from restore.backbones.base import Backbone
 from restore.guidance.base import Guidance, Term, WeakPass, as_guidance
 
 
-def record_signals(guidance: Term | Guidance, signals: dict[int, torch.Tensor]) -> Guidance:
-    """Return the same guidance, which also writes each weak prediction's signal into `signals`.
+@dataclasses.dataclass
+class Record:
+    """The last step of a recorded guidance.
 
-    signals[k]: |eps − eps_weak| of term k's last prediction, averaged over the channels, (B, 1, h, w) as x_t.
+    signals[k]: |eps − eps_weak| of term k, averaged over the channels, (B, 1, h, w). x0: the clean estimates of the
+    predictions "strong", "guided" and of term k, (B, C, h, w) as x_t. Both lack what was off.
     """
+
+    signals: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+    x0: dict[str | int, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    def clear(self) -> None:
+        self.signals.clear()
+        self.x0.clear()
+
+
+def record_guidance(guidance: Term | Guidance, record: Record) -> Guidance:
+    """Return the same guidance, which also writes each step into `record`."""
     guidance = as_guidance(guidance)
     terms = enumerate(guidance.terms)
-    recorded = [_Recorded(a.scale, a, k, signals, interval=a.interval, schedule=a.schedule) for k, a in terms]
-    return dataclasses.replace(guidance, terms=tuple(recorded))
+    recorded = [_Recorded(a.scale, a, k, record, interval=a.interval, schedule=a.schedule) for k, a in terms]
+    return Guidance(tuple(recorded), _RecordedCombination(guidance.combine, record))
+
+
+def _estimate_x0(eps: torch.Tensor, x_t: torch.Tensor, t: float, backbone: Backbone) -> torch.Tensor:
+    alpha, sigma = backbone.schedule.levels(min(t, backbone.schedule.ts[-1]), x_t)
+    return (x_t - sigma * eps) / alpha
 
 
 @dataclasses.dataclass(frozen=True)
 class _Recorded(Term):
     term: Term
     index: int
-    signals: dict[int, torch.Tensor]
+    record: Record
 
     def bind(self, backbone: Backbone) -> WeakPass:
         weak = self.term.bind(backbone)
@@ -33,7 +53,25 @@ class _Recorded(Term):
         def eps(x_t, t, condition, strong):
             eps_weak = weak.eps(x_t, t, condition, strong)
             if eps_weak is not None:
-                self.signals[self.index] = (strong.eps.detach() - eps_weak).abs().mean(dim=1, keepdim=True)
+                self.record.signals[self.index] = (strong.eps.detach() - eps_weak).abs().mean(dim=1, keepdim=True)
+                self.record.x0[self.index] = _estimate_x0(eps_weak, x_t, t, backbone)
             return eps_weak
 
         return dataclasses.replace(weak, eps=eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RecordedCombination:
+    combine: Any
+    record: Record
+
+    def bind(self, backbone: Backbone) -> Callable:
+        bound = self.combine.bind(backbone) if hasattr(self.combine, "bind") else None
+
+        def run(eps, weak, x_t, t):
+            guided = self.combine(eps, weak) if bound is None else bound(eps, weak, x_t, t)
+            for name, prediction in (("strong", eps), ("guided", guided)):
+                self.record.x0[name] = _estimate_x0(prediction, x_t, t, backbone)
+            return guided
+
+        return run

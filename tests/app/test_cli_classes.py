@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -166,3 +167,20 @@ def test_the_shipped_prior_has_two_classes_and_none(tmp_path, monkeypatch, capsy
         assert code == 0, error
         made[name] = (tmp_path / name / "sample-0000.png").read_bytes()
     assert len(set(made.values())) == 5
+
+
+def test_trajectories_of_samples(command, classes, tmp_path):
+    """One pair of pictures for each sample, the same for any batch size; the side-car lists them."""
+    arguments = ["generate", "-n", 2, "--backbone", classes, "--steps", 4, "--labels", "0,1", "--cfg-scale", 2]
+    for name, size in (("one", 1), ("two", 2)):
+        code, _, err = command(*arguments, "--trajectory-steps", 3, "--batch-size", size, "-o", tmp_path / name)
+        assert code == 0, err
+    names = [f"sample-0001{ending}" for ending in (".png", ".json", "-trajectory.png", "-guidance.png")]
+    assert json.loads((tmp_path / "one" / "sample-0001.json").read_text())["files"] == names
+    first, other = (Image.open(tmp_path / "one" / f"sample-000{i}-trajectory.png") for i in (0, 1))
+    assert first.tobytes() != other.tobytes() and 3 * 128 < other.width < 5 * 128
+    pairs = [[np.asarray(Image.open(tmp_path / folder / names[2]), int) for folder in ("one", "two")]]
+    assert all(a.shape == b.shape and abs(a - b).max() <= 2 for a, b in pairs)
+    code, _, err = command(*arguments, "--save-trajectory", "--cfg-scale", 0, "-o", tmp_path / "plain")
+    assert code == 0 and not list((tmp_path / "plain").glob("*-guidance.png"))
+    assert len(list((tmp_path / "plain").glob("*-trajectory.png"))) == 2
