@@ -140,10 +140,15 @@ def hash_file(path: str | Path) -> str:
 def has_hash(path: str | Path, digest: str) -> bool:
     """Return whether a file exists and has this SHA-256, which is computed once while the file does not change."""
     try:
-        status = os.stat(path)
-        return _hash_version(str(path), status.st_size, status.st_mtime_ns, status.st_ino) == digest
+        return hash_file_once(path) == digest
     except (OSError, RestoreError):
         return False
+
+
+def hash_file_once(path: str | Path) -> str:
+    """Return `hash_file`, computed once in this process while the file does not change."""
+    status = os.stat(path)
+    return _hash_version(str(path), status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -19,6 +19,7 @@ CLIP, T5 = "CLIPTextModelWithProjection", "T5EncoderModel"
 # Of each kind, its pipeline, the folder and the class of its network, and its text encoders.
 KINDS = {
     "stable-diffusion": ("StableDiffusionPipeline", "unet", "UNet2DConditionModel", ("CLIPTextModel",)),
+    "sdxl": ("StableDiffusionXLPipeline", "unet", "UNet2DConditionModel", ("CLIPTextModel", CLIP)),
     "sd3": ("StableDiffusion3Pipeline", "transformer", "SD3Transformer2DModel", (CLIP, CLIP, T5)),
     "flux": ("FluxPipeline", "transformer", "FluxTransformer2DModel", ("CLIPTextModel", T5)),
     "dit": ("DiTPipeline", "transformer", "DiTTransformer2DModel", ()),
@@ -60,6 +61,25 @@ def read_folder(folder: Path, kind: str, dtype: torch.dtype, vae: nn.Module | No
     return model, vae, disk.read_json(folder / "scheduler" / "scheduler_config.json", required=True)
 
 
+def read_architecture(folder: Path) -> nn.Module:
+    """Return the network of a pipeline's folder, or of a folder with a single one, on the meta device: without weights.
+
+    Only configuration files are read. Raises RestoreError if it is not a network of diffusers.
+    """
+    import diffusers
+
+    index = disk.read_json(folder / INDEX, required=True) if (folder / INDEX).is_file() else {}
+    part = next((part for part in ("unet", "transformer") if part in index), "")
+    config = disk.read_json(folder / part / "config.json", required=True)
+    name = str(config.get("_class_name"))
+    if name == "Transformer2DModel":  # diffusers' DiT when the published folders were written
+        name = "DiTTransformer2DModel"
+    if not hasattr(diffusers, name):
+        raise RestoreError(f"{folder / part} must hold a network of diffusers, got a {name}")
+    with torch.device("meta"):
+        return getattr(diffusers, name).from_config(config)
+
+
 def require_parts(folder: Path, parts: Iterable[str]) -> None:
     """Raise RestoreError unless a pipeline's folder has these parts."""
     missing = [part for part in parts if not (folder / part).is_dir()]
@@ -76,7 +96,9 @@ def has_text_encoders(folder: Path, kind: str) -> bool:
     return bool(present)
 
 
-def read_text_encoders(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def read_text_encoders(
+    folder: Path, kind: str, dtype: torch.dtype = torch.float32, variant: str | None = None
+) -> dict[str, Any]:
     """Return a pipeline's text encoders and tokenizers by name, None for those not in its folder."""
     import transformers
 
@@ -86,7 +108,7 @@ def read_text_encoders(folder: Path, kind: str, dtype: torch.dtype = torch.float
             parts |= {encoder: None, tokenizer: None}
             if not (folder / encoder).is_dir() or not (folder / tokenizer).is_dir():
                 continue
-            parts[encoder] = load_part(getattr(transformers, name), folder, encoder, dtype)
+            parts[encoder] = load_part(getattr(transformers, name), folder, encoder, dtype, variant=variant)
             cls = transformers.T5TokenizerFast if name == T5 else transformers.CLIPTokenizer
             try:
                 parts[tokenizer] = cls.from_pretrained(folder / tokenizer, local_files_only=True)

@@ -75,15 +75,26 @@ def read_weights(path: Path, device: str = "cpu") -> Any:
         raise RestoreError(unreadable) from None
 
 
-def load_part(cls, folder: Path, part: str, dtype: torch.dtype = torch.float32, pickles: bool = False):
+def load_part(
+    cls,
+    folder: Path,
+    part: str,
+    dtype: torch.dtype = torch.float32,
+    pickles: bool = False,
+    variant: str | None = None,
+    device_map: Any = None,
+):
     """Load one network of a diffusers or transformers folder, from its subfolder `part` or, if "", the folder itself.
 
     Every weight must be in the file: a missing one would be random. pickles: accept a .bin if there are no
-    safetensors; its code is never run. Raises RestoreError.
+    safetensors; its code is never run. variant: of the files' names, such as "fp16". device_map: accelerate's, of a
+    diffusers network. Raises RestoreError.
     """
     from diffusers.utils import is_accelerate_available
 
     name, where = part or "network", {"subfolder": part} if part else {}
+    where |= {"variant": variant} if variant else {}
+    where |= {"device_map": device_map} if device_map else {}
     if cls.__module__.startswith("diffusers"):
         where["torch_dtype"] = dtype  # not by way of float32, which would take twice the memory
         where["low_cpu_mem_usage"] = is_accelerate_available()  # diffusers' default, without its warning
@@ -99,7 +110,8 @@ def load_part(cls, folder: Path, part: str, dtype: torch.dtype = torch.float32, 
             f"the {name} in {folder} does not fit its configuration: {len(bad)} weights are missing or of another "
             f"shape, first {sorted(bad)[0]}"
         )
-    return align_memory(nn.Module.to(model, dtype).eval().requires_grad_(False))
+    model = model.eval().requires_grad_(False)
+    return model if device_map else align_memory(nn.Module.to(model, dtype))
 
 
 def load_state(network: nn.Module, state: Mapping[str, torch.Tensor], what: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from restore import disk
 from restore.bench.config import list_cells
 from restore.bench.datasets import ImageSet, load_dataset
 from restore.images.folder import to_file_name
+from restore.paths import data_dir
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,33 @@ def load_images(config: Mapping[str, Any]) -> ImageSet | None:
     return images
 
 
+def find_prompts(name: str | Path) -> Path:
+    """Return the file of prompts at this path, or of this name in data/prompts. Raises RestoreError without one."""
+    shipped = data_dir() / "prompts" / f"{name}.txt"
+    if not Path(name).is_file() and not shipped.is_file():
+        raise RestoreError(f"the file of prompts {name} does not exist; give one with a prompt a line")
+    return Path(name) if Path(name).is_file() else shipped
+
+
 def read_prompts(path: str | Path) -> list[str]:
-    """Return the prompts of a file, one a line. Raises RestoreError if it is missing or empty."""
-    if not Path(path).is_file():
-        raise RestoreError(f"the file of prompts {path} does not exist; give one with a prompt a line")
-    prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    """Return the prompts of a file, one a line, or of a set by its name. Raises RestoreError as find_prompts, and if it
+    is empty."""
+    lines = find_prompts(path).read_text(encoding="utf-8").splitlines()
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise RestoreError(f"the file of prompts {path} is empty; give one prompt a line")
     return prompts
+
+
+def list_prompts(config: Mapping[str, Any], task: str, ids: Sequence[str]) -> list[str]:
+    """Return the prompt of each of these images of a task; "" without prompts. They cycle through the file."""
+    entry = config["tasks"][task]
+    if not entry["prompts"]:
+        return [""] * len(ids)
+    prompts, numbers = read_prompts(entry["prompts"]), [int(i.split("-")[0]) for i in ids]
+    if entry["template"]:
+        prompts = [entry["template"].replace("{}", prompt) for prompt in prompts]
+    return [prompts[n if config["metrics"]["group_by_prompt"] else n % len(prompts)] for n in numbers]
 
 
 def list_image_ids(config: Mapping[str, Any], task: str, images: ImageSet | None) -> list[str]:

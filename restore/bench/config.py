@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from operators import RestoreError, factory
 from operators.naming import check_known, lookup
 from restore import samplers
+from restore.backbones.text_to_image import PipelineOptions
 from restore.bench.baselines import BASELINES
 from restore.bench.datasets import KNOWN_SETS
 from restore.bench.schema import Benchmark
@@ -70,6 +71,10 @@ def build_method(config: Mapping[str, Any], task: str, method: str) -> Method:
 def select_result_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a configuration that decides the bytes of the results, without words for the reader."""
     selected = {key: copy.deepcopy(config[key]) for key in RESULT_KEYS}
+    # Where a pipeline lies decides no result. Left out if nothing is set, so that older runs can be continued.
+    places = ("device_map", "offload")
+    if options := {key: value for key, value in config["pipeline"].items() if value and key not in places}:
+        selected["pipeline"] = options
     for entry in (*selected["tasks"].values(), *selected["methods"].values()):
         for words in ("title", "family_title", "note"):
             entry.pop(words, None)
@@ -164,6 +169,7 @@ def _check(config: dict[str, Any]) -> None:
             with _locate_errors(f"methods.{name}"):
                 _check_method(build_method(config, task, name), kind)
     table.select_metrics(config["metrics"]["names"])
+    PipelineOptions(**config["pipeline"])
 
 
 def _check_task(task: Mapping[str, Any], kind: str) -> None:
@@ -188,6 +194,8 @@ def _check_method(method: Method, kind: str) -> None:
         return
     if method.steps is None:
         raise RestoreError("steps is missing; a benchmark states its steps, as presets may change")
+    if kind == "text_to_image" and not str(method.steps).isdigit():
+        raise RestoreError(f"steps must be a whole number for a pipeline, got {method.steps}")
     if kind == "restoration":
         samplers.check_parameters(method.sampler, method.parameters)
 

@@ -19,7 +19,7 @@ from operators import RestoreError
 from restore import disk
 from restore.bench import cluster, results
 from restore.bench.baselines import BASELINES
-from restore.bench.batches import Batch, list_image_ids, load_images, make_batches, read_row
+from restore.bench.batches import Batch, find_prompts, list_image_ids, load_images, make_batches, read_row
 from restore.bench.config import build_method, list_cells, load_config, select_result_keys
 from restore.bench.datasets import ImageSet
 from restore.bench.protocol import LEFTOVER, check_folder
@@ -164,7 +164,11 @@ def _open_folder(folder: Path, config: Mapping[str, Any], images: ImageSet | Non
         "config": select_result_keys(config),
         "images": images.digest if images is not None else None,
         "backbone": hash_backbones(config),
-        "prompts": {k: disk.hash_file(t["prompts"]) for k, t in config["tasks"].items() if t["prompts"]},
+        "prompts": {
+            name: disk.hash_file(find_prompts(task["prompts"]))
+            for name, task in config["tasks"].items()
+            if task["prompts"]
+        },
     }
     if code := hash_code(config):
         identity["code"] = code
@@ -235,7 +239,7 @@ def hash_backbones(config: Mapping[str, Any]) -> dict[str, Any]:
         root, files = path.parent, [path]
         if path.is_dir():
             root, files = path, sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin"))
-        hashes[name] = {file.relative_to(root).as_posix(): disk.hash_file(file) for file in files}
+        hashes[name] = {file.relative_to(root).as_posix(): disk.hash_file_once(file) for file in files}
     return hashes
 
 

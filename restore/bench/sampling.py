@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from operators import RestoreError
+from restore.backbones.text_to_image import PipelineOptions, TextToImage
 from restore.backbones.weights import DTYPES
 from restore.bench.baselines import BASELINES
 from restore.guidance import CFG
@@ -107,47 +108,50 @@ def generate_batch(
     return Estimates(x.cpu()[:, None], len(calls), protocol=restorer.protocol(None, method, seed=seed))
 
 
-def load_pipeline(name: str, *, device: torch.device, precision: str, offline: bool) -> Any:
-    """Return diffusers' StableDiffusionPipeline of a registered model or a folder, with the DDIM scheduler.
+def load_pipeline(
+    name: str,
+    *,
+    device: torch.device,
+    precision: str,
+    offline: bool,
+    options: PipelineOptions | None = None,
+    upcoming: Sequence[str] = (),
+) -> TextToImage:
+    """Return the text-to-image pipeline of a registered model, a hub id or a folder.
 
-    Raises RestoreError if it cannot be loaded.
+    upcoming: see TextToImage. Raises RestoreError if it cannot be loaded.
     """
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
     from restore import zoo
 
     folder = zoo.pull(name, offline=offline)
-    options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
-    if precision != "fp32":
-        options["torch_dtype"] = DTYPES[precision]
-    try:
-        pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise RestoreError(f"{folder} must be the folder of a Stable Diffusion pipeline: {reason}") from error
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return TextToImage(folder, device=device, dtype=DTYPES[precision], options=options, upcoming=upcoming)
 
 
 def run_pipeline(
-    pipe: Any, ids: Sequence[str], prompts: Sequence[str], task: Mapping[str, Any], method: Method, *, seed: int
+    model: TextToImage,
+    ids: Sequence[str],
+    prompts: Sequence[str],
+    task: Mapping[str, Any],
+    method: Method,
+    *,
+    seed: int,
 ) -> Estimates:
     """Return text-to-image samples of an unmodified diffusers pipeline under `restore.guided` (PAG paper, eq. 14).
 
-    The scale of CFG is w of eq. 14, diffusers' guidance_scale - 1.
+    The scale of CFG is w of eq. 14, diffusers' guidance_scale - 1 (FLUX: true_cfg_scale - 1).
     """
     from restore import guided
 
     terms = method.guidance.terms if method.guidance is not None else ()
     cfg = sum(term.scale for term in terms if isinstance(term, CFG))
+    if any(term != CFG(term.scale) for term in terms if isinstance(term, CFG)):
+        raise RestoreError("cfg must have only a scale in text_to_image, where the pipeline itself applies it")
     others = tuple(term for term in terms if not isinstance(term, CFG))
-    side = pipe.unet.config.sample_size
-    shape = (len(ids), pipe.unet.config.in_channels, side, side)
-    latents = ImageNoise([(seed, i, 0) for i in ids], pipe.device, pipe.unet.dtype)(0, shape, "start")
     passes = 1 + len(others) + (cfg > 0)
-    with torch.no_grad(), guided(pipe, replace(method.guidance, terms=others) if others else None):
-        texts = {"prompt": list(prompts), "negative_prompt": [task["negative_prompt"]] * len(ids)}
-        options = {"num_inference_steps": int(method.steps), "guidance_scale": 1.0 + cfg, "output_type": "pt"}
-        images = pipe(**texts, latents=latents, **options).images
-    return Estimates(images.float().mul(2).sub(1).clamp(-1, 1).cpu()[:, None], passes * int(method.steps))
+    pipe = model.prepare(prompts, task["negative_prompt"] if cfg else None)
+    noise = ImageNoise([(seed, i, 0) for i in ids], model.device, model.dtype)
+    generators = [torch.Generator().manual_seed(derive_seed(seed, i, "pipeline")) for i in ids]
+    with guided(pipe, replace(method.guidance, terms=others) if others else None):
+        options = {"steps": method.steps, "cfg": cfg, "negative": task["negative_prompt"], "generators": generators}
+        images = model(prompts, lambda shape: noise(0, shape, "start"), **options)
+    return Estimates(images[:, None], passes * int(method.steps))

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from restore.backbones.text_to_image import PipelineOptions
 from restore.metrics import table
 
 
@@ -28,7 +29,8 @@ class Data:
 class Task:
     """operator: a mapping for build_operator, or a name of configs/task; per_image: with a random mask or kernel for
     every image. solve_at, resample: see images/resampling. labels: a class by name or index; for generation also a
-    list to cycle through, or uniform. prompts: a file with one a line; count: images to generate."""
+    list to cycle through, or uniform. prompts: a file with one a line, or the name of one in data/prompts; template:
+    around each, with {} for it (a style); count: images to generate."""
 
     title: str | None = None
     operator: Any = field(default_factory=dict)
@@ -38,6 +40,7 @@ class Task:
     backbone: str | None = None
     labels: Any = None
     prompts: str | None = None
+    template: str | None = None
     negative_prompt: str = ""
     count: int | None = None
     note: str | None = None
@@ -122,6 +125,7 @@ class Benchmark:
     seed: int = 0
     samples: int = 1
     batch: int = 1
+    pipeline: PipelineOptions = field(default_factory=PipelineOptions)
     data: Data = field(default_factory=Data)
     metrics: Metrics = field(default_factory=Metrics)
     published: Published = field(default_factory=Published)

@@ -20,9 +20,10 @@ import torch
 from PIL import Image
 
 from restore import disk
+from restore.backbones.text_to_image import PipelineOptions
 from restore.bench import sampling
 from restore.bench.baselines import BASELINES
-from restore.bench.batches import Batch, read_prompts
+from restore.bench.batches import Batch, list_image_ids, list_prompts
 from restore.bench.config import build_method
 from restore.bench.datasets import ImageSet
 from restore.bench.sampling import Estimates
@@ -106,6 +107,7 @@ class Worker:
             self.loaded = None  # free one backbone before loading the next
             options = {"precision": self.config["precision"], "offline": self.config["offline"]}
             if self.config["kind"] == "text_to_image":
+                options |= {"options": PipelineOptions(**self.config["pipeline"]), "upcoming": self._all_prompts()}
                 self.loaded = (name, sampling.load_pipeline(name, device=self.device, **options))
             else:
                 from restore.restorer import load
@@ -113,6 +115,13 @@ class Worker:
                 options["checkpointing"] = self.config["checkpointing"]
                 self.loaded = (name, load(name, device=str(self.device), **options))
         return self.loaded[1]
+
+    def _all_prompts(self) -> list[str]:
+        """Return the prompts of the run in the order of its batches, which go from task to task."""
+        ids = {task: list_image_ids(self.config, task, None) for task in self.config["tasks"]}
+        size, longest = self.config["batch"], max(map(len, ids.values()))
+        parts = [(task, of[i : i + size]) for i in range(0, longest, size) for task, of in ids.items()]
+        return [prompt for task, part in parts for prompt in list_prompts(self.config, task, part)]
 
     def _compute(self, batch: Batch, method: Method, model: Any) -> Estimates:
         task, seed = self.config["tasks"][batch.task], self.config["seed"]
@@ -122,15 +131,8 @@ class Worker:
             return sampling.restore_batch(model, x, batch.ids, task, method, **options)
         if self.config["kind"] == "generation":
             return sampling.generate_batch(model, batch.ids, task, method, seed=seed)
-        return sampling.run_pipeline(model, batch.ids, self._prompts(batch, task), task, method, seed=seed)
-
-    def _prompts(self, batch: Batch, task: Mapping[str, Any]) -> list[str]:
-        if not task["prompts"]:
-            return [""] * len(batch.ids)
-        prompts = read_prompts(task["prompts"])
-        if self.config["metrics"]["group_by_prompt"]:
-            return [prompts[int(i.split("-")[0])] for i in batch.ids]
-        return [prompts[int(i) % len(prompts)] for i in batch.ids]
+        prompts = list_prompts(self.config, batch.task, batch.ids)
+        return sampling.run_pipeline(model, batch.ids, prompts, task, method, seed=seed)
 
     def _peak_memory(self) -> float | None:
         """Return the MiB of the device with CUDA, else of the whole process so far."""

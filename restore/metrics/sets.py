@@ -19,7 +19,7 @@ from operators import RestoreError
 from restore import disk, zoo
 from restore.backbones.weights import read_weights
 from restore.images.folder import read_rgb
-from restore.metrics.weights import WeightFiles, find_weights, hash_weights
+from restore.metrics.weights import WeightFiles, find_weights
 
 MINIMUM_IMAGES = 1000
 KID_SUBSET = 1000
@@ -88,7 +88,7 @@ def extract_features(
     path, layers = find_weights(network, weights), sorted(set(layers))
     cached = None
     if cache is not None:
-        key = [disk.hash_files(paths), hash_weights(path), network, version("torch-fidelity"), *layers]
+        key = [disk.hash_files(paths), disk.hash_file_once(path), network, version("torch-fidelity"), *layers]
         cached = Path(cache) / (hashlib.sha256("\n".join(key).encode()).hexdigest() + ".safetensors")
         if cached.exists():
             return safetensors.torch.load_file(cached)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,17 +57,6 @@ WEIGHTS = {
 }
 
 
-def hash_weights(path: str | os.PathLike) -> str:
-    """Return the hexadecimal SHA-256 of a file, computed once while the file does not change."""
-    status = os.stat(path)
-    return _hash_version(str(path), status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=16)
-def _hash_version(path: str, size: int, modified: int) -> str:
-    return disk.hash_file(path)
-
-
 def find_weights(name: str, weights: WeightFiles | None = None) -> Path:
     """Return the checked file of "inception", "vgg16" or "alexnet".
 
@@ -87,7 +75,7 @@ def find_weights(name: str, weights: WeightFiles | None = None) -> Path:
             f"{published.metrics} needs {path} ({published.megabytes} MB), which does not exist; "
             f"download {published.url} to that place, or give weights.{name}=FILE"
         )
-    if path.name == published.file and not hash_weights(path).startswith(published.sha256):
+    if path.name == published.file and not disk.hash_file_once(path).startswith(published.sha256):
         raise RestoreError(f"{path} is damaged: its sha256 must begin with {published.sha256}; download it again")
     key, shape = published.probe
     state = read_weights(path, "meta")
@@ -109,5 +97,5 @@ def parse_weight_files(settings: Sequence[str]) -> dict[str, str]:
 
 def describe_weights(name: str, path: Path) -> dict[str, object]:
     """Return the protocol's entry of a file: its hash, and whether it is the published one."""
-    digest = hash_weights(path)
+    digest = disk.hash_file_once(path)
     return {"file": path.name, "sha256": digest, "published": digest.startswith(WEIGHTS[name].sha256)}

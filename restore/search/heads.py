@@ -21,7 +21,10 @@ from typing import Any
 import yaml
 
 from operators import RestoreError
-from restore import disk
+from restore import disk, zoo
+from restore.backbones.attention_layers import find_attention_layers
+from restore.backbones.base import AttentionLayer
+from restore.backbones.pipeline_files import read_architecture
 from restore.bench import run as benchmarks
 from restore.bench.batches import Batch, list_image_ids
 from restore.bench.config import load_config
@@ -113,10 +116,7 @@ class HeadSearch:
         if {task["backbone"] for task in test["tasks"].values()} - {None, test["backbone"]}:
             raise RestoreError("a search must have one backbone; leave `backbone` out of its tasks")
         self.images = configs.load_halves(**self.halves)
-        from restore.restorer import load
-
-        model = load(test["backbone"], device="cpu", precision=test["precision"], offline=test["offline"])
-        self.pool = configs.list_heads(model.backbone.attention, config["layers"])
+        self.pool = configs.list_heads(find_layers(test["backbone"], test["offline"]), config["layers"])
         self.layers = list(dict.fromkeys(layer for layer, _ in self.pool))
         rounds, top = config["rounds"], config["top"]
         if top * rounds > len(self.pool):
@@ -266,6 +266,14 @@ class HeadSearch:
                     interval = {} if score.shares is None else _estimate(score.shares, "low", "high")
                     metrics[name] = {"value": score.value, **interval, "change": compare_scores(score, base)}
         return table
+
+
+def find_layers(backbone: str, offline: bool) -> Mapping[str, AttentionLayer]:
+    """Return the attention layers of a backbone: from configuration files alone, unless it is a single weight file."""
+    folder = zoo.pull_configuration(backbone, offline)
+    if folder.is_dir():
+        return find_attention_layers(read_architecture(folder))
+    return zoo.load_backbone(backbone, offline=offline)[1].attention
 
 
 def compare_scores(score: Score, none: Score) -> dict[str, float | None]:

@@ -2,7 +2,16 @@
 
 from restore.zoo.load import describe_model, list_models, load_backbone
 from restore.zoo.registry import find_model, read_registry
-from restore.zoo.store import cache_dir, explain_download, forget_checksum, import_file, is_offline, locate, pull
+from restore.zoo.store import (
+    cache_dir,
+    explain_download,
+    forget_checksum,
+    import_file,
+    is_offline,
+    locate,
+    pull,
+    pull_configuration,
+)
 
 __all__ = [
     "cache_dir",
@@ -16,5 +25,6 @@ __all__ = [
     "load_backbone",
     "locate",
     "pull",
+    "pull_configuration",
     "read_registry",
 ]

@@ -23,6 +23,7 @@ from restore.zoo.registry import Hub, Model
 
 # Files of a hub pipeline outside the registry: no second copies in other precisions and formats.
 _PIPELINE_FILES = ("*.json", "*.txt", "*model.safetensors")
+_CONFIGURATION_FILES = ("model_index.json", "*/config.json")
 _WEIGHT_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 
 
@@ -109,6 +110,17 @@ def pull(
     if found.entry is None or found.entry.download is None:
         return found.path
     return _pull_file(found.entry, offline, verify, progress)
+
+
+def pull_configuration(name: str, offline: bool | None = None) -> Path:
+    """Return the folder or file of a model; of a registered hub model that is not here, its configuration files alone.
+
+    Raises RestoreError as `pull` does.
+    """
+    found = locate(name)
+    if found.path is not None or found.hub is None or found.entry is None or is_offline(offline):
+        return found.path or pull(name, offline)
+    return _fetch_snapshot(Hub(found.hub.repo, found.hub.revision, _CONFIGURATION_FILES), offline=False)
 
 
 def import_file(name: str, path: str | Path) -> Path:

@@ -64,6 +64,9 @@ from restore.zoo import store
 from restore.zoo.registry import Hub
 hub = Hub("owner/tiny", files=("model_index.json", "unet/*"))
 assert store._fetch_snapshot(hub, offline=True) is None
+few = store._fetch_snapshot(Hub("owner/tiny", files=store._CONFIGURATION_FILES), offline=False)
+assert sorted(path.name for path in few.rglob("*.*")) == ["config.json", "model_index.json"]
+assert store._fetch_snapshot(hub, offline=True) is None  # not yet whole
 folder = store._fetch_snapshot(hub, offline=False)
 names = sorted(path.name for path in folder.rglob("*.*"))
 assert names == ["big_model.safetensors", "config.json", "model_index.json"], names
