@@ -55,6 +55,11 @@ def test_locating_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
+def test_the_page_of_models_names_every_entry():
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    assert not [name for name in zoo.read_registry() if f"`{name}`" not in text and "adm-imagenet" not in name]
+
+
 def test_every_shipped_entry_is_complete():
     entries = zoo.read_registry()
     assert {"embedded", "adm-ffhq-256", "adm-imagenet-256", "adm-imagenet-512", "sd-1.5"} <= set(entries)
