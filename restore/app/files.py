@@ -19,7 +19,7 @@ from operators import RestoreError
 from restore import disk
 from restore.bench.protocol import find_differences, format_differences
 from restore.images import io
-from restore.images.folder import filter_images
+from restore.images.folder import filter_images, read_sidecar
 from restore.images.io import READABLE_SUFFIXES, WRITABLE_SUFFIXES
 
 # An output name that ends like this is a file, not a folder, and is refused unless the format can be written.
@@ -136,12 +136,6 @@ def check_outputs(photos: Sequence[Photo], outputs: Iterable[Sequence[Path]], ov
                     f"{path} exists and {photo.sidecar.name} does not name it as a result of this program; "
                     "give overwrite=True to replace it, or choose another output folder"
                 )
-
-
-def read_sidecar(path: Path) -> dict[str, Any] | None:
-    """Return the content of a side-car of this program, or None if there is none."""
-    content = disk.read_json(path)
-    return content if isinstance(content, dict) and isinstance(content.get("files"), list) else None
 
 
 def is_finished(photo: Photo, expected: Mapping[str, Any]) -> bool:

@@ -145,5 +145,7 @@ def evaluate(
     for kind in ("missing", "mismatched", "extra"):
         if names := getattr(done, kind):
             typer.echo(f"{kind}: {len(names)}, e.g. {', '.join(names[:3])}")
+    for name, reason in done.failed.items():
+        typer.echo(f"{name} cannot be measured: {reason}")
     for note in done.notes:
         typer.echo(note)

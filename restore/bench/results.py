@@ -24,12 +24,14 @@ from restore.metrics.statistics import bootstrap_mean
 from restore.versions import hash_own_code
 
 REFERENCES = ("reference", "full_reference")  # keys of the configuration that name folders to compare sets with
+SMALL = 64  # pixels; below this side some metrics cannot measure an image
 
 
-def check_metrics(config: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """Return the metrics' entry of the protocol. count: images per task.
+def check_metrics(config: Mapping[str, Any], count: int, images: ImageSet | None = None) -> dict[str, Any]:
+    """Return the metrics' entry of the protocol. count: images per task. images: to be compared with, if any.
 
-    Raises RestoreError for everything that would fail after the run: weights, references, too few images.
+    Raises RestoreError for everything that would fail after the run: weights, references, too few images, and images
+    that are too small for a metric, all of them named.
     """
     wanted, options = config["metrics"], metric_options(config)
     rows = table.select_metrics(wanted["names"])
@@ -38,7 +40,9 @@ def check_metrics(config: Mapping[str, Any], count: int) -> dict[str, Any]:
     for name in () if is_restoration else table.select_metrics(wanted["names"], "paired"):
         raise RestoreError(f"{name} compares with a true image, which {config['kind']} does not have; leave it out")
     entry = table.check_metrics(table.BASE_METRICS | rows if is_restoration else rows, options)
-    table.load_paired_metrics(rows, options)
+    functions = table.load_paired_metrics(table.BASE_METRICS | rows if is_restoration else rows, options)
+    if images is not None:
+        _check_sizes(images, {name: function for name, function in functions.items() if name in table.METRICS})
     if "coverage" in rows:
         k = config["samples"]
         entry["coverage"] += f"; {(k - 1) / (k + 1):.3f} for exact posterior samples"
@@ -55,6 +59,28 @@ def check_metrics(config: Mapping[str, Any], count: int) -> dict[str, Any]:
                 sets.check_set_size(len(files), key, options.allow_small)
                 entry[key] = {"count": len(files), "sha256": disk.hash_files(files)}
     return entry
+
+
+def _check_sizes(images: ImageSet, functions: Mapping[str, Callable]) -> None:
+    failed: dict[str, str] = {}
+    for height, width in sorted({shape for shape in images.shapes if min(shape) < SMALL}):
+        blank = torch.zeros(1, 3, height, width)
+        try:
+            for function in functions.values():
+                function(blank, blank)
+        except RestoreError as error:
+            ids = (key for key, shape in zip(images.ids, images.shapes, strict=True) if shape == (height, width))
+            failed |= dict.fromkeys(ids, str(error))
+    if failed:
+        raise RestoreError(
+            f"{len(failed)} of {len(images)} images cannot be measured: {_shorten_reasons(failed)}; remove them, leave"
+            " the metric out, or give data.size=PIXELS"
+        )
+
+
+def _shorten_reasons(failed: Mapping[str, str], limit: int = 10) -> str:
+    parts = [f"{key} ({reason})" for key, reason in list(failed.items())[:limit]]
+    return ", ".join(parts + ["..."] * (len(failed) > limit))
 
 
 def metric_options(config: Mapping[str, Any]) -> table.MetricOptions:
@@ -193,7 +219,10 @@ def _measure_files(run, config, task, method, rows, complete: bool, functions, d
     truth = {key: run / "truth" / path.name for key, path in files.items()}
     result: dict[str, Any] = {"paired": {}, "set_values": {}}
     if functions:
-        for row in evaluate.compare_images([(key, files[key], truth[key]) for key in files], functions):
+        compared, failed = evaluate.compare_images([(key, files[key], truth[key]) for key in files], functions)
+        if failed:
+            raise RestoreError(f"{len(failed)} images cannot be measured: {_shorten_reasons(failed)}")
+        for row in compared:
             values = {name: row[name] if math.isfinite(row[name]) else None for name in functions}
             result["paired"][row["image"]] = values  # JSON has no infinity
     of_sets = table.select_metrics(wanted["names"], "set")

@@ -145,7 +145,7 @@ def _prepare(config: Any, overrides: Sequence[str]) -> tuple[dict, Path, ImageSe
     batches = make_batches(config, images)
     count = min(len(list_image_ids(config, task, images)) for task in config["tasks"])
     folder = Path(config["out"] or Path("runs") / config["name"])
-    return config, folder, images, batches, results.check_metrics(config, count)
+    return config, folder, images, batches, results.check_metrics(config, count, images)
 
 
 def _set_steps(config: Mapping[str, Any], n: int) -> dict[str, Any]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from operators import RestoreError
+from restore import disk
 from restore.images import io
 from restore.images.io import READABLE_SUFFIXES
 
 # Files that may lie beside images; any other file in an image folder is reported.
 SIDECAR_SUFFIXES = (".json", ".jsonl", ".csv", ".txt", ".md", ".yaml", ".yml", ".log", ".html")
+SIDECAR_BYTES = 1 << 22  # larger JSON files are annotations of a data set
 
 
 def filter_images(paths: Iterable[Path]) -> list[Path]:
@@ -22,8 +25,33 @@ def filter_images(paths: Iterable[Path]) -> list[Path]:
     return sorted(p for p in paths if p.suffix.lower() in READABLE_SUFFIXES and p.name[0] != "." and p.is_file())
 
 
+def read_sidecar(path: Path) -> dict[str, Any] | None:
+    """Return the content of a side-car of this program, the JSON file beside a result; None if it is none."""
+    try:
+        is_small = path.stat().st_size < SIDECAR_BYTES
+    except OSError:
+        return None
+    content = disk.read_json(path) if is_small else None
+    return content if isinstance(content, dict) and isinstance(content.get("files"), list) else None
+
+
+def drop_companions(paths: Sequence[Path]) -> list[Path]:
+    """Return the images that are results or of other origin: without those that a side-car names after its result
+    (degraded, mean, spread, other samples), results of an interrupted run, and a benchmark's samples and spreads."""
+    companions: set[Path] = set()
+    for folder in dict.fromkeys(path.parent for path in paths):
+        for sidecar in folder.glob("*.json"):
+            if content := read_sidecar(sidecar):
+                is_finished = content.get("finished", True)
+                companions |= {folder / str(name) for name in content["files"][1 if is_finished else 0 :]}
+        if folder.name in ("samples", "spread") and (folder.parent / "rows").is_dir():
+            companions |= {path for path in paths if path.parent == folder}
+    return [path for path in paths if path not in companions]
+
+
 def list_images(folder: str | os.PathLike) -> tuple[dict[str, Path], list[str]]:
-    """Return all images below `folder` by id (the relative path without suffix), sorted, and the names of other files.
+    """Return all images below `folder` by id, sorted, without the companions of results (see `drop_companions`), and
+    the names of other files. The id is the relative path without suffix; of a benchmark's result, that of its image.
     Raises RestoreError if the folder is missing or has no image, or if two files share an id."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -31,8 +59,11 @@ def list_images(folder: str | os.PathLike) -> tuple[dict[str, Path], list[str]]:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = [path for path in files if not any(part[0] == "." for part in path.relative_to(folder).parts)]
     found: dict[str, Path] = {}
-    for path in filter_images(files):
-        key = path.relative_to(folder).with_suffix("").as_posix()
+    for path in drop_companions(filter_images(files)):
+        name = path.with_suffix("").name
+        row = disk.read_json(path.parent / "rows" / f"{name}.json")  # of a benchmark's result
+        name = str(row["image"]) if isinstance(row, Mapping) and "sha256" in row and "image" in row else name
+        key = (path.relative_to(folder).parent / name).as_posix()
         if key in found:
             raise RestoreError(f"{found[key].name} and {path.name} in {path.parent} share the id {key}; remove one")
         found[key] = path

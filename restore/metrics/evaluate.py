@@ -7,14 +7,14 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import torch
 
 from operators import RestoreError
 from restore import disk
-from restore.images.folder import list_images, read_image_size, read_rgb
+from restore.images.folder import list_images, read_image_size, read_rgb, read_sidecar
 from restore.metrics import sets, table
 from restore.metrics.statistics import BootstrapMean, bootstrap_mean
 from restore.versions import collect_versions
@@ -29,7 +29,8 @@ class Evaluation:
         allowed, as an average over the images that happen to exist is not the number asked for.
     set_values: the set metrics, some with a `_std`; `full_` marks the second reference.
     missing, mismatched, extra: reference images without a result, results of another size, results without a
-        reference. `complete` is true if the first two are empty.
+        reference. failed: id to the reason of images that a paired metric cannot measure, such as too small ones.
+        `complete` is true if all but `extra` are empty.
     """
 
     per_image: list[dict[str, Any]]
@@ -39,12 +40,13 @@ class Evaluation:
     missing: list[str]
     mismatched: list[str]
     extra: list[str]
+    failed: dict[str, str] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
-        return not self.missing and not self.mismatched
+        return not (self.missing or self.mismatched or self.failed)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, ready for JSON: infinite values (the PSNR of an exact result) and NaN become None."""
@@ -68,8 +70,9 @@ def evaluate(
     """Compare a folder of results with a folder of reference images.
 
     metrics: names of the table that need no benchmark run, or "module:function". Paired ones compare image by image
-        (a result belongs to the reference image of the same name, folders included, suffix aside), the others set
-        against set (names do not matter).
+        (a result belongs to the reference image of the same name, folders included, suffix aside, or of the name of
+        its input, which a side-car of `restore run` tells), the others set against set (names do not matter). Of the
+        files that `restore run` and `restore bench` write, only results count: no means, spreads or other samples.
     options: see table.MetricOptions. full_reference: a second, larger set for fid, kid and pr, reported apart with
         the prefix `full_`. allow_incomplete: permit means over fewer images than the reference has. cache: folder of
         reference features, the user's cache if None. progress: called with (done, total) as images are compared.
@@ -84,6 +87,7 @@ def evaluate(
     set_metrics = table.select_metrics(metrics, "set")
     found, ignored = list_images(results)
     truth, ignored_truth = list_images(reference)
+    found = _rename_by_sidecars(found, truth)
     protocol: dict[str, Any] = {"versions": collect_versions(), "metrics": table.check_metrics(rows, options)}
     functions = table.load_paired_metrics(rows, options, device)
 
@@ -103,17 +107,18 @@ def evaluate(
                 f"{results} and {reference} must share names of images to be compared one by one, got none; rename"
                 " them, or give metrics of sets only"
             )
-    per_image = compare_images([(key, found[key], truth[key]) for key in common], functions, batch_size, progress)
+    triples = [(key, found[key], truth[key]) for key in common]
+    per_image, failed = compare_images(triples, functions, batch_size, progress)
     protocol["reference"] = {"count": len(truth), "sha256": disk.hash_files(list(truth.values()))}
 
-    usable = allow_incomplete or not (missing or mismatched)
+    usable = allow_incomplete or not (missing or mismatched or failed)
     averaged = functions if per_image and usable else {}
     means = {name: bootstrap_mean([row[name] for row in per_image]) for name in averaged}
     set_values: dict[str, float] = {}
     if set_metrics and not usable:
         notes.append("set metrics were not computed, as the results are incomplete")
     elif set_metrics:
-        files = [found[key] for key in common] if functions else list(found.values())
+        files = [found[row["image"]] for row in per_image] if functions else list(found.values())
         full = None
         if full_reference is not None:
             full = list(list_images(full_reference)[0].values())
@@ -124,7 +129,18 @@ def evaluate(
         if min(len(files), len(truth)) < sets.MINIMUM_IMAGES:
             notes.append(f"set metrics of {len(files)} against {len(truth)} images: too few to compare with papers")
     expected = len(truth) if functions else len(found)
-    return Evaluation(per_image, means, set_values, expected, missing, mismatched, extra, protocol, notes)
+    return Evaluation(per_image, means, set_values, expected, missing, mismatched, extra, failed, protocol, notes)
+
+
+def _rename_by_sidecars(found: Mapping[str, Path], truth: Mapping[str, Path]) -> dict[str, Path]:
+    """Results by id; one without a reference takes the id of its input, if a side-car names that and it has one."""
+    renamed = dict(found)
+    for key in found.keys() - truth.keys():
+        sidecar = read_sidecar(found[key].with_suffix(".json")) or {}
+        other = PurePosixPath(key).with_name(PurePath(str(sidecar.get("input") or key)).stem).as_posix()
+        if other in truth and other not in renamed:
+            renamed[other] = renamed.pop(key)
+    return renamed
 
 
 def compare_images(
@@ -132,24 +148,32 @@ def compare_images(
     functions: Mapping[str, Callable],
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Return a row of paired metrics for each (image id, result file, reference file).
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Return a row of paired metrics for each (image id, result file, reference file), and {image id: reason} of those
+    for which a metric raised RestoreError, such as images that are too small for it.
 
     functions: name to f(result, truth), see table.load_paired_metrics. Raises RestoreError if one does not return
     one number per image.
     """
     rows: list[dict[str, Any]] = []
-    while len(rows) < len(triples):
+    failed: dict[str, str] = {}
+    done = 0
+    while done < len(triples):
         batch, pairs = [], []
-        for key, *paths in triples[len(rows) : len(rows) + batch_size]:
+        for key, *paths in triples[done : done + batch_size]:
             pair = [torch.from_numpy(read_rgb(path).copy()).permute(2, 0, 1) for path in paths]
             if pairs and pair[0].shape != pairs[0][0].shape:
                 break
             batch.append({"image": key})
             pairs.append(pair)
         image, truth = (torch.stack(side).float() / 127.5 - 1 for side in zip(*pairs, strict=True))
-        for name, function in functions.items():
-            values = torch.as_tensor(function(image, truth))
+        done += len(batch)
+        try:
+            measured = {name: torch.as_tensor(function(image, truth)) for name, function in functions.items()}
+        except RestoreError as error:  # images of one size fail together
+            failed |= {row["image"]: str(error) for row in batch}
+            continue
+        for name, values in measured.items():
             if values.shape != (len(batch),):
                 raise RestoreError(
                     f"the metric {name} must return (B,) values, got {tuple(values.shape)} for {len(batch)} images"
@@ -158,5 +182,5 @@ def compare_images(
                 row[name] = value
         rows += batch
         if progress is not None:
-            progress(len(rows), len(triples))
-    return rows
+            progress(done, len(triples))
+    return rows, failed

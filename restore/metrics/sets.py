@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from operators import RestoreError
 from restore import disk, zoo
 from restore.backbones.weights import read_weights
-from restore.images.folder import read_rgb
+from restore.images.folder import read_image_size, read_rgb
 from restore.metrics.weights import WeightFiles, find_weights
 
 MINIMUM_IMAGES = 1000
@@ -84,14 +85,16 @@ def extract_features(
     result is kept under the hash of images, weights, network and version.
     """
     import safetensors.torch
+    from safetensors import SafetensorError
 
     path, layers = find_weights(network, weights), sorted(set(layers))
     cached = None
     if cache is not None:
         key = [disk.hash_files(paths), disk.hash_file_once(path), network, version("torch-fidelity"), *layers]
         cached = Path(cache) / (hashlib.sha256("\n".join(key).encode()).hexdigest() + ".safetensors")
-        if cached.exists():
+        with suppress(OSError, SafetensorError):  # missing or damaged: made again
             return safetensors.torch.load_file(cached)
+    check_one_size(paths)
     fidelity_layers = [layer for layer in layers if layer != VGG_MEANS]
     models = []
     if fidelity_layers:
@@ -111,8 +114,6 @@ def extract_features(
     # No worker processes: decoding is cheap beside the network, and a library must not fork under its caller.
     for first in range(0, len(paths), batch_size):
         pixels = [read_rgb(p) for p in paths[first : first + batch_size]]
-        if len({p.shape for p in pixels}) > 1:
-            raise RestoreError(f"the images in {paths[0].parent} must have one size, got several; bring them to one")
         batch = torch.stack([torch.from_numpy(p.copy()).permute(2, 0, 1) for p in pixels]).to(device)
         with torch.no_grad():
             for names, model in models:
@@ -122,6 +123,21 @@ def extract_features(
     if cached is not None:
         disk.write_safetensors(disk.make_folder(cached.parent) / cached.name, result)
     return result
+
+
+def check_one_size(paths: Sequence[Path]) -> None:
+    """Raise RestoreError, naming the images of another size than most, unless all have one size."""
+    sizes: dict[tuple[int, int], list[str]] = {}
+    for path in paths:
+        sizes.setdefault(read_image_size(path), []).append(path.name)
+    most = max(sizes, key=lambda size: len(sizes[size]), default=None)
+    others = [f"{name} ({size[1]} x {size[0]})" for size, names in sizes.items() if size != most for name in names]
+    if others:
+        shown = ", ".join(others[:10] + ["..."] * (len(others) > 10))
+        raise RestoreError(
+            f"the images in {paths[0].parent} must have one size, most have {most[1]} x {most[0]}, got {shown}; bring"
+            " them to one or remove them"
+        )
 
 
 class VGGMeans(torch.nn.Module):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from operators import RestoreError
-from restore.images.folder import filter_images
+from restore.images.folder import drop_companions, filter_images
 
 HELD_OUT_CROPS = 2
 
@@ -61,7 +61,7 @@ def list_files(folder: str | Path) -> list[Path]:
     """Return the image files directly in `folder`, sorted by name. Raises RestoreError if there are none."""
     if not Path(folder).is_dir():
         raise RestoreError(f"data.folder must be a folder, but {folder} does not exist; set data.folder=PATH")
-    files = filter_images(Path(folder).iterdir())
+    files = drop_companions(filter_images(Path(folder).iterdir()))
     if not files:
         raise RestoreError(f"data.folder must have images, but there are none directly in {folder}")
     return files
