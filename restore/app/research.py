@@ -119,6 +119,9 @@ def evaluate(
     weights: Annotated[
         list[str] | None, typer.Option(help="Networks: inception=FILE, vgg16=FILE, alexnet=FILE.")
     ] = None,
+    is_split_size: Annotated[
+        int | None, typer.Option(min=1, help="Images of a split of IS; ADM's evaluator: 5000; default: ten splits.")
+    ] = None,
     device: Device = "auto",
     allow_small: Annotated[bool, typer.Option("--allow-small", help="Allow FID on few images.")] = False,
     allow_incomplete: Annotated[bool, typer.Option("--allow-incomplete", help="Allow means over a part.")] = False,
@@ -132,7 +135,8 @@ def evaluate(
     from restore.restorer import choose_device
 
     names = [name.strip() for name in metrics.split(",") if name.strip()]
-    settings = MetricOptions(lpips_net, parse_weight_files(weights or []), allow_small=allow_small)
+    files = parse_weight_files(weights or [])
+    settings = MetricOptions(lpips_net, files, allow_small=allow_small, is_split_size=is_split_size)
     more = {"full_reference": full_reference, "allow_incomplete": allow_incomplete}
     done = compare(results, reference, metrics=names, options=settings, device=str(choose_device(device)), **more)
     if out is not None:

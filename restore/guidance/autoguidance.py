@@ -20,7 +20,8 @@ class Autoguidance(Term):
     """Guidance by a smaller model or an earlier checkpoint. See Term for scale, interval and schedule.
 
     model: a name of `restore models list`, a folder, a file, or a backbone; loaded once, to the strong model's device
-        and precision. It must predict the same x, and is evaluated at the time of the same ratio sigma / alpha.
+        and precision. It must predict the same x, and is evaluated at the time of the same ratio sigma / alpha. One
+        without classes gets no label: CFG from two models (PAG, Fig. 41).
     """
 
     model: Any
@@ -61,18 +62,25 @@ class Autoguidance(Term):
 def predict_by(weak: Backbone, backbone: Backbone) -> WeakPass:
     """Return the pass in which `weak` predicts at the noise level that t has on `backbone`."""
     here, there = backbone.schedule, weak.schedule
+    takes_no_class = getattr(unwrap(weak), "classes", ()) is None
     same_times = np.array_equal(here.ts, there.ts) and np.array_equal(here.ratios, there.ratios)
     sized = backbone.inner if isinstance(backbone, Renormalised) else backbone
 
     def eps(x_t: torch.Tensor, t: float, condition: Any, strong: Prediction) -> torch.Tensor:
         if not same_times:
             t = there.t(here.ratio(min(t, here.ts[-1])))
+        if takes_no_class and _is_class(condition):
+            condition = None
         eps = weak.predict(x_t, t, condition).eps
         if isinstance(sized, Sized):  # which counts the evaluations of the run
             sized.evaluations += 1
         return eps
 
     return WeakPass(eps)
+
+
+def _is_class(condition: Any) -> bool:
+    return isinstance(condition, int) or (isinstance(condition, torch.Tensor) and not condition.is_floating_point())
 
 
 def unwrap(backbone: Backbone) -> Backbone:

@@ -7,6 +7,7 @@ content, and a refusal of sets too small for the number to mean anything.
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -51,11 +52,17 @@ def kid(results: torch.Tensor, reference: torch.Tensor, name: str = "kid") -> di
     return {f"{name}{end}": out[f"kernel_inception_distance_{k}"] for end, k in (("", "mean"), ("_std", "std"))}
 
 
-def inception_score(results: torch.Tensor, reference: None = None) -> dict[str, float]:
-    """Return the Inception Score (Salimans et al. 2016) over ten splits, of logits (N, 1008)."""
+def inception_score(
+    results: torch.Tensor, reference: None = None, *, split_size: int | None = None
+) -> dict[str, float]:
+    """Return the Inception Score (Salimans et al. 2016), the mean over splits, of logits (N, 1008).
+
+    split_size: images of a split, at most, in equal splits (ADM's evaluator: 5000). None: ten splits of any set.
+    """
     from torch_fidelity.metric_isc import isc_features_to_metric
 
-    out = isc_features_to_metric(results, splits=min(10, len(results)))
+    splits = min(10, len(results)) if split_size is None else math.ceil(len(results) / split_size)
+    out = isc_features_to_metric(results, splits=splits)
     return {"is": out["inception_score_mean"], "is_std": out["inception_score_std"]}
 
 
@@ -210,7 +217,8 @@ def compute_set_metrics(
         for name in compared if prefix else metrics:
             if name not in computed:
                 network, layer = networks[name]
-                computed |= metrics[name].function(ours[network][layer], theirs.get(network, {}).get(layer))
+                features, settings = theirs.get(network, {}).get(layer), metrics[name].settings(options)
+                computed |= metrics[name].function(ours[network][layer], features, **settings)
         # Functions that give two metrics at once (precision and recall) may give one that was not requested.
         values |= {
             prefix + name: float(value)

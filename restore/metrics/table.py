@@ -21,7 +21,8 @@ class MetricOptions:
     lpips_net: alex or vgg. weights: files of networks, see weights.find_weights. pr_network: vgg16 (Kynkaanniemi et
     al. 2019) or inception (ADM's evaluator). fid_layer: of Inception. allow_small: permit set metrics below
     sets.MINIMUM_IMAGES. lpips_enlarge: factor by which images are enlarged (bicubic) for LPIPS; at 64 pixels
-    AlexNet's last layers would have 3 x 3 positions.
+    AlexNet's last layers would have 3 x 3 positions. is_split_size: images of a split of the Inception Score, at most,
+    which grows with it (ADM's evaluator: 5000); None: ten splits of any set.
     """
 
     lpips_net: str = "alex"
@@ -30,6 +31,7 @@ class MetricOptions:
     fid_layer: str = "2048"
     allow_small: bool = False
     lpips_enlarge: int = 1
+    is_split_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,11 @@ class Metric:
     kind: what it is computed on, which decides the signature of `function`:
         "paired": f(result, truth) -> (B,), images (B, 3, H, W) in [-1, 1]; with a network, f(options, device)
             returns that function.
-        "set": f(results, reference) -> {name: value} on features (N, C); reference is None if `no_reference`.
+        "set": f(results, reference, **settings) -> {name: value} on features (N, C); reference is None if
+            `no_reference`.
         "samples", "pairs" and "cost" come from a benchmark run: its samples, its prompts, its clock.
-    network: options -> (name in weights.WEIGHTS, layer).
+    network: options -> (name in weights.WEIGHTS, layer). settings: options -> keywords of `function`, part of the
+    protocol.
     """
 
     label: str
@@ -52,6 +56,7 @@ class Metric:
     function: Callable | None = None
     network: Callable[[MetricOptions], tuple[str, str]] | None = None
     no_reference: bool = False
+    settings: Callable[[MetricOptions], dict[str, Any]] = lambda options: {}
 
 
 def _lpips_network(options: MetricOptions) -> tuple[str, str]:
@@ -66,6 +71,15 @@ def _pr_network(options: MetricOptions) -> tuple[str, str]:
     return options.pr_network, known[options.pr_network]
 
 
+def _is_settings(options: MetricOptions) -> dict[str, Any]:
+    size = options.is_split_size
+    if size is not None and size < 1:
+        raise RestoreError(
+            f"is_split_size must be a whole number of images from 1 on, or null for ten splits, got {size}"
+        )
+    return {"split_size": size}
+
+
 def load_lpips(options: MetricOptions, device: str = "cpu") -> single.LPIPS:
     """Load the LPIPS network that the options describe."""
     return single.LPIPS(options.lpips_net, options.weights, device, options.lpips_enlarge)
@@ -76,6 +90,7 @@ _FID = {"function": sets.fid, "network": lambda options: ("inception", options.f
 _KID = {"function": sets.kid, "network": lambda options: ("inception", "2048")}
 _KID_VGG = {"function": partial(sets.kid, name="kid_vgg16"), "network": lambda options: ("vgg16", sets.VGG_MEANS)}
 _IS = {"function": sets.inception_score, "network": lambda options: ("inception", "logits_unbiased")}
+_IS |= {"no_reference": True, "settings": _is_settings}
 _PR = {"function": sets.precision_recall, "network": _pr_network}
 _KID_VGG_MEANING = "cubic polynomial kernel distance of VGG-16 relu5_3, averaged over each image"
 _CPU_MEANING = "processor seconds of sampling per image, summed over threads; waiting does not count"
@@ -87,7 +102,7 @@ METRICS = {
     "fid": Metric("FID", -1, 2, "Frechet distance of Inception features", "set", **_FID),
     "kid": Metric("KID", -1, 5, "kernel distance of Inception features", "set", **_KID),
     "kid_vgg16": Metric("KID-VGG16", -1, 5, _KID_VGG_MEANING, "set", **_KID_VGG),
-    "is": Metric("IS", 1, 2, "Inception Score", "set", **_IS, no_reference=True),
+    "is": Metric("IS", 1, 2, "Inception Score", "set", **_IS),
     "precision": Metric("Precision", 1, 3, "share of results that look like true images, 3 neighbours", "set", **_PR),
     "recall": Metric("Recall", 1, 3, "share of true images that the results cover, 3 neighbours", "set", **_PR),
     "lpips_pairs": Metric(
@@ -152,6 +167,8 @@ def check_metrics(metrics: Mapping[str, Metric], options: MetricOptions) -> dict
     for name, row in metrics.items():
         if row.kind != "cost":
             entry[name] = row.meaning + (f"; {' '.join(needed[name])}" if name in needed else "")
+            for key, value in row.settings(options).items():
+                entry[name] += f"; {key} {'ten splits' if value is None else value}"
     if needed:
         files = {weights: find_weights(weights, options.weights) for weights, _ in sorted(set(needed.values()))}
         entry["weights"] = {name: describe_weights(name, path) for name, path in files.items()}

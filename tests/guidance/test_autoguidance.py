@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from diffusers import UNet2DModel
 from weak_passes import relative, weak_of
 
 from restore import zoo
@@ -29,6 +30,24 @@ def test_autoguidance(model, x, tiny_adm, monkeypatch):
     with estimator(model, guidance), estimator(model, guidance):
         assert len(loads) == 1
     assert build_guidance(describe_guidance(guidance)).terms == (guidance,)
+
+
+def test_a_label_goes_only_to_a_model_with_classes(tiny_adm):
+    """CFG from two models, a class-conditional and an unconditional one (PAG, Ahn et al. 2024, App. E.1, Fig. 41)."""
+    unconditional = ADM.load(tiny_adm)
+    config = {**unconditional.network.config, "num_class_embeds": 3}
+    torch.manual_seed(1)
+    conditional, other = (ADM(UNet2DModel.from_config(config)) for _ in range(2))
+    x, labels = torch.randn(2, 3, 16, 16), torch.tensor([0, 2])
+    for prior in (conditional, Sized(conditional, *x.shape[-2:])):
+        with torch.no_grad(), estimator(prior, Autoguidance(3.0, unconditional)) as estimate:
+            strong, eps = estimate(x, 250, labels)
+            c, u = conditional.predict(x, 250, labels).eps, unconditional.predict(x, 250).eps
+        assert relative(strong.eps, c) < 1e-6 and relative(eps, c + 3.0 * (c - u)) < 1e-5
+    with torch.no_grad():  # one with classes gets them
+        with estimator(conditional, Autoguidance(3.0, other)) as estimate:
+            _, eps = estimate(x, 250, labels)
+        assert relative(eps, c + 3.0 * (c - other.predict(x, 250, labels).eps)) < 1e-5
 
 
 def test_autoguidance_by_the_model_itself_changes_nothing(x, tiny_adm):

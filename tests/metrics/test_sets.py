@@ -174,3 +174,31 @@ def test_files_of_weights_that_are_incomplete_are_named(tmp_path, vgg16_features
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     with pytest.raises(RestoreError, match="not a readable checkpoint"):
         check_metrics(select_metrics(["kid_vgg16"]), MetricOptions(weights={"vgg16": tmp_path / "broken.safetensors"}))
+
+
+def test_splits_of_the_inception_score():
+    """As torch-fidelity's function with the number of splits; one split of 5,000 as ADM's evaluator is no ten of 500."""
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    logits = 3 * torch.randn(100, 1008, generator=torch.Generator().manual_seed(0))
+    p = logits.double().softmax(1)
+    one = float((p * (p / p.mean(0)).log()).sum(1).mean().exp())
+    for size, splits in ((None, 10), (10, 10), (100, 1), (5000, 1), (30, 4)):
+        expected = isc_features_to_metric(logits, splits=splits)["inception_score_mean"]
+        assert sets.inception_score(logits, split_size=size)["is"] == expected
+        if splits == 1:
+            assert abs(expected - one) < 1e-9 * one
+    assert sets.inception_score(logits)["is"] < 0.9 * one  # grows with the images of a split
+
+
+def test_the_split_size_is_measured_with_and_in_the_protocol(folders, inception_weights):
+    _, results, _ = folders
+    values = {}
+    for size in (None, 20, 5):
+        options = MetricOptions(weights={"inception": inception_weights}, allow_small=True, is_split_size=size)
+        rows = select_metrics(["is"])
+        values[size] = sets.compute_set_metrics(results, None, rows, options)["is"]
+        assert check_metrics(rows, options)["is"].endswith(f"split_size {size or 'ten splits'}")
+    assert values[20] > values[5] > values[None]
+    with pytest.raises(RestoreError, match="is_split_size"):
+        check_metrics(rows, MetricOptions(weights={"inception": inception_weights}, is_split_size=0))
