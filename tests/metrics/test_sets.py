@@ -177,7 +177,7 @@ def test_files_of_weights_that_are_incomplete_are_named(tmp_path, vgg16_features
 
 
 def test_splits_of_the_inception_score():
-    """As torch-fidelity's function with the number of splits; one split of 5,000 as ADM's evaluator is no ten of 500."""
+    """As torch-fidelity's function with the number of splits; a split of 5,000, as ADM's, is no ten of 500."""
     from torch_fidelity.metric_isc import isc_features_to_metric
 
     logits = 3 * torch.randn(100, 1008, generator=torch.Generator().manual_seed(0))
