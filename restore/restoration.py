@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from PIL import Image
 import operators
 from operators import RestoreError
 from operators.naming import check_known
+from restore import samplers
 from restore.backbones.sizes import Sized
 from restore.guidance import Guidance, Record, record_guidance
 from restore.images import io
@@ -23,7 +24,7 @@ from restore.images import io
 class Restoration:
     """The result of one call of a Restorer for B measurements and K samples each.
 
-    samples: (B, K, 3, H, W) in [-1, 1], clamped; sample k does not depend on K.
+    samples: (B, K, C, H, W) in [-1, 1], clamped; C = 3, or 1 of a prior of grey images. Sample k does not depend on K.
     residual: ||y - A(x)||_2 of every sample, (B, K); residual_ratio: the same divided by
         sigma_y sqrt(m), near 1 for a sample that explains y up to its noise; None when sigma_y is unknown.
     nfe: network evaluations per sample, weak passes included. seconds: wall time of the call.
@@ -39,17 +40,18 @@ class Restoration:
 
     @property
     def images(self) -> list[Image.Image]:
-        """The first sample of every measurement as PIL images."""
-        return [io.to_pil(x) for x in self.samples[:, 0]]
+        """The first sample of every measurement as PIL images, RGB or grey."""
+        pictures = [io.to_pil(x.expand(3, -1, -1)) for x in self.samples[:, 0]]
+        return [picture.convert("L") for picture in pictures] if self.samples.shape[2] == 1 else pictures
 
     @property
     def mean(self) -> torch.Tensor:
-        """Mean over the samples, (B, 3, H, W): the estimate of least squared error."""
+        """Mean over the samples, (B, C, H, W): the estimate of least squared error."""
         return self.samples.mean(dim=1)
 
     @property
     def spread(self) -> torch.Tensor:
-        """Standard deviation over the samples per pixel, (B, 3, H, W); zero for a single sample."""
+        """Standard deviation over the samples per pixel, (B, C, H, W); zero for a single sample."""
         return self.samples.std(dim=1, correction=0)
 
 
@@ -84,11 +86,23 @@ def explain_out_of_memory() -> Iterator[None]:
         ) from error
 
 
-def prepare_measurement(y: Any, operator: Any, device: torch.device) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """Return y (B, ...) on the device and the shape of its images; a grey y becomes three equal channels if those
-    would be grey.
+def check_channels(given: int, known: int, per_channel: bool = False) -> None:
+    """Raise RestoreError unless a prior of images of `known` channels can restore images of `given` channels."""
+    if known == 1 and not (given == 1 or (given == 3 and per_channel)):
+        advice = "; convert them, or load the model with per_channel=True, which restores each channel by itself"
+        got = f"got {given} channels{advice * (given == 3)}"
+        raise RestoreError(f"images must be grey, of 1 channel, for a prior of grey images, {got}")
+    if known == 3 and given != 3:
+        raise RestoreError(f"images must have 3 channels, or 1 for grey ones, got {given}")
 
-    Raises RestoreError for NaN, and in a picture for numbers far outside of [-1, 1].
+
+def prepare_measurement(
+    y: Any, operator: Any, device: torch.device, known: int = 3, per_channel: bool = False
+) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Return y (B, ...) on the device and the shape of its images, for a prior of images of `known` channels.
+
+    For a prior of colour images a grey y becomes three equal channels if its images would be grey.
+    Raises RestoreError for NaN, in a picture for numbers far outside of [-1, 1], and as `check_channels` does.
     """
     if isinstance(y, torch.Tensor) and y.is_floating_point() and y.dim() not in (3, 4):
         if not torch.isfinite(y).all():
@@ -99,20 +113,57 @@ def prepare_measurement(y: Any, operator: Any, device: torch.device) -> tuple[to
         y = io.to_tensor(y, channels=None, largest=8.0 if is_linear else float("inf"))
     y = y.to(device)
     shape = operators.image_shape(operator, y)
-    if shape[1] != 1:
-        return y, shape
-    y = y.expand(-1, 3, -1, -1)
-    return y, operators.image_shape(operator, y)
+    if shape[1] == 1 and known == 3:
+        y = y.expand(-1, 3, -1, -1)
+        shape = operators.image_shape(operator, y)
+    check_channels(shape[1], known, per_channel)
+    return y, shape
 
 
-def hash_backbone(backbone: Any) -> str:
-    """Return twelve hexadecimal digits of the weights of a backbone's network and autoencoder in memory."""
-    digest = hashlib.blake2b(digest_size=6)
-    for network in (backbone.network, getattr(backbone, "vae", None)):
-        for name, tensor in sorted(network.state_dict().items()) if network is not None else ():
-            digest.update(name.encode())
-            digest.update(tensor.detach().contiguous().reshape(-1).cpu().view(torch.uint8).numpy())
-    return digest.hexdigest()
+def split_channels(y: torch.Tensor, operator: Any, shape: tuple[int, ...]) -> tuple[torch.Tensor, Any]:
+    """Return y of images of this shape (B, C, H, W) as the measurement of B·C grey images, and their operator.
+
+    Raises RestoreError for an operator that mixes the channels.
+    """
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(y)
+    single = operators.select_rows(operator, [b for b in range(shape[0]) for _ in range(shape[1])])
+    try:
+        with torch.no_grad():
+            apart = single.A(x.flatten(0, 1)[:, None])
+            is_split = torch.allclose(apart, operator.A(x).flatten(0, 1)[:, None], rtol=1e-3, atol=1e-4)
+    except (RestoreError, RuntimeError):
+        is_split = False
+    if not is_split:
+        raise RestoreError(
+            f"operator must leave the channels apart to restore each by itself, got {type(operator).__name__}; try a "
+            "prior of colour images"
+        )
+    return y.flatten(0, 1)[:, None], single
+
+
+def join_channels(result: Restoration, channels: int) -> Restoration:
+    """Return the result of B·C grey images as that of B images of C channels, with the residual of all of them."""
+
+    def gather(values: torch.Tensor) -> torch.Tensor:
+        return values.unflatten(0, (-1, channels))
+
+    ratio = result.residual_ratio
+    return replace(
+        result,
+        samples=gather(result.samples).transpose(1, 2).squeeze(3),
+        residual=gather(result.residual).square().sum(1).sqrt(),
+        residual_ratio=None if ratio is None else gather(ratio).square().mean(1).sqrt(),
+        nfe=channels * result.nfe,
+    )
+
+
+def measure_residual(x: torch.Tensor, y: torch.Tensor, operator: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return ||y - A(x)||_2 of every image (B,), and the same divided by sigma_y sqrt(m), None without sigma_y."""
+    with torch.no_grad():
+        difference = (y - operator.A(x.to(y.dtype))).flatten(1)
+    residual = torch.linalg.vector_norm(difference, dim=1)
+    sigma = getattr(getattr(operator, "noise", None), "sigma", None)
+    return residual, residual / (float(sigma) * difference.shape[1] ** 0.5) if sigma else None
 
 
 def encode_condition(
@@ -191,3 +242,14 @@ def observe_run(
             callback({**step, **own, **shared})
 
     return guidance if guidance is None or callback is None else record_guidance(guidance, record), receive
+
+
+def check_clash(sampler: str | Callable | None, call: Mapping[str, inspect.Parameter]) -> None:
+    """Raise RestoreError if a parameter of a user's sampler is also a keyword of a Restorer's call, which would take
+    it."""
+    for name in samplers.sampler_parameters(sampler) if sampler is not None else ():
+        if name in call and call[name].kind is inspect.Parameter.KEYWORD_ONLY:
+            raise RestoreError(
+                f"{name}= is a parameter of sampler {samplers.sampler_name(sampler)} and a keyword of this call; "
+                f"try restorer.method(operator, sampler=..., parameters={{'{name}': ...}}) and pass the method"
+            )

@@ -15,25 +15,30 @@ import operators
 from operators import RestoreError
 from restore import method as methods
 from restore import samplers, zoo
+from restore.backbones.ambient import neutral_state
+from restore.backbones.base import count_image_channels
 from restore.backbones.memory_options import enable_block_checkpointing, enable_vae_slicing, enable_vae_tiling
 from restore.backbones.sizes import Sized
 from restore.guidance import Guidance, resolve_guidance
 from restore.guidance.layers import format_layer_table
 from restore.method import Method, Situation
+from restore.protocol import describe_run, fingerprint_backbone, hash_backbone
 from restore.restoration import (
     Restoration,
+    check_clash,
     choose_device,
     encode_condition,
     explain_out_of_memory,
-    hash_backbone,
+    join_channels,
+    measure_residual,
     observe_run,
     prepare_measurement,
     select_condition,
+    split_channels,
 )
 from restore.samplers.generate import generate
 from restore.samplers.likelihood import is_linear_gaussian
 from restore.samplers.noise import ImageNoise
-from restore.versions import hash_own_code
 
 
 def load(
@@ -48,6 +53,8 @@ def load(
     vae_slicing: bool = False,
     vae_tiling: bool = False,
     vae: str | Path | None = None,
+    per_channel: bool = False,
+    **options: Any,
 ) -> Restorer:
     """Return a Restorer for a model of `restore models list`, a diffusers folder or a checkpoint file.
 
@@ -55,31 +62,46 @@ def load(
     network's arithmetic. offline: never download. checkpointing: less memory, more time. overlap,
     max_windows: see Sized. vae_slicing, vae_tiling: decode one image, one tile at a time (latent models; a
     tile's borders are blended, so the result differs a little). vae: "tiny" for the distilled autoencoder of a latent
-    model (TAESD), or the name or folder of another one. Raises RestoreError for unknown names and broken weights.
+    model (TAESD), or the name or folder of another one. per_channel: a prior of grey images restores colour channel by
+    channel. options: what weights do not tell, such as heads, head_channels, attention_order, schedule,
+    prediction_type and scale_factor, see zoo.options. Raises RestoreError for unknown names and broken weights, and for
+    a model whose file does not tell what it needs, naming that.
     """
-    with torch.inference_mode(False):  # weights made in inference mode could never be differentiated through
-        found, backbone = zoo.load_backbone(
-            name, device=choose_device(device), precision=precision, offline=offline or None, vae=vae
-        )
+    chosen = choose_device(device)
+    with neutral_state(chosen):  # weights made in inference mode could never be differentiated through
+        where = {"device": chosen, "precision": precision, "offline": offline or None}
+        found, backbone = zoo.load_backbone(name, **where, vae=vae, options=options)
     if checkpointing:
         enable_block_checkpointing(backbone)
     if vae_slicing:
         enable_vae_slicing(backbone)
     if vae_tiling:
         enable_vae_tiling(backbone)
-    return Restorer(backbone, found.name, overlap=overlap, max_windows=max_windows, recompute_windows=checkpointing)
+    windows = {"overlap": overlap, "max_windows": max_windows, "recompute_windows": checkpointing}
+    restorer = Restorer(backbone, found.name, **windows, per_channel=per_channel)
+    restorer.options, restorer.given = dict(found.options), {k: v for k, v in options.items() if v is not None}
+    return restorer
 
 
 class Restorer:
     """Restores measurements with a diffusion prior.
 
     backbone: see restore.backbones.base. name: looks presets up. overlap, max_windows and
-    recompute_windows concern images beyond the trained resolution and memory, see Sized.
+    recompute_windows concern images beyond the trained resolution and memory, see Sized. per_channel: if the prior is
+    of grey images, restore those of three channels one channel after another, all with the same noise.
+    channels: of the prior's images, 3 or 1. options: what its loader needed to know; given: the caller's part of it.
     One Restorer may be used from several threads.
     """
 
-    def __init__(self, backbone, name: str = "custom", *, overlap=0.5, max_windows=16, recompute_windows=False) -> None:
-        self.backbone, self.name = backbone, name
+    def __init__(
+        self, backbone, name="custom", *, overlap=0.5, max_windows=16, recompute_windows=False, per_channel=False
+    ) -> None:
+        self.backbone, self.name, self.per_channel = backbone, name, per_channel
+        self.channels, self.options, self.given = count_image_channels(backbone), {}, {}
+        if self.channels not in (1, 3):
+            raise RestoreError(f"the prior's images must be grey or colour, of 1 or 3 channels, got {self.channels}")
+        if per_channel and self.channels != 1:
+            raise RestoreError("per_channel must be False for a prior of colour images")
         self.windows = {"overlap": overlap, "max_windows": max_windows, "recompute_windows": recompute_windows}
         self.kind = "pixels" if backbone.downscale == 1 else "latents"
         self.device = next(backbone.network.parameters()).device
@@ -195,17 +217,15 @@ class Restorer:
         """
         choices = {"task": task, "sampler": sampler, "quality": quality, "data": data, "reference": reference}
         choices |= {"steps": steps, "guidance": guidance}
-        with torch.inference_mode(False), torch.enable_grad():
-            y, shape = prepare_measurement(y, operator, self.device)
+        with neutral_state(self.device), torch.enable_grad():
+            y, shape = prepare_measurement(y, operator, self.device, self.channels, self.per_channel)
             if samples < 1 or batch_size < 1:
                 raise RestoreError(f"samples and batch_size must be at least 1, got {samples} and {batch_size}")
             ids = [str(i) for i in range(len(y))] if image_ids is None else [str(i) for i in image_ids]
             if len(ids) != len(y) or len(set(ids)) != len(ids):
                 raise RestoreError(f"image_ids must be {len(y)} different names, got {ids}")
-            if shape[1] != 3:
-                raise RestoreError(f"the operator's images must be (B, 3, H, W), got {tuple(shape)}")
             if method is None:
-                _check_clash(sampler)
+                check_clash(sampler, _CALL)
                 size = shape[-2:]
                 method = self.method(operator, size=size, samples=samples, parameters=parameters, **choices)
             else:
@@ -215,8 +235,14 @@ class Restorer:
             prior = self.prior(*shape[-2:])
             labels = None if label is None else [label]
             condition = encode_condition(prior, condition, labels, prompt, negative_prompt)
+            singly = shape[1] if self.channels == 1 else 1  # channels that are restored by themselves
+            if singly > 1:
+                y, operator = split_channels(y, operator, shape)
+                rows = [b for b in range(len(ids)) for _ in range(singly)]
+                ids, condition = [ids[b] for b in rows], select_condition(condition, rows)
             items = [(b, k) for b in range(len(y)) for k in range(samples)]
-            return self._run(y, operator, prior, method, ids, items, seed, batch_size, condition, callback)
+            result = self._run(y, operator, prior, method, ids, items, seed, batch_size, condition, callback)
+            return join_channels(result, singly) if singly > 1 else result
 
     def _run(
         self, y, operator, prior, method: Method, ids, items, seed, batch_size, condition, callback
@@ -245,15 +271,12 @@ class Restorer:
             results.append(x.detach().float())
         x, rows = torch.cat(results), [b for b, _ in items]
         samples = len(items) // len(y)
-        with torch.no_grad():
-            difference = (y[rows] - operators.select_rows(operator, rows).A(x.to(y.dtype))).flatten(1)
-        residual = torch.linalg.vector_norm(difference, dim=1).view(len(y), samples)
-        sigma = getattr(getattr(operator, "noise", None), "sigma", None)
+        residual, ratio = measure_residual(x, y[rows], operators.select_rows(operator, rows))
         protocol = {**self.protocol(operator, method, seed=seed, batch_size=batch_size), "samples": samples}
         return Restoration(
             samples=x.clamp(-1, 1).view(len(y), samples, *x.shape[1:]),
-            residual=residual,
-            residual_ratio=residual / (float(sigma) * difference.shape[1] ** 0.5) if sigma else None,
+            residual=residual.view(len(y), samples),
+            residual_ratio=None if ratio is None else ratio.view(len(y), samples),
             nfe=prior.evaluations // len(results),
             seconds=time.perf_counter() - started,
             protocol=protocol | ({"used": used} if used else {}),
@@ -262,30 +285,16 @@ class Restorer:
     def protocol(self, operator: Any, method: Method, **more: Any) -> dict[str, Any]:
         """Return what determines a result of y, ready for JSON: method, operator, hash of the weights, precision,
         and what rounding depends on (torch's version, device, threads). A restoration adds what its sampler `used`."""
-        noise = getattr(operator, "noise", None)
-        dtype = getattr(self.backbone, "dtype", None) or self.backbone.network.dtype
-        return {
-            "backbone": self.name,
-            "weights": self.weights_hash(),
-            **({"autoencoder": type(self.backbone.vae).__name__} if self.kind == "latents" else {}),
-            "precision": str(dtype).removeprefix("torch."),
-            "operator": repr(operator),
-            "noise": repr(noise) if noise is not None else None,
-            "range": "[-1, 1]",
-            "method": method.describe(),
-            **({"code": code} if (code := hash_own_code(operator, method)) else {}),
-            "windows": {key: value for key, value in self.windows.items() if key != "recompute_windows"},
-            "torch": torch.__version__,
-            "device": self.device.type,
-            "threads": torch.get_num_threads(),
-            **more,
-        }
+        return {**describe_run(self, operator, method), **more}
 
     def weights_hash(self) -> str:
-        """Return twelve hexadecimal digits of the network's (and autoencoder's) weights in memory, computed once."""
-        if not hasattr(self, "_weights_hash"):
-            self._weights_hash = hash_backbone(self.backbone)
-        return self._weights_hash
+        """Return twelve hexadecimal digits of the weights of network and autoencoder as they are in memory now."""
+        fingerprint = fingerprint_backbone(self.backbone)
+        known, digest = getattr(self, "_weights_hash", (None, ""))
+        if known != fingerprint:
+            digest = hash_backbone(self.backbone)
+            self._weights_hash = fingerprint, digest
+        return digest
 
     def generate(
         self,
@@ -314,7 +323,7 @@ class Restorer:
             raise RestoreError(f"labels must be one for each of {n} images, got {len(labels)}")
         method = methods.find_generation(self.name, steps, ddim_eta)
         side, results = self.backbone.resolution * self.backbone.downscale, []
-        with torch.inference_mode(False):
+        with neutral_state(self.device):
             prior = self.prior(*(size or (side, side)))
             condition = encode_condition(prior, None, labels, prompt, negative_prompt)
             guidance = resolve_guidance(guidance, None)
@@ -332,13 +341,3 @@ class Restorer:
 
 _CALL = inspect.signature(Restorer.__call__).parameters
 _DEFAULTS = {name: parameter.default for name, parameter in _CALL.items()}
-
-
-def _check_clash(sampler: str | Callable | None) -> None:
-    """Raise RestoreError if a parameter of a user's sampler is also a keyword of the call, which would take it."""
-    for name in samplers.sampler_parameters(sampler) if sampler is not None else ():
-        if name in _CALL and _CALL[name].kind is inspect.Parameter.KEYWORD_ONLY:
-            raise RestoreError(
-                f"{name}= is a parameter of sampler {samplers.sampler_name(sampler)} and a keyword of this call; "
-                f"try restorer.method(operator, sampler=..., parameters={{'{name}': ...}}) and pass the method"
-            )

@@ -22,7 +22,7 @@ FLOORS = (
     ("guidance",),
     ("samplers",),
     ("method", "zoo"),
-    ("restoration", "restorer", "task"),
+    ("protocol", "restoration", "restorer", "task"),
     ("memory", "metrics"),
     ("bench", "training"),
     ("report",),

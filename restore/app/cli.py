@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +52,7 @@ def run(
     batch_size: Annotated[int, typer.Option(min=1, help="Samples computed together.")] = 1,
     device: options.Device = "auto",
     precision: options.Precision = "fp32",
+    model_option: options.ModelOption = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, about 30 % slower.")] = False,
     max_windows: Annotated[int, typer.Option(min=1, help="Windows of a large photo per network call.")] = 16,
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Less memory for large photos in latents.")] = False,
@@ -92,8 +94,9 @@ def run(
     names, out = context.with_resource(files.bind_standard_streams(names, out))
     photos = files.find_photos(names, out, png=png, recursive=recursive)
     files.check_outputs(photos, [photo.outputs(samples, degrade, save_trajectory) for photo in photos], overwrite)
+    loading = options.parse_model_options(model_option)
     saving = {"checkpointing": checkpointing, "max_windows": max_windows, "vae_tiling": vae_tiling}
-    model = restorer.load(backbone, device=device, precision=precision, offline=offline, vae=vae, **saving)
+    model = restorer.load(backbone, device=device, precision=precision, offline=offline, vae=vae, **saving, **loading)
     condition, planner = Condition(label, prompt, negative_prompt), Planner(model, memory and memory * 1e9)
     sampling = {"samples": samples, "seed": seed, "batch_size": batch_size, "resampled": resampled}
     writing = {"degrade": degrade, "save_trajectory": save_trajectory, "overwrite": overwrite}
@@ -154,6 +157,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Images computed together.")] = 1,
     device: options.Device = "auto",
     precision: options.Precision = "fp32",
+    model_option: options.ModelOption = None,
     vae: options.Vae = None,
     save_trajectory: options.SaveTrajectory = False,
     trajectory_steps: Annotated[
@@ -172,7 +176,14 @@ def generate(
     if guidance is not None and cfg_scale:
         raise RestoreError("give either guidance= or cfg_scale=, not both")
     guided = options.parse_guidance(guidance, pag_scale or None, layers, target, strength)
-    model = restorer.load(backbone, device=device, precision=precision, offline=offline, vae=vae)
+    model = restorer.load(
+        backbone,
+        device=device,
+        precision=precision,
+        offline=offline,
+        vae=vae,
+        **options.parse_model_options(model_option),
+    )
     if guidance is None:
         preset = find_generation(model.name).guidance if pag_scale else None
         terms = [] if guided == "preset" else [guided.apply(preset, model.default_layers())]
@@ -215,6 +226,7 @@ def ui(
     auth: Annotated[str | None, typer.Option(envvar="RESTORE_AUTH", help="Require this user:password.")] = None,
     device: options.Device = "auto",
     precision: options.Precision = "fp32",
+    model_option: options.ModelOption = None,
     offline: options.Offline = False,
 ) -> None:
     """Serve a page for old photos to your browser (needs the extra `ui`)."""
@@ -226,7 +238,7 @@ def ui(
         raise RestoreError("auth= must be user:password")
     private = not share and host in ("127.0.0.1", "localhost", "::1")
     machine = {"device": device, "precision": precision}
-    model = restorer.load(backbone, offline=offline, **machine)
+    model = restorer.load(backbone, offline=offline, **machine, **options.parse_model_options(model_option))
     page = build_page(model, offline=offline, fetching=private or auth is not None, **machine)
     launch(page, server_name=host, server_port=port, share=share, auth=(user, password) if auth else None)
 
@@ -244,9 +256,15 @@ def list_options(arguments: list[str]) -> list[str]:
     return [item.name for item in command.params if any(name.startswith("--") for name in item.opts)]
 
 
+def translate(message: object) -> str:
+    """Return a message of the library in the words of the command that was called."""
+    return options.translate_parameters(str(message), list_options(sys.argv[1:]))
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
     naming.MODULE_FOLDERS.append(os.getcwd())  # so that "module:attribute" finds the user's samplers and operators
+    warnings.formatwarning = lambda message, *_: f"restore: {translate(message)}\n"
     interrupted = "restore: interrupted; finished files are kept, run the same command to continue"
     try:
         code = app(standalone_mode=False)
@@ -254,7 +272,7 @@ def main() -> None:
             typer.echo(interrupted, err=True)
         sys.exit(code if isinstance(code, int) else 0)
     except RestoreError as error:
-        typer.echo(f"restore: {options.translate_parameters(str(error), list_options(sys.argv[1:]))}", err=True)
+        typer.echo(f"restore: {translate(error)}", err=True)
         sys.exit(2)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)

@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from restore import zoo
-from restore.app.options import Layers, Offline
+from restore.app.options import Layers, ModelOption, Offline, parse_model_options
 
 app = typer.Typer(no_args_is_help=True, help="Known checkpoints: list, show, pull, import, forget, layers.")
 
@@ -44,8 +44,9 @@ def models_forget(name: str) -> None:
 
 
 @app.command("layers")
-def models_layers(name: str, layers: Layers = None, offline: Offline = False) -> None:
+def models_layers(name: str, layers: Layers = None, model_option: ModelOption = None, offline: Offline = False) -> None:
     """List the self-attention layers and heads of a backbone under all their names, or those that --layers selects."""
     from restore import restorer
 
-    typer.echo("\n".join(restorer.load(name, device="cpu", offline=offline).layer_table(layers)))
+    loaded = restorer.load(name, device="cpu", offline=offline, **parse_model_options(model_option))
+    typer.echo("\n".join(loaded.layer_table(layers)))

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from operators import RestoreError
+from operators.naming import suggest
+from restore.zoo.options import MODEL_OPTIONS
 
 
 def print_version(requested: bool) -> None:
@@ -47,6 +49,12 @@ Guide = Annotated[str | None, typer.Option("--guidance", help="YAML text or file
 Quality = Annotated[str | None, typer.Option(help="fast, balanced or best: sampler and steps in one word.")]
 Label = Annotated[str | None, typer.Option(help="Class, by name or number, for a class-conditional backbone.")]
 Vae = Annotated[str | None, typer.Option(help="Autoencoder of a latent backbone: tiny, a name or a folder.")]
+ModelOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-option", help="key=value of the loader: heads=4, schedule=cosine, per_channel=true; may be repeated."
+    ),
+]
 Memory = Annotated[float | None, typer.Option(min=0.1, help="GB that may be used; default: all that is free.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Prompt = Annotated[str | None, typer.Option(help="Text for a text-conditional backbone.")]
@@ -65,6 +73,18 @@ def split_settings(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
         return inputs, OmegaConf.to_container(OmegaConf.from_dotlist(settings), resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise RestoreError(f"{' '.join(settings)} cannot be read as settings: {str(error).splitlines()[0]}") from None
+
+
+def parse_model_options(texts: list[str] | None) -> dict[str, Any]:
+    """Return the keyword arguments of restore.load among `key=value` texts. Raises RestoreError for other texts."""
+    names, options = split_settings(texts or [])
+    if names:
+        raise RestoreError(f"model_option must be key=value, such as heads=4, got {names[0]!r}")
+    known = (*MODEL_OPTIONS, "per_channel")
+    for name in options:
+        if name not in known:
+            raise RestoreError(f"model_option has no key {name!r}; {suggest(name, known)}")
+    return options
 
 
 def check_settings(settings: dict[str, Any], sampler: str | None, options: Iterable[str]) -> None:
@@ -159,8 +179,11 @@ def translate_parameters(message: str, names: Iterable[str]) -> str:
     """Return a message of the library with its parameters (`solve_at=512`) as options (`--solve-at 512`).
 
     names: the parameters that are options of the command. `degrade=True` becomes a bare `--degrade`; a name is also
-    translated in `steps must`, and with an underscore everywhere.
+    translated in `steps must`, and with an underscore everywhere. Keywords of the loader become `--model-option`s.
     """
+    if "model_option" in names:
+        own = "|".join(name for name in (*MODEL_OPTIONS, "per_channel") if name not in names)
+        message = re.sub(rf"(?<![\w/.=-])(?=(?:{own})=)", "--model-option ", message)
     for name in names:
         option = "--" + name.replace("_", "-")
 

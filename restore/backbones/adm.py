@@ -130,31 +130,38 @@ class ADM(Pixels):
         *,
         heads: int | None = None,
         head_channels: int | None = None,
-        attention_order: str = "legacy",
+        attention_order: str | None = None,
         resolution: int | None = None,
+        weights_key: str | None = None,
         **options,
     ) -> ADM:
         """Load a guided-diffusion `.pt`/`.safetensors` file, a folder with a UNet2DModel or that of a DDPMPipeline.
 
         heads, head_channels, attention_order: what a guided-diffusion file does not tell (see
-            adm_weights.count_heads; default 64 channels per head, "legacy" order); not for folders.
+            adm_weights.count_heads; default 64 channels per head, "legacy" order); not for folders. `restore.load`
+            asks for what it does not know instead of assuming this default.
         resolution: trained side in pixels; default 8·2^(levels−1) for files (true of the published models).
+        weights_key: which network of a file that holds several, such as "ema".
         options: of the constructor; schedule, prediction_type, null_class and labels default to the folder's
-            scheduler_config.json or restore.json.
+            scheduler_config.json or restore.json. A pipeline without either needs a schedule; a network alone
+            has the linear one.
         Weights stored in any precision load as fp32. Raises RestoreError for a missing, truncated or corrupt file, a
         pickle with code (which is never run) and weights that do not fit, with the first missing name.
         """
         source = Path(source)
         if source.is_dir():
-            if heads is not None or head_channels is not None or attention_order != "legacy":
+            if any(option is not None for option in (heads, head_channels, attention_order)):
                 raise RestoreError(
                     f"heads, head_channels and attention_order must be left out for {source}, a converted model"
                 )
-            network, trained, extra = read_folder(source)
+            network, trained, extra = read_folder(source, weights_key=weights_key)
             trained |= extra
+            if is_pipeline(source):
+                require_schedule(source, trained | options)
         else:
-            state = _read_state(source)
-            network, trained = adm_weights.convert_state(state, source, heads, head_channels, attention_order), {}
+            state = _read_state(source, "time_embed.0.weight", weights_key)
+            order = attention_order or "legacy"
+            network, trained = adm_weights.convert_state(state, source, heads, head_channels, order), {}
         weights.align_memory(network)
         if resolution is not None:
             network.register_to_config(sample_size=resolution)
@@ -191,35 +198,57 @@ def check_labels(condition: torch.Tensor | int, batch: int, classes: int) -> tor
     return labels.to(torch.long).reshape(-1).expand(batch)
 
 
-def _read_state(path: Path) -> dict[str, torch.Tensor]:
-    state = weights.read_weights(path)
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise RestoreError(f"{path} must hold a flat state dict of tensors, as guided-diffusion saves its models")
-    return state
+def is_pipeline(folder: Path) -> bool:
+    """Return whether a folder is that of a diffusers pipeline, not of a network alone."""
+    return (folder / pipeline_files.INDEX).is_file()
 
 
-def read_folder(folder: Path, autoencoder: bool = False) -> tuple[UNet2DModel, dict, dict]:
+def require_schedule(folder: Path, options: Mapping) -> None:
+    """Raise RestoreError unless the keywords of ADM for a folder hold the noise levels of its network."""
+    if options.get("schedule") is None:
+        raise RestoreError(
+            f"{folder} has no scheduler/{SCHEDULER}: the noise levels of its network are not known; give "
+            "schedule=linear, schedule=cosine or a scheduler's configuration, and prediction_type="
+        )
+
+
+def _read_state(path: Path, anchor: str, key: str | None = None) -> dict[str, torch.Tensor]:
+    """Return the weights in a file of the network that has a tensor called `anchor`; other tensors as they are."""
+    content = weights.read_weights(path)
+    state = weights.unwrap_state(content, anchor, path, key)
+    if state is not None:
+        return state
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(v, torch.Tensor) for v in content.values())
+    ):
+        raise RestoreError(f"{path} must hold a flat state dict of tensors, of a network with '{anchor}'")
+    return dict(content)
+
+
+def read_folder(
+    folder: Path, autoencoder: bool = False, weights_key: str | None = None
+) -> tuple[UNet2DModel, dict, dict]:
     """Read a UNet2DModel of pixels or, with `autoencoder`, of latents, from its folder or that of a pipeline.
 
-    Also returns the keywords of ADM from the scheduler and those from restore.json. Raises RestoreError.
+    weights_key: see weights.unwrap_state. Also returns the keywords of ADM from the scheduler and those from
+    restore.json. Raises RestoreError.
     """
-    pipeline = autoencoder or (folder / pipeline_files.INDEX).is_file()
-    if pipeline:
+    if autoencoder or is_pipeline(folder):
         parts = pipeline_files.read_pipeline_index(folder, "a UNet2DModel and a scheduler")
         if "UNet2DModel" not in (parts.get("unet") or []) or any(name in parts for name in AUTOENCODERS) != autoencoder:
             kind = "latents, with an autoencoder" if autoencoder else "pixels"
             raise RestoreError(f"{folder} must hold a diffusion model of {kind}, got a {parts.get('_class_name')}")
     # Older pipelines on the hub keep the files of all parts in one folder.
     path = next((path for path in (folder / "scheduler" / SCHEDULER, folder / SCHEDULER) if path.is_file()), None)
-    if pipeline and path is None:
-        raise RestoreError(f"{folder} has no scheduler/{SCHEDULER}: the noise levels of its network are not known")
     config = {} if path is None else disk.read_json(path, required=True)
     trained = {"schedule": config, "prediction_type": config.get("prediction_type", "epsilon")} if path else {}
-    network, extra = load_network(folder / "unet" if (folder / "unet").is_dir() else folder)
+    network, extra = load_network(folder / "unet" if (folder / "unet").is_dir() else folder, weights_key)
     return network, trained, extra
 
 
-def load_network(folder: Path) -> tuple[UNet2DModel, dict]:
+def load_network(folder: Path, weights_key: str | None = None) -> tuple[UNet2DModel, dict]:
     """Load the UNet2DModel in a diffusers folder of its own, and the keywords of ADM in the restore.json there.
 
     Raises RestoreError, with the first name, unless the file's tensors are exactly the network's.
@@ -237,7 +266,7 @@ def load_network(folder: Path) -> tuple[UNet2DModel, dict]:
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise RestoreError(f"{path} is of a network that cannot be built: {weights.first_line(error)}") from None
     pickled = (folder / PICKLED).is_file() and not (folder / weights.WEIGHTS).is_file()
-    tensors = _read_state(folder / (PICKLED if pickled else weights.WEIGHTS))
+    tensors = _read_state(folder / (PICKLED if pickled else weights.WEIGHTS), "conv_in.weight", weights_key)
     state = {_update_name(name): tensor.float() for name, tensor in tensors.items()}
     weights.load_state(network, state, f"the weights in {folder}")
     return network, {key: extra[key] for key in TRAINED if key in extra}

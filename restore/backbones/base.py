@@ -149,6 +149,14 @@ def normalise(prior: Backbone, kind: str) -> Backbone:
     return prior if prior.schedule.kind == kind else Renormalised(prior, kind)
 
 
+def count_image_channels(backbone: Backbone) -> int:
+    """Return the channels of the images that a backbone knows: of its x or, on latents, of what is decoded."""
+    vae = getattr(backbone, "vae", None)
+    if vae is not None:
+        return getattr(vae.config, "out_channels", 3)
+    return backbone.channels if backbone.downscale == 1 else 3
+
+
 def require_shape(x_t: torch.Tensor, channels: int, multiple: int) -> None:
     """Raise RestoreError unless x_t is (B, channels, h, w) with sides divisible by `multiple`."""
     if x_t.ndim != 4 or x_t.shape[1] != channels or any(side % multiple for side in x_t.shape[2:]):

@@ -16,7 +16,7 @@ from torch import nn
 from operators import RestoreError
 from restore import disk
 from restore.backbones import ldm_weights
-from restore.backbones.adm import ADM, AUTOENCODERS, SCHEDULER, SCHEDULES, read_folder
+from restore.backbones.adm import ADM, AUTOENCODERS, SCHEDULER, SCHEDULES, read_folder, require_schedule
 from restore.backbones.autoencoder import Latents, load_vae, vae_precision
 from restore.backbones.pipeline_files import INDEX
 from restore.backbones.weights import align_memory, save_network
@@ -56,14 +56,19 @@ class LatentDiffusion(Latents, ADM):
         *,
         heads: int | None = None,
         head_channels: int | None = None,
+        attention_order: str | None = None,
+        scale_factor: float | None = None,
         ema: bool = True,
+        weights_key: str | None = None,
         vae: nn.Module | None = None,
         **options,
     ) -> LatentDiffusion:
         """Load a folder of diffusers' LDMPipeline, or a CompVis latent-diffusion checkpoint without conditioning.
 
-        heads, head_channels: of the U-Net's attention, which a checkpoint does not tell (default 32 channels a head,
-            as the published models with a vq-f4 autoencoder). ema: use its averaged weights, if it has them.
+        heads, head_channels, attention_order: of the U-Net's attention, which a checkpoint does not tell (default 32
+            channels a head, "legacy", as the published models with a vq-f4 autoencoder). scale_factor: of its latents
+            (default: the file's, else 1). `restore.load` asks for what it does not know instead of these defaults.
+        ema: use the averaged weights, if there are any. weights_key: which network of a file that holds several.
         vae: in place of the model's own autoencoder, of the same latents.
         options: of the constructor; schedule, prediction_type and null_class default to the scheduler's configuration
             or the checkpoint's betas.
@@ -71,15 +76,20 @@ class LatentDiffusion(Latents, ADM):
         """
         source = Path(source)
         if source.is_dir():
-            if heads is not None or head_channels is not None:
-                raise RestoreError(f"heads and head_channels must be None for {source}, a converted model")
-            network, trained, extra = read_folder(source, autoencoder=True)
+            told = {"heads": heads, "head_channels": head_channels, "attention_order": attention_order}
+            for name, value in {**told, "scale_factor": scale_factor}.items():
+                if value is not None:
+                    raise RestoreError(f"{name} must be None for {source}, a converted model, got {value!r}")
+            network, trained, extra = read_folder(source, autoencoder=True, weights_key=weights_key)
             # The scheduler's file, which other programs read and users edit, goes before restore.json.
             trained = extra | trained
+            require_schedule(source, trained | options)
             part = "vqvae" if (source / "vqvae").is_dir() else "vae"
             own_vae = load_vae(source / part, pickles=True) if vae is None else vae
         else:
-            network, own_vae, trained = ldm_weights.read_checkpoint(source, heads, head_channels, ema)
+            attention = {"heads": heads, "head_channels": head_channels, "order": attention_order or "legacy"}
+            kept = {"scale_factor": scale_factor, "ema": ema, "key": weights_key}
+            network, own_vae, trained = ldm_weights.read_checkpoint(source, **attention, **kept)
         options = trained | {key: value for key, value in options.items() if value is not None}
         return cls(align_memory(network), align_memory(own_vae if vae is None else vae), **options)
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from operators import RestoreError
 from restore.backbones.adm_weights import convert_state
-from restore.backbones.weights import load_state, read_weights
+from restore.backbones.weights import load_state, read_weights, unwrap_state
 
 UNET, FIRST, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema.diffusion_model"
 # Of the published models without conditioning, for files without `betas`.
@@ -36,12 +36,20 @@ ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_
 
 
 def read_checkpoint(
-    path: Path, heads: int | None = None, head_channels: int | None = None, ema: bool = True
+    path: Path,
+    *,
+    heads: int | None = None,
+    head_channels: int | None = None,
+    order: str = "legacy",
+    scale_factor: float | None = None,
+    ema: bool = True,
+    key: str | None = None,
 ) -> tuple[UNet2DModel, nn.Module, dict]:
-    """Read U-Net, autoencoder and keywords of LatentDiffusion from a file. Raises RestoreError."""
-    content = read_weights(path)
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else {}
-    state = {str(name): tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    """Read U-Net, autoencoder and keywords of LatentDiffusion from a file. key: see weights.unwrap_state.
+
+    Raises RestoreError.
+    """
+    state = unwrap_state(read_weights(path), UNET + "input_blocks.0.0.weight", path, key) or {}
     first = {name[len(FIRST) :]: tensor for name, tensor in state.items() if name.startswith(FIRST)}
     unet = {name[len(UNET) :]: tensor for name, tensor in state.items() if name.startswith(UNET)}
     if not unet or not first:
@@ -49,12 +57,17 @@ def read_checkpoint(
     if any(name.startswith("cond_stage_model.") for name in state):
         raise RestoreError(f"{path} must be a model without conditioning, got a conditional model")
     averaged = {name: EMA + name.replace(".", "") for name in unet}
-    if ema and all(name in state for name in averaged.values()):
+    present = [name for name in averaged.values() if name in state]
+    if ema and present:
+        if len(present) < len(averaged):
+            lacking = next(name for name in averaged.values() if name not in state)
+            raise RestoreError(f"{path} must hold all averaged weights, but has no '{lacking}'; try ema=False")
         unet = {name: state[source] for name, source in averaged.items()}
     if heads is None and head_channels is None:
         head_channels = 32  # of the published models
-    network = convert_state(unet, path, heads, head_channels)
-    scale = float(state["scale_factor"]) if "scale_factor" in state else 1.0
+    network = convert_state(unet, path, heads, head_channels, order)
+    stored = float(state["scale_factor"]) if "scale_factor" in state else 1.0
+    scale = stored if scale_factor is None else float(scale_factor)
     betas = {"trained_betas": state["betas"].tolist()} if "betas" in state else {}
     return network, convert_autoencoder(first, path, scale), {"schedule": {**SCHEDULE, **betas}}
 

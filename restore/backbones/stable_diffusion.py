@@ -71,9 +71,20 @@ class StableDiffusion(Latents):
         self.use_vae(vae)
 
     @classmethod
-    def read(cls, source: str | Path, dtype: torch.dtype, vae: nn.Module | None = None, **where) -> tuple:
+    def read(
+        cls,
+        source: str | Path,
+        dtype: torch.dtype,
+        vae: nn.Module | None = None,
+        *,
+        prediction_type: str | None = None,
+        **where,
+    ) -> tuple:
         """Read U-Net, autoencoder and keywords of the constructor; see Latents.load.
 
+        prediction_type: in place of the scheduler's, which for a single file is that of diffusers' configuration for
+            this architecture (Stable Diffusion 2: v_prediction, also for the 512-pixel models, which predict the
+            noise). `restore.load` asks for it.
         source, where: source, config, revision and offline of `pipeline_files.read_stable_diffusion`.
         The text encoder is released after encoding the empty prompt; `encode_prompt` reads it again and keeps it, on
         the CPU.
@@ -84,7 +95,7 @@ class StableDiffusion(Latents):
         options = {
             "schedule": Schedule.from_config(parts["scheduler"]),
             "null_condition": null_condition,
-            "prediction_type": parts["scheduler"].get("prediction_type", "epsilon"),
+            "prediction_type": prediction_type or parts["scheduler"].get("prediction_type", "epsilon"),
             "encode_prompt": make_prompt_encoder(
                 partial(read_stable_diffusion, source, text_only=True, **where), embed_prompt
             ),

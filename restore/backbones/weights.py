@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from operators import RestoreError
+from operators.naming import check_known
 from restore import disk
 
 WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
@@ -73,6 +74,43 @@ def read_weights(path: Path, device: str = "cpu") -> Any:
         raise RestoreError(unreadable) from None
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError):
         raise RestoreError(unreadable) from None
+
+
+# Parts of names that training programs put before those of the network: DataParallel and torch.compile.
+WRAPPERS = ("module", "_orig_mod")
+
+
+def unwrap_state(content: Any, anchor: str, path: Path, key: str | None = None) -> dict[str, torch.Tensor] | None:
+    """Return the weights in the content of a checkpoint, the names without what training programs put before them.
+
+    They are the mapping of tensors, at any depth (`state_dict`, `model`, `ema`, ...), that has the name `anchor`, alone
+    or behind a prefix (`module.`, `_orig_mod.`, `model.`, ...). key: which one, if there are several. path: for errors.
+    Returns None if there is none. Raises RestoreError, with the keys, for several without a key and an unknown key.
+    """
+    states = dict(_list_states(content, anchor))
+    if key is not None:
+        check_known([key], states, f"{path} has no weights_key")
+        return states[key]
+    if len(states) > 1:
+        best = next((name for name in states if "ema" in name), next(iter(states)))
+        raise RestoreError(
+            f"{path} must hold one network, got {', '.join(states)}; choose one, as by weights_key={best}"
+        )
+    return next(iter(states.values()), None)
+
+
+def _list_states(content: Any, anchor: str, place: tuple[str, ...] = ()) -> Iterator[tuple[str, dict]]:
+    """Yield (key, weights by name) of every network in the content of a checkpoint."""
+    if not isinstance(content, Mapping):
+        return
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    prefixes = [name[: -len(anchor)] for name in tensors if name == anchor or name.endswith("." + anchor)]
+    for prefix in prefixes:
+        inner = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
+        state = {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix) and not n.startswith(inner)}
+        yield ".".join(part for part in (*place, *prefix.split(".")) if part and part not in WRAPPERS), state
+    for name, value in content.items():
+        yield from _list_states(value, anchor, (*place, str(name)))
 
 
 def load_part(

@@ -75,7 +75,10 @@ def select_result_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     places = ("device_map", "offload")
     if options := {key: value for key, value in config["pipeline"].items() if value and key not in places}:
         selected["pipeline"] = options
+    selected |= {"model_options": options} if (options := config["model_options"]) else {}
     for entry in (*selected["tasks"].values(), *selected["methods"].values()):
+        if not entry.get("model_options"):
+            entry.pop("model_options", None)
         for words in ("title", "family_title", "note"):
             entry.pop(words, None)
     return selected

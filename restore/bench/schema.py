@@ -28,9 +28,10 @@ class Data:
 @dataclass
 class Task:
     """operator: a mapping for build_operator, or a name of configs/task; per_image: with a random mask or kernel for
-    every image. solve_at, resample: see images/resampling. labels: a class by name or index; for generation also a
-    list to cycle through, or uniform. prompts: a file with one a line, or the name of one in data/prompts; template:
-    around each, with {} for it (a style); count: images to generate."""
+    every image. solve_at, resample: see images/resampling. backbone, model_options: in place of the benchmark's.
+    labels: a class by name or index; for generation also a list to cycle through, or uniform. prompts: a file with one
+    a line, or the name of one in data/prompts; template: around each, with {} for it (a style); count: images to
+    generate."""
 
     title: str | None = None
     operator: Any = field(default_factory=dict)
@@ -38,6 +39,7 @@ class Task:
     solve_at: int | None = None
     resample: str = "bicubic"
     backbone: str | None = None
+    model_options: dict[str, Any] = field(default_factory=dict)
     labels: Any = None
     prompts: str | None = None
     template: str | None = None
@@ -103,7 +105,8 @@ class Report:
 
 @dataclass
 class Benchmark:
-    """The whole of a file of configs/benchmark."""
+    """The whole of a file of configs/benchmark. model_options: keywords of restore.load for the backbone, such as
+    heads, schedule and per_channel."""
 
     name: str = MISSING
     backbone: str = MISSING
@@ -120,6 +123,7 @@ class Benchmark:
     device: str = "auto"
     threads: int | None = None
     precision: str = "fp32"
+    model_options: dict[str, Any] = field(default_factory=dict)
     checkpointing: bool = False
     offline: bool = False
     seed: int = 0

@@ -35,7 +35,7 @@ from restore.metrics.table import BASE_METRICS
 from restore.restoration import choose_device
 
 # Parts of a Restorer's protocol that the configuration does not state but the numbers may depend on.
-MEASURED_WITH = ("weights", "precision", "torch", "device", "threads")
+MEASURED_WITH = ("weights", "precision", "torch", "device", "threads", "arithmetic")
 SPREAD_WHITE = 0.5  # the spread that is white in a spread map, on [-1, 1]: fixed, so that maps can be compared
 
 
@@ -63,7 +63,7 @@ class Worker:
         self.config, self.run_folder, self.images = config, Path(run), images
         self.device = choose_device(device or config["device"])
         self.index = {key: i for i, key in enumerate(images.ids)} if images is not None else {}
-        self.loaded: tuple[str, Any] | None = None
+        self.loaded: tuple[Any, Any] | None = None
         self.method = cache(partial(build_method, config))
 
     def run(self, batch: Batch) -> dict[str, Any]:
@@ -76,8 +76,9 @@ class Worker:
         if is_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         # Loading the backbone is not part of the cost of a batch.
-        backbone = self.config["tasks"][batch.task]["backbone"] or self.config["backbone"]
-        model = None if method.sampler in BASELINES else self._load(backbone)
+        task = self.config["tasks"][batch.task]
+        named = task if task["backbone"] else self.config
+        model = None if method.sampler in BASELINES else self._load(named["backbone"], named["model_options"])
         started, started_cpu = time.perf_counter(), time.process_time()
         estimates = self._compute(batch, method, model)
         if is_cuda:
@@ -101,19 +102,20 @@ class Worker:
         disk.write_json(folder / f"{batch.index:06d}.json", cost)
         return cost
 
-    def _load(self, name: str) -> Any:
-        """Return the Restorer or, for text_to_image, the pipeline of this name."""
-        if self.loaded is None or self.loaded[0] != name:
+    def _load(self, name: str, given: Mapping[str, Any]) -> Any:
+        """Return the Restorer, with the options of restore.load, or, for text_to_image, the pipeline of this name."""
+        key = (name, dict(given))
+        if self.loaded is None or self.loaded[0] != key:
             self.loaded = None  # free one backbone before loading the next
             options = {"precision": self.config["precision"], "offline": self.config["offline"]}
             if self.config["kind"] == "text_to_image":
                 options |= {"options": PipelineOptions(**self.config["pipeline"]), "upcoming": self._all_prompts()}
-                self.loaded = (name, sampling.load_pipeline(name, device=self.device, **options))
+                self.loaded = (key, sampling.load_pipeline(name, device=self.device, **options))
             else:
                 from restore.restorer import load
 
                 options["checkpointing"] = self.config["checkpointing"]
-                self.loaded = (name, load(name, device=str(self.device), **options))
+                self.loaded = (key, load(name, device=str(self.device), **options, **given))
         return self.loaded[1]
 
     def _all_prompts(self) -> list[str]:

@@ -116,7 +116,9 @@ class HeadSearch:
         if {task["backbone"] for task in test["tasks"].values()} - {None, test["backbone"]}:
             raise RestoreError("a search must have one backbone; leave `backbone` out of its tasks")
         self.images = configs.load_halves(**self.halves)
-        self.pool = configs.list_heads(find_layers(test["backbone"], test["offline"]), config["layers"])
+        self.pool = configs.list_heads(
+            find_layers(test["backbone"], test["offline"], test["model_options"]), config["layers"]
+        )
         self.layers = list(dict.fromkeys(layer for layer, _ in self.pool))
         rounds, top = config["rounds"], config["top"]
         if top * rounds > len(self.pool):
@@ -268,12 +270,13 @@ class HeadSearch:
         return table
 
 
-def find_layers(backbone: str, offline: bool) -> Mapping[str, AttentionLayer]:
+def find_layers(backbone: str, offline: bool, options: Mapping[str, Any] | None = None) -> Mapping[str, AttentionLayer]:
     """Return the attention layers of a backbone: from configuration files alone, unless it is a single weight file."""
     folder = zoo.pull_configuration(backbone, offline)
     if folder.is_dir():
         return find_attention_layers(read_architecture(folder))
-    return zoo.load_backbone(backbone, offline=offline)[1].attention
+    options = {name: value for name, value in (options or {}).items() if name != "per_channel"}
+    return zoo.load_backbone(backbone, offline=offline, options=options)[1].attention
 
 
 def compare_scores(score: Score, none: Score) -> dict[str, float | None]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from operators import RestoreError
+from restore.zoo.options import check_parameters, resolve_options
 from restore.zoo.registry import read_registry
 from restore.zoo.store import Located, is_offline, locate, pull
 
@@ -22,11 +24,13 @@ def load_backbone(
     precision: str = "fp32",
     offline: bool | None = None,
     vae: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
 ):
     """Return (Located, backbone) for a registered model, a folder, a weight file or a hub id; downloads missing files.
 
     precision: "fp32", "bf16" or "fp16". vae: an autoencoder in place of the model's: "tiny" for the distilled one of
     its latents (TAESD), or a registered name, a folder, a hub id.
+    options: what the weights do not tell, see zoo.options; the Located that is returned has all of them.
     Raises RestoreError for unknown names and for missing or mismatched weights; nothing is ever initialised at random.
     """
     # Imported here: `restore models list` must not wait for torch networks.
@@ -37,9 +41,10 @@ def load_backbone(
     from restore.backbones.weights import as_dtype
 
     dtype, found = as_dtype(precision), _locate_or_pull(name, offline)
-    options = {**found.options, "device": device, "dtype": dtype}
     if found.kind == "autoencoder":
         raise RestoreError(f"{name} is an autoencoder, not a prior; give it to a latent model as vae={str(name)!r}")
+    found = resolve_options(found, options or {})
+    options = {**found.options, "device": device, "dtype": dtype}
     kinds = {"latent": LatentDiffusion, "stable-diffusion": StableDiffusion, "sd3": SD3, "flux": Flux, "dit": DiT}
     cls = kinds.get(found.kind, ADM)
     if vae is not None:
@@ -50,7 +55,9 @@ def load_backbone(
         options["vae"] = _load_autoencoder(cls.tiny_vae if vae == "tiny" else vae, offline)
     if cls is StableDiffusion:
         options["offline"] = is_offline(offline)
-    return found, cls.load(found.path, **options)
+    backbone = cls.load(found.path, **options)
+    check_parameters(found, sum(weight.numel() for weight in backbone.network.parameters()))
+    return found, backbone
 
 
 def _locate_or_pull(name: str | Path, offline: bool | None) -> Located:

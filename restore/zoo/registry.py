@@ -32,7 +32,7 @@ class Download:
     """A weight file: its name, the addresses to try in order, size in bytes and SHA-256.
 
     size and sha256 are None if the publisher states neither: the values of the first download are then recorded beside
-    the file and verified from then on.
+    the file and verified from then on. names: other names under which the file is published.
     """
 
     file: str
@@ -40,6 +40,7 @@ class Download:
     size: int | None = None
     sha256: str | None = None
     by_hand: str | None = None
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ def _pull_file(entry: Model, offline: bool, verify: bool, progress: download.Pro
                 if offline:
                     raise RestoreError(f"{error}. The run is offline. {explain_download(entry)}") from error
         first_time = _read_record(entry) is None
-        size, advice = _expected(entry)[0], explain_download(entry)
+        size, advice = find_expected(entry)[0], explain_download(entry)
         check = partial(_verify, entry, name=target.name)
         digest = download.fetch_file(entry.download.urls, target, size, check, advice, progress)
         if first_time:
@@ -190,13 +190,15 @@ def _pull_file(entry: Model, offline: bool, verify: bool, progress: download.Pro
 def _verify(entry: Model, path: Path, name: str) -> str:
     """Return the SHA-256 of a weight file after all checks, by its name in messages. Raises RestoreError."""
     try:
-        digest = download.verify_file(path, *_expected(entry), name)
+        digest = download.verify_file(path, *find_expected(entry), name)
     except RestoreError as error:
         if entry.download.sha256 or _read_record(entry) is None:
             raise
         advice = f"the checksum is that of the first file seen here; `restore models forget {entry.name}` removes it"
         raise RestoreError(f"{error}; {advice}") from error
-    if _expected(entry)[1] is None:  # no checksum is known: build the network, so that no web page is kept as weights
+    if (
+        find_expected(entry)[1] is None
+    ):  # no checksum is known: build the network, so that no web page is kept as weights
         from restore.backbones import adm, latent, pipeline_files
 
         if entry.kind in ("adm", "latent"):
@@ -206,7 +208,7 @@ def _verify(entry: Model, path: Path, name: str) -> str:
     return digest
 
 
-def _expected(entry: Model) -> tuple[int | None, str | None]:
+def find_expected(entry: Model) -> tuple[int | None, str | None]:
     """Return size and SHA-256 from the registry, else from the first time the file was seen here."""
     first = _read_record(entry) or {}
     return entry.download.size or first.get("size"), entry.download.sha256 or first.get("sha256")
@@ -293,13 +295,13 @@ def _detect_file_kind(path: Path) -> str:
         raise RestoreError(f"a weight file must end in {' '.join(_WEIGHT_SUFFIXES)}, got {path}")
     if problem := download.find_damage(path):
         raise RestoreError(f"{path} {problem}")
-    names = _read_tensor_names(path)
+    names = read_tensor_names(path)
     if b"model.diffusion_model." in names:
         return "latent" if b"first_stage_model." in names and b"cond_stage_model." not in names else "stable-diffusion"
     return "stable-diffusion" if suffix == ".ckpt" else "adm"
 
 
-def _read_tensor_names(path: Path) -> bytes:
+def read_tensor_names(path: Path) -> bytes:
     """Return the part of a weight file that holds the names of its tensors, unparsed; b"" if there is none."""
     if zipfile.is_zipfile(path):  # torch.save
         with zipfile.ZipFile(path) as archive:

@@ -213,7 +213,11 @@ def checkpoint(codes=16, ema=True, **more):
 def test_a_compvis_checkpoint_is_the_network_its_layout_describes(tmp_path, image, codes):
     content, unet, first = checkpoint(codes, scale_factor=torch.tensor(0.3))
     torch.save(content, tmp_path / "model.ckpt")
-    found, model = zoo.load_backbone(tmp_path / "model.ckpt")
+    with pytest.raises(RestoreError, match="heads=NUMBER.*attention_order=legacy or new; prediction_type") as refusal:
+        zoo.load_backbone(tmp_path / "model.ckpt")
+    assert "schedule=" not in str(refusal.value) and "scale_factor=" not in str(refusal.value)  # the file tells them
+    options = {"head_channels": 32, "attention_order": "legacy", "prediction_type": "epsilon"}
+    found, model = zoo.load_backbone(tmp_path / "model.ckpt", options=options)
     assert found.kind == "latent" and model.downscale == 2 and model.vae.config.scaling_factor == pytest.approx(0.3)
     z, t = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([401.0, 401.0])
     expected = interpret(unet, z, t, None, lambda c: c // 32, "legacy")
@@ -229,6 +233,23 @@ def test_a_compvis_checkpoint_is_the_network_its_layout_describes(tmp_path, imag
     assert relative(model.schedule.alphas_cumprod, torch.cumprod(1 - betas, 0)) < 1e-6
     plain = LatentDiffusion.load(tmp_path / "model.ckpt", ema=False)
     assert relative(plain.predict(z, 401).eps, expected) > 0.1
+
+
+def test_a_compvis_checkpoint_without_its_buffers_asks_for_them_too(tmp_path):
+    content, *_ = checkpoint()
+    state = {k: v for k, v in content["state_dict"].items() if k not in ("betas", "alphas_cumprod")}
+    torch.save({"state_dict": state}, tmp_path / "model.ckpt")
+    options = {"head_channels": 32, "attention_order": "legacy", "prediction_type": "v_prediction"}
+    with pytest.raises(RestoreError, match="give schedule=.*; scale_factor="):
+        zoo.load_backbone(tmp_path / "model.ckpt", options=options)
+    options |= {"schedule": "linear", "scale_factor": 0.2}
+    model = zoo.load_backbone(tmp_path / "model.ckpt", options=options)[1]
+    assert model.prediction_type == "v_prediction" and model.vae.config.scaling_factor == 0.2
+    assert float(model.schedule.alphas_cumprod[0]) == pytest.approx(1 - 1e-4)
+    state.pop(next(name for name in state if name.startswith("model_ema.diffusion_model")))
+    torch.save({"state_dict": state}, tmp_path / "model.ckpt")
+    with pytest.raises(RestoreError, match="all averaged weights.*ema=False"):
+        zoo.load_backbone(tmp_path / "model.ckpt", options=options)
 
 
 def test_every_tensor_of_the_published_first_stage_has_its_place():
