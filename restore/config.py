@@ -18,6 +18,8 @@ from operators import RestoreError
 from operators.naming import check_known, suggest
 from restore.paths import configs_dir
 
+REFERENCE = re.compile(r"\$\{[^${}:]*\}")  # to another key, by OmegaConf's rules
+
 
 def read_config(
     config: str | os.PathLike | Mapping[str, Any],
@@ -45,7 +47,7 @@ def read_config(
         given = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
         for key in sorted(OmegaConf.missing_keys(given)):
             raise RestoreError(f"the configuration leaves {key} open; give {key}=VALUE")
-        plain = OmegaConf.to_container(given, resolve=True)
+        plain = resolve_references(given)
     except OmegaConfBaseException as error:
         raise RestoreError(_sentence(error)) from error
     except (yaml.YAMLError, OSError, UnicodeError, RecursionError) as error:
@@ -61,9 +63,11 @@ def read_yaml(source: str | os.PathLike, what: str = "configuration") -> Any:
     text = str(source)
     try:
         loaded = OmegaConf.create(text) if text.lstrip()[:1] in ("{", "[") else OmegaConf.load(text)
-        return OmegaConf.to_container(loaded, resolve=True)
+        return resolve_references(loaded)
     except FileNotFoundError:
         raise RestoreError(f"the {what} file {text} does not exist") from None
+    except RestoreError as error:
+        raise RestoreError(f"the {what} {text}: {error}") from None
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, AttributeError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RestoreError(f"the {what} {text} is not readable YAML: {reason}") from None
@@ -80,6 +84,33 @@ def fill_defaults(schema: type, given: Mapping[str, Any]) -> dict[str, Any]:
         raise RestoreError(_sentence(error)) from error
     except (TypeError, ValueError) as error:  # a list in place of a mapping, or the other way round
         raise RestoreError(f"the configuration cannot be read: {' '.join(str(error).split())}") from error
+
+
+def resolve_references(config: Any) -> Any:
+    """Return an OmegaConf container as plain ones, with references to other keys resolved.
+
+    Raises RestoreError for anything else in ${...}: resolvers read the environment, and what they return would stand in
+    the protocol of a run.
+    """
+    _refuse_resolvers(OmegaConf.to_container(config), "")
+    plain = OmegaConf.to_container(config, resolve=True)
+    _refuse_resolvers(plain, "")  # nor one that references have put together, for the next reader
+    return plain
+
+
+def _refuse_resolvers(value: Any, place: str) -> None:
+    if isinstance(value, (dict, list)):
+        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+            _refuse_resolvers(child, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, str) and "${" in value:
+        rest = value
+        while (shorter := REFERENCE.sub("", rest)) != rest:  # from the innermost outwards
+            rest = shorter
+        if "${" in rest:
+            raise RestoreError(
+                f"{place} must not have {value}: only references to other keys, such as ${{data.folder}}, are resolved;"
+                f" give {place}=VALUE (a shell replaces variables)"
+            )
 
 
 def _find(config: str | os.PathLike, kind: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -16,19 +17,31 @@ from typing import Any, BinaryIO
 
 from operators import RestoreError
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nobody can delete a file that another process has open
+    fcntl = None
+
+LEFTOVER = ".*.tmp"  # temporary files, of a process that writes or was killed
+
 
 @contextmanager
 def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
     """Open a binary file whose content replaces `path` when the block ends without an exception.
 
     On any exception, Ctrl-C included, the hidden temporary file in the same folder is removed and `path` is unchanged.
-    The data is flushed to the disk before the rename, so a power failure leaves the old file or the new one.
+    The data is flushed to the disk before the rename, so a power failure leaves the old file or the new one. The
+    temporary file is locked: `remove_leftovers` of another process leaves it alone while this one lives.
     Raises RestoreError if the folder is not writable or the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{_cut_name(path.name)}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        file = open(temporary, "xb")  # not tempfile: the finished file gets the permissions of the user's umask
+        while True:
+            file = open(temporary, "xb")  # not tempfile: the finished file gets the permissions of the user's umask
+            if not _lock(file, wait=True) or temporary.exists():
+                break
+            file.close()  # deleted before it was locked
     except OSError as error:
         raise RestoreError(f"cannot write {path}: {describe_os_error(error)}; choose another output folder") from error
     try:
@@ -42,10 +55,45 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise RestoreError(f"cannot write {path}: {describe_os_error(cause)}; nothing was changed") from error
+        is_stolen = isinstance(cause, FileNotFoundError) and path.parent.is_dir()
+        reason = "another program deleted its temporary file" if is_stolen else describe_os_error(cause)
+        raise RestoreError(f"cannot write {path}: {reason}; nothing was changed") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def find_leftovers(path: str | Path) -> list[Path]:
+    """Return the temporary files that `open_atomic` made for `path`."""
+    path = Path(path)
+    return list(path.parent.glob(f".{glob.escape(_cut_name(path.name))}.*-????????.tmp"))
+
+
+def remove_leftovers(paths: Iterable[Path]) -> None:
+    """Delete the temporary files among `paths` whose process was killed; those that one is writing are kept."""
+    for path in paths:
+        with suppress(OSError):
+            if fcntl is None:
+                path.unlink()
+                continue
+            with open(path, "rb") as file:
+                if _lock(file, wait=False):
+                    path.unlink()
+
+
+def _cut_name(name: str, size: int = 100) -> str:
+    """The name, cut to this number of bytes: file systems limit bytes, not characters."""
+    return name.encode(errors="surrogateescape")[:size].decode(errors="ignore")
+
+
+def _lock(file: BinaryIO, wait: bool) -> bool:
+    """Lock an open file against other processes until it is closed; False if that is impossible or, without `wait`, if
+    it is locked."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return True
+    except (OSError, AttributeError):  # locked, a file system without locks, Windows
+        return False
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -76,6 +124,8 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Any], metadata: Ma
     with open_atomic(path) as file:
         try:
             save_file(dict(tensors), file.name, metadata=None if metadata is None else dict(metadata))
+            with open(file.name, "rb+") as written:  # it may have replaced the file
+                os.fsync(written.fileno())
         except SafetensorError as error:
             if system := re.search(r"os error (\d+)", str(error)):
                 raise OSError(int(system[1]), os.strerror(int(system[1]))) from error

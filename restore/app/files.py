@@ -65,8 +65,7 @@ class Photo:
         process are removed first."""
         paths = self.outputs(*arguments)
         for path in paths:
-            for temporary in path.parent.glob(f".{glob.escape(path.name[:100])}.*-????????.tmp"):
-                temporary.unlink(missing_ok=True)
+            disk.remove_leftovers(disk.find_leftovers(path))
         existing = [path for path in paths if path.exists()]
         try:
             yield

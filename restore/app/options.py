@@ -67,10 +67,12 @@ def split_settings(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    from restore.config import resolve_references
+
     settings = [a for a in arguments if "=" in a and a.split("=", 1)[0].isidentifier() and not Path(a).exists()]
     inputs = [a for a in arguments if a not in settings]
     try:
-        return inputs, OmegaConf.to_container(OmegaConf.from_dotlist(settings), resolve=True)
+        return inputs, resolve_references(OmegaConf.from_dotlist(settings))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise RestoreError(f"{' '.join(settings)} cannot be read as settings: {str(error).splitlines()[0]}") from None
 

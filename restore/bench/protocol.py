@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from operators import RestoreError
+from restore.disk import LEFTOVER
 
 # Differences that leave numbers comparable: they name the circumstances of a run rather than what was measured.
 CIRCUMSTANCES = ("versions", "device")
-LEFTOVER = ".*.tmp"  # files that a killed process was writing
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

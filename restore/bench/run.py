@@ -22,7 +22,7 @@ from restore.bench.baselines import BASELINES
 from restore.bench.batches import Batch, find_prompts, list_image_ids, load_images, make_batches, read_row
 from restore.bench.config import build_method, list_cells, load_config, select_result_keys
 from restore.bench.datasets import ImageSet
-from restore.bench.protocol import LEFTOVER, check_folder
+from restore.bench.protocol import check_folder
 from restore.restoration import choose_device
 from restore.versions import collect_versions, hash_own_code
 
@@ -75,8 +75,7 @@ def run_benchmark(
     """
     config, folder, images, batches, metrics = _prepare(config, overrides)
     _open_folder(folder, config, images, metrics)
-    for leftover in folder.rglob(LEFTOVER):  # one run has one driver at a time
-        leftover.unlink(missing_ok=True)
+    disk.remove_leftovers(folder.rglob(disk.LEFTOVER))
     batches = [batch for batch in batches if only is None or only(batch)]
     waiting = [batch for batch in batches if not batch.is_done(folder)]
     rows = [path for batch in waiting for path in batch.row_paths(folder)]

@@ -66,12 +66,18 @@ class Run:
         """The metrics that are columns, in the order of the configuration."""
         names = self.config["report"]["columns"] or self.config["metrics"]["names"]
         names = [member for name in names for member in GROUPS.get(name, (name,))]
-        computed = (n for cells in self.results.values() for cell in cells.values() for n in cell["set_values"])
-        return list(dict.fromkeys([*names, *(name for name in computed if name.startswith(FULL_PREFIX))]))
+        computed = [n for cells in self.results.values() for cell in cells.values() for n in cell["set_values"]]
+        full = (n for n in computed if n.startswith(FULL_PREFIX))
+        full = (n for n in full if n.removesuffix("_std") == n or n.removesuffix("_std") not in computed)
+        return list(dict.fromkeys([*names, *full]))
 
     def find_metric(self, name: str) -> Metric:
-        """Return how a metric is shown; those from outside the package as the run recorded them."""
-        return Metric(*self.own_metrics[name]) if name in self.own_metrics else find_metric(name)
+        """Return how a metric is shown; those from outside the package as the run recorded them, or by their name: a
+        report imports nothing, as the run may be somebody else's. Raises RestoreError for an unknown name."""
+        if name in self.own_metrics:
+            label, better, digits, meaning = self.own_metrics[name]
+            return Metric(str(label), int(better), int(digits), str(meaning))
+        return Metric(name, 0, 3, name) if ":" in name else find_metric(name)
 
     def method_title(self, method: str) -> str:
         entry = self.config["methods"].get(method)
@@ -131,6 +137,8 @@ def read_run(folder: str | Path) -> Run:
     metrics, config = disk.read_json(path), manifest["config"]
     if not isinstance(metrics, dict) or not isinstance(metrics.get("table"), dict):
         raise RestoreError(f"{path} is damaged; run the benchmark again, which measures anew")
+    for names, what in ((metrics["table"], "tasks"), *((cells, "methods") for cells in metrics["table"].values())):
+        disk.require_file_names(names, f"{what} of {path}")  # pictures are read by them
     missing = [item.name for item in dataclasses.fields(Benchmark) if item.name not in config]
     if missing:
         raise RestoreError(f"{folder / 'run.json'} is damaged: its configuration has no {', '.join(missing)}")

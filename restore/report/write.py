@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from operators import RestoreError
 from restore import disk
+from restore.bench.batches import read_row
 from restore.bench.protocol import flatten
 from restore.report import figures, tables
 from restore.report.tables import ProtocolDifference, Run, format_number
@@ -59,26 +62,36 @@ def render_templates(name: str, out: Path, context: Mapping[str, Any], *template
 
     templates: folders of further templates, which may extend those of this one.
     """
-    environment = jinja2.Environment(
+    html = jinja2.Environment(
         loader=jinja2.FileSystemLoader([Path(__file__).parent, *templates]),
-        autoescape=lambda name: name.endswith(".html.j2"),
+        autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {
+    html.filters |= {
         "number": format_number,
         "heading": tables.format_heading,
         "warnings": list_warnings,
         "summary": summarise_protocol,
         "settings": list_settings,
         "data_uri": figures.to_data_uri,
-        "bar": lambda value: str(value).replace("|", "\\|").replace("\n", " "),
     }
-    for suffix in ("html", "md"):
+    # Every expression of a Markdown template is escaped, unless it is a macro's output or marked `safe`.
+    markdown = html.overlay(finalize=lambda value: value if hasattr(value, "__html__") else Markup(to_markdown(value)))
+    for suffix, environment in (("html", html), ("md", markdown)):
         text = environment.get_template(f"{name}.{suffix}.j2").render(context)
         disk.write_bytes(out / f"report.{suffix}", text.encode("utf-8"))
+
+
+def to_markdown(value: Any) -> str:
+    """Return a value as text on one line that Markdown shows as it is: no HTML, link, emphasis or column of a table."""
+    text = " ".join(str(value).split())
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", text).replace("<", "&lt;")
+    text = re.sub(r"[\\`*|]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])", r"\\\g<0>", text)
+    text = re.sub(r"^\d+(?=[.)] )", r"\g<0>\\", text)
+    return re.sub(r"^(?:[#>]|[-+=~](?=[-+=~ ]|$))", r"\\\g<0>", text)
 
 
 def list_settings(run: Run) -> list[tuple[str, Any]]:
@@ -125,6 +138,13 @@ def list_warnings(run: Run) -> list[str]:
         if cell["missing"]:
             count = f"{cell['done']} of {cell['expected']} images; {cell['missing']} missing"
             notes.append(f"Incomplete: {method}, {task}: {count}.")
+    for task, methods in run.results.items():
+        for method in methods:
+            rows = sorted((run.folder / "results" / task / method / "rows").glob("*.json"))
+            if changed := [path.stem for path in rows if read_row(path) is None]:
+                shown = ", ".join(changed[:5] + ["..."] * (len(changed) > 5))
+                where = f"{run.method_title(method)}, {run.task_title(task)}: {len(changed)} of {len(rows)} images"
+                notes.append(f"Pictures changed since they were measured: {where} ({shown}); run the benchmark again.")
     if run.config["metrics"]["allow_small"] and any(cell["set_values"] for _, _, cell in run.iterate_cells()):
         notes.append("FID and the other set metrics were computed on fewer images than they need (allow_small).")
     own = [e["file"] for e in run.protocol["metrics"].get("weights", {}).values() if not e["published"]]
@@ -162,7 +182,8 @@ def build_picture_grid(run: Run, task: str) -> dict[str, Any] | None:
     """Return the files of measurement, methods, truth and spread of images spread evenly over the set, or None."""
     methods = select_pictured_methods(run, task)
     folder = run.folder / "results" / task
-    ids = sorted(path.stem for path in (folder / methods[0]).glob("*.png")) if methods else []
+    rows = sorted((folder / methods[0] / "rows").glob("*.json")) if methods else []
+    ids = [path.stem for path in rows if read_row(path) is not None]
     count = min(run.config["report"]["pictures"], len(ids))
     if not count:
         return None
