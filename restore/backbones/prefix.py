@@ -18,10 +18,14 @@ from itertools import count
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from operators import RestoreError
 from restore.backbones.forwards import replace_forward
+
+
+class ChangedInPlace(RestoreError):
+    """A recorded output is not what the module returned any more, so it cannot be used again."""
 
 
 @dataclass
@@ -94,6 +98,7 @@ class Tape:
     def __init__(self, changed: Iterable[nn.Module]):
         self.changed = frozenset(changed)
         self.queues: dict[nn.Module, deque] = {}
+        self.checked = False  # whether a first replay has found every output unchanged
 
     def follow(self, trace: Trace) -> None:
         """Use the prefix of `trace` from now on."""
@@ -111,7 +116,7 @@ class Tape:
 
         def run(module, forward, *args, **kwargs):
             output = forward(*args, **kwargs)
-            self.queues[module].append(_Output(output))
+            self.queues[module].append(_Output(output, copy=not self.checked))
             return output
 
         with replace_forward(self.queues, partial(partial, run)):
@@ -121,7 +126,8 @@ class Tape:
     def replay(self) -> Iterator[None]:
         """Return the recorded outputs of the modules within the block instead of computing them.
 
-        The recordings are dropped at the end. Raises RuntimeError if the calls do not match.
+        The recordings are dropped at the end. Raises ChangedInPlace if the network changed one of them, RuntimeError if
+        the calls do not match.
         """
 
         def run(module, forward, *args, **kwargs):
@@ -130,18 +136,31 @@ class Tape:
             return self.queues[module].popleft().get()
 
         try:
-            with replace_forward(self.queues, partial(partial, run)):
+            with replace_forward([m for m, queue in self.queues.items() if queue], partial(partial, run)):
                 yield
             if self.recorded:
                 raise RuntimeError("the second pass called fewer modules than were recorded in the first")
+            self.checked = True
         finally:
             self.clear()
 
-    def map(self, function) -> None:
-        """Replace every recorded tensor x by function(x), e.g. its rows for some images of the batch."""
+    def cut(self, rows: slice, images: int) -> None:
+        """Keep these rows of the outputs for a batch of so many images. Modules whose outputs do not have one row for
+        each image are computed again."""
+
+        def part(value):
+            return value[rows] if isinstance(value, torch.Tensor) and value.ndim and len(value) == images else value
+
         for queue in self.queues.values():
+            tensors = [leaf for output in queue for leaf in tree_leaves(output.value) if isinstance(leaf, torch.Tensor)]
+            if any(tensor.ndim and len(tensor) not in (1, images) for tensor in tensors):
+                queue.clear()
             for output in queue:
-                output.value = tree_map(function, output.value)
+                output.value = tree_map(part, output.value)
+
+    def stop(self) -> None:
+        """Share nothing from now on."""
+        self.changed, self.queues = frozenset(), {}
 
     def clear(self) -> None:
         """Drop all recordings."""
@@ -150,24 +169,24 @@ class Tape:
 
 
 class _Output:
-    """A detached output, with the versions of its tensors to detect changes in place."""
+    """A detached output, and what tells whether it was changed in place since."""
 
-    def __init__(self, output):
-        self.versions = []
+    def __init__(self, output, copy: bool):
+        self.versions, self.copies, self.copy = [], [], copy
         self.value = tree_map(self._detach, output)
 
     def _detach(self, value):
         if not isinstance(value, torch.Tensor):
             return value
         value = value.detach()
-        if not value.is_inference():  # inference tensors have no version
+        if not value.is_inference():
             self.versions.append((value, value._version))
+        elif self.copy:  # inference tensors have no version
+            self.copies.append((value, value.clone()))
         return value
 
     def get(self):
-        if any(tensor._version != version for tensor, version in self.versions):
-            raise RestoreError(
-                "this network changes a recorded tensor in place, so its two passes cannot share their prefix; "
-                "try estimator(..., share_prefix=False)"
-            )
+        same = all(tensor._version == version for tensor, version in self.versions)
+        if not (same and all(torch.equal(tensor, copy) for tensor, copy in self.copies)):
+            raise ChangedInPlace("outputs of a prefix must not be changed in place; try estimator(share_prefix=False)")
         return self.value

@@ -10,6 +10,7 @@ follow the paper: s = 0 is off. In the PAG repository, and in diffusers' `guidan
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from operators import RestoreError
 from operators.naming import lookup
 from restore.backbones.base import Backbone, Prediction
 from restore.backbones.forwards import find_compiled, run_uncompiled
-from restore.backbones.prefix import Tape, Trace
+from restore.backbones.prefix import ChangedInPlace, Tape, Trace
 from restore.guidance.combine import find_combination, weighted_sum
 
 # Factors on the scale by u = t / T, T the noisiest time (u falls from 1 to 0 in sampling), each of mean 1 over u, so
@@ -137,9 +138,10 @@ class Estimate:
     backward in between, `strong = estimate.strong(x_t, t)` and `eps_guided = estimate.guided(strong, x_t, t)`.
 
     A combination may remember its steps. Weak passes run without gradients, after the strong one, and from the second
-    step on take from it what the two have in common (share_prefix=False: compute everything twice; same bits). Changes
-    to the network during a pass are seen by this thread only and are gone after it, so a backward between two calls,
-    and other threads, see the true network. evaluations: network passes so far.
+    step on take from it what the two have in common (share_prefix=False: compute everything twice; same bits), unless
+    the network turns out to change that in place, which is warned of once. Changes to the network during a pass are
+    seen by this thread only and are gone after it, so a backward between two calls, and other threads, see the true
+    network. evaluations: network passes so far.
     Raises RestoreError for unknown layers or heads, and for CFG without a null condition.
     """
 
@@ -190,18 +192,27 @@ class Estimate:
         eps, x_t, predictions = strong.eps.detach(), x_t.detach(), []
         try:
             for scale, weak, tape in self._active(t):
-                with ExitStack() as stack:
-                    if weak.modules:
-                        stack.enter_context(run_uncompiled(self.compiled))
-                    if tape.recorded:
-                        stack.enter_context(tape.replay())
-                    eps_weak = weak.eps(x_t, t, condition, strong)
+                with run_uncompiled(self.compiled if weak.modules else ()):
+                    eps_weak = self._predict_weak(weak, tape, (x_t, t, condition, strong))
                 if eps_weak is not None:
                     self.evaluations += 1
                     predictions.append((scale, eps_weak))
         finally:
             self.close()
         return self.combine(eps, predictions, x_t, t) if predictions else eps
+
+    def _predict_weak(self, weak: WeakPass, tape: Tape, inputs: tuple) -> torch.Tensor | None:
+        if tape.recorded:
+            try:
+                with tape.replay():
+                    return weak.eps(*inputs)
+            except ChangedInPlace:
+                name = type(self.backbone.network).__name__
+                reason = f"{name} changes activations in place, as FreeU and T2I-Adapters make it do"
+                warnings.warn(f"{reason}: weak passes are computed in full, which is right but slower", stacklevel=4)
+                for other in self.tapes:
+                    other.stop()
+        return weak.eps(*inputs)
 
     def _active(self, t: float) -> list[tuple[float, WeakPass, Tape]]:
         scales = [term.scale_at(t, self.backbone) for term in self.terms]
