@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from operators import RestoreError
 from restore.backbones.base import AttentionLayer
 from restore.backbones.forwards import replace_forward
-from restore.guidance.targets import AttentionRecord, Draw, Target, index_tokens
+from restore.guidance.targets import AttentionRecord, Draw, SeededDraw, Target, index_tokens
 
 SCOPES = ("joint", "image")
 # Whether a processor of joint attention, with image and text tokens in one sequence, puts the image first.
@@ -48,16 +48,19 @@ def perturb_attention(
 ) -> Iterator[set[str]]:
     """Within the block the layers attend with the map (1 − u) A + u A'; yield the paths of the layers that ran.
 
-    draw: draw(kind, shape), noise of random targets, in order of execution. network: has the layers at their paths and
-    gives the grid of tokens. Enter it around the weak pass only.
+    draw: draw(kind, shape), noise of random targets, in order of execution; from a SeededDraw, the same in every call
+    of the network. network: has the layers at their paths and gives the grid of tokens. Enter it around the weak pass
+    only.
     """
     ran: set[str] = set()
 
-    def attend(item: PerturbedLayer, record: AttentionRecord, true: Callable[[], torch.Tensor]) -> torch.Tensor:
-        ran.add(item.layer.path)
-        return _mix(item, replace(record, draw=draw), true)
+    def attend(n: int, record: AttentionRecord, true: Callable[[], torch.Tensor]) -> torch.Tensor:
+        ran.add(layers[n].layer.path)
+        own = draw.at(n) if isinstance(draw, SeededDraw) else draw
+        return _mix(layers[n], replace(record, draw=own), true)
 
-    with _replace_attention([item.layer for item in layers], [partial(attend, item) for item in layers], network):
+    attends = [partial(attend, n) for n in range(len(layers))]
+    with _replace_attention([item.layer for item in layers], attends, network):
         yield ran
 
 

@@ -21,7 +21,7 @@ from restore.guidance.attention import SCOPES, PerturbedLayer, perturb_attention
 from restore.guidance.base import Term, WeakPass
 from restore.guidance.layers import Heads, Strength, choose_layers, normalize_strength, require_ran, split_by_strength
 from restore.guidance.options import freeze
-from restore.guidance.targets import Draw, Target, find_target, seeded_draw
+from restore.guidance.targets import Draw, SeededDraw, Target, find_target
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class PAG(Term):
         noise = lookup(self.noise, {}, "noise") if isinstance(self.noise, str) else self.noise
 
         def eps(x_t: torch.Tensor, t: float, condition: Any, strong: Prediction) -> torch.Tensor:
-            draw = noise if callable(noise) else seeded_draw(noise, t)
+            draw = noise if callable(noise) else SeededDraw(noise, t)
             with perturb_attention(perturbed, draw, backbone.network) as ran:
                 weak = backbone.predict(x_t, t, condition)
             require_ran([item.layer.path for item in perturbed], ran)

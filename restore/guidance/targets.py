@@ -7,8 +7,9 @@ A target is a function of one `AttentionRecord` that returns the attention outpu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -210,21 +211,35 @@ def average(kernel: int = 3) -> Target:
     return target
 
 
-def seeded_draw(seed: int, t: float) -> Draw:
-    """Return a Draw that depends only on seed, time and the number of draws before; images of a batch share it."""
-    count = 0
+class SeededDraw:
+    """A Draw that depends only on seed, time and the number of draws before; images of a batch share it.
 
-    def draw(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
-        nonlocal count
-        # An integer time enters as it is, any other with the bits of its floating-point value.
-        time = [int(t)] if t == int(t) else [int(t), int(np.float64(t).view(np.uint64))]
-        state = np.random.SeedSequence([seed, *time, count]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(state) >> 1)
-        count += 1
-        sample = torch.rand if kind == "uniform" else torch.randn
-        return sample(shape[1:], generator=generator).expand(shape)
+    at(place): the draws of one layer, numbered in order when a place draws for the first time. Later calls of the
+    network at this time, for other windows of a large image, get the same draws, so the number of windows in a call,
+    which the memory decides, changes nothing.
+    """
 
-    return draw
+    def __init__(self, seed: int, t: float) -> None:
+        self.seed, self.t = seed, t
+        self.numbers: dict[tuple, int] = {}
+        self.draw = self.at(None)
+
+    def __call__(self, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return self.draw(kind, shape)
+
+    def at(self, place: Hashable) -> Draw:
+        own = count()
+
+        def draw(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
+            number = self.numbers.setdefault((place, next(own)), len(self.numbers))
+            # An integer time enters as it is, any other with the bits of its floating-point value.
+            time = [int(self.t)] if self.t == int(self.t) else [int(self.t), int(np.float64(self.t).view(np.uint64))]
+            state = np.random.SeedSequence([self.seed, *time, number]).generate_state(1, np.uint64)[0]
+            generator = torch.Generator().manual_seed(int(state) >> 1)
+            sample = torch.rand if kind == "uniform" else torch.randn
+            return sample(shape[1:], generator=generator).expand(shape)
+
+        return draw
 
 
 _FAMILIES = (seg, temperature, random_mask, random_drop, noise, blur, average)

@@ -15,7 +15,7 @@ from restore.backbones.forwards import replace_forward
 from restore.guidance.base import Term, WeakPass
 from restore.guidance.layers import choose_layers, require_ran
 from restore.guidance.options import freeze
-from restore.guidance.targets import seeded_draw
+from restore.guidance.targets import SeededDraw
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TPG(Term):
         paths = {block_of(backbone.network, layer): layer.path for layer, _ in layers}
 
         def eps(x_t: torch.Tensor, t: float, condition: Any, strong: Prediction) -> torch.Tensor:
-            draw, ran = seeded_draw(self.noise, t), set()
+            draw, ran = SeededDraw(self.noise, t), set()
             orders: dict[tuple, torch.Tensor] = {}  # shared by all calls of the network, however the batch is split
 
             def shuffle(module, forward):

@@ -15,7 +15,7 @@ from operators import RestoreError
 from restore.backbones.base import Backbone, Prediction
 from restore.backbones.forwards import replace_forward
 from restore.guidance.base import Term, WeakPass
-from restore.guidance.targets import seeded_draw
+from restore.guidance.targets import SeededDraw
 
 # diffusers' names for the embedding of t; embeddings of guidance scales and sizes have the same class.
 EMBEDDINGS, PROJECTIONS = ("time_embedding", "timestep_embedder"), ("time_proj",)
@@ -64,7 +64,7 @@ class TSG(Term):
             def perturb(module, forward):
                 def run(*args, **kwargs):
                     e = forward(*args, **kwargs)
-                    n = seeded_draw(self.noise, t)("normal", (1, e.shape[-1])).to(e)
+                    n = SeededDraw(self.noise, t)("normal", (1, e.shape[-1])).to(e)
                     return e + size * e.std(-1, keepdim=True) * n
 
                 return run

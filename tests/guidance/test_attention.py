@@ -18,7 +18,7 @@ from restore.backbones.adm import ADM
 from restore.guidance import PAG, TARGETS, AttentionRecord, estimator
 from restore.guidance import targets as T
 from restore.guidance.attention import PerturbedLayer, perturb_attention
-from restore.guidance.targets import seeded_draw
+from restore.guidance.targets import SeededDraw
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = json.loads((GOLDEN / "pag_eps.json").read_text())["cases"]
@@ -179,7 +179,7 @@ def test_masked_keys_stay_masked(target, boolean):
     changed[..., 4:, :] = 100.0
     outs = []
     for value in (v, changed):
-        draw = seeded_draw(0, 0)
+        draw = SeededDraw(0, 0)
         outs.append(
             attend(PerturbedLayer(Layer(Attention(32, heads=4)), T.find_target(target)), q, k, value, draw, mask)
         )
@@ -311,15 +311,15 @@ def test_low_precision_maps_are_made_in_fp32(model, golden):
 
 def test_seeded_noise_depends_only_on_seed_timestep_and_draw():
     torch.manual_seed(0)
-    first = [seeded_draw(0, 5)("normal", (2, 3, 4, 4)) for _ in range(2)]
+    first = [SeededDraw(0, 5)("normal", (2, 3, 4, 4)) for _ in range(2)]
     torch.manual_seed(1)
     assert torch.equal(*first) and torch.equal(first[0][0], first[0][1])
-    draw = seeded_draw(0, 5)
+    draw = SeededDraw(0, 5)
     assert torch.equal(draw("normal", (1, 3, 4, 4))[0], first[0][0])
     assert not torch.equal(draw("normal", (1, 3, 4, 4))[0], first[0][0])
-    for other in (seeded_draw(1, 5), seeded_draw(0, 6)):
+    for other in (SeededDraw(1, 5), SeededDraw(0, 6)):
         assert not torch.equal(other("normal", (1, 3, 4, 4))[0], first[0][0])
-    assert 0 <= float(seeded_draw(0, 5)("uniform", (1, 1, 50, 50)).min()) < 0.01
+    assert 0 <= float(SeededDraw(0, 5)("uniform", (1, 1, 50, 50)).min()) < 0.01
 
 
 @pytest.mark.parametrize("target", ["random_mask", "noise"])

@@ -72,7 +72,7 @@ def test_tpg(case):
     model, x, _ = case
     count = x.shape[-1] * x.shape[-2] // 4
     for chosen in (["b0"], ["b1"], [layer for layer in layers_of(model) if "." not in layer]):
-        draw, handles = T.seeded_draw(3, T_HIGH), []
+        draw, handles = T.SeededDraw(3, T_HIGH), []
         for short in chosen:
             (path,) = (layer.path for layer in model.attention.values() if layer.short == short)
             block = model.network.get_submodule(path.rpartition(".")[0])
@@ -96,7 +96,7 @@ def test_tsg(case, s, alpha):
     last = float(model.schedule.ts[-1])
 
     def noisy(module, args, output):
-        n = T.seeded_draw(3, T_HIGH)("normal", (1, output.shape[1])).double()
+        n = T.SeededDraw(3, T_HIGH)("normal", (1, output.shape[1])).double()
         deviation = ((output - output.mean(1, keepdim=True)) ** 2).sum(1, keepdim=True) / (output.shape[1] - 1)
         return output + s * (T_HIGH / last) ** alpha * deviation.sqrt() * n
 

@@ -24,7 +24,7 @@ def test_tpg(model, x):
     with torch.no_grad():
         got = weak_of(TPG(1.0, "m1", noise=5), model, x, 40)
         attn = model.attention[MIDDLE].module
-        order = T.seeded_draw(5, 40)("uniform", (1, 16))[0].argsort()
+        order = T.SeededDraw(5, 40)("uniform", (1, 16))[0].argsort()
         handle = reordered(attn, order)
         expected = model.predict(x, 40).eps
         handle.remove()
@@ -42,7 +42,7 @@ def test_tpg_reorders_whole_transformer_blocks():
     with torch.no_grad():
         model.predict(z, 40)
         handle.remove()
-        handle = reordered(block, T.seeded_draw(0, 40)("uniform", (1, tokens[0]))[0].argsort())
+        handle = reordered(block, T.SeededDraw(0, 40)("uniform", (1, tokens[0]))[0].argsort())
         expected = model.predict(z, 40).eps
         handle.remove()
         assert relative(weak_of(TPG(1.0, "m1"), model, z, 40), expected) < 1e-12

@@ -12,7 +12,7 @@ from restore.guidance import targets as T
 
 @pytest.mark.parametrize("s, alpha", [(2.0, 1.0), (0.5, 0.0), (3.0, 0.25)])
 def test_tsg(model, x, s, alpha):
-    t, n = 250, T.seeded_draw(3, 250)("normal", (1, model.network.time_embedding.linear_2.out_features)).double()
+    t, n = 250, T.SeededDraw(3, 250)("normal", (1, model.network.time_embedding.linear_2.out_features)).double()
 
     def noisy(module, args, output):
         deviation = ((output - output.mean(1, keepdim=True)) ** 2).sum(1, keepdim=True) / (output.shape[1] - 1)
