@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from PIL import Image
+from torch.utils._pytree import tree_map
 
 from restore.guidance import PAG
 from restore.guidance.attention import perturb_attention
@@ -63,5 +64,38 @@ def by_hand(network, layers, scale, *, cfg="second", **unused):
         if cfg != "all":
             shift = torch.cat([shift.chunk(2)[cfg == "second"]] * 2)
         return (out + shift,) if not kwargs.get("return_dict", True) else Transformer2DModelOutput(sample=out + shift)
+
+    return run
+
+
+class Identity:
+    """A processor under which every token attends to itself alone."""
+
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        return attn.to_out[1](attn.to_out[0](attn.to_v(hidden_states)))
+
+
+def by_processor(network, paths, scale, *, rows=slice(None), processor=None):
+    """A forward of the network with equation 14 written out: two whole passes with arguments of their own, the second
+    with hand-written processors in the layers at `paths`; the shift of `rows` in all parts of the batch."""
+    forward = type(network).forward
+    layers = [network.get_submodule(path) for path in paths]
+
+    def copied(values):
+        return tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, values)
+
+    @torch.no_grad()
+    def run(*args, **kwargs):
+        passes = [copied((args, kwargs)) for _ in range(2)]
+        out = forward(network, *passes[0][0], **passes[0][1])
+        true = [layer.processor for layer in layers]
+        for layer in layers:
+            layer.set_processor(processor or Identity())
+        weak = forward(network, *passes[1][0], **passes[1][1])[0]
+        for layer, own in zip(layers, true, strict=True):
+            layer.set_processor(own)
+        shift = (scale * (out[0] - weak))[rows]
+        moved = out[0] + torch.cat([shift] * (len(weak) // len(shift)))
+        return (moved,) if isinstance(out, tuple) else type(out)(sample=moved)
 
     return run

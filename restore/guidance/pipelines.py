@@ -9,12 +9,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from operators import RestoreError
 from operators.naming import suggest
@@ -24,11 +22,7 @@ from restore.backbones.forwards import replace_forward
 from restore.backbones.schedule import Schedule
 from restore.guidance.base import Estimate, Guidance, Term, as_guidance
 from restore.guidance.cfg import CFG
-
-PARTS = ("auto", "all", "second", "first")
-# The rows with the prompt where a pipeline puts the same latents twice into the batch, if not the second half. FLUX's
-# never does: it calls its network twice (true_cfg_scale), with the prompt first.
-WITH_PROMPT = {"FluxTransformer2DModel": "all", "DiTTransformer2DModel": "first"}
+from restore.guidance.layouts import PARTS, NetworkCall, is_packed, sample_of, unwrap
 
 
 @contextmanager
@@ -45,11 +39,13 @@ def guided(pipe: Any, guidance: Term | Guidance | None, *, conditional: str = "a
 
     conditional: which part of the batch has the prompt: "all", the "second" half (diffusers), the "first" half
         (threestudio, DiT), or "auto": as the pipeline lays out its classifier-free guidance, "all" without it and for
-        a network given without its pipeline.
+        a network given without its pipeline. An unknown layout is not guessed.
     Gradients of the output, if enabled, are those of the unguided prediction. Threads that call the pipeline within
-    the block are guided independently of each other.
+    the block are guided independently of each other. Times (a term's interval) are those of the pipeline's scheduler.
     Raises RestoreError for a pipeline without a known network, unknown layers, CFG terms (use the pipeline's
-    guidance_scale), combinations that need noise levels, and batches whose layout "auto" does not recognise.
+    guidance_scale), combinations that need noise levels; in the pipeline's call, for a batch of several images whose
+    layout "auto" does not know (a pipeline of your own without do_classifier_free_guidance, edits, three parts), for a
+    network that caches between steps and for a pipeline that perturbs attention itself.
     """
     if conditional not in PARTS:
         raise RestoreError(f"unknown conditional={conditional!r}; {suggest(conditional, PARTS)}")
@@ -69,22 +65,24 @@ def guided(pipe: Any, guidance: Term | Guidance | None, *, conditional: str = "a
         def forward(*args, **kwargs):
             if not hasattr(local, "estimate"):
                 local.estimate, local.last = Estimate(adapter, guidance), None
-            estimate, x, t = local.estimate, find_latent(args, kwargs), find_timestep(network, args, kwargs)
-            if local.last is not None and local.last[0] is x and local.last[1] == t and is_flux(network):
-                # FLUX's pass without the prompt gets the shift of the one with it, so that their difference does not.
+            estimate = local.estimate
+            call = NetworkCall(network, args, kwargs, pipe, conditional, estimate.tapes)
+            last, local.last = local.last, None
+            if last is not None and last.is_of_the_same_step(call, pipe):
+                # The pass without the prompt gets the shift of the one with it, so that their difference does not.
                 with replace_forward([network], lambda *_: inner):
-                    return _shift(network(*args, **kwargs), local.last[2])
-            call = NetworkCall(args, kwargs, conditional_rows(pipe, network, x, conditional), estimate.tapes)
-            before, local.last = estimate.evaluations, None
+                    return _shift(network(*args, **kwargs), last.shift)
+            check_unguided(network, pipe)
+            before = estimate.evaluations
             # Within the network's own passes its forward is the original one, so that they are not guided in turn.
             with replace_forward([network], lambda *_: inner):
-                strong, eps = estimate(x[call.rows], t, call)
+                strong, eps = estimate(call.x[call.rows], call.t, call)
             if estimate.evaluations == before + 1:
                 return call.output
             # The same shift in both halves, so that the pipeline's u + g (c - u) is shifted by it once.
             shift = eps - strong.eps.detach()
-            local.last = (x, t, shift)
-            return _shift(call.output, torch.cat([shift] * (len(x) // len(shift))))
+            local.last = GuidedStep(call, shift, pipe)
+            return _shift(call.output, torch.cat([shift] * (len(call.x) // len(shift))))
 
         return forward
 
@@ -92,15 +90,34 @@ def guided(pipe: Any, guidance: Term | Guidance | None, *, conditional: str = "a
         yield pipe
 
 
-@dataclass
-class NetworkCall:
-    """One call of the network by the pipeline: its arguments, the rows with the prompt, the strong pass's output."""
+class GuidedStep:
+    """The last guided call of a pipeline that calls its network twice a step, first with the prompt."""
 
-    args: tuple
-    kwargs: dict
-    rows: slice
-    tapes: list
-    output: Any = None
+    def __init__(self, call: NetworkCall, shift: torch.Tensor, pipe: Any) -> None:
+        self.x, self.t, self.shift, self.run = call.x, call.t, shift, _run_of(pipe)
+
+    def is_of_the_same_step(self, call: NetworkCall, pipe: Any) -> bool:
+        """Whether `call` is the one without the prompt: of the same latents and time, in the same run."""
+        if self.run is None or self.run is not _run_of(pipe) or not is_packed(call.x) or self.t != call.t:
+            return False
+        return self.x is call.x or torch.equal(self.x, call.x)
+
+
+def _run_of(pipe: Any) -> Any:
+    """What a run of the pipeline makes anew: its scheduler's times."""
+    return getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+
+
+def check_unguided(network: nn.Module, pipe: Any) -> None:
+    """Raise RestoreError for a network or pipeline that a second pass would confuse."""
+    network = unwrap(network)
+    if getattr(network, "is_cache_enabled", False):
+        name = type(network).__name__
+        raise RestoreError(
+            f"a guided network must not cache between steps, got a {name} that does; try disable_cache()"
+        )
+    if getattr(pipe, "do_perturbed_attention_guidance", False):
+        raise RestoreError(f"pipe must not perturb attention itself, got a {type(pipe).__name__}; try pag_scale=0")
 
 
 class PipelineNetwork:
@@ -113,7 +130,7 @@ class PipelineNetwork:
 
     def __init__(self, network: nn.Module, pipe: Any = None) -> None:
         self.network, self.pipe = network, pipe
-        self.attention = find_attention_layers(getattr(network, "_orig_mod", network))
+        self.attention = find_attention_layers(unwrap(network))
 
     @property
     def schedule(self) -> Schedule | None:
@@ -125,69 +142,12 @@ class PipelineNetwork:
 
     def predict(self, x_t: torch.Tensor, t: float, condition: NetworkCall) -> Prediction:
         """The first prediction of a call is the strong one; later ones are weak and made only on its rows."""
-        call = condition
-        x = find_latent(call.args, call.kwargs)
-
-        def part(value):
-            batched = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == len(x)
-            return value[call.rows] if batched else value
-
-        if call.output is None:
-            call.output = self.network(*call.args, **call.kwargs)
-            if len(x) > len(x_t):
-                for tape in call.tapes:
-                    tape.map(part)
-            return Prediction(_sample(call.output)[call.rows])
-        args, kwargs = tree_map(part, call.args), tree_map(part, call.kwargs)
-        if args:
-            args = (x_t, *args[1:])
-        else:
-            kwargs["sample" if "sample" in kwargs else "hidden_states"] = x_t
-        return Prediction(_sample(self.network(*args, **kwargs)))
-
-
-def is_flux(network: nn.Module) -> bool:
-    return type(getattr(network, "_orig_mod", network)).__name__ == "FluxTransformer2DModel"
-
-
-def find_latent(args: tuple, kwargs: dict) -> torch.Tensor:
-    """Return x of a call: the first argument, called sample by U-Nets and hidden_states by transformers."""
-    return args[0] if args else kwargs["sample"] if "sample" in kwargs else kwargs["hidden_states"]
-
-
-def conditional_rows(pipe: Any, network: nn.Module, x: torch.Tensor, conditional: str) -> slice:
-    """Return the rows of the batch x that have the prompt. Raises RestoreError if "auto" cannot tell."""
-    half = len(x) // 2
-    if conditional == "auto":
-        if isinstance(pipe, nn.Module):
-            return slice(None)
-        # Not all pipelines have this attribute; all of them put the same latents twice into the batch.
-        does_cfg = getattr(pipe, "do_classifier_free_guidance", None)
-        doubled = len(x) % 2 == 0 and torch.equal(x[:half], x[half:])
-        if does_cfg and not doubled:
-            hint = "try conditional='second', 'first' or 'all', the part with the prompt"
-            raise RestoreError(f"batch of classifier-free guidance must be [without, with prompt]; {hint}")
-        usual = WITH_PROMPT.get(type(getattr(network, "_orig_mod", network)).__name__, "second")
-        conditional = usual if doubled and does_cfg is not False else "all"
-    if conditional == "all":
-        return slice(None)
-    if len(x) % 2:
-        raise RestoreError(f"conditional={conditional!r} needs a batch of two halves, got {len(x)} images")
-    return slice(half, None) if conditional == "second" else slice(0, half)
-
-
-def find_timestep(network: nn.Module, args: tuple, kwargs: dict) -> float:
-    """Return the timestep of a call, a number or a tensor with one value for the whole batch."""
-    t = kwargs["timestep"] if "timestep" in kwargs else args[1]
-    t = float(t.flatten()[0]) if isinstance(t, torch.Tensor) else float(t)
-    return 1000 * t if is_flux(network) else t  # FLUX counts from 0 to 1, its scheduler to 1000
-
-
-def _sample(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output.sample
+        if condition.output is None:
+            return Prediction(condition.run()[condition.rows])
+        return Prediction(condition.run_weak(x_t))
 
 
 def _shift(output: Any, shift: torch.Tensor) -> Any:
     """Add `shift` to the prediction in the network's output, a tuple or an object."""
-    moved = _sample(output) + shift
+    moved = sample_of(output) + shift
     return (moved, *output[1:]) if isinstance(output, tuple) else type(output)(sample=moved)
