@@ -113,7 +113,8 @@ def write_json(path: str | Path, content: Any) -> None:
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False, default=_to_plain)
     except (TypeError, ValueError) as error:
         raise RestoreError(f"cannot write {path}: its content has no JSON form ({error})") from error
-    write_bytes(path, (text + "\n").encode("utf-8"))
+    # A lone surrogate, which stands for a byte of a file name that is no UTF-8, becomes JSON's own escape.
+    write_bytes(path, (text + "\n").encode("utf-8", "backslashreplace"))
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:

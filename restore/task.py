@@ -188,7 +188,8 @@ def measure_photo(
             mask = resize_image(task.config["mask"].read(record.size), resampling.side, method="nearest")
             task = Task(task.name, task.config | {"mask": mask})
         operator = task.build(*x.shape[-2:])
-        return Measurement(record, clean, operator, operator(x, measurement_generator(seed, image_id)))
+        y = degrade_image(operator, x, record.grey, measurement_generator(seed, image_id))
+        return Measurement(record, clean, operator, y)
     if task.config["name"] in ("inpainting_box", "inpainting_random"):
         raise RestoreError(
             f"{photo.name}: inpainting a damaged photo needs mask=FILE (white: known pixels); "
@@ -204,6 +205,21 @@ def measure_photo(
     if resampling:
         operator = resampling.adapt_operator(operator, size, photo.name)
     return Measurement(record, None, operator, y)
+
+
+def degrade_image(operator: Any, x: torch.Tensor, grey: bool, generator: torch.Generator) -> torch.Tensor:
+    """Return the measurement of a picture x (1, 3, H, W).
+
+    grey: the picture has one channel, three times; so has its noise then, or the grey file that is written of it would
+    show the mean of three noises, which is weaker.
+    """
+    noise = getattr(operator, "noise", None)
+    if not grey or noise is None:
+        return operator(x, generator)
+    y = operator.A(x)
+    if y.ndim != 4 or not torch.allclose(y, y[:, :1].expand_as(y), atol=1e-5):  # an operator of colours
+        return noise(y, generator)
+    return noise(y[:, :1], generator).expand_as(y).contiguous()
 
 
 def measure_batch(

@@ -104,7 +104,7 @@ def run(
     with options.Progress(len(photos), quiet) as progress:
         shown = {"announce": None if dry_run else progress.announce, "callback": progress}
         job = RestoreJob(model, selected, method, condition, **sampling, **writing, **limits, **shown)
-        options.print_outcomes(job.run(photos), quiet)
+        options.print_outcomes(job.run(photos), quiet, files.explain_passed_over(names, out, recursive))
 
 
 @app.command()
@@ -134,7 +134,8 @@ def degrade(
     known = ["sigma", *operators.operator_options(selected.config["name"])]
     check_known(settings, known, f"task {task} has no setting")
     photos = files.find_photos(names, out, png=png, recursive=recursive)
-    options.print_outcomes(degrade_files(photos, selected, seed=seed, overwrite=overwrite))
+    passed_over = files.explain_passed_over(names, out, recursive)
+    options.print_outcomes(degrade_files(photos, selected, seed=seed, overwrite=overwrite), passed_over=passed_over)
 
 
 @app.command()
@@ -206,6 +207,7 @@ def demo(
     steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the preset's.")] = None,
     weights: Annotated[list[str] | None, typer.Option(help="The network of LPIPS: alexnet=FILE.")] = None,
     device: options.Device = "auto",
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Degrade and restore shipped faces and a photo, by DPS and the best sampler, without and with PAG."""
     from restore.app.demo import run_demo
@@ -213,7 +215,7 @@ def demo(
 
     with options.Progress(1) as progress:
         files = parse_weight_files(weights or [])
-        summary = run_demo(out, steps=steps, device=device, weights=files, callback=progress)
+        summary = run_demo(out, steps=steps, device=device, weights=files, overwrite=overwrite, callback=progress)
     typer.echo(summary)
 
 
@@ -265,6 +267,9 @@ def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
     naming.MODULE_FOLDERS.append(os.getcwd())  # so that "module:attribute" finds the user's samplers and operators
     warnings.formatwarning = lambda message, *_: f"restore: {translate(message)}\n"
+    for stream in (sys.stdout, sys.stderr):  # a file name may have bytes, and a terminal lack letters
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     interrupted = "restore: interrupted; finished files are kept, run the same command to continue"
     try:
         code = app(standalone_mode=False)

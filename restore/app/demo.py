@@ -74,17 +74,23 @@ def run_demo(
     device: str = "auto",
     seed: int = 0,
     weights: Mapping[str, str | Path] | None = None,
+    overwrite: bool = False,
     callback: Callable | None = None,
 ) -> str:
     """Restore the photos of PARTS and return a summary to print.
 
     Writes a picture for each part (input, baseline, the methods, truth), demo.json with all numbers, and table.md.
     steps: of every sampler, instead of the presets'. weights: as restore.metrics.weights.find_weights takes them;
-    without AlexNet's, given or in PyTorch's cache, the table has no LPIPS.
+    without AlexNet's, given or in PyTorch's cache, the table has no LPIPS. Raises RestoreError if a file that no demo
+    wrote would be replaced, unless `overwrite`.
     """
     started, out = time.perf_counter(), Path(out)
+    outputs = [out / name for name in (*(part.picture for part in PARTS), "table.md", "demo.json")]
+    files.check_owned(outputs, outputs[-1], outputs[-1], overwrite)
     files.make_writable_folder(out)
     lpips, table, records, notes = _load_lpips(weights), [], [], []
+    names = {"version": get_version(), "files": [path.name for path in outputs]}
+    disk.write_json(outputs[-1], names)  # first: an interrupted demo may be repeated
     total = sum((4 if part.sampler else 1) * len(part.tasks) for part in PARTS)
     for part in PARTS:
         restorer = load(part.backbone, device=device)
@@ -116,7 +122,7 @@ def run_demo(
     note += f" LPIPS (alex) of faces enlarged to {LPIPS_SIDE}." if lpips is not None else ""
     lines += ["", *notes, note]
     disk.write_bytes(out / "table.md", ("\n".join(lines) + "\n").encode())
-    disk.write_json(out / "demo.json", {"version": get_version(), "runs": records, "table": table})
+    disk.write_json(outputs[-1], names | {"runs": records, "table": table})
     where = [f"{out / part.picture}  the pictures" for part in PARTS] + [f"{out / 'table.md'}  the numbers"]
     return "\n".join([*lines, "", f"Done in {time.perf_counter() - started:.0f} s:", *where])
 

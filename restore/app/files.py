@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import glob
 import json
+import os
+import secrets
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,14 +21,13 @@ from operators import RestoreError
 from restore import disk
 from restore.bench.protocol import find_differences, format_differences
 from restore.images import io
-from restore.images.folder import filter_images, read_sidecar
-from restore.images.io import READABLE_SUFFIXES, WRITABLE_SUFFIXES
+from restore.images.folder import SIDECAR_SUFFIXES, filter_images, is_image, read_sidecar
+from restore.images.formats import PICTURE_SUFFIXES, WRITABLE_SUFFIXES, choose_suffix
 
-# An output name that ends like this is a file, not a folder, and is refused unless the format can be written.
-_PICTURE_SUFFIXES = (*READABLE_SUFFIXES, ".jxl", ".jp2", ".svg", ".pdf", ".psd", ".dng")
 # The endings of the names of companion files, after the name of the result.
 SIDECAR, DEGRADED, TRAJECTORY, MEAN, SPREAD = ".json", "-degraded", "-trajectory", "-mean", "-spread"
 SIGNALS = "-guidance"
+LONGEST_NAME = 255  # bytes, of nearly every file system
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def find_photos(inputs: Sequence[str | Path], out: str | Path, png=False, recurs
     """Return the photos of files, folders and glob patterns, see `expand_inputs` and `choose_targets`.
 
     recursive: include the sub-folders of folders, each with an output folder of its name in `out`.
-    Raises RestoreError also if a single photo has transparency and its output format has not.
+    Raises RestoreError also if a single photo cannot be read, or has transparency and its output format has not.
     """
     out = Path(out)
     groups = [(inputs, out)]
@@ -90,7 +91,7 @@ def find_photos(inputs: Sequence[str | Path], out: str | Path, png=False, recurs
     for group, target in groups:
         photos += choose_targets(expand_inputs(group), target, png=png)
     if len(photos) == 1:  # in a folder every photo keeps its format
-        io.check_alpha(photos[0].source, photos[0].target)
+        io.check_source(photos[0].source, photos[0].target)
     return photos
 
 
@@ -119,22 +120,49 @@ def check_outputs(photos: Sequence[Photo], outputs: Iterable[Sequence[Path]], ov
 
     outputs: the files of each photo, see `Photo.outputs`. A file would be lost if two photos write the same name
     (a.png's mean and a-mean.png), if it is an input, or, without `overwrite`, if no side-car of this program names it.
+    Photos whose outputs have too long names, see `check_names`, write nothing; it is an error if there is no other.
     """
     sources = {photo.source.resolve() for photo in photos}
     writers: dict[str, Photo] = {}
+    unnamed: list[RestoreError] = []
     for photo, paths in zip(photos, outputs, strict=True):
-        ours = set((read_sidecar(photo.sidecar) or {}).get("files", ()))
+        try:
+            check_names(photo, paths)
+        except RestoreError as error:
+            unnamed.append(error)
+            continue
         for path in paths:
             other = writers.setdefault(str(path.resolve()).casefold(), photo)  # some file systems ignore case
             if other is not photo:
                 raise RestoreError(f"{other.source} and {photo.source} would both write {path}; rename one")
             if path.resolve() in sources:
                 raise RestoreError(f"{photo.source} would overwrite the input {path}; choose another output folder")
-            if path.exists() and not overwrite and (path.name not in ours or photo.target.name not in ours):
-                raise RestoreError(
-                    f"{path} exists and {photo.sidecar.name} does not name it as a result of this program; "
-                    "give overwrite=True to replace it, or choose another output folder"
-                )
+        check_owned(paths, photo.sidecar, photo.target, overwrite)
+    if unnamed and len(unnamed) == len(photos):
+        raise unnamed[0]
+
+
+def check_names(photo: Photo, paths: Iterable[Path]) -> None:
+    """Raise RestoreError if the name of a file to be written, such as NAME-sample1.png, is too long."""
+    longest = max(paths, key=lambda path: len(os.fsencode(path.name)))
+    if (length := len(os.fsencode(longest.name))) > LONGEST_NAME:
+        given = f"{length} for {longest.name}; rename {photo.source.name}"
+        raise RestoreError(f"a file name must have at most {LONGEST_NAME} bytes, got {given}")
+
+
+def check_owned(paths: Iterable[Path], sidecar: Path, main: Path, overwrite: bool = False) -> None:
+    """Raise RestoreError if one of `paths` exists and is not a file of this program.
+
+    sidecar: the JSON file that lists the program's files beside it. main: the file that it must name, or it is the
+    side-car of another result. overwrite: replace any file.
+    """
+    ours = () if overwrite else set((read_sidecar(sidecar) or {}).get("files", ()))
+    for path in paths:
+        if not overwrite and path.exists() and (path.name not in ours or main.name not in ours):
+            raise RestoreError(
+                f"{path} exists and {sidecar.name} does not name it as a result of this program; "
+                "give overwrite=True to replace it, or choose another output folder"
+            )
 
 
 def is_finished(photo: Photo, expected: Mapping[str, Any]) -> bool:
@@ -177,15 +205,34 @@ def expand_inputs(paths: Iterable[str | Path]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for path in map(Path, paths):
-        names = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-        matches = [path] if path.is_file() else filter_images(names)
+        matches = [path] if os.path.isfile(path) else filter_images(_list_files(path))
         if not matches:
-            kinds = " ".join(READABLE_SUFFIXES)
-            raise RestoreError(f"an input must be an image, or a folder or pattern with images ({kinds}), got {path}")
+            raise RestoreError(f"an input must be an image, or a folder or pattern with images, got {path}")
         found.update(dict.fromkeys(matches))
     if not found:
         raise RestoreError("no input image given; name files, folders or patterns")
     return list(found)
+
+
+def explain_passed_over(inputs: Iterable[str | Path], out: str | Path | None, recursive: bool = False) -> str | None:
+    """Return one line on the files and sub-folders of the inputs that `find_photos` leaves out; None if there are none.
+
+    Hidden files, side-cars and other text files, and the folder `out` are not mentioned.
+    """
+    out, files, folders = Path(os.devnull if out is None else out).resolve(), [], []
+    for path in map(Path, inputs):
+        folder = os.path.isdir(path)
+        groups = [below for below, _ in _list_folders(path, out)] if recursive and folder else [path]
+        for item in (item for group in groups for item in _list_files(group)):
+            if item.name[0] == "." or item.suffix.lower() in SIDECAR_SUFFIXES:
+                continue
+            if item.is_file() and not is_image(item):
+                files.append(item.name)
+            elif folder and not recursive and item.is_dir() and item.resolve() != out and not _holds_results(item):
+                folders += [item.name] * any(filter_images(item.iterdir()))
+    kinds = {"no picture that can be read": files, "sub-folders: give recursive=True": folders}
+    parts = [f"{', '.join(n[:5])}{', ...' * (len(n) > 5)} ({len(n)}; {why})" for why, n in kinds.items() if n]
+    return f"passed over: {'; '.join(parts)}" if parts else None
 
 
 def choose_targets(inputs: Iterable[str | Path], out: str | Path, png: bool = False) -> list[Photo]:
@@ -198,15 +245,14 @@ def choose_targets(inputs: Iterable[str | Path], out: str | Path, png: bool = Fa
     """
     inputs, out = [Path(path) for path in inputs], Path(out)
     suffix = out.suffix.lower()
-    if suffix in _PICTURE_SUFFIXES and not out.is_dir():
+    if suffix in PICTURE_SUFFIXES and not os.path.isdir(out):
         if len(inputs) > 1:
             raise RestoreError(f"the results of {len(inputs)} inputs cannot go to the file {out}; name a folder")
         if suffix not in WRITABLE_SUFFIXES:
             raise RestoreError(f"cannot write {out}: the name must end in one of {' '.join(WRITABLE_SUFFIXES)}")
         targets = [out]
     else:
-        keep = () if png else WRITABLE_SUFFIXES
-        targets = [out / f"{p.stem}{p.suffix if p.suffix.lower() in keep else '.png'}" for p in inputs]
+        targets = [out / f"{path.stem}{'.png' if png else choose_suffix(path)}" for path in inputs]
     photos = [Photo(*pair) for pair in zip(inputs, targets, strict=True)]
     check_outputs(photos, [photo.outputs() for photo in photos], overwrite=True)
     make_writable_folder(targets[0].parent if targets else out)
@@ -215,9 +261,14 @@ def choose_targets(inputs: Iterable[str | Path], out: str | Path, png: bool = Fa
 
 def make_writable_folder(folder: Path) -> None:
     """Create a folder and write to it once, so that hours of work do not end in an error. Raises RestoreError."""
-    trial = disk.make_folder(folder) / ".restore-write-test"
+    trial = disk.make_folder(folder) / f".restore-{secrets.token_hex(4)}.tmp"
     disk.write_bytes(trial, b"")
     trial.unlink(missing_ok=True)
+
+
+def _list_files(path: Path) -> list[Path]:
+    """What a folder or a pattern names, sorted."""
+    return sorted(path.iterdir() if os.path.isdir(path) else map(Path, glob.glob(str(path), recursive=True)))
 
 
 def _list_folders(path: Path, out: Path) -> list[tuple[Path, Path]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from operators import RestoreError
-from restore.app.options import Overwrite, Recursive, split_settings
+from restore.app.options import Overwrite, Recursive, print_passed_over, split_settings
 
 NOISY, BLURRED = 0.04, 1.3  # a command is proposed from here on: sigma on [-1, 1], std in pixels
 
@@ -37,14 +38,22 @@ def look(
         pairs = [(source, None) for source in files.expand_inputs(names)]
     else:
         pairs = [(photo.source, photo.target) for photo in files.find_photos(names, out, png=True, recursive=recursive)]
-        taken = [target for _, target in pairs if target.exists()]
+        taken = [target for _, target in pairs if os.path.exists(target)]
         if taken and not overwrite:
             raise RestoreError(f"{taken[0]} exists already: overwrite=True replaces it")
+    failed = []
     for source, target in pairs:
-        findings = inspect_photo(source, sensitivity)
-        if target is not None:
-            io.write_image(target, (findings["mask"] * 2 - 1)[0].expand(3, -1, -1))
-        typer.echo("\n".join(_format_findings(source, findings, target)))
+        try:
+            findings = inspect_photo(source, sensitivity)
+            if target is not None:
+                io.write_image(target, (findings["mask"] * 2 - 1)[0].expand(3, -1, -1))
+        except RestoreError as error:
+            failed.append(str(error))
+        else:
+            typer.echo("\n".join(_format_findings(source, findings, target)))
+    print_passed_over(files.explain_passed_over(names, out, recursive))
+    if failed:
+        raise RestoreError("\n".join(failed))
 
 
 def inspect_photo(source: str | Path, sensitivity: float = 0.5) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -69,7 +70,7 @@ def split_settings(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
 
     from restore.config import resolve_references
 
-    settings = [a for a in arguments if "=" in a and a.split("=", 1)[0].isidentifier() and not Path(a).exists()]
+    settings = [a for a in arguments if "=" in a and a.split("=", 1)[0].isidentifier() and not os.path.exists(a)]
     inputs = [a for a in arguments if a not in settings]
     try:
         return inputs, resolve_references(OmegaConf.from_dotlist(settings))
@@ -227,8 +228,10 @@ class Progress:
         self.bar.close()
 
 
-def print_outcomes(outcomes: Iterable[Any], quiet: bool = False) -> None:
-    """Print each outcome's line as it comes, unless quiet. Raises RestoreError at the end if any failed, by reason."""
+def print_outcomes(outcomes: Iterable[Any], quiet: bool = False, passed_over: str | None = None) -> None:
+    """Print each outcome's line as it comes, and `passed_over` at the end, unless quiet.
+
+    Raises RestoreError at the end if any failed, by reason."""
     failed: dict[str, list[str]] = {}
     count = 0
     for outcome in outcomes:
@@ -237,8 +240,16 @@ def print_outcomes(outcomes: Iterable[Any], quiet: bool = False) -> None:
             failed.setdefault(outcome.error, []).append(outcome.photo.source.name)
         elif not quiet:
             typer.echo(outcome.line())
+    if not quiet:
+        print_passed_over(passed_over)
     if count == 1 and failed:
         raise RestoreError(next(iter(failed)))
     if failed:
         lines = [f"{reason} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for reason, names in failed.items()]
         raise RestoreError("\n".join([f"{sum(map(len, failed.values()))} of {count} files failed", *lines]))
+
+
+def print_passed_over(line: str | None) -> None:
+    """Print the result of files.explain_passed_over, if any, on the standard error."""
+    if line is not None:
+        typer.echo(f"restore: {translate_parameters(line, ['recursive'])}", err=True)

@@ -35,10 +35,12 @@ _DECISIVE = ("backbone", "weights", "precision", "operator", "noise", "method", 
 @dataclass(frozen=True)
 class Outcome:
     """What happened to one photo. numbers: residual_ratio, nfe, seconds, with `degrade` psnr and ssim. error: why there
-    is no result. plan: memory and time of a photo that was only planned."""
+    is no result. plan: memory and time of a photo that was only planned. lost: what the photo has and the result's
+    format does not hold, see io.list_lost."""
 
     photo: Photo
     skipped: bool = False
+    lost: tuple[str, ...] = ()
     numbers: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
     plan: Plan | None = None
@@ -51,6 +53,7 @@ class Outcome:
         shown = {"psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.3f}", "residual_ratio": "residual/noise {:.2f}"}
         shown["seconds"] = "{:.0f} s"
         parts = [text.format(self.numbers[key]) for key, text in shown.items() if self.numbers.get(key) is not None]
+        parts += [f"not kept: {', '.join(self.lost)}"] if self.lost else []
         return "  ".join([str(self.photo.target), *parts])
 
 
@@ -116,6 +119,8 @@ class RestoreJob:
         return photo.outputs(self.samples, self.degrade, self.save_trajectory)
 
     def _restore(self, photo: Photo) -> Outcome | _Restored:
+        files.check_names(photo, self.outputs(photo))
+        io.check_source(photo.source, photo.target)
         task = self.task.for_photo(photo.source, self.degrade)
         noise = {"image_id": photo.image_id, "seed": self.seed}
         measured = measure_photo(photo.source, task, degrade=self.degrade, resampling=self.resampled, **noise)
@@ -171,16 +176,16 @@ class RestoreJob:
         return plan
 
     def _write(self, photo: Photo, restored: _Restored, started: float) -> Outcome:
-        numbers, outputs = restored.numbers(), [path.name for path in self.outputs(photo)]
+        outputs, lost = [path.name for path in self.outputs(photo)], restored.list_lost(photo)
         if restored.trajectory is not None and not restored.trajectory.guided:
             outputs.remove(photo.companion(SIGNALS, ".png").name)
         sidecar = {"version": get_version(), "finished": False, "input": photo.source.name, "files": outputs}
-        sidecar |= restored.facts
+        sidecar |= restored.facts | ({"not_kept": lost} if lost else {})
         with photo.remove_on_failure(self.samples, self.degrade, self.save_trajectory):
             # The side-car comes first: if this process is killed, it marks the files as this program's, to be redone.
             disk.write_json(photo.sidecar, sidecar)
             restored.write_pictures(photo, self.degrade)
-            numbers["seconds"] = time.perf_counter() - started
+            numbers = restored.measure(photo) | {"seconds": time.perf_counter() - started}
             protocol = restored.result.protocol
             pictures = [
                 path for path in map(photo.target.with_name, outputs) if path != photo.sidecar and path.exists()
@@ -188,7 +193,7 @@ class RestoreJob:
             written = {path.name: disk.hash_file(path) for path in pictures}
             done = {"finished": True, "written": written, "protocol": protocol}
             disk.write_json(photo.sidecar, sidecar | done | numbers)
-        return Outcome(photo, numbers=numbers)
+        return Outcome(photo, numbers=numbers, lost=tuple(lost))
 
 
 @dataclass
@@ -200,24 +205,34 @@ class _Restored:
     trajectory: Trajectory | None
     facts: dict[str, Any]
 
-    def numbers(self) -> dict[str, Any]:
+    @property
+    def colour(self) -> bool:
+        """Whether a grey photo gains colour, by colorization."""
+        return self.measured.y.shape[1] == 1
+
+    def list_lost(self, photo: Photo) -> list[str]:
+        return io.list_lost(photo.target, self.measured.record, self.colour)
+
+    def measure(self, photo: Photo) -> dict[str, Any]:
+        """Return the numbers of the result; psnr and ssim are those of the written file."""
         result, clean = self.result, self.measured.clean
         ratio = result.residual_ratio
         numbers = {"residual_ratio": None if ratio is None else float(ratio[0, 0])}
         numbers |= {"residual": float(result.residual[0, 0]), "nfe": result.nfe}
         if clean is not None:
-            numbers["psnr"] = float(psnr(result.samples[:, 0], clean))
+            written = io.read_image(photo.target).pixels
+            numbers["psnr"] = float(psnr(written, clean))
             if min(clean.shape[-2:]) >= 11:  # SSIM's window
-                numbers["ssim"] = float(ssim(result.samples[:, 0], clean))
+                numbers["ssim"] = float(ssim(written, clean))
         return {key: value if value is None or math.isfinite(value) else None for key, value in numbers.items()}
 
     def write_pictures(self, photo: Photo, degrade: bool) -> None:
         """Write all pictures, the result last."""
         result, record, y, trajectory = self.result, self.measured.record, self.measured.y, self.trajectory
         samples = result.samples.shape[1]
-        like = {"like": record, "colour": y.shape[1] == 1}  # colorization gives a grey photo its colour
+        like = {"like": record, "colour": self.colour}
         if degrade:
-            io.write_image(photo.companion(DEGRADED), y[0].expand(3, -1, -1), like=record)
+            io.write_image(photo.companion(DEGRADED), y[0].expand(3, -1, -1), like=record, exact=True)
         if samples > 1:
             for k in range(1, samples):
                 io.write_image(photo.companion(f"-sample{k}"), result.samples[0, k], **like)
@@ -235,7 +250,7 @@ class _Restored:
 
 
 def degrade_files(photos: Iterable[Photo], task: Task, *, seed: int = 0, overwrite: bool = False) -> Iterator[Outcome]:
-    """Write y = A(x) + n of every input, clamped and rounded to its format's depth.
+    """Write y = A(x) + n of every input, clamped and rounded to its format's depth, as exactly as the format can.
 
     A photo whose degraded version exists already, to the byte, is skipped; any other file is an error unless
     `overwrite`. A photo that cannot be degraded yields an Outcome with its error.
@@ -244,9 +259,12 @@ def degrade_files(photos: Iterable[Photo], task: Task, *, seed: int = 0, overwri
     files.check_outputs(photos, [[photo.target] for photo in photos], overwrite=True)
     for photo in photos:
         try:
+            files.check_names(photo, [photo.target])
+            io.check_source(photo.source, photo.target)
             one = task.for_photo(photo.source, degrade=True)
             measured = measure_photo(photo.source, one, image_id=photo.image_id, degrade=True, seed=seed)
-            content = io.encode_image(photo.target, measured.y[0].expand(3, -1, -1), like=measured.record)
+            y, record = measured.y[0].expand(3, -1, -1), measured.record
+            content = io.encode_image(photo.target, y, like=record, exact=True)
             same = photo.target.exists() and photo.target.read_bytes() == content
             if photo.target.exists() and not same and not overwrite:
                 raise RestoreError(f"{photo.target} exists already and is another picture: overwrite=True replaces it")
@@ -255,4 +273,4 @@ def degrade_files(photos: Iterable[Photo], task: Task, *, seed: int = 0, overwri
             continue
         if not same:
             disk.write_bytes(photo.target, content)
-        yield Outcome(photo)
+        yield Outcome(photo, lost=tuple(io.list_lost(photo.target, record)))

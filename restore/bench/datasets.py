@@ -19,7 +19,7 @@ from operators.naming import check_known
 from restore.disk import hash_file
 from restore.images import io
 from restore.images.folder import crop_centre, list_images, read_rgb
-from restore.images.io import READABLE_SUFFIXES
+from restore.images.formats import READABLE_SUFFIXES
 from restore.images.resampling import stretch_range
 
 # The sets of the literature: their side in pixels, and their files if one paper names them.

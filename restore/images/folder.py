@@ -13,16 +13,23 @@ from PIL import Image
 from operators import RestoreError
 from restore import disk
 from restore.images import io
-from restore.images.io import READABLE_SUFFIXES
+from restore.images.formats import READABLE_SUFFIXES, recognise
+from restore.images.metadata import ORIENTATION
 
 # Files that may lie beside images; any other file in an image folder is reported.
 SIDECAR_SUFFIXES = (".json", ".jsonl", ".csv", ".txt", ".md", ".yaml", ".yml", ".log", ".html")
 SIDECAR_BYTES = 1 << 22  # larger JSON files are annotations of a data set
 
 
+def is_image(path: Path) -> bool:
+    """Return whether a file is an image, by its suffix or else its content; files that may lie beside are not."""
+    suffix = path.suffix.lower()
+    return suffix in READABLE_SUFFIXES or (suffix not in SIDECAR_SUFFIXES and recognise(path) is not None)
+
+
 def filter_images(paths: Iterable[Path]) -> list[Path]:
-    """Return the image files among `paths`, by suffix, sorted and without hidden files."""
-    return sorted(p for p in paths if p.suffix.lower() in READABLE_SUFFIXES and p.name[0] != "." and p.is_file())
+    """Return the image files among `paths`, see `is_image`, sorted and without hidden files."""
+    return sorted(path for path in paths if path.name[0] != "." and path.is_file() and is_image(path))
 
 
 def read_sidecar(path: Path) -> dict[str, Any] | None:
@@ -52,25 +59,31 @@ def drop_companions(paths: Sequence[Path]) -> list[Path]:
 def list_images(folder: str | os.PathLike) -> tuple[dict[str, Path], list[str]]:
     """Return all images below `folder` by id, sorted, without the companions of results (see `drop_companions`), and
     the names of other files. The id is the relative path without suffix; of a benchmark's result, that of its image.
-    Raises RestoreError if the folder is missing or has no image, or if two files share an id."""
+    Raises RestoreError if the folder is missing or has no image, if two files share an id, or if a name is no UTF-8."""
     folder = Path(folder)
     if not folder.is_dir():
         raise RestoreError(f"{folder} is not a folder; give the folder that holds the images")
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = [path for path in files if not any(part[0] == "." for part in path.relative_to(folder).parts)]
     found: dict[str, Path] = {}
-    for path in drop_companions(filter_images(files)):
+    images = set(filter_images(files))
+    for path in drop_companions(sorted(images)):
         name = path.with_suffix("").name
         row = disk.read_json(path.parent / "rows" / f"{name}.json")  # of a benchmark's result
         name = str(row["image"]) if isinstance(row, Mapping) and "sha256" in row and "image" in row else name
         key = (path.relative_to(folder).parent / name).as_posix()
+        try:
+            key.encode()
+        except UnicodeEncodeError:
+            name = os.fsencode(path).decode("utf-8", "backslashreplace")
+            raise RestoreError(f"{name} must have a name of UTF-8 to be listed among others; rename it") from None
         if key in found:
             raise RestoreError(f"{found[key].name} and {path.name} in {path.parent} share the id {key}; remove one")
         found[key] = path
     if not found:
-        raise RestoreError(f"{folder} has no image ({', '.join(READABLE_SUFFIXES)}); give a folder with images")
-    known = (*READABLE_SUFFIXES, *SIDECAR_SUFFIXES)
-    return found, [path.relative_to(folder).as_posix() for path in files if path.suffix.lower() not in known]
+        raise RestoreError(f"{folder} has no image; give a folder with images")
+    others = [path for path in files if path not in images and path.suffix.lower() not in SIDECAR_SUFFIXES]
+    return found, [path.relative_to(folder).as_posix() for path in others]
 
 
 def to_file_name(image_id: str) -> str:
@@ -85,8 +98,8 @@ def read_rgb(path: str | os.PathLike) -> np.ndarray:
 
 def read_image_size(path: Path) -> tuple[int, int]:
     """Return (height, width) of a file as displayed, read from its header."""
-    with io.explain_errors(path, "image", io.UNREADABLE), Image.open(path) as image:
-        rotated = image.getexif().get(io.ORIENTATION, 1) in (5, 6, 7, 8)
+    with io.open_image(path) as image:
+        rotated = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
         return image.size if rotated else image.size[::-1]
 
 

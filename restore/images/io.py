@@ -20,24 +20,15 @@ from kornia.color import rgb_to_grayscale
 
 from operators import RestoreError
 from restore import disk
-from restore.images import sixteen
+from restore.images import metadata, sixteen
+from restore.images.formats import FORMATS, READ_FORMATS, WRITABLE_SUFFIXES, find_format, pillow_heif
+from restore.images.metadata import ORIENTATION, Metadata
+from restore.images.samples import convert_samples, describe_tiff, has_alpha, measure_depth, read_samples
 
-try:  # HEIC files of phones
-    import pillow_heif
-
-    pillow_heif.register_heif_opener()
-except ImportError:
-    pillow_heif = None
-
-_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP"}
-_FORMATS |= {".bmp": "BMP", ".ppm": "PPM", ".pgm": "PPM"}
-WRITABLE_SUFFIXES = tuple(_FORMATS)
-READABLE_SUFFIXES = (*WRITABLE_SUFFIXES, ".gif", ".heic", ".heif", ".avif")
 UNREADABLE = "it may be truncated or of another type"
-ORIENTATION, _EXIF_IFD, _EXIF_SIZES = 0x0112, 0x8769, (0xA002, 0xA003)
 _SAVE = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95, "method": 4}}
 _SAVE |= {"TIFF": {"compression": "tiff_adobe_deflate"}, "PNG": {"optimize": False}}
-_OPAQUE = ("JPEG", "PPM")
+_SAVE_EXACTLY = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True, "exact": True}}
 _LEVELS = {"bool": 1, "uint16": 65535}  # other integers: 255
 
 
@@ -46,8 +37,7 @@ class ImageRecord:
     """A photo read from a file, with what is needed to write its restored version in the same way.
 
     pixels: (1, 3, H, W) float32 in [-1, 1], upright. alpha: (1, 1, H, W) in [0, 1] or None. path: the file read.
-    format: Pillow's name. grey: without colour channels. bits: 8 or 16. icc, exif: profile and EXIF block without
-    orientation, or None.
+    format: Pillow's name. grey: without colour channels. bits: 8 or 16. metadata: what it says beside its pixels.
     """
 
     pixels: torch.Tensor = field(repr=False)
@@ -56,8 +46,7 @@ class ImageRecord:
     grey: bool = False
     bits: int = 8
     alpha: torch.Tensor | None = field(default=None, repr=False)
-    icc: bytes | None = field(default=None, repr=False)
-    exif: bytes | None = field(default=None, repr=False)
+    metadata: Metadata = Metadata()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -78,94 +67,131 @@ def explain_errors(path: Path, kind: str, hint: str) -> Iterator[None]:
         raise RestoreError(f"{path} is not a readable {kind} ({error}): {hint}") from error
 
 
+@contextmanager
+def open_image(path: Path) -> Iterator[PIL.Image.Image]:
+    """Open a file with Pillow, its pixels not yet read. Raises RestoreError if it is missing or no picture."""
+    hint = UNREADABLE if pillow_heif or path.suffix.lower() not in (".heic", ".heif") else "install pillow-heif"
+    with explain_errors(path, "image", hint):
+        try:
+            image = PIL.Image.open(path, formats=READ_FORMATS)
+        except PIL.UnidentifiedImageError:
+            if (given := describe_tiff(path)) is None:
+                raise
+            raise RestoreError(f"{path} must be a TIFF file of a usual kind, got {given}; convert it to RGB") from None
+        with image:
+            yield image
+
+
 def read_image(path: str | Path) -> ImageRecord:
     """Read a photo: 8 or 16 bits, grey, RGB, palette or CMYK (without its profile), with or without alpha.
 
     The EXIF orientation is applied. Raises RestoreError if the file is missing, truncated or no image, has several
-    frames or pages, or stores 32-bit numbers.
+    frames or pages, or stores anything that would be read as other values, such as 32-bit or signed numbers.
     """
     path = Path(path)
-    hint = UNREADABLE if pillow_heif or path.suffix.lower() not in (".heic", ".heif") else "install pillow-heif"
-    with explain_errors(path, "image", hint), PIL.Image.open(path) as image:
-        frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1  # MPO: a phone's JPEG with extras
-        if frames > 1:
-            raise RestoreError(f"{path} must hold one image, got {frames} frames or pages; extract the one to restore")
-        bits = 16 if sixteen.is_sixteen_bit(image) else 8
-        if bits == 8 or image.format != "TIFF":  # loading a TIFF file applies and removes its orientation
-            image.load()
-        samples = sixteen.read_samples(path, image) if bits == 16 else _read_samples(image, path)
+    with open_image(path) as image:
+        check_readable(image, path)
+        samples = read_samples(image, path)
         exif = image.getexif()  # after loading: a PNG file may hold it behind the pixels
-        icc = image.info.get("icc_profile") if image.mode != "CMYK" else None
+        orientation, channels = exif.get(ORIENTATION, 1), samples.shape[2]
+        about = metadata.read_metadata(image, exif, path, grey=channels <= 2)
         image_format = "JPEG" if image.format == "MPO" else image.format
-    samples = apply_orientation(samples, exif.get(ORIENTATION, 1))
+    samples = apply_orientation(samples, orientation)
+    bits = 16 if samples.dtype == np.uint16 else 8
     values = torch.from_numpy(np.ascontiguousarray(samples).astype(np.float32))
     values = values.permute(2, 0, 1)[None] / (255 if bits == 8 else 65535)
-    channels = values.shape[1]
     colour = values[:, :1].expand(-1, 3, -1, -1) if channels <= 2 else values[:, :3]
     pixels, alpha = (colour * 2 - 1).contiguous(), values[:, -1:].contiguous() if channels in (2, 4) else None
-    exif = _clean_exif(exif) if image_format in ("JPEG", "PNG", "WEBP") else None
-    return ImageRecord(pixels, path, image_format or "PNG", channels <= 2, bits, alpha, icc, exif)
+    return ImageRecord(pixels, path, image_format or "PNG", channels <= 2, bits, alpha, about)
 
 
-def write_image(path: str | Path, image: torch.Tensor, like: ImageRecord | None = None, colour: bool = False) -> None:
+def check_readable(image: PIL.Image.Image, path: Path) -> None:
+    """Raise RestoreError if an opened file has several frames or pages or samples that cannot be read as they are."""
+    frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1  # MPO: a phone's JPEG with extras
+    if frames > 1:
+        raise RestoreError(f"{path} must hold one image, got {frames} frames or pages; extract the one to restore")
+    measure_depth(image, path)
+
+
+def write_image(
+    path: str | Path, image: torch.Tensor, like: ImageRecord | None = None, colour: bool = False, exact: bool = False
+) -> None:
     """Write the file of `encode_image` atomically. Raises RestoreError also as `disk.open_atomic` does."""
-    disk.write_bytes(path, encode_image(path, image, like, colour))
+    disk.write_bytes(path, encode_image(path, image, like, colour, exact))
 
 
-def encode_image(path: str | Path, image: torch.Tensor, like: ImageRecord | None = None, colour: bool = False) -> bytes:
+def encode_image(
+    path: str | Path, image: torch.Tensor, like: ImageRecord | None = None, colour: bool = False, exact: bool = False
+) -> bytes:
     """Return the file of `image`, (3, H, W) or (1, 3, H, W) in about [-1, 1] (clamped), in the format of the suffix.
 
-    like: the photo it was made from: grey, alpha (resized if the size changed), 16 bits, colour profile and EXIF are
-        carried over as far as the format can hold them. colour=True keeps colours although `like` is grey.
-    JPEG and WebP have quality 95, JPEG without chroma subsampling. Raises RestoreError for NaN or infinite pixels, an
-    unknown suffix, alpha in a format without it, and more pixels than the format can hold.
+    like: the photo it was made from: grey, alpha (resized if the size changed), 16 bits, colour profile, EXIF, XMP,
+        resolution and gamma are carried over as far as the format holds them, see `list_lost`. colour=True keeps
+        colours although `like` is grey.
+    exact: JPEG of quality 100 and lossless WebP instead of quality 95. JPEG is written without chroma subsampling.
+    Raises RestoreError for NaN or infinite pixels, an unknown suffix, alpha in a format without it, and more pixels
+    than the format can hold.
     """
     path = Path(path)
-    image_format = _FORMATS.get(path.suffix.lower())
-    if image_format is None:
-        raise RestoreError(f"cannot write {path}: the name must end in one of {' '.join(WRITABLE_SUFFIXES)}")
-    samples = _require_image(image)
+    image_format, samples = require_format(path), _require_image(image)
     if like is not None and like.grey and not colour:
         samples = rgb_to_grayscale(samples)  # ITU-R BT.601, as Pillow's "L"
     samples = (samples + 1) / 2
     alpha = like.alpha if like is not None else None
     if alpha is not None:
-        if image_format in _OPAQUE:
-            raise RestoreError(f"cannot write {path}: its format has no transparency and {like.path} has; write a PNG")
+        if "alpha" not in FORMATS[image_format].holds:
+            raise RestoreError(_explain_alpha(like.path, path))
         if alpha.shape[-2:] != samples.shape[-2:]:
             alpha = F.interpolate(alpha, samples.shape[-2:], mode="bilinear", antialias=True)
         if image_format == "TIFF" and samples.shape[1] == 1:  # few programs open grey + alpha TIFF files
             samples = samples.expand(-1, 3, -1, -1)
         samples = torch.cat([samples, alpha], 1)
-    deep = like is not None and like.bits == 16 and image_format in ("PNG", "TIFF")
+    deep = like is not None and like.bits == 16 and "16 bits" in FORMATS[image_format].holds
     array = _quantise(samples[0].permute(1, 2, 0), 65535 if deep else 255)
-    icc = like.icc if like is not None and (not like.grey or not colour) else None  # a grey profile fits no RGB
-    exif = like.exif if like is not None and image_format in ("JPEG", "PNG", "WEBP") else None
-    if deep:
-        return sixteen.encode_png(array, icc, exif) if image_format == "PNG" else sixteen.encode_tiff(array, icc)
-    options = ({"icc_profile": icc} if icc else {}) | ({"exif": exif} if exif else {})
+    parts = {} if like is None else _list_metadata(image_format, like, colour)
+    if deep and image_format == "PPM":
+        return sixteen.encode_pnm(array)
+    if deep and image_format == "PNG":
+        return sixteen.encode_png(array, metadata.list_png_chunks(parts))
+    if image_format == "TIFF" and (deep or parts):
+        return sixteen.encode_tiff(array, metadata.list_tiff_tags(parts))
+    options = _SAVE.get(image_format, {}) | (_SAVE_EXACTLY.get(image_format, {}) if exact else {})
     buffer = io.BytesIO()
     picture = PIL.Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
     try:
-        picture.save(buffer, image_format, **_SAVE.get(image_format, {}), **options)
+        picture.save(buffer, image_format, **options, **metadata.list_options(image_format, parts))
     except (OSError, ValueError) as error:  # more pixels than the format can address
         raise RestoreError(f"cannot write {path} as {image_format}: {error}; write a PNG") from error
     return buffer.getvalue()
 
 
+def list_lost(path: str | Path, like: ImageRecord, colour: bool = False) -> list[str]:
+    """Return, in words, what `encode_image` with these arguments does not keep of the photo; [] if it keeps all."""
+    image_format = require_format(Path(path))
+    bits = ["16 bits"] * (like.bits == 16 and "16 bits" not in FORMATS[image_format].holds)
+    return bits + like.metadata.list_lost(_list_metadata(image_format, like, colour))
+
+
+def require_format(path: Path) -> str:
+    """Return the format to write to `path`. Raises RestoreError for a suffix of no format that can be written."""
+    image_format = find_format(path)
+    if image_format is None:
+        raise RestoreError(f"cannot write {path}: the name must end in one of {' '.join(WRITABLE_SUFFIXES)}")
+    return image_format
+
+
 def detect_format(path: Path) -> str:
     """Return Pillow's name of a file's format, by its content. Raises RestoreError if it is not an image."""
-    with explain_errors(path, "image", UNREADABLE), PIL.Image.open(path) as image:
+    with open_image(path) as image:
         return image.format
 
 
-def check_alpha(source: Path, target: Path) -> None:
-    """Raise RestoreError if the image `source` has transparency, by its header, and `target`'s format has not."""
-    if _FORMATS.get(target.suffix.lower()) not in _OPAQUE:
-        return
-    with explain_errors(source, "image", UNREADABLE), PIL.Image.open(source) as image:
-        if _has_alpha(image):
-            raise RestoreError(f"cannot write {target}: its format has no transparency and {source} has; write a PNG")
+def check_source(source: Path, target: Path) -> None:
+    """Raise RestoreError, by the header, if `source` cannot be read or has transparency and `target`'s format not."""
+    with open_image(source) as image:
+        check_readable(image, source)
+        if "alpha" not in FORMATS[require_format(target)].holds and has_alpha(image):
+            raise RestoreError(_explain_alpha(source, target))
 
 
 def to_tensor(image: Any, *, channels: int | None = 3, largest: float = 8.0) -> torch.Tensor:
@@ -186,7 +212,7 @@ def to_tensor(image: Any, *, channels: int | None = 3, largest: float = 8.0) -> 
         return convert_channels(record.pixels[:, :1] if record.grey else record.pixels, channels)
     if isinstance(image, PIL.Image.Image):
         deep = image.mode.startswith("I;16")
-        image = np.asarray(image).astype(np.uint16) if deep else _read_samples(image, "the PIL image")
+        image = np.asarray(image).astype(np.uint16) if deep else convert_samples(image, "the PIL image")
     if isinstance(image, np.ndarray):
         image = image[:, :, None] if image.ndim == 2 else image
         if image.ndim not in (3, 4) or image.shape[-1] not in (1, 2, 3, 4):
@@ -252,34 +278,17 @@ def apply_orientation(samples: np.ndarray, orientation: int) -> np.ndarray:
     return samples[::-1] if orientation in (3, 4, 7, 8) else samples
 
 
-def _read_samples(image: PIL.Image.Image, name: str | Path) -> np.ndarray:
-    """uint8 (H, W, C): 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA; a transparent palette entry or colour becomes alpha."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        raise RestoreError(f"{name} must have 8 or 16 bits per channel, got 32-bit numbers; convert it")
-    alpha = _has_alpha(image)
-    grey = image.mode in ("1", "L", "LA", "La")
-    mode = ("LA" if alpha else "L") if grey else ("RGBA" if alpha else "RGB")
-    if grey and alpha and image.mode not in ("LA", "La"):
-        image = image.convert("RGBA")  # Pillow turns a transparent grey value into alpha only this way
-    return np.atleast_3d(np.asarray(image.convert(mode)))
+def _list_metadata(image_format: str, like: ImageRecord, colour: bool) -> dict[str, Any]:
+    """The metadata of `like` that a file of this format holds."""
+    holds = FORMATS[image_format].holds
+    stored_grey = like.grey and not colour and "grey" in holds
+    if image_format == "TIFF" and like.alpha is not None:
+        stored_grey = False
+    return like.metadata.list_for(image_format, stored_grey, holds)
 
 
-def _has_alpha(image: PIL.Image.Image) -> bool:
-    return image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info
-
-
-def _clean_exif(exif: PIL.Image.Exif) -> bytes | None:
-    """The EXIF block without orientation and pixel sizes; None if there is none or it does not fit into a JPEG."""
-    if not len(exif):
-        return None
-    try:
-        exif.pop(ORIENTATION, None)
-        for tag in _EXIF_SIZES:
-            exif.get_ifd(_EXIF_IFD).pop(tag, None)
-        block = exif.tobytes()
-    except Exception:  # cameras write broken EXIF; the photo matters more
-        return None
-    return block if len(block) < 65000 else None  # a JPEG segment ends at 65535
+def _explain_alpha(source: Path, target: Path) -> str:
+    return f"cannot write {target}: its format has no transparency and {source} has; write a PNG"
 
 
 def _require_image(image: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 def derive_seed(*key) -> int:
     """Return a 63-bit seed of any printable key, stable across processes, platforms and versions."""
     text = "\x1f".join(str(part) for part in key)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") >> 1
 
 
 def measurement_generator(seed: int, image_id: str) -> torch.Generator:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from operators import RestoreError
-from restore.images.folder import drop_companions, filter_images
+from restore.images.folder import drop_companions, filter_images, read_rgb
 
 HELD_OUT_CROPS = 2
 
@@ -109,11 +109,7 @@ def load_crops(files: list[Path], size: int, crops: int, seed: int) -> torch.Ten
 
 def _open_images(files: list[Path]) -> Iterator[tuple[Path, Image.Image]]:
     for file in files:
-        try:
-            with Image.open(file) as image:
-                yield file, image.convert("RGB")
-        except OSError as error:
-            raise RestoreError(f"{file} cannot be read as an image: {error}") from error
+        yield file, Image.fromarray(read_rgb(file))
 
 
 def batch_indices(n: int, batch: int, step: int, seed: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torchvision
 from PIL import Image
 
 from operators import RestoreError
-from restore.app import demo
+from restore.app import demo, files
 from restore.app.demo import PARTS, run_demo, select_methods
 from restore.paths import data_dir
 from restore.restorer import load
@@ -46,10 +46,21 @@ def test_demo_writes_picture_and_numbers(tmp_path):
         assert width > (7 if part.sampler else 4) * (part.cell + 6)
         rows = len(part.tasks) * len(part.photos)
         assert rows < height / (part.cell * photo.height // photo.width) < 1.3 * rows
+    outputs = sorted(out.iterdir())  # a second demo may replace them
+    assert sorted(record["files"]) == [path.name for path in outputs]
+    files.check_owned(outputs, out / "demo.json", out / "demo.json")
     # The bar is full at the end, and never runs backwards.
     assert sum(step["count"] for step in steps) == steps[0]["steps"] * steps[0]["total"] == 100 * len(record["runs"])
     done = [step["first"] * step["steps"] + step["step"] for step in steps]
     assert done == sorted(done) and min(step["count"] for step in steps) >= 0
+
+
+@pytest.mark.parametrize("name", ["table.md", "demo.json", "comparison.png"])
+def test_a_file_of_somebody_elses_is_kept(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(RestoreError, match=f"{name} exists.*overwrite"):
+        run_demo(tmp_path)
+    assert (tmp_path / name).read_text() == "mine" and list(tmp_path.iterdir()) == [tmp_path / name]
 
 
 def test_no_lpips_without_weights(tmp_path, monkeypatch):

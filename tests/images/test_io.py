@@ -10,6 +10,7 @@ import torch
 
 from operators import RestoreError
 from restore.images import io, sixteen
+from restore.images.metadata import Metadata
 
 
 def photo(height=13, width=17, channels=3, seed=0, top=256):
@@ -72,8 +73,7 @@ def test_exif_orientation_is_applied_once(tmp_path, orientation, suffix):
     with PIL.Image.open(tmp_path / f"b{suffix}") as image:
         assert image.getexif().get(0x0112, 1) == 1
         assert image.size == record.size[::-1]
-        if suffix != ".tif":
-            assert image.getexif()[0x010F] == "Maker"
+        assert image.getexif()[0x010F] == "Maker"
         assert np.abs(np.asarray(image).astype(int) - expected).mean() < (4 if suffix == ".jpg" else 1e-9)
 
 
@@ -106,11 +106,13 @@ def test_palettes_transparency_cmyk_and_bilevel(tmp_path):
 
 
 def test_colour_profile_is_kept(tmp_path):
-    profile = b"not parsed, only carried " * 4
+    profile = bytes(16) + b"RGB " + b"not parsed, only carried " * 4
     for name, bits in (("a.png", 8), ("a.jpg", 8), ("a16.png", 16), ("a16.tif", 16)):
-        record = io.ImageRecord(torch.zeros(1, 3, 8, 8), tmp_path / name, "PNG", bits=bits, icc=profile)
+        record = io.ImageRecord(
+            torch.zeros(1, 3, 8, 8), tmp_path / name, "PNG", bits=bits, metadata=Metadata(icc=profile)
+        )
         io.write_image(tmp_path / name, record.pixels, record)
-        assert io.read_image(tmp_path / name).icc == profile
+        assert io.read_image(tmp_path / name).metadata.icc == profile
         assert io.read_image(tmp_path / name).bits == bits
 
 

@@ -12,7 +12,7 @@ import tifffile
 import torch
 
 from operators import RestoreError
-from restore.images import io, sixteen
+from restore.images import io, samples, sixteen
 
 
 def photo(height=13, width=17, channels=3, seed=0):
@@ -21,7 +21,7 @@ def photo(height=13, width=17, channels=3, seed=0):
 
 def read_samples(path):
     with PIL.Image.open(path) as image:
-        return sixteen.read_samples(path, image)
+        return samples.read_samples(image, path)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
@@ -80,9 +80,9 @@ def test_white_is_zero_orientation_and_extra_samples_of_tiff(tmp_path):
 @pytest.mark.parametrize(
     ("array", "options", "fact"),
     [
-        (photo(channels=4), {"photometric": "separated"}, "SEPARATED"),
+        (photo(channels=4), {"photometric": "separated"}, "CMYK"),
         (photo(channels=4), {"photometric": "rgb", "extrasamples": ["assocalpha"]}, "premultiplied"),
-        (photo(channels=1)[..., 0].astype(np.int16), {"photometric": "minisblack"}, "int16"),
+        (photo(channels=1)[..., 0].astype(np.int16), {"photometric": "minisblack"}, "signed 16-bit"),
     ],
 )
 def test_other_tiff_files_are_refused(tmp_path, array, options, fact):
