@@ -26,12 +26,14 @@ def read_config(
     overrides: Sequence[str],
     folder: str,
     defaults: Mapping[str, Any] | None = None,
+    placeholder: str | None = None,
 ) -> dict[str, Any]:
     """Return a configuration with its overrides as plain containers.
 
     config: a file, the name of one shipped in configs/`folder`, or a mapping. overrides: `key=value` with dots between
     levels. defaults: values of keys that a file may leave out; if given, overrides may only name existing keys.
-    Raises RestoreError if the content is not a YAML mapping, and for values left open (`???`).
+    placeholder: in place of values left open (`???`).
+    Raises RestoreError if the content is not a YAML mapping, and for values left open without a placeholder.
     """
     for setting in overrides:
         if "=" not in setting:
@@ -46,7 +48,9 @@ def read_config(
             check_known([setting.split("=", 1)[0] for setting in overrides], _keys(given), f"{config} has no key")
         given = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
         for key in sorted(OmegaConf.missing_keys(given)):
-            raise RestoreError(f"the configuration leaves {key} open; give {key}=VALUE")
+            if placeholder is None:
+                raise RestoreError(f"the configuration leaves {key} open; give {key}=VALUE")
+            OmegaConf.update(given, key, placeholder)
         plain = resolve_references(given)
     except OmegaConfBaseException as error:
         raise RestoreError(_sentence(error)) from error

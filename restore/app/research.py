@@ -37,8 +37,16 @@ def bench(
     config: Annotated[Path, typer.Argument(help="A file such as configs/benchmark/*.yaml.")],
     settings: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data.folder=ffhq/ batch=8")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print batches, NFE, time and memory.")] = False,
+    pull: Annotated[bool, typer.Option("--pull", help="Only download the models that it needs.")] = False,
 ) -> None:
     """Run a benchmark, or the rest of one that was interrupted."""
+    if pull:
+        from restore.bench.config import load_config
+        from restore.bench.pull import pull_needed_models
+
+        for text in pull_needed_models(load_config(config, settings or [], placeholder="-")):
+            typer.echo(text)
+        return
     from restore.bench import run as work
 
     if dry_run:

@@ -36,15 +36,19 @@ RESULT_KEYS = ("kind", "backbone", "precision", "seed", "samples", "batch", "dat
 SWEEPABLE = ("guidance", "parameters", "steps")
 
 
-def load_config(config: str | os.PathLike | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+def load_config(
+    config: str | os.PathLike | Mapping[str, Any], overrides: Sequence[str] = (), placeholder: str | None = None
+) -> dict[str, Any]:
     """Return a complete configuration as plain containers, with sweeps expanded into methods.
 
     config: a YAML file, the name of a shipped one (table8-ffhq) or a mapping. overrides: `key=value` with dots
-    between levels, as on the command line.
+    between levels, as on the command line. placeholder: in place of values left open (`???`).
     Raises RestoreError for unknown keys (with the nearest known one), values of another type, missing values and
     methods that cannot run.
     """
-    complete = fill_defaults(Benchmark, _normalize(read_config(config, overrides, "benchmark")))
+    complete = fill_defaults(
+        Benchmark, _normalize(read_config(config, overrides, "benchmark", placeholder=placeholder))
+    )
     complete["methods"] = dict(_expand_sweeps(complete["methods"]))
     _check(complete)
     return complete

@@ -1,6 +1,6 @@
 """Known checkpoints: registry, download, checksums, cache, loading."""
 
-from restore.zoo.load import describe_model, list_models, load_backbone
+from restore.zoo.load import describe_download, describe_model, list_models, load_backbone
 from restore.zoo.registry import find_model, read_registry
 from restore.zoo.store import (
     cache_dir,
@@ -15,6 +15,7 @@ from restore.zoo.store import (
 
 __all__ = [
     "cache_dir",
+    "describe_download",
     "describe_model",
     "explain_download",
     "find_model",

@@ -11,7 +11,7 @@ import yaml
 from operators import RestoreError
 from restore.zoo.options import check_parameters, resolve_options
 from restore.zoo.registry import read_registry
-from restore.zoo.store import Located, is_offline, locate, pull
+from restore.zoo.store import Located, is_offline, locate, pull, query_size
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,8 @@ def load_backbone(
     from restore.backbones.transformers import SD3, DiT, Flux
     from restore.backbones.weights import as_dtype
 
+    if locate(name).kind == "metric":
+        raise RestoreError(f"{name} is a network of metrics, not a prior; try one of `restore models list`")
     dtype, found = as_dtype(precision), _locate_or_pull(name, offline)
     if found.kind == "autoencoder":
         raise RestoreError(f"{name} is an autoencoder, not a prior; give it to a latent model as vae={str(name)!r}")
@@ -99,6 +101,14 @@ def describe_model(name: str) -> str:
         if text:
             lines.append(f"{title:9} {' '.join(text.split())}")
     return "\n".join(lines)
+
+
+def describe_download(name: str) -> str:
+    """Return title, bytes to fetch and licence of a registered model or hub id, in one line."""
+    found = locate(name)
+    size = query_size(found)
+    title, licence = (found.entry.title, found.entry.licence) if found.entry else (name, "see its page on the hub")
+    return f"{title}; {f'{size / 1e6:.0f} MB' if size else 'size unknown'}; licence: {licence}"
 
 
 def _describe_guided_presets(name: str) -> list[str]:

@@ -13,7 +13,7 @@ from operators.naming import check_known, suggest
 from restore.config import read_yaml
 from restore.paths import configs_dir
 
-KINDS = ("adm", "latent", "stable-diffusion", "sd3", "flux", "dit", "autoencoder")
+KINDS = ("adm", "latent", "stable-diffusion", "sd3", "flux", "dit", "autoencoder", "metric")
 
 # The kind by the beginning of the class name of a network or a pipeline. DiT comes last: in published folders its
 # transformer has a general name.
@@ -29,7 +29,7 @@ CLASSES = {
 
 @dataclass(frozen=True)
 class Download:
-    """A weight file: its name, the addresses to try in order, size in bytes and SHA-256.
+    """A weight file: its name, the addresses to try in order, size in bytes and SHA-256 or its first digits.
 
     size and sha256 are None if the publisher states neither: the values of the first download are then recorded beside
     the file and verified from then on. names: other names under which the file is published.
@@ -124,8 +124,8 @@ def _read_model(path: Path) -> Model:
     if sum(source is not None for source in (entry.folder, entry.download, entry.hub)) != 1:
         raise RestoreError(f"{path}: exactly one of folder, download and hub must be set")
     sha256 = entry.download.sha256 if entry.download else None
-    if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
-        raise RestoreError(f"{path}: download.sha256 must be 64 hexadecimal digits, got {sha256!r}")
+    if sha256 is not None and not re.fullmatch("[0-9a-f]{8,64}", str(sha256)):
+        raise RestoreError(f"{path}: download.sha256 must be 8 to 64 hexadecimal digits in quotes, got {sha256!r}")
     return entry
 
 

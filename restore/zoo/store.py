@@ -164,6 +164,30 @@ def explain_download(entry: Model) -> str:
     return f"{how.rstrip('.')}, then run `restore models import {entry.name} FILE` (or put it at {_cache_path(entry)})."
 
 
+def query_size(found: Located, offline: bool | None = None) -> int | None:
+    """Return the bytes that a registered model's or hub model's download has, as registered or as its server states;
+    None if unknown."""
+    if found.hub is not None:
+        return None if is_offline(offline) else _query_hub_size(found.hub)
+    if found.entry is None or found.entry.download is None:
+        return None
+    known = find_expected(found.entry)[0]
+    return known if known or is_offline(offline) else download.query_size(found.entry.download.urls)
+
+
+def _query_hub_size(hub: Hub) -> int | None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import filter_repo_objects
+
+    try:
+        files = HfApi().model_info(hub.repo, revision=hub.revision, files_metadata=True).siblings or []
+    except (HfHubHTTPError, OSError, ValueError):
+        return None
+    kept = filter_repo_objects(files, allow_patterns=list(hub.files) or None, key=lambda file: file.rfilename)
+    return sum(file.size or 0 for file in kept) or None
+
+
 def _pull_file(entry: Model, offline: bool, verify: bool, progress: download.Progress | None) -> Path:
     target = _cache_path(entry)
     if not target.exists() and offline:

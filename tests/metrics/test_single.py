@@ -9,6 +9,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from operators import RestoreError
+from restore import zoo
 from restore.metrics import single, weights
 
 
@@ -95,7 +96,9 @@ def test_lpips_equals_the_package_with_the_same_weights(hub, monkeypatch, tmp_pa
         torch.manual_seed(1)
         torch.save(torchvision.models.vgg16().state_dict(), hub / "checkpoints" / file)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(hub))
-    monkeypatch.setitem(weights.WEIGHTS, name, dataclasses.replace(weights.WEIGHTS[name], sha256=""))
+    entry = zoo.find_model(name)  # of the hub's random weights
+    download = dataclasses.replace(entry.download, sha256="")
+    monkeypatch.setattr(weights.zoo, "find_model", lambda _: dataclasses.replace(entry, download=download))
     package = lpips.LPIPS(net=net, version="0.1", verbose=False)
     ours = single.LPIPS(net)
     truth = np.stack([picture(64, 64), picture(64, 64)[::-1]])
@@ -117,7 +120,7 @@ def test_missing_weights_say_which_file_goes_where(tmp_path, monkeypatch):
     with pytest.raises(RestoreError) as error:
         single.LPIPS("vgg")
     assert str(tmp_path / "checkpoints" / "vgg16-397923af.pth") in str(error.value)
-    assert "https://download.pytorch.org/models/vgg16-397923af.pth" in str(error.value)
+    assert "restore models pull vgg16" in str(error.value) and "weights.vgg16=FILE" in str(error.value)
     with pytest.raises(RestoreError, match="no net 'squeeze'; known: alex, vgg"):
         single.LPIPS("squeeze")
     with pytest.raises(RestoreError, match="lpips_enlarge=0"):

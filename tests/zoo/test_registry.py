@@ -64,12 +64,12 @@ def test_every_shipped_entry_is_complete():
     entries = zoo.read_registry()
     assert {"embedded", "adm-ffhq-256", "adm-imagenet-256", "adm-imagenet-512", "sd-1.5"} <= set(entries)
     for entry in entries.values():
-        assert entry.licence and entry.title and entry.resolution in (64, 128, 256, 512, 1024)
+        assert entry.licence and entry.title and entry.resolution in (64, 128, 224, 256, 299, 512, 1024)
         if entry.download:
-            assert entry.download.file.endswith((".pt", ".ckpt")) and all(
+            assert entry.download.file.endswith((".pt", ".ckpt", ".pth")) and all(
                 url.startswith("https://") for url in entry.download.urls
             )
-            assert entry.kind == "latent" or entry.options["attention_order"] in ("legacy", "new")
+            assert entry.kind in ("latent", "metric") or entry.options["attention_order"] in ("legacy", "new")
             assert "restore models import" in zoo.explain_download(entry)
     assert entries["adm-imagenet-256"].download.size > 4 * entries["adm-imagenet-256"].parameters
     assert entries["adm-imagenet-256-cond"].classes and not entries["adm-ffhq-256"].classes

@@ -74,7 +74,11 @@ class Priors:
 
 def list_priors() -> dict[str, Model]:
     """Return the registered priors that need no class, smallest pictures first."""
-    known = [item for item in zoo.read_registry().items() if item[1].kind != "autoencoder" and not item[1].classes]
+    known = [
+        item
+        for item in zoo.read_registry().items()
+        if item[1].kind not in ("autoencoder", "metric") and not item[1].classes
+    ]
     return dict(sorted(known, key=lambda item: item[1].resolution))
 
 
