@@ -82,7 +82,7 @@ def hub(tmp_path_factory):
 
 def _adm(folder, size: int, widths: tuple, layers: int, attention: tuple):
     """A folder with an ADM of random weights. attention: the levels that have it, besides the middle."""
-    from diffusers import UNet2DModel
+    from diffusers import DDPMScheduler, UNet2DModel
 
     torch.manual_seed(0)
     n = len(widths)
@@ -104,6 +104,7 @@ def _adm(folder, size: int, widths: tuple, layers: int, attention: tuple):
         freq_shift=0,
     )
     network.save_pretrained(folder)
+    DDPMScheduler().save_pretrained(folder / "scheduler")  # weights do not tell how they were trained
     return folder
 
 

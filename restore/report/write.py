@@ -16,6 +16,7 @@ from operators import RestoreError
 from restore import disk
 from restore.bench.batches import read_row
 from restore.bench.protocol import flatten
+from restore.metrics.statistics import FEW
 from restore.report import figures, tables
 from restore.report.tables import ProtocolDifference, Run, format_number
 
@@ -78,6 +79,7 @@ def render_templates(name: str, out: Path, context: Mapping[str, Any], *template
         "settings": list_settings,
         "data_uri": figures.to_data_uri,
     }
+    html.globals["few"] = FEW
     # Every expression of a Markdown template is escaped, unless it is a macro's output or marked `safe`.
     markdown = html.overlay(finalize=lambda value: value if hasattr(value, "__html__") else Markup(to_markdown(value)))
     for suffix, environment in (("html", html), ("md", markdown)):

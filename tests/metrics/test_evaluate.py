@@ -15,7 +15,7 @@ from restore.bench import protocol
 from restore.metrics import sets, table
 from restore.metrics.evaluate import evaluate
 from restore.metrics.single import psnr, ssim
-from restore.metrics.statistics import bootstrap_mean
+from restore.metrics.statistics import FEW, bootstrap_mean
 
 
 @pytest.fixture
@@ -86,12 +86,22 @@ def test_a_full_reference_is_named_apart(pair, tmp_path, inception_weights, monk
     assert found.protocol["full_reference"]["count"] == 9 and "too few" in found.notes[-1]
 
 
-def test_the_bootstrap_interval_has_its_coverage():
-    rng = np.random.default_rng(0)
-    hits = [(e := bootstrap_mean(rng.normal(3, 2, 60))).low <= 3 <= e.high for _ in range(200)]
-    assert 0.89 < np.mean(hits) < 0.985
+@pytest.mark.parametrize("n, least", [(2, 0.93), (3, 0.93), (5, 0.93), (7, 0.93), (12, 0.93), (29, 0.93), (60, 0.92)])
+def test_intervals_have_their_coverage(n, least):
+    rng = np.random.default_rng(n)
+    trials = 1000 if n < FEW else 400
+    hits = [(e := bootstrap_mean(rng.normal(3, 2, n))).low <= 3 <= e.high for _ in range(trials)]
+    assert least < np.mean(hits) < 0.98
+
+
+def test_intervals_of_few_values():
     assert bootstrap_mean([1.0, 2.0, 4.0]) == bootstrap_mean([1.0, 2.0, 4.0])
+    found = bootstrap_mean([1.0, 2.0, 3.0])
+    assert found.mean == 2 and found.high - 2 == pytest.approx(
+        4.302652729749464 / math.sqrt(3), rel=1e-12
+    )  # t(0.975, 2)
     assert math.isnan(bootstrap_mean([1.0]).low) and bootstrap_mean([]).n == 0
+    assert (bootstrap_mean([1.0, math.inf]).low, bootstrap_mean([2.0, 2.0]).low) == (1.0, 2.0)
 
 
 def test_protocols_that_differ_say_how():

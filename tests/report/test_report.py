@@ -173,3 +173,21 @@ def test_a_deviation_over_subsets_that_are_the_whole_set_is_not_shown():
     assert tables.make_cell(entry, "kid").low is None
     entry["set_values"] = {"kid": 0.0155, "kid_std": 0.004}
     assert tables.make_cell(entry, "kid").low == 0.0115
+
+
+def test_kernel_distances_to_a_full_reference_are_reported_with_their_deviation(tmp_path):
+    """Their standard deviations are no metrics of their own: `full_kid_vgg16_std` is not looked up."""
+    values = {"kid_vgg16": 0.02, "kid_vgg16_std": 0.001, "full_kid_vgg16": 0.03, "full_kid_vgg16_std": 0.002}
+    entry = {"done": 9, "expected": 9, "means": {}, "set_values": values, "cost": {}}
+    config = {
+        "report": {"columns": None},
+        "metrics": {"names": ["kid_vgg16"]},
+        "published": {"values": {}, "titles": {}},
+    }
+    config |= {"title": "t", "name": "n", "tasks": {"sr": {"title": "SR"}}, "methods": {"dps": {"title": "DPS"}}}
+    run = tables.Run(tmp_path, config, {}, {"sr": {"dps": entry}})
+    assert run.columns == ["kid_vgg16", "full_kid_vgg16"]
+    ((_, cells),) = tables.build_results_table([run]).rows
+    cell = cells["sr", "full_kid_vgg16"]
+    assert (cell.value, cell.low, cell.high) == (0.03, 0.03 - 0.002, 0.03 + 0.002)
+    assert run.find_metric("full_kid_vgg16").label == "KID-VGG16 (full set)"
