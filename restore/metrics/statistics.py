@@ -26,8 +26,8 @@ class BootstrapMean:
 
 
 def bootstrap_mean(values: Sequence[float], seed: int = 0) -> BootstrapMean:
-    """Return the mean of the values and its percentile bootstrap interval (Efron 1979), or Student's t interval of fewer
-    than FEW values.
+    """Return the mean of the values and its percentile bootstrap interval (Efron 1979), or Student's t interval of
+    fewer than FEW values.
 
     Deterministic: the resamples depend on `seed` and the number of values only, so two methods measured on the
     same images are resampled alike. Infinite values (the PSNR of an exact result) make the interval infinite.
