@@ -38,9 +38,9 @@ def models_import(name: str, file: Path) -> None:
 
 @app.command("forget")
 def models_forget(name: str) -> None:
-    """Remove the recorded checksum of a checkpoint, so that another file is accepted."""
+    """Remove the recorded checksum or commit of a checkpoint, so that another one is accepted."""
     zoo.forget_checksum(name)
-    typer.echo(f"the checksum of {name} is forgotten")
+    typer.echo(f"what was recorded of {name} is forgotten")
 
 
 @app.command("layers")

@@ -96,6 +96,9 @@ def describe_model(name: str) -> str:
     if entry.hub is not None:
         lines.append(f"hub       {entry.hub.repo} at {entry.hub.revision}")
     lines += _describe_guided_presets(name)
+    lines.append(
+        f"verified  {'with the real weights' if entry.verified else 'not here: the real weights were not available'}"
+    )
     lines.append(f"here      {found.path or 'no; `restore models pull ' + entry.name + '`'}")
     for title, text in (("notes", entry.notes), ("cite", entry.citation)):
         if text:

@@ -58,7 +58,7 @@ class Model:
 
     kind: one of KINDS. resolution: pixels per side it was trained at. subject: what its training images show, in the
     plural; narrow: whether it knows only that. options: keyword arguments of the loader that the weights do not tell.
-    notes: what a user should know.
+    notes: what a user should know. verified: whether this package was run with the real weights.
     """
 
     name: str
@@ -77,6 +77,7 @@ class Model:
     notes: str | None = None
     subject: str | None = None
     narrow: bool = False
+    verified: bool = False
 
     @property
     def loading(self) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import struct
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from operators.naming import suggest
 from restore import disk
 from restore.paths import data_dir
 from restore.zoo import download, registry
+from restore.zoo.hub import fetch_snapshot, query_hub_size
 from restore.zoo.registry import Hub, Model
 
 # Files of a hub pipeline outside the registry: no second copies in other precisions and formats.
 _PIPELINE_FILES = ("*.json", "*.txt", "*model.safetensors")
 _CONFIGURATION_FILES = ("model_index.json", "*/config.json")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _WEIGHT_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 
 
@@ -71,7 +74,7 @@ def locate(name_or_path: str | Path) -> Located:
     known = registry.read_registry()
     if name in known:
         entry = known[name]
-        return Located(name, entry.kind, _find_present(entry), entry.hub, entry.loading, entry)
+        return Located(name, entry.kind, _find_present(entry), _pin(entry), entry.loading, entry)
     if path.is_dir():
         return Located(name, _detect_folder_kind(path), path)
     if path.is_file():
@@ -79,7 +82,7 @@ def locate(name_or_path: str | Path) -> Located:
     parts, is_weights = name.split("/"), path.suffix in _WEIGHT_SUFFIXES
     if len(parts) == 2 and all(parts) and not is_weights and name[0] not in "./~":
         hub = Hub(name, files=_PIPELINE_FILES)
-        folder = _fetch_snapshot(hub, offline=True)
+        folder = fetch_snapshot(hub, offline=True)
         return Located(name, "stable-diffusion" if folder is None else _detect_folder_kind(folder), folder, hub)
     if is_weights or len(parts) > 1:
         raise RestoreError(f"there is no file or folder {name}")
@@ -100,7 +103,9 @@ def pull(
     """
     found, offline = locate(name), is_offline(offline)
     if found.hub is not None:
-        folder = _fetch_snapshot(found.hub, offline)
+        folder = fetch_snapshot(found.hub, offline)
+        if folder is not None and found.entry is not None:
+            _record_commit(found.entry, folder)
         if folder is None:
             raise RestoreError(
                 f"{found.name} is not on this machine and the run is offline: fetch {found.hub.repo} once online with "
@@ -120,7 +125,7 @@ def pull_configuration(name: str, offline: bool | None = None) -> Path:
     found = locate(name)
     if found.path is not None or found.hub is None or found.entry is None or is_offline(offline):
         return found.path or pull(name, offline)
-    return _fetch_snapshot(Hub(found.hub.repo, found.hub.revision, _CONFIGURATION_FILES), offline=False)
+    return fetch_snapshot(Hub(found.hub.repo, found.hub.revision, _CONFIGURATION_FILES), offline=False)
 
 
 def import_file(name: str, path: str | Path) -> Path:
@@ -145,14 +150,15 @@ def import_file(name: str, path: str | Path) -> Path:
 
 
 def forget_checksum(name: str) -> None:
-    """Remove the checksum recorded when the file of the registered model `name` was first seen, to accept another file.
+    """Remove the checksum, or the hub's commit, recorded when the registered model `name` was first seen, to accept
+    another one.
 
-    The weights stay in the cache until they are replaced. Raises RestoreError if no checksum is recorded.
+    The weights stay in the cache until they are replaced. Raises RestoreError if nothing is recorded.
     """
     entry = registry.find_model(name)
-    record = _record_path(entry) if entry.download is not None else None
+    record = None if entry.folder is not None else _record_path(entry)
     if record is None or not record.exists():
-        raise RestoreError(f"no checksum of {name} is recorded on this machine: nothing to forget")
+        raise RestoreError(f"no checksum or commit of {name} is recorded on this machine: nothing to forget")
     record.unlink()
 
 
@@ -168,24 +174,11 @@ def query_size(found: Located, offline: bool | None = None) -> int | None:
     """Return the bytes that a registered model's or hub model's download has, as registered or as its server states;
     None if unknown."""
     if found.hub is not None:
-        return None if is_offline(offline) else _query_hub_size(found.hub)
+        return None if is_offline(offline) else query_hub_size(found.hub)
     if found.entry is None or found.entry.download is None:
         return None
     known = find_expected(found.entry)[0]
     return known if known or is_offline(offline) else download.query_size(found.entry.download.urls)
-
-
-def _query_hub_size(hub: Hub) -> int | None:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import filter_repo_objects
-
-    try:
-        files = HfApi().model_info(hub.repo, revision=hub.revision, files_metadata=True).siblings or []
-    except (HfHubHTTPError, OSError, ValueError):
-        return None
-    kept = filter_repo_objects(files, allow_patterns=list(hub.files) or None, key=lambda file: file.rfilename)
-    return sum(file.size or 0 for file in kept) or None
 
 
 def _pull_file(entry: Model, offline: bool, verify: bool, progress: download.Progress | None) -> Path:
@@ -243,7 +236,19 @@ def _cache_path(entry: Model) -> Path:
 
 
 def _record_path(entry: Model) -> Path:
-    return Path(f"{_cache_path(entry)}.json")
+    return cache_dir() / entry.name / "commit.json" if entry.hub is not None else Path(f"{_cache_path(entry)}.json")
+
+
+def _pin(entry: Model) -> Hub | None:
+    """Return the hub folder of an entry at the commit of its first download, unless the registry names one itself."""
+    record = None if entry.hub is None or _COMMIT.fullmatch(entry.hub.revision) else _read_record(entry)
+    return replace(entry.hub, revision=record["commit"]) if record else entry.hub
+
+
+def _record_commit(entry: Model, folder: Path) -> None:
+    if _COMMIT.fullmatch(folder.name) and not _COMMIT.fullmatch(entry.hub.revision) and _read_record(entry) is None:
+        disk.make_folder(_record_path(entry).parent)
+        disk.write_json(_record_path(entry), {"repo": entry.hub.repo, "commit": folder.name, "how": "first download"})
 
 
 def _read_record(entry: Model) -> dict[str, Any] | None:
@@ -276,27 +281,8 @@ def _find_present(entry: Model) -> Path | None:
             raise RestoreError(f"the model {entry.name} must be in {folder}, but is not; install the package again")
         return folder
     if entry.hub is not None:
-        return _fetch_snapshot(entry.hub, offline=True)
+        return fetch_snapshot(_pin(entry), offline=True)
     return _cache_path(entry) if _cache_path(entry).is_file() else None
-
-
-def _fetch_snapshot(hub: Hub, offline: bool) -> Path | None:
-    """Return the folder of a hub model in the Hugging Face cache; None if offline and not complete there."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        folder = snapshot_download(
-            hub.repo, revision=hub.revision, allow_patterns=list(hub.files) or None, local_files_only=offline
-        )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        if offline and isinstance(error, LocalEntryNotFoundError):
-            return None
-        raise RestoreError(f"{hub.repo} could not be fetched from the hub: {error}") from error
-    missing = [name for name in hub.files if "*" not in name and not (Path(folder) / name).is_file()]
-    if missing and not offline:
-        raise RestoreError(f"{hub.repo} on the hub has no {', '.join(missing)}")
-    return None if missing else Path(folder)
 
 
 def _detect_folder_kind(folder: Path) -> str:

@@ -37,6 +37,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.split("?")[0]
+        if path.startswith("/move/"):
+            Hub.commit = path.removeprefix("/move/")
+            return self.reply(b"moved")
         if path.startswith("/api/models/owner/tiny"):
             listing = [
                 {"rfilename": name, "type": "file", "path": name, "size": len(body), "oid": "0"}
@@ -58,16 +61,19 @@ def test_hub_models_come_from_the_hub_once_and_then_from_its_cache(tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     code = """
+import os
+import requests
 from operators import RestoreError
 from restore import zoo
-from restore.zoo import store
+from restore.zoo import registry, store
+from restore.zoo.hub import fetch_snapshot
 from restore.zoo.registry import Hub
 hub = Hub("owner/tiny", files=("model_index.json", "unet/*"))
-assert store._fetch_snapshot(hub, offline=True) is None
-few = store._fetch_snapshot(Hub("owner/tiny", files=store._CONFIGURATION_FILES), offline=False)
+assert fetch_snapshot(hub, offline=True) is None
+few = fetch_snapshot(Hub("owner/tiny", files=store._CONFIGURATION_FILES), offline=False)
 assert sorted(path.name for path in few.rglob("*.*")) == ["config.json", "model_index.json"]
-assert store._fetch_snapshot(hub, offline=True) is None  # not yet whole
-folder = store._fetch_snapshot(hub, offline=False)
+assert fetch_snapshot(hub, offline=True) is None  # not yet whole
+folder = fetch_snapshot(hub, offline=False)
 names = sorted(path.name for path in folder.rglob("*.*"))
 assert names == ["big_model.safetensors", "config.json", "model_index.json"], names
 assert zoo.pull("owner/tiny", offline=True) == folder == zoo.locate("owner/tiny").path
@@ -80,17 +86,28 @@ for repo in ("owner/missing",):
         else:
             raise AssertionError("pulled a repository that is not there")
 try:
-    store._fetch_snapshot(Hub("owner/tiny", files=("vae/config.json",)), offline=False)
+    fetch_snapshot(Hub("owner/tiny", files=("vae/config.json",)), offline=False)
 except RestoreError as error:
     assert "vae/config.json" in str(error)
 else:
     raise AssertionError
+
+entry = registry.Model("tiny", "sd3", "t", "p", "MIT", 512, hub=Hub("owner/tiny", files=("model_index.json",)))
+registry.read_registry = lambda folder=None: {"tiny": entry}
+first = zoo.pull("tiny", offline=False)
+move = lambda commit: requests.get(f"{os.environ['HF_ENDPOINT']}/move/{commit}")
+move("b" * 40)  # the publisher replaces its files
+assert zoo.pull("tiny", offline=False) == first == zoo.locate("tiny").path and first.name == "a" * 40
+zoo.forget_checksum("tiny")
+assert zoo.pull("tiny", offline=False).name == "b" * 40
+assert store.query_size(zoo.locate("tiny"), offline=False) == 2
 """
     environment = os.environ | {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
         "HF_HOME": str(tmp_path / "hf"),
         "HF_HUB_OFFLINE": "0",
         "RESTORE_OFFLINE": "0",
+        "RESTORE_CACHE": str(tmp_path / "cache"),
         "HF_HUB_DISABLE_XET": "1",
     }
     try:
