@@ -80,7 +80,7 @@ def hub(tmp_path_factory):
     return folder
 
 
-def _adm(folder, size: int, widths: tuple, layers: int, attention: tuple):
+def _adm(folder, size: int, widths: tuple, layers: int, attention: tuple, classes: int | None = None):
     """A folder with an ADM of random weights. attention: the levels that have it, besides the middle."""
     from diffusers import DDPMScheduler, UNet2DModel
 
@@ -102,6 +102,7 @@ def _adm(folder, size: int, widths: tuple, layers: int, attention: tuple):
         upsample_type="resnet",
         flip_sin_to_cos=True,
         freq_shift=0,
+        num_class_embeds=classes,
     )
     network.save_pretrained(folder)
     DDPMScheduler().save_pretrained(folder / "scheduler")  # weights do not tell how they were trained
@@ -144,6 +145,7 @@ def stand_ins(tmp_path_factory):
         "adm-imagenet-256": _adm(root / "imagenet", 256, (8, 8, 8, 8, 8, 8), 2, (3, 4, 5)),
         # Generation needs no pixels to speak of.
         "small-imagenet": _adm(root / "small", 64, (8, 8, 8, 8, 8, 8), 2, (3, 4, 5)),
+        "small-imagenet-cond": _adm(root / "small-cond", 64, (8, 8, 8, 8, 8, 8), 2, (3, 4, 5), 1000),
         "sd-1.5": _sd(root / "sd"),
         "embedded": _adm(root / "embedded", 64, (8, 8, 8, 8), 1, (2, 3)),
         "embedded-latent": data_dir() / "embedded-latent",  # itself: few steps of it are quick

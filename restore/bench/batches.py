@@ -77,14 +77,16 @@ def find_prompts(name: str | Path) -> Path:
     return Path(name) if Path(name).is_file() else shipped
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """Return the prompts of a file, one a line, or of a set by its name. Raises RestoreError as find_prompts, and if it
-    is empty."""
+def read_prompts(path: str | Path, limit: int | None = None) -> list[str]:
+    """Return the prompts (the first ones, so many) of a file, one a line, or of a set by its name. Raises RestoreError
+    as find_prompts, and if there are none, or fewer."""
     lines = find_prompts(path).read_text(encoding="utf-8").splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise RestoreError(f"the file of prompts {path} is empty; give one prompt a line")
-    return prompts
+    if limit is not None and len(prompts) < limit:
+        raise RestoreError(f"the file of prompts {path} must have prompt_limit={limit} prompts, got {len(prompts)}")
+    return prompts[:limit]
 
 
 def list_prompts(config: Mapping[str, Any], task: str, ids: Sequence[str]) -> list[str]:
@@ -92,7 +94,7 @@ def list_prompts(config: Mapping[str, Any], task: str, ids: Sequence[str]) -> li
     entry = config["tasks"][task]
     if not entry["prompts"]:
         return [""] * len(ids)
-    prompts, numbers = read_prompts(entry["prompts"]), [int(i.split("-")[0]) for i in ids]
+    prompts, numbers = read_prompts(entry["prompts"], entry["prompt_limit"]), [int(i.split("-")[0]) for i in ids]
     if entry["template"]:
         prompts = [entry["template"].replace("{}", prompt) for prompt in prompts]
     return [prompts[n if config["metrics"]["group_by_prompt"] else n % len(prompts)] for n in numbers]
@@ -104,7 +106,7 @@ def list_image_ids(config: Mapping[str, Any], task: str, images: ImageSet | None
         return list(images.ids)
     entry = config["tasks"][task]
     if config["metrics"]["group_by_prompt"] and entry["prompts"]:
-        prompts = range(len(read_prompts(entry["prompts"])))  # count images for each
+        prompts = range(len(read_prompts(entry["prompts"], entry["prompt_limit"])))  # count images for each
         return [f"{p:03d}-{i:06d}" for p in prompts for i in range(entry["count"])]
     return [f"{i:06d}" for i in range(entry["count"])]
 

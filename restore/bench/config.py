@@ -176,6 +176,7 @@ def _check(config: dict[str, Any]) -> None:
             with _locate_errors(f"methods.{name}"):
                 _check_method(build_method(config, task, name), kind)
     table.select_metrics(config["metrics"]["names"])
+    check_known([config["report"]["layout"]], ("columns", "rows"), "report.layout has no choice")
     PipelineOptions(**config["pipeline"])
 
 
@@ -187,6 +188,8 @@ def _check_task(task: Mapping[str, Any], kind: str) -> None:
         check_known([task["resample"]], ("bicubic", "nearest"), "there is no resampling")
     elif not task["count"]:
         raise RestoreError("count, the number of images to make, is missing")
+    elif task["prompt_limit"] is not None and task["prompt_limit"] < 1:
+        raise RestoreError(f"prompt_limit must be a whole number from 1 on, got {task['prompt_limit']}")
     elif kind == "generation" and task["prompts"]:
         raise RestoreError("prompts need kind=text_to_image")
 

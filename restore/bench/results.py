@@ -121,7 +121,8 @@ def read_cost(run: Path, task: str, method: str) -> dict[str, Any]:
     writing = sum(c["seconds_writing"] for c in costs)
     cpu = [c["cpu_seconds"] for c in costs if "cpu_seconds" in c]  # runs of earlier versions have none
     peaks = [c["peak_memory_mb"] for c in costs if c["peak_memory_mb"] is not None]
-    steps = count_steps(costs[0]["steps"])
+    steps, loops = count_steps(costs[0]["steps"]), [c.get("seconds_loop") for c in costs]
+    used = [c["process_memory_mb"] for c in costs if c.get("process_memory_mb") is not None]
     return {
         "images": images,
         "seconds_per_image": seconds / images,
@@ -130,6 +131,8 @@ def read_cost(run: Path, task: str, method: str) -> dict[str, Any]:
         "nfe": costs[0]["nfe"],
         # One batch advances all its images by one step, so iterations are counted per batch (PAG, Table 6).
         "iterations_per_second": steps * len(costs) / seconds if steps else None,
+        "loop_steps_per_second": steps * len(costs) / sum(loops) if steps and all(loops) else None,
+        "process_memory_mb": max(used) if used else None,
         "peak_memory_mb": max(peaks) if peaks else None,
         "memory_of": costs[0]["memory_of"],
         "devices": sorted({c["device"] for c in costs}),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +15,7 @@ from restore.backbones.text_to_image import PipelineOptions, TextToImage
 from restore.backbones.weights import DTYPES
 from restore.bench.baselines import BASELINES
 from restore.guidance import CFG
+from restore.guidance.pipelines import find_network, guided, schedule_cfg
 from restore.images.resampling import Resampling, enlarge_image
 from restore.method import Method
 from restore.samplers.noise import ImageNoise, derive_seed
@@ -24,7 +27,8 @@ class Estimates:
     """The images of a batch.
 
     samples: (B, K, 3, H, W) in [-1, 1]. nfe: per sample. residual_ratio: (B,), and measurement: (B, ...), of
-    restorations. protocol: see Restorer.protocol.
+    restorations. protocol: see Restorer.protocol. Of pipelines, loop_seconds: the denoising loop alone;
+    loading_seconds: weights, and prompts where they are embedded first.
     """
 
     samples: torch.Tensor
@@ -32,6 +36,8 @@ class Estimates:
     residual_ratio: torch.Tensor | None = None
     measurement: torch.Tensor | None = None
     protocol: dict[str, Any] = field(default_factory=dict)
+    loop_seconds: float | None = None
+    loading_seconds: float = 0.0
 
 
 def restore_batch(
@@ -140,18 +146,53 @@ def run_pipeline(
 
     The scale of CFG is w of eq. 14, diffusers' guidance_scale - 1 (FLUX: true_cfg_scale - 1).
     """
-    from restore import guided
-
     terms = method.guidance.terms if method.guidance is not None else ()
-    cfg = sum(term.scale for term in terms if isinstance(term, CFG))
-    if any(term != CFG(term.scale) for term in terms if isinstance(term, CFG)):
-        raise RestoreError("cfg must have only a scale in text_to_image, where the pipeline itself applies it")
-    others = tuple(term for term in terms if not isinstance(term, CFG))
+    cfgs = [term for term in terms if isinstance(term, CFG) and term.scale]
+    scheduled = [term for term in cfgs if term != CFG(term.scale)]
+    if scheduled and (len(cfgs) > 1 or scheduled[0].null is not None):
+        raise RestoreError(
+            "cfg must be one term without null in text_to_image; its prompt is the task's negative_prompt"
+        )
+    cfg, others = sum(term.scale for term in cfgs), tuple(term for term in terms if not isinstance(term, CFG))
     passes = 1 + len(others) + (cfg > 0)
+    started = time.perf_counter()
     pipe = model.prepare(prompts, task["negative_prompt"] if cfg else None)
+    loading = time.perf_counter() - started
     noise = ImageNoise([(seed, i, 0) for i in ids], model.device, model.dtype)
     generators = [torch.Generator().manual_seed(derive_seed(seed, i, "pipeline")) for i in ids]
-    with guided(pipe, replace(method.guidance, terms=others) if others else None):
+    with ExitStack() as stack:
+        stack.enter_context(guided(pipe, replace(method.guidance, terms=others) if others else None))
+        if scheduled:
+            stack.enter_context(schedule_cfg(pipe, scheduled[0]))
+        read_clock = stack.enter_context(time_calls(find_network(pipe), model.device))
         options = {"steps": method.steps, "cfg": cfg, "negative": task["negative_prompt"], "generators": generators}
         images = model(prompts, lambda shape: noise(0, shape, "start"), **options)
-    return Estimates(images[:, None], passes * int(method.steps))
+    return Estimates(images[:, None], passes * int(method.steps), loop_seconds=read_clock(), loading_seconds=loading)
+
+
+@contextmanager
+def time_calls(network: torch.nn.Module, device: torch.device) -> Iterator[Callable[[], float]]:
+    """Yield a function: the seconds from the start of the network's first call within the block to the end of its last,
+    the loop of a pipeline without its text encoder and autoencoder (PAG, Ahn et al. 2024, Table 6)."""
+    marks: list[Any] = []
+
+    def mark(*_: Any) -> None:
+        if device.type == "cuda":
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record(torch.cuda.current_stream(device))
+        else:
+            marks.append(time.perf_counter())
+        del marks[1:-1]
+
+    def read() -> float:
+        if device.type != "cuda":
+            return marks[-1] - marks[0]
+        torch.cuda.synchronize(device)
+        return marks[0].elapsed_time(marks[-1]) / 1000
+
+    before, after = network.register_forward_pre_hook(mark), network.register_forward_hook(mark)
+    try:
+        yield read
+    finally:
+        before.remove()
+        after.remove()

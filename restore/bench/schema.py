@@ -30,8 +30,8 @@ class Task:
     """operator: a mapping for build_operator, or a name of configs/task; per_image: with a random mask or kernel for
     every image. solve_at, resample: see images/resampling. backbone, model_options: in place of the benchmark's.
     labels: a class by name or index; for generation also a list to cycle through, or uniform. prompts: a file with one
-    a line, or the name of one in data/prompts; template: around each, with {} for it (a style); count: images to
-    generate."""
+    a line, or the name of one in data/prompts; prompt_limit: the first ones, so many; template: around each, with {}
+    for it (a style); count: images to generate."""
 
     title: str | None = None
     operator: Any = field(default_factory=dict)
@@ -42,6 +42,7 @@ class Task:
     model_options: dict[str, Any] = field(default_factory=dict)
     labels: Any = None
     prompts: str | None = None
+    prompt_limit: int | None = None
     template: str | None = None
     negative_prompt: str = ""
     count: int | None = None
@@ -96,9 +97,12 @@ class Published:
 
 @dataclass
 class Report:
-    """pictures: rows of a picture grid. columns: metrics; curve: over sweeps, the first metric across, others up."""
+    """pictures: images of a picture grid. layout: of the grid: "columns", one for each method, of a long sweep three;
+    "rows", one for each method, all of them, as papers print samples. columns: metrics; curve: over sweeps, the first
+    metric across, others up."""
 
     pictures: int = 6
+    layout: str = "columns"
     columns: list[str] | None = None
     curve: list[str] | None = None
 

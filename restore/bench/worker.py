@@ -87,12 +87,14 @@ class Worker:
         self._write(batch, estimates)
         cost = {
             "images": len(batch.ids),
-            "seconds": sampled - started,
+            "seconds": sampled - started - estimates.loading_seconds,
             "cpu_seconds": sampled_cpu - started_cpu,
             "seconds_writing": time.perf_counter() - sampled,
             "nfe": estimates.nfe,
             "steps": method.steps,
             "peak_memory_mb": self._peak_memory(),
+            "process_memory_mb": self._process_memory(),
+            "seconds_loop": estimates.loop_seconds,
             "memory_of": "CUDA allocations" if is_cuda else "resident process",
             "worker": f"{platform.node()}:{os.getpid()}",
             "device": torch.cuda.get_device_name(self.device) if is_cuda else platform.machine(),
@@ -146,6 +148,13 @@ class Worker:
 
         # Kilobytes on Linux, bytes on macOS.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+    def _process_memory(self) -> float | None:
+        """Return the MiB in use on the whole device with CUDA, as nvidia-smi shows them, else those of the process."""
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            return (total - free) / 2**20
+        return self._peak_memory()
 
     def _write(self, batch: Batch, estimates: Estimates) -> None:
         """Write pictures first and the row last: an image counts as done if its row exists."""

@@ -22,7 +22,7 @@ from restore.backbones.base import AttentionLayer
 from restore.backbones.forwards import replace_forward
 from restore.guidance.targets import AttentionRecord, Draw, SeededDraw, Target, index_tokens
 
-SCOPES = ("joint", "image")
+SCOPES = ("joint", "image", "cross")
 # Whether a processor of joint attention, with image and text tokens in one sequence, puts the image first.
 IMAGE_FIRST = {"JointAttnProcessor2_0": True, "FluxAttnProcessor": False}
 
@@ -32,7 +32,8 @@ class PerturbedLayer:
     """One layer to perturb: which heads (None: all), by which target and how strongly (u in [0, 1]).
 
     scope: in joint attention, "joint" perturbs the map of all tokens; "image" that of the image tokens among
-        themselves: their outputs change, those of the text do not.
+        themselves: their outputs change, those of the text do not. ("cross" is for the caller: `layer` is one of
+        cross-attention.)
     """
 
     layer: AttentionLayer

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+from torch import nn
 
 from operators import RestoreError
 from operators.naming import suggest
@@ -77,6 +80,15 @@ def choose_layers(layers: str | Iterable[str], heads: Heads, attention: Attentio
     elif heads is not None:
         selected = dict.fromkeys(selected, heads)
     return [(layer, _check_heads(layer, selected[path])) for path, layer in attention.items() if path in selected]
+
+
+def find_cross_attention(layer: AttentionLayer, network: nn.Module) -> AttentionLayer:
+    """Return the cross-attention of the block whose self-attention is `layer`. Raises RestoreError if it has none."""
+    block = network.get_submodule(layer.path.rpartition(".")[0])
+    module = getattr(block, "attn2", None)
+    if not layer.path.endswith(".attn1") or module is None or not module.is_cross_attention:
+        raise RestoreError(f"scope cross needs layers with cross-attention, which {layer.path} does not have")
+    return replace(layer, path=layer.path[: -len("attn1")] + "attn2", module=module, heads=module.heads)
 
 
 def normalize_strength(strength: Strength) -> Strength:

@@ -15,11 +15,20 @@ from typing import Any
 
 import torch
 
+from operators import RestoreError
 from operators.naming import check_known, lookup
 from restore.backbones.base import Backbone, Prediction
 from restore.guidance.attention import SCOPES, PerturbedLayer, perturb_attention
 from restore.guidance.base import Term, WeakPass
-from restore.guidance.layers import Heads, Strength, choose_layers, normalize_strength, require_ran, split_by_strength
+from restore.guidance.layers import (
+    Heads,
+    Strength,
+    choose_layers,
+    find_cross_attention,
+    normalize_strength,
+    require_ran,
+    split_by_strength,
+)
 from restore.guidance.options import freeze
 from restore.guidance.targets import Draw, SeededDraw, Target, find_target
 
@@ -37,6 +46,8 @@ class PAG(Term):
     noise: of the random targets: a seed (the draw then depends only on seed, t and layer, and is shared by the
         images of a batch) or a function (kind, shape) -> tensor, kind "uniform" or "normal", or its name.
     scope: where image and text tokens attend jointly, "joint" perturbs the map of all, "image" that of the image.
+        "cross": the cross-attention beside the chosen layers in place of them, with target="zero" say (App. E.2).
+    random_layers: perturb only so many of the layers, drawn at every time from `noise` (App. D.2); None: all.
     """
 
     layers: str | Sequence[str]
@@ -45,11 +56,14 @@ class PAG(Term):
     strength: Strength = 1.0
     noise: int | str | Draw = field(default=0, kw_only=True)
     scope: str = field(default="joint", kw_only=True)
+    random_layers: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()
         find_target(self.target)
         check_known([self.scope], SCOPES, "guidance.pag has no scope")
+        if self.random_layers is not None and self.random_layers < 1:
+            raise RestoreError(f"random_layers must be a whole number from 1 on, or None, got {self.random_layers}")
         object.__setattr__(self, "strength", normalize_strength(self.strength))
         for name in ("layers", "heads"):
             object.__setattr__(self, name, freeze(getattr(self, name)))
@@ -58,18 +72,28 @@ class PAG(Term):
         """Return the layers and heads to perturb. Raises RestoreError for one that `backbone` does not have."""
         layers = choose_layers(self.layers, self.heads, backbone.attention)
         groups = split_by_strength(layers, self.strength, backbone.attention)
+        if self.scope == "cross":
+            network = getattr(backbone.network, "_orig_mod", backbone.network)
+            groups = [(find_cross_attention(layer, network), heads, u) for layer, heads, u in groups]
         target = find_target(self.target)
         return [PerturbedLayer(layer, target, u, heads, self.scope) for layer, heads, u in groups]
 
     def bind(self, backbone: Backbone) -> WeakPass:
+        """Raises RestoreError also if `random_layers` is more than the layers."""
         perturbed = self.perturbed_layers(backbone)
+        paths = list(dict.fromkeys(item.layer.path for item in perturbed))
+        if (self.random_layers or 0) > len(paths):
+            raise RestoreError(f"random_layers must be at most the {len(paths)} layers, got {self.random_layers}")
         noise = lookup(self.noise, {}, "noise") if isinstance(self.noise, str) else self.noise
 
         def eps(x_t: torch.Tensor, t: float, condition: Any, strong: Prediction) -> torch.Tensor:
-            draw = noise if callable(noise) else SeededDraw(noise, t)
-            with perturb_attention(perturbed, draw, backbone.network) as ran:
+            draw, chosen = noise if callable(noise) else SeededDraw(noise, t), paths
+            if self.random_layers is not None:
+                order = draw("uniform", (1, len(paths))).flatten().argsort().tolist()
+                chosen = [paths[k] for k in order[: self.random_layers]]
+            with perturb_attention([p for p in perturbed if p.layer.path in chosen], draw, backbone.network) as ran:
                 weak = backbone.predict(x_t, t, condition)
-            require_ran([item.layer.path for item in perturbed], ran)
+            require_ran(chosen, ran)
             return weak.eps
 
         return WeakPass(eps, [item.layer.module for item in perturbed])

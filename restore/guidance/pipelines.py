@@ -49,10 +49,7 @@ def guided(pipe: Any, guidance: Term | Guidance | None, *, conditional: str = "a
     """
     if conditional not in PARTS:
         raise RestoreError(f"unknown conditional={conditional!r}; {suggest(conditional, PARTS)}")
-    network = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    if network is None or not any(hasattr(network, name) for name in ("down_blocks", "transformer_blocks")):
-        raise RestoreError(f"pipe must be a diffusers pipeline with U-Net or transformer, got {type(pipe).__name__}")
-    guidance = as_guidance(guidance)
+    network, guidance = find_network(pipe), as_guidance(guidance)
     if guidance is not None and any(isinstance(term, CFG) for term in guidance.terms):
         raise RestoreError("cfg is done by the pipeline itself; call it with guidance_scale = w + 1")
     if guidance is not None and hasattr(guidance.combine, "bind"):
@@ -88,6 +85,47 @@ def guided(pipe: Any, guidance: Term | Guidance | None, *, conditional: str = "a
 
     with replace_forward([network], guide, everywhere=True):
         yield pipe
+
+
+@contextmanager
+def schedule_cfg(pipe: Any, term: CFG) -> Iterator[Any]:
+    """Within the block the pipeline's own classifier-free guidance, called with the term's scale, follows its interval
+    and schedule (PAG, Ahn et al. 2024, Fig. 44). Enter it after `guided`.
+
+    The prediction without the prompt, u, becomes c - r (c - u), r = term.scale_at(t) / term.scale, so that the
+    pipeline's u + g (c - u) is c + r w (c - u). Both are computed also where the term is off.
+    Raises RestoreError, in the pipeline's call, for one that computes them in two calls, as FLUX's.
+    """
+    network = find_network(pipe)
+    adapter = PipelineNetwork(network, pipe)
+
+    def scale(network, inner):
+        def forward(*args, **kwargs):
+            call, output = NetworkCall(network, args, kwargs, pipe, "auto"), inner(*args, **kwargs)
+            if is_packed(call.x):
+                raise RestoreError(
+                    f"cfg must have only a scale with a {type(pipe).__name__}, which makes two calls a step"
+                )
+            share, half = term.scale_at(call.t, adapter) / term.scale, len(call.x) // 2
+            if share == 1 or call.rows == slice(None):
+                return output
+            sample, other = sample_of(output), slice(0, half) if call.rows.start else slice(half, None)
+            shift = torch.zeros_like(sample)
+            shift[other] = (1 - share) * (sample[call.rows] - sample[other])
+            return _shift(output, shift)
+
+        return forward
+
+    with replace_forward([network], scale, everywhere=True):
+        yield pipe
+
+
+def find_network(pipe: Any) -> nn.Module:
+    """Return the U-Net or transformer of a pipeline, or itself. Raises RestoreError if there is none."""
+    network = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    if network is None or not any(hasattr(network, name) for name in ("down_blocks", "transformer_blocks")):
+        raise RestoreError(f"pipe must be a diffusers pipeline with U-Net or transformer, got {type(pipe).__name__}")
+    return network
 
 
 class GuidedStep:

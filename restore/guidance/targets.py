@@ -97,6 +97,11 @@ def uniform(a: AttentionRecord) -> torch.Tensor:
     return a.v.mean(dim=-2, keepdim=True).expand(*a.q.shape[:-1], a.v.shape[-1])
 
 
+def zero(a: AttentionRecord) -> torch.Tensor:
+    """A' = 0: nothing is attended to (of cross-attention: PAG, App. E.2, somewhat similar to CFG)."""
+    return a.v.new_zeros(*a.q.shape[:-1], a.v.shape[-1])
+
+
 def mean_query(a: AttentionRecord) -> torch.Tensor:
     """A' of the mean query: SEG (Hong 2024) at infinite blur."""
     mean = a.q.mean(dim=-2, keepdim=True)
@@ -247,6 +252,7 @@ TARGET_FAMILIES: dict[str, Callable[..., Target]] = {family.__name__: family for
 TARGETS: dict[str, Target] = {
     "identity": identity,
     "uniform": uniform,
+    "zero": zero,
     "mean_query": mean_query,
     "max": maximum,
     "random_mask_off_diagonal": random_mask(diagonal=False),

@@ -94,6 +94,7 @@ _IS |= {"no_reference": True, "settings": _is_settings}
 _PR = {"function": sets.precision_recall, "network": _pr_network}
 _KID_VGG_MEANING = "cubic polynomial kernel distance of VGG-16 relu5_3, averaged over each image"
 _CPU_MEANING = "processor seconds of sampling per image, summed over threads; waiting does not count"
+_LOOP_MEANING = "steps per second of a pipeline's denoising loop, without text encoder and autoencoder"
 
 METRICS = {
     "psnr": Metric("PSNR", 1, 2, single.PSNR_DEFINITION, "paired", single.psnr),
@@ -116,6 +117,8 @@ METRICS = {
     "seconds_per_image": Metric("Seconds/image", -1, 3, "seconds of sampling per image", "cost"),
     "cpu_seconds_per_image": Metric("CPU s/image", -1, 3, _CPU_MEANING, "cost"),
     "iterations_per_second": Metric("Steps/s", 1, 2, "sampling steps per second", "cost"),
+    "loop_steps_per_second": Metric("Loop steps/s", 1, 2, _LOOP_MEANING, "cost"),
+    "process_memory_mb": Metric("Process MB", -1, 0, "memory in use on the whole device after the batch", "cost"),
     "peak_memory_mb": Metric("Memory MB", -1, 0, "peak memory", "cost"),
 }
 # Measured for every restored image of a benchmark, requested or not: they need no network.

@@ -38,10 +38,13 @@ def _place_axis(values: list[float], start: float, end: float) -> tuple[Any, lis
 def place_chart(chart: Mapping[str, Any]) -> dict[str, Any]:
     """Return the data of the macro `chart` for "series", a list of {name, line, points: [(x, y, label)]}.
 
-    chart["title"], chart["x"], chart["y"]: titles of the chart and its axes.
+    chart["title"], chart["x"], chart["y"]: titles of the chart and its axes. chart["ticks"]: names of values of x in
+    place of numbers, if there are any.
     """
     points = [point for series in chart["series"] for point in series["points"]]
     place_x, x_ticks = _place_axis([x for x, _, _ in points], LEFT, RIGHT)
+    if names := chart.get("ticks"):
+        x_ticks = [(place_x(x), name) for x, name in names.items()]
     place_y, y_ticks = _place_axis([y for _, y, _ in points], BOTTOM, TOP)
     series = []
     for i, line in enumerate(chart["series"]):

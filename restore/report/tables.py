@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -85,6 +85,14 @@ class Run:
 
     def task_title(self, task: str) -> str:
         return self.config["tasks"][task]["title"] or task
+
+    def image_title(self, task: str, name: str) -> str:
+        """Return the name of a picture: its class if the task lists classes, else its file's."""
+        labels = self.config["tasks"][task]["labels"]
+        if isinstance(labels, list) and name.isdecimal():
+            label = labels[int(name) % len(labels)]
+            return f"{name}, class {label}"
+        return name
 
     def iterate_cells(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """Yield (title of the task, title of the method, entry of metrics.json)."""
@@ -237,22 +245,22 @@ def format_heading(metric: Metric) -> str:
 
 
 def build_charts(run: Run) -> list[dict[str, Any]]:
-    """Return charts over a swept guidance scale or number of steps, as data for figures.place_chart.
+    """Return charts over a swept guidance scale, number of steps or layers, as data for figures.place_chart.
 
     If the configuration's report names a `curve`: its first metric on the x axis and every other one on the y axis, a
     chart for each and each task; else, for a swept scale, the first of TRADE_OFFS that was measured; else one chart
-    per metric against the scale. Each sweep is a line, labelled with the scale or the number of network evaluations,
-    and the other methods are single points.
+    per metric against the scale or the layer (PAG, Figures 38 and 40), for sets of layers of several sizes against
+    their number, with the mean of each (Figure 39). Each sweep is a line, labelled with the scale or the number of
+    network evaluations, and the other methods are single points.
     """
     methods, curve = run.config["methods"], run.config["report"]["curve"]
     families: dict[str, list[tuple[float, str]]] = {}
     for name, method in methods.items():
-        scale = method["swept"].get("scale")
+        scale, members = method["swept"].get("scale"), families.get(method["family"], [])
         if isinstance(scale, (int, float)):
-            families.setdefault(method["family"], []).append((float(scale), name))
-        elif curve and "steps" in method["swept"]:
-            members = families.setdefault(method["family"], [])
-            members.append((len(members), name))
+            families[method["family"]] = [*members, (float(scale), name)]
+        elif "layers" in method["swept"] or (curve and "steps" in method["swept"]):
+            families[method["family"]] = [*members, (len(members), name)]
     if not families:
         return []
     pairs = [(curve[0], y) for y in curve[1:]] if curve else [p for p in TRADE_OFFS if set(p) <= set(run.columns)][:1]
@@ -272,16 +280,51 @@ def _build_chart(run: Run, task: str, x: str | None, y: str, families: list[list
     # Without the baselines: far from every sampler, they would squeeze the curve into a point.
     others = [name for name in cells if x and name not in swept and methods[name]["sampler"] not in BASELINES]
     series = [{"name": run.method_title(name), "line": False, "points": [place(name, 0, "")]} for name in others]
+    ticks: dict[float, str] = {}
     for members in families:
-        first, points = methods[members[0][1]], []
+        first = methods[members[0][1]]
+        if not x and "layers" in first["swept"]:
+            lines, ticks = _place_layers(run, [name for _, name in members if name in cells], place)
+            series += lines
+            continue
+        points = []
         for scale, name in sorted(members):
             if name in cells:
-                label = f"{scale:g}" if "scale" in methods[name]["swept"] else str(cells[name]["cost"].get("nfe"))
-                points.append(place(name, scale, label))
+                own = methods[name]["swept"]
+                label = f"{scale:g}" if "scale" in own else str(cells[name]["cost"].get("nfe"))
+                points.append(place(name, scale, _join(own["layers"]) if "layers" in own else label))
         legend = " (labels: scale s)" if x and "scale" in first["swept"] else ""
         series.append({"name": first["family_title"] + legend, "line": True, "points": points})
     for line in series:
         line["points"] = [p for p in line["points"] if all(v is not None and math.isfinite(v) for v in p[:2])]
-    x_title = format_heading(run.find_metric(x)) if x else "guidance scale s"
-    titles = {"title": run.task_title(task), "x": x_title, "y": format_heading(run.find_metric(y))}
+    own = "guidance scale s" if not ticks else "number of layers" if "1" in ticks.values() else "layer"
+    x_title = format_heading(run.find_metric(x)) if x else own
+    titles = {"title": run.task_title(task), "x": x_title, "y": format_heading(run.find_metric(y)), "ticks": ticks}
     return {**titles, "series": [line for line in series if line["points"]]}
+
+
+def _join(layers: str | Sequence[str]) -> str:
+    return layers if isinstance(layers, str) else "+".join(layers)
+
+
+def _place_layers(run: Run, names: Sequence[str], place: Callable) -> tuple[list[dict[str, Any]], dict[float, str]]:
+    """Return the lines of a sweep over sets of layers, and the names of positions on its x axis.
+
+    Sets of one size stand side by side; those of several over their number of layers, with the mean of each number.
+    """
+    methods = run.config["methods"]
+    sets = {name: methods[name]["swept"]["layers"] for name in names}
+    title = methods[names[0]]["family_title"] if names else ""
+    sizes = sorted({len(_join(layers).split("+")) for layers in sets.values()})
+    if len(sizes) == 1:
+        points = [place(name, i, "") for i, name in enumerate(sets)]
+        return [{"name": title, "line": True, "points": points}], {
+            i: _join(layers) for i, layers in enumerate(sets.values())
+        }
+    points = [place(name, len(_join(layers).split("+")), "") for name, layers in sets.items()]
+    means = []
+    for size in sizes:
+        values = [value for position, value, _ in points if position == size and value is not None]
+        means += [(size, sum(values) / len(values), "")] if values else []
+    lines = [{"name": title, "line": False, "points": points}, {"name": "mean", "line": True, "points": means}]
+    return lines, {size: str(size) for size in sizes}

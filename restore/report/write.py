@@ -182,7 +182,8 @@ def select_pictured_methods(run: Run, task: str, limit: int = 6) -> list[str]:
 
 def build_picture_grid(run: Run, task: str) -> dict[str, Any] | None:
     """Return the files of measurement, methods, truth and spread of images spread evenly over the set, or None."""
-    methods = select_pictured_methods(run, task)
+    in_rows = run.config["report"]["layout"] == "rows"
+    methods = select_pictured_methods(run, task, len(run.results[task]) if in_rows else 6)
     folder = run.folder / "results" / task
     rows = sorted((folder / methods[0] / "rows").glob("*.json")) if methods else []
     ids = [path.stem for path in rows if read_row(path) is not None]
@@ -199,5 +200,9 @@ def build_picture_grid(run: Run, task: str) -> dict[str, Any] | None:
         columns.append((f"spread of {run.method_title(spread)}", folder / spread / "spread"))
     columns = [(title, [place / f"{name}.png" for name in ids]) for title, place in columns]
     columns = [(title, files) for title, files in columns if any(path.exists() for path in files)]
-    rows = [(name, [files[i] if files[i].exists() else None for _, files in columns]) for i, name in enumerate(ids)]
-    return {"title": run.task_title(task), "columns": [title for title, _ in columns], "rows": rows}
+    columns = [(title, [path if path.exists() else None for path in files]) for title, files in columns]
+    title, names = run.task_title(task), [run.image_title(task, name) for name in ids]
+    if in_rows:
+        return {"title": title, "columns": names, "rows": columns}
+    rows = [(name, [files[i] for _, files in columns]) for i, name in enumerate(names)]
+    return {"title": title, "columns": [title for title, _ in columns], "rows": rows}

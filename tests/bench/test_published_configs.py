@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from restore.bench.baselines import BASELINES
 from restore.bench.config import build_method, list_cells, load_config
 from restore.bench.run import run_benchmark
-from restore.guidance import PAG, resolve_layers
+from restore.guidance import PAG, SAG, resolve_layers
 from restore.method import Situation, find_preset
 from restore.metrics import weights
 from restore.paths import configs_dir
@@ -22,7 +22,7 @@ from restore.zoo import load_backbone
 FOLDER = configs_dir() / "benchmark"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 # One of each kind in every run of the tests; the others with `-m slow`.
-QUICK = ("embedded", "samplers", "table2", "table4-ffhq", "table8-ffhq", "table9")
+QUICK = ("embedded", "figure41", "figures-sd", "samplers", "table2", "table4-ffhq", "table8-ffhq", "table9")
 RUNS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 
 
@@ -57,7 +57,8 @@ def shrink(name: str, world) -> dict:
     config = OmegaConf.load(FOLDER / f"{name}.yaml")
     kind = config.get("kind", "restoration")
     small = kind == "generation" and config.backbone != "embedded"
-    config.backbone = str(networks["small-imagenet" if small else config.backbone])
+    cond = "-cond" if config.backbone.endswith("-cond") else ""
+    config.backbone = str(networks[f"small-imagenet{cond}" if small else config.backbone])
     config.update({"device": "cpu", "precision": "fp32", "batch": 2, "threads": 1, "out": str(root / "runs" / name)})
     config.metrics.update({"weights": metric_weights, "allow_small": True, "fid_layer": "64"})
     if OmegaConf.is_missing(config.metrics, "reference"):
@@ -78,13 +79,17 @@ def shrink(name: str, world) -> dict:
     for task in config.tasks.values():
         if "count" in task:
             task.count = 2 if config.metrics.get("group_by_prompt") else 4
+            if "prompt_limit" in task:
+                task.prompt_limit = 2
             if task.get("prompts") is not None or OmegaConf.is_missing(task, "prompts"):
                 task.prompts = str(root / "prompts.txt")
         if task.get("backbone"):
-            task.backbone = config.backbone
-        if kind == "restoration" or task.get("backbone") or config.backbone == str(networks["embedded"]):
+            task.backbone = str(networks["small-imagenet-cond"])
+        if kind == "restoration" or config.backbone == str(networks["embedded"]):
             task.labels = None  # the stand-in has no classes
     for method in config.methods.values():
+        if "autoguidance" in (method.get("guidance") or {}):
+            method.guidance.autoguidance.model = str(networks["small-imagenet"])
         if method.get("steps"):
             method.steps = "ddim2" if str(method.steps).startswith(("ddim", "karras")) else 2
     if name == "samplers":  # one number of steps and two tasks of each
@@ -101,6 +106,9 @@ def shrink(name: str, world) -> dict:
                 method.only = list(config.tasks)
             if "iterations" in method.get("parameters", {}):
                 method.parameters.iterations = 2
+    if name in ("figure38", "figure40"):
+        method = config.methods.pag
+        method.sweep = {"guidance.pag.layers": list(method.sweep["guidance.pag.layers"])[::7]}
     if name == "table10":  # 63 combinations differ in nothing but names, which load_config has checked
         method = config.methods.pag
         method.sweep = {"guidance.pag.layers": [["i14"], ["i16", "o3"], ["i14", "i16", "i17", "m1", "o2", "o3"]]}
@@ -109,6 +117,7 @@ def shrink(name: str, world) -> dict:
 
 def test_every_table_of_the_paper_is_there():
     assert {"table1", "table2", "table3", "table6", "table9", "table10", "figure12", "embedded"} <= set(NAMES)
+    assert {"figures-adm", "figures-sd", "figure38", "figure40", "figure41", "figure45"} <= set(NAMES)
     assert {"table4-ffhq", "table5-imagenet", "table7-imagenet", "table8-ffhq"} <= set(NAMES)
 
 
@@ -132,7 +141,7 @@ def test_configuration_runs_from_end_to_end(name, world):
     written = write_report([done.folder])
     text = written.markdown.read_text()
     ours = ("defaults", "embedded", "embedded-latent", "guidance-restoration", "guidance-samples", "kodak", "photos")
-    ours += ("pag-generation", "samplers")
+    ours += ("pag-generation", "samplers", "figures-adm", "figures-sd", "figure40", "figure41", "figure45")
     assert "published" in text or name in ("table5-imagenet", "table7-imagenet", *ours)
 
 
@@ -159,7 +168,7 @@ def test_layers_exist_in_the_network_they_are_meant_for(name, stand_ins):
         if folder not in networks:
             networks[folder] = load_backbone(folder)[1]
         guidance = build_method(config, task, method).guidance
-        for term in [term for term in (guidance.terms if guidance else ()) if isinstance(term, PAG)]:
+        for term in [term for term in (guidance.terms if guidance else ()) if isinstance(term, (PAG, SAG))]:
             layers = term.layers.split(",") if isinstance(term.layers, str) else term.layers
             assert len(resolve_layers(layers, networks[folder].attention)) == len(layers)
 
