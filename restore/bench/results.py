@@ -14,7 +14,7 @@ import torch
 
 from operators import RestoreError
 from restore import disk
-from restore.bench.batches import list_image_ids, read_row
+from restore.bench.batches import list_image_ids, list_prompts, read_row
 from restore.bench.config import list_cells
 from restore.bench.datasets import ImageSet
 from restore.images import io
@@ -37,6 +37,9 @@ def check_metrics(config: Mapping[str, Any], count: int, images: ImageSet | None
     rows = table.select_metrics(wanted["names"])
     of_sets = table.select_metrics(wanted["names"], "set")
     is_restoration = config["kind"] == "restoration"
+    for name, row in table.select_metrics(wanted["names"], "prompt").items():
+        if not row.no_reference and not all(task["prompts"] for task in config["tasks"].values()):
+            raise RestoreError(f"{name} compares images with prompts; give kind=text_to_image and a file of prompts")
     for name in () if is_restoration else table.select_metrics(wanted["names"], "paired"):
         raise RestoreError(f"{name} compares with a true image, which {config['kind']} does not have; leave it out")
     entry = table.check_metrics(table.BASE_METRICS | rows if is_restoration else rows, options)
@@ -156,7 +159,7 @@ def write_metrics(
     metrics are left out.
     """
     cells: dict[str, Any] = {}
-    rows_of = table.select_metrics(config["metrics"]["names"], "paired", "set", "pairs")
+    rows_of = table.select_metrics(config["metrics"]["names"], "paired", "prompt", "set", "pairs")
     to_compute = {name: row for name, row in rows_of.items() if name not in table.BASE_METRICS}
     functions: dict[str, Callable] | None = None
     measuring = _describe_measuring(config, to_compute)
@@ -228,6 +231,10 @@ def _measure_files(run, config, task, method, rows, complete: bool, functions, d
         for row in compared:
             values = {name: row[name] if math.isfinite(row[name]) else None for name in functions}
             result["paired"][row["image"]] = values  # JSON has no infinity
+    if of_prompts := table.load_scores(table.select_metrics(wanted["names"], "prompt"), options, device):
+        prompts = list_prompts(config, task, list(files))
+        for row in evaluate.score_images(list(zip(files, files.values(), prompts, strict=True)), of_prompts):
+            result["paired"].setdefault(row.pop("image"), {}).update(row)
     of_sets = table.select_metrics(wanted["names"], "set")
     if complete and wanted["group_by_prompt"]:
         result["set_values"] = _measure_prompts(files, wanted, of_sets, options, device)

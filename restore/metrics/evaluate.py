@@ -14,6 +14,7 @@ import torch
 
 from operators import RestoreError
 from restore import disk
+from restore.images import io
 from restore.images.folder import list_images, read_image_size, read_rgb, read_sidecar
 from restore.metrics import sets, table
 from restore.metrics.statistics import BootstrapMean, bootstrap_mean
@@ -141,6 +142,35 @@ def _rename_by_sidecars(found: Mapping[str, Path], truth: Mapping[str, Path]) ->
         if other in truth and other not in renamed:
             renamed[other] = renamed.pop(key)
     return renamed
+
+
+def score_images(
+    triples: Sequence[tuple[str, Path, str]], functions: Mapping[str, Callable], batch_size: int = 16
+) -> list[dict[str, Any]]:
+    """Return a row of scores for each (image id, file, prompt).
+
+    functions: name to f(results, prompts), see table.load_scores. Raises RestoreError if one does not return one finite
+    number per image.
+    """
+    rows: list[dict[str, Any]] = []
+    while len(rows) < len(triples):
+        batch, images = [], []
+        for key, path, prompt in triples[len(rows) : len(rows) + batch_size]:
+            image = io.to_tensor(read_rgb(path))
+            if images and image.shape != images[0].shape:
+                break
+            batch.append((key, prompt))
+            images.append(image)
+        values = {}
+        for name, function in functions.items():
+            values[name] = torch.as_tensor(function(torch.cat(images), [prompt for _, prompt in batch]))
+            if values[name].shape != (len(batch),) or not torch.isfinite(values[name]).all():
+                raise RestoreError(
+                    f"the metric {name} must return (B,) finite numbers, got {tuple(values[name].shape)} for"
+                    f" {len(batch)} images"
+                )
+        rows += [{"image": key} | {name: float(of[i]) for name, of in values.items()} for i, (key, _) in enumerate(batch)]
+    return rows
 
 
 def compare_images(

@@ -10,7 +10,7 @@ from typing import Any
 
 from operators import RestoreError
 from operators.naming import check_known, lookup
-from restore.metrics import sets, single
+from restore.metrics import scores, sets, single
 from restore.metrics.weights import describe_weights, find_weights
 
 
@@ -22,7 +22,8 @@ class MetricOptions:
     al. 2019) or inception (ADM's evaluator). fid_layer: of Inception. allow_small: permit set metrics below
     sets.MINIMUM_IMAGES. lpips_enlarge: factor by which images are enlarged (bicubic) for LPIPS; at 64 pixels
     AlexNet's last layers would have 3 x 3 positions. is_split_size: images of a split of the Inception Score, at most,
-    which grows with it (ADM's evaluator: 5000); None: ten splits of any set.
+    which grows with it (ADM's evaluator: 5000); None: ten splits of any set. models: folders, files or hub
+    ids in place of the published models of scores.MODELS, by name.
     """
 
     lpips_net: str = "alex"
@@ -32,6 +33,7 @@ class MetricOptions:
     allow_small: bool = False
     lpips_enlarge: int = 1
     is_split_size: int | None = None
+    models: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,12 @@ class Metric:
     kind: what it is computed on, which decides the signature of `function`:
         "paired": f(result, truth) -> (B,), images (B, 3, H, W) in [-1, 1]; with a network, f(options, device)
             returns that function.
+        "prompt": f(options, device) returns f(results, prompts) -> (B,), the prompts of the images.
         "set": f(results, reference, **settings) -> {name: value} on features (N, C); reference is None if
             `no_reference`.
         "samples", "pairs" and "cost" come from a benchmark run: its samples, its prompts, its clock.
     network: options -> (name in weights.WEIGHTS, layer). settings: options -> keywords of `function`, part of the
-    protocol.
+    protocol. models: names in scores.MODELS. no_reference: needs no reference set, or no prompts.
     """
 
     label: str
@@ -57,6 +60,7 @@ class Metric:
     network: Callable[[MetricOptions], tuple[str, str]] | None = None
     no_reference: bool = False
     settings: Callable[[MetricOptions], dict[str, Any]] = lambda options: {}
+    models: tuple[str, ...] = ()
 
 
 def _lpips_network(options: MetricOptions) -> tuple[str, str]:
@@ -92,6 +96,11 @@ _KID_VGG = {"function": partial(sets.kid, name="kid_vgg16"), "network": lambda o
 _IS = {"function": sets.inception_score, "network": lambda options: ("inception", "logits_unbiased")}
 _IS |= {"no_reference": True, "settings": _is_settings}
 _PR = {"function": sets.precision_recall, "network": _pr_network}
+_CLIP_SCORE = {"kind": "prompt", "function": scores.load_clip_score, "models": ("clip_l",)}
+_PICK_SCORE = {"kind": "prompt", "function": scores.load_pick_score, "models": ("pick_score", "clip_h")}
+_HPSV2 = {"kind": "prompt", "function": scores.load_hpsv2, "models": ("hpsv2", "clip_h")}
+_AESTHETIC = {"kind": "prompt", "function": scores.load_aesthetic, "models": ("aesthetic", "clip_l")}
+_AESTHETIC |= {"no_reference": True}
 _KID_VGG_MEANING = "cubic polynomial kernel distance of VGG-16 relu5_3, averaged over each image"
 _CPU_MEANING = "processor seconds of sampling per image, summed over threads; waiting does not count"
 _LOOP_MEANING = "steps per second of a pipeline's denoising loop, without text encoder and autoencoder"
@@ -108,6 +117,16 @@ METRICS = {
     "recall": Metric("Recall", 1, 3, "share of true images that the results cover, 3 neighbours", "set", **_PR),
     "lpips_pairs": Metric(
         "LPIPS of pairs", 1, 3, "perceptual distance between samples of one prompt", "pairs", **_LPIPS
+    ),
+    "clip_score": Metric(
+        "CLIP score", 1, 2, "100 max(cos, 0) of image and prompt, CLIP ViT-L/14 (Hessel et al. 2021)", **_CLIP_SCORE
+    ),
+    "pick_score": Metric(
+        "PickScore", 1, 3, "exp(logit_scale) cos of image and prompt (Kirstain et al. 2023)", **_PICK_SCORE
+    ),
+    "hpsv2": Metric("HPSv2", 1, 2, "100 cos of image and prompt, HPS v2.1 (Wu et al. 2023)", **_HPSV2),
+    "aesthetic": Metric(
+        "Aesthetic", 1, 3, "LAION's predictor sac+logos+ava1-l14-linearMSE, of the image alone", **_AESTHETIC
     ),
     "residual_ratio": Metric(
         "Residual", 0, 3, "||y - A(x)|| divided by sigma_y sqrt(m): 1 explains y up to its noise", "samples"
@@ -172,6 +191,8 @@ def check_metrics(metrics: Mapping[str, Metric], options: MetricOptions) -> dict
             entry[name] = row.meaning + (f"; {' '.join(needed[name])}" if name in needed else "")
             for key, value in row.settings(options).items():
                 entry[name] += f"; {key} {'ten splits' if value is None else value}"
+    if models := [model for row in metrics.values() for model in row.models]:
+        entry["models"] = scores.describe_models(models, options.models)
     if needed:
         files = {weights: find_weights(weights, options.weights) for weights, _ in sorted(set(needed.values()))}
         entry["weights"] = {name: describe_weights(name, path) for name, path in files.items()}
@@ -188,3 +209,8 @@ def load_paired_metrics(
         for name, row in metrics.items()
         if row.kind == "paired"
     }
+
+
+def load_scores(metrics: Mapping[str, Metric], options: MetricOptions, device: str = "cpu") -> dict[str, scores.Score]:
+    """Return f(results, prompts) -> (B,) of every metric of kind "prompt" among `metrics`, with its models loaded."""
+    return {name: row.function(options, device) for name, row in metrics.items() if row.kind == "prompt"}

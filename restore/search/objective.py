@@ -3,8 +3,7 @@
 A name of restore.metrics.table, such as `lpips`, is minimised or maximised as that table says; in a mapping
 {lpips: 1.0, psnr: -0.02} the weights are those of a cost, negative if more is better. A "module:function" is
 called as f(results, truth), images (N, 3, H, W) in [-1, 1], in generation as f(results, prompts), and returns a number
-for each image, (N,), or one for the set; its attribute `better` = 1 says that more is better. `clip_score` and
-`pick_score` are such functions (restore.search.clip_score).
+for each image, (N,), or one for the set; its attribute `better` = 1 says that more is better.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,15 @@ from operators import RestoreError
 from operators.naming import lookup
 from restore import disk
 from restore.bench import results
-from restore.bench.batches import read_prompts
+from restore.bench.batches import list_prompts
 from restore.images import io
 from restore.images.folder import list_images, read_rgb, to_file_name
 from restore.metrics import sets, table
 from restore.restoration import choose_device
-from restore.search.clip_score import SCORES
 from restore.versions import hash_own_code
 
 KERNEL_DISTANCES = ("kid", "kid_vgg16")
+SCORABLE = ("paired", "prompt", "set", "samples")
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class Objective:
     functions: Mapping[str, Callable]
 
     @classmethod
-    def from_config(cls, config: Any, kind: str = "restoration", clip: str | None = None) -> Objective:
-        """Build an objective from a name or {name: weight}; clip: model of clip_score and pick_score, if not theirs.
+    def from_config(cls, config: Any, kind: str = "restoration") -> Objective:
+        """Build an objective from a name or {name: weight} for benchmarks of a kind.
 
         Raises RestoreError for unknown names and for weights of the wrong sign.
         """
@@ -54,14 +53,12 @@ class Objective:
             raise RestoreError(f"an objective must be a metric or {{metric: weight}}, got {config!r}")
         weights, functions = {}, {}
         for name, weight in requested.items():
-            metric = lookup(name, {**table.METRICS, **SCORES}, "objective")
-            if name in SCORES:
-                if kind != "text_to_image":
-                    raise RestoreError(f"{name} compares images with prompts, which kind={kind} does not have")
-                functions[name] = replace(metric, model=clip, processor=clip) if clip else metric
-            elif not isinstance(metric, table.Metric):
+            metric = lookup(name, table.METRICS, "objective")
+            if not isinstance(metric, table.Metric):
                 functions[name] = metric
-            elif metric.kind not in ("paired", "set", "samples") or (metric.kind == "paired" and kind != "restoration"):
+            elif metric.kind == "prompt" and not metric.no_reference and kind != "text_to_image":
+                raise RestoreError(f"{name} compares images with prompts, which kind={kind} does not have")
+            elif metric.kind not in SCORABLE or (metric.kind == "paired" and kind != "restoration"):
                 raise RestoreError(f"{name} cannot be an objective of {kind}")
             better = getattr(metric, "better", 0)
             if by_name and not better and name not in functions:
@@ -131,11 +128,8 @@ class MethodResults:
 
     @property
     def prompts(self) -> list[str]:
-        """The prompt of every image, as the worker gave it; empty without a file of prompts."""
-        file = self.config["tasks"][self.task]["prompts"]
-        prompts, grouped = read_prompts(file) if file else [""], self.config["metrics"]["group_by_prompt"]
-        numbers = [int(row["image"].split("-")[0]) for row in self.rows]
-        return [prompts[i if grouped else i % len(prompts)] for i in numbers]
+        """The prompt of every image, as the worker gave it; "" without a file of prompts."""
+        return list_prompts(self.config, self.task, [row["image"] for row in self.rows])
 
     def score(self, name: str, function: Callable | None = None) -> Score:
         """Return a metric of these results; function: for names that are not in the table.
