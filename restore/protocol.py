@@ -18,11 +18,12 @@ def describe_run(restorer: Any, operator: Any, method: Method) -> dict[str, Any]
     depends on: torch's version, device, threads and arithmetic."""
     noise, backbone = getattr(operator, "noise", None), restorer.backbone
     dtype = getattr(backbone, "dtype", None) or backbone.network.dtype
+    given = restorer.given | ({"per_channel": True} if restorer.per_channel else {})
     return {
         "backbone": restorer.name,
         "weights": restorer.weights_hash(),
         "network": describe_network(backbone) | restorer.options,
-        **({"model_options": restorer.given} if restorer.given else {}),
+        **({"model_options": given} if given else {}),
         **({"autoencoder": type(backbone.vae).__name__} if restorer.kind == "latents" else {}),
         "precision": str(dtype).removeprefix("torch."),
         "operator": repr(operator),

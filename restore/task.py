@@ -162,7 +162,7 @@ def _use_mask(config: dict[str, Any], task: str, mask: Mask, settings: dict[str,
 
 @dataclass(frozen=True)
 class Measurement:
-    """A photo as it is restored. record: the file's picture. clean: (1, 3, H, W), the truth of a degraded photo, else
+    """A photo as it is restored. record: the file's picture. clean: (1, C, H, W), the truth of a degraded photo, else
     None. y: measurement (1, ...) of `operator`."""
 
     record: io.ImageRecord
@@ -172,17 +172,26 @@ class Measurement:
 
 
 def measure_photo(
-    photo: Path, task: Task, *, image_id: str, degrade=False, seed: int = 0, resampling: Resampling | None = None
+    photo: Path,
+    task: Task,
+    *,
+    image_id: str,
+    degrade: bool = False,
+    seed: int = 0,
+    resampling: Resampling | None = None,
+    grey: bool = False,
 ) -> Measurement:
     """Read a photo as a measurement: degraded by the task with `degrade`, else as it is.
 
-    image_id, seed: of the measurement's noise. resampling: restore at another size.
+    image_id, seed: of the measurement's noise. resampling: restore at another size. grey: measure a grey photo in one
+        channel, for a prior of grey images.
     Raises RestoreError if the photo cannot be read or the task needs a mask that is not given.
     """
     record = io.read_image(photo)
+    pixels = record.pixels[:, :1] if grey and record.grey else record.pixels
     height, width = record.size
     if degrade:
-        clean = stretch_range(record.pixels) if resampling and resampling.stretch else record.pixels
+        clean = stretch_range(pixels) if resampling and resampling.stretch else pixels
         x = resampling.enlarge(clean, photo.name) if resampling else clean
         if resampling and isinstance(task.config.get("mask"), Mask):
             mask = resize_image(task.config["mask"].read(record.size), resampling.side, method="nearest")
@@ -198,8 +207,8 @@ def measure_photo(
     size = (height * task.factor, width * task.factor)
     operator = task.build(*size)
     with torch.no_grad():
-        channels = operator.A(torch.zeros(1, 3, *size)).shape[1]
-        y = io.to_tensor(record.pixels, channels=1) if channels == 1 else record.pixels
+        channels = operator.A(torch.zeros(1, pixels.shape[1], *size)).shape[1]
+        y = io.to_tensor(pixels, channels=1) if channels == 1 else pixels
         if task.config["name"] == "inpainting_mask":
             y = operator.A(y)
     if resampling:

@@ -24,12 +24,12 @@ from restore.images.tint import apply_tint, estimate_tint
 from restore.memory import Plan, Planner
 from restore.method import Method
 from restore.metrics.single import psnr, ssim
-from restore.restoration import Restoration, explain_out_of_memory
+from restore.restoration import Restoration, check_channels, explain_out_of_memory
 from restore.task import Measurement, Task, measure_photo
 from restore.versions import get_version
 
 # The parts of a protocol that make a result another one. The others (threads, batch size, ...) only affect rounding.
-_DECISIVE = ("backbone", "weights", "precision", "operator", "noise", "method", "code")
+_DECISIVE = ("backbone", "weights", "model_options", "precision", "operator", "noise", "method", "code")
 
 
 @dataclass(frozen=True)
@@ -122,17 +122,19 @@ class RestoreJob:
         files.check_names(photo, self.outputs(photo))
         io.check_source(photo.source, photo.target)
         task = self.task.for_photo(photo.source, self.degrade)
-        noise = {"image_id": photo.image_id, "seed": self.seed}
+        noise = {"image_id": photo.image_id, "seed": self.seed, "grey": self.restorer.channels == 1}
         measured = measure_photo(photo.source, task, degrade=self.degrade, resampling=self.resampled, **noise)
         record, operator, y = measured.record, measured.operator, measured.y
-        size = operators.image_shape(operator, y)[-2:]
-        method = self.method.resolve(self.restorer, operator, task=task.name, size=size, samples=self.samples)
+        channels, *size = operators.image_shape(operator, y)[1:]
+        if self.restorer.channels == 1:
+            check_channels(channels, 1, self.restorer.per_channel)
+        method = self.method.resolve(self.restorer, operator, task=task.name, size=tuple(size), samples=self.samples)
         settings = self._describe_settings(photo, task, self.restorer.protocol(operator, method))
         expected = {"sha256": disk.hash_file(photo.source), "settings": settings}
         if not self.overwrite and files.is_finished(photo, expected):
             return Outcome(photo, skipped=True)
         size = tuple(side * (1 if self.degrade else task.factor) for side in record.size)
-        plan = None if self.planner is None else self._plan(photo, task, size, method)
+        plan = None if self.planner is None else self._plan(photo, task, size, method, channels)
         if self.dry_run:
             return Outcome(photo, plan=plan)
         trajectory = Trajectory(self.callback) if self.save_trajectory else None
@@ -141,13 +143,15 @@ class RestoreJob:
             options |= {"image_ids": [photo.image_id], "callback": trajectory or self.callback}
             result = restorer(y, operator, method, **options, **dataclasses.asdict(self.condition))
         samples = self.resampled.reduce(result.samples, size) if self.resampled else result.samples
+        colour = y.shape[1] == 1 and samples.shape[2] == 3
+        samples = samples.expand(-1, -1, 3, -1, -1)  # those of a prior of grey images have one channel
         tint = None if record.grey or y.shape[1] == 1 else estimate_tint(record.pixels)
         if tint is not None:  # a photo without colour gains none
             samples = apply_tint(samples, tint)
         result = dataclasses.replace(result, samples=samples)
         estimate = {} if plan is None else {"estimate": plan.describe()}
         hue = {} if tint is None else {"one_hue": True}
-        return _Restored(measured, result, trajectory, expected | estimate | hue)
+        return _Restored(measured, result, trajectory, expected | estimate | hue, colour)
 
     def _describe_settings(self, photo: Photo, task: Task, protocol: dict[str, Any]) -> dict[str, Any]:
         condition = dataclasses.asdict(self.condition)
@@ -165,8 +169,9 @@ class RestoreJob:
             "trajectory": self.save_trajectory,
         }
 
-    def _plan(self, photo: Photo, task: Task, size: tuple[int, int], method: Method) -> Plan:
+    def _plan(self, photo: Photo, task: Task, size: tuple[int, int], method: Method, channels: int) -> Plan:
         options = {"samples": self.samples, "batch_size": self.batch_size, "resampled": self.resampled}
+        options["singly"] = channels if self.restorer.channels == 1 else 1
         with explain_out_of_memory():
             plan = self.planner.plan(task, size, method, **options)
         if self.announce is not None:
@@ -198,17 +203,13 @@ class RestoreJob:
 
 @dataclass
 class _Restored:
-    """A restored photo that is not written yet. facts: of its side-car."""
+    """A restored photo that is not written yet. facts: of its side-car. colour: it gained colour, by colorization."""
 
     measured: Measurement
     result: Restoration
     trajectory: Trajectory | None
     facts: dict[str, Any]
-
-    @property
-    def colour(self) -> bool:
-        """Whether a grey photo gains colour, by colorization."""
-        return self.measured.y.shape[1] == 1
+    colour: bool
 
     def list_lost(self, photo: Photo) -> list[str]:
         return io.list_lost(photo.target, self.measured.record, self.colour)
@@ -220,7 +221,7 @@ class _Restored:
         numbers = {"residual_ratio": None if ratio is None else float(ratio[0, 0])}
         numbers |= {"residual": float(result.residual[0, 0]), "nfe": result.nfe}
         if clean is not None:
-            written = io.read_image(photo.target).pixels
+            written, clean = io.read_image(photo.target).pixels, clean.expand(-1, 3, -1, -1)
             numbers["psnr"] = float(psnr(written, clean))
             if min(clean.shape[-2:]) >= 11:  # SSIM's window
                 numbers["ssim"] = float(ssim(written, clean))

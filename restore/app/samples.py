@@ -73,7 +73,8 @@ def generate_files(
                 disk.write_json(places[i].sidecar, sidecar)
                 for path, picture in pictures.items():
                     io.write_image(path, io.to_tensor(picture)[0])
-                io.write_image(paths[i], image)
+                like = io.ImageRecord(image, paths[i], "PNG", grey=len(image) == 1)
+                io.write_image(paths[i], image.expand(3, -1, -1), like=like)
             yield paths[i]
 
 

@@ -54,7 +54,7 @@ class Trajectory:
             if name != "weak":
                 estimates[name] = None if x0 is None else decode(x0[row : row + 1])[0]
         for name, image in estimates.items():
-            picture = None if image is None else grids.fit_image(image.float().cpu(), CELL)
+            picture = None if image is None else grids.fit_image(image.float().cpu().expand(3, -1, -1), CELL)
             self.rows.setdefault(name, []).append(picture)
 
     def estimates(self, described: Sequence[Mapping[str, Any]] = ()) -> PIL.Image.Image:

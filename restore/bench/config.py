@@ -106,6 +106,8 @@ def _normalize(given: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if not isinstance(value, dict) or (key in ("tasks", "methods") and not value):
             raise RestoreError(f"{key} must be a mapping, got {value!r}" if value else f"the configuration lacks {key}")
+        if key == "model_options":
+            continue
         if is_dataclass(section):
             result[key] = _drop_nothing(value)
             continue

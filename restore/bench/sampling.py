@@ -51,7 +51,7 @@ def restore_batch(
     samples: int,
     device: torch.device,
 ) -> Estimates:
-    """Degrade x (B, 3, H, W) and restore it by the method, completed by the presets of the restorer.
+    """Degrade x (B, C, H, W) and restore it by the method, completed by the presets of the restorer.
 
     restorer: a Restorer, None for baselines. Each image's mask, kernel and noise depend only on (seed, its id).
     """
@@ -74,6 +74,7 @@ def restore_batch(
         estimates = Estimates(result.samples.cpu(), result.nfe, ratio, protocol=result.protocol)
     if resampling:
         estimates.samples = resampling.reduce(estimates.samples, (size, size))
+    estimates.samples = estimates.samples.expand(-1, -1, 3, -1, -1)
     estimates.measurement = y
     return estimates
 
@@ -111,7 +112,9 @@ def generate_batch(
     calls: list[None] = []
     with restorer.backbone.network.register_forward_pre_hook(lambda *_: calls.append(None)):
         x = restorer.generate(len(ids), batch_size=len(ids), first=int(ids[0]), **options)
-    return Estimates(x.cpu()[:, None], len(calls), protocol=restorer.protocol(None, method, seed=seed))
+    return Estimates(
+        x.cpu()[:, None].expand(-1, -1, 3, -1, -1), len(calls), protocol=restorer.protocol(None, method, seed=seed)
+    )
 
 
 def load_pipeline(

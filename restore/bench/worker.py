@@ -76,9 +76,7 @@ class Worker:
         if is_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         # Loading the backbone is not part of the cost of a batch.
-        task = self.config["tasks"][batch.task]
-        named = task if task["backbone"] else self.config
-        model = None if method.sampler in BASELINES else self._load(named["backbone"], named["model_options"])
+        model = None if method.sampler in BASELINES else self._load_for(batch.task)
         started, started_cpu = time.perf_counter(), time.process_time()
         estimates = self._compute(batch, method, model)
         if is_cuda:
@@ -103,6 +101,19 @@ class Worker:
         folder = disk.make_folder(self.run_folder / "cost" / batch.task / batch.method)
         disk.write_json(folder / f"{batch.index:06d}.json", cost)
         return cost
+
+    def _load_for(self, task: str) -> Any:
+        """Return the Restorer or pipeline of a task."""
+        own = self.config["tasks"][task]
+        named = own if own["backbone"] else self.config
+        return self._load(named["backbone"], named["model_options"])
+
+    def _knows_grey(self, task: str) -> bool:
+        """Return whether the prior of a task takes grey images alone; baselines beside it then get them too."""
+        if all(method["sampler"] in BASELINES for method in self.config["methods"].values()):
+            return False
+        restorer = self._load_for(task)
+        return restorer.channels == 1 and not restorer.per_channel
 
     def _load(self, name: str, given: Mapping[str, Any]) -> Any:
         """Return the Restorer, with the options of restore.load, or, for text_to_image, the pipeline of this name."""
@@ -131,6 +142,8 @@ class Worker:
         task, seed = self.config["tasks"][batch.task], self.config["seed"]
         if self.config["kind"] == "restoration":
             x = torch.stack([self.images.tensor(self.index[i]) for i in batch.ids])
+            if bool((x == x[:, :1]).all()) and self._knows_grey(batch.task):
+                x = x[:, :1]
             options = {"seed": seed, "samples": self.config["samples"], "device": self.device}
             return sampling.restore_batch(model, x, batch.ids, task, method, **options)
         if self.config["kind"] == "generation":

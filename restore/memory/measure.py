@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from operators import RestoreError
+from restore.backbones.base import count_image_channels
 from restore.backbones.memory_options import checkpoint_units
 from restore.backbones.sizes import Sized
 from restore.guidance import Guidance, describe_guidance, estimator
@@ -103,7 +104,7 @@ class PassMeter:
                 if strong > 1:
                     break
             if work.trace.gradient and work.recomputes_windows(options):
-                x = torch.randn(n, work.prior.channels, *work.window, device=self.device)
+                x = torch.randn(n, work.prior.channels, *work.window, device=self.device, dtype=torch.float32)
                 with torch.no_grad():
                     strong += self._time(lambda: work.prior.inner.predict(x, work.trace.busiest))[0]
             return strong / n, weak / n
@@ -155,14 +156,16 @@ class PassMeter:
         with estimator(prior, guidance, share_prefix=share) as estimate, torch.set_grad_enabled(gradient):
             # The first evaluation learns what the passes share.
             for _ in range(2 if share and count_weak_passes(guidance) else 1):
-                x = torch.randn(n, prior.channels, *work.window, device=self.device, requires_grad=gradient)
+                x = torch.randn(n, prior.channels, *work.window, device=self.device, dtype=torch.float32)
+                x.requires_grad_(gradient)
                 strong, prediction = self._time(lambda x=x: run_strong(x))
                 weak, _ = self._time(lambda x=x, p=prediction: estimate.guided(p, x, t))
         return retained, strong, weak
 
     def _run_coder(self, prior: Sized, name: str, gradient: bool, live: LiveBytes | None = None) -> int:
-        shape = prior.shape if name == "decode" else (3, prior.height, prior.width)
-        x = torch.randn(1, *shape, device=self.device, requires_grad=gradient)
+        image = (count_image_channels(prior.inner), prior.height, prior.width)
+        shape = prior.shape if name == "decode" else image
+        x = torch.randn(1, *shape, device=self.device, dtype=torch.float32, requires_grad=gradient)
         with torch.set_grad_enabled(gradient):
             out = getattr(prior, name)(x)
         retained = live.now if live is not None and gradient else 0

@@ -95,8 +95,9 @@ class Planner:
         samples: int = 1,
         batch_size: int = 1,
         resampled: Resampling | None = None,
+        singly: int = 1,
     ) -> Plan:
-        """Plan a restored image of this size (H, W).
+        """Plan a restored image of this size (H, W). singly: number of channels that are restored by themselves.
 
         The Restorer's options change only if memory requires it, first those that leave the result's bytes as they
         are: checkpointing, then fewer windows at a time. Raises RestoreError if the restoration itself would, before
@@ -105,7 +106,7 @@ class Planner:
         size = (resampled.side, resampled.side) if resampled else size
         key = [task.describe(), size, method.describe()]
         trace = self.meter.once(key, lambda: trace_sampler(self.restorer, task, size, method))
-        prior, batch = self.restorer.prior(*size), min(samples, batch_size)
+        prior, batch = self.restorer.prior(*size), min(samples * singly, batch_size)
         h, w, tops, lefts = prior.window_grid(*prior.shape[1:])
         work = Workload(prior, method, trace, batch, (h, w), len(tops) * len(lefts))
         available = available_memory(self.restorer.device) if self.memory is None else int(self.memory)
@@ -113,11 +114,12 @@ class Planner:
         for options in self._options(work):
             memory = self._memory(work, options, samples)
             if available is None or memory <= available:
-                seconds = self._seconds(work, options) * math.ceil(samples / batch)
+                seconds = self._seconds(work, options) * math.ceil(samples * singly / batch)
                 break
         sampler, steps = samplers.sampler_name(method.sampler), method.steps
         name = f"{sampler} in {steps} steps" if isinstance(steps, int) else f"{sampler} {steps}"
-        return Plan(size, name, samples, work.windows, trace.evaluations, seconds, int(memory), available, options)
+        evaluations = singly * trace.evaluations
+        return Plan(size, name, samples, work.windows, evaluations, seconds, int(memory), available, options)
 
     @contextmanager
     def apply(self, plan: Plan) -> Iterator[Any]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from restore import samplers
-from restore.backbones.base import Prediction
+from restore.backbones.base import Prediction, count_image_channels
 from restore.backbones.sizes import Sized
 from restore.images.masks import Mask
 from restore.memory.count import LiveBytes
@@ -79,7 +79,9 @@ class TracedPrior(Sized):
         if self.downscale == 1:
             return z
         self._count("decode", z)
-        image = F.interpolate(z[:, :3].expand(-1, 3, -1, -1), scale_factor=self.downscale)
+        channels = count_image_channels(self.inner)
+        z = z[:, :channels] if z.shape[1] >= channels else z[:, :1].expand(-1, channels, -1, -1)
+        image = F.interpolate(z, scale_factor=self.downscale)
         return image[..., : self.height, : self.width]
 
     def encode(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
@@ -107,7 +109,8 @@ def trace_sampler(restorer: Any, task: Task, size: tuple[int, int], method: Meth
         steps, scale = MAX_STEPS, steps / MAX_STEPS
     prior = TracedPrior(restorer.backbone, height, width, method.guidance)
     with torch.inference_mode(False), torch.enable_grad():
-        x = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+        shape = (1, count_image_channels(restorer.backbone), height, width)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).clamp(-1, 1)
         y = operator(x, measurement_generator(0, "rehearsal")).to(device)
         started = time.perf_counter()
         with LiveBytes() as live:

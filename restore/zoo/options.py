@@ -86,6 +86,13 @@ def _find_options(found: Located, given: Mapping[str, Any]) -> dict[str, Any]:
         )
     if entry is not None:
         return entry.loading
+    if found.path.is_dir():
+        warnings.warn(
+            f"{found.path} has no scheduler_config.json, so the defaults of diffusers' DDPMScheduler are taken: linear "
+            "noise levels and a network that predicts the noise; give schedule= and prediction_type= to be sure",
+            stacklevel=5,
+        )
+        return {"schedule": "linear"}
     raise RestoreError(
         f"{found.path} does not tell how its network was trained; give {_list_asked(missing)} (weights do not say it; "
         "published files are known by content or name, see `restore models list`)"

@@ -122,13 +122,15 @@ def test_published_names_have_the_published_options():
         assert names[name] == linear
 
 
-def test_a_network_without_a_scheduler_asks_for_its_noise_levels(cache, tmp_path):
+def test_a_network_without_a_scheduler_has_diffusers_defaults_with_a_notice(cache, tmp_path):
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
     UNet2DModel(sample_size=8, block_out_channels=(32, 64), layers_per_block=1, **blocks).save_pretrained(tmp_path)
-    with pytest.raises(RestoreError, match="give schedule=linear, cosine"):
-        restore.load(tmp_path, device="cpu")
-    given = restore.load(tmp_path, device="cpu", schedule="cosine").backbone
+    with pytest.warns(UserWarning, match="no scheduler_config.json.*linear.*give schedule="):
+        assert restore.load(tmp_path, device="cpu").options == {"schedule": "linear"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        given = restore.load(tmp_path, device="cpu", schedule="cosine").backbone
     DDPMScheduler(beta_schedule="squaredcos_cap_v2").save_pretrained(tmp_path)
     known = restore.load(tmp_path, device="cpu").backbone
     assert (given.schedule.ratios == known.schedule.ratios).all()
