@@ -169,7 +169,9 @@ def score_images(
                     f"the metric {name} must return (B,) finite numbers, got {tuple(values[name].shape)} for"
                     f" {len(batch)} images"
                 )
-        rows += [{"image": key} | {name: float(of[i]) for name, of in values.items()} for i, (key, _) in enumerate(batch)]
+        rows += [
+            {"image": key} | {name: float(of[i]) for name, of in values.items()} for i, (key, _) in enumerate(batch)
+        ]
     return rows
 
 

@@ -1,9 +1,9 @@
 """Scores of generated images by published models: how well an image fits its prompt, and how people would like it.
 
-    CLIP score  100 max(cos, 0) of the embeddings of image and prompt (Hessel et al. 2021, with 100 for their 2.5)
-    PickScore   exp(logit_scale) cos, CLIP fine-tuned on people's choices (Kirstain et al. 2023)
-    HPSv2       100 cos, CLIP fine-tuned on people's rankings (Wu et al. 2023), its weights of version 2.1
-    aesthetic   a linear network on CLIP's embedding of the image alone (LAION, sac+logos+ava1-l14-linearMSE)
+CLIP score  100 max(cos, 0) of the embeddings of image and prompt (Hessel et al. 2021, with 100 for their 2.5)
+PickScore   exp(logit_scale) cos, CLIP fine-tuned on people's choices (Kirstain et al. 2023)
+HPSv2       100 cos, CLIP fine-tuned on people's rankings (Wu et al. 2023), its weights of version 2.1
+aesthetic   a linear network on CLIP's embedding of the image alone (LAION, sac+logos+ava1-l14-linearMSE)
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def find_place(name: str, models: Mapping[str, str]) -> str:
     given = str(models.get(name) or MODELS[name].place)
     is_path = name in models and (given.startswith(("/", ".", "~")) or given.count("/") != 1)
     if is_path and not Path(given).expanduser().exists():
-        raise RestoreError(f"metrics.models.{name} must be a folder, a file or a hub id, got {given}, which does not exist")
+        raise RestoreError(
+            f"metrics.models.{name} must be a folder, a file or a hub id, got {given}, which does not exist"
+        )
     return str(Path(given).expanduser()) if is_path else given
 
 
@@ -129,9 +131,8 @@ def load_aesthetic(options: Any, device: str = "cpu") -> Score:
 class Clip:
     """A CLIP model of transformers with its processor.
 
-    place: folder or hub id of a CLIPModel, or a file of the original layout (open_clip) with the architecture of `base`.
-    base: whose processor is used; None: the model's own. Raises RestoreError if it is missing, incomplete or of another
-    kind.
+    place: folder or hub id of a CLIPModel, or a file in open_clip's layout with the architecture of `base`. base: whose
+    processor is used; None: the model's own. Raises RestoreError if it is missing, incomplete or of another kind.
     """
 
     def __init__(self, place: str, device: str = "cpu", base: str | None = None) -> None:
@@ -236,5 +237,7 @@ def _read_open_clip(path: Path, base: str, local: Mapping[str, Any]) -> nn.Modul
     missing, unexpected = network.load_state_dict({k: v.float() for k, v in renamed.items()}, strict=False)
     missing = [key for key in missing if not key.endswith("position_ids")]
     if missing or unexpected:
-        raise RestoreError(f"{path} must hold a whole CLIP of open_clip like {base}, not without {(missing + unexpected)[0]}")
+        raise RestoreError(
+            f"{path} must hold a whole CLIP of open_clip like {base}, not without {(missing + unexpected)[0]}"
+        )
     return network

@@ -38,6 +38,7 @@ def _place_axis(values: list[float], start: float, end: float) -> tuple[Any, lis
 def place_chart(chart: Mapping[str, Any]) -> dict[str, Any]:
     """Return the data of the macro `chart` for "series", a list of {name, line, points: [(x, y, label)]}.
 
+    A series may give the number of its `colour`, and be a `level`, a dashed line without points.
     chart["title"], chart["x"], chart["y"]: titles of the chart and its axes. chart["ticks"]: names of values of x in
     place of numbers, if there are any.
     """
@@ -49,7 +50,10 @@ def place_chart(chart: Mapping[str, Any]) -> dict[str, Any]:
     series = []
     for i, line in enumerate(chart["series"]):
         points = [(place_x(x), place_y(y), label) for x, y, label in line["points"]]
-        series.append({**line, "points": points, "colour": COLOURS[i % len(COLOURS)], "dashed": i >= len(COLOURS)})
+        number = line.get("colour", i)
+        level = line.get("level", False)
+        look = {"colour": COLOURS[number % len(COLOURS)], "level": level, "dashed": level or number >= len(COLOURS)}
+        series.append({**line, "points": points, **look})
     box = {"width": WIDTH, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
     return {**chart, **box, "series": series, "x_ticks": x_ticks, "y_ticks": y_ticks}
 

@@ -25,15 +25,38 @@ from restore.guidance.options import parse_spec
 from restore.search.objective import Objective
 
 Head = tuple[str, int]  # (layer, head)
+CFG = 4.0  # w: diffusers' guidance_scale of 5
 
 
 @dataclass
 class ImageHalf(Data):
     """The images of calibration or test. In restoration a benchmark's `data`; in generation the number to generate
-    for each task or prompt (`count`) and the file of prompts; the halves have different seeds."""
+    for each task (`count`, by default one for each prompt) and the prompts, a file or a set of data/prompts; the halves
+    have different seeds."""
 
     count: int | None = None
     prompts: str | None = None
+
+
+@dataclass
+class Figure:
+    """One sheet of a gallery. prompt: None: the first of calibration. layers: its rows. heads: those shown singly and
+    in pairs. top: heads that are taken together as the best of a layer."""
+
+    prompt: str | None = None
+    seed: int = 0
+    layers: list[str] | None = None
+    heads: list[str] | None = None
+    top: int = 5
+
+
+@dataclass
+class Gallery:
+    """Every head; heads against their layer; heads and pairs of them. See restore.search.gallery."""
+
+    heads: Figure = field(default_factory=Figure)
+    layers: Figure = field(default_factory=Figure)
+    pairs: Figure = field(default_factory=Figure)
 
 
 @dataclass
@@ -41,9 +64,12 @@ class Search:
     """The keys of a search, beside those of a benchmark except `data` and `methods`.
 
     method: a benchmark's method without guidance. guidance: as in restore.guidance.build_guidance, with one term whose
-    `layers` are left out: those are searched. objective: see restore.search.objective; clip: folder or hub id of the
-    model of clip_score or pick_score, None: the published one. layers: layers whose heads are searched; None: all.
-    rounds: R; top: k heads taken in each. halving: see restore.search.heads.
+    `layers` are left out: those are searched, at its scale. objective: see restore.search.objective; clip: folder or
+    hub id in place of every CLIP model of metrics.models. layers: layers whose heads are searched; None: all. rounds:
+    R; top: k heads taken in each. sizes: of the sets that are compared; None: 1, 2, 4, ... and those at the ends of
+    rounds. scales: at which they are compared, with the best layer of each; None: the guidance's. cfg: w of the rows
+    with classifier-free guidance in the test; None: CFG; 0: no such rows. halving: see restore.search.heads. gallery:
+    see restore.search.gallery.
     """
 
     name: str = MISSING
@@ -55,13 +81,29 @@ class Search:
     layers: list[str] | None = None
     rounds: int = 1
     top: int = 1
+    sizes: list[int] | None = None
+    scales: list[float] | None = None
+    cfg: float | None = None
     halving: bool = False
+    gallery: Gallery = field(default_factory=Gallery)
     calibration: ImageHalf = field(default_factory=ImageHalf)
     test: ImageHalf = field(default_factory=ImageHalf)
 
 
 # What may change when a search is continued; the benchmarks check what decides their results.
-CIRCUMSTANCES = ("out", "title", "source", "notes", "engine", "workers", "worker", "device", "offline", "report")
+CIRCUMSTANCES = (
+    "out",
+    "gallery",
+    "title",
+    "source",
+    "notes",
+    "engine",
+    "workers",
+    "worker",
+    "device",
+    "offline",
+    "report",
+)
 
 
 def load_search(config: str | os.PathLike | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -75,14 +117,25 @@ def load_search(config: str | os.PathLike | Mapping[str, Any], overrides: Sequen
     check_known(plain, sorted(known | set(own_keys)), "the configuration of a search has no key")
     search = fill_defaults(Search, {k: v for k, v in plain.items() if k in own_keys and v is not None})
     search["rest"] = {key: value for key, value in plain.items() if key not in own_keys}
+    if search["clip"]:
+        metrics = search["rest"].get("metrics") or {}
+        models = {name: search["clip"] for name in ("clip_l", "clip_h", "pick_score")}
+        search["rest"]["metrics"] = {**metrics, "models": models | (metrics.get("models") or {})}
     for key in ("rounds", "top"):
         if search[key] < 1:
             raise RestoreError(f"{key} must be a whole number of 1 or more, got {key}={search[key]}")
+    total = search["rounds"] * search["top"]
+    if search["sizes"] is not None and not all(1 <= size <= total for size in search["sizes"] or [0]):
+        raise RestoreError(f"sizes must be numbers from 1 to rounds x top = {total}, got {search['sizes']}")
+    if search["scales"] is not None and (not search["scales"] or len(set(search["scales"])) < len(search["scales"])):
+        raise RestoreError(f"scales must be different numbers, got {search['scales']}")
+    if (search["cfg"] or 0) < 0:
+        raise RestoreError(f"cfg must be 0 or more, got cfg={search['cfg']}")
     for key in ("guidance", "title", "sweep"):
         if key in search["method"]:
             raise RestoreError(f"the method of a search must have no {key}; give the guidance beside it")
-    find_open_term(search["guidance"])
-    objective = Objective.from_config(search["objective"], plain.get("kind", "restoration"), search["clip"])
+    get_scale(search["guidance"])
+    objective = Objective.from_config(search["objective"], plain.get("kind", "restoration"))
     if search["halving"] and objective.set_metrics:
         name = objective.set_metrics[0]
         raise RestoreError(f"halving ranks on part of the images, but {name} needs all of them; leave one of both out")
@@ -110,12 +163,33 @@ def find_open_term(config: Any) -> tuple[list[dict[str, Any]], int]:
     return copy.deepcopy(terms), open_terms[0]
 
 
-def set_layers(config: Any, layers: Sequence[Head] | Sequence[str]) -> list[dict[str, Any]]:
-    """Return the guidance with `layers`, heads or names of whole layers, as the layers of its open term."""
+def get_scale(config: Any) -> float:
+    """Return the scale of the open term. Raises RestoreError as find_open_term, and if it has none."""
+    terms, i = find_open_term(config)
+    scale = parse_spec(terms[i], "guidance term")[1].get("scale")
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+        raise RestoreError(f"the guidance of a search must have a scale, got {scale!r}; try {{pag: {{scale: 1.0}}}}")
+    return float(scale)
+
+
+def set_layers(config: Any, layers: Sequence[Head] | Sequence[str], scale: float | None = None) -> list[dict[str, Any]]:
+    """Return the guidance with `layers`, heads or names of whole layers, as the layers of its open term.
+
+    scale: in place of that term's.
+    """
     terms, i = find_open_term(config)
     name, options = parse_spec(terms[i], "guidance term")
-    terms[i] = {name: {**options, "layers": format_heads(layers)}}
+    changes = {} if scale is None or scale == options.get("scale") else {"scale": scale}
+    terms[i] = {name: {**options, **changes, "layers": format_heads(layers)}}
     return terms
+
+
+def split_cfg(config: Any) -> tuple[list[dict[str, Any]], bool]:
+    """Return the guidance without its open term, and whether that has classifier-free guidance."""
+    terms, i = find_open_term(config)
+    rest = terms[:i] + terms[i + 1 :]
+    names = [parse_spec(term, "guidance term")[0] for term in rest if list(term) != ["combine"]]
+    return rest, "cfg" in names
 
 
 def format_heads(heads: Sequence[Head] | Sequence[str]) -> list[str]:
@@ -149,6 +223,8 @@ def build_benchmark(
     """
     config, images = copy.deepcopy(dict(search["rest"])), dict(search[half])
     count, prompts = images.pop("count"), images.pop("prompts")
+    if prompts and count is None:
+        count = len(read_prompts(prompts))
     if config.get("kind", "restoration") == "restoration":
         config["data"] = images
         if images["folder"] is None:

@@ -11,31 +11,17 @@ results, resuming and clusters work as there. The images of the search (`calibra
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from operators import RestoreError
-from restore import disk, zoo
-from restore.backbones.attention_layers import find_attention_layers
-from restore.backbones.base import AttentionLayer
-from restore.backbones.pipeline_files import read_architecture
-from restore.bench import run as benchmarks
-from restore.bench.batches import Batch, list_image_ids
-from restore.bench.config import load_config
-from restore.bench.protocol import check_folder
-from restore.metrics.statistics import bootstrap_mean
-from restore.search import config as configs
-from restore.search.config import Head, build_benchmark, format_heads, set_layers
-from restore.search.objective import MethodResults, Objective, Score
-
-Progress = Callable[[dict[str, Any]], None]
-Results = Callable[..., list[MethodResults]]  # (method, first=None): one for each task, of the first images if given
+from restore import disk
+from restore.search.config import Head, format_heads, load_search, set_layers
+from restore.search.hunt import HeadSearch, Progress
 
 
 @dataclass
@@ -65,16 +51,20 @@ def search_heads(
     """
     from restore.search.pages import write_search_report
 
-    search = HeadSearch(configs.load_search(config, overrides), progress)
+    search = HeadSearch(load_search(config, overrides), progress)
     search.claim_folder()
     heads, rounds = [], []
     for number in range(1, search.config["rounds"] + 1):
         rounds.append(search.run_round(number, heads))
         heads += [tuple(head) for head in rounds[-1]["chosen"]]
     curve = search.run_curve(heads)
-    best = min(curve, key=lambda point: (point["cost"], point["size"]))
-    layer = min(rounds[0]["layers"], key=lambda entry: entry["cost"])["name"]
-    chosen = heads[: best["size"]]
+    point = min(curve, key=lambda point: (point["cost"], point["size"]))
+    chosen = heads[: point["size"]]
+    layers = {}
+    for scale in search.scales:
+        at_scale = [entry for entry in rounds[0]["layers"] if entry["scale"] == scale]
+        layers[scale] = min(at_scale, key=lambda entry: entry["cost"])["name"]
+    best = {"size": point["size"], "scale": point["scale"], "heads": format_heads(chosen), "layers": layers}
     table = {
         "name": search.config["name"],
         "objective": str(search.objective),
@@ -82,214 +72,17 @@ def search_heads(
         "none": rounds[0]["none"],
         "rounds": rounds,
         "curve": curve,
-        "best": {"size": best["size"], "heads": format_heads(chosen), "layer": layer},
+        "best": {**best, "layer": layers[best["scale"]], "layers": [list(item) for item in layers.items()]},
+        "scale": search.scale,
+        "scales": search.scales,
         "images": {half: search.describe_images(half) for half in search.halves},
-        "test": search.run_test(heads, curve, best["size"], layer),
+        "test": search.run_test(search.make_tests(heads, curve, best)),
     }
     disk.write_json(search.folder / "search.json", table)
-    guidance = set_layers(search.config["guidance"], chosen)
-    comment = f"# {table['name']}: chosen on the calibration images by {table['objective']}, {best['cost']:.5g}"
+    guidance = set_layers(search.config["guidance"], chosen, best["scale"])
+    comment = f"# {table['name']}: chosen on the calibration images by {table['objective']}, {point['cost']:.5g}"
     comment += f" with it, {table['none']['cost']:.5g} without\n"
     disk.write_bytes(search.folder / "guidance.yaml", (comment + yaml.safe_dump(guidance, sort_keys=False)).encode())
     table = json.loads(json.dumps(table))
     write_search_report(search.folder, table, search.config)
     return SearchResult(search.folder, chosen, guidance, table)
-
-
-class HeadSearch:
-    """One search: its checked configuration, the benchmarks of both halves, pool of heads and folder."""
-
-    def __init__(self, config: dict[str, Any], progress: Progress | None = None):
-        self.config, self.progress = config, progress
-        self.folder = Path(config["out"] or Path("runs") / config["name"])
-        kind = config["rest"].get("kind", "restoration")
-        self.objective = Objective.from_config(config["objective"], kind, config["clip"])
-        names = (config["rest"].get("metrics") or {}).get("names")
-        if names is None:
-            names = ["psnr", "ssim"] if kind == "restoration" else []
-        self.metrics = list(dict.fromkeys([*names, *self.objective.metrics]))
-        self.halves = {
-            half: load_config(build_benchmark(config, half, {"none": {}}, names, self.folder / half))
-            for half, names in (("calibration", self.objective.metrics), ("test", self.metrics))
-        }
-        test = self.halves["test"]
-        if {task["backbone"] for task in test["tasks"].values()} - {None, test["backbone"]}:
-            raise RestoreError("a search must have one backbone; leave `backbone` out of its tasks")
-        self.images = configs.load_halves(**self.halves)
-        self.pool = configs.list_heads(
-            find_layers(test["backbone"], test["offline"], test["model_options"]), config["layers"]
-        )
-        self.layers = list(dict.fromkeys(layer for layer, _ in self.pool))
-        rounds, top = config["rounds"], config["top"]
-        if top * rounds > len(self.pool):
-            raise RestoreError(f"rounds x top must be at most {len(self.pool)} heads, got rounds={rounds}, top={top}")
-
-    def claim_folder(self) -> None:
-        """Create the folder, or check that it has this search. Raises RestoreError otherwise."""
-        own, rest = (
-            {k: v for k, v in part.items() if k not in configs.CIRCUMSTANCES}
-            for part in (self.config, self.config["rest"])
-        )
-        identity = json.loads(json.dumps(own | {"rest": rest}))
-        manifest = self.folder / "config.json"
-        existing = disk.read_json(manifest)
-        if manifest.exists() and not isinstance(existing, dict):
-            raise RestoreError(f"{manifest} is damaged; start the search again in another folder")
-        check_folder(self.folder, existing, identity, "search")
-        disk.write_json(disk.make_folder(self.folder) / manifest.name, identity)
-
-    def count_images(self, half: str) -> int:
-        config = self.halves[half]
-        return len(list_image_ids(config, next(iter(config["tasks"])), self.images[half]))
-
-    def describe_images(self, half: str) -> dict[str, Any]:
-        if self.images[half] is not None:
-            return self.images[half].describe()
-        return {"count": self.count_images(half), "seed": self.halves[half]["seed"]}
-
-    def make_method(self, layers: Sequence[Head] | Sequence[str], title: str | None = None) -> dict[str, Any]:
-        """Return the benchmark's entry of a method guided on heads or whole layers."""
-        return {"guidance": set_layers(self.config["guidance"], layers), "title": title}
-
-    def run(
-        self, half: str, name: str, methods: Mapping[str, Any], only: Callable[[Batch], bool] | None = None
-    ) -> Results:
-        """Run or finish the benchmark `name` of these methods; only: which batches to compute now."""
-        metrics = self.metrics if half == "test" else self.objective.metrics
-        config = build_benchmark(self.config, half, methods, metrics, self.folder / name)
-        progress = None if self.progress is None else lambda state: self.progress({"phase": name, **state})
-        benchmarks.run_benchmark(config, progress=progress, only=only)
-        config, images = load_config(config), self.images[half]
-
-        def results(method: str, first: int | None = None) -> list[MethodResults]:
-            ids = {task: tuple(list_image_ids(config, task, images)[:first]) for task in config["tasks"]}
-            return [MethodResults(self.folder / name, config, task, method, of) for task, of in ids.items()]
-
-        return results
-
-    def score(self, results: Sequence[MethodResults], none: Score) -> dict[str, Any]:
-        """Return cost and number of images of a method's results, and their change against `none`."""
-        score = self.objective.score(results)
-        images = min(len(result.rows) for result in results)
-        return {"cost": score.value, "images": images, "change": compare_scores(score, none)}
-
-    def run_round(self, number: int, heads: Sequence[Head]) -> dict[str, Any]:
-        """Add every remaining head of the pool to `heads` on trial: their ranking, and which were taken."""
-        name, first = f"round-{number:02d}", number == 1
-        candidates = {f"{layer}-{head}": (layer, head) for layer, head in self.pool if (layer, head) not in heads}
-        methods = {"none": {"guidance": None}} if first else {}
-        methods |= {key: self.make_method([*heads, head]) for key, head in candidates.items()}
-        if first:
-            methods |= {f"layer-{layer}": self.make_method([layer]) for layer in self.layers}
-            methods |= {"all": self.make_method(self.layers)}
-        if self.config["halving"]:
-            results, skipped = self.run_halving(name, methods, candidates)
-        else:
-            results, skipped = self.run("calibration", name, methods), []
-        if first:
-            self.none = self.objective.score(results("none"))
-        scores = {method: self.score(results(method), self.none) for method in methods}
-        ranking = sorted(candidates, key=lambda key: (-scores[key]["images"], scores[key]["cost"]))
-        result = {
-            "ranking": [{"head": list(candidates[key]), **scores[key]} for key in ranking],
-            "chosen": [list(candidates[key]) for key in ranking[: self.config["top"]]],
-            "skipped": skipped,
-        }
-        if first:
-            result["none"] = {key: scores["none"][key] for key in ("cost", "images")}
-            result["layers"] = [{"name": layer, **scores[f"layer-{layer}"]} for layer in self.layers]
-            result["all"] = scores["all"]
-        return result
-
-    def run_halving(
-        self, name: str, methods: Mapping[str, Any], candidates: Mapping[str, Head]
-    ) -> tuple[Results, list[dict[str, Any]]]:
-        """Run a round that drops the worse half of the candidates after each doubling; return also which it dropped."""
-        size, count = self.halves["calibration"]["batch"], self.count_images("calibration")
-        batches, limit, left, skipped = math.ceil(count / size), 1, list(candidates), []
-        if batches < 2:
-            raise RestoreError(f"halving needs several batches of images: give batch= less than {count}")
-        while True:
-            limits = {key: limit if key in left else 0 for key in candidates}
-            results = self.run(
-                "calibration", name, methods, lambda b, limits=limits: b.index < limits.get(b.method, batches)
-            )
-            if limit >= batches:
-                return results, skipped
-            seen = min(limit * size, count)
-            # Of these images only: a search that is continued finds more, and must choose as it did before.
-            costs = {key: self.objective.score(results(key, seen)).value for key in left}
-            ranking = sorted(left, key=costs.__getitem__)
-            keep = max(self.config["top"], math.ceil(len(left) / 2))
-            dropped = [list(candidates[key]) for key in ranking[keep:]]
-            skipped.append({"images": seen, "of": count, "heads": dropped})
-            left = [key for key in left if key in ranking[:keep]]
-            limit *= 2
-
-    def curve_sizes(self, total: int) -> list[int]:
-        """Sizes of sets on the curve: those at the end of each round, and powers of two between them."""
-        ends = range(self.config["top"], total + 1, self.config["top"])
-        return sorted({*ends, *(2**i for i in range(total.bit_length()))})
-
-    def run_curve(self, heads: Sequence[Head]) -> list[dict[str, Any]]:
-        """Score the first n of the heads on the calibration images."""
-        sizes = self.curve_sizes(len(heads))
-        results = self.run("calibration", "curve", {f"heads-{n}": self.make_method(heads[:n]) for n in sizes})
-        scores = {n: self.score(results(f"heads-{n}"), self.none) for n in sizes}
-        return [{"size": n, "heads": format_heads(heads[:n]), **score} for n, score in scores.items()]
-
-    def run_test(
-        self, heads: Sequence[Head], curve: Sequence[Mapping[str, Any]], best: int, layer: str
-    ) -> dict[str, Any]:
-        """Compare no guidance, sets of every size, the best layer and all layers on the test images.
-
-        Returns per method and task its metrics, each with its interval and its paired change against no guidance.
-        """
-        methods = {"none": {"guidance": None, "title": "no guidance"}}
-        for point in curve:
-            n = point["size"]
-            what = "best single head" if n == 1 else f"{n} heads"
-            mark = " (chosen)" if n == best else ""
-            methods[f"heads-{n}"] = self.make_method(heads[:n], f"{what}: {' '.join(point['heads'])}{mark}")
-        methods["layer"] = self.make_method([layer], f"best layer: {layer}")
-        methods["all"] = self.make_method(self.layers, f"all {len(self.layers)} layers")
-        results = self.run("test", "test", methods)
-        functions = {name: f for name, f in self.objective.functions.items() if name not in self.metrics}
-        none = results("none")
-        none_score = self.objective.score(none)
-        table: dict[str, Any] = {}
-        for method, entry in methods.items():
-            own = results(method)
-            table[method] = {"title": entry["title"], "tasks": {}, "objective": self.score(own, none_score)}
-            for result, plain in zip(own, none, strict=True):
-                metrics = table[method]["tasks"][result.task] = {}
-                for name in [*self.metrics, *functions]:
-                    score, base = (one.score(name, functions.get(name)) for one in (result, plain))
-                    interval = {} if score.shares is None else _estimate(score.shares, "low", "high")
-                    metrics[name] = {"value": score.value, **interval, "change": compare_scores(score, base)}
-        return table
-
-
-def find_layers(backbone: str, offline: bool, options: Mapping[str, Any] | None = None) -> Mapping[str, AttentionLayer]:
-    """Return the attention layers of a backbone: from configuration files alone, unless it is a single weight file."""
-    folder = zoo.pull_configuration(backbone, offline)
-    if folder.is_dir():
-        return find_attention_layers(read_architecture(folder))
-    options = {name: value for name, value in (options or {}).items() if name != "per_channel"}
-    return zoo.load_backbone(backbone, offline=offline, options=options)[1].attention
-
-
-def compare_scores(score: Score, none: Score) -> dict[str, float | None]:
-    """Return score - none with the bootstrap interval of the paired differences over the images that both have."""
-    if score.shares is None or none.shares is None:
-        return {"mean": _finite(score.value - none.value), "low": None, "high": None}
-    return _estimate(score.shares - none.shares[: len(score.shares)], "mean", "low", "high")
-
-
-def _estimate(shares: Any, *keys: str) -> dict[str, float | None]:
-    estimate = bootstrap_mean(shares)
-    return {key: _finite(getattr(estimate, key)) for key in keys}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

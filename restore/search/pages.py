@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,36 +28,47 @@ def write_search_report(folder: Path, table: Mapping[str, Any], config: Mapping[
         "summary": summarise_search(table, config),
         "values": build_test_table(table, rest, changes=False),
         "changes": build_test_table(table, rest, changes=True),
-        "curve": figures.place_chart(build_curve(table)),
+        "curves": [figures.place_chart(chart) for chart in build_curves(table)],
+        "test_curves": [figures.place_chart(chart) for chart in build_metric_curves(table, rest)],
         "points": [
-            [str(p["size"]), " ".join(p["heads"]), _format_change(p["change"]), _format_change(tests[p["size"]])]
-            for p in table["curve"]
+            [str(p["size"]), f"{p['scale']:g}", " ".join(p["heads"]), *(map(_format_change, (p["change"], test)))]
+            for p, test in zip(table["curve"], tests, strict=True)
         ],
         "map": figures.place_heat_map(build_heat_map(table)),
         "rankings": [
             [[str(i), "{}:{}".format(*e["head"]), *_format_score(e)] for i, e in enumerate(entry["ranking"], 1)]
             for entry in table["rounds"]
         ],
-        "layers": [[e["name"], *_format_score(e)] for e in sorted(first["layers"], key=lambda e: e["cost"])]
-        + [["all layers", *_format_score(first["all"])]],
+        "layers": [
+            [e["name"], f"{e['scale']:g}", *_format_score(e)]
+            for e in sorted(first["layers"], key=lambda e: (e["scale"], e["cost"]))
+        ]
+        + [["all layers", f"{table['scale']:g}", *_format_score(first["all"])]],
         "guidance": (folder / "guidance.yaml").read_text(encoding="utf-8"),
         "protocol": list(flatten(read_manifest(folder / "test")["protocol"]).items()),
     }
     render_templates("heads", folder, context, Path(__file__).parent)
 
 
-def _test_objectives(table: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """The change of the objective on the test images by the number of heads."""
-    return {p["size"]: table["test"][f"heads-{p['size']}"]["objective"]["change"] for p in table["curve"]}
+def name_at(table: Mapping[str, Any], name: str, scale: float) -> str:
+    """Return the name of a method of the test at a scale; see HeadSearch.name_at."""
+    return name if scale == table["scale"] else f"{name}-w{scale:g}"
+
+
+def _test_objectives(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The change of the objective on the test images at each point of the curve."""
+    names = [name_at(table, f"heads-{p['size']}", p["scale"]) for p in table["curve"]]
+    return [table["test"][name]["objective"]["change"] for name in names]
 
 
 def list_search_warnings(table: Mapping[str, Any]) -> list[str]:
     """Return what a reader must know before the numbers."""
-    notes, size = [], table["best"]["size"]
-    best = next(point for point in table["curve"] if point["size"] == size)
+    notes, chosen = [], (table["best"]["size"], table["best"]["scale"])
+    number = next(i for i, point in enumerate(table["curve"]) if (point["size"], point["scale"]) == chosen)
+    best = table["curve"][number]
     if best["change"]["mean"] is not None and best["change"]["mean"] >= 0:
         notes.append("No set of heads is better than no guidance on the calibration images; the best of them is shown.")
-    change = _test_objectives(table)[size]
+    change = _test_objectives(table)[number]
     if change["high"] is not None and change["low"] <= 0 <= change["high"]:
         notes.append("On the test images the chosen set and no guidance do not differ beyond the 95 % interval.")
     elif change["mean"] is not None and change["mean"] > 0:
@@ -108,17 +120,57 @@ def build_heat_map(table: Mapping[str, Any]) -> dict[str, Any]:
     return {"rows": list(rows.items()), "title": title, "x": "head", "digits": DIGITS}
 
 
-def build_curve(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the change of the objective over the number of heads on both halves, for figures.place_chart."""
-    halves = {
-        "calibration images (chosen on them)": {p["size"]: p["change"] for p in table["curve"]},
-        "test images": _test_objectives(table),
+def build_curves(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the change of the objective over the number of heads, calibration and test, for figures.place_chart.
+
+    One curve for each scale, and the best layer of each as a dashed level (HeadHunter, Figure 4).
+    """
+    layers = {(e["scale"], e["name"]): e["change"]["mean"] for e in table["rounds"][0]["layers"]}
+    best = {scale: layers[scale, name] for scale, name in table["best"]["layers"]}
+    tests = {s: table["test"][name_at(table, "layer", s)]["objective"]["change"]["mean"] for s in table["scales"]}
+    changes = {
+        "Calibration images (chosen on them)": ([p["change"]["mean"] for p in table["curve"]], best),
+        "Test images": ([change["mean"] for change in _test_objectives(table)], tests),
     }
-    series = []
-    for name, changes in halves.items():
-        points = [(n, change["mean"], "") for n, change in changes.items() if change["mean"] is not None]
-        series.append({"name": name, "line": True, "points": [(0, 0.0, ""), *points]})
-    return {"title": "Heads in the set", "x": "number of heads", "y": "change of the objective", "series": series}
+    return [
+        {**_build_chart(table, values, 0.0, levels), "title": title, "y": "change of the objective"}
+        for title, (values, levels) in changes.items()
+    ]
+
+
+def build_metric_curves(table: Mapping[str, Any], rest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return every metric of the test over the number of heads, as `build_curves`; the values, not their changes."""
+    charts = []
+    for task, metrics in table["test"]["none"]["tasks"].items():
+        for metric in metrics:
+
+            def value(method: str, task: str = task, metric: str = metric) -> float | None:
+                found = table["test"][method]["tasks"][task][metric]["value"]
+                return None if found is None or not math.isfinite(found) else found
+
+            points = [value(name_at(table, f"heads-{p['size']}", p["scale"])) for p in table["curve"]]
+            levels = {scale: value(name_at(table, "layer", scale)) for scale in table["scales"]}
+            row, title = METRICS.get(metric), ((rest.get("tasks") or {}).get(task) or {}).get("title") or task
+            label = format_heading(row) if row else metric
+            charts.append({**_build_chart(table, points, value("none"), levels), "title": title, "y": label})
+    return [chart for chart in charts if any(len(series["points"]) > 1 for series in chart["series"])]
+
+
+def _build_chart(
+    table: Mapping[str, Any], values: Sequence[float | None], none: float | None, levels: Mapping[float, float | None]
+) -> dict[str, Any]:
+    """A curve and a level for each scale. values: at the points of table["curve"]; none: without guidance."""
+    series, last = [], max(point["size"] for point in table["curve"])
+    for colour, scale in enumerate(table["scales"]):
+        start = [] if none is None else [(0, none, "")]
+        mine = [(p["size"], v, "") for p, v in zip(table["curve"], values, strict=True) if p["scale"] == scale]
+        points = start + [point for point in mine if point[1] is not None]
+        series.append({"name": f"heads, scale {scale:g}", "line": True, "points": points, "colour": colour})
+        if levels[scale] is not None:
+            level = [(0, levels[scale], ""), (last, levels[scale], "")]
+            name = f"best layer, scale {scale:g}"
+            series.append({"name": name, "line": True, "level": True, "points": level, "colour": colour})
+    return {"x": "number of heads", "series": series}
 
 
 def build_test_table(table: Mapping[str, Any], rest: Mapping[str, Any], changes: bool) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from restore import zoo
 from restore.bench import run as benchmarks
-from restore.search.config import build_benchmark, load_search
-from restore.search.heads import HeadSearch
+from restore.search.config import build_benchmark, load_search, split_cfg
+from restore.search.hunt import HeadSearch
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,13 @@ def plan_search(
     search = HeadSearch(load_search(config, overrides))
     pool, top, rounds = search.pool, search.config["top"], search.config["rounds"]
     tasks, sizes = len(search.halves["test"]["tasks"]), len(search.curve_sizes(top * rounds))
-    calibration = sum(len(pool) - top * r for r in range(rounds)) + len(search.layers) + 1 + sizes
-    test = sizes + 2
+    scales, levels = len(search.scales), len({search.scale, *search.scales})
+    calibration = sum(len(pool) - top * r for r in range(rounds)) + levels * len(search.layers) + 1 + scales * sizes
+    cfg = 1 if split_cfg(search.config["guidance"])[1] else 2 * (search.cfg > 0)
+    test = scales * (sizes + 1) + 1 + cfg
     images = search.count_images("calibration"), search.count_images("test")
     nfe = seconds = None
-    if measure:
+    if measure and zoo.locate(search.halves["test"]["backbone"]).path is not None:  # a plan fetches no weights
         methods = {"none": {"guidance": None}, "first": search.make_method(pool[:1])}
         methods["last"] = search.make_method(pool[-1:])
         metrics = ["psnr"] * bool(search.images["test"])

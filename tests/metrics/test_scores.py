@@ -170,9 +170,9 @@ def test_the_devices_number_reaches_the_models(config, models, monkeypatch):
     seen = []
     monkeypatch.setattr(scores, "Clip", lambda place, device, base=None: seen.append(device))
     with pytest.raises(AttributeError):
-        table.load_scores({"pick_score": table.find_metric("pick_score")}, table.MetricOptions(models=models), "cuda:1")[
-            "pick_score"
-        ](torch.zeros(1, 3, 8, 8), ["a"])
+        table.load_scores(
+            {"pick_score": table.find_metric("pick_score")}, table.MetricOptions(models=models), "cuda:1"
+        )["pick_score"](torch.zeros(1, 3, 8, 8), ["a"])
     assert seen == ["cuda:1"]
 
 
