@@ -23,3 +23,11 @@ closeness.better = 1
 def whole(results, truth):
     """One number for the set."""
     return distance(results, truth).mean()
+
+
+def prompt_length(results, prompts):
+    """Letters of each image's prompt: an objective of images and prompts."""
+    return torch.tensor([float(len(prompt)) for prompt in prompts])
+
+
+prompt_length.better = 1

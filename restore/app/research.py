@@ -68,6 +68,9 @@ def heads(
     config: Annotated[Path, typer.Argument(help="A file such as configs/search/*.yaml.")],
     settings: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. calibration.folder=faces/")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print candidates, NFE and time.")] = False,
+    gallery: Annotated[
+        str | None, typer.Option(help="Draw pictures of heads instead: heads, layers, pairs (comma separated) or all.")
+    ] = None,
 ) -> None:
     """Search for the attention heads whose perturbation helps (HeadHunter), or continue a search."""
     from restore import search
@@ -79,6 +82,12 @@ def heads(
             typer.echo(f"{part}: {sets} evaluations (a set of heads on a task) of {images} images")
         if plan.seconds is not None:
             typer.echo(f"about {plan.nfe} network evaluations of an image, {plan.seconds / 60:.0f} minutes")
+        return
+    if gallery is not None:
+        sheets = search.SHEETS if gallery == "all" else [name.strip() for name in gallery.split(",")]
+        with _show_progress() as show:
+            drawn = search.draw_gallery(config, settings or [], sheets=sheets, progress=show)
+        typer.echo("\n".join(map(str, drawn)))
         return
     with _show_progress() as show:
         found = search.search_heads(config, settings or [], progress=show)

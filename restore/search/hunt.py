@@ -16,6 +16,7 @@ from restore.backbones.pipeline_files import read_architecture
 from restore.bench import run as benchmarks
 from restore.bench.batches import Batch, list_image_ids
 from restore.bench.config import load_config
+from restore.bench.datasets import ImageSet
 from restore.bench.protocol import check_folder
 from restore.metrics.statistics import bootstrap_mean
 from restore.search import config as configs
@@ -48,7 +49,8 @@ class HeadSearch:
         if {task["backbone"] for task in test["tasks"].values()} - {None, test["backbone"]}:
             raise RestoreError("a search must have one backbone; leave `backbone` out of its tasks")
         self.images = configs.load_halves(**self.halves)
-        self.pool = configs.list_heads(find_layers(test["backbone"], test["offline"], test["model_options"]), config["layers"])
+        self.attention = find_layers(test["backbone"], test["offline"], test["model_options"])
+        self.pool = configs.list_heads(self.attention, config["layers"])
         self.layers = list(dict.fromkeys(layer for layer, _ in self.pool))
         rounds, top = config["rounds"], config["top"]
         if top * rounds > len(self.pool):
@@ -101,13 +103,23 @@ class HeadSearch:
         """Run or finish the benchmark `name` of these methods; only: which batches to compute now."""
         metrics = self.metrics if half == "test" else self.objective.metrics
         config = build_benchmark(self.config, half, methods, metrics, self.folder / name)
-        progress = None if self.progress is None else lambda state: self.progress({"phase": name, **state})
-        benchmarks.run_benchmark(config, progress=progress, only=only)
-        config, images = load_config(config), self.images[half]
+        return self.run_config(config, name, self.images[half], only)
+
+    def run_config(
+        self,
+        config: Mapping[str, Any],
+        phase: str,
+        images: ImageSet | None,
+        only: Callable[[Batch], bool] | None = None,
+    ) -> Results:
+        """Run or finish a benchmark of the search; phase: its name in the progress; images: those that it is of."""
+        progress = None if self.progress is None else lambda state: self.progress({"phase": phase, **state})
+        run = benchmarks.run_benchmark(config, progress=progress, only=only).folder
+        config = load_config(config)
 
         def results(method: str, first: int | None = None) -> list[MethodResults]:
             ids = {task: tuple(list_image_ids(config, task, images)[:first]) for task in config["tasks"]}
-            return [MethodResults(self.folder / name, config, task, method, of) for task, of in ids.items()]
+            return [MethodResults(run, config, task, method, of) for task, of in ids.items()]
 
         return results
 

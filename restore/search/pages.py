@@ -116,7 +116,7 @@ def build_heat_map(table: Mapping[str, Any]) -> dict[str, Any]:
         if change["mean"] is not None:
             note = f"{layer}:{head} {_format_change(change)}, {entry['images']} images"
             rows[layer][head] = (change["mean"], note)
-    title = "Change of the objective by one head, calibration images"
+    title = "Change by one head, calibration images"
     return {"rows": list(rows.items()), "title": title, "x": "head", "digits": DIGITS}
 
 
