@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from restore.backbones.base import AttentionLayer
+
+# Names of transformers' lists of blocks, in order of execution (AuraFlow's are joint, HunyuanDiT's have no epithet).
+STACKS = ("transformer_blocks", "joint_transformer_blocks", "single_transformer_blocks", "blocks")
 
 
 def find_attention_layers(network: nn.Module) -> dict[str, AttentionLayer]:
@@ -21,7 +25,7 @@ def find_attention_layers(network: nn.Module) -> dict[str, AttentionLayer]:
     In transformers the short names are b0, b1, ... in order of the blocks: FLUX's single blocks continue the count of
     the double ones (19 to 56 of FLUX.1). If a block of SD3.5 has a second attention, of the image only, it is b0.2.
     """
-    layers = _transformer_layers(network) if hasattr(network, "transformer_blocks") else _unet_layers(network)
+    layers = _unet_layers(network) if hasattr(network, "down_blocks") else _transformer_layers(network)
     return {layer.path: layer for layer in layers}
 
 
@@ -64,12 +68,18 @@ def _block_layers(
             yield AttentionLayer(*names, attn, attn.heads, attn.to_q.in_features, downsampling)
 
 
+def takes_positions(network: nn.Module) -> bool:
+    """Whether a transformer is told its tokens' positions, as FLUX, Chroma and FLUX.2 are: it takes 2 x 2 cells of a
+    latent as one token, and times from 0 to 1, which it multiplies by 1000."""
+    return "img_ids" in inspect.signature(type(network).forward).parameters
+
+
 def _transformer_layers(network: nn.Module) -> Iterator[AttentionLayer]:
-    patch = 2 if type(network).__name__ == "FluxTransformer2DModel" else network.config.get("patch_size", 2)
-    stacks = [(name, getattr(network, name, ())) for name in ("transformer_blocks", "single_transformer_blocks")]
+    patch = 2 if takes_positions(network) else network.config.get("patch_size", 2)
+    stacks = [(name, getattr(network, name, ())) for name in STACKS]
     blocks = [(f"{name}.{i}", block) for name, stack in stacks for i, block in enumerate(stack)]
     for n, (path, block) in enumerate(blocks):
         for part, short in (("attn1", f"b{n}"), ("attn", f"b{n}"), ("attn2", f"b{n}.2")):
             attn = getattr(block, part, None)
-            if attn is not None:
-                yield AttentionLayer(f"{path}.{part}", "", short, attn, attn.heads, attn.to_q.in_features, patch)
+            if attn is not None and not getattr(attn, "is_cross_attention", False):
+                yield AttentionLayer(f"{path}.{part}", "", short, attn, attn.heads, attn.query_dim, patch)

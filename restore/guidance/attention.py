@@ -20,11 +20,22 @@ from torch.overrides import TorchFunctionMode
 from operators import RestoreError
 from restore.backbones.base import AttentionLayer
 from restore.backbones.forwards import replace_forward
-from restore.guidance.targets import AttentionRecord, Draw, SeededDraw, Target, index_tokens
+from restore.guidance.targets import AttentionRecord, Draw, LinearRecord, SeededDraw, Target, index_tokens
 
 SCOPES = ("joint", "image", "cross")
 # Whether a processor of joint attention, with image and text tokens in one sequence, puts the image first.
-IMAGE_FIRST = {"JointAttnProcessor2_0": True, "FluxAttnProcessor": False}
+IMAGE_FIRST = {
+    "JointAttnProcessor2_0": True,  # SD3
+    "SD3IPAdapterJointAttnProcessor2_0": True,
+    "FluxAttnProcessor": False,  # FLUX, Chroma
+    "FluxIPAdapterAttnProcessor": False,
+    "Flux2AttnProcessor": False,
+    "Flux2ParallelSelfAttnProcessor": False,
+    "QwenDoubleStreamAttnProcessor2_0": False,
+    "AuraFlowAttnProcessor2_0": False,
+}
+IMAGE_ONLY = ("AttnProcessor2_0", "HunyuanAttnProcessor2_0")
+LINEAR = "SanaLinearAttnProcessor2_0"  # without softmax: see LinearRecord
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,9 @@ def _replace_attention(layers: Sequence[AttentionLayer], attends: Sequence[Calla
                 side = _find_sides(inputs) or next((sides[m] for m in outer if sides.get(m)), None)
                 # A single block of FLUX gets image and text as one sequence: only what encloses it tells them apart.
                 joint = [pair for pair in (_count_tokens(inputs), *(tokens.get(m) for m in outer)) if pair]
+                if type(module.processor).__name__ == LINEAR:
+                    with _replace_linear(module, attend, side):
+                        return forward(*args, **kwargs)
                 with _Intercept(layer, attend, side, joint) as mode:
                     out = forward(*args, **kwargs)
                 if not mode.calls:
@@ -141,6 +155,10 @@ class _Intercept(TorchFunctionMode):
             return func(*args, **kwargs)
         self.calls += 1
         q, k, v, mask, scale = _arguments(*args, **kwargs)
+        if (
+            self.calls > 1 and k.shape[-2] != q.shape[-2]
+        ):  # attention to an image prompt (IP-Adapter), after the layer's
+            return func(*args, **kwargs)
         if k.shape[1] != q.shape[1]:
             raise RestoreError(f"grouped queries are not supported: {self.layer.path} shares keys between heads")
         image = self._image(q.shape[-2])
@@ -150,13 +168,52 @@ class _Intercept(TorchFunctionMode):
 
     def _image(self, tokens: int) -> slice | None:
         image, text = next((pair for pair in self.joint if sum(pair) == tokens), (tokens, 0))
+        name = type(self.layer.module.processor).__name__
+        if not text and name == "AuraFlowAttnProcessor2_0" and self.side is not None:
+            # Its single blocks get one sequence, with tokens of its own before the text.
+            image = math.prod(side // self.layer.downsampling for side in self.side)
+            text = tokens - image
         if not text:
             return None
-        name = type(self.layer.module.processor).__name__
         if name not in IMAGE_FIRST:
             known = ", ".join(IMAGE_FIRST)
             raise RestoreError(f"processor of joint attention {self.layer.path} must be one of {known}, got {name}")
         return slice(0, image) if IMAGE_FIRST[name] else slice(text, text + image)
+
+
+@contextmanager
+def _replace_linear(module: nn.Module, attend: Callable, side: tuple[int, int] | None) -> Iterator[None]:
+    """Within the block linear attention (Sana) returns attend(record, true): what its last projection gets."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def split(x):
+        return x.unflatten(-1, (module.heads, -1)).transpose(1, 2)
+
+    def note(name):
+        def make(part, forward):
+            def run(x):
+                seen[name] = forward(x)
+                return seen[name]
+
+            return run
+
+        return make
+
+    def project(part, forward):
+        def run(out):
+            q, k, v = (split(seen[name]) for name in "qkv")
+            record = LinearRecord(q, k, v, grid=_token_grid(side, q.shape[-2]))
+            return forward(attend(record, lambda: split(out)).transpose(1, 2).flatten(2).to(out.dtype))
+
+        return run
+
+    parts = [(module.to_q, "q"), (module.norm_q, "q"), (module.to_k, "k"), (module.norm_k, "k"), (module.to_v, "v")]
+    with ExitStack() as stack:
+        for part, name in parts:
+            if part is not None:
+                stack.enter_context(replace_forward([part], note(name)))
+        stack.enter_context(replace_forward([module.to_out[0]], project))
+        yield
 
 
 def _name_inputs(args: tuple, kwargs: dict) -> dict:
@@ -164,12 +221,17 @@ def _name_inputs(args: tuple, kwargs: dict) -> dict:
 
 
 def _find_sides(inputs: dict) -> tuple[int, int] | None:
-    """(h, w) of the feature map among the inputs, or of FLUX's packed latent, from its position ids."""
+    """(h, w) of the feature map among the inputs, or of a packed latent, from its positions (FLUX, Chroma, FLUX.2) or
+    its shape (QwenImage)."""
     if isinstance(inputs.get("img_ids"), torch.Tensor):
-        h, w = (inputs["img_ids"].reshape(-1, 3)[:, 1:].amax(0) + 1).tolist()
+        ids = inputs["img_ids"]
+        h, w = (ids.reshape(-1, ids.shape[-1])[:, 1:3].amax(0) + 1).tolist()
         return int(h), int(w)
-    maps = [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim == 4]
-    return tuple(maps[0].shape[-2:]) if maps else None
+    if inputs.get("img_shapes"):
+        shapes = inputs["img_shapes"][0]  # of the first image of the batch, and of those it is made from
+        return tuple(shapes[0][-2:]) if len(shapes) == 1 else None
+    x = inputs.get("hidden_states", inputs.get("sample"))  # other inputs of four dimensions are masks
+    return tuple(x.shape[-2:]) if isinstance(x, torch.Tensor) and x.ndim == 4 else None
 
 
 def _count_tokens(inputs: dict) -> tuple[int, int] | None:

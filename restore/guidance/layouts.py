@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from operators import RestoreError
+from restore.backbones.attention_layers import takes_positions
 from restore.backbones.prefix import Tape
 
 PARTS = ("auto", "all", "second", "first")
@@ -129,14 +130,12 @@ def unwrap(network: nn.Module) -> nn.Module:
 def time_scale(network: nn.Module) -> float:
     """Return the factor from the network's times to its scheduler's: 1000 where they run from 0 to 1.
 
-    Networks with `img_ids` (FLUX, Chroma, FLUX.2) multiply their times by 1000 before they embed them, others
-    (QwenImage, AuraFlow) let the embedding do it; Sana has its own factor.
+    FLUX, Chroma and FLUX.2 multiply their times by 1000 themselves, QwenImage and AuraFlow let the embedding do it;
+    Sana has its own factor.
     """
     network = unwrap(network)
     embeddings = [module for module in network.modules() if isinstance(module, Timesteps)]
-    if "img_ids" in inspect.signature(type(network).forward).parameters:
-        return 1000.0
-    if any(getattr(embedding, "scale", 1) == 1000 for embedding in embeddings):
+    if takes_positions(network) or any(getattr(embedding, "scale", 1) == 1000 for embedding in embeddings):
         return 1000.0
     return 1.0 / getattr(getattr(network, "config", None), "timestep_scale", 1.0)
 

@@ -16,10 +16,11 @@ from torch import nn
 
 from operators import RestoreError
 from operators.naming import suggest
-from restore.backbones.attention_layers import find_attention_layers
+from restore.backbones.attention_layers import STACKS, find_attention_layers
 from restore.backbones.base import Prediction
 from restore.backbones.forwards import replace_forward
 from restore.backbones.schedule import Schedule
+from restore.guidance.attention import IMAGE_FIRST, IMAGE_ONLY, LINEAR
 from restore.guidance.base import Estimate, Guidance, Term, as_guidance
 from restore.guidance.cfg import CFG
 from restore.guidance.layouts import PARTS, NetworkCall, is_packed, sample_of, unwrap
@@ -121,10 +122,11 @@ def schedule_cfg(pipe: Any, term: CFG) -> Iterator[Any]:
 
 
 def find_network(pipe: Any) -> nn.Module:
-    """Return the U-Net or transformer of a pipeline, or itself. Raises RestoreError if there is none."""
+    """Return the U-Net or transformer of a pipeline, or itself. Raises RestoreError if there is none, or an unknown one."""
     network = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    if network is None or not any(hasattr(network, name) for name in ("down_blocks", "transformer_blocks")):
+    if network is None:
         raise RestoreError(f"pipe must be a diffusers pipeline with U-Net or transformer, got {type(pipe).__name__}")
+    check_known(unwrap(network))
     return network
 
 
@@ -144,6 +146,44 @@ class GuidedStep:
 def _run_of(pipe: Any) -> Any:
     """What a run of the pipeline makes anew: its scheduler's times."""
     return getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+
+
+def check_known(network: nn.Module) -> None:
+    """Raise RestoreError unless it is known where the network's attention sits and what its arguments mean.
+
+    A U-Net has residual blocks, each with its attention. A transformer has its blocks in known lists, with known
+    processors, and no attention elsewhere.
+    """
+    known = (
+        "a U-Net or the transformer of SD3, FLUX, Chroma, FLUX.2, QwenImage, AuraFlow, PixArt, Sana, HunyuanDiT or DiT"
+    )
+    if not (_is_unet(network) or _is_known_transformer(network)):
+        raise RestoreError(f"network of the pipeline must be {known}, got a {type(network).__name__}")
+
+
+def _is_unet(network: nn.Module) -> bool:
+    blocks = [*getattr(network, "down_blocks", ()), *getattr(network, "up_blocks", ())]
+
+    def is_usual(block):
+        attentions = getattr(block, "attentions", None)
+        samplers = hasattr(block, "downsamplers") or hasattr(block, "upsamplers")
+        return samplers and hasattr(block, "resnets") and len(attentions or block.resnets) == len(block.resnets)
+
+    parts = all(hasattr(network, name) for name in ("down_blocks", "mid_block", "up_blocks"))
+    return parts and all(map(is_usual, blocks))
+
+
+def _is_known_transformer(network: nn.Module) -> bool:
+    config = getattr(network, "config", {})
+    processors = {}  # of self-attention, by the list of blocks
+    for name, part in network.named_children():
+        for module in part.modules() if isinstance(part, nn.ModuleList) else ():
+            if hasattr(module, "processor") and not getattr(module, "is_cross_attention", False):
+                processors.setdefault(name, set()).add(type(module.processor).__name__)
+    names = set().union(*processors.values())
+    sprint = LINEAR in names and config.get("guidance_embeds")  # SANA-Sprint's times are those of no scheduler
+    known = names <= {*IMAGE_FIRST, *IMAGE_ONLY, LINEAR} and processors.keys() <= set(STACKS)
+    return bool(names) and known and isinstance(config.get("patch_size"), int) and not sprint
 
 
 def check_unguided(network: nn.Module, pipe: Any) -> None:

@@ -65,6 +65,17 @@ class AttentionRecord:
         return (weights @ self.v.to(weights.dtype)).to(self.v.dtype)
 
 
+@dataclass(frozen=True)
+class LinearRecord(AttentionRecord):
+    """What a layer of linear attention (Sana) is about to compute: the map relu(q) relu(k)ᵀ with rows of sum one (or
+    uniform, if they are zero), whose logarithm takes the place of the logits."""
+
+    def logits(self, q: torch.Tensor | None = None) -> torch.Tensor:
+        weights = _wide(self.q if q is None else q).relu() @ _wide(self.k).relu().transpose(-2, -1)
+        total = weights.sum(dim=-1, keepdim=True)
+        return torch.where(total > 0, weights / total, 1.0).log()
+
+
 Target = Callable[[AttentionRecord], torch.Tensor]
 
 

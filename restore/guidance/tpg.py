@@ -50,6 +50,8 @@ class TPG(Term):
             def shuffle(module, forward):
                 def run(*args, **kwargs):
                     tokens = args[0] if args else kwargs["hidden_states"]
+                    if paths[module].startswith("single_transformer_blocks") and not _has_text(args, kwargs):
+                        raise RestoreError(f"layers of tpg must keep image and text apart, got {paths[module]}")
                     count = tokens.shape[-2] if tokens.ndim == 3 else tokens.shape[-2] * tokens.shape[-1]
                     if (module, count) not in orders:
                         orders[module, count] = draw("uniform", (1, count))[0].argsort().to(tokens.device)
@@ -69,6 +71,11 @@ class TPG(Term):
             return weak.eps
 
         return WeakPass(eps, list(paths))
+
+
+def _has_text(args: tuple, kwargs: dict) -> bool:
+    text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+    return isinstance(text, torch.Tensor) and text.ndim == 3
 
 
 def block_of(network: nn.Module, layer: AttentionLayer) -> nn.Module:

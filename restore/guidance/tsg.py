@@ -70,8 +70,11 @@ class TSG(Term):
                 return run
 
             def shift(module, forward):
-                low, high = float(schedule.ts[0]), float(schedule.ts[-1])
-                return lambda times, *others: forward((times + self.shift).clamp(low, high), *others)
+                unit = getattr(
+                    module, "scale", 1
+                )  # of the times that the module multiplies: QwenImage's run from 0 to 1
+                low, high = float(schedule.ts[0]) / unit, float(schedule.ts[-1]) / unit
+                return lambda times, *others: forward((times + self.shift / unit).clamp(low, high), *others)
 
             with replace_forward(embeddings, perturb), replace_forward(projections, shift):
                 return backbone.predict(x_t, t, condition).eps

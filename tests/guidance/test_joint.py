@@ -6,7 +6,7 @@ import pytest
 import tiny_flow
 import torch
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
-from diffusers.models.transformers.transformer_flux import FluxAttention
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxIPAdapterAttnProcessor
 from tiny_sd import tiny_unet
 from torch import nn
 
@@ -117,6 +117,24 @@ def test_joint_attention(make, target, scope, heads):
     assert relative(got[0], true[0]) > 1e-2
     assert (scope == "image") == torch.equal(got[1], true[1])
     assert all(torch.equal(a, b) for a, b in zip(run(), true, strict=True))
+
+
+@torch.no_grad()
+def test_an_image_prompt_beside_joint_attention():
+    """FLUX's IP-Adapter attends once more, to the image prompt: that attention stays as it is."""
+    attn = flux()
+    attn.set_processor(FluxIPAdapterAttnProcessor(WIDTH, WIDTH, num_tokens=(3,)))
+    image, text, prompt = torch.randn(2, IMAGE, WIDTH), torch.randn(2, TEXT, WIDTH), torch.randn(2, 1, 3, WIDTH)
+    layer = AttentionLayer("transformer_blocks.0.attn", "", "", attn, HEADS, WIDTH, 1)
+
+    def run():
+        return attn(image, encoder_hidden_states=text, image_rotary_emb=rotary(), ip_hidden_states=[prompt[:, 0]])
+
+    true = run()
+    with perturb_attention([PerturbedLayer(layer, identity, scope="image")], None):
+        image_out, text_out, prompt_out = run()
+    assert torch.equal(prompt_out, true[2]) and torch.equal(text_out, true[1])
+    assert relative(image_out, attn.to_out[0](attn.to_v(image))) < 1e-5 and relative(image_out, true[0]) > 1e-2
 
 
 def test_a_joint_attention_that_is_not_known_is_refused():

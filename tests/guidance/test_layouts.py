@@ -6,9 +6,15 @@ import diffusers
 import pytest
 import tiny_flow
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, SemanticStableDiffusionPipeline, StableDiffusionPipeline
-from pipelines_by_hand import MID, by_processor, inputs, quiet, relative, sample
-from tiny_sd import seeded, tiny_pipeline
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    SemanticStableDiffusionPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPipeline,
+)
+from pipelines_by_hand import MID, by_processor, inputs, picture, quiet, relative, sample
+from tiny_sd import seeded, tiny_pipeline, tiny_unet
 
 from operators import RestoreError
 from restore.guidance import PAG
@@ -28,6 +34,22 @@ def test_edits_are_further_parts(pipe, edits):
     semantic = quiet(SemanticStableDiffusionPipeline(**parts, requires_safety_checker=False))
     with guided(semantic, PAG(1.0, layers="m1")), pytest.raises(RestoreError, match="edits; .*conditional="):
         sample(semantic, height=32, width=32, guidance_scale=5.0, editing_prompt=edits, edit_warmup_steps=0)
+
+
+def test_three_parts(tmp_path):
+    """InstructPix2Pix: with the prompt, with the picture only, without both."""
+    pipe = tiny_pipeline(tmp_path, tiny_unet(in_channels=8))
+    edit = quiet(StableDiffusionInstructPix2PixPipeline(**pipe.components, requires_safety_checker=False))
+    options = {"image": picture(), "guidance_scale": 5.0, "image_guidance_scale": 1.5}
+    with (
+        guided(edit, PAG(1.0, layers="m1")),
+        pytest.raises(RestoreError, match="Pix2PixPipeline must be .*conditional="),
+    ):
+        sample(edit, **options)
+    with guided(edit, PAG(1.0, layers="m1"), conditional="all"):
+        ours = sample(edit, **options)
+    edit.unet.forward = by_processor(edit.unet, [MID], 1.0)
+    assert relative(ours, sample(edit, **options)) < 1e-5
 
 
 class Own(diffusers.DiffusionPipeline):

@@ -16,6 +16,8 @@ from diffusers import (
     StableDiffusionAdapterPipeline,
     StableDiffusionPAGPipeline,
     T2IAdapter,
+    TextToVideoSDPipeline,
+    UNet3DConditionModel,
     UNetSpatioTemporalConditionModel,
 )
 from diffusers.models.embeddings import IPAdapterFaceIDPlusImageProjection, MultiIPAdapterImageProjection
@@ -94,8 +96,8 @@ def test_inference_mode_shares_the_prefix():
     assert len(ran) == 4  # twice in the first step, which finds the prefix
 
 
-def faced_unet():
-    """A network with an IP-Adapter FaceID Plus, whose faces are an attribute of a module."""
+def faced_unet(plus):
+    """A network with an IP-Adapter FaceID; of its Plus version faces are an attribute of a module."""
     unet = tiny_unet()
     widths = [unet.get_submodule(n.removesuffix(".processor")).to_k for n in unet.attn_processors if "attn2" in n]
     g = torch.Generator().manual_seed(0)
@@ -110,16 +112,20 @@ def faced_unet():
     options = {"num_tokens": 4, "num_queries": 4, "ffn_ratio": 2, "depth": 1, "dim_head": 4, "heads": 2}
     face = seeded(lambda: IPAdapterFaceIDPlusImageProjection(16, 16, 20, 12, **options), 5)
     face.clip_embeds = torch.randn(2, 1, 6, 20, generator=g)
-    unet.encoder_hid_proj = MultiIPAdapterImageProjection([face])
+    if plus:
+        unet.encoder_hid_proj = MultiIPAdapterImageProjection([face])
     return unet
 
 
 @torch.no_grad()
-def test_faces_kept_in_a_module():
-    unet = faced_unet()
+@pytest.mark.parametrize("plus", [False, True])
+def test_faces_kept_in_a_module(plus):
+    """FaceID Plus; and FaceID, whose faces are arguments, so that half the batch is enough."""
+    unet = faced_unet(plus)
     z, text = inputs(2)
     faces = {"image_embeds": [torch.randn(2, 1, 12, generator=torch.Generator().manual_seed(1))]}
     call = {"encoder_hidden_states": text, "added_cond_kwargs": faces}
+    assert NetworkCall(unet, (z, 401), call, unet, "second").cut != plus
     plain = unet(z, 401, **call).sample
     with guided(unet, PAG(3.0, layers="m1"), conditional="second"):
         ours = [unet(z, 401, **call).sample for _ in range(2)][-1]
@@ -147,6 +153,37 @@ def test_animatediff(pipe, guidance_scale):
         ours = sampled()
     rows = SECOND if guidance_scale > 1 else slice(None)
     animated.unet.forward = by_processor(animated.unet, [MID], 3.0, rows=rows)
+    assert relative(ours, sampled()) < 1e-5 and relative(ours, plain) > 1e-3
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_text_to_video(pipe, guidance_scale):
+    """(B, C, frames, h, w); the pipeline does not say whether it does classifier-free guidance."""
+    unet = seeded(
+        lambda: UNet3DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+            up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+            layers_per_block=1,
+            norm_num_groups=8,
+            cross_attention_dim=16,
+            attention_head_dim=4,
+        ),
+        8,
+    )
+    parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
+    video = quiet(TextToVideoSDPipeline(**parts, unet=unet))
+
+    def sampled():
+        g = torch.Generator().manual_seed(0)
+        options = {"num_frames": 3, "height": 32, "width": 32, "num_inference_steps": 3, "output_type": "latent"}
+        return video("a cat", guidance_scale=guidance_scale, generator=g, **options).frames
+
+    plain = sampled()
+    with guided(video, PAG(3.0, layers="m1")):
+        ours = sampled()
+    unet.forward = by_processor(unet, [MID], 3.0, rows=SECOND if guidance_scale > 1 else slice(None))
     assert relative(ours, sampled()) < 1e-5 and relative(ours, plain) > 1e-3
 
 
