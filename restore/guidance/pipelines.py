@@ -122,7 +122,7 @@ def schedule_cfg(pipe: Any, term: CFG) -> Iterator[Any]:
 
 
 def find_network(pipe: Any) -> nn.Module:
-    """Return the U-Net or transformer of a pipeline, or itself. Raises RestoreError if there is none, or an unknown one."""
+    """Return the U-Net or transformer of a pipeline, or itself. Raises RestoreError if there is none that is known."""
     network = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     if network is None:
         raise RestoreError(f"pipe must be a diffusers pipeline with U-Net or transformer, got {type(pipe).__name__}")
