@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -139,6 +140,9 @@ def evaluate(
     is_split_size: Annotated[
         int | None, typer.Option(min=1, help="Images of a split of IS; ADM's evaluator: 5000; default: ten splits.")
     ] = None,
+    reference_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels to which references of sets are brought, by a centre crop.")
+    ] = None,
     device: Device = "auto",
     allow_small: Annotated[bool, typer.Option("--allow-small", help="Allow FID on few images.")] = False,
     allow_incomplete: Annotated[bool, typer.Option("--allow-incomplete", help="Allow means over a part.")] = False,
@@ -153,7 +157,8 @@ def evaluate(
 
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     files = parse_weight_files(weights or [])
-    settings = MetricOptions(lpips_net, files, allow_small=allow_small, is_split_size=is_split_size)
+    settings = MetricOptions(lpips_net, files, allow_small=allow_small)
+    settings = replace(settings, is_split_size=is_split_size, reference_size=reference_size)
     more = {"full_reference": full_reference, "allow_incomplete": allow_incomplete}
     done = compare(results, reference, metrics=names, options=settings, device=str(choose_device(device)), **more)
     if out is not None:

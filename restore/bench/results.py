@@ -18,8 +18,9 @@ from restore.bench.batches import list_image_ids, list_prompts, read_row
 from restore.bench.config import list_cells
 from restore.bench.datasets import ImageSet
 from restore.images import io
-from restore.images.folder import list_images, read_rgb, to_file_name
+from restore.images.folder import read_rgb, to_file_name
 from restore.metrics import evaluate, sets, table
+from restore.metrics.references import load_reference
 from restore.metrics.statistics import bootstrap_mean
 from restore.versions import hash_own_code
 
@@ -58,9 +59,9 @@ def check_metrics(config: Mapping[str, Any], count: int, images: ImageSet | None
             entry["reference"] = f"the {count} true images"
         for key in REFERENCES:
             if wanted[key] and relative:
-                files = _list_files(wanted[key])
-                sets.check_set_size(len(files), key, options.allow_small)
-                entry[key] = {"count": len(files), "sha256": disk.hash_files(files)}
+                reference = load_reference(wanted[key], options.reference_size)
+                sets.check_reference(reference, of_sets, options, key)
+                entry[key] = reference.describe()
     return entry
 
 
@@ -89,10 +90,6 @@ def _shorten_reasons(failed: Mapping[str, str], limit: int = 10) -> str:
 def metric_options(config: Mapping[str, Any]) -> table.MetricOptions:
     """Return the options of the metrics that a configuration sets."""
     return table.MetricOptions(**{f.name: config["metrics"][f.name] for f in dataclasses.fields(table.MetricOptions)})
-
-
-def _list_files(folder: str) -> list[Path]:
-    return list(list_images(folder)[0].values())
 
 
 def read_metrics(run: Path, task: str, method: str) -> dict[str, Any]:
@@ -207,7 +204,7 @@ def _describe_measuring(config: Mapping[str, Any], metrics: Mapping[str, table.M
     """Return how results are measured, ready for JSON: weights, references and code with their contents, as the files
     behind a path may have been replaced."""
     wanted = config["metrics"]
-    references = {key: disk.hash_files(_list_files(wanted[key])) for key in REFERENCES if wanted[key] and metrics}
+    references = {key: load_reference(wanted[key]).hash() for key in REFERENCES if wanted[key] and metrics}
     return [wanted, table.check_metrics(metrics, metric_options(config)), references, hash_own_code(dict(metrics))]
 
 
@@ -240,8 +237,8 @@ def _measure_files(run, config, task, method, rows, complete: bool, functions, d
         result["set_values"] = _measure_prompts(files, wanted, of_sets, options, device)
     elif complete and of_sets:
         reference = list(truth.values()) if config["kind"] == "restoration" else None
-        reference = _list_files(wanted["reference"]) if wanted["reference"] else reference
-        full = _list_files(wanted["full_reference"]) if wanted["full_reference"] else None
+        reference = load_reference(wanted["reference"], options.reference_size) if wanted["reference"] else reference
+        full = load_reference(wanted["full_reference"], options.reference_size) if wanted["full_reference"] else None
         shared = {"full_reference": full, "device": device, "cache": sets.default_cache_dir()}
         result["set_values"] = sets.compute_set_metrics(list(files.values()), reference, of_sets, options, **shared)
     return result

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from operators import RestoreError
-from restore import disk
 from restore.images import io
 from restore.images.folder import list_images, read_image_size, read_rgb, read_sidecar
 from restore.metrics import sets, table
+from restore.metrics.references import ReferenceSet, load_reference
 from restore.metrics.statistics import BootstrapMean, bootstrap_mean
 from restore.versions import collect_versions
 
@@ -87,7 +87,8 @@ def evaluate(
             raise RestoreError(f"{name} is measured by `restore bench` while it runs, not on folders; leave it out")
     set_metrics = table.select_metrics(metrics, "set")
     found, ignored = list_images(results)
-    truth, ignored_truth = list_images(reference)
+    compared = load_reference(reference, options.reference_size) if len(set_metrics) == len(rows) else None
+    truth, ignored_truth = list_images(reference) if compared is None or compared.archive is None else ({}, [])
     found = _rename_by_sidecars(found, truth)
     protocol: dict[str, Any] = {"versions": collect_versions(), "metrics": table.check_metrics(rows, options)}
     functions = table.load_paired_metrics(rows, options, device)
@@ -110,7 +111,8 @@ def evaluate(
             )
     triples = [(key, found[key], truth[key]) for key in common]
     per_image, failed = compare_images(triples, functions, batch_size, progress)
-    protocol["reference"] = {"count": len(truth), "sha256": disk.hash_files(list(truth.values()))}
+    compared = compared or ReferenceSet(tuple(truth.values()), size=options.reference_size)
+    protocol["reference"] = compared.describe()
 
     usable = allow_incomplete or not (missing or mismatched or failed)
     averaged = functions if per_image and usable else {}
@@ -122,13 +124,13 @@ def evaluate(
         files = [found[row["image"]] for row in per_image] if functions else list(found.values())
         full = None
         if full_reference is not None:
-            full = list(list_images(full_reference)[0].values())
-            protocol["full_reference"] = {"count": len(full), "sha256": disk.hash_files(full)}
+            full = load_reference(full_reference, options.reference_size)
+            protocol["full_reference"] = full.describe()
         cache = Path(cache) if cache else sets.default_cache_dir()
         shared = {"full_reference": full, "device": device, "batch_size": batch_size, "cache": cache}
-        set_values = sets.compute_set_metrics(files, list(truth.values()), set_metrics, options, **shared)
-        if min(len(files), len(truth)) < sets.MINIMUM_IMAGES:
-            notes.append(f"set metrics of {len(files)} against {len(truth)} images: too few to compare with papers")
+        set_values = sets.compute_set_metrics(files, compared, set_metrics, options, **shared)
+        if min(len(files), len(compared)) < sets.MINIMUM_IMAGES and compared.statistics is None:
+            notes.append(f"set metrics of {len(files)} against {len(compared)} images: too few to compare with papers")
     expected = len(truth) if functions else len(found)
     return Evaluation(per_image, means, set_values, expected, missing, mismatched, extra, failed, protocol, notes)
 

@@ -20,11 +20,12 @@ import torch
 from operators import RestoreError
 from restore import disk, zoo
 from restore.backbones.weights import read_weights
-from restore.images.folder import read_image_size, read_rgb
+from restore.metrics.references import ReferenceSet, as_reference, to_batch
 from restore.metrics.weights import WeightFiles, find_weights
 
 MINIMUM_IMAGES = 1000
 KID_SUBSET = 1000
+MANIFOLD_IMAGES = 100_000  # all pairs of them: hours on a GPU
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VGG_MEANS = "relu5_3 mean"  # the layer of KID-VGG16
 FULL_PREFIX = "full_"  # of a set metric against the second, larger reference
@@ -35,11 +36,12 @@ def default_cache_dir() -> Path:
     return zoo.cache_dir() / "statistics"
 
 
-def fid(results: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
-    """Return the Frechet distance of two Gaussians fitted to features (N, C) (Heusel et al. 2017)."""
+def fid(results: torch.Tensor, reference: torch.Tensor | Mapping[str, Any]) -> dict[str, float]:
+    """Return the Frechet distance of two Gaussians fitted to features (N, C) (Heusel et al. 2017). reference: features,
+    or `mu` and `sigma` of them."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-    statistics = [fid_features_to_statistics(features) for features in (results, reference)]
+    statistics = [x if isinstance(x, Mapping) else fid_features_to_statistics(x) for x in (results, reference)]
     return {"fid": fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]}
 
 
@@ -70,6 +72,7 @@ def precision_recall(results: torch.Tensor, reference: torch.Tensor) -> dict[str
     """Return the share of either set within the other's 3-neighbour manifold (Kynkaanniemi et al. 2019)."""
     from torch_fidelity.metric_prc import prc_features_to_metric
 
+    _check_manifold(max(len(results), len(reference)))
     if min(len(results), len(reference)) < 4:
         raise RestoreError("precision and recall need 4 images or more, for 3 nearest neighbours")
     out = prc_features_to_metric(results, reference, save_cpu_ram=True, verbose=False)
@@ -77,7 +80,7 @@ def precision_recall(results: torch.Tensor, reference: torch.Tensor) -> dict[str
 
 
 def extract_features(
-    paths: Sequence[Path],
+    images: ReferenceSet | Sequence[Path],
     network: str,
     layers: Sequence[str],
     *,
@@ -94,14 +97,16 @@ def extract_features(
     import safetensors.torch
     from safetensors import SafetensorError
 
-    path, layers = find_weights(network, weights), sorted(set(layers))
+    images, path, layers = as_reference(images), find_weights(network, weights), sorted(set(layers))
     cached = None
     if cache is not None:
-        key = [disk.hash_files(paths), disk.hash_file_once(path), network, version("torch-fidelity"), *layers]
+        key = [images.hash(), disk.hash_file_once(path), network, version("torch-fidelity"), *layers]
         cached = Path(cache) / (hashlib.sha256("\n".join(key).encode()).hexdigest() + ".safetensors")
         with suppress(OSError, SafetensorError):  # missing or damaged: made again
             return safetensors.torch.load_file(cached)
-    check_one_size(paths)
+    if not len(images):
+        raise RestoreError(f"{images.place} must hold images (arr_0) for these metrics, got only mu and sigma for FID")
+    images.check_one_size()
     fidelity_layers = [layer for layer in layers if layer != VGG_MEANS]
     models = []
     if fidelity_layers:
@@ -119,9 +124,8 @@ def extract_features(
         models.append(([VGG_MEANS], VGGMeans(path)))
     collected: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
     # No worker processes: decoding is cheap beside the network, and a library must not fork under its caller.
-    for first in range(0, len(paths), batch_size):
-        pixels = [read_rgb(p) for p in paths[first : first + batch_size]]
-        batch = torch.stack([torch.from_numpy(p.copy()).permute(2, 0, 1) for p in pixels]).to(device)
+    for first in range(0, len(images), batch_size):
+        batch = to_batch(images.read(first, min(first + batch_size, len(images))), device)
         with torch.no_grad():
             for names, model in models:
                 for name, features in zip(names, model.to(device)(batch), strict=True):
@@ -130,21 +134,6 @@ def extract_features(
     if cached is not None:
         disk.write_safetensors(disk.make_folder(cached.parent) / cached.name, result)
     return result
-
-
-def check_one_size(paths: Sequence[Path]) -> None:
-    """Raise RestoreError, naming the images of another size than most, unless all have one size."""
-    sizes: dict[tuple[int, int], list[str]] = {}
-    for path in paths:
-        sizes.setdefault(read_image_size(path), []).append(path.name)
-    most = max(sizes, key=lambda size: len(sizes[size]), default=None)
-    others = [f"{name} ({size[1]} x {size[0]})" for size, names in sizes.items() if size != most for name in names]
-    if others:
-        shown = ", ".join(others[:10] + ["..."] * (len(others) > 10))
-        raise RestoreError(
-            f"the images in {paths[0].parent} must have one size, most have {most[1]} x {most[0]}, got {shown}; bring"
-            " them to one or remove them"
-        )
 
 
 class VGGMeans(torch.nn.Module):
@@ -175,13 +164,39 @@ def check_set_size(n: int, part: str, allow_small: bool) -> None:
         )
 
 
+def check_reference(reference: ReferenceSet, metrics: Mapping[str, Any], options: Any, part: str) -> None:
+    """Raise RestoreError for a reference that these set metrics could not be compared with after a run.
+
+    metrics, options: as compute_set_metrics takes them. part: the reference's name in messages.
+    """
+    compared = {name for name, row in metrics.items() if not row.no_reference}
+    if compared - _find_fitted(reference, options):
+        check_set_size(len(reference), part, options.allow_small)
+        reference.check_one_size()
+    if compared & {"precision", "recall"}:
+        _check_manifold(len(reference))
+
+
+def _find_fitted(reference: ReferenceSet, options: Any) -> set[str]:
+    """The metrics that need only the statistics which the reference has."""
+    return {"fid"} if reference.statistics is not None and options.fid_layer == "2048" else set()
+
+
+def _check_manifold(count: int) -> None:
+    if count > MANIFOLD_IMAGES:
+        raise RestoreError(
+            f"precision and recall compare all pairs of images, so a set must have at most {MANIFOLD_IMAGES}, got"
+            f" {count}; give a smaller reference (ADM's evaluator takes the 10,000 images of its .npz)"
+        )
+
+
 def compute_set_metrics(
     results: Sequence[Path],
-    reference: Sequence[Path] | None,
+    reference: ReferenceSet | Sequence[Path] | None,
     metrics: Mapping[str, Any],
     options: Any,
     *,
-    full_reference: Sequence[Path] | None = None,
+    full_reference: ReferenceSet | Sequence[Path] | None = None,
     device: str = "cpu",
     batch_size: int = 32,
     cache: Path | None = None,
@@ -195,12 +210,14 @@ def compute_set_metrics(
     options.allow_small.
     """
     compared = [name for name, row in metrics.items() if not row.no_reference]
-    if compared and not reference:
+    if compared and reference is None:
         raise RestoreError(f"{', '.join(sorted(compared))} compare two sets of images; give a reference folder")
     check_set_size(len(results), "results", options.allow_small)
     networks = {name: row.network(options) for name, row in metrics.items()}
 
-    def extract(files: Sequence[Path], names: Iterable[str], cache: Path | None = None) -> dict[str, dict]:
+    def extract(
+        files: ReferenceSet | Sequence[Path], names: Iterable[str], cache: Path | None = None
+    ) -> dict[str, dict]:
         layers: dict[str, set[str]] = {}
         for network, layer in (networks[name] for name in names):
             layers.setdefault(network, set()).add(layer)
@@ -209,15 +226,19 @@ def compute_set_metrics(
 
     ours, values = extract(results, metrics), {}
     for prefix, files in (("", reference), (FULL_PREFIX, full_reference)):
-        if prefix and not (compared and files):
+        if prefix and not (compared and files is not None):
             continue
-        if compared:
+        files, computed = as_reference(files), {}
+        fitted = _find_fitted(files, options)
+        theirs = {}
+        if set(compared) - fitted:
             check_set_size(len(files), "reference", options.allow_small)
-        theirs, computed = extract(files or [], compared, cache), {}
+            theirs = extract(files, set(compared) - fitted, cache)
         for name in compared if prefix else metrics:
             if name not in computed:
                 network, layer = networks[name]
-                features, settings = theirs.get(network, {}).get(layer), metrics[name].settings(options)
+                features = files.statistics if name in fitted else theirs.get(network, {}).get(layer)
+                settings = metrics[name].settings(options)
                 computed |= metrics[name].function(ours[network][layer], features, **settings)
         # Functions that give two metrics at once (precision and recall) may give one that was not requested.
         values |= {

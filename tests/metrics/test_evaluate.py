@@ -67,7 +67,7 @@ def test_a_full_reference_is_named_apart(pair, tmp_path, inception_weights, monk
     write_images(tmp_path / "full", smooth_images(9, 32, 7))
     extracted = []
 
-    def extract(paths, network, layers, **options):
+    def extract(paths, network, layers, **options):  # files or a ReferenceSet
         extracted.append((len(paths), options["cache"] is not None))
         generator = torch.Generator().manual_seed(len(extracted))
         return {layer: torch.randn(len(paths), 5, generator=generator) for layer in layers}
@@ -76,7 +76,7 @@ def test_a_full_reference_is_named_apart(pair, tmp_path, inception_weights, monk
     monkeypatch.setattr(sets, "extract_features", extract)
     row = dataclasses.replace(table.METRICS["fid"], function=lambda a, b: {"fid": 100 * len(a) + len(b)})
     monkeypatch.setitem(table.METRICS, "fid", row)
-    row = dataclasses.replace(table.METRICS["is"], function=lambda a, b: {"is": len(a), "is_std": b is None})
+    row = dataclasses.replace(table.METRICS["is"], function=lambda a, b, **_: {"is": len(a), "is_std": b is None})
     monkeypatch.setitem(table.METRICS, "is", row)
     options = table.MetricOptions(weights={"inception": inception_weights}, allow_small=True)
     full = {"full_reference": tmp_path / "full", "options": options}

@@ -101,7 +101,10 @@ def test_bad_requests_are_refused_before_any_work(tmp_path, monkeypatch, folders
     with pytest.raises(RestoreError, match="no network 'resnet'"):
         check_metrics(select_metrics(["pr"]), MetricOptions(pr_network="resnet"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(RestoreError, match=r"weights-inception-2015-12-05-6726825d\.pth \(91 MB\)"):
+    with pytest.raises(
+        RestoreError,
+        match=r"weights-inception-2015-12-05-6726825d\.pth is missing.*91 MB.*restore models pull inception",
+    ):
         check_metrics(select_metrics(["fid"]), MetricOptions())
     options = MetricOptions(weights={"inception": inception_weights}, allow_small=True)
     with pytest.raises(RestoreError, match="reference folder"):
