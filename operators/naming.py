@@ -35,7 +35,7 @@ def lookup(name: Any, table: Mapping[str, Any], what: str) -> Any:
         return table[name]
     if isinstance(name, str) and ":" in name:
         return import_object(name, what)
-    raise RestoreError(f"unknown {what} '{_flatten(name)}'; {suggest(name, table)} (your own: module:attribute)")
+    raise RestoreError(f"unknown {what} '{flatten(name)}'; {suggest(name, table)} (your own: module:attribute)")
 
 
 def import_object(name: str, what: str) -> Any:
@@ -49,7 +49,7 @@ def import_object(name: str, what: str) -> Any:
         for part in attribute.split("."):
             value = getattr(value, part)
     except (ImportError, AttributeError, ValueError) as error:
-        raise RestoreError(f"the {what} '{_flatten(name)}' cannot be imported: {_flatten(error)}") from None
+        raise RestoreError(f"the {what} '{flatten(name)}' cannot be imported: {flatten(error)}") from None
     return value
 
 
@@ -70,8 +70,8 @@ def check_known(names: Iterable[Any], known: Iterable[str], what: str) -> None:
     known = list(known)
     for name in names:
         if name not in known:
-            raise RestoreError(f"{what} '{_flatten(name)}'; {suggest(name, known)}")
+            raise RestoreError(f"{what} '{flatten(name)}'; {suggest(name, known)}")
 
 
-def _flatten(value: Any) -> str:
+def flatten(value: Any) -> str:
     return " ".join(str(value).split())

@@ -8,6 +8,7 @@ import inspect
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from PIL import Image
 
 import operators
 import restore
+from operators import ranges
 from restore import guidance as guidances
 from restore import samplers
 from restore.app import cli, options
@@ -68,11 +70,13 @@ def literal(text):
     return float("inf") if text == "inf" else ast.literal_eval(text)
 
 
-def check_options(text, parameters):
-    rows = table(text, "option")
-    assert set(rows) == set(parameters)
-    for name, (default, *rest) in rows.items():
-        assert len(rest) == 3 and all(rest), name
+def check_options(text, function, parameters):
+    """Names, defaults and ranges in a page are those of the signature."""
+    rows, hints = table(text, "option"), ranges.read_hints(function)
+    assert set(rows) == set(parameters) <= set(hints)
+    for name, (default, allowed, *rest) in rows.items():
+        assert len(rest) == 2 and all(rest), name
+        assert hints[name] is Any or allowed == ranges.describe(hints[name]), name
         known = parameters[name].default
         if known is inspect.Parameter.empty:
             assert default == "required", name
@@ -114,21 +118,21 @@ def test_every_sampler_and_guidance_has_a_page():
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_options_of_a_sampler(name):
-    own = samplers.sampler_parameters(generate if name == "generate" else name)
-    check_options(page("samplers", name), own)
+    function = generate if name == "generate" else samplers.find_sampler(name)
+    check_options(page("samplers", name), function, samplers.sampler_parameters(function))
 
 
 @pytest.mark.parametrize("name", GUIDANCE)
 def test_options_of_a_guidance(name):
     """Python's signature, which is what YAML takes, with every field of a term."""
     stated = dict(inspect.signature(GUIDANCE[name]).parameters)
-    check_options(page("guidance", name), stated)
+    check_options(page("guidance", name), GUIDANCE[name], stated)
     assert GUIDANCE[name] is guidances.TERMS[name]
     assert inspect.signature(base.Term).parameters.keys() <= stated.keys()
 
 
 def test_targets_and_their_options():
-    check_options(page("guidance", "seg"), inspect.signature(targets.seg).parameters)
+    check_options(page("guidance", "seg"), targets.seg, inspect.signature(targets.seg).parameters)
     rows = table(page("guidance", "pag"), "target")
     assert set(rows) == set(targets.TARGETS)
     for name, (_, given) in rows.items():

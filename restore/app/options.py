@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import sys
@@ -94,28 +93,27 @@ def check_settings(settings: dict[str, Any], sampler: str | None, options: Itera
     """Check a sampler's settings before a model is loaded.
 
     sampler: None if the backbone decides; then the settings of every sampler are accepted. options: the command's own
-    options. Raises RestoreError for a setting that is an option, one that the sampler does not have, and a value that
-    should be a number and is not.
+    options. Raises RestoreError for a setting that is an option, one that the sampler does not have, and one out of its
+    range.
     """
+    from operators import ranges
     from operators.naming import check_known
     from restore import samplers
 
     for name, value in settings.items():
         if name in options:
             raise RestoreError(f"'{name}' is an option, not a setting: {name}={value}")
-    known: dict[str, Any] = {}
-    for function in samplers.SAMPLERS if sampler is None else [sampler]:
-        known |= samplers.sampler_parameters(function)
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        return
+    known: dict[str, list[Any]] = {}  # the ranges of a parameter in all samplers that have it
+    for function in map(samplers.find_sampler, samplers.SAMPLERS if sampler is None else [sampler]):
+        own, hints = samplers.sampler_parameters(function), ranges.read_hints(function)
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
+            return
+        for name in own:
+            known.setdefault(name, []).append(hints.get(name, Any))
     check_known(settings, known, "no sampler has the parameter" if sampler is None else f"sampler {sampler} has no")
     for name, value in settings.items():
-        kind = str(known[name].annotation)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if re.match(r"float|int", kind) and not number and not (value is None and "None" in kind):
-            raise RestoreError(f"{name} must be a finite number, got {value!r}")
-        if isinstance(value, (list, dict)) and re.match(r"bool|str", kind):
-            raise RestoreError(f"{name} must be a single value, got {value!r}")
+        if not any(ranges.fits(value, hint) for hint in known[name]):
+            ranges.check(value, known[name][0], name)
 
 
 def parse_steps(steps: str | None) -> int | str | None:

@@ -22,7 +22,6 @@ from restore.backbones.base import AttentionLayer
 from restore.backbones.forwards import replace_forward
 from restore.guidance.targets import AttentionRecord, Draw, LinearRecord, SeededDraw, Target, index_tokens
 
-SCOPES = ("joint", "image", "cross")
 # Whether a processor of joint attention, with image and text tokens in one sequence, puts the image first.
 IMAGE_FIRST = {
     "JointAttnProcessor2_0": True,  # SD3

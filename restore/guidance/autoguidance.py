@@ -31,6 +31,8 @@ class Autoguidance(Term):
         super().__post_init__()
         if isinstance(self.model, Path):
             object.__setattr__(self, "model", str(self.model))
+        if not isinstance(self.model, str) and not hasattr(self.model, "predict"):
+            raise RestoreError(f"model of autoguidance must be a name, a file or a backbone, got {self.model!r}")
 
     def bind(self, backbone: Backbone) -> WeakPass:
         """Raises RestoreError for a model that does not load, or has other images or another kind of noise."""

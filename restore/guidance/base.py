@@ -14,17 +14,19 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
 from operators import RestoreError
 from operators.naming import lookup
+from operators.ranges import Names, Range
 from restore.backbones.base import Backbone, Prediction
 from restore.backbones.forwards import find_compiled, run_uncompiled
 from restore.backbones.prefix import ChangedInPlace, Tape, Trace
 from restore.guidance.combine import find_combination, weighted_sum
+from restore.guidance.options import check_options
 
 # Factors on the scale by u = t / T, T the noisiest time (u falls from 1 to 0 in sampling), each of mean 1 over u, so
 # that s keeps its meaning. The falling ones are those of Wang et al. 2024: weak in the noise, strong at the end.
@@ -33,6 +35,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda u: 2 * (1 - u),
     "cosine": lambda u: 1 + math.cos(math.pi * u),
 }
+Time = Annotated[float, Range(-math.inf, math.inf)]
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class WeakPass:
 @dataclass(frozen=True)
 class Term:
     """One term of a guidance, the base of PAG, CFG and the others. `a + b` is a Guidance with both. A subclass is a
-    frozen dataclass that adds its options and `bind`.
+    frozen dataclass that adds its options, whose annotations are their ranges (operators.ranges), and `bind`.
 
     scale: s; 0 is off: no weak pass is run.
     interval: (t_high, t_low), the times between which the guidance acts, both included; None: always.
@@ -61,17 +64,15 @@ class Term:
     """
 
     scale: float
-    interval: tuple[float, float] | None = field(default=None, kw_only=True)
-    schedule: str | Callable[[float], float] = field(default="constant", kw_only=True)
+    interval: tuple[Time, Time] | None = field(default=None, kw_only=True)
+    schedule: Annotated[str | Callable[[float], float], Names(SCHEDULES)] = field(default="constant", kw_only=True)
 
     def __post_init__(self):
-        if not (isinstance(self.scale, (int, float)) and math.isfinite(self.scale)):
-            raise RestoreError(f"scale of a guidance must be a finite number, got {self.scale!r}")
-        interval = self.interval
-        if interval is not None:
-            if isinstance(interval, str) or len(interval) != 2 or interval[0] < interval[1]:
-                raise RestoreError(f"interval must be (t_high, t_low) with t_high >= t_low, got {interval!r}")
-            object.__setattr__(self, "interval", tuple(interval))
+        check_options(self)
+        if self.interval is not None:
+            if self.interval[0] < self.interval[1]:
+                raise RestoreError(f"interval must be (t_high, t_low) with t_high >= t_low, got {self.interval!r}")
+            object.__setattr__(self, "interval", tuple(self.interval))
         if not callable(self.schedule):
             lookup(self.schedule, SCHEDULES, "guidance schedule")
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from operators import RestoreError
 from operators.naming import lookup
-from restore.guidance.options import construct, parse_spec
+from operators.ranges import Positive, Range, Share
+from restore.guidance.options import check_options, construct, parse_spec
 
 Weak = list[tuple[float, torch.Tensor]]
 
@@ -32,14 +33,13 @@ def weighted_sum(eps: torch.Tensor, weak: Weak) -> torch.Tensor:
 class Rescale:
     """The sum, rescaled to the strong prediction's standard deviation, per image (Lin et al. 2024, eqs. 14-16).
 
-    phi: share of the rescaled prediction in the result, 0 (the plain sum) to 1.
+    phi: share of the rescaled prediction in the result; 0 is the plain sum.
     """
 
-    phi: float = 0.7
+    phi: Share = 0.7
 
     def __post_init__(self):
-        if not 0 <= self.phi <= 1:
-            raise RestoreError(f"phi of rescale must be in [0, 1], got {self.phi}")
+        check_options(self)
 
     def __call__(self, eps: torch.Tensor, weak: Weak) -> torch.Tensor:
         guided = weighted_sum(eps, weak)
@@ -61,14 +61,11 @@ class APG:
     """
 
     eta: float = 0.0
-    momentum: float = -0.5
-    threshold: float | None = None
+    momentum: Annotated[float, Range(above=-1, below=1)] = -0.5
+    threshold: Positive | None = None
 
     def __post_init__(self):
-        if not abs(self.momentum) < 1:
-            raise RestoreError(f"momentum of apg must be in (-1, 1), got {self.momentum}")
-        if self.threshold is not None and not self.threshold > 0:
-            raise RestoreError(f"threshold of apg must be positive or None, got {self.threshold}")
+        check_options(self)
 
     def bind(self, backbone) -> Callable[..., torch.Tensor]:
         """Return the function of one run, which remembers only its own steps."""

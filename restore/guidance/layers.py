@@ -5,20 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 from torch import nn
 
 from operators import RestoreError
 from operators.naming import suggest
+from operators.ranges import Range, Share, fits
 from restore.backbones.base import AttentionLayer
 
 INNER = re.compile(r"\.transformer_blocks\.\d+\.attn1$")
 LOOSE = {"input_blocks.": "input", "middle_block.": "middle.", "output_blocks.": "output"}
 
 Attention = Mapping[str, AttentionLayer]  # by path, as `Backbone.attention`
-Heads = int | Sequence[int] | Mapping[str, Sequence[int]] | None
-Strength = float | Mapping[str, float | Mapping[int, float]]
+Head = Annotated[int, Range(0)]
+Heads = Head | Sequence[Head] | Mapping[str, Head | Sequence[Head]] | None
+Strength = Share | Mapping[str, Share | Mapping[int, Share]]
 LayerHeads = tuple[AttentionLayer, tuple[int, ...] | None]  # a layer with some of its heads; None: all of them
 
 
@@ -94,7 +96,7 @@ def find_cross_attention(layer: AttentionLayer, network: nn.Module) -> Attention
 def normalize_strength(strength: Strength) -> Strength:
     """Return u in [0, 1], {"i5": u} or {"i5": {0: u, 3: u}}, heads as integers. Raises RestoreError otherwise."""
     if not isinstance(strength, Mapping):
-        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
+        if not fits(strength, Share):
             raise RestoreError(f"strength must be a number in [0, 1], got {strength!r}")
         return strength
     result: dict[str, Any] = {}

@@ -12,6 +12,7 @@ import torch
 
 from operators import RestoreError
 from operators.naming import check_known
+from operators.ranges import check_values, read_hints
 
 
 def parse_spec(spec: Any, what: str) -> tuple[str, dict[str, Any]]:
@@ -28,13 +29,20 @@ def parse_spec(spec: Any, what: str) -> tuple[str, dict[str, Any]]:
 
 
 def construct(make: Callable, options: Mapping[str, Any], what: str) -> Any:
-    """Return make(**options). Raises RestoreError for an unknown option, and if a required one is missing."""
+    """Return make(**options). Raises RestoreError for an unknown option, one out of range, and a missing one."""
     known = inspect.signature(make).parameters
     check_known(options, known, f"{what} has no option")
     missing = [name for name, item in known.items() if item.default is item.empty and name not in options]
     if missing:
         raise RestoreError(f"{what} needs the option '{missing[0]}'")
+    if inspect.isfunction(make):
+        check_values(options, read_hints(make), f" of {what}")
     return make(**options)
+
+
+def check_options(part: Any) -> None:
+    """Raise RestoreError if a field of a dataclass, such as a term, is out of its range (see operators.ranges)."""
+    check_values(vars(part), read_hints(type(part)), f" of {type(part).__name__.lower()}")
 
 
 def describe_spec(value: Any, table: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 
 from operators import RestoreError
-from operators.naming import check_known, lookup
+from operators.naming import lookup
+from operators.ranges import Count, Names, Seed
 from restore.backbones.base import Backbone, Prediction
-from restore.guidance.attention import SCOPES, PerturbedLayer, perturb_attention
+from restore.guidance.attention import PerturbedLayer, perturb_attention
 from restore.guidance.base import Term, WeakPass
 from restore.guidance.layers import (
     Heads,
@@ -30,7 +31,7 @@ from restore.guidance.layers import (
     split_by_strength,
 )
 from restore.guidance.options import freeze
-from restore.guidance.targets import Draw, SeededDraw, Target, find_target
+from restore.guidance.targets import TARGETS, Draw, SeededDraw, Target, find_target
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class PAG(Term):
     heads: only these heads: indices for every layer, or a mapping from layer name to indices; None: all.
     target: A', a name in restore.guidance.targets.TARGETS ("identity" is PAG), {name: options} such as
         {"seg": {"sigma": 4}}, a function of an AttentionRecord or its "module:function".
-    strength: u, in [0, 1]; or one for each of the chosen layers or heads, {"i5": {0: 0.5, 3: 1.0}, "m1": 0.3}.
+    strength: u; or one for each of the chosen layers or heads, {"i5": {0: 0.5, 3: 1.0}, "m1": 0.3}.
     noise: of the random targets: a seed (the draw then depends only on seed, t and layer, and is shared by the
         images of a batch) or a function (kind, shape) -> tensor, kind "uniform" or "normal", or its name.
     scope: where image and text tokens attend jointly, "joint" perturbs the map of all, "image" that of the image.
@@ -52,19 +53,16 @@ class PAG(Term):
 
     layers: str | Sequence[str]
     heads: Heads = None
-    target: str | Mapping[str, Any] | Target = "identity"
+    target: Annotated[str | Mapping[str, Any] | Target, Names(TARGETS)] = "identity"
     strength: Strength = 1.0
-    noise: int | str | Draw = field(default=0, kw_only=True)
-    scope: str = field(default="joint", kw_only=True)
-    random_layers: int | None = field(default=None, kw_only=True)
+    noise: Seed | str | Draw = field(default=0, kw_only=True)
+    scope: Literal["joint", "image", "cross"] = field(default="joint", kw_only=True)
+    random_layers: Count | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
+        object.__setattr__(self, "strength", normalize_strength(self.strength))
         super().__post_init__()
         find_target(self.target)
-        check_known([self.scope], SCOPES, "guidance.pag has no scope")
-        if self.random_layers is not None and self.random_layers < 1:
-            raise RestoreError(f"random_layers must be a whole number from 1 on, or None, got {self.random_layers}")
-        object.__setattr__(self, "strength", normalize_strength(self.strength))
         for name in ("layers", "heads"):
             object.__setattr__(self, name, freeze(getattr(self, name)))
 

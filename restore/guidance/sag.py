@@ -6,13 +6,14 @@ x̄ = alpha (M · blur(x0_hat) + (1 − M) · x0_hat) + sigma eps,      eps_weak
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from kornia.filters import gaussian_blur2d
 
 from operators import RestoreError
+from operators.ranges import NonNegative, Positive, Range
 from restore.backbones.base import AttentionLayer, Backbone, Prediction
 from restore.guidance.attention import observe_attention
 from restore.guidance.base import Term, WeakPass, require_prior
@@ -28,19 +29,14 @@ class SAG(Term):
 
     layers: the one self-attention layer that is observed in the strong pass; "i5:0,3" for the mean of two heads.
     threshold: M = 1 where a key token gets more attention than this, in units of a uniform map's.
-    sigma, taps: standard deviation and (odd) size of the Gaussian blur, in cells of x; None: 9 and 31 in pixels (the
+    sigma, taps: standard deviation and size of the Gaussian blur, in cells of x; None: 9 and 31 in pixels (the
         code of PAG's comparison), 1 and 9 in latents (diffusers).
     """
 
     layers: str = "m1"
-    threshold: float = 1.0
-    sigma: float | None = None
-    taps: int | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if (self.sigma is not None and not self.sigma > 0) or (self.taps is not None and not self.taps % 2 == 1):
-            raise RestoreError(f"sag needs a positive sigma and odd taps, got {self.sigma} and {self.taps}")
+    threshold: NonNegative = 1.0
+    sigma: Positive | None = None
+    taps: Annotated[int, Range(1, odd=True)] | None = None
 
     def bind(self, backbone: Backbone) -> WeakPass:
         """Raises RestoreError for an unknown layer, several layers, and inside a diffusers pipeline."""

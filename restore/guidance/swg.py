@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from operators import RestoreError
+from operators.ranges import Count, Range
 from restore.backbones.base import Backbone
 from restore.guidance.autoguidance import predict_by, unwrap, wrap_like
 from restore.guidance.base import Term, WeakPass, require_prior
@@ -17,15 +19,14 @@ class SWG(Term):
     window: side in pixels, less than the prior's resolution. overlap: the fraction shared with a neighbour.
     """
 
-    window: int
-    overlap: float = 0.5
+    window: Count
+    overlap: Annotated[float, Range(0, below=1)] = 0.5
 
     def bind(self, backbone: Backbone) -> WeakPass:
         """Raises RestoreError for a window that the network does not support or that is not smaller than its images."""
         require_prior(backbone, "swg")
         inner = unwrap(backbone)
         step, limit = inner.downscale * inner.multiple, inner.downscale * inner.resolution
-        if self.window % step or not 0 < self.window < limit or not 0 <= self.overlap < 1:
-            given = f"{self.window} and {self.overlap}"
-            raise RestoreError(f"swg needs a window < {limit}, a multiple of {step}, overlap in [0, 1), got {given}")
+        if self.window % step or self.window >= limit:
+            raise RestoreError(f"window of swg must be below {limit} and a multiple of {step}, got {self.window}")
         return predict_by(wrap_like(backbone, inner, self.window // inner.downscale, self.overlap), backbone)

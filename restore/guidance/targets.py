@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -19,8 +19,11 @@ from kornia.filters import gaussian_blur2d
 
 from operators import RestoreError
 from operators.naming import lookup
+from operators.ranges import NonNegative, Positive, Range, enforce_ranges
 from restore.guidance.options import construct, parse_spec
 
+Rate = Annotated[float, Range(0, below=1)]
+Taps = Annotated[int, Range(1, odd=True)]
 Draw = Callable[[str, tuple[int, ...]], torch.Tensor]
 
 
@@ -83,11 +86,6 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _require(valid: bool, message: str) -> None:
-    if not valid:
-        raise RestoreError(message)
-
-
 def index_tokens(heads: Sequence[int] | None, tokens: slice | None) -> tuple:
     """Return the index of these heads and tokens in (B, heads, tokens, ...); None: all of them."""
     return tuple(slice(None) if part is None else part for part in (None, heads and list(heads), tokens))
@@ -122,13 +120,13 @@ def mean_query(a: AttentionRecord) -> torch.Tensor:
     return out.expand(*a.q.shape[:-1], a.v.shape[-1])
 
 
-def seg(sigma: float = math.inf) -> Target:
+@enforce_ranges
+def seg(sigma: Annotated[float, Range(above=0, high=math.inf)] = math.inf) -> Target:
     """A' of queries blurred on the grid of image tokens (SEG, Hong 2024).
 
     sigma: of the Gaussian blur, in tokens, reflected at the border; infinite: mean_query. The kernel reaches 3 sigma,
         at most half the grid's side, as in the authors' code. Queries of text tokens are unchanged.
     """
-    _require(sigma > 0, f"sigma must be positive, got {sigma}")
     if sigma == math.inf:
         return mean_query
     taps = math.ceil(6 * sigma) + 1 - math.ceil(6 * sigma) % 2
@@ -153,9 +151,9 @@ def maximum(a: AttentionRecord) -> torch.Tensor:
     return a.v.gather(-2, best.expand(*best.shape[:-1], a.v.shape[-1]))
 
 
-def temperature(tau: float = 2.0) -> Target:
+@enforce_ranges
+def temperature(tau: Positive = 2.0) -> Target:
     """A' = softmax(log A / tau): tau < 1 sharpens, tau > 1 flattens."""
-    _require(tau > 0, f"tau must be positive, got {tau}")
 
     def target(a: AttentionRecord) -> torch.Tensor:
         return a.under(F.softmax(a.logits() / tau, dim=-1))
@@ -163,12 +161,12 @@ def temperature(tau: float = 2.0) -> Target:
     return target
 
 
-def random_mask(rate: float = 0.25, diagonal: bool = True) -> Target:
+@enforce_ranges
+def random_mask(rate: Rate = 0.25, diagonal: bool = True) -> Target:
     """A with a share `rate` of its entries masked before the softmax, which re-normalises the rows (PAG, Table 9).
 
     diagonal=False masks off-diagonal entries only. A row without any entry left keeps that of its largest draw.
     """
-    _require(0 <= rate < 1, f"rate must be in [0, 1), got {rate}")
 
     def target(a: AttentionRecord) -> torch.Tensor:
         raw = a.logits()
@@ -183,9 +181,9 @@ def random_mask(rate: float = 0.25, diagonal: bool = True) -> Target:
     return target
 
 
-def random_drop(rate: float = 0.25) -> Target:
+@enforce_ranges
+def random_drop(rate: Rate = 0.25) -> Target:
     """A with a share `rate` of its entries set to zero after the softmax, the rows not re-normalised."""
-    _require(0 <= rate < 1, f"rate must be in [0, 1), got {rate}")
 
     def target(a: AttentionRecord) -> torch.Tensor:
         weights = a.map()
@@ -194,7 +192,8 @@ def random_drop(rate: float = 0.25) -> Target:
     return target
 
 
-def noise(sigma: float = 0.1) -> Target:
+@enforce_ranges
+def noise(sigma: NonNegative = 0.1) -> Target:
     """A' = A + sigma·N(0, 1), not re-normalised (PAG, Table 9)."""
 
     def target(a: AttentionRecord) -> torch.Tensor:
@@ -204,10 +203,9 @@ def noise(sigma: float = 0.1) -> Target:
     return target
 
 
-def blur(kernel: int = 5, sigma: float = 1.0) -> Target:
+@enforce_ranges
+def blur(kernel: Taps = 5, sigma: Positive = 1.0) -> Target:
     """Gaussian blur of the (queries × keys) matrix itself, reflected at its border (PAG, Table 9)."""
-    _require(kernel % 2 == 1 and kernel > 0, f"kernel must be a positive odd number, got {kernel}")
-    _require(sigma > 0, f"sigma must be positive, got {sigma}")
 
     def target(a: AttentionRecord) -> torch.Tensor:
         return a.under(gaussian_blur2d(a.map(), (kernel, kernel), (sigma, sigma), "reflect"))
@@ -215,9 +213,9 @@ def blur(kernel: int = 5, sigma: float = 1.0) -> Target:
     return target
 
 
-def average(kernel: int = 3) -> Target:
+@enforce_ranges
+def average(kernel: Taps = 3) -> Target:
     """Box blur of the (queries × keys) matrix itself, zeros beyond its border counted in the mean."""
-    _require(kernel % 2 == 1 and kernel > 0, f"kernel must be a positive odd number, got {kernel}")
 
     def target(a: AttentionRecord) -> torch.Tensor:
         weights = a.map()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from operators import RestoreError
+from operators.ranges import Seed
 from restore.backbones.base import AttentionLayer, Backbone, Prediction
 from restore.backbones.forwards import replace_forward
 from restore.guidance.base import Term, WeakPass
@@ -30,7 +31,7 @@ class TPG(Term):
     """
 
     layers: str | Sequence[str]
-    noise: int = 0
+    noise: Seed = 0
 
     def __post_init__(self):
         super().__post_init__()

@@ -12,6 +12,7 @@ import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
 from operators import RestoreError
+from operators.ranges import NonNegative, Seed
 from restore.backbones.base import Backbone, Prediction
 from restore.backbones.forwards import replace_forward
 from restore.guidance.base import Term, WeakPass
@@ -33,14 +34,14 @@ class TSG(Term):
     noise: a seed: n depends only on it and t, and is shared by the images of a batch.
     """
 
-    s: float = 2.0
-    alpha: float = 1.0
+    s: NonNegative = 2.0
+    alpha: NonNegative = 1.0
     shift: float = 0.0
-    noise: int = 0
+    noise: Seed = 0
 
     def __post_init__(self):
         super().__post_init__()
-        if self.s < 0 or not (self.s or self.shift):
+        if not (self.s or self.shift):
             raise RestoreError(f"tsg needs s > 0 or a shift, got s={self.s} and shift={self.shift}")
 
     def bind(self, backbone: Backbone) -> WeakPass:

@@ -17,12 +17,13 @@ guidance: a `restore.guidance.Guidance` for the update; terms against the data s
 condition: what the prior takes as such: classes (B,), embeddings, None for none.
 callback: called after every step with one dict, see `restore.samplers.steps.report`.
 
-`own` are the algorithm's parameters; those without default must be given. Some mean the same in every sampler:
+`own` are the algorithm's parameters; those without default must be given. Their annotations are their ranges (see
+`operators.ranges`), which every call checks. Some mean the same in every sampler:
 
 sigma_y: standard deviation of the Gaussian noise of y, on [-1, 1]; None: that of the operator's noise, 0 if it has
     none. Raises RestoreError if y = A x + n is not linear and Gaussian.
 clip: clamp x0_hat to [-1, 1]; None: if the prior's x_0 lies there (`prior.bounded`).
-start_from: where the first x comes from, see `restore.samplers.steps.STARTS`.
+start_from: where the first x comes from, see `restore.samplers.steps.reconstruct`.
 data_norm: norm of y - A(x) per image, see `restore.samplers.likelihood.find_data_norm`.
 decoder_sigma: on latents, see `restore.samplers.consistency.decode_consistently`.
 
@@ -40,6 +41,7 @@ from typing import Any
 
 from operators import RestoreError
 from operators.naming import check_known, lookup
+from operators.ranges import check_values, read_hints
 
 SAMPLERS = {  # imported when used
     "daps": "restore.samplers.daps:daps",
@@ -82,11 +84,14 @@ def sampler_parameters(sampler: str | Callable) -> dict[str, inspect.Parameter]:
 
 
 def check_parameters(sampler: str | Callable, parameters: Mapping[str, Any], complete: bool = True) -> None:
-    """Raise RestoreError for a parameter that the sampler does not have and, if `complete`, for a missing one."""
+    """Raise RestoreError for a parameter that the sampler does not have, a value outside of its range and, if
+    `complete`, a missing parameter."""
     own = sampler_parameters(sampler)
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
-        return
-    check_known(parameters, own, f"sampler {sampler_name(sampler)} has no parameter")
-    for name, parameter in own.items():
-        if complete and parameter.default is parameter.empty and parameters.get(name) is None:
-            raise RestoreError(f"sampler {sampler_name(sampler)} needs the parameter '{name}', which no preset gives")
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
+        check_known(parameters, own, f"sampler {sampler_name(sampler)} has no parameter")
+        for name, parameter in own.items():
+            if complete and parameter.default is parameter.empty and parameters.get(name) is None:
+                raise RestoreError(
+                    f"sampler {sampler_name(sampler)} needs the parameter '{name}', which no preset gives"
+                )
+    check_values(parameters, read_hints(find_sampler(sampler)))

@@ -6,7 +6,6 @@ import torch
 
 import operators
 from operators import RestoreError
-from operators.validate import require_number
 from restore.samplers.likelihood import SIGMA_Y_FLOOR
 
 
@@ -19,12 +18,10 @@ def encode_change(prior, z0: torch.Tensor, image: torch.Tensor, changed: torch.T
     return changed if prior.downscale == 1 else z0 + prior.encode(changed) - prior.encode(image)
 
 
-def require_decoder_sigma(prior, decoder_sigma: float) -> float:
-    """Return decoder_sigma as a float. Raises RestoreError if it is negative, or positive for a pixel prior."""
-    decoder_sigma = require_number(decoder_sigma, "decoder_sigma", low=0.0)
+def check_decoder_sigma(prior, decoder_sigma: float) -> None:
+    """Raise RestoreError if decoder_sigma is positive for a pixel prior."""
     if decoder_sigma and prior.downscale == 1:
         raise RestoreError(f"decoder_sigma must be 0 for a pixel prior, which has no decoder, got {decoder_sigma:g}")
-    return decoder_sigma
 
 
 def decode_consistently(prior, operator, y, z0: torch.Tensor, sigma_y: float, decoder_sigma: float) -> torch.Tensor:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
+from typing import Annotated, Literal
 
 import torch
 
-from operators.naming import check_known
+from operators import RestoreError
+from operators.ranges import Count, Positive, Range, Share, enforce_ranges
 from restore.backbones.schedule import Schedule
 from restore.guidance import estimator
-from restore.samplers.likelihood import find_data_norm, likelihood_variance
+from restore.samplers.likelihood import DataNorm, find_data_norm, likelihood_variance
 from restore.samplers.steps import report, require_finite
 
 
+@enforce_ranges
 def daps(
     prior,
     operator,
@@ -24,18 +26,18 @@ def daps(
     guidance=None,
     condition=None,
     callback=None,
-    sigma_max: float = 100.0,
-    sigma_min: float = 0.1,
-    ode_steps: int = 5,
-    ode_sigma_min: float = 0.01,
-    mcmc_steps: int = 100,
-    lr: float = 1e-4,
-    lr_min_ratio: float = 0.01,
-    tau: float | None = 0.01,
-    momentum: float = 0.0,
-    conditional: str = "gaussian",
-    data_norm: str | Callable | None = None,
-    latent_clamp: float | None = None,
+    sigma_max: Positive = 100.0,
+    sigma_min: Positive = 0.1,
+    ode_steps: Count = 5,
+    ode_sigma_min: Positive = 0.01,
+    mcmc_steps: Annotated[int, Range(0)] = 100,
+    lr: Positive = 1e-4,
+    lr_min_ratio: Share = 0.01,
+    tau: Positive | None = 0.01,
+    momentum: Annotated[float, Range(0, below=1)] = 0.0,
+    conditional: Literal["gaussian", "exact"] = "gaussian",
+    data_norm: DataNorm | None = None,
+    latent_clamp: Positive | None = None,
 ) -> torch.Tensor:
     """Sample x_0 ~ p(x_0 | y) approximately: at every noise level sigma_k, in coordinates x = x_0 + sigma n,
 
@@ -54,15 +56,17 @@ def daps(
         linearly by the last. A step is stable if lr (2 s² / tau² + 1 / sigma_k²) < 2, s the norm of A.
     tau: the likelihood's standard deviation is tau / sqrt(2) on [-1, 1]; the published 0.01 belongs to sigma_y = 0.05.
         None: from the operator's noise, which makes it the true likelihood.
-    momentum: of the Langevin steps, in [0, 1); above 0 they are the Hamiltonian Monte Carlo of the authors' code.
+    momentum: of the Langevin steps; above 0 they are the Hamiltonian Monte Carlo of the authors' code.
     conditional: "gaussian", as above, or "exact": the score at ode_sigma_min and N(x_k; x_0, sigma_k²) take the place
         of N(x_0; x0_hat, sigma_k²). Exact in the limit of many Langevin steps; one more evaluation for each.
     latent_clamp: on latents, largest entry of the data term's gradient before the division by tau² (the authors': 1).
     callback: also z0_hat and z0_y, not decoded; eps is the ODE's first, residual x0_y's, `used` has tau and sigma_max.
     """
-    check_known([conditional], ("gaussian", "exact"), "unknown conditional")
     schedule, norm, variance = prior.schedule, find_data_norm(operator, data_norm), likelihood_variance(operator, tau)
     sigma_max = min(sigma_max, float(schedule.ratios[-1]))
+    if max(sigma_min, ode_sigma_min) > sigma_max:
+        given = f"{sigma_min:g} and {ode_sigma_min:g}"
+        raise RestoreError(f"sigma_min and ode_sigma_min must be at most sigma_max, {sigma_max:g}, got {given}")
     sigmas = annealing_levels(schedule, steps, sigma_max, sigma_min)
     shape = (len(y), *prior.shape)
     x = sigmas[0] * noise(0, shape, "start")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 import operators
-from operators import RestoreError
-from operators.naming import check_known
+from operators.ranges import Count, NonNegative, Share, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.likelihood import SIGMA_Y_FLOOR, require_linear_gaussian
 from restore.samplers.steps import levels, report, require_finite
 
 
+@enforce_ranges
 @torch.no_grad()
 def ddnm(
     prior,
@@ -24,11 +26,11 @@ def ddnm(
     guidance=None,
     condition=None,
     callback=None,
-    eta: float = 0.85,
-    sigma_y: float | None = None,
-    travel_length: int = 1,
-    travel_repeat: int = 1,
-    travel_from: str = "x_s",
+    eta: Share = 0.85,
+    sigma_y: NonNegative | None = None,
+    travel_length: Count = 1,
+    travel_repeat: Count = 1,
+    travel_from: Literal["x_s", "x0"] = "x_s",
     clip: bool | None = False,
 ) -> torch.Tensor:
     """Sample x_0 ~ p(x_0 | y) approximately: the range of A^T is taken from y, its complement from the prior,
@@ -45,7 +47,6 @@ def ddnm(
     travel_length, travel_repeat: l and r of time travel: every l steps are walked r times (Algorithm 2).
     travel_from: what is noised to travel back: x_s, or x0_hat without the correction as in the authors' code ("x0").
     """
-    check_known([travel_from], ("x_s", "x0"), "unknown travel_from")
     sigma_y = require_linear_gaussian("ddnm", prior, operator, sigma_y)
     prior = normalise(prior, "vp")
     clip = prior.bounded if clip is None else clip
@@ -93,8 +94,6 @@ def spectral_step(s, x0_bar, y_bar, sigma_y: float, eta: float, alpha: float, si
 def travel_order(n: int, length: int, repeat: int) -> list[int]:
     """Return steps 0 (noisiest) to n - 1 in the order of their evaluation: blocks of `length` steps, each walked
     `repeat` times, except for the last step and the first (n - 1) % length."""
-    if length < 1 or repeat < 1:
-        raise RestoreError(f"travel_length and travel_repeat must be at least 1, got {length} and {repeat}")
     first = (n - 1) % length
     blocks = (range(i, i + length) for i in range(first, n - 1, length))
     return [*range(first), *(i for block in blocks for _ in range(repeat) for i in block), n - 1]

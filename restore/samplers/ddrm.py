@@ -7,12 +7,14 @@ from itertools import pairwise
 import torch
 
 import operators
+from operators.ranges import NonNegative, Share, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.likelihood import SIGMA_Y_FLOOR, require_linear_gaussian
 from restore.samplers.steps import levels, report, require_finite
 
 
+@enforce_ranges
 @torch.no_grad()
 def ddrm(
     prior,
@@ -24,9 +26,9 @@ def ddrm(
     guidance=None,
     condition=None,
     callback=None,
-    eta: float = 0.85,
-    eta_b: float = 1.0,
-    sigma_y: float | None = None,
+    eta: Share = 0.85,
+    eta_b: Share = 1.0,
+    sigma_y: NonNegative | None = None,
     clip: bool | None = False,
 ) -> torch.Tensor:
     """Sample x_0 ~ p(x_0 | y) approximately. With A = U S V^T, x_bar = V^T x / alpha and y_bar = S^+ U^T y, every

@@ -7,15 +7,17 @@ from itertools import pairwise
 import torch
 
 import operators
+from operators.ranges import NonNegative, Positive, Share, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
-from restore.samplers.consistency import decode_consistently, encode_change, require_decoder_sigma
+from restore.samplers.consistency import check_decoder_sigma, decode_consistently, encode_change
 from restore.samplers.likelihood import require_linear_gaussian
-from restore.samplers.steps import initialise, levels, report, require_finite
+from restore.samplers.steps import Start, initialise, levels, report, require_finite
 
 AUTHORS_SIGMA_Y_FLOOR = 0.002  # of the authors' code, 0.001 on [0, 1]
 
 
+@enforce_ranges
 @torch.no_grad()
 def diffpir(
     prior,
@@ -27,11 +29,11 @@ def diffpir(
     guidance=None,
     condition=None,
     callback=None,
-    lam: float = 1.75,
-    zeta: float = 0.3,
-    sigma_y: float | None = None,
-    start_from: str = "noise",
-    decoder_sigma: float = 0.0,
+    lam: Positive = 1.75,
+    zeta: Share = 0.3,
+    sigma_y: NonNegative | None = None,
+    start_from: Start = "noise",
+    decoder_sigma: NonNegative = 0.0,
     clip: bool | None = None,
 ) -> torch.Tensor:
     """Sample x_0 ~ p(x_0 | y) approximately: every step replaces x0_hat by the nearest point that explains y,
@@ -45,10 +47,10 @@ def diffpir(
     operator: a linear one (see operators.prox_l2). guidance: makes x0_hat, hence the data step and the implied noise.
     steps, start_from: "quad:N", denser at the clean end, and "measurement" are the authors'.
     lam: lambda with sigma_y on [-1, 1]. The authors state sigma_y on [0, 1], which makes theirs 4 lam.
-    zeta: share of fresh noise, 0 to 1.
+    zeta: share of fresh noise.
     """
     sigma_y = max(require_linear_gaussian("diffpir", prior, operator, sigma_y, latents=True), AUTHORS_SIGMA_Y_FLOOR)
-    decoder_sigma = require_decoder_sigma(prior, decoder_sigma)
+    check_decoder_sigma(prior, decoder_sigma)
     prior = normalise(prior, "vp")
     clip = prior.bounded if clip is None else clip
     visited = levels(prior.schedule, steps)

@@ -8,7 +8,7 @@ import torch
 
 import operators
 from operators import RestoreError
-from operators.validate import require_number
+from operators.ranges import NonNegative, Positive, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.likelihood import require_linear_gaussian
@@ -17,6 +17,7 @@ from restore.samplers.steps import reconstruct, report, require_finite
 LAST_LEVEL_FLOOR = 0.01  # a network trained with noise removes none below it
 
 
+@enforce_ranges
 @torch.no_grad()
 def dpir(
     prior,
@@ -28,9 +29,9 @@ def dpir(
     guidance=None,
     condition=None,
     callback=None,
-    lam: float = 0.23,
-    sigma_max: float = 0.384,
-    sigma_y: float | None = None,
+    lam: Positive = 0.23,
+    sigma_max: NonNegative = 0.384,
+    sigma_y: NonNegative | None = None,
     clip: bool | None = None,
 ) -> torch.Tensor:
     """Estimate x_0 given y, near the posterior mean; all samples are equal. At noise levels sigma_k from sigma_max down
@@ -52,7 +53,7 @@ def dpir(
     prior = normalise(prior, "vp")
     clip = prior.bounded if clip is None else clip
     last = max(sigma_y, LAST_LEVEL_FLOOR)
-    first = last if steps == 1 else max(last, require_number(sigma_max, "sigma_max", low=0.0))
+    first = last if steps == 1 else max(last, sigma_max)
     if y.shape[-3:] == tuple(prior.shape):
         z = y
     else:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
+from operators.ranges import NonNegative, Share, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
-from restore.samplers.likelihood import find_data_norm
+from restore.samplers.likelihood import DataNorm, find_data_norm
 from restore.samplers.steps import Diffusion, report, require_finite
 
 
+@enforce_ranges
 def dps(
     prior,
     operator,
@@ -22,9 +22,9 @@ def dps(
     guidance=None,
     condition=None,
     callback=None,
-    zeta: float,
-    ddim_eta: float | None = None,
-    data_norm: str | Callable | None = "l2",
+    zeta: NonNegative,
+    ddim_eta: Share | None = None,
+    data_norm: DataNorm | None = "l2",
     scale_zeta: bool = True,
     clip: bool | None = None,
 ) -> torch.Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
-from operators.naming import check_known
-from operators.validate import require_integer
+from operators.ranges import Count, NonNegative, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.steps import report, require_finite
 
 
+@enforce_ranges
 def flowdps(
     prior,
     operator,
@@ -21,9 +23,9 @@ def flowdps(
     guidance=None,
     condition=None,
     callback=None,
-    step_size: float,
-    inner_steps: int = 3,
-    rule: str = "flowdps",
+    step_size: NonNegative,
+    inner_steps: Count = 3,
+    rule: Literal["flowdps", "flowchef"] = "flowdps",
 ) -> torch.Tensor:
     """Sample z_0 with decode(z_0) ~ p(x_0 | y) approximately; only the decoder is differentiated, not the network.
 
@@ -41,8 +43,6 @@ def flowdps(
     step_size: if D and A are linear with singular values up to 1, 1 removes all of the residual that they see.
     callback: also z0_hat; x0_hat and the residual are those before the inner steps.
     """
-    check_known([rule], ("flowdps", "flowchef"), "unknown rule")
-    require_integer(inner_steps, "inner_steps")
     prior = normalise(prior, "flow")
     timesteps = prior.schedule.timesteps(steps)
     sigmas = [*(prior.schedule.sigma(t) for t in timesteps), 0.0]

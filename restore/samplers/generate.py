@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import torch
 
+from operators.ranges import Count, Share, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.steps import Diffusion, report, require_finite
 
 
+@enforce_ranges
 @torch.no_grad()
 def generate(
     prior,
-    n: int,
+    n: Count,
     *,
     noise,
     steps,
     guidance=None,
     condition=None,
     callback=None,
-    ddim_eta: float | None = None,
+    ddim_eta: Share | None = None,
     clip: bool | None = None,
 ) -> torch.Tensor:
     """Draw n images (n, 3, H, W), not clamped, with guided scores (PAG, Ahn et al. 2024, sec. 5.1-5.2). ddim_eta: None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
 
 from operators import PoissonNoise, RestoreError
 from operators.naming import lookup
+from operators.ranges import Names
 
 # Least sigma_y in an inverse of A: the rounding of y, which small singular values would magnify without bound.
 SIGMA_Y_FLOOR = 1e-4
@@ -33,6 +35,9 @@ def poisson_reference_norm(difference: torch.Tensor, y: torch.Tensor) -> torch.T
 
 
 DATA_NORMS = {"l2": l2_norm, "poisson": poisson_norm, "poisson-reference": poisson_reference_norm}
+
+
+DataNorm = Annotated[str | Callable, Names(DATA_NORMS)]
 
 
 def gaussian_sigma(operator) -> float | None:

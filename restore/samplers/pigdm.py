@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal
 
 import torch
 
 import operators
-from operators.naming import check_known
+from operators.ranges import NonNegative, Positive, Share, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.likelihood import SIGMA_Y_FLOOR, require_linear_gaussian
-from restore.samplers.steps import initialise, levels, report, require_finite
+from restore.samplers.steps import Start, initialise, levels, report, require_finite
 
 
+@enforce_ranges
 def pigdm(
     prior,
     operator,
@@ -24,12 +26,12 @@ def pigdm(
     guidance=None,
     condition=None,
     callback=None,
-    eta: float = 1.0,
-    weight: float = 1.0,
-    sigma_y: float | None = None,
-    prior_variance: float = 1.0,
-    gradient: str = "added",
-    start_from: str = "noise",
+    eta: Share = 1.0,
+    weight: NonNegative = 1.0,
+    sigma_y: NonNegative | None = None,
+    prior_variance: Positive = 1.0,
+    gradient: Literal["added", "score"] = "added",
+    start_from: Start = "noise",
     clip: bool | None = False,
 ) -> torch.Tensor:
     """Sample x_0 ~ p(x_0 | y) approximately, with p(x_0 | x_t) taken as N(x0_hat, r^2 I): DDIM steps of the gradient
@@ -46,7 +48,6 @@ def pigdm(
         "score": grad log p(y | x_t) = g / r^2 is a part of the score, in x0_hat and eps alike; exact in the limit of
         many steps if the prior is N(m, c I), but a trained network, inexact at the noisiest times, needs clip=True.
     """
-    check_known([gradient], ("added", "score"), "unknown gradient")
     sigma_y = require_linear_gaussian("pigdm", prior, operator, sigma_y)
     prior = normalise(prior, "vp")
     clip = prior.bounded if clip is None else clip

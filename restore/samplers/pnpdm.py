@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 
 import operators
 from operators import RestoreError
+from operators.ranges import Count, NonNegative, Positive, Range, Share, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.likelihood import SIGMA_Y_FLOOR, require_linear_gaussian
 from restore.samplers.steps import levels, report, require_finite
 
 
+@enforce_ranges
 @torch.no_grad()
 def pnpdm(
     prior,
@@ -25,12 +28,12 @@ def pnpdm(
     guidance=None,
     condition=None,
     callback=None,
-    iterations: int = 100,
-    rho_max: float = 10.0,
-    rho_min: float = 0.3,
-    decay: float = 0.9,
-    eta: float = 1.0,
-    sigma_y: float | None = None,
+    iterations: Count = 100,
+    rho_max: Positive = 10.0,
+    rho_min: Positive = 0.3,
+    decay: Annotated[float, Range(above=0, high=1)] = 0.9,
+    eta: Share = 1.0,
+    sigma_y: NonNegative | None = None,
 ) -> torch.Tensor:
     """Sample (x, z) ~ p(y | z) p(x) exp(-||x - z||^2 / 2 rho^2) by drawing z and x in turn, while rho falls by `decay`
     from rho_max to rho_min.
@@ -45,9 +48,8 @@ def pnpdm(
     callback: after every iteration; x_t is z.
     """
     sigma_y = max(require_linear_gaussian("pnpdm", prior, operator, sigma_y), SIGMA_Y_FLOOR)
-    if not (iterations >= 1 and 0 < rho_min <= rho_max and 0 < decay <= 1):
-        given = f"{iterations}, {rho_min:g}, {rho_max:g} and {decay:g}"
-        raise RestoreError(f"pnpdm needs iterations >= 1, 0 < rho_min <= rho_max and 0 < decay <= 1, got {given}")
+    if rho_min > rho_max:
+        raise RestoreError(f"rho_min must be at most rho_max, {rho_max:g}, got {rho_min:g}")
     prior = normalise(prior, "vp")
     times = prior.schedule.timesteps(steps)
     x, evaluations = noise(0, (len(y), *prior.shape), "start"), 0

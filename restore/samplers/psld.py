@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from operators import RestoreError
-from operators.naming import check_known
+from operators.ranges import NonNegative, Share, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
-from restore.samplers.consistency import decode_consistently, require_decoder_sigma
+from restore.samplers.consistency import check_decoder_sigma, decode_consistently
 from restore.samplers.likelihood import l2_norm, require_linear_gaussian
 from restore.samplers.steps import alpha_bars, ldm_timesteps, report, require_finite
 
 
+@enforce_ranges
 def psld(
     prior,
     operator,
@@ -23,13 +26,13 @@ def psld(
     guidance=None,
     condition=None,
     callback=None,
-    eta: float,
-    gamma: float,
-    ddim_eta: float = 0.0,
+    eta: NonNegative,
+    gamma: NonNegative,
+    ddim_eta: Share = 0.0,
     measurement_noise: bool = False,
-    encoding: str = "mean",
+    encoding: Literal["mean", "sample"] = "mean",
     index_shift: bool = False,
-    decoder_sigma: float = 0.0,
+    decoder_sigma: NonNegative = 0.0,
 ) -> torch.Tensor:
     """Sample z_0 with decode(z_0) ~ p(x_0 | y) approximately; DDIM steps, each followed by a step of size 1 down
 
@@ -48,11 +51,11 @@ def psld(
     decoder_sigma: 0 is the paper's; else for a linear A and Gaussian noise.
     callback: also z0_hat, gradient, and glue, the second norm (B,).
     """
-    check_known([encoding], ("mean", "sample"), "unknown encoding")
     sigma_y = getattr(getattr(operator, "noise", None), "sigma", None) if measurement_noise else 0.0
     if sigma_y is None:
         raise RestoreError("measurement_noise must be False for an operator without Gaussian noise, got True")
-    decoder_sigma, level = require_decoder_sigma(prior, decoder_sigma), 0.0
+    check_decoder_sigma(prior, decoder_sigma)
+    level = 0.0
     if decoder_sigma:
         level = require_linear_gaussian("psld with decoder_sigma", prior, operator, None, latents=True)
     prior = normalise(prior, "vp")

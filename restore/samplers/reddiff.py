@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
 
 from operators.naming import lookup
+from operators.ranges import Names, NonNegative, Positive, enforce_ranges
 from restore.guidance import estimator
-from restore.samplers.likelihood import find_data_norm, gaussian_sigma
-from restore.samplers.steps import reconstruct, report, require_finite
+from restore.samplers.likelihood import DataNorm, find_data_norm, gaussian_sigma
+from restore.samplers.steps import FirstEstimate, reconstruct, report, require_finite
 
 # Weight of the prior at the noise-to-signal ratio q = sigma / alpha; the paper's choice is linear.
 WEIGHTINGS = {"linear": lambda q: q, "sqrt": lambda q: q**0.5, "square": lambda q: q * q, "constant": lambda q: 1.0}
 
 
+@enforce_ranges
 def reddiff(
     prior,
     operator,
@@ -25,13 +28,13 @@ def reddiff(
     guidance=None,
     condition=None,
     callback=None,
-    lam: float = 0.25,
-    lr: float = 0.1,
-    weighting: str | Callable[[float], float] = "linear",
-    v: float = 1.0,
-    start_from: str | None = None,
-    data_norm: str | Callable | None = None,
-    start: str | None = None,
+    lam: NonNegative = 0.25,
+    lr: Positive = 0.1,
+    weighting: Annotated[str | Callable, Names(WEIGHTINGS)] = "linear",
+    v: NonNegative = 1.0,
+    start_from: FirstEstimate | None = None,
+    data_norm: DataNorm | None = None,
+    start: FirstEstimate | None = None,
 ) -> torch.Tensor:
     """Return the mode mu of a narrow Gaussian fitted to p(x_0 | y): one Adam step per time t, from noisy to clean, on
 
@@ -41,9 +44,9 @@ def reddiff(
     is not differentiated. On latents mu is decoded before A. The arguments of all samplers are in `restore.samplers`.
 
     operator: a differentiable `A`, linear or not. noise: only of kind "latent". steps: the authors' are "ddimN".
-    guidance: its eps takes the place of eps. weighting: w, a name in WEIGHTINGS or a function of sigma / alpha.
+    guidance: its eps takes the place of eps. weighting: w, a function of sigma / alpha.
     lam, lr: lambda, and Adam's step size (betas 0.9 and 0.99). Adam moves every pixel by about lr, whatever the loss.
-    start_from: the first mu, any but "noise"; None: "dagger" (the paper's), or "zero" if A is not linear. start: its
+    start_from: the first mu; None: "dagger" (the paper's), or "zero" if A is not linear. start: its
         older name. callback: x_t is mu; `used` has the start.
     """
     schedule, norm = prior.schedule, find_data_norm(operator, data_norm)

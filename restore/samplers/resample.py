@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
 
+from operators.ranges import Count, NonNegative, Positive, Range, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.likelihood import l2_norm, likelihood_variance
 from restore.samplers.steps import alpha_bars, ldm_timesteps, report, require_finite
 
 
+@enforce_ranges
 def resample(
     prior,
     operator,
@@ -22,15 +25,15 @@ def resample(
     guidance=None,
     condition=None,
     callback=None,
-    zeta: float = 0.5,
-    gamma: float = 40.0,
-    every: int = 10,
-    travel: int = 5,
-    pixel_lr: float = 1e-2,
-    pixel_iterations: int = 2000,
-    latent_lr: float = 5e-3,
-    latent_iterations: int = 500,
-    tolerance: float | None = 1e-3,
+    zeta: NonNegative = 0.5,
+    gamma: Positive = 40.0,
+    every: Count = 10,
+    travel: Count = 5,
+    pixel_lr: Positive = 1e-2,
+    pixel_iterations: Annotated[int, Range(0)] = 2000,
+    latent_lr: Positive = 5e-3,
+    latent_iterations: Annotated[int, Range(0)] = 500,
+    tolerance: Positive | None = 1e-3,
     guided_estimate: bool = False,
     slips: bool = False,
 ) -> torch.Tensor:

@@ -6,15 +6,17 @@ not reproduce guided-diffusion's arrays (the clipped posterior variance at index
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 import operators
-from operators import RestoreError
-from operators.naming import check_known
+from operators import RestoreError, ranges
 from restore.backbones.schedule import Schedule
 from restore.samplers.likelihood import SIGMA_Y_FLOOR, l2_norm
 
-STARTS = ("noise", "measurement", "dagger", "adjoint", "zero")  # see `reconstruct`
+FirstEstimate = Literal["measurement", "dagger", "adjoint", "zero"]  # see `reconstruct`
+Start = Literal["noise", FirstEstimate]  # see `initialise`
 
 
 class Diffusion:
@@ -127,7 +129,7 @@ def reconstruct(start_from: str, prior, operator, y: torch.Tensor, sigma_y: floa
     start_from: "measurement", the posterior mean if x were white with variance 1 (A⁺ y without its magnified noise);
         "dagger", A⁺ y; "adjoint", Aᵀ y; "zero". Raises RestoreError for another name.
     """
-    check_known([start_from], STARTS[1:], "unknown start_from")
+    ranges.check(start_from, FirstEstimate, "start_from")
     zero = y.new_zeros(len(y), *prior.shape)
     if start_from == "zero":
         return zero
@@ -139,7 +141,6 @@ def reconstruct(start_from: str, prior, operator, y: torch.Tensor, sigma_y: floa
 
 def initialise(start_from: str, prior, operator, y, sigma_y: float, level: tuple, n: torch.Tensor) -> torch.Tensor:
     """Return x_T at a (t, alpha, sigma): the noise n itself ("noise"), or alpha x_0 + sigma n, x_0 of `reconstruct`."""
-    check_known([start_from], STARTS, "unknown start_from")
     _, alpha, sigma = level
     return n if start_from == "noise" else alpha * reconstruct(start_from, prior, operator, y, sigma_y) + sigma * n
 

@@ -233,11 +233,11 @@ def test_chosen_heads(model, golden):
         (lambda: PAG(1.0, "m1", heads=[2]), r"must be in 0\.\.1, got \[2\]"),
         (lambda: PAG(1.0, "m1", heads=[]), r"got \[\]"),
         (lambda: PAG(1.0, "m1", heads={"i7": [0]}), "not among the perturbed layers"),
-        (lambda: PAG(1.0, "m1", target="ident"), "unknown target 'ident'; did you mean 'identity'"),
+        (lambda: PAG(1.0, "m1", target="ident"), "unknown target of pag 'ident'; did you mean 'identity'"),
         (lambda: PAG(float("nan"), "m1"), "finite"),
         (lambda: PAG(1.0, "m1", strength=1.5), r"\[0, 1\]"),
         (lambda: PAG(1.0, "m1", interval=(100, 200)), "t_high >= t_low"),
-        (lambda: CFG(1.0, interval=(1,)), "t_high >= t_low"),
+        (lambda: CFG(1.0, interval=(1,)), r"interval of cfg must be .*, got \(1,\)"),
     ],
 )
 def test_bad_guidance(model, make, match):

@@ -150,18 +150,18 @@ def test_inside_a_pipeline(tiny_adm):
     "make, match",
     [
         (lambda: SAG(1.0, "i7,m1"), "one attention layer, got 2"),
-        (lambda: SAG(1.0, taps=4), "odd taps"),
-        (lambda: SAG(1.0, sigma=0), "positive sigma"),
+        (lambda: SAG(1.0, taps=4), "taps of sag must be .* odd"),
+        (lambda: SAG(1.0, sigma=0), "sigma of sag must be .*> 0"),
         (lambda: TPG(1.0, "m1:0"), "name no heads"),
         (lambda: TSG(1.0, s=0), "s > 0 or a shift"),
-        (lambda: SWG(1.0, 12), "window < 64, a multiple of 8"),
-        (lambda: SWG(1.0, 64), "window < 64, a multiple of 8"),
+        (lambda: SWG(1.0, 12), "window of swg must be below 64 and a multiple of 8"),
+        (lambda: SWG(1.0, 64), "window of swg must be below 64 and a multiple of 8"),
         (lambda: Autoguidance(1.0, "no-such-model"), "no-such-model"),
         (
             lambda: Autoguidance(1.0, latent_prior()),
             "3 channels at 1/1 .*, got StableDiffusion with 4 channels at 1/4",
         ),
-        (lambda: PAG(1.0, "m1", target={"seg": {"sigma": 0}}), "sigma must be positive, got 0"),
+        (lambda: PAG(1.0, "m1", target={"seg": {"sigma": 0}}), "sigma of target seg must be a number > 0, got 0"),
         (lambda: PAG(1.0, "m1", target={"seg": {"sgima": 1}}), "target seg has no option 'sgima'; did you mean"),
         (lambda: PAG(1.0, "m1", target={"identity": {"sigma": 1}}), "unknown target with options 'identity'"),
         (

@@ -45,7 +45,7 @@ def test_priors_and_operators_that_it_does_not_apply_to(latents):
     y = torch.zeros(1, 3, 128, 128)
     with pytest.raises(restore.RestoreError, match="psld with decoder_sigma needs a linear operator"):
         latents(y, operators.Clipping(2.0), sampler="psld", steps=2, decoder_sigma=0.1)
-    with pytest.raises(restore.RestoreError, match="decoder_sigma must lie"):
+    with pytest.raises(restore.RestoreError, match="decoder_sigma must be a finite number >= 0"):
         latents(y, operators.Denoising(), sampler="diffpir", steps=2, decoder_sigma=-1.0)
     pixels = restore.load("embedded", device="cpu")
     with pytest.raises(restore.RestoreError, match="decoder_sigma.*pixel prior"):

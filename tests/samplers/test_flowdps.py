@@ -139,7 +139,7 @@ def test_mistakes():
     y = torch.zeros(1, D // 2, dtype=torch.float64)
     for options, message in (
         ({"rule": "flowchief"}, "rule 'flowchief'; did you mean 'flowchef'"),
-        ({"inner_steps": 0}, "inner_steps must be .*at least 1"),
+        ({"inner_steps": 0}, "inner_steps must be .*>= 1"),
         ({"step_size": 1e308}, "not finite after step 1"),
     ):
         with pytest.raises(RestoreError, match=message):

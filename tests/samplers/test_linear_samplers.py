@@ -93,7 +93,7 @@ def test_models_that_do_not_apply(prior, images, name):
     if name != "diffpir":  # which takes its data step in the decoded image
         with pytest.raises(RestoreError, match=f"{name} needs a pixel prior"):
             run(name, Latent(), operators.Denoising(noise=NOISY), y)
-    with pytest.raises(RestoreError, match="sigma_y must be .*>= 0, got -1"):
+    with pytest.raises(RestoreError, match="sigma_y must be .*>= 0 or None, got -1"):
         run(name, prior, operators.Denoising(), y, sigma_y=-1.0)
     # Poisson noise may be taken for Gaussian on demand.
     poisson = operators.Denoising(noise=operators.PoissonNoise(1.0))

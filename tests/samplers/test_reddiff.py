@@ -120,5 +120,7 @@ def test_bad_options_and_divergence(prior):
     for bad in ({"start": "daggers"}, {"weighting": "lineer"}, {"data_norm": "l3"}):
         with pytest.raises(RestoreError, match=next(iter(bad.values()))):
             reddiff(prior, operator, y, **common, **bad)
-    with pytest.raises(RestoreError, match="not finite after step 1.*lr=inf"):
-        reddiff(prior, operator, y, lr=float("inf"), **common)
+    with pytest.raises(RestoreError, match="not finite after step 2.*lr=1e.37"):
+        reddiff(prior, operator, y, lr=1e37, **common)
+    with pytest.raises(RestoreError, match="moderate size, got lr=1e.200"):  # no number of float32
+        reddiff(prior, operator, y, lr=1e200, **common)
