@@ -90,7 +90,7 @@ def make_composition(*, operators, noise=None, image_size=None, adjoint="exact")
     for mapping in operators:
         chain.append(build_operator(mapping, image_size=size))
         if size is not None:  # the next operator's images are this one's measurements
-            size = tuple(chain[-1].A(torch.zeros(1, 3, *validate.require_size(size))).shape[2:])
+            size = tuple(chain[-1].A(torch.zeros(1, 3, *validate.require_size(size), dtype=torch.float32)).shape[2:])
     chain = Compose(*chain, noise=noise)
     return chain if adjoint == "exact" else chain.with_adjoint(adjoint)
 

@@ -94,7 +94,7 @@ def box_mask(image_size, *, size=None, margin=None, top=None, left=None, seed: i
             given = f"{size} with margin {gap}; try a smaller size or margin, or another top and left"
             raise RestoreError(f"size must fit into the image of {image_size}, got {given}")
         corner.append(random.randint(gap, last + 1) if given is None else start)
-    mask = torch.ones(1, 1, *image_size)
+    mask = torch.ones(1, 1, *image_size, dtype=torch.float32)
     mask[..., corner[0] : corner[0] + size[0], corner[1] : corner[1] + size[1]] = 0
     return mask
 
@@ -111,6 +111,6 @@ def random_mask(image_size, *, fraction=(0.3, 0.7), seed: int = 0) -> torch.Tens
     high = validate.require_number(high, "fraction", low=low, high=1.0)
     random = validate.make_random_state(seed)
     holes = int(height * width * random.uniform(low, high))
-    mask = torch.ones(height * width)
+    mask = torch.ones(height * width, dtype=torch.float32)
     mask[torch.from_numpy(random.choice(height * width, holes, replace=False))] = 0
     return mask.reshape(1, 1, height, width)

@@ -18,7 +18,8 @@ class GaussianNoise:
 
     def __call__(self, y: torch.Tensor, generator=None) -> torch.Tensor:
         """Return the noisy y, differentiable with respect to y. generator: see `Operator.__call__`."""
-        noise = draw_per_image(y, generator, lambda y, g: torch.randn(y.shape, generator=g, device=y.device))
+        options = {"dtype": torch.float32, "device": y.device}  # whatever torch's default is
+        noise = draw_per_image(y, generator, lambda y, g: torch.randn(y.shape, generator=g, **options))
         return y + self.sigma * noise
 
     def std(self, y: torch.Tensor) -> torch.Tensor:

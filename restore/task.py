@@ -13,6 +13,7 @@ import torch
 import operators
 from operators import RestoreError, validate
 from operators.naming import suggest
+from restore.backbones.ambient import neutral_state
 from restore.config import read_yaml
 from restore.disk import hash_file
 from restore.images import io, masks
@@ -171,6 +172,7 @@ class Measurement:
     y: torch.Tensor
 
 
+@neutral_state("cpu")
 def measure_photo(
     photo: Path,
     task: Task,
@@ -207,7 +209,7 @@ def measure_photo(
     size = (height * task.factor, width * task.factor)
     operator = task.build(*size)
     with torch.no_grad():
-        channels = operator.A(torch.zeros(1, pixels.shape[1], *size)).shape[1]
+        channels = operator.A(torch.zeros(1, pixels.shape[1], *size, dtype=torch.float32)).shape[1]
         y = io.to_tensor(pixels, channels=1) if channels == 1 else pixels
         if task.config["name"] == "inpainting_mask":
             y = operator.A(y)
@@ -231,6 +233,7 @@ def degrade_image(operator: Any, x: torch.Tensor, grey: bool, generator: torch.G
     return noise(y[:, :1], generator).expand_as(y).contiguous()
 
 
+@neutral_state("cpu")
 def measure_batch(
     config: Mapping[str, Any], x: torch.Tensor, image_ids: Sequence[str], *, seed: int = 0, per_image: bool = False
 ) -> tuple[Any, torch.Tensor]:

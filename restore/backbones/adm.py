@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from operators import RestoreError
 from operators.naming import check_known
 from restore import disk
 from restore.backbones import adm_weights, pipeline_files, weights
+from restore.backbones.ambient import no_autocast
 from restore.backbones.attention_layers import find_attention_layers
 from restore.backbones.base import PREDICTION_TYPES, Pixels, Prediction, expand_times, require_shape
 from restore.backbones.schedule import Schedule
@@ -109,7 +109,7 @@ class ADM(Pixels):
         times = expand_times(t, x_t)
         labels = self._labels(condition, len(x_t))
         low = self.dtype != torch.float32
-        with torch.autocast(x_t.device.type, dtype=self.dtype) if low else nullcontext():
+        with torch.autocast(x_t.device.type, dtype=self.dtype) if low else no_autocast(x_t.device):
             out = self.network(x_t, times, class_labels=labels, return_dict=False)[0].to(x_t.dtype)
         return Prediction.of(PREDICTION_TYPES[self.prediction_type], out, x_t, alpha, sigma)
 

@@ -6,7 +6,6 @@ Read from the folders of diffusers' LDMPipeline, such as CompVis/ldm-celebahq-25
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from operators import RestoreError
 from restore import disk
 from restore.backbones import ldm_weights
 from restore.backbones.adm import ADM, AUTOENCODERS, SCHEDULER, SCHEDULES, read_folder, require_schedule
+from restore.backbones.ambient import no_autocast
 from restore.backbones.autoencoder import Latents, load_vae, vae_precision
 from restore.backbones.pipeline_files import INDEX
 from restore.backbones.weights import align_memory, save_network
@@ -47,7 +47,7 @@ class LatentDiffusion(Latents, ADM):
 
     def _autocast(self, x: torch.Tensor):
         low = self.vae_dtype != torch.float32
-        return torch.autocast(x.device.type, dtype=self.vae_dtype) if low else nullcontext()
+        return torch.autocast(x.device.type, dtype=self.vae_dtype) if low else no_autocast(x.device)
 
     @classmethod
     def load(

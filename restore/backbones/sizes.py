@@ -29,9 +29,9 @@ def place_windows(length: int, window: int, overlap: int) -> list[int]:
 
 def make_blend_weights(starts: list[int], window: int, length: int) -> torch.Tensor:
     """Return raised-cosine weights (n, window) per window and position, which sum to one over the windows."""
-    positions = (torch.arange(window) + 0.5) / window
+    positions = (torch.arange(window, dtype=torch.float32) + 0.5) / window
     bump = 0.5 - 0.5 * torch.cos(2 * math.pi * positions) + 1e-3
-    total = torch.zeros(length)
+    total = torch.zeros(length, dtype=torch.float32)
     for start in starts:
         total[start : start + window] += bump
     return torch.stack([bump / total[start : start + window] for start in starts])

@@ -15,6 +15,7 @@ from torch import nn
 
 from operators import RestoreError
 from operators.naming import check_known
+from restore.backbones.ambient import no_autocast
 from restore.backbones.attention_layers import find_attention_layers
 from restore.backbones.autoencoder import Latents
 from restore.backbones.base import PREDICTION_TYPES, Prediction, expand_times
@@ -132,9 +133,10 @@ HALF_SCALE = 2.0**10
 
 def run_in_dtype(network, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return network(x) computed in `dtype`, in the dtype of x; in float16, gradients are scaled (see HALF_SCALE)."""
-    if dtype != torch.float16:
-        return network(x.to(dtype)).to(x.dtype)
-    out = network(_scale_gradient(x, 1 / HALF_SCALE).to(dtype)).to(x.dtype)
+    with no_autocast(x.device):
+        if dtype != torch.float16:
+            return network(x.to(dtype)).to(x.dtype)
+        out = network(_scale_gradient(x, 1 / HALF_SCALE).to(dtype)).to(x.dtype)
     return _scale_gradient(out, HALF_SCALE)
 
 

@@ -53,7 +53,7 @@ def detect_damage(x: torch.Tensor, sensitivity: float = 0.5) -> torch.Tensor:
         for box, piece in _find_pieces(extreme[0].amin(0).numpy(), colour, 3 * (0.5 - sensitivity)):
             damaged[box] |= piece
     if not damaged.any():
-        return torch.ones(1, 1, *size)
+        return torch.ones(1, 1, *size, dtype=torch.float32)
     margin = 2 if min(damaged.shape) >= 200 else 1  # compression and scanning smear the edges
     damaged = nd.binary_dilation(_add_stains(small, damaged), EIGHT, iterations=margin)
     missing = torch.from_numpy(damaged).float()[None, None]

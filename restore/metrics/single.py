@@ -51,7 +51,7 @@ def ssim(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 def spread(samples: torch.Tensor) -> torch.Tensor:
     """Return SPREAD_DEFINITION per image, (B,), of samples (B, K, 3, H, W); NaN if K = 1."""
     if samples.shape[1] < 2:
-        return torch.full((samples.shape[0],), math.nan)
+        return torch.full((samples.shape[0],), math.nan, dtype=torch.float32)
     return samples.float().std(dim=1).mean(dim=(1, 2, 3)).cpu()
 
 
@@ -62,7 +62,7 @@ def coverage(samples: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     below it the samples are overconfident or biased.
     """
     if samples.shape[1] < 2:
-        return torch.full((samples.shape[0],), math.nan)
+        return torch.full((samples.shape[0],), math.nan, dtype=torch.float32)
     inside = (samples.amin(dim=1) <= truth) & (truth <= samples.amax(dim=1))
     return inside.float().mean(dim=(1, 2, 3)).cpu()
 

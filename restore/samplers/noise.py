@@ -38,5 +38,8 @@ class ImageNoise:
         if shape[0] != len(self.keys):
             raise ValueError(f"shape must be that of {len(self.keys)} images, got a batch of {shape[0]}")
         generators = (torch.Generator().manual_seed(derive_seed(*key, kind, k)) for key in self.keys)
-        draws = [torch.randn(tuple(shape[1:]), generator=generator) for generator in generators]
+        draws = [
+            torch.randn(tuple(shape[1:]), generator=generator, dtype=torch.float32, device="cpu")
+            for generator in generators
+        ]
         return torch.stack(draws).to(self.device, self.dtype)
