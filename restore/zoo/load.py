@@ -42,6 +42,8 @@ def load_backbone(
 
     if locate(name).kind == "metric":
         raise RestoreError(f"{name} is a network of metrics, not a prior; try one of `restore models list`")
+    if locate(name).kind == "pipeline":
+        raise RestoreError(f"{name} is of a pipeline of diffusers, not a prior; try zoo.pull and restore.guided")
     dtype, found = as_dtype(precision), _locate_or_pull(name, offline)
     if found.kind == "autoencoder":
         raise RestoreError(f"{name} is an autoencoder, not a prior; give it to a latent model as vae={str(name)!r}")

@@ -13,7 +13,7 @@ from operators.naming import check_known, suggest
 from restore.config import read_yaml
 from restore.paths import configs_dir
 
-KINDS = ("adm", "latent", "stable-diffusion", "sd3", "flux", "dit", "autoencoder", "metric")
+KINDS = ("adm", "latent", "stable-diffusion", "sd3", "flux", "dit", "autoencoder", "metric", "pipeline")
 
 # The kind by the beginning of the class name of a network or a pipeline. DiT comes last: in published folders its
 # transformer has a general name.

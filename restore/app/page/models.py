@@ -77,7 +77,7 @@ def list_priors() -> dict[str, Model]:
     known = [
         item
         for item in zoo.read_registry().items()
-        if item[1].kind not in ("autoencoder", "metric") and not item[1].classes
+        if item[1].kind not in ("autoencoder", "metric", "pipeline") and not item[1].classes
     ]
     return dict(sorted(known, key=lambda item: item[1].resolution))
 
