@@ -48,6 +48,8 @@ def read_samples(image: PIL.Image.Image, path: Path) -> np.ndarray:
         if image.format == "TIFF":
             return sixteen.read_tiff(path, has_alpha(image))
         return sixteen.read_pnm(path, image) if image.format == "PPM" else sixteen.read_samples(path, image)
+    if image.format == "TIFF":
+        image.filename = ""  # or Pillow maps pixels that are to be turned into memory with exchanged width and height
     image.load()
     return convert_samples(image, path)
 

@@ -48,6 +48,23 @@ def test_white_is_zero_in_min_is_white(tmp_path, bits, byteorder):
     assert np.allclose(read_grey(tmp_path / "a.tif")[1], 1 - samples / top, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tiff_is_turned_whatever_its_mode_and_compression(tmp_path, mode, compression, orientation):
+    """Pillow 12 maps uncompressed grey and four-channel pixels wrongly if they are to be turned."""
+    values = np.random.default_rng(0).integers(0, 256, (6, 9, 4), np.uint8)
+    picture = PIL.Image.fromarray(values)
+    picture = PIL.Image.fromarray(values[..., 0] * np.uint16(257)) if mode == "I;16" else picture.convert(mode)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    picture.save(tmp_path / "a.tif", exif=exif, compression=compression)
+    record = io.read_image(tmp_path / "a.tif")
+    grey = np.asarray(picture) if mode == "I;16" else np.asarray(picture.convert("RGB"))[..., 0]
+    expected = io.apply_orientation(grey, orientation) / (65535 if mode == "I;16" else 255)
+    assert np.allclose((record.pixels[0, 0] + 1) / 2, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("magic", ["P5", "P6"])
 @pytest.mark.parametrize("maximum", [100, 255, 1023, 4095, 65535])
 def test_netpbm_of_any_maximum_is_exact(tmp_path, magic, maximum):
