@@ -21,7 +21,7 @@ from operators import RestoreError
 from restore import disk
 from restore.bench.protocol import find_differences, format_differences
 from restore.images import io
-from restore.images.folder import SIDECAR_SUFFIXES, filter_images, is_image, read_sidecar
+from restore.images.folder import SIDECAR_SUFFIXES, check_owned, filter_images, is_image, read_sidecar
 from restore.images.formats import PICTURE_SUFFIXES, WRITABLE_SUFFIXES, choose_suffix
 
 # The endings of the names of companion files, after the name of the result.
@@ -148,21 +148,6 @@ def check_names(photo: Photo, paths: Iterable[Path]) -> None:
     if (length := len(os.fsencode(longest.name))) > LONGEST_NAME:
         given = f"{length} for {longest.name}; rename {photo.source.name}"
         raise RestoreError(f"a file name must have at most {LONGEST_NAME} bytes, got {given}")
-
-
-def check_owned(paths: Iterable[Path], sidecar: Path, main: Path, overwrite: bool = False) -> None:
-    """Raise RestoreError if one of `paths` exists and is not a file of this program.
-
-    sidecar: the JSON file that lists the program's files beside it. main: the file that it must name, or it is the
-    side-car of another result. overwrite: replace any file.
-    """
-    ours = () if overwrite else set((read_sidecar(sidecar) or {}).get("files", ()))
-    for path in paths:
-        if not overwrite and path.exists() and (path.name not in ours or main.name not in ours):
-            raise RestoreError(
-                f"{path} exists and {sidecar.name} does not name it as a result of this program; "
-                "give overwrite=True to replace it, or choose another output folder"
-            )
 
 
 def is_finished(photo: Photo, expected: Mapping[str, Any]) -> bool:

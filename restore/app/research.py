@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from restore.app.options import Device
+from restore.app.options import Device, Overwrite
 
 
 def train(
@@ -18,6 +18,7 @@ def train(
     settings: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. data.folder=faces/")] = None,
     card: Annotated[Path | None, typer.Option(help="Only write card.json and a picture to this folder.")] = None,
     weights: Annotated[Path | None, typer.Option(help="With --card: the folder with the weights.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train a pixel prior, an autoencoder or a latent prior, continuing where the last run stopped."""
     import logging
@@ -29,7 +30,7 @@ def train(
         from restore.training.card import format_card, write_card
 
         loaded = load_training_config(config, settings or [])
-        typer.echo(format_card(write_card(loaded, weights or Path(loaded.out) / "ema", card)))
+        typer.echo(format_card(write_card(loaded, weights or Path(loaded.out) / "ema", card, overwrite=overwrite)))
         return
     typer.echo(f"EMA weights in {train(load_training_config(config, settings or []))}")
 
@@ -116,11 +117,12 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of benchmark runs.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default: the first run's.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Leave out pictures of the data set.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write report.html and report.md about finished runs."""
     from restore.report.write import write_report
 
-    written = write_report(runs, out, private=private)
+    written = write_report(runs, out, private=private, overwrite=overwrite)
     for pair in written.differences:
         typer.echo(f"{pair.first} and {pair.second} are not in one table: {', '.join(pair.values)} differ")
     typer.echo(f"{written.html}\n{written.markdown}")
@@ -147,9 +149,10 @@ def evaluate(
     allow_small: Annotated[bool, typer.Option("--allow-small", help="Allow FID on few images.")] = False,
     allow_incomplete: Annotated[bool, typer.Option("--allow-incomplete", help="Allow means over a part.")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for all numbers.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compare a folder of results, of any program, with the truth."""
-    from restore import disk
+    from restore.metrics.evaluate import check_output, write_evaluation
     from restore.metrics.evaluate import evaluate as compare
     from restore.metrics.table import MetricOptions
     from restore.metrics.weights import parse_weight_files
@@ -160,9 +163,11 @@ def evaluate(
     settings = MetricOptions(lpips_net, files, allow_small=allow_small)
     settings = replace(settings, is_split_size=is_split_size, reference_size=reference_size)
     more = {"full_reference": full_reference, "allow_incomplete": allow_incomplete}
+    if out is not None:
+        check_output(out, overwrite)  # before hours of work
     done = compare(results, reference, metrics=names, options=settings, device=str(choose_device(device)), **more)
     if out is not None:
-        disk.write_json(out, done.to_dict())
+        write_evaluation(done, out, overwrite)
     typer.echo(f"{len(done.per_image)} of {done.expected} images compared")
     for name, estimate in done.means.items():
         typer.echo(f"{name} {estimate.mean:.4f}  [{estimate.low:.4f}, {estimate.high:.4f}]")

@@ -42,6 +42,21 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) and isinstance(content.get("files"), list) else None
 
 
+def check_owned(paths: Iterable[Path], sidecar: Path, main: Path, overwrite: bool = False) -> None:
+    """Raise RestoreError if one of `paths` exists and is not a file of this program.
+
+    sidecar: the JSON file that lists the program's files beside it. main: the file that it must name, or it is the
+    side-car of another result. overwrite: replace any file.
+    """
+    ours = () if overwrite else set((read_sidecar(sidecar) or {}).get("files", ()))
+    for path in paths:
+        if not overwrite and path.exists() and (path.name not in ours or main.name not in ours):
+            raise RestoreError(
+                f"{path} exists and {sidecar.name} does not name it as a result of this program; "
+                "give overwrite=True to replace it, or choose another output folder"
+            )
+
+
 def drop_companions(paths: Sequence[Path]) -> list[Path]:
     """Return the images that are results or of other origin: without those that a side-car names after its result
     (degraded, mean, spread, other samples), results of an interrupted run, and a benchmark's samples and spreads."""

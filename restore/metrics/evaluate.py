@@ -135,6 +135,21 @@ def evaluate(
     return Evaluation(per_image, means, set_values, expected, missing, mismatched, extra, failed, protocol, notes)
 
 
+def check_output(path: str | os.PathLike, overwrite: bool = False) -> None:
+    """Raise RestoreError if `write_evaluation` would replace a file that it did not write, unless `overwrite`."""
+    path = Path(path)
+    if path.exists() and not overwrite and (read_sidecar(path) or {}).get("files") != [path.name]:
+        raise RestoreError(
+            f"{path} exists and is no evaluation of this program; give overwrite=True to replace it, or another out="
+        )
+
+
+def write_evaluation(evaluation: Evaluation, path: str | os.PathLike, overwrite: bool = False) -> None:
+    """Write an evaluation as JSON, with its own name under `files`. Raises RestoreError as `check_output` does."""
+    check_output(path, overwrite)
+    disk.write_json(path, {"files": [Path(path).name], **evaluation.to_dict()})
+
+
 def _rename_by_sidecars(found: Mapping[str, Path], truth: Mapping[str, Path]) -> dict[str, Path]:
     """Results by id; one without a reference takes the id of its input, if a side-car names that and it has one."""
     renamed = dict(found)

@@ -20,6 +20,7 @@ from restore.metrics.statistics import FEW
 from restore.report import figures, tables
 from restore.report.tables import ProtocolDifference, Run, format_number
 
+MARK = "written by restore"  # near the beginning of every report
 COST_HEADS = ("task", "method", "network evaluations", "seconds per image", "steps/s", "peak memory MB")
 COST_HEADS += ("overhead", "device")
 
@@ -34,19 +35,30 @@ class WrittenReport:
 
 
 def write_report(
-    runs: Sequence[str | os.PathLike], out: str | os.PathLike | None = None, *, private: bool = False
+    runs: Sequence[str | os.PathLike],
+    out: str | os.PathLike | None = None,
+    *,
+    private: bool = False,
+    overwrite: bool = False,
 ) -> WrittenReport:
     """Write report.html and report.md about one or several runs, to `out` (the first run's folder by default).
 
     Runs with comparable protocols share a table; others get their own, after a table of how they differ.
     private: omit every picture that derives from the data set (for data that must not be published).
-    Raises RestoreError if a folder has no finished run.
+    Raises RestoreError if a folder has no finished run, and if a file would be replaced that is no report of this
+    program, unless `overwrite`.
     """
     if not runs:
         raise RestoreError("a report needs at least one run folder")
     loaded = [tables.read_run(folder) for folder in runs]
     groups, differences = tables.group_runs(loaded)
-    folder = disk.make_folder(out or loaded[0].folder)
+    folder = Path(out or loaded[0].folder)
+    for path in (folder / "report.html", folder / "report.md"):
+        if path.exists() and not overwrite and not _is_report(path):
+            raise RestoreError(
+                f"{path} exists and is no report of this program; give overwrite=True to replace it, or another out="
+            )
+    disk.make_folder(folder)
     context = {
         "title": loaded[0].title if len(loaded) == 1 else "Benchmark report",
         "runs": loaded,
@@ -79,12 +91,20 @@ def render_templates(name: str, out: Path, context: Mapping[str, Any], *template
         "settings": list_settings,
         "data_uri": figures.to_data_uri,
     }
-    html.globals["few"] = FEW
+    html.globals |= {"few": FEW, "mark": MARK}
     # Every expression of a Markdown template is escaped, unless it is a macro's output or marked `safe`.
     markdown = html.overlay(finalize=lambda value: value if hasattr(value, "__html__") else Markup(to_markdown(value)))
     for suffix, environment in (("html", html), ("md", markdown)):
         text = environment.get_template(f"{name}.{suffix}.j2").render(context)
         disk.write_bytes(out / f"report.{suffix}", text.encode("utf-8"))
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return MARK.encode() in file.read(1000)
+    except OSError:
+        return False
 
 
 def to_markdown(value: Any) -> str:

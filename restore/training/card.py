@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from restore import disk
 from restore.backbones.autoencoder import load_vae
+from restore.images.folder import check_owned
 from restore.restorer import Restorer, load
 from restore.training import autoencoder, dataset
 from restore.training.diffusion import HELD_OUT_LEVELS, Diffusion, write_grid
@@ -18,7 +19,12 @@ from restore.training.train import KINDS
 
 
 def write_card(
-    config: DictConfig, weights: str | Path, folder: str | Path, samples: int = 16, steps: int = 250
+    config: DictConfig,
+    weights: str | Path,
+    folder: str | Path,
+    samples: int = 16,
+    steps: int = 250,
+    overwrite: bool = False,
 ) -> dict:
     """Write `folder`/card.json and a picture about the model in `weights`; return the content of card.json.
 
@@ -27,8 +33,13 @@ def write_card(
     image, root mean squared on [-1, 1], mirrored images included; samples.png. A prior that memorises has samples much
     nearer than held-out images. With an autoencoder: PSNR and, if lpips.weights are given, LPIPS of reconstructions
     of held-out images and those of `card.folders`; of an autoencoder on its own pairs.png too.
+
+    Raises RestoreError before it measures if a file would be replaced that no earlier card names, unless `overwrite`.
     """
     folder, device = Path(folder), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sidecar = folder / "card.json"
+    files = [sidecar.name, "samples.png" if issubclass(KINDS[config.kind], Diffusion) else "pairs.png"]
+    check_owned([folder / name for name in files], sidecar, sidecar, overwrite)
     kind = KINDS[config.kind](config, device)
     if isinstance(kind, Diffusion):
         restorer = load(weights, device=str(device))
@@ -50,7 +61,7 @@ def write_card(
         kind.model.vae = vae
         kind.write_samples(kind.model, folder / "pairs.png")
         card = {"parameters": vae.num_parameters(), "reconstruction": _measure_reconstructions(config, vae, device)}
-    disk.write_json(folder / "card.json", card)
+    disk.write_json(sidecar, {"files": files, **card})
     return card
 
 

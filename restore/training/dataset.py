@@ -43,11 +43,9 @@ def load_training_sets(data, seed: int) -> list[TrainingSet]:
     Keys of a set: folder (a path or a list of them), optionally label, share, stored_size, crops (see `load_crops`;
     0: the images are square and taken whole). Raises RestoreError for missing folders and images that do not fit.
     """
-    entries = data.get("sets") or {"images": {"folder": data.folder}}
     result = []
-    for name, entry in entries.items():
-        folders = [entry["folder"]] if isinstance(entry["folder"], str) else entry["folder"]
-        parts = split_files([file for folder in folders for file in list_files(folder)], data.held_out_every)
+    for name, entry in _list_sets(data).items():
+        parts = split_files(_list_set_files(entry), data.held_out_every)
         size, crops = entry.get("stored_size") or data.stored_size, entry.get("crops") or 0
         if crops:
             images = [load_crops(files, size, n, seed) for files, n in zip(parts, (crops, HELD_OUT_CROPS), strict=True)]
@@ -55,6 +53,20 @@ def load_training_sets(data, seed: int) -> list[TrainingSet]:
             images = [load_squares(files, size) for files in parts]
         result.append(TrainingSet(name, *images, entry.get("label"), entry.get("share") or 1.0, cut=bool(crops)))
     return result
+
+
+def list_training_files(data) -> list[Path]:
+    """Return the image files of all sets of a configuration's `data`. Raises RestoreError as `list_files`."""
+    return [file for entry in _list_sets(data).values() for file in _list_set_files(entry)]
+
+
+def _list_sets(data) -> dict:
+    return data.get("sets") or {"images": {"folder": data.folder}}
+
+
+def _list_set_files(entry) -> list[Path]:
+    folders = [entry["folder"]] if isinstance(entry["folder"], str) else entry["folder"]
+    return [file for folder in folders for file in list_files(folder)]
 
 
 def list_files(folder: str | Path) -> list[Path]:

@@ -9,6 +9,7 @@ card: `training_x0(label)`, with classes `mean_image`, and, as images, `training
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 
@@ -129,7 +130,10 @@ class Latents:
         encoding = (p for name, p in self.vae.named_parameters() if not name.startswith(decoder))
         total = float(sum(p.double().abs().sum() for p in encoding))
         identity = {"data": OmegaConf.to_container(self.config.data), "seed": self.config.seed, "weights": total}
-        return json.dumps(identity, sort_keys=True)
+        # Not hashes: reading all images again would take as long as encoding them.
+        states = [(path.name, path.stat()) for path in dataset.list_training_files(self.config.data)]
+        files = json.dumps([(name, state.st_size, state.st_mtime_ns) for name, state in states])
+        return json.dumps({**identity, "files": hashlib.sha256(files.encode()).hexdigest()}, sort_keys=True)
 
     def training_x0(self, label: str) -> torch.Tensor:
         """Return scaled latents of the training images, on the CPU."""

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import math
+import pickle
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -44,7 +45,8 @@ def train(config: DictConfig) -> Path:
     """Train until `config.steps` or `config.minutes`; return the folder with the EMA weights.
 
     Continues from `config.out`/checkpoint.pt if it exists. Raises RestoreError for a missing data folder, unreadable
-    images, a checkpoint of another model configuration or batch size, and a loss that is not finite.
+    images, a checkpoint of another model configuration or batch size, weights without their checkpoint, which would be
+    replaced, and a loss that is not finite.
     """
     started = time.monotonic()
     torch.manual_seed(config.seed)
@@ -71,6 +73,10 @@ def train(config: DictConfig) -> Path:
     description = json.dumps(OmegaConf.to_container(config.model) | kind.description, sort_keys=True)
     facts = {"model_config": description, "batch": config.batch * world}
     step, checkpoint = 0, out / "checkpoint.pt"
+    if (out / "ema").exists() and not checkpoint.exists():
+        raise RestoreError(
+            f"{out / 'ema'} exists without {checkpoint.name}: its weights would be replaced; try another out="
+        )
     if checkpoint.exists():
         step = _load_checkpoint(checkpoint, parts, facts)
         log.info("continuing from step %d", step)
@@ -157,7 +163,12 @@ def train(config: DictConfig) -> Path:
 
 def _load_checkpoint(path: Path, parts: dict[str, Any], facts: dict[str, Any]) -> int:
     """Load the state of every part and return the step. Raises RestoreError for a checkpoint with other `facts`."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise RestoreError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or not {"model_config", "step", "model", "optimizer", "ema"} <= state.keys():
+        raise RestoreError(f"{path} must be a checkpoint of `restore train`, got another file; try another out=FOLDER")
     if state.get("batch", facts["batch"]) != facts["batch"]:
         raise RestoreError(
             f"batch must give {state['batch']} images a step to continue {path}, got {facts['batch']};"

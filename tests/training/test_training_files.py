@@ -1,0 +1,69 @@
+"""Training and its cards replace no file that this program did not write."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from tiny_training import config
+
+from operators import RestoreError
+from restore.training import train
+from restore.training.card import write_card
+
+
+def test_training_keeps_weights_without_their_checkpoint(folders, tmp_path):
+    theirs = tmp_path / "out" / "ema" / "diffusion_pytorch_model.safetensors"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"weeks of work")
+    with pytest.raises(RestoreError, match="ema exists without checkpoint.pt"):
+        train(config("prior-v2", folders, tmp_path / "out", "steps=1"))
+    assert theirs.read_bytes() == b"weeks of work"
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, torch.zeros(2), None], ids=["other", "tensor", "text"])
+def test_training_refuses_a_checkpoint_of_another_program(folders, tmp_path, content):
+    checkpoint = tmp_path / "out" / "checkpoint.pt"
+    checkpoint.parent.mkdir()
+    if content is None:
+        checkpoint.write_bytes(b"not a checkpoint")
+    else:
+        torch.save(content, checkpoint)
+    before = checkpoint.read_bytes()
+    with pytest.raises(RestoreError, match="checkpoint.pt (must be|cannot be read as) a checkpoint"):
+        train(config("prior-v2", folders, tmp_path / "out", "steps=1"))
+    assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["card.json", "samples.png"])
+def test_card(folders, tmp_path, name):
+    path = tmp_path / "card" / name
+    path.parent.mkdir()
+    path.write_bytes(b"mine")
+    with pytest.raises(RestoreError, match=f"{name} exists .*overwrite=True"):
+        write_card(config("prior-v2", folders, tmp_path / "out"), "embedded", path.parent)
+    assert path.read_bytes() == b"mine"
+
+
+def test_a_card_replaces_its_own_files(folders, autoencoder, tmp_path):
+    settings = config("autoencoder", folders, tmp_path / "out")
+    card = write_card(settings, autoencoder[0], tmp_path / "card")
+    assert write_card(settings, autoencoder[0], tmp_path / "card") == card
+    assert json.loads((tmp_path / "card" / "card.json").read_text())["files"] == ["card.json", "pairs.png"]
+    assert (tmp_path / "card" / "pairs.png").exists()
+
+
+def test_latents_of_replaced_images_are_encoded_again(folders, autoencoder, tmp_path):
+    faces = shutil.copytree(folders / "faces", tmp_path / "faces")
+    settings = ["latent", folders, tmp_path / "out", f"autoencoder={autoencoder[0]}", "steps=1", f"data.folder={faces}"]
+    train(config(*settings))
+    latents = tmp_path / "out" / "latents.safetensors"
+    before = latents.read_bytes()
+    train(config(*settings[:-2], "steps=2", settings[-1]))
+    assert latents.read_bytes() == before
+    first, *_, last = sorted(faces.iterdir())
+    shutil.copy(last, first)
+    train(config(*settings[:-2], "steps=3", settings[-1]))
+    assert latents.read_bytes() != before
