@@ -61,7 +61,8 @@ def write_card(
         kind.model.vae = vae
         kind.write_samples(kind.model, folder / "pairs.png")
         card = {"parameters": vae.num_parameters(), "reconstruction": _measure_reconstructions(config, vae, device)}
-    disk.write_json(sidecar, {"files": files, **card})
+    card = {"files": files, **card}
+    disk.write_json(sidecar, card)
     return card
 
 
