@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from operators import RestoreError
+from restore import disk
 from restore.images import io
 from restore.images.folder import list_images, read_image_size, read_rgb, read_sidecar
 from restore.metrics import sets, table
