@@ -210,9 +210,11 @@ def _keeps_rows(network: nn.Module) -> bool:
     """Whether a module keeps a tensor as a plain attribute (the faces of an IP-Adapter FaceID), or attention is done by
     a processor that may look at the whole batch."""
     for module in network.modules():
-        if any(isinstance(value, torch.Tensor) and value.ndim and len(value) > 1 for value in vars(module).values()):
-            return True
-        processor = getattr(module, "processor", None)
+        own = vars(module)
+        for value in own.values():  # a loop, since this runs before every weak pass
+            if isinstance(value, torch.Tensor) and value.ndim and len(value) > 1:
+                return True
+        processor = own.get("processor", own["_modules"].get("processor"))
         if processor is not None and not type(processor).__module__.startswith("diffusers.models."):
             return True
     return False

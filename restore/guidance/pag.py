@@ -45,7 +45,8 @@ class PAG(Term):
         {"seg": {"sigma": 4}}, a function of an AttentionRecord or its "module:function".
     strength: u; or one for each of the chosen layers or heads, {"i5": {0: 0.5, 3: 1.0}, "m1": 0.3}.
     noise: of the random targets: a seed (the draw then depends only on seed, t and layer, and is shared by the
-        images of a batch) or a function (kind, shape) -> tensor, kind "uniform" or "normal", or its name.
+        images of a batch and the windows of an image) or a function (kind, shape) -> tensor, kind "uniform" or
+        "normal", or its name.
     scope: where image and text tokens attend jointly, "joint" perturbs the map of all, "image" that of the image.
         "cross": the cross-attention beside the chosen layers in place of them, with target="zero" say (App. E.2).
     random_layers: perturb only so many of the layers, drawn at every time from `noise` (App. D.2); None: all.
