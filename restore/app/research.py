@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from operators import RestoreError
 from restore.app.options import Device, Overwrite
 
 
@@ -118,10 +119,22 @@ def report(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default: the first run's.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Leave out pictures of the data set.")] = False,
     overwrite: Overwrite = False,
+    study: Annotated[
+        str | None, typer.Option(help="Write study.html instead: A,B, two methods that people compare blind.")
+    ] = None,
 ) -> None:
     """Write report.html and report.md about finished runs."""
+    from restore.report.study import write_study
     from restore.report.write import write_report
 
+    if study is not None:
+        if private:
+            raise RestoreError("a study shows pictures; leave private out")
+        methods = [name.strip() for name in study.split(",")]
+        if len(methods) != 2:
+            raise RestoreError(f"study= must be two methods, separated by a comma, got {study}")
+        typer.echo(str(write_study(runs, (methods[0], methods[1]), out, overwrite=overwrite)))
+        return
     written = write_report(runs, out, private=private, overwrite=overwrite)
     for pair in written.differences:
         typer.echo(f"{pair.first} and {pair.second} are not in one table: {', '.join(pair.values)} differ")

@@ -70,12 +70,9 @@ def write_report(
     return WrittenReport(folder / "report.html", folder / "report.md", differences)
 
 
-def render_templates(name: str, out: Path, context: Mapping[str, Any], *templates: Path) -> None:
-    """Write `out`/report.html and report.md from the templates NAME.html.j2 and NAME.md.j2.
-
-    templates: folders of further templates, which may extend those of this one.
-    """
-    html = jinja2.Environment(
+def make_environment(*templates: Path) -> jinja2.Environment:
+    """Return the environment of HTML templates: those of this folder and of `templates`, escaped."""
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader([Path(__file__).parent, *templates]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -83,6 +80,14 @@ def render_templates(name: str, out: Path, context: Mapping[str, Any], *template
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+
+
+def render_templates(name: str, out: Path, context: Mapping[str, Any], *templates: Path) -> None:
+    """Write `out`/report.html and report.md from the templates NAME.html.j2 and NAME.md.j2.
+
+    templates: folders of further templates, which may extend those of this one.
+    """
+    html = make_environment(*templates)
     html.filters |= {
         "number": format_number,
         "heading": tables.format_heading,
