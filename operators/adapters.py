@@ -13,7 +13,7 @@ import torch
 from operators import generic
 from operators.base import Operator
 from operators.errors import RestoreError
-from operators.noise import GaussianNoise
+from operators.noise import GaussianNoise, translate_noise
 
 
 class PhysicsOperator(Operator):
@@ -28,7 +28,18 @@ class PhysicsOperator(Operator):
 
     def __init__(self, physics, *, noise=None, image_size=None):
         self.physics = generic.require_adjoint(physics)
-        super().__init__(noise=_translate_noise(physics) if noise is None else noise, image_size=image_size)
+        if noise is None:
+            translate_noise(getattr(physics, "noise_model", None))  # raises now for what it cannot be
+        super().__init__(noise=noise, image_size=image_size)
+
+    @property
+    def noise(self):
+        """The noise model given, else that of the physics, as it is now."""
+        return translate_noise(getattr(self.physics, "noise_model", None)) if self._noise is None else self._noise
+
+    @noise.setter
+    def noise(self, noise) -> None:
+        self._noise = noise
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         self._check_image(x)
@@ -48,13 +59,22 @@ class PhysicsOperator(Operator):
         """The physics; a module as a copy on the device of x, in its precision (complex buffers stay complex)."""
         if not isinstance(self.physics, torch.nn.Module):
             return self.physics
-        copies, key = self.__dict__.setdefault("_buffers", {}), (x.dtype, x.device)
+        state = [
+            (value, getattr(value, "_version", None))
+            for part in self.physics.modules()
+            for value in (*part.parameters(False), *part.buffers(False), *vars(part).values())
+        ]
+        # deepinv's `update_parameters` changes a physics that is in use
+        known = self.__dict__.get("_known", [])
+        if len(known) != len(state) or any(a is not c or b != d for (a, b), (c, d) in zip(known, state, strict=True)):
+            self.__dict__.update(_known=state, _copies={})
+        copies, key = self.__dict__["_copies"], (x.dtype, x.device)
         if key not in copies:
 
             def convert(tensor):  # module.to would make complex buffers real
                 dtype = x.dtype if tensor.is_floating_point() else tensor.dtype
                 dtype = torch.promote_types(x.dtype, torch.complex64) if tensor.is_complex() else dtype
-                return tensor.detach().to(x.device, dtype)
+                return tensor.detach().to(x.device, dtype, copy=True)
 
             copies[key] = copy.deepcopy(self.physics)._apply(convert)
         return copies[key]
@@ -111,13 +131,3 @@ def as_linear_operator(operator, image_shape: Sequence[int], *, dtype=torch.floa
     forward, adjoint = flatten(operator.A, shape), flatten(operator.A_adjoint, measured)
     size, kind = (math.prod(measured), math.prod(shape)), torch.empty(0, dtype=dtype).numpy().dtype
     return scipy.sparse.linalg.LinearOperator(size, forward, adjoint, forward, dtype=kind, rmatmat=adjoint)
-
-
-def _translate_noise(physics) -> GaussianNoise | None:
-    model = getattr(physics, "noise_model", None)
-    kind = type(model).__name__
-    if model is None or kind == "ZeroNoise":
-        return None
-    if kind == "GaussianNoise" and torch.as_tensor(model.sigma).numel() == 1:
-        return GaussianNoise(float(model.sigma))
-    raise RestoreError(f"noise of the physics must be Gaussian with one sigma, got {kind}; try your own noise=...")

@@ -171,7 +171,9 @@ class Operator:
     def _buffer(self, key: tuple, make: Callable, dtype: torch.dtype, device: torch.device):
         """Return the constant make() (None or anything with `to`) in this dtype and on this device, made once."""
         cache = self.__dict__.setdefault("_buffers", {})
-        key = (*key, dtype, device)
+        # a tensor's version counts its changes in place
+        versions = (v._version for v in vars(self).values() if isinstance(v, torch.Tensor) and not v.is_inference())
+        key = (*key, dtype, device, *versions)
         try:
             return cache[key]
         except KeyError:  # not `key in cache`: another thread may clear it in between
@@ -193,6 +195,17 @@ class Operator:
         vars(twin).update(attributes)
         return twin
 
+    def __setattr__(self, name: str, value) -> None:
+        """Set an attribute and forget what was computed from the old one. Raises RestoreError if other attributes were
+        (a kernel's weights from its size, say)."""
+        made = bool(self.derived) and all(known in self.__dict__ for known in self.derived)
+        if made and name in self.__dict__ and not name.startswith("_") and name not in ("noise", "name"):
+            kind = type(self).__name__
+            raise RestoreError(f"{name} of a {kind} must stay as it was made; try another {kind}({name}=...)")
+        object.__setattr__(self, name, value)
+        if name != "noise":
+            self.__dict__.pop("_buffers", None)
+
     def __repr__(self) -> str:
         """Return class and settings, arrays by shape and hash: operators with the same repr compute the same."""
         names = [name for name in vars(self) if not name.startswith("_") and name not in self.derived]
@@ -206,7 +219,19 @@ def _format(value) -> str:
     if isinstance(value, (torch.Tensor, np.ndarray)):
         array = np.ascontiguousarray(value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value)
         return f"<{'x'.join(map(str, array.shape))} {hashlib.sha256(array.tobytes()).hexdigest()[:12]}>"
-    return repr(value)
+    return repr(value) if not hasattr(value, "A") or isinstance(value, Operator) else describe_object(value)
+
+
+def describe_object(value) -> str:
+    """Return class and settings of another library's operator, its parts' too, arrays by shape and hash."""
+    settings = {}
+    for part, owner in value.named_modules() if isinstance(value, torch.nn.Module) else [("", value)]:
+        tensors = {**owner._buffers, **owner._parameters} if isinstance(owner, torch.nn.Module) else {}
+        for name, item in {**vars(owner), **tensors}.items():
+            plain = isinstance(item, (bool, int, float, str, tuple, list, torch.Tensor, np.ndarray))
+            if plain and not name.startswith("_") and name != "training":
+                settings[f"{part}.{name}".strip(".")] = _format(item)
+    return f"{type(value).__name__}({', '.join(f'{name}={text}' for name, text in settings.items())})"
 
 
 def apply_transpose(A: Callable, y: torch.Tensor, image_shape: Sequence[int]) -> torch.Tensor:

@@ -7,8 +7,11 @@ import inspect
 import torch
 
 from operators import proximal, validate
-from operators.base import Operator
+from operators.base import Operator, describe_object
 from operators.errors import RestoreError
+from operators.noise import translate_noise
+
+OPTIMAL = 1e-2  # relative gradient up to which another library's proximal step is taken for one
 
 
 def with_adjoint(operator, adjoint: str):
@@ -53,8 +56,8 @@ def prox_l2(operator, z: torch.Tensor, y: torch.Tensor, gamma, rough: bool = Fal
     """Return argmin_x gamma/2 ||A x - y||^2 + 1/2 ||x - z||^2; gamma: >= 0, one number or (B,). See `Operator.prox_l2`.
 
     rough: if conjugate gradients are needed, stop them as early as a step of a sampler allows (proximal.ROUGH).
-    If an object of another library has its own prox_l2(z, y, gamma), it is called (deepinv's physics; the accuracy is
-    then theirs), any other is solved by conjugate gradients.
+    If an object of another library has its own prox_l2(z, y, gamma), it is called; the accuracy is then theirs. A deepinv
+    physics whose own result is not the minimum, and any other object, is solved by conjugate gradients.
     """
     if isinstance(operator, Operator):
         if rough and operator.linear and type(operator).prox_l2 is Operator.prox_l2:
@@ -66,7 +69,15 @@ def prox_l2(operator, z: torch.Tensor, y: torch.Tensor, gamma, rough: bool = Fal
         return proximal.prox_l2(operator, z, y, gamma, rough)
     if isinstance(gamma, torch.Tensor):
         gamma = gamma.to(z.dtype).to(z.device).reshape(-1, *[1] * (z.ndim - 1)) if gamma.numel() > 1 else gamma.item()
-    return own(z, y, gamma)
+    if not hasattr(operator, "noise_model"):
+        return own(z, y, gamma)
+    try:
+        x = own(z, y, gamma)
+    except RuntimeError:  # deepinv's Upsampling inherits the closed form of Downsampling
+        return proximal.prox_l2(operator, z, y, gamma, rough)
+    gradient = gamma * operator.A_adjoint(operator.A(x) - y) + x - z
+    scale = (gamma * operator.A_adjoint(y)).norm() + z.norm()
+    return x if gradient.norm() <= OPTIMAL * scale else proximal.prox_l2(operator, z, y, gamma, rough)
 
 
 def regularised_inverse(operator, v: torch.Tensor, r) -> torch.Tensor:
@@ -81,6 +92,26 @@ def svd(operator, image_shape, dtype: torch.dtype = torch.float32, device="cpu")
     if isinstance(operator, Operator):
         return operator.svd(image_shape, dtype, device)
     raise RestoreError(f"operator must have a singular value decomposition, got {type(operator).__name__}")
+
+
+def find_noise(operator):
+    """Return the noise model of any operator, None for none; that of a deepinv physics, whose `noise` is a method, is
+    its `noise_model` with sigma on [-1, 1]. Raises RestoreError for one of those that is not Gaussian."""
+    if not isinstance(operator, Operator) and hasattr(operator, "noise_model"):
+        return translate_noise(operator.noise_model)
+    return getattr(operator, "noise", None)
+
+
+def is_linear(operator) -> bool:
+    """Return whether A is linear: as the operator says, or a deepinv physics by its class; True if nothing says it."""
+    if hasattr(operator, "noise_model") and not isinstance(operator, Operator):
+        return any(kind.__name__ == "LinearPhysics" for kind in type(operator).__mro__)
+    return getattr(operator, "linear", True)
+
+
+def describe(operator) -> str:
+    """Return class and settings of any operator, arrays by shape and hash: with the same text they compute the same."""
+    return repr(operator) if isinstance(operator, Operator) else describe_object(operator)
 
 
 def require_adjoint(operator):

@@ -63,6 +63,19 @@ class PoissonNoise:
         return f"PoissonNoise({self.rate:g})"
 
 
+def translate_noise(model) -> GaussianNoise | None:
+    """Return the noise model of a deepinv physics as one of ours, its sigma taken on [-1, 1]. Raises RestoreError if it
+    is not Gaussian with one sigma."""
+    kind = type(model).__name__
+    if model is None or kind == "ZeroNoise":
+        return None
+    if kind == "GaussianNoise" and torch.as_tensor(model.sigma).numel() == 1:
+        return GaussianNoise(float(model.sigma))
+    raise RestoreError(
+        f"noise_model of the physics must be Gaussian with one sigma, got {kind}; try as_operator(physics, noise=...)"
+    )
+
+
 def draw_per_image(y: torch.Tensor, generator, draw: Callable) -> torch.Tensor:
     """Return draw(y, generator), or draw(y[i:i+1], generator[i]) for each image if there is a list of generators.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+import operators
 from restore.method import Method
 from restore.versions import hash_own_code
 
@@ -16,7 +17,7 @@ ROW = 521  # numbers, see fingerprint_backbone
 def describe_run(restorer: Any, operator: Any, method: Method) -> dict[str, Any]:
     """Return method, operator, hash of the weights and what is known of their network, precision, and what rounding
     depends on: torch's version, device, threads and arithmetic."""
-    noise, backbone = getattr(operator, "noise", None), restorer.backbone
+    noise, backbone = operators.find_noise(operator), restorer.backbone
     dtype = getattr(backbone, "dtype", None) or backbone.network.dtype
     given = restorer.given | ({"per_channel": True} if restorer.per_channel else {})
     return {
@@ -26,7 +27,7 @@ def describe_run(restorer: Any, operator: Any, method: Method) -> dict[str, Any]
         **({"model_options": given} if given else {}),
         **({"autoencoder": type(backbone.vae).__name__} if restorer.kind == "latents" else {}),
         "precision": str(dtype).removeprefix("torch."),
-        "operator": repr(operator),
+        "operator": operators.describe(operator),
         "noise": repr(noise) if noise is not None else None,
         "range": "[-1, 1]",
         "method": method.describe(),

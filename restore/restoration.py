@@ -162,7 +162,7 @@ def measure_residual(x: torch.Tensor, y: torch.Tensor, operator: Any) -> tuple[t
     with torch.no_grad():
         difference = (y - operator.A(x.to(y.dtype))).flatten(1)
     residual = torch.linalg.vector_norm(difference, dim=1)
-    sigma = getattr(getattr(operator, "noise", None), "sigma", None)
+    sigma = getattr(operators.find_noise(operator), "sigma", None)
     return residual, residual / (float(sigma) * difference.shape[1] ** 0.5) if sigma else None
 
 

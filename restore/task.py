@@ -224,7 +224,7 @@ def degrade_image(operator: Any, x: torch.Tensor, grey: bool, generator: torch.G
     grey: the picture has one channel, three times; so has its noise then, or the grey file that is written of it would
     show the mean of three noises, which is weaker.
     """
-    noise = getattr(operator, "noise", None)
+    noise = operators.find_noise(operator)
     if not grey or noise is None:
         return operator(x, generator)
     y = operator.A(x)

@@ -263,6 +263,14 @@ def test_deepinv_physics_is_an_operator(restorer, face):
     )
     result = restorer(physics(face), physics, steps=2)
     assert result.samples.shape == (1, 1, 3, 64, 64) and torch.isfinite(result.residual).all()
+    found = [restorer.method(physics).sampler, result.protocol["method"]["sampler"], result.protocol["noise"]]
+    assert found == ["diffpir", "diffpir", "GaussianNoise(0.05)"] and result.residual_ratio is not None
+    for sampler in ("diffpir", "pigdm"):  # sigma is the physics' own
+        own = [
+            restorer(face, physics, sampler=sampler, steps=2, **more)
+            for more in ({}, {"sigma_y": float(physics.noise_model.sigma)})
+        ]
+        assert torch.equal(own[0].samples, own[1].samples)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (50, 37), (90, 61), (64, 131)])

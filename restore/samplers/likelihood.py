@@ -7,7 +7,7 @@ from typing import Annotated
 
 import torch
 
-from operators import PoissonNoise, RestoreError
+from operators import PoissonNoise, RestoreError, find_noise, is_linear
 from operators.naming import lookup
 from operators.ranges import Names
 
@@ -42,7 +42,7 @@ DataNorm = Annotated[str | Callable, Names(DATA_NORMS)]
 
 def gaussian_sigma(operator) -> float | None:
     """Return the standard deviation of the operator's Gaussian noise, 0 if it has no noise, None if it has another."""
-    noise = getattr(operator, "noise", None)
+    noise = find_noise(operator)
     return 0.0 if noise is None else getattr(noise, "sigma", None)
 
 
@@ -52,7 +52,7 @@ def find_data_norm(operator, data_norm: str | Callable | None) -> Callable[[torc
     None: "poisson" if the operator's noise is Poisson noise, else "l2". Raises RestoreError for an unknown name.
     """
     if data_norm is None:
-        data_norm = "poisson" if isinstance(getattr(operator, "noise", None), PoissonNoise) else "l2"
+        data_norm = "poisson" if isinstance(find_noise(operator), PoissonNoise) else "l2"
     return data_norm if callable(data_norm) else lookup(data_norm, DATA_NORMS, "data_norm")
 
 
@@ -62,7 +62,7 @@ def likelihood_variance(operator, tau: float | None, name: str = "tau") -> float
     tau None: from the operator's noise, 2 sigma_y² if it is Gaussian and 4 / (255 rate) if it is Poisson noise.
     Raises RestoreError, which calls tau by `name`, if the result is not positive.
     """
-    if tau is None and isinstance(getattr(operator, "noise", None), PoissonNoise):
+    if tau is None and isinstance(find_noise(operator), PoissonNoise):
         return 4 / (255 * operator.noise.rate)
     variance = 2 * (gaussian_sigma(operator) or 0.0) ** 2 if tau is None else tau**2
     if not variance > 0:
@@ -72,7 +72,7 @@ def likelihood_variance(operator, tau: float | None, name: str = "tau") -> float
 
 def is_linear_gaussian(operator) -> bool:
     """Return whether y = A x + n with a linear A and Gaussian noise, or none."""
-    return getattr(operator, "linear", True) and gaussian_sigma(operator) is not None
+    return is_linear(operator) and gaussian_sigma(operator) is not None
 
 
 def require_linear_gaussian(sampler: str, prior, operator, sigma_y: float | None, *, latents: bool = False) -> float:
@@ -83,8 +83,9 @@ def require_linear_gaussian(sampler: str, prior, operator, sigma_y: float | None
     """
     if prior.downscale != 1 and not latents:
         raise RestoreError(f"{sampler} needs a pixel prior, got a latent one; try psld")
-    if not getattr(operator, "linear", True):
-        raise RestoreError(f"{sampler} needs a linear operator, got {operator.name}; try dps")
+    if not is_linear(operator):
+        name = getattr(operator, "name", type(operator).__name__)
+        raise RestoreError(f"{sampler} needs a linear operator, got {name}; try dps")
     sigma_y = gaussian_sigma(operator) if sigma_y is None else sigma_y
     if sigma_y is None:
         raise RestoreError(f"{sampler} needs Gaussian noise, got {operator.noise!r}; give sigma_y or try dps")

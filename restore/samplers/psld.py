@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+import operators
 from operators import RestoreError
 from operators.ranges import NonNegative, Share, enforce_ranges
 from restore.backbones.base import normalise
@@ -51,7 +52,7 @@ def psld(
     decoder_sigma: 0 is the paper's; else for a linear A and Gaussian noise.
     callback: also z0_hat, gradient, and glue, the second norm (B,).
     """
-    sigma_y = getattr(getattr(operator, "noise", None), "sigma", None) if measurement_noise else 0.0
+    sigma_y = getattr(operators.find_noise(operator), "sigma", None) if measurement_noise else 0.0
     if sigma_y is None:
         raise RestoreError("measurement_noise must be False for an operator without Gaussian noise, got True")
     check_decoder_sigma(prior, decoder_sigma)

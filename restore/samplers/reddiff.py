@@ -7,6 +7,7 @@ from typing import Annotated
 
 import torch
 
+import operators
 from operators.naming import lookup
 from operators.ranges import Names, NonNegative, Positive, enforce_ranges
 from restore.guidance import estimator
@@ -52,7 +53,7 @@ def reddiff(
     schedule, norm = prior.schedule, find_data_norm(operator, data_norm)
     w = weighting if callable(weighting) else lookup(weighting, WEIGHTINGS, "weighting")
     timesteps, shape = schedule.timesteps(steps), (len(y), *prior.shape)
-    start_from = start_from or start or ("dagger" if getattr(operator, "linear", True) else "zero")
+    start_from = start_from or start or ("dagger" if operators.is_linear(operator) else "zero")
     with torch.no_grad():
         mu = reconstruct(start_from, prior, operator, y, gaussian_sigma(operator) or 0.0).clone().requires_grad_()
     adam = torch.optim.Adam([mu], lr=lr, betas=(0.9, 0.99))

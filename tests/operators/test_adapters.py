@@ -135,3 +135,58 @@ def test_scipy(operator):
 def test_scipy_refuses_a_batch():
     with pytest.raises(operators.RestoreError, match=r"\(channels, height, width\)"):
         as_linear_operator(operators.Denoising(), (1, 3, 8, 8))
+
+
+def linear_physics():
+    """A linear physics of deepinv for colour images of SIZE, of every kind that has them."""
+    dinv, size = pytest.importorskip("deepinv").physics, (3, *SIZE)
+    kernel = torch.full((1, 1, 3, 3), 1 / 9)
+    single = torch.ones(1, 1, *SIZE)
+    yield dinv.Denoising()
+    yield dinv.Inpainting(size, mask=0.5)
+    yield dinv.Blur(filter=kernel, padding="reflect")
+    yield dinv.BlurFFT(size, filter=kernel)
+    yield dinv.Downsampling(size, filter="bicubic", factor=2)
+    yield dinv.DownsamplingMatlab(factor=2)
+    yield dinv.Upsampling((3, 48, 64), filter="bilinear", factor=2)
+    yield dinv.Decolorize()
+    yield dinv.Demosaicing(SIZE)
+    yield dinv.SpaceVaryingBlur(filters=kernel[:, :, None], multipliers=single[:, :, None], padding="reflect")
+    yield dinv.CompressedSensing(m=50, img_size=size)
+    yield dinv.LinearPhysics(A=lambda x, **_: 2 * x, A_adjoint=lambda y, **_: 2 * y)
+
+
+def test_all_linear_physics_have_their_noise_without_wrapping():
+    dinv = pytest.importorskip("deepinv").physics
+    for physics in linear_physics():
+        physics.noise_model = dinv.GaussianNoise(0.05)
+        assert operators.find_noise(physics).sigma == pytest.approx(0.05) and operators.is_linear(physics), physics
+        y = physics.A(image())
+        assert operators.image_shape(physics, y) == image().shape, physics
+        assert operators.check_operator(physics, image().shape, dtype=torch.float32) < 1e-3, physics
+        x = operators.prox_l2(physics, image(), y + 0.1, 2.0)
+        gradient = 2 * physics.A_adjoint(physics.A(x) - y - 0.1) + x - image()
+        assert gradient.norm() < 0.02 * image().norm(), physics
+        physics.noise_model = dinv.PoissonNoise(0.1)
+        with pytest.raises(operators.RestoreError, match="noise_model.*PoissonNoise.*noise="):
+            operators.find_noise(physics)
+    assert not operators.is_linear(dinv.Haze()) and operators.find_noise(operators.Denoising()) is None
+
+
+def test_an_updated_physics_computes_with_what_it_says(physics):
+    dinv = pytest.importorskip("deepinv").physics
+    original = dinv.Inpainting((3, *SIZE), mask=torch.ones(1, 3, *SIZE), noise_model=dinv.GaussianNoise(0.05))
+    wrapped, x = as_operator(original), image()
+    texts = [(operators.describe(original), repr(wrapped))]
+    for value in (x, x.double()):
+        assert torch.equal(wrapped.A(value), value)
+    mask = (torch.rand(1, 3, *SIZE) > 0.5).float()
+    original.update(mask=mask, sigma=torch.tensor(0.2))
+    for value in (x, x.double()):
+        assert torch.equal(wrapped.A(value), mask * value)
+    assert wrapped.noise.sigma == pytest.approx(0.2)
+    texts.append((operators.describe(original), repr(wrapped)))
+    original.mask[..., 0] = 0  # in place
+    assert not wrapped.A(x)[..., 0].any() and not wrapped.A(x.double())[..., 0].any()
+    texts.append((operators.describe(original), repr(wrapped)))
+    assert all(len(set(column)) == 3 for column in zip(*texts, strict=True))

@@ -127,3 +127,32 @@ def test_bad_options_of_masks():
         Inpainting(random_mask(8, fraction=1.0))
     with pytest.raises(operators.RestoreError, match="image_size"):
         box_mask("large")
+
+
+def test_a_changed_operator_computes_with_what_it_says():
+    """A new mask counts at once, in every precision; what others are computed from cannot be changed."""
+    masks = [operators.random_mask((8, 8), seed=seed) for seed in range(2)]
+    operator, x = operators.Inpainting(masks[0]), torch.rand(1, 3, 8, 8)
+    texts = [repr(operator)]
+    for value in (x, x.double()):
+        assert torch.equal(operator.A(value), masks[0] * value) and operator.svd(x.shape).singular[0, 0].equal(
+            masks[0][0, 0]
+        )
+    operator.mask = masks[1].clone()
+    texts.append(repr(operator))
+    for value in (x, x.double()):
+        assert torch.equal(operator.A(value), masks[1] * value) and operator.svd(x.shape).singular[0, 0].equal(
+            masks[1][0, 0]
+        )
+    operator.mask[..., 0] = 0  # in place
+    texts.append(repr(operator))
+    assert not operator.A(x.double())[..., 0].any() and len(set(texts)) == 3
+    for blur, name in [
+        (operators.GaussianBlur(5, 1.0), "std"),
+        (operators.MotionBlur(5), "seed"),
+        (operators.Blur(torch.full((3, 3), 1 / 9)), "kernel"),
+    ]:
+        with pytest.raises(operators.RestoreError, match=f"{name} of a {type(blur).__name__} must stay"):
+            setattr(blur, name, 2)
+        blur.noise = operators.GaussianNoise(0.1)
+        assert blur.noise.sigma == 0.1
