@@ -56,8 +56,8 @@ def prox_l2(operator, z: torch.Tensor, y: torch.Tensor, gamma, rough: bool = Fal
     """Return argmin_x gamma/2 ||A x - y||^2 + 1/2 ||x - z||^2; gamma: >= 0, one number or (B,). See `Operator.prox_l2`.
 
     rough: if conjugate gradients are needed, stop them as early as a step of a sampler allows (proximal.ROUGH).
-    If an object of another library has its own prox_l2(z, y, gamma), it is called; the accuracy is then theirs. A deepinv
-    physics whose own result is not the minimum, and any other object, is solved by conjugate gradients.
+    If an object of another library has its own prox_l2(z, y, gamma), it is called; the accuracy is then theirs. A
+    deepinv physics whose own result is not the minimum, and any other object, is solved by conjugate gradients.
     """
     if isinstance(operator, Operator):
         if rough and operator.linear and type(operator).prox_l2 is Operator.prox_l2:

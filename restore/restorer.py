@@ -206,8 +206,8 @@ class Restorer:
         samples: posterior samples per measurement. seed, image_ids: noise is a function of (seed,
             image id, sample index); ids default to "0", "1", ...
         batch_size: samples computed together. With 1 (default) a result has the same bytes whatever
-            else is computed; larger batches are equal to rounding, which DPS can magnify where a pixel
-            crosses the clamp of x0_hat, and faster on a GPU.
+            else is computed; larger batches are faster on a GPU, and equal to rounding, which DPS can magnify where
+            a pixel crosses the clamp of x0_hat, and RED-diff and ReSample where a gradient nearly vanishes (Adam).
         condition: class labels (B,), or embeddings (B or 1, tokens, width). In its place, label: one class, by its
             number or name; prompt, negative_prompt: text, and text in place of the empty prompt of CFG's weak pass,
             for backbones with a text encoder.

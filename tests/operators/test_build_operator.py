@@ -211,7 +211,7 @@ def test_every_operator_lists_its_options():
         "inpainting_mask": ["mask"],
         "super_resolution": ["factor", "method"],
         "gaussian_blur": ["kernel_size", "std", "border"],
-        "motion_blur": ["kernel_size", "intensity", "seed", "border"],
+        "motion_blur": ["kernel_size", "intensity", "seed", "law", "border"],
         "blur": ["kernel", "normalize", "border"],
         "denoising": [],
         "colorization": ["weights"],
