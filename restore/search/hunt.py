@@ -32,6 +32,7 @@ class HeadSearch:
 
     def __init__(self, config: dict[str, Any], progress: Progress | None = None):
         self.config, self.progress = config, progress
+        disk.require_file_names([config["name"]], "name")
         self.folder = Path(config["out"] or Path("runs") / config["name"])
         kind = config["rest"].get("kind", "restoration")
         self.objective = Objective.from_config(config["objective"], kind)

@@ -213,6 +213,7 @@ def test_halves_that_share_an_image_are_refused(config, tmp_path):
         ({"guidance": {"pag": {"scale": 1.0, "layers": "m1"}}}, "must leave its layers open, got 0 terms"),
         ({"guidance": [{"pag": {"scale": 1.0}}, {"pag": {"scale": 2.0}}]}, "must leave its layers open, got 2 terms"),
         ({"objective": "kid_vgg16", "halving": True}, "kid_vgg16 needs all of them"),
+        ({"name": "../../holiday"}, "name must be a file name without folders"),
         ({"halving": True, "batch": 4}, "give batch= less than 4"),
         ({"rounds": 99}, "must be at most.*rounds=99"),
         ({"rounds": 0}, "rounds must be .*rounds=0"),
