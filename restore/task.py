@@ -172,9 +172,32 @@ class Measurement:
     y: torch.Tensor
 
 
+def build_for_photo(
+    record: io.ImageRecord, task: Task, *, degrade: bool = False, resampling: Resampling | None = None
+) -> Any:
+    """Return the operator of `measure_photo`, without computing anything of the picture's size.
+
+    Raises RestoreError if the task needs a mask that is not given.
+    """
+    height, width = record.size
+    if degrade:
+        if resampling and isinstance(task.config.get("mask"), Mask):
+            mask = resize_image(task.config["mask"].read(record.size), resampling.side, method="nearest")
+            task = Task(task.name, task.config | {"mask": mask})
+        return task.build(*((resampling.side, resampling.side) if resampling else record.size))
+    if task.config["name"] in ("inpainting_box", "inpainting_random"):
+        raise RestoreError(
+            f"{record.path.name}: inpainting a damaged photo needs mask=FILE (white: known pixels); "
+            "with degrade=True the task cuts its own hole into a clean photo"
+        )
+    size = (height * task.factor, width * task.factor)
+    operator = task.build(*size)
+    return resampling.adapt_operator(operator, size, record.path.name) if resampling else operator
+
+
 @neutral_state("cpu")
 def measure_photo(
-    photo: Path,
+    photo: Path | io.ImageRecord,
     task: Task,
     *,
     image_id: str,
@@ -183,39 +206,29 @@ def measure_photo(
     resampling: Resampling | None = None,
     grey: bool = False,
 ) -> Measurement:
-    """Read a photo as a measurement: degraded by the task with `degrade`, else as it is.
+    """Return a photo, read or to be read, as a measurement: degraded by the task with `degrade`, else as it is.
 
     image_id, seed: of the measurement's noise. resampling: restore at another size. grey: measure a grey photo in one
         channel, for a prior of grey images.
     Raises RestoreError if the photo cannot be read or the task needs a mask that is not given.
     """
-    record = io.read_image(photo)
+    record = photo if isinstance(photo, io.ImageRecord) else io.read_image(photo)
+    adapted = build_for_photo(record, task, degrade=degrade, resampling=resampling)
     pixels = record.pixels[:, :1] if grey and record.grey else record.pixels
     height, width = record.size
     if degrade:
         clean = stretch_range(pixels) if resampling and resampling.stretch else pixels
-        x = resampling.enlarge(clean, photo.name) if resampling else clean
-        if resampling and isinstance(task.config.get("mask"), Mask):
-            mask = resize_image(task.config["mask"].read(record.size), resampling.side, method="nearest")
-            task = Task(task.name, task.config | {"mask": mask})
-        operator = task.build(*x.shape[-2:])
-        y = degrade_image(operator, x, record.grey, measurement_generator(seed, image_id))
-        return Measurement(record, clean, operator, y)
-    if task.config["name"] in ("inpainting_box", "inpainting_random"):
-        raise RestoreError(
-            f"{photo.name}: inpainting a damaged photo needs mask=FILE (white: known pixels); "
-            "with degrade=True the task cuts its own hole into a clean photo"
-        )
+        x = resampling.enlarge(clean, record.path.name) if resampling else clean
+        y = degrade_image(adapted, x, record.grey, measurement_generator(seed, image_id))
+        return Measurement(record, clean, adapted, y)
     size = (height * task.factor, width * task.factor)
-    operator = task.build(*size)
+    operator = task.build(*size) if resampling else adapted
     with torch.no_grad():
         channels = operator.A(torch.zeros(1, pixels.shape[1], *size, dtype=torch.float32)).shape[1]
         y = io.to_tensor(pixels, channels=1) if channels == 1 else pixels
         if task.config["name"] == "inpainting_mask":
             y = operator.A(y)
-    if resampling:
-        operator = resampling.adapt_operator(operator, size, photo.name)
-    return Measurement(record, None, operator, y)
+    return Measurement(record, None, adapted, y)
 
 
 def degrade_image(operator: Any, x: torch.Tensor, grey: bool, generator: torch.Generator) -> torch.Tensor:

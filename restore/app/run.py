@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import operators
 from operators import RestoreError
 from restore import disk
 from restore.app import files
@@ -25,7 +24,7 @@ from restore.memory import Plan, Planner
 from restore.method import Method
 from restore.metrics.single import psnr, ssim
 from restore.restoration import Restoration, check_channels, explain_out_of_memory
-from restore.task import Measurement, Task, measure_photo
+from restore.task import Measurement, Task, build_for_photo, measure_photo
 from restore.versions import get_version
 
 # The parts of a protocol that make a result another one. The others (threads, batch size, ...) only affect rounding.
@@ -122,21 +121,25 @@ class RestoreJob:
         files.check_names(photo, self.outputs(photo))
         io.check_source(photo.source, photo.target)
         task = self.task.for_photo(photo.source, self.degrade)
-        noise = {"image_id": photo.image_id, "seed": self.seed, "grey": self.restorer.channels == 1}
-        measured = measure_photo(photo.source, task, degrade=self.degrade, resampling=self.resampled, **noise)
-        record, operator, y = measured.record, measured.operator, measured.y
-        channels, *size = operators.image_shape(operator, y)[1:]
-        if self.restorer.channels == 1:
-            check_channels(channels, 1, self.restorer.per_channel)
-        method = self.method.resolve(self.restorer, operator, task=task.name, size=tuple(size), samples=self.samples)
+        record, degrading = io.read_image(photo.source), {"degrade": self.degrade, "resampling": self.resampled}
+        # Nothing of the result's size is computed before the plan has said that it fits.
+        operator = build_for_photo(record, task, **degrading)
+        shown = tuple(side * (1 if self.degrade else task.factor) for side in record.size)
+        size = (self.resampled.side, self.resampled.side) if self.resampled else shown
+        method = self.method.resolve(self.restorer, operator, task=task.name, size=size, samples=self.samples)
         settings = self._describe_settings(photo, task, self.restorer.protocol(operator, method))
         expected = {"sha256": disk.hash_file(photo.source), "settings": settings}
         if not self.overwrite and files.is_finished(photo, expected):
             return Outcome(photo, skipped=True)
-        size = tuple(side * (1 if self.degrade else task.factor) for side in record.size)
-        plan = None if self.planner is None else self._plan(photo, task, size, method, channels)
+        if self.restorer.channels == 1:
+            check_channels(1 if record.grey else 3, 1, self.restorer.per_channel)
+        singly = 1 if self.restorer.channels == 3 or record.grey else 3
+        plan = None if self.planner is None else self._plan(photo, task, shown, method, singly)
         if self.dry_run:
             return Outcome(photo, plan=plan)
+        noise = {"image_id": photo.image_id, "seed": self.seed, "grey": self.restorer.channels == 1}
+        measured = measure_photo(record, task, **degrading, **noise)
+        operator, y, size = measured.operator, measured.y, shown
         trajectory = Trajectory(self.callback) if self.save_trajectory else None
         with nullcontext(self.restorer) if plan is None else self.planner.apply(plan) as restorer:
             options = {"samples": self.samples, "seed": self.seed, "batch_size": self.batch_size}
@@ -169,9 +172,9 @@ class RestoreJob:
             "trajectory": self.save_trajectory,
         }
 
-    def _plan(self, photo: Photo, task: Task, size: tuple[int, int], method: Method, channels: int) -> Plan:
+    def _plan(self, photo: Photo, task: Task, size: tuple[int, int], method: Method, singly: int) -> Plan:
         options = {"samples": self.samples, "batch_size": self.batch_size, "resampled": self.resampled}
-        options["singly"] = channels if self.restorer.channels == 1 else 1
+        options["singly"] = singly
         with explain_out_of_memory():
             plan = self.planner.plan(task, size, method, **options)
         if self.announce is not None:
