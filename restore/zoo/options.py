@@ -93,10 +93,20 @@ def _find_options(found: Located, given: Mapping[str, Any]) -> dict[str, Any]:
             stacklevel=5,
         )
         return {"schedule": "linear"}
+    if not _holds_network(found, given):
+        return {}  # whose loader explains what it is
     raise RestoreError(
         f"{found.path} does not tell how its network was trained; give {_list_asked(missing)} (weights do not say it; "
         "published files are known by content or name, see `restore models list`)"
     )
+
+
+def _holds_network(found: Located, given: Mapping[str, Any]) -> bool:
+    """Return whether a file holds the weights of such a network. Raises RestoreError if it cannot be read."""
+    from restore.backbones.weights import read_weights, unwrap_state
+
+    anchor = "time_embed.0.weight" if found.kind == "adm" else "model.diffusion_model.time_embed.0.weight"
+    return unwrap_state(read_weights(found.path, "meta"), anchor, found.path, given.get("weights_key")) is not None
 
 
 def _needed(found: Located) -> list[str]:
