@@ -14,7 +14,7 @@ from operators import RestoreError
 from restore.backbones.text_to_image import PipelineOptions, TextToImage
 from restore.backbones.weights import DTYPES
 from restore.bench.baselines import BASELINES
-from restore.guidance import CFG
+from restore.guidance import CFG, Autoguidance
 from restore.guidance.pipelines import find_network, guided, schedule_cfg
 from restore.images.resampling import Resampling, enlarge_image
 from restore.method import Method
@@ -109,8 +109,12 @@ def generate_batch(
         labels = [cycle[int(i) % len(cycle)] for i in ids]
     eta = method.parameters.get("eta", 0.0) if method.sampler == "ddim" else None
     options = {"guidance": method.guidance, "steps": method.steps, "ddim_eta": eta, "seed": seed, "labels": labels}
+    terms = method.guidance.terms if method.guidance is not None else ()
+    weaker = [term.load(restorer.backbone) for term in terms if isinstance(term, Autoguidance)]
     calls: list[None] = []
-    with restorer.backbone.network.register_forward_pre_hook(lambda *_: calls.append(None)):
+    with ExitStack() as stack:
+        for network in {backbone.network for backbone in (restorer.backbone, *weaker)}:
+            stack.enter_context(network.register_forward_pre_hook(lambda *_: calls.append(None)))
         x = restorer.generate(len(ids), batch_size=len(ids), first=int(ids[0]), **options)
     return Estimates(
         x.cpu()[:, None].expand(-1, -1, 3, -1, -1), len(calls), protocol=restorer.protocol(None, method, seed=seed)

@@ -38,7 +38,7 @@ class Autoguidance(Term):
         """Raises RestoreError for a model that does not load, or has other images or another kind of noise."""
         require_prior(backbone, "autoguidance")
         strong = unwrap(backbone)
-        weak = self._load(strong)
+        weak = self.load(strong)
         name = self.model if isinstance(self.model, str) else type(self.model).__name__
         x, weak_x = (f"{m.channels} channels at 1/{m.downscale} of an image's side" for m in (strong, weak))
         if x != weak_x:
@@ -49,7 +49,8 @@ class Autoguidance(Term):
             raise RestoreError(f"model of autoguidance must have the prior's noise {kind}, got {name} with {weak_kind}")
         return predict_by(weak, backbone)
 
-    def _load(self, strong: Backbone) -> Backbone:
+    def load(self, strong: Backbone) -> Backbone:
+        """Return the weaker model, on the device and in the precision of `strong`."""
         if not isinstance(self.model, str):
             return self.model
         device = next(strong.network.parameters()).device

@@ -4,6 +4,7 @@ ones with eight channels and random weights, two steps, a handful of small image
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +122,18 @@ def test_every_table_of_the_paper_is_there():
     assert {"table4-ffhq", "table5-imagenet", "table7-imagenet", "table8-ffhq"} <= set(NAMES)
 
 
+def check_resuming(config: dict, folder: Path):
+    """A run that was killed in its last batch continues to the same bytes, and does nothing else."""
+    *_, (task, method) = list_cells(load_config(config))
+    lost = sorted((folder / "results" / task / method / "rows").glob("*.json"))[-1]
+    picture = lost.parent.parent / f"{lost.stem}.png"
+    before = picture.read_bytes()
+    lost.unlink()
+    picture.write_bytes(before[:100])
+    again = run_benchmark(config)
+    assert again.computed == 1 and picture.read_bytes() == before
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_configuration_runs_from_end_to_end(name, world):
     done = run_benchmark(shrink(name, world))
@@ -131,6 +144,9 @@ def test_configuration_runs_from_end_to_end(name, world):
         keys = {"pr": ["precision", "recall"]}.get(metric, [metric])
         for key in keys:
             assert all(key in {**c["means"], **c["set_values"], **c["cost"]} for c in cells), key
+    check_resuming(shrink(name, world), done.folder)
+    if name == "figure41":  # evaluations of the weaker model count, too
+        assert {key: cell["cost"]["nfe"] for key, cell in table["cond"].items()} == {"none": 2, "cfg": 4, "pag": 4}
     # A stand-in whose guidance did nothing would make all of this worthless.
     plain, guided_method = {"table2": ("none", "pag"), "table8-ffhq": ("dps", "dps_pag")}.get(name, (None, None))
     if plain:
