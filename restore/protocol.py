@@ -27,7 +27,7 @@ def describe_run(restorer: Any, operator: Any, method: Method) -> dict[str, Any]
         **({"model_options": given} if given else {}),
         **({"autoencoder": type(backbone.vae).__name__} if restorer.kind == "latents" else {}),
         "precision": str(dtype).removeprefix("torch."),
-        "operator": operators.describe(operator),
+        "operator": "None" if operator is None else operators.describe(operator),  # of samples
         "noise": repr(noise) if noise is not None else None,
         "range": "[-1, 1]",
         "method": method.describe(),
