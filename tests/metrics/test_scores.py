@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import tiny_clip
 import tiny_sd
@@ -67,8 +70,6 @@ def test_scores_are_the_models_own_logits(clip, models, pictures):
 
 
 def test_hpsv2_is_read_from_the_layout_of_its_file(models, pictures):
-    from pathlib import Path
-
     model, out = own_output(Path(models["hpsv2"]).parent / "fine-tuned", pictures)
     expected = 100 * out.logits_per_image.diag() / model.logit_scale.exp()
     values = load("hpsv2", models)(pictures[0].float() / 127.5 - 1, pictures[1])
@@ -181,3 +182,21 @@ def test_which_scores_can_be_objectives():
     assert Objective.from_config("aesthetic", "generation").metrics == ["aesthetic"]
     with pytest.raises(RestoreError, match="hpsv2 compares images with prompts, which kind=restoration"):
         Objective.from_config("hpsv2")
+
+
+def test_the_documented_score_of_ones_own_is_a_metric_and_an_objective(config, monkeypatch, tmp_path):
+    """docs/heads.md's module, with a stand-in for the package that it needs."""
+    text = (Path(__file__).parents[2] / "docs" / "heads.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "# my_scores.py" in block]
+    (tmp_path / "my_scores.py").write_text(code)
+    package = "class Model:\n    def score(self, prompt, image):\n        return len(prompt) + image.width\n\n\n"
+    (tmp_path / "ImageReward.py").write_text(package + "def load(name, device):\n    return Model()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config["metrics"]["names"] = ["my_scores:image_reward"]
+    done = run_benchmark(config)
+    means = done.table["table"]["text"]["none"]["means"]
+    assert means["my_scores:image_reward"]["mean"] == pytest.approx(
+        32 + (len("a cat, in oil") + len("a dog, in oil") + len("birds, in oil")) / 3
+    )
+    objective = Objective.from_config("my_scores:image_reward", "text_to_image")
+    assert objective.weights == {"my_scores:image_reward": -1.0} and not objective.functions
