@@ -71,6 +71,7 @@ def heads(
     config: Annotated[Path, typer.Argument(help="A file such as configs/search/*.yaml.")],
     settings: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. calibration.folder=faces/")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print candidates, NFE and time.")] = False,
+    pull: Annotated[bool, typer.Option("--pull", help="Only download the models that it needs.")] = False,
     gallery: Annotated[
         str | None, typer.Option(help="Draw pictures of heads instead: heads, layers, pairs (comma separated) or all.")
     ] = None,
@@ -78,6 +79,10 @@ def heads(
     """Search for the attention heads whose perturbation helps (HeadHunter), or continue a search."""
     from restore import search
 
+    if pull:
+        for text in search.pull_search(config, settings or []):
+            typer.echo(text)
+        return
     if dry_run:
         plan = search.plan_search(config, settings or [])
         typer.echo(f"{plan.candidates} heads")

@@ -9,7 +9,7 @@ from restore import zoo
 from restore.bench.config import build_method, list_cells
 from restore.bench.results import metric_options
 from restore.guidance import describe_guidance
-from restore.metrics import table
+from restore.metrics import scores, table
 
 
 def list_needed_models(config: Mapping[str, Any]) -> list[str]:
@@ -36,5 +36,13 @@ def pull_needed_models(config: Mapping[str, Any]) -> Iterator[str]:
     missing = [name for name in names if zoo.locate(name).path is None]
     for name in names:
         yield f"{name}: {zoo.describe_download(name)}" if name in missing else f"{name}: on this machine"
+    given = metric_options(config)
+    of_prompts = table.select_metrics(config["metrics"]["names"], "prompt")
+    models = dict.fromkeys(model for row in of_prompts.values() for model in row.models if model not in given.models)
+    for name in models:
+        yield f"{name}: {scores.describe_download(name)}"
     for name in missing:
         yield f"{name} is at {zoo.pull(name, offline=config['offline'] or None)}"
+    if models:
+        table.load_scores(of_prompts, given)  # their clients fetch what is missing
+        yield f"{', '.join(models)}: on this machine"

@@ -78,6 +78,12 @@ def find_place(name: str, models: Mapping[str, str]) -> str:
     return str(Path(given).expanduser()) if is_path else given
 
 
+def describe_download(name: str) -> str:
+    """Return size, licence and place of a published model of MODELS, in one line."""
+    model = MODELS[name]
+    return f"{model.megabytes} MB if it is not here yet, {model.licence}, {model.page}"
+
+
 def describe_models(names: Sequence[str], models: Mapping[str, str]) -> dict[str, Any]:
     """Return the protocol's entry of these models: their places, and of local weights the SHA-256."""
     described: dict[str, Any] = {}

@@ -106,12 +106,15 @@ CIRCUMSTANCES = (
 )
 
 
-def load_search(config: str | os.PathLike | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+def load_search(
+    config: str | os.PathLike | Mapping[str, Any], overrides: Sequence[str] = (), placeholder: str | None = None
+) -> dict[str, Any]:
     """Return a checked configuration as plain containers: the keys of Search, and `rest`, those of the benchmarks.
 
-    config: a YAML file, the name of one in configs/search, or a mapping. Raises RestoreError as a benchmark's does.
+    config: a YAML file, the name of one in configs/search, or a mapping. placeholder: in place of values left open.
+    Raises RestoreError as a benchmark's does.
     """
-    plain = read_config(config, overrides, "search")
+    plain = read_config(config, overrides, "search", placeholder=placeholder)
     own_keys = [item.name for item in fields(Search)]
     known = {item.name for item in fields(Benchmark)} - {"data", "methods"}
     check_known(plain, sorted(known | set(own_keys)), "the configuration of a search has no key")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from restore import zoo
 from restore.bench import run as benchmarks
+from restore.bench.config import load_config
+from restore.bench.pull import pull_needed_models
 from restore.search.config import build_benchmark, load_search, split_cfg
 from restore.search.hunt import HeadSearch
+from restore.search.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,15 @@ class SearchPlan:
     images: tuple[int, int]
     nfe: int | None
     seconds: float | None
+
+
+def pull_search(config: str | os.PathLike | Mapping[str, Any], overrides: Sequence[str] = ()) -> Iterator[str]:
+    """Download the models that a search needs, its metrics' included; the lines are those of pull_needed_models."""
+    search = load_search(config, overrides, placeholder="-")
+    kind = search["rest"].get("kind", "restoration")
+    names = (search["rest"].get("metrics") or {}).get("names") or []
+    names = dict.fromkeys([*names, *Objective.from_config(search["objective"], kind).metrics])
+    yield from pull_needed_models(load_config(build_benchmark(search, "test", {"none": {}}, list(names), "-")))
 
 
 def plan_search(

@@ -114,3 +114,14 @@ def test_a_text_to_image_search_runs_from_end_to_end(name, models, tmp_path):
     assert [path.name.split("-")[0] for path in sheets] == ["heads", "layers", "pairs"]
     before = (found.folder / "search.json").read_bytes()
     assert search_heads(config).table == json.loads(before) and (found.folder / "search.json").read_bytes() == before
+
+
+def test_pull_names_the_models_of_scores_and_loads_them(models, tmp_path, command):
+    folder = published.save("sd-1.5", tmp_path / "sd")
+    settings = [f"backbone={folder}", *(f"metrics.models.{k}={v}" for k, v in models.items() if k != "aesthetic")]
+    code, out, _ = command(
+        "heads", "sd-general", *settings, f"metrics.models.aesthetic={models['aesthetic']}", "--pull"
+    )
+    assert code == 0 and not out.strip()  # everything is the user's own
+    code, _, error = command("heads", "sd-general", *settings, "metrics.models.pick_score=/nowhere", "--pull")
+    assert code == 2 and "metrics.models.pick_score must be" in error
