@@ -224,20 +224,26 @@ def observe_run(
 
     first, count, total: `batch`, this batch's samples among all. decode: from x0 as x_t to images.
     With guidance, signals: for each term the step's last |eps − eps_weak|, averaged over the channels, (B, 1, h, w) as
-    x_t, None if it was off. predictions: its last clean estimates "strong", "guided" (None if all terms were off) and
-    "weak", one for each term; (B, C, h, w) as x_t, not clamped.
+    x_t, None if it was off. If the callback has a true attribute `predictions`, also predictions: the last clean
+    estimates "strong", "guided" (None if all terms were off) and "weak", one for each term; (B, C, h, w) as x_t, not
+    clamped.
     """
-    record, shared = Record(), dict(zip(("first", "count", "total"), batch, strict=True)) | {"decode": prior.decode}
+    wanted = bool(getattr(callback, "predictions", False))
+    record, shared = (
+        Record(wanted),
+        dict(zip(("first", "count", "total"), batch, strict=True)) | {"decode": prior.decode},
+    )
 
     def receive(step: dict) -> None:
         used.update(step.get("used", {}))
         if callback is not None:
             own = {}
             if guidance is not None:
-                terms, x0 = range(len(guidance.terms)), dict(record.x0)
+                terms, x0 = range(len(guidance.terms)), record.x0
                 own["signals"] = [record.signals.get(k) for k in terms]
-                own["predictions"] = {name: x0.get(name) for name in ("guided", "strong")}
-                own["predictions"]["weak"] = [x0.get(k) for k in terms]
+                if wanted:
+                    own["predictions"] = {name: x0.get(name) for name in ("guided", "strong")}
+                    own["predictions"]["weak"] = [x0.get(k) for k in terms]
                 record.clear()
             callback({**step, **own, **shared})
 

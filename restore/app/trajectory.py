@@ -22,6 +22,8 @@ class Trajectory:
     index: of the sample. initial: keep every one of the first steps, so many; None: about ten, evenly spaced.
     """
 
+    predictions = True  # are wanted, see restore.restoration.observe_run
+
     def __init__(self, then: Callable[[dict], None] | None = None, index: int = 0, initial: int | None = None) -> None:
         self.then, self.index, self.initial = then, index, initial
         self.times: list[float] = []

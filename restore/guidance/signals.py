@@ -16,10 +16,12 @@ from restore.guidance.base import Guidance, Term, WeakPass, as_guidance
 class Record:
     """The last step of a recorded guidance.
 
-    signals[k]: |eps − eps_weak| of term k, averaged over the channels, (B, 1, h, w). x0: the clean estimates of the
-    predictions "strong", "guided" and of term k, (B, C, h, w) as x_t. Both lack what was off.
+    signals[k]: |eps − eps_weak| of term k, averaged over the channels, (B, 1, h, w). x0, only if `predictions`, as they
+    are as large as x_t: the clean estimates of the predictions "strong", "guided" and of term k, (B, C, h, w). Both
+    lack what was off.
     """
 
+    predictions: bool = False
     signals: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     x0: dict[str | int, torch.Tensor] = dataclasses.field(default_factory=dict)
 
@@ -33,7 +35,8 @@ def record_guidance(guidance: Term | Guidance, record: Record) -> Guidance:
     guidance = as_guidance(guidance)
     terms = enumerate(guidance.terms)
     recorded = [_Recorded(a.scale, a, k, record, interval=a.interval, schedule=a.schedule) for k, a in terms]
-    return Guidance(tuple(recorded), _RecordedCombination(guidance.combine, record))
+    combine = _RecordedCombination(guidance.combine, record) if record.predictions else guidance.combine
+    return Guidance(tuple(recorded), combine)
 
 
 def _estimate_x0(eps: torch.Tensor, x_t: torch.Tensor, t: float, backbone: Backbone) -> torch.Tensor:
@@ -54,7 +57,8 @@ class _Recorded(Term):
             eps_weak = weak.eps(x_t, t, condition, strong)
             if eps_weak is not None:
                 self.record.signals[self.index] = (strong.eps.detach() - eps_weak).abs().mean(dim=1, keepdim=True)
-                self.record.x0[self.index] = _estimate_x0(eps_weak, x_t, t, backbone)
+                if self.record.predictions:
+                    self.record.x0[self.index] = _estimate_x0(eps_weak, x_t, t, backbone)
             return eps_weak
 
         return dataclasses.replace(weak, eps=eps)

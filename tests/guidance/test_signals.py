@@ -71,6 +71,8 @@ def test_the_callback_gets_them(restorer, guidance, noted, batch_size):
     steps.clear()
     restorer.generate(1, steps=2, callback=steps.append)
     assert all("signals" not in step for step in steps)
+    restorer.generate(1, guidance=guidance, steps=1, callback=steps.append)
+    assert "predictions" not in steps[-1]  # as large as x_t, and only for who wants them
 
 
 @pytest.mark.parametrize("name", sorted(samplers.SAMPLERS))
@@ -113,6 +115,11 @@ def test_the_picture_shows_the_signal():
     assert 3 * 256 <= int((greys == 0).sum()) < 4 * 256
 
 
+class Steps(list):
+    predictions = True
+    __call__ = list.append
+
+
 @pytest.mark.parametrize("latent", [False, True])
 @pytest.mark.parametrize("name", ["pag", "cfg", "sag"])
 def test_predictions_are_those_of_the_step(name, latent, stand_ins):
@@ -125,8 +132,8 @@ def test_predictions_are_those_of_the_step(name, latent, stand_ins):
     s = 1.5
     terms = {"pag": PAG(s, "m1"), "cfg": CFG(s), "sag": SAG(s, "m1", sigma=1.0, taps=5)}
     given = {"prompt": "a cat"} if latent else {"labels": ["face"]}
-    steps: list[dict] = []
-    model.generate(1, guidance=terms[name], steps="ddim3", ddim_eta=0.0, callback=steps.append, **given)
+    steps = Steps()
+    model.generate(1, guidance=terms[name], steps="ddim3", ddim_eta=0.0, callback=steps, **given)
     assert len(steps) == 3
     for step in steps:
         strong, guided, (weak,) = (step["predictions"][key] for key in ("strong", "guided", "weak"))
