@@ -190,9 +190,10 @@ def read_single_file(path: Path, *, config=None, offline: bool = False, text_onl
         folder = Path(config).expanduser()
         config = str(folder if folder.is_dir() else download_model(str(config), offline=offline, files=HUB_FILES[:2]))
     skipped = {"unet": None, "vae": None} if text_only else {}
+    absent = {"safety_checker": None, "feature_extractor": None}  # which published indices name
     try:
         pipe = StableDiffusionPipeline.from_single_file(
-            str(path), config=config, local_files_only=offline or config is not None, safety_checker=None, **skipped
+            str(path), config=config, local_files_only=offline or config is not None, **absent, **skipped
         )
     except Exception as error:  # a foreign file fails anywhere in diffusers' conversion, with errors of any kind
         raise RestoreError(

@@ -24,7 +24,7 @@ from restore.zoo.hub import fetch_snapshot, query_hub_size
 from restore.zoo.registry import Hub, Model
 
 # Files of a hub pipeline outside the registry: no second copies in other precisions and formats.
-_PIPELINE_FILES = ("*.json", "*.txt", "*model.safetensors")
+_PIPELINE_FILES = ("*.json", "*.txt", "*model.safetensors", "*model-*-of-*.safetensors", "*spiece.model")
 _CONFIGURATION_FILES = ("model_index.json", "*/config.json")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _WEIGHT_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")

@@ -18,6 +18,7 @@ from transformers import T5EncoderModel
 from operators import RestoreError
 from restore.backbones import pipeline_files
 from restore.backbones.attention_layers import find_attention_layers
+from restore.backbones.stable_diffusion import StableDiffusion
 from restore.backbones.text_to_image import PipelineOptions, TextToImage
 from restore.guidance import PAG
 from restore.guidance.pipelines import guided
@@ -220,3 +221,10 @@ def test_other_pipelines_are_refused(tmp_path):
     shutil.rmtree(tmp_path / "sd" / "vae")
     with pytest.raises(RestoreError, match="it has no vae"):
         TextToImage(tmp_path / "sd").prepare([])
+
+
+def test_a_single_file_takes_a_published_folder_as_its_configuration(folders, tmp_path):
+    """Whose index names a feature extractor that is not there."""
+    single = tiny_sd.save_single_file(tmp_path / "model.safetensors", tiny_sd.save_folder(tmp_path / "plain"))
+    backbone = StableDiffusion.load(single, config=folders["sd-1.5"], offline=True)
+    assert torch.equal(backbone.encode_prompt("a cat"), StableDiffusion.load(folders["sd-1.5"]).encode_prompt("a cat"))

@@ -20,6 +20,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         "unet/config.json": b'{"a": 1}',
         "unet/big_model.safetensors": b"0123456789" * 1000,
         "extra.ckpt": b"no",
+        "text_encoder_3/model-00001-of-00001.safetensors": b"1",
+        "text_encoder_3/model.fp16-00001-of-00001.safetensors": b"no",
+        "tokenizer_3/spiece.model": b"2",
     }
     commit = "a" * 40
 
@@ -76,6 +79,9 @@ assert fetch_snapshot(hub, offline=True) is None  # not yet whole
 folder = fetch_snapshot(hub, offline=False)
 names = sorted(path.name for path in folder.rglob("*.*"))
 assert names == ["big_model.safetensors", "config.json", "model_index.json"], names
+names = {path.name for path in zoo.pull("owner/tiny", offline=False).rglob("*.*")}
+assert {"model-00001-of-00001.safetensors", "spiece.model"} <= names, names  # weights in shards, T5's tokenizer
+assert "model.fp16-00001-of-00001.safetensors" not in names and "extra.ckpt" not in names, names
 assert zoo.pull("owner/tiny", offline=True) == folder == zoo.locate("owner/tiny").path
 for repo in ("owner/missing",):
     for offline in (True, False):
