@@ -8,7 +8,7 @@ from weak_passes import latent_prior, relative, weak_of
 
 from operators import RestoreError
 from restore.backbones.sizes import Sized
-from restore.guidance import PAG, build_guidance, describe_guidance
+from restore.guidance import PAG, build_guidance, describe_guidance, estimator
 
 LAYERS = ("i5", "i7", "m1", "o0")
 TIMES = (50, 250, 250.5, 600, 601, 900)
@@ -69,3 +69,17 @@ def test_cross_attention_is_set_to_zero(model, x):
         assert relative(weak, expected) < 1e-10 < 1e-6 < relative(strong, expected)
     with pytest.raises(RestoreError, match="scope cross needs layers with cross-attention"):
         weak_of(PAG(1.0, "m1", target="zero", scope="cross"), model, x, 250)
+
+
+def test_what_strong_and_weak_pass_share_changes_nothing(model, x):
+    prior = latent_prior()
+    z = torch.randn(2, prior.channels, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    cross = [layer.short for layer in prior.attention.values()][2:]
+    cases = ((prior, z, PAG(1.0, cross, target="zero", scope="cross")), (model, x, PAG(1.0, LAYERS, random_layers=1)))
+    for backbone, x_t, guidance in cases:
+        results = []
+        for share in (True, False):
+            with torch.no_grad(), estimator(backbone, guidance, share_prefix=share) as estimate:
+                results.append([estimate(x_t, t)[1] for t in (900, 600, 250, 50)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        assert not torch.equal(results[0][0], backbone.predict(x_t, 900).eps)
