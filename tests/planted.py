@@ -31,3 +31,8 @@ def prompt_length(results, prompts):
 
 
 prompt_length.better = 1
+
+
+def distance_to_grey(results, prompts):
+    """Mean absolute value: an objective of images alone."""
+    return results.abs().mean((1, 2, 3))
