@@ -44,5 +44,6 @@ def pull_needed_models(config: Mapping[str, Any]) -> Iterator[str]:
     for name in missing:
         yield f"{name} is at {zoo.pull(name, offline=config['offline'] or None)}"
     if models:
-        table.load_scores(of_prompts, given)  # their clients fetch what is missing
+        for name, row in of_prompts.items():
+            table.load_scores({name: row}, given)  # its client fetches what is missing
         yield f"{', '.join(models)}: on this machine"

@@ -41,6 +41,7 @@ def check_metrics(config: Mapping[str, Any], count: int, images: ImageSet | None
     for name, row in table.select_metrics(wanted["names"], "prompt").items():
         if not row.no_reference and not all(task["prompts"] for task in config["tasks"].values()):
             raise RestoreError(f"{name} compares images with prompts; give kind=text_to_image and a file of prompts")
+        table.load_scores({name: row}, options)  # fetched before anything runs, one at a time
     for name in () if is_restoration else table.select_metrics(wanted["names"], "paired"):
         raise RestoreError(f"{name} compares with a true image, which {config['kind']} does not have; leave it out")
     entry = table.check_metrics(table.BASE_METRICS | rows if is_restoration else rows, options)
@@ -89,7 +90,8 @@ def _shorten_reasons(failed: Mapping[str, str], limit: int = 10) -> str:
 
 def metric_options(config: Mapping[str, Any]) -> table.MetricOptions:
     """Return the options of the metrics that a configuration sets."""
-    return table.MetricOptions(**{f.name: config["metrics"][f.name] for f in dataclasses.fields(table.MetricOptions)})
+    options = {f.name: config["metrics"][f.name] for f in dataclasses.fields(table.MetricOptions)}
+    return table.MetricOptions(**options | {"offline": options["offline"] or config["offline"]})
 
 
 def read_metrics(run: Path, task: str, method: str) -> dict[str, Any]:
@@ -228,10 +230,11 @@ def _measure_files(run, config, task, method, rows, complete: bool, functions, d
         for row in compared:
             values = {name: row[name] if math.isfinite(row[name]) else None for name in functions}
             result["paired"][row["image"]] = values  # JSON has no infinity
-    if of_prompts := table.load_scores(table.select_metrics(wanted["names"], "prompt"), options, device):
-        prompts = list_prompts(config, task, list(files))
-        for row in evaluate.score_images(list(zip(files, files.values(), prompts, strict=True)), of_prompts):
-            result["paired"].setdefault(row.pop("image"), {}).update(row)
+    prompts = list_prompts(config, task, list(files))
+    for name, row in table.select_metrics(wanted["names"], "prompt").items():  # one model in memory at a time
+        score = table.load_scores({name: row}, options, device)
+        for scored in evaluate.score_images(list(zip(files, files.values(), prompts, strict=True)), score):
+            result["paired"].setdefault(scored.pop("image"), {}).update(scored)
     of_sets = table.select_metrics(wanted["names"], "set")
     if complete and wanted["group_by_prompt"]:
         result["set_values"] = _measure_prompts(files, wanted, of_sets, options, device)

@@ -70,12 +70,12 @@ def find_place(name: str, models: Mapping[str, str]) -> str:
     """
     check_known(models, MODELS, "scores have no model")
     given = str(models.get(name) or MODELS[name].place)
-    is_path = name in models and (given.startswith(("/", ".", "~")) or given.count("/") != 1)
-    if is_path and not Path(given).expanduser().exists():
-        raise RestoreError(
-            f"metrics.models.{name} must be a folder, a file or a hub id, got {given}, which does not exist"
-        )
-    return str(Path(given).expanduser()) if is_path else given
+    path = Path(given).expanduser()
+    if path.exists() or name not in models:
+        return str(path) if path.exists() else given
+    if given.startswith(("/", ".", "~")) or "/" not in given:
+        raise RestoreError(f"metrics.models.{name} must be a folder, a file or a hub id, but {given} does not exist")
+    return given
 
 
 def describe_download(name: str) -> str:
@@ -100,27 +100,26 @@ Score = Callable[[torch.Tensor, Sequence[str]], torch.Tensor]  # images (B, 3, H
 
 def load_clip_score(options: Any, device: str = "cpu") -> Score:
     """Return the CLIP score as a function of images and prompts."""
-    clip = Clip(find_place("clip_l", options.models), device)
+    clip = _load_clip("clip_l", options, device)
     return lambda images, prompts: 100 * clip.cosine(images, prompts).clamp(min=0)
 
 
 def load_pick_score(options: Any, device: str = "cpu") -> Score:
     """Return PickScore as a function of images and prompts."""
-    clip = Clip(find_place("pick_score", options.models), device, find_place("clip_h", options.models))
+    clip = _load_clip("pick_score", options, device, "clip_h")
     return lambda images, prompts: clip.network.logit_scale.exp().cpu() * clip.cosine(images, prompts)
 
 
 def load_hpsv2(options: Any, device: str = "cpu") -> Score:
     """Return HPSv2 as a function of images and prompts."""
-    base = find_place("clip_h", options.models)
-    clip = Clip(find_place("hpsv2", options.models), device, base)
+    clip = _load_clip("hpsv2", options, device, "clip_h")
     return lambda images, prompts: 100 * clip.cosine(images, prompts)
 
 
 def load_aesthetic(options: Any, device: str = "cpu") -> Score:
     """Return the aesthetic score as a function of images; prompts are not looked at."""
-    clip = Clip(find_place("clip_l", options.models), device)
-    state = read_weights(_fetch(find_place("aesthetic", options.models)))
+    clip = _load_clip("clip_l", options, device)
+    state = read_weights(_fetch(find_place("aesthetic", options.models), options.offline))
     indices = sorted(int(key.split(".")[1]) for key in state if re.fullmatch(r"layers\.\d+\.weight", key))
     if not indices:
         raise RestoreError("metrics.models.aesthetic must hold linear layers layers.N.weight; give the published file")
@@ -134,21 +133,27 @@ def load_aesthetic(options: Any, device: str = "cpu") -> Score:
     return score
 
 
+def _load_clip(name: str, options: Any, device: str, base: str | None = None) -> Clip:
+    places = [find_place(model, options.models) for model in (name, base or name)]
+    return Clip(places[0], device, places[1], options.offline)
+
+
 class Clip:
     """A CLIP model of transformers with its processor.
 
     place: folder or hub id of a CLIPModel, or a file in open_clip's layout with the architecture of `base`. base: whose
-    processor is used; None: the model's own. Raises RestoreError if it is missing, incomplete or of another kind.
+    processor is used; None: the model's own. offline: never use the network. Raises RestoreError if it is missing,
+    incomplete or of another kind.
     """
 
-    def __init__(self, place: str, device: str = "cpu", base: str | None = None) -> None:
+    def __init__(self, place: str, device: str = "cpu", base: str | None = None, offline: bool = False) -> None:
         from transformers import CLIPModel, CLIPProcessor
 
-        local, base = {"local_files_only": zoo.is_offline()}, base or place
+        local, base = {"local_files_only": zoo.is_offline(offline or None)}, base or place
         try:
             with hide_progress_bars():
                 if place.endswith((".pt", ".pth", ".bin")):
-                    self.network = _read_open_clip(_fetch(place), base, local)
+                    self.network = _read_open_clip(_fetch(place, offline), base, local)
                 else:
                     self.network, info = CLIPModel.from_pretrained(place, output_loading_info=True, **local)
                     if missing := sorted(info["missing_keys"]):  # transformers only warns, and leaves them random
@@ -180,15 +185,16 @@ class Clip:
         return (image_embeds * text_embeds).sum(dim=1)
 
 
-def _fetch(place: str) -> Path:
+def _fetch(place: str, offline: bool) -> Path:
     """Return the file at a path, an address, or `owner/name/file` of the hub."""
+    offline = zoo.is_offline(offline or None)
     if Path(place).is_file():
         return Path(place)
     name = place.rsplit("/", 1)[-1].replace("%2B", "+")
     if place.startswith("https:"):
         target = disk.make_folder(zoo.cache_dir() / "scores") / name
         if not target.is_file():
-            if zoo.is_offline():
+            if offline:
                 raise RestoreError(f"{target} is missing and the run is offline; fetch {place} to that place")
             fetch_file((place,), target)
         return target
@@ -196,7 +202,7 @@ def _fetch(place: str) -> Path:
 
     try:
         repo = place.removesuffix("/" + name)
-        return Path(hf_hub_download(repo, name, local_files_only=zoo.is_offline()))
+        return Path(hf_hub_download(repo, name, local_files_only=offline))
     except (OSError, ValueError) as error:
         raise RestoreError(f"{name} of {place} cannot be fetched: {first_line(error)}") from error
 

@@ -24,7 +24,7 @@ class MetricOptions:
     AlexNet's last layers would have 3 x 3 positions. is_split_size: images of a split of the Inception Score, at most,
     which grows with it (ADM's evaluator: 5000); None: ten splits of any set. models: folders, files or hub
     ids in place of the published models of scores.MODELS, by name. reference_size: pixels to which references of
-    sets are brought, see references.crop_center; None: as they are.
+    sets are brought, see references.crop_center; None: as they are. offline: fetch no models of scores.
     """
 
     lpips_net: str = "alex"
@@ -35,6 +35,7 @@ class MetricOptions:
     lpips_enlarge: int = 1
     is_split_size: int | None = None
     models: dict[str, str] = field(default_factory=dict)
+    offline: bool = False
     reference_size: int | None = None
 
 

@@ -161,6 +161,10 @@ def test_scores_are_metrics_of_benchmarks(config, models, tmp_path):
         assert cell["means"][name]["mean"] == pytest.approx(sum(row[name] for row in rows) / 3, abs=1e-5)
     described = (done.folder / "run.json").read_text()
     assert "hps.pt" in described and "CLIP ViT-L/14" in described
+    unknown = config["metrics"] | {"models": models | {"pick_score": "nobody/nothing"}}
+    with pytest.raises(RestoreError, match="nobody/nothing cannot be loaded"):  # and no network is asked for it
+        run_benchmark(config | {"out": str(tmp_path / "third"), "offline": True, "metrics": unknown})
+    assert not (tmp_path / "third").exists()  # before anything runs
     config["tasks"]["text"]["prompts"] = None
     with pytest.raises(RestoreError, match="compares images with prompts"):
         run_benchmark(config | {"out": str(tmp_path / "other")})
@@ -169,7 +173,7 @@ def test_scores_are_metrics_of_benchmarks(config, models, tmp_path):
 def test_the_devices_number_reaches_the_models(config, models, monkeypatch):
     """`device: cuda:1` scores there; here the meta device, which no model can run on, stands for it."""
     seen = []
-    monkeypatch.setattr(scores, "Clip", lambda place, device, base=None: seen.append(device))
+    monkeypatch.setattr(scores, "Clip", lambda place, device, *more: seen.append(device))
     with pytest.raises(AttributeError):
         table.load_scores(
             {"pick_score": table.find_metric("pick_score")}, table.MetricOptions(models=models), "cuda:1"
