@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import PIL.Image
 
 # Okabe & Ito's colours, which stay apart for colour-blind readers.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a7a7a")
@@ -79,6 +82,14 @@ def _colour_cell(value: float, note: str, largest: float, digits: int) -> dict[s
     return {"text": f"{value:+.{digits}f}", "note": note, "colour": colour, "dark": share > 0.6}
 
 
-def to_data_uri(path: Path) -> str:
-    """Return a PNG file as a data URI."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+def to_data_uri(path: Path, longest: int | None = None) -> str:
+    """Return a PNG file as a data URI; longest: reduce larger pictures (Lanczos) to a longer side of so many pixels."""
+    content = path.read_bytes()
+    if longest is not None:
+        with PIL.Image.open(io.BytesIO(content)) as picture:
+            if max(picture.size) > longest:
+                picture.thumbnail((longest, longest), PIL.Image.Resampling.LANCZOS)
+                buffer = io.BytesIO()
+                picture.save(buffer, "PNG")
+                content = buffer.getvalue()
+    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")

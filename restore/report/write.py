@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from restore.metrics.statistics import FEW
 from restore.report import figures, tables
 from restore.report.tables import ProtocolDifference, Run, format_number
 
+LARGEST = 256  # pixels of a picture's longer side, twice what is displayed
 MARK = "written by restore"  # near the beginning of every report
 COST_HEADS = ("task", "method", "network evaluations", "seconds per image", "steps/s", "peak memory MB")
 COST_HEADS += ("overhead", "device")
@@ -94,7 +96,7 @@ def render_templates(name: str, out: Path, context: Mapping[str, Any], *template
         "warnings": list_warnings,
         "summary": summarise_protocol,
         "settings": list_settings,
-        "data_uri": figures.to_data_uri,
+        "data_uri": partial(figures.to_data_uri, longest=LARGEST),
     }
     html.globals |= {"few": FEW, "mark": MARK}
     # Every expression of a Markdown template is escaped, unless it is a macro's output or marked `safe`.

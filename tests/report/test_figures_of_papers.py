@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from restore.bench.run import run_benchmark
 from restore.report import figures, tables
@@ -63,6 +67,17 @@ def test_a_value_for_each_layer(samples, monkeypatch):
     )
     assert [p[:2] for p in mean["points"]] == [(1, pytest.approx(sum(values[:2]) / 2)), (2, values[2])]
     assert write_report([done.folder]).html.read_text().count("<polyline") == 1
+
+
+def test_large_pictures_are_reduced(tmp_path):
+    """Those of 512 pixels would make reports of tens of megabytes; others are embedded as they are."""
+    gradient = np.linspace(0, 255, 512, dtype=np.uint8)[None, :, None].repeat(300, 0).repeat(3, 2)
+    Image.fromarray(gradient).save(tmp_path / "large.png")
+    uri = figures.to_data_uri(tmp_path / "large.png", 256)
+    small = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))), int)
+    assert small.shape == (150, 256, 3) and abs(small[75, :, 0] - np.linspace(0, 255, 256)).max() <= 2
+    Image.fromarray(gradient[:256, :256]).save(tmp_path / "fits.png")
+    assert figures.to_data_uri(tmp_path / "fits.png", 256) == figures.to_data_uri(tmp_path / "fits.png")
 
 
 def test_columns_of_a_list_of_classes_have_their_names(samples):
