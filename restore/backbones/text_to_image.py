@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -68,7 +69,8 @@ def detect_pipeline(folder: Path) -> str:
 class TextToImage:
     """An unmodified pipeline of diffusers in a folder, from prompts to images.
 
-    upcoming: the prompts that will be needed, in order: embedded together, so that the encoders are read once.
+    upcoming, negatives: the prompts and negative prompts that will be needed, the former in order: embedded together,
+        so that the encoders are read once.
     Raises RestoreError for other pipelines, and when used if parts are missing or do not fit.
     """
 
@@ -80,10 +82,11 @@ class TextToImage:
         dtype: torch.dtype = torch.float32,
         options: PipelineOptions | None = None,
         upcoming: Sequence[str] = (),
+        negatives: Sequence[str] = ("",),
     ) -> None:
         self.folder, self.device, self.dtype = Path(folder), torch.device(device), dtype
         self.kind, self.options = detect_pipeline(self.folder), options or PipelineOptions()
-        self.upcoming = list(dict.fromkeys(upcoming))
+        self.upcoming, self.negatives = list(dict.fromkeys(upcoming)), tuple(negatives)
         self.pipe: Any = None
         self.embedded: dict[tuple[str, bool], dict[str, torch.Tensor]] = {}
         if self.options.offload and self.device.type == "cpu":
@@ -170,11 +173,15 @@ class TextToImage:
         self.pipe = None  # the network and the encoders are never in memory together
         first = next((text for text, is_negative in needed if not is_negative), None)
         start = self.upcoming.index(first) if first in self.upcoming else len(self.upcoming)
+        needed = [*needed, *((text, True) for text in self.negatives)]
         keys = dict.fromkeys([*needed, *((text, False) for text in self.upcoming[start:])])
         kept = {key: value for key, value in self.embedded.items() if key in keys or key[1]}
         _free_memory(self.device)
         with hide_progress_bars():
             encoders = self._build(self._read_encoders())
+        if self.kind == "sd3" and encoders.text_encoder_3 is None:  # its zeros have the width that the network says
+            config = disk.read_json(self.folder / "transformer" / "config.json", required=True)
+            encoders.transformer = SimpleNamespace(config=SimpleNamespace(**config))
         self._place(encoders)
         for key in list(keys)[: max(KEPT, len(needed))]:
             if key not in kept:
@@ -204,10 +211,7 @@ class TextToImage:
             dtype = torch.bfloat16
         if not files.has_text_encoders(self.folder, self.kind):
             raise RestoreError(f"{self.folder} must have the text encoders of its pipeline to embed prompts")
-        parts = self._explain_variants(files.read_text_encoders, self.folder, self.kind, dtype, self.options.variant)
-        if self.kind == "sd3" and parts["text_encoder_3"] is None:  # its zeros have the width that the network says
-            parts["transformer"] = files.read_architecture(self.folder)
-        return parts
+        return self._explain_variants(files.read_text_encoders, self.folder, self.kind, dtype, self.options.variant)
 
     def _read(self) -> Any:
         """Return the pipeline on the CPU, its network wherever device_map puts it."""
@@ -258,11 +262,14 @@ class TextToImage:
 
     def _place(self, pipe: Any) -> None:
         if self.options.offload:
-            getattr(pipe, OFFLOAD[self.options.offload])(device=self.device)
+            try:
+                getattr(pipe, OFFLOAD[self.options.offload])(device=self.device)
+            except (ImportError, RuntimeError) as error:
+                raise RestoreError(f"pipeline.offload must be null here: {first_line(error)}") from error
             return
         for name, part in pipe.components.items():
             mapped = self.options.device_map and name == files.KINDS[self.kind][1]
-            if isinstance(part, nn.Module) and not mapped and part.device.type != "meta":
+            if isinstance(part, nn.Module) and not mapped:
                 part.to(self.device)
 
     def _explain_variants(self, read: Callable, *arguments, **options) -> Any:

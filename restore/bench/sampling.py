@@ -128,16 +128,16 @@ def load_pipeline(
     precision: str,
     offline: bool,
     options: PipelineOptions | None = None,
-    upcoming: Sequence[str] = (),
+    **prompts: Sequence[str],
 ) -> TextToImage:
     """Return the text-to-image pipeline of a registered model, a hub id or a folder.
 
-    upcoming: see TextToImage. Raises RestoreError if it cannot be loaded.
+    prompts: upcoming and negatives, see TextToImage. Raises RestoreError if it cannot be loaded.
     """
     from restore import zoo
 
     folder = zoo.pull(name, offline=offline)
-    return TextToImage(folder, device=device, dtype=DTYPES[precision], options=options, upcoming=upcoming)
+    return TextToImage(folder, device=device, dtype=DTYPES[precision], options=options, **prompts)
 
 
 def run_pipeline(

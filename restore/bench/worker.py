@@ -123,6 +123,7 @@ class Worker:
             options = {"precision": self.config["precision"], "offline": self.config["offline"]}
             if self.config["kind"] == "text_to_image":
                 options |= {"options": PipelineOptions(**self.config["pipeline"]), "upcoming": self._all_prompts()}
+                options["negatives"] = {task["negative_prompt"] for task in self.config["tasks"].values()}
                 self.loaded = (key, sampling.load_pipeline(name, device=self.device, **options))
             else:
                 from restore.restorer import load
