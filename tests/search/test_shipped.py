@@ -4,6 +4,9 @@ published layout. The numbers mean nothing."""
 from __future__ import annotations
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import published
 import pytest
@@ -16,8 +19,8 @@ from restore.bench.batches import read_prompts
 from restore.bench.config import build_method, load_config
 from restore.guidance import PAG
 from restore.paths import configs_dir, data_dir
+from restore.search import SHEETS, draw_gallery, search_heads
 from restore.search import config as configs
-from restore.search import draw_gallery, search_heads
 
 FOLDER = configs_dir() / "search"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -125,3 +128,35 @@ def test_pull_names_the_models_of_scores_and_loads_them(models, tmp_path, comman
     assert code == 0 and not out.strip()  # everything is the user's own
     code, _, error = command("heads", "sd-general", *settings, "metrics.models.pick_score=/nowhere", "--pull")
     assert code == 2 and "metrics.models.pick_score must be" in error
+
+
+def _documented():
+    """(place, words) of every `restore heads` command of the documents and of the configurations' comments."""
+    root = Path(__file__).parents[2]
+    for path in sorted([root / "README.md", *(root / "docs").rglob("*.md"), *FOLDER.glob("*.yaml")]):
+        text = path.read_text(encoding="utf-8").replace("\\\n#", "").replace("\\\n", "")
+        for line in re.findall(r"restore heads (?!CONFIG)[^`\n]+", text):
+            words = shlex.split(re.split(r"\s{2,}#|`", line)[0])
+            if len(words) > 2:
+                yield path.name, words[2:]
+
+
+def test_documented_commands_resolve():
+    """Their configuration exists, their settings are known and stay as they are written, their options exist."""
+    pages = set()
+    for page, words in _documented():
+        name, *rest = words
+        settings = [word for word in rest if "=" in word and not word.startswith("--")]
+        options = [word for word in rest if word not in settings]
+        assert not set(options) - {"--dry-run", "--pull", "--gallery", "all", *SHEETS, "heads,pairs"}, (page, words)
+        source = name if name in NAMES else Path(__file__).parents[2] / name
+        search = configs.load_search(source, settings, placeholder="-")
+        plain = OmegaConf.create(json.loads(json.dumps({**search["rest"], **search})))
+        for key, value in (setting.split("=", 1) for setting in settings):
+            assert _squeeze(OmegaConf.select(plain, key)) == _squeeze(value), (page, key, value)
+        pages.add(page)
+    assert {"heads.md", "papers.md", "miniature.yaml", "flux-style.yaml"} <= pages
+
+
+def _squeeze(value):
+    return re.sub(r"[' ]", "", str(value))
