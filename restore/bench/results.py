@@ -160,7 +160,7 @@ def write_metrics(
     cells: dict[str, Any] = {}
     rows_of = table.select_metrics(config["metrics"]["names"], "paired", "prompt", "set", "pairs")
     to_compute = {name: row for name, row in rows_of.items() if name not in table.BASE_METRICS}
-    functions: dict[str, Callable] | None = None
+    functions: tuple[dict[str, Callable], dict[str, Callable]] | None = None  # of pairs, of images and prompts
     measuring = _describe_measuring(config, to_compute)
     for task, method in list_cells(config):
         ids = list_image_ids(config, task, images)
@@ -173,7 +173,8 @@ def write_metrics(
                 if progress is not None:
                     progress(f"{task}, {method}")
                 if functions is None:
-                    functions = table.load_paired_metrics(to_compute, metric_options(config), device)
+                    loaders, options = (table.load_paired_metrics, table.load_scores), metric_options(config)
+                    functions = tuple(load(to_compute, options, device) for load in loaders)
                 stored = _measure_files(run, config, task, method, rows, not missing, functions, device) | {"key": key}
                 disk.write_json(disk.make_folder(run / "metrics" / task) / f"{method}.json", stored)
         for row in rows:
@@ -223,6 +224,7 @@ def _measure_files(run, config, task, method, rows, complete: bool, functions, d
     files = {row["image"]: folder / f"{to_file_name(row['image'])}.png" for row in rows}
     truth = {key: run / "truth" / path.name for key, path in files.items()}
     result: dict[str, Any] = {"paired": {}, "set_values": {}}
+    functions, of_prompts = functions
     if functions:
         compared, failed = evaluate.compare_images([(key, files[key], truth[key]) for key in files], functions)
         if failed:
@@ -230,11 +232,10 @@ def _measure_files(run, config, task, method, rows, complete: bool, functions, d
         for row in compared:
             values = {name: row[name] if math.isfinite(row[name]) else None for name in functions}
             result["paired"][row["image"]] = values  # JSON has no infinity
-    prompts = list_prompts(config, task, list(files))
-    for name, row in table.select_metrics(wanted["names"], "prompt").items():  # one model in memory at a time
-        score = table.load_scores({name: row}, options, device)
-        for scored in evaluate.score_images(list(zip(files, files.values(), prompts, strict=True)), score):
-            result["paired"].setdefault(scored.pop("image"), {}).update(scored)
+    if of_prompts:
+        prompts = list_prompts(config, task, list(files))
+        for row in evaluate.score_images(list(zip(files, files.values(), prompts, strict=True)), of_prompts):
+            result["paired"].setdefault(row.pop("image"), {}).update(row)
     of_sets = table.select_metrics(wanted["names"], "set")
     if complete and wanted["group_by_prompt"]:
         result["set_values"] = _measure_prompts(files, wanted, of_sets, options, device)

@@ -96,6 +96,7 @@ def run_benchmark(
         worker = Worker(config, folder, images)
         for batch in waiting:
             finish(batch, worker.run(batch))
+        del worker  # the backbone makes room for the networks of metrics
     measuring = None if progress is None else lambda cell: progress({"measuring": cell})
     device = str(choose_device(config["device"])).replace("mps", "cpu")
     table = results.write_metrics(folder, config, images, device, measuring)

@@ -204,3 +204,20 @@ def test_the_documented_score_of_ones_own_is_a_metric_and_an_objective(config, m
     )
     objective = Objective.from_config("my_scores:image_reward", "text_to_image")
     assert objective.weights == {"my_scores:image_reward": -1.0} and not objective.functions
+
+
+def test_a_run_loads_each_model_once_to_check_and_once_to_measure(config, monkeypatch):
+    loaded = []
+
+    class Counted(scores.Clip):
+        def __init__(self, *arguments):
+            loaded.append(arguments[0])
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(scores, "Clip", Counted)
+    config["methods"] |= {f"more-{n}": {"sampler": "pipeline", "steps": n} for n in (1, 3)}
+    config["metrics"]["names"] = ["pick_score"]
+    run_benchmark(config)
+    assert len(loaded) == 2
+    run_benchmark(config)  # nothing is left to measure
+    assert len(loaded) == 3
