@@ -307,7 +307,7 @@ def test_by_keyboard_and_for_screen_readers(visit, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     page.set_input_files("#photo input[type=file]", broken)
-    page.get_by_text("cannot be read as an image").first.wait_for()
+    page.get_by_text("is not a readable image").first.wait_for()
     visitor = visit()
     page = visitor.page
     visitor.choose()

@@ -42,8 +42,8 @@ def prior():
     return restore.load("embedded", device="cpu")
 
 
-def crop_photo(photo, height, width):
-    return read_image(photo).pixels[..., 1000 : 1000 + height, 1000 : 1000 + width]
+def crop_photo(photo, height, width, top=1000, left=1000):
+    return read_image(photo).pixels[..., top : top + height, left : left + width]
 
 
 def restore_photo(prior, x, **options):
@@ -91,15 +91,17 @@ def measure_steps(x, columns):
 @pytest.mark.slow
 def test_no_seams(photo, prior):
     """Of what the restoration changed in the truth, steps at the windows' borders are as large as elsewhere; windows
-    side by side, without overlap, show what a seam would be."""
-    x = crop_photo(photo, 96, 256)
+    side by side, without overlap, show what a seam would be. One place says little: blended steps are 0.8 to 1.2 times
+    as large at single ones."""
+    places = [(1000, 1000), (0, 0), (100, 200), (200, 300), (50, 340), (260, 100)]
+    crops = [crop_photo(photo, 96, 256, *place) for place in places]
     ratios = {}
     for overlap in (0.5, 0.0):
         apart = restore.Restorer(prior.backbone, "embedded", overlap=overlap)
-        _, w, _, lefts = apart.prior(*x.shape[-2:]).window_grid(*x.shape[-2:])
-        borders = sorted({border for left in lefts for border in (left, left + w)} - {0, x.shape[-1]})
-        at, elsewhere = measure_steps(restore_photo(apart, x) - x, borders)
-        ratios[overlap] = at / elsewhere
+        _, w, _, lefts = apart.prior(96, 256).window_grid(96, 256)
+        borders = sorted({border for left in lefts for border in (left, left + w)} - {0, 256})
+        steps = [measure_steps(restore_photo(apart, x) - x, borders) for x in crops]
+        ratios[overlap] = float(np.mean([at / elsewhere for at, elsewhere in steps]))
     print(f"steps at window borders / elsewhere: {ratios[0.5]:.3f} blended, {ratios[0.0]:.3f} side by side")
     assert ratios[0.5] < 1.04 < ratios[0.0]
 
