@@ -50,6 +50,8 @@ def read_samples(image: PIL.Image.Image, path: Path) -> np.ndarray:
         return sixteen.read_pnm(path, image) if image.format == "PPM" else sixteen.read_samples(path, image)
     if image.format == "TIFF":
         image.filename = ""  # or Pillow maps pixels that are to be turned into memory with exchanged width and height
+    if image.format == "PNG" and image.tile and image.tile[0][3] in ("L;2", "L;4"):
+        scale_transparent_grey(image, bits=int(image.tile[0][3][2:]))
     image.load()
     return convert_samples(image, path)
 
@@ -67,6 +69,12 @@ def convert_samples(image: PIL.Image.Image, name: str | Path) -> np.ndarray:
         return np.atleast_3d(np.asarray(image.convert(mode)))
     except ValueError as error:
         raise RestoreError(f"{name} must have a mode that Pillow converts to RGB, got {image.mode} ({error})") from None
+
+
+def scale_transparent_grey(image: PIL.Image.Image, bits: int) -> None:
+    """Bring the transparent grey value of a PNG file of 2 or 4 bits to 8 bits, as Pillow does with its pixels only."""
+    if isinstance(absent := image.info.get("transparency"), int):
+        image.info["transparency"] = absent * 255 // (2**bits - 1)
 
 
 def has_alpha(image: PIL.Image.Image) -> bool:

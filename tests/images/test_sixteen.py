@@ -101,3 +101,15 @@ def test_the_transparent_colour_of_a_png_becomes_alpha(tmp_path, channels):
     (tmp_path / "a.png").write_bytes(data[:33] + chunk + data[33:])
     record = io.read_image(tmp_path / "a.png")
     assert record.bits == 16 and record.alpha[0, 0, 0, 0] == 0 and record.alpha.sum() == 13 * 17 - 1
+
+
+@pytest.mark.parametrize(
+    "bits, samples, absent, expected", [(2, 0b00011011, 1, [255, 0, 255, 255]), (4, 0x3F, 3, [0, 255])]
+)
+def test_the_transparent_grey_of_a_png_of_few_bits_becomes_alpha(tmp_path, bits, samples, absent, expected):
+    header = struct.pack(">IIBBBBB", len(expected), 1, bits, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"tRNS", struct.pack(">H", absent))]
+    chunks += [(b"IDAT", zlib.compress(bytes([0, samples]))), (b"IEND", b"")]
+    parts = (struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in chunks)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    assert (io.read_image(tmp_path / "a.png").alpha[0, 0, 0] * 255).tolist() == expected
