@@ -53,7 +53,7 @@ def look(
             typer.echo("\n".join(_format_findings(source, findings, target)))
     print_passed_over(files.explain_passed_over(names, out, recursive))
     if failed:
-        raise RestoreError("\n".join(failed))
+        raise RestoreError("; ".join(failed))
 
 
 def inspect_photo(source: str | Path, sensitivity: float = 0.5) -> dict[str, Any]:

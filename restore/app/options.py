@@ -244,7 +244,7 @@ def print_outcomes(outcomes: Iterable[Any], quiet: bool = False, passed_over: st
         raise RestoreError(next(iter(failed)))
     if failed:
         lines = [f"{reason} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for reason, names in failed.items()]
-        raise RestoreError("\n".join([f"{sum(map(len, failed.values()))} of {count} files failed", *lines]))
+        raise RestoreError(f"{sum(map(len, failed.values()))} of {count} files failed: {'; '.join(lines)}")
 
 
 def print_passed_over(line: str | None) -> None:

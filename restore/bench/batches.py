@@ -117,9 +117,12 @@ def make_batches(config: Mapping[str, Any], images: ImageSet | None) -> list[Bat
     So an interrupted run compares all methods on the same first images. Tasks with different backbones come one
     backbone after the other. Raises RestoreError if two images would be written to one file.
     """
-    names = [to_file_name(i) for i in (images.ids if images is not None else [])]
-    if len(set(names)) != len(names):
-        raise RestoreError("two images would be written to one file: folders become __ in names; rename one of them")
+    names: dict[str, str] = {}
+    for key in images.ids if images is not None else ():
+        if (other := names.setdefault(to_file_name(key), key)) != key:
+            raise RestoreError(
+                f"images {other} and {key} would be written to one file, as folders become __ in names; rename one"
+            )
     batches, size = [], config["batch"]
     for task, method in list_cells(config):
         ids = list_image_ids(config, task, images)

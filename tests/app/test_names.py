@@ -163,5 +163,5 @@ def test_transparency_is_refused_before_the_photo_is_restored(command, tmp_path)
     save(tmp_path / "in" / "b.png")
     Image.new("RGBA", (16, 16), (9, 9, 9, 9)).save(tmp_path / "in" / "a.jpg", "PNG")  # a PNG file by another name
     code, out, err = command("run", "in", *COMMON, "-o", "out")
-    assert code == 2 and "1 of 2 files failed" in err and "no transparency" in err
+    assert code == 2 and "1 of 2 files failed: " in err and "no transparency" in err
     assert not (tmp_path / "out" / "a.json").exists() and (tmp_path / "out" / "b.png").exists()

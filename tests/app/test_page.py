@@ -139,6 +139,14 @@ def test_turning_and_cropping_keep_the_rest(restorer, tmp_path):
     assert torch.equal(turned, torch.from_numpy(np.rot90(record.pixels[0].numpy(), -1, (1, 2)).copy())[:, :40])
 
 
+@pytest.mark.parametrize("edits", [None, Edits(turns=1)], ids=["whole", "turned"])
+def test_what_is_not_kept_is_said(restorer, tmp_path, edits):
+    PIL.Image.open(PHOTO).convert("CMYK").save(tmp_path / "print.jpg", quality=95)
+    wanted = Request("denoise", sigma=0.1, **QUICK)
+    (done,) = restored(restorer, [tmp_path / "print.jpg"], wanted, tmp_path / "out", edits)
+    assert done.sidecar["not_kept"] == ["CMYK colours"] and done.line().endswith("; not kept: CMYK colours")
+
+
 def test_grey_stays_grey(restorer, tmp_path):
     source = tmp_path / "print.png"
     PIL.Image.open(PHOTO).convert("L").convert("RGB").save(source)

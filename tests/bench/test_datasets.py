@@ -8,6 +8,7 @@ from PIL import Image
 
 from operators import RestoreError
 from restore.bench import datasets
+from restore.bench.batches import make_batches
 from restore.images.folder import crop_centre, list_images, read_rgb
 
 
@@ -119,3 +120,11 @@ def test_stretching_is_part_of_the_set_and_of_its_hash(tmp_path, write_images):
     assert "stretched" in stretched.describe()["preprocessing"] != plain.describe()["preprocessing"]
     write_images(tmp_path / "flat", [np.full((4, 4, 3), 9, np.uint8)], ["b"])
     assert not datasets.load_dataset(tmp_path / "flat", stretch=True).pixels(0).any()
+
+
+def test_images_of_one_file_name_are_named(tmp_path):
+    for name in ("a__b.png", "a/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / name)
+    with pytest.raises(RestoreError, match="a/b and a__b would be written to one file"):
+        make_batches({"batch": 1, "tasks": {}, "methods": {}}, datasets.load_dataset(tmp_path))

@@ -58,7 +58,8 @@ class Result:
 
     def line(self) -> str:
         if self.error is None:
-            return f"{self.name}: done in {format_duration(self.seconds)}"
+            lost = ", ".join(self.sidecar.get("not_kept", ()))
+            return f"{self.name}: done in {format_duration(self.seconds)}" + (f"; not kept: {lost}" if lost else "")
         return self.error if not self.name or self.name in self.error else f"{self.name}: {self.error}"
 
 
@@ -198,6 +199,8 @@ def _collect_result(photo: Path, selected: Photo, request: Request, edits: Edits
     if selected.source != photo:
         edited = {"turns": edits.turns, "crop": list(edits.crop), "sha256": disk.hash_file(photo)}
         sidecar |= {"input": photo.name, "edited": edited}
+        lost = [*sidecar.get("not_kept", ()), *io.list_lost(selected.target, io.read_image(photo))]
+        sidecar |= {"not_kept": list(dict.fromkeys(lost))} if lost else {}
         disk.write_json(selected.sidecar, sidecar)
     names = [selected.target] + [selected.companion(f"-sample{k}") for k in range(1, request.samples)]
     spread, guidance = selected.companion(SPREAD, ".png"), selected.companion(SIGNALS, ".png")
