@@ -222,7 +222,8 @@ class HeadSearch:
         for scale, layer in best["layers"].items():
             title = f"best layer{at[scale]}: {layer}"
             methods[self.name_at("layer", scale)] = self.make_method([layer], title, scale)
-        methods["all"] = self.make_method(self.layers, f"all {len(self.layers)} layers", best["scale"])
+        title = f"all {len(self.layers)} layers{at[best['scale']]}"
+        methods["all"] = self.make_method(self.layers, title, best["scale"])
         rest, has_cfg = configs.split_cfg(self.config["guidance"])
         if has_cfg:
             methods["cfg"] = {"guidance": rest, "title": "CFG, without heads"}
