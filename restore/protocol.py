@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 import operators
+from restore import zoo
+from restore.guidance.autoguidance import list_autoguidance
 from restore.method import Method
 from restore.versions import hash_own_code
 
@@ -15,7 +17,7 @@ ROW = 521  # numbers, see fingerprint_backbone
 
 
 def describe_run(restorer: Any, operator: Any, method: Method) -> dict[str, Any]:
-    """Return method, operator, hash of the weights and what is known of their network, precision, and what rounding
+    """Return method, operator, hashes of the weights and what is known of their network, precision, and what rounding
     depends on: torch's version, device, threads and arithmetic."""
     noise, backbone = operators.find_noise(operator), restorer.backbone
     dtype = getattr(backbone, "dtype", None) or backbone.network.dtype
@@ -23,6 +25,7 @@ def describe_run(restorer: Any, operator: Any, method: Method) -> dict[str, Any]
     return {
         "backbone": restorer.name,
         "weights": restorer.weights_hash(),
+        **({"weak_models": weak} if (weak := hash_weak_models(method)) else {}),
         "network": describe_network(backbone) | restorer.options,
         **({"model_options": given} if given else {}),
         **({"autoencoder": type(backbone.vae).__name__} if restorer.kind == "latents" else {}),
@@ -73,6 +76,16 @@ def hash_backbone(backbone: Any) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().contiguous().reshape(-1).cpu().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def hash_weak_models(method: Method) -> dict[str, Any]:
+    """Return the hashes of the weights of autoguidance's models, by name or, of a backbone, by class."""
+    models = [term.model for term in list_autoguidance(method.guidance)]
+    return {model if isinstance(model, str) else type(model).__name__: _hash_model(model) for model in models}
+
+
+def _hash_model(model: Any) -> Any:
+    return zoo.hash_weights(model) if isinstance(model, str) else hash_backbone(model)
 
 
 def fingerprint_backbone(backbone: Any) -> bytes:

@@ -28,7 +28,7 @@ from restore.task import Measurement, Task, build_for_photo, measure_photo
 from restore.versions import get_version
 
 # The parts of a protocol that make a result another one. The others (threads, batch size, ...) only affect rounding.
-_DECISIVE = ("backbone", "weights", "model_options", "precision", "operator", "noise", "method", "code")
+_DECISIVE = ("backbone", "weights", "weak_models", "model_options", "precision", "operator", "noise", "method", "code")
 
 
 @dataclass(frozen=True)

@@ -227,20 +227,11 @@ def hash_backbones(config: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     from restore import zoo
 
-    hashes = {}
     names = {task["backbone"] or config["backbone"] for task in config["tasks"].values()}
     for cell in list_cells(config):  # the weak models of autoguidance
         guidance = build_method(config, *cell).guidance
         names |= {term.model for term in (guidance.terms if guidance else ()) if hasattr(term, "model")}
-    for name in sorted(names):
-        path = zoo.locate(name).path
-        if path is None:
-            path = zoo.pull(name, offline=config["offline"])
-        root, files = path.parent, [path]
-        if path.is_dir():
-            root, files = path, sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin"))
-        hashes[name] = {file.relative_to(root).as_posix(): disk.hash_file_once(file) for file in files}
-    return hashes
+    return {name: zoo.hash_weights(name, offline=config["offline"]) for name in sorted(names)}
 
 
 def hash_code(config: Mapping[str, Any]) -> dict[str, str]:

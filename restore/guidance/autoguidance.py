@@ -12,7 +12,7 @@ import torch
 from operators import RestoreError
 from restore.backbones.base import Backbone, Prediction, Renormalised
 from restore.backbones.sizes import Sized
-from restore.guidance.base import Term, WeakPass, require_prior
+from restore.guidance.base import Guidance, Term, WeakPass, require_prior
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ class Autoguidance(Term):
 
             self.loaded[device, dtype] = zoo.load_backbone(self.model, device=device, precision=dtype)[1]
         return self.loaded[device, dtype]
+
+
+def list_autoguidance(guidance: Guidance | None) -> list[Autoguidance]:
+    """Return the terms of a guidance that have a weaker model."""
+    return [term for term in (guidance.terms if guidance is not None else ()) if isinstance(term, Autoguidance)]
 
 
 def predict_by(weak: Backbone, backbone: Backbone) -> WeakPass:

@@ -57,9 +57,10 @@ def use_fake_tensors() -> Iterator[FakeTensorMode]:
 
 
 @contextmanager
-def count_bytes(backbone: Any) -> Iterator[LiveBytes]:
-    """Within the block, a real backbone runs on tensors without data, and their bytes are counted."""
-    with use_fake_tensors() as mode, LiveBytes([mode.from_tensor(weight) for weight in list_weights(backbone)]) as live:
+def count_bytes(*backbones: Any) -> Iterator[LiveBytes]:
+    """Within the block, real backbones run on tensors without data, and their bytes are counted."""
+    weights = [weight for backbone in backbones for weight in list_weights(backbone)]
+    with use_fake_tensors() as mode, LiveBytes([mode.from_tensor(weight) for weight in weights]) as live:
         yield live
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from restore.backbones.base import count_image_channels
 from restore.backbones.memory_options import checkpoint_units
 from restore.backbones.sizes import Sized
 from restore.guidance import Guidance, describe_guidance, estimator
+from restore.guidance.autoguidance import list_autoguidance
 from restore.memory.count import LiveBytes, count_bytes
 from restore.memory.trace import SamplerTrace
 from restore.method import Method
@@ -80,7 +81,9 @@ class PassMeter:
         of the weak passes."""
 
         def count(guidance: Guidance | None) -> tuple[int, int]:
-            return self._count(options, lambda live: self._run_window(work, options, 1, guidance, live)[0])
+            # Loaded here, since weights cannot be read into tensors without data.
+            weaker = [term.load(self.restorer.backbone) for term in list_autoguidance(guidance)]
+            return self._count(options, lambda live: self._run_window(work, options, 1, guidance, live)[0], weaker)
 
         def measure() -> tuple[int, int]:
             try:
@@ -132,8 +135,11 @@ class PassMeter:
         flags = (work.trace.gradient, options.checkpoint_units, work.recomputes_windows(options))
         return [work.window, describe_guidance(work.method.guidance), *flags]
 
-    def _count(self, options: MemoryOptions, run: Callable[[LiveBytes], int]) -> tuple[int, int]:
-        with checkpoint_networks(self.restorer, options.checkpoint_units), count_bytes(self.restorer.backbone) as live:
+    def _count(
+        self, options: MemoryOptions, run: Callable[[LiveBytes], int], weaker: Sequence[Any] = ()
+    ) -> tuple[int, int]:
+        counting = count_bytes(self.restorer.backbone, *weaker)
+        with checkpoint_networks(self.restorer, options.checkpoint_units), counting as live:
             return run(live), live.peak
 
     def _run_window(

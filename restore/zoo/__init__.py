@@ -1,6 +1,6 @@
 """Known checkpoints: registry, download, checksums, cache, loading."""
 
-from restore.zoo.load import describe_download, describe_model, list_models, load_backbone
+from restore.zoo.load import describe_download, describe_model, hash_weights, list_models, load_backbone
 from restore.zoo.registry import find_model, read_registry
 from restore.zoo.store import (
     cache_dir,
@@ -20,6 +20,7 @@ __all__ = [
     "explain_download",
     "find_model",
     "forget_checksum",
+    "hash_weights",
     "import_file",
     "is_offline",
     "list_models",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from operators import RestoreError
+from restore import disk
 from restore.zoo.options import check_parameters, resolve_options
 from restore.zoo.registry import read_registry
 from restore.zoo.store import Located, is_offline, locate, pull, query_size
@@ -62,6 +63,15 @@ def load_backbone(
     backbone = cls.load(found.path, **options)
     check_parameters(found, sum(weight.numel() for weight in backbone.network.parameters()))
     return found, backbone
+
+
+def hash_weights(name: str | Path, offline: bool | None = None) -> dict[str, str]:
+    """Return {file: sha256} of the weights of a model as named in `load_backbone`; a missing one is downloaded."""
+    path = locate(name).path or pull(str(name), offline)
+    root, files = path.parent, [path]
+    if path.is_dir():
+        root, files = path, sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin"))
+    return {file.relative_to(root).as_posix(): disk.hash_file_once(file) for file in files}
 
 
 def _locate_or_pull(name: str | Path, offline: bool | None) -> Located:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image, ImageOps
 
 from restore.app import cli
@@ -77,3 +78,19 @@ def test_an_edited_sampler_makes_another_result(restore, tmp_path, monkeypatch):
     status, said, err = restore(*options)
     assert status == 2 and "code.edited_sampler" in err and "--overwrite" in err and "finished before" not in said
     sys.modules.pop("edited_sampler", None)
+
+
+def test_an_exchanged_weaker_model_makes_another_result(restore, tmp_path):
+    def save():
+        blocks = {"down_block_types": ["AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D"], "norm_num_groups": 8}
+        network = UNet2DModel(sample_size=64, block_out_channels=(16,), layers_per_block=1, **blocks)
+        DDPMPipeline(network, DDPMScheduler()).save_pretrained(tmp_path / "weak")
+
+    save()
+    guidance = f"{{autoguidance: {{scale: 1, model: {tmp_path / 'weak'}}}}}"
+    options = ["--sampler", "diffpir", "--guidance", guidance]
+    assert restore(*options)[0] == 0
+    assert "finished before" in restore(*options)[1]
+    save()  # other weights
+    code, _, err = restore(*options)
+    assert code == 2 and "weak_models" in err
