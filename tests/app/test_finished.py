@@ -90,7 +90,6 @@ def test_an_exchanged_weaker_model_makes_another_result(restore, tmp_path):
     guidance = f"{{autoguidance: {{scale: 1, model: {tmp_path / 'weak'}}}}}"
     options = ["--sampler", "diffpir", "--guidance", guidance]
     assert restore(*options)[0] == 0
-    assert "finished before" in restore(*options)[1]
     save()  # other weights
     code, _, err = restore(*options)
     assert code == 2 and "weak_models" in err
