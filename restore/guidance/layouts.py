@@ -38,8 +38,14 @@ LAYOUTS = {
         "second",
     ),
 }
-# Those whose batch has further parts, one for each edit.
-EDITING = ("SemanticStableDiffusionPipeline", "LEditsPPPipelineStableDiffusion", "LEditsPPPipelineStableDiffusionXL")
+# Those whose batch has further parts: for each edit, or for the picture that is edited.
+EDITING = (
+    "LEditsPPPipelineStableDiffusion",
+    "LEditsPPPipelineStableDiffusionXL",
+    "SemanticStableDiffusionPipeline",
+    "StableDiffusionInstructPix2PixPipeline",
+    "StableDiffusionXLInstructPix2PixPipeline",
+)
 # Arguments of diffusers' networks with one row for each image.
 PER_IMAGE = frozenset(
     "sample hidden_states timestep encoder_hidden_states class_labels timestep_cond guidance pooled_projections "
@@ -166,7 +172,10 @@ def find_layout(pipe: Any, named: dict[str, Any], x: torch.Tensor) -> str:
     kinds, name = [kind.__name__ for kind in type(pipe).__mro__], type(pipe).__name__
     remedy = "try conditional='second', 'first' or 'all', the part of the batch with the prompt"
     if any(kind in EDITING for kind in kinds):
-        raise RestoreError(f"pipe must put one prompt into its batch, got a {name}, which adds edits; {remedy}")
+        raise RestoreError(
+            f"pipe must put one prompt into its batch, got a {name}, which adds parts for edits;"
+            " try conditional='all', which guides each part for itself"
+        )
     does_cfg = getattr(pipe, "do_classifier_free_guidance", None)
     half = len(x) // 2
     doubled = len(x) % 2 == 0 and torch.equal(x[:half], x[half:])

@@ -43,7 +43,7 @@ def test_three_parts(tmp_path):
     options = {"image": picture(), "guidance_scale": 5.0, "image_guidance_scale": 1.5}
     with (
         guided(edit, PAG(1.0, layers="m1")),
-        pytest.raises(RestoreError, match="Pix2PixPipeline must be .*conditional="),
+        pytest.raises(RestoreError, match="Pix2PixPipeline, which adds parts.*conditional="),
     ):
         sample(edit, **options)
     with guided(edit, PAG(1.0, layers="m1"), conditional="all"):
