@@ -81,10 +81,8 @@ def explicit(q, k, v, target, draw=None):
     eye = torch.eye(n, dtype=q.dtype)
     if target == "identity":
         a = eye.expand_as(a)
-    elif target == "zero":
-        a = torch.zeros_like(a)
-    elif target == "uniform":
-        a = torch.full_like(a, 1 / n)
+    elif target in ("zero", "uniform"):
+        a = torch.full_like(a, {"zero": 0, "uniform": 1 / n}[target])
     elif target in ("mean_query", "seg"):
         a = (q.mean(-2, keepdim=True) @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1).expand_as(a)
     elif target == "max":
