@@ -217,7 +217,9 @@ class Operator:
 
 def _format(value) -> str:
     if isinstance(value, (torch.Tensor, np.ndarray)):
-        array = np.ascontiguousarray(value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value)
+        array = np.ascontiguousarray(
+            value.detach().cpu().resolve_conj().resolve_neg().numpy() if isinstance(value, torch.Tensor) else value
+        )
         return f"<{'x'.join(map(str, array.shape))} {hashlib.sha256(array.tobytes()).hexdigest()[:12]}>"
     return repr(value) if not hasattr(value, "A") or isinstance(value, Operator) else describe_object(value)
 

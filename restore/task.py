@@ -181,6 +181,8 @@ def build_for_photo(
     """
     height, width = record.size
     if degrade:
+        if resampling:
+            resampling.check_square(record.size, record.path.name)
         if resampling and isinstance(task.config.get("mask"), Mask):
             mask = resize_image(task.config["mask"].read(record.size), resampling.side, method="nearest")
             task = Task(task.name, task.config | {"mask": mask})

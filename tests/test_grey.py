@@ -24,7 +24,7 @@ from restore.task import load_task
 BLOCKS = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
 A = operators.SuperResolution(2, noise=operators.GaussianNoise(0.1))
 LATENT = ("flowdps", "psld", "resample")
-OWN = {"dps": {"zeta": 1.0}, "daps": {"ode_steps": 2, "mcmc_steps": 2}}
+OWN = {"dps": {"zeta": 1.0}, "daps": {"ode_steps": 2, "mcmc_steps": 2}, "pnpdm": {"iterations": 5}}
 
 
 def save_prior(folder, channels=1):
@@ -57,12 +57,13 @@ def test_every_sampler_restores_grey_and_colour_per_channel(restorer, folder, sa
         restorer(y, A, **options)
     whole = Restorer(restorer.backbone, per_channel=True)(y, A, **options)
     assert whole.samples.shape == (2, 1, 3, 16, 16)
+    parts = []
     for c in range(3):
         alone = restorer(y[:, c : c + 1], A, **options)
+        parts.append(alone.residual)
         assert alone.samples.shape == (2, 1, 1, 16, 16) and torch.isfinite(alone.samples).all()
         assert torch.equal(whole.samples[:, :, c : c + 1], alone.samples)
         assert whole.nfe == 3 * alone.nfe
-    parts = [restorer(y[:, c : c + 1], A, **options).residual for c in range(3)]
     assert torch.allclose(whole.residual, torch.stack(parts).square().sum(0).sqrt())
     ratio = whole.residual / (0.1 * (3 * 64) ** 0.5)
     assert torch.allclose(whole.residual_ratio, ratio)

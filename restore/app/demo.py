@@ -89,8 +89,8 @@ def run_demo(
     files.check_owned(outputs, outputs[-1], outputs[-1], overwrite)
     files.make_writable_folder(out)
     lpips, table, records, notes = _load_lpips(weights), [], [], []
-    names = {"version": get_version(), "files": [path.name for path in outputs]}
-    disk.write_json(outputs[-1], names)  # first: an interrupted demo may be repeated
+    header = {"version": get_version(), "files": [path.name for path in outputs]}
+    disk.write_json(outputs[-1], header)  # first: an interrupted demo may be repeated
     total = sum((4 if part.sampler else 1) * len(part.tasks) for part in PARTS)
     for part in PARTS:
         restorer = load(part.backbone, device=device)
@@ -122,7 +122,7 @@ def run_demo(
     note += f" LPIPS (alex) of faces enlarged to {LPIPS_SIDE}." if lpips is not None else ""
     lines += ["", *notes, note]
     disk.write_bytes(out / "table.md", ("\n".join(lines) + "\n").encode())
-    disk.write_json(outputs[-1], names | {"runs": records, "table": table})
+    disk.write_json(outputs[-1], header | {"runs": records, "table": table})
     where = [f"{out / part.picture}  the pictures" for part in PARTS] + [f"{out / 'table.md'}  the numbers"]
     return "\n".join([*lines, "", f"Done in {time.perf_counter() - started:.0f} s:", *where])
 

@@ -70,10 +70,14 @@ class Resampling:
             raise RestoreError(f"solve_at must be a number of pixels, got {self.side}")
         check_known([self.method], METHODS, "unknown resampling")
 
-    def enlarge(self, clean: torch.Tensor, name: str) -> torch.Tensor:
-        """Resize a square clean photo to `side`. Raises RestoreError, with its file's name, if it is not square."""
-        if clean.shape[-1] != clean.shape[-2]:
+    def check_square(self, size: tuple[int, int], name: str) -> None:
+        """Raise RestoreError, with its file's name, if a clean photo of this size cannot be resized to `side`."""
+        if size[0] != size[1]:
             raise RestoreError(f"{name} must be square for solve_at={self.side} with degrade=True")
+
+    def enlarge(self, clean: torch.Tensor, name: str) -> torch.Tensor:
+        """Resize a square clean photo to `side`. Raises RestoreError as check_square does."""
+        self.check_square(tuple(clean.shape[-2:]), name)
         return enlarge_image(clean, self.side, method=self.method)
 
     def adapt_operator(self, operator: Operator, size: tuple[int, int], name: str) -> Operator:

@@ -69,5 +69,5 @@ def test_no_lpips_without_weights(tmp_path, monkeypatch):
 
 
 def test_missing_weights_are_an_error(tmp_path):
-    with pytest.raises(RestoreError, match="which does not exist"):
+    with pytest.raises(RestoreError, match="is missing.*restore models pull alexnet"):
         run_demo(tmp_path / "out", weights={"alexnet": str(tmp_path / "missing.pth")})

@@ -80,6 +80,7 @@ def test_an_edited_sampler_makes_another_result(restore, tmp_path, monkeypatch):
     sys.modules.pop("edited_sampler", None)
 
 
+@pytest.mark.slow
 def test_an_exchanged_weaker_model_makes_another_result(restore, tmp_path):
     def save():
         blocks = {"down_block_types": ["AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D"], "norm_num_groups": 8}

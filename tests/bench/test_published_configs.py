@@ -23,7 +23,7 @@ from restore.zoo import load_backbone
 FOLDER = configs_dir() / "benchmark"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 # One of each kind in every run of the tests; the others with `-m slow`.
-QUICK = ("embedded", "figure41", "figures-sd", "samplers", "table2", "table4-ffhq", "table8-ffhq", "table9")
+QUICK = ("embedded", "figure41", "figures-sd", "table8-ffhq", "table9")
 RUNS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 
 

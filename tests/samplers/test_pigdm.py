@@ -65,8 +65,8 @@ def continuous(prior, sigmas):
 
 @pytest.mark.parametrize("name", golden.cases("pigdm_noisy"))
 def test_noisy_steps(prior, name):
-    """Step by step, because they inject eta sigma_s n whatever the step's size: DDIM's eta is solved for it. Their
-    last step, which does not lower sigma, is not ours; the state before it is."""
+    """Step by step, because they inject eta sigma_s n whatever the step's size: DDIM's eta is solved for it, beyond
+    1 at some. Their last step, which does not lower sigma, is not ours; the state before it is."""
     case, states = golden.Case("pigdm_noisy", name), []
     sigmas, n = case["sigma_steps"], case.setting("num_steps")
     twin = continuous(prior, sigmas[:n])
@@ -76,7 +76,7 @@ def test_noisy_steps(prior, name):
     def step(k, x):
         """The state after step k (from 0) on their x."""
         eta = case.setting("eta") * (sigmas[k] / scales[k]) / math.sqrt(1 - (scales[k + 1] / scales[k]) ** 2)
-        state, _ = golden.walk(pigdm, twin, case, times[k : k + 2], x / scales[k], k, eta=eta)
+        state, _ = golden.walk(pigdm.__wrapped__, twin, case, times[k : k + 2], x / scales[k], k, eta=eta)
         return {"x_t": state["x_t"] * scales[k + 1], "x0_hat": state["x0_hat"]}
 
     x = case.x_start

@@ -106,12 +106,12 @@ def test_published_settings_are_in_range():
     ("name", "own", "message"),
     [
         ("diffpir", {"zeta": 1.5}, r"zeta must be a number in \[0, 1\], got 1.5"),
-        ("diffpir", {"lam": 0}, "lam must be a number > 0, got 0"),
+        ("diffpir", {"lam": 0}, "lam must be a finite number > 0, got 0"),
         ("ddrm", {"eta": 1.0001}, r"eta must be a number in \[0, 1\], got 1.0001"),
         ("daps", {"ode_steps": 0}, "ode_steps must be a whole number >= 1, got 0"),
         ("daps", {"ode_steps": 2.0}, "ode_steps must be a whole number >= 1, got 2.0"),
-        ("daps", {"lr": -1e-4}, "lr must be a number > 0, got -0.0001"),
-        ("daps", {"tau": 0.0}, "tau must be a number > 0 or None, got 0.0"),
+        ("daps", {"lr": -1e-4}, "lr must be a finite number > 0, got -0.0001"),
+        ("daps", {"tau": 0.0}, "tau must be a finite number > 0 or None, got 0.0"),
         ("daps", {"momentum": 1.0}, r"momentum must be a number in \[0, 1\), got 1.0"),
         ("daps", {"conditional": "exat"}, "unknown conditional 'exat'; did you mean 'exact'"),
         ("daps", {"data_norm": "poison"}, "unknown data_norm 'poison'; did you mean 'poisson'"),
@@ -148,5 +148,5 @@ def test_a_users_sampler_is_held_to_its_annotations(prior):
 
     assert Method(own, 1).override(parameters={"gain": 2, "x": "anything"}).parameters["gain"] == 2
     for value in ("2", math.nan, None, True):
-        with pytest.raises(RestoreError, match="gain must be a number, got"):
+        with pytest.raises(RestoreError, match="gain must be a finite number, got"):
             Method(own, 1).override(parameters={"gain": value})
