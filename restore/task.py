@@ -181,12 +181,13 @@ def build_for_photo(
     """
     height, width = record.size
     if degrade:
-        if resampling:
-            resampling.check_square(record.size, record.path.name)
-        if resampling and isinstance(task.config.get("mask"), Mask):
+        if resampling is None:
+            return task.build(*record.size)
+        resampling.check_square(record.size, record.path.name)
+        if isinstance(task.config.get("mask"), Mask):
             mask = resize_image(task.config["mask"].read(record.size), resampling.side, method="nearest")
             task = Task(task.name, task.config | {"mask": mask})
-        return task.build(*((resampling.side, resampling.side) if resampling else record.size))
+        return task.build(resampling.side, resampling.side)
     if task.config["name"] in ("inpainting_box", "inpainting_random"):
         raise RestoreError(
             f"{record.path.name}: inpainting a damaged photo needs mask=FILE (white: known pixels); "

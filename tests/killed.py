@@ -1,7 +1,11 @@
-"""What runs in a process of its own, to be killed or measured: importable, since such processes are not forked from
-pytest, whose autograd may have threads by then."""
+"""What runs in a process of its own, to be killed or measured: importable, since most of these processes are not forked
+from pytest, whose autograd may have threads by then."""
 
+import multiprocessing
+import os
+import random
 import resource
+import signal
 import sys
 
 import torch
@@ -43,3 +47,20 @@ def one_step(photo, out, task, memory, pipe):
     (outcome,) = job.run(files.find_photos([photo], out))
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     pipe.send((outcome.error, after, after - before))
+
+
+def kill_until_done(run, config, *, kills, seconds, attempts, patience):
+    """Call run(config) in forked processes, the first `kills` of them killed within `seconds` (shortest, longest),
+    until one ends by itself within `patience` seconds; returns the number of kills and the last exit code."""
+    context, killed, chance = multiprocessing.get_context("fork"), 0, random.Random(0)
+    for _ in range(attempts):
+        child = context.Process(target=run, args=(config,))
+        child.start()
+        child.join(chance.uniform(*seconds) if killed < kills else patience)
+        if child.exitcode is None:
+            os.kill(child.pid, signal.SIGKILL)
+            child.join()
+            killed += 1
+        elif child.exitcode == 0:
+            break
+    return killed, child.exitcode

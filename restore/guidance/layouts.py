@@ -62,10 +62,18 @@ class NetworkCall:
     strong pass, of the whole batch, returned. cut: whether the weak pass may run on `rows` alone: every tensor among
     the arguments is known to have a row for each image, and no module keeps one between calls. Else it runs on the
     whole batch, which gives the same and takes longer. tapes: recordings of the strong pass, which are cut with it.
+    scale: what time_scale says of the network, if a caller with many calls has asked it already.
     """
 
     def __init__(
-        self, network: nn.Module, args: tuple, kwargs: dict, pipe: Any, conditional: str, tapes: Sequence[Tape] = ()
+        self,
+        network: nn.Module,
+        args: tuple,
+        kwargs: dict,
+        pipe: Any,
+        conditional: str,
+        tapes: Sequence[Tape] = (),
+        scale: float | None = None,
     ) -> None:
         self.network, self.given, self.tapes = network, (args, kwargs), tapes
         self.arguments = _copy(self.given)  # a network may take what it needs out of the lists it is given
@@ -77,7 +85,9 @@ class NetworkCall:
             )
         self.x = named[self.name]
         t = named["timestep"]
-        self.t = time_scale(network) * (float(t.flatten()[0]) if isinstance(t, torch.Tensor) else float(t))
+        self.t = (time_scale(network) if scale is None else scale) * (
+            float(t.flatten()[0]) if isinstance(t, torch.Tensor) else float(t)
+        )
         self.rows = find_rows(pipe, named, self.x, conditional)
         self.output: Any = None
         self.cut = len(self.x[self.rows]) < len(self.x) and _is_per_image(named, self.x) and not _keeps_rows(network)

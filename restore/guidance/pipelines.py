@@ -23,7 +23,7 @@ from restore.backbones.schedule import Schedule
 from restore.guidance.attention import IMAGE_FIRST, IMAGE_ONLY, LINEAR
 from restore.guidance.base import Estimate, Guidance, Term, as_guidance
 from restore.guidance.cfg import CFG
-from restore.guidance.layouts import PARTS, NetworkCall, is_packed, sample_of, unwrap
+from restore.guidance.layouts import PARTS, NetworkCall, is_packed, sample_of, time_scale, unwrap
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def guided(pipe: Any, guidance: Term | Guidance | None, *, conditional: str = "a
             if not hasattr(local, "estimate"):
                 local.estimate, local.last = Estimate(adapter, guidance), None
             estimate = local.estimate
-            call = NetworkCall(network, args, kwargs, pipe, conditional, estimate.tapes)
+            call = NetworkCall(network, args, kwargs, pipe, conditional, estimate.tapes, adapter.time_scale)
             last, local.last = local.last, None
             if last is not None and last.is_of_the_same_step(call, pipe):
                 # The pass without the prompt gets the shift of the one with it, so that their difference does not.
@@ -102,7 +102,8 @@ def schedule_cfg(pipe: Any, term: CFG) -> Iterator[Any]:
 
     def scale(network, inner):
         def forward(*args, **kwargs):
-            call, output = NetworkCall(network, args, kwargs, pipe, "auto"), inner(*args, **kwargs)
+            call = NetworkCall(network, args, kwargs, pipe, "auto", scale=adapter.time_scale)
+            output = inner(*args, **kwargs)
             if is_packed(call.x):
                 raise RestoreError(
                     f"cfg must have only a scale with a {type(pipe).__name__}, which makes two calls a step"
@@ -209,6 +210,7 @@ class PipelineNetwork:
     def __init__(self, network: nn.Module, pipe: Any = None) -> None:
         self.network, self.pipe = network, pipe
         self.attention = find_attention_layers(unwrap(network))
+        self.time_scale = time_scale(network)
 
     @property
     def schedule(self) -> Schedule | None:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
-import os
-import random
 import re
-import signal
 import sys
 from pathlib import Path
 
+import killed
 import numpy as np
 import planted
 import pytest
@@ -174,18 +171,8 @@ def test_kills_change_nothing(config, tmp_path):
     config |= {"rounds": 2, "halving": True}
     whole = dict(config, out=str(tmp_path / "undisturbed"))
     search_heads(whole)
-    context, kills, chance = multiprocessing.get_context("fork"), 0, random.Random(0)
-    for _ in range(60):
-        child = context.Process(target=_child, args=(config,))
-        child.start()
-        child.join(chance.uniform(0.3, 1.5) if kills < 8 else 120)
-        if child.exitcode is None:
-            os.kill(child.pid, signal.SIGKILL)
-            child.join()
-            kills += 1
-        elif child.exitcode == 0:
-            break
-    assert kills >= 3 and child.exitcode == 0
+    kills, code = killed.kill_until_done(_child, config, kills=8, seconds=(0.3, 1.5), attempts=60, patience=120)
+    assert kills >= 3 and code == 0
     assert contents(Path(config["out"])) == contents(Path(whole["out"]))
     search = Path(whole["out"]) / "search.json"
     before = {path: path.stat().st_mtime_ns for path in Path(config["out"]).rglob("results/**/*.png")}

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import random
 import re
-import signal
 from pathlib import Path
 
+import killed
 import numpy as np
 import published
 import pytest
@@ -147,18 +144,8 @@ def test_kills_change_nothing(config, folders, kind, tmp_path):
     config |= of(kind, folders) | {"scales": [1.0, 3.0], "gallery": gallery}
     whole = dict(config, out=str(tmp_path / "undisturbed"))
     _child(whole)
-    context, kills, chance = multiprocessing.get_context("fork"), 0, random.Random(0)
-    for _ in range(40):
-        child = context.Process(target=_child, args=(config,))
-        child.start()
-        child.join(chance.uniform(1.0, 4.0) if kills < 4 else 300)
-        if child.exitcode is None:
-            os.kill(child.pid, signal.SIGKILL)
-            child.join()
-            kills += 1
-        elif child.exitcode == 0:
-            break
-    assert kills >= 2 and child.exitcode == 0
+    kills, code = killed.kill_until_done(_child, config, kills=4, seconds=(1.0, 4.0), attempts=40, patience=300)
+    assert kills >= 2 and code == 0
     assert contents(Path(config["out"])) == contents(Path(whole["out"]))
     before = {path: path.stat().st_mtime_ns for path in Path(config["out"]).rglob("results/**/*.png")}
     _child(config)
