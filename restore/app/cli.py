@@ -223,7 +223,9 @@ def demo(
 def ui(
     backbone: options.Backbone = "embedded",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: the whole network.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 7860,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port; default: the first free one from 7860 on.")
+    ] = None,
     share: Annotated[bool, typer.Option("--share", help="Public address for three days, through gradio.")] = False,
     auth: Annotated[str | None, typer.Option(envvar="RESTORE_AUTH", help="Require this user:password.")] = None,
     device: options.Device = "auto",
@@ -232,17 +234,21 @@ def ui(
     offline: options.Offline = False,
 ) -> None:
     """Serve a page for old photos to your browser (needs the extra `ui`)."""
-    from restore import restorer
-    from restore.app.page import build_page, launch
+    from restore.app.page.serve import LOCAL, serve
 
     user, colon, password = (auth or "").partition(":")
     if auth is not None and not (user and colon and password):
         raise RestoreError("auth= must be user:password")
-    private = not share and host in ("127.0.0.1", "localhost", "::1")
     machine = {"device": device, "precision": precision}
-    model = restorer.load(backbone, offline=offline, **machine, **options.parse_model_options(model_option))
-    page = build_page(model, offline=offline, fetching=private or auth is not None, **machine)
-    launch(page, server_name=host, server_port=port, share=share, auth=(user, password) if auth else None)
+    private = not share and host in LOCAL
+
+    def load() -> Any:
+        from restore import restorer
+
+        return restorer.load(backbone, offline=offline, **machine, **options.parse_model_options(model_option))
+
+    building = {"offline": offline, "fetching": private or auth is not None, **machine}
+    serve(load, host=host, port=port, building=building, share=share, auth=(user, password) if auth else None)
 
 
 app.command()(look)

@@ -1,7 +1,5 @@
 """The page as a server: its endpoints for gradio_client, and its password."""
 
-import functools
-import tempfile
 import time
 
 import PIL.Image
@@ -24,10 +22,9 @@ def test_endpoints_answer_and_report_mistakes(restorer, monkeypatch, tmp_path):
     import gradio_client
 
     from restore import method
-    from restore.app.page import api, build_page, launch
+    from restore.app.page import build_page, launch, store
 
     page = build_page(restorer)
-    monkeypatch.setattr(api, "TemporaryDirectory", functools.partial(tempfile.TemporaryDirectory, dir=tmp_path))
     _, url, _ = launch(page, prevent_thread_lock=True, quiet=True)
     try:
         client = gradio_client.Client(url, verbose=False, download_files=str(tmp_path / "got"))
@@ -50,7 +47,7 @@ def test_endpoints_answer_and_report_mistakes(restorer, monkeypatch, tmp_path):
         client.predict(api_name="/cancel")
         with pytest.raises(Exception, match="[Cc]ancelled"):
             job.result(timeout=60)
-        assert not list(tmp_path.glob("restore-*"))
+        assert not list(store.open_store().glob("work-*"))
         wrong = [
             ({"task": "fill", "mask": photo}, "mask .* has colours"),
             ({"task": "paint"}, "There is no task called"),

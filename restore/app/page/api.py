@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
@@ -13,6 +12,7 @@ from operators import RestoreError
 from restore.app.page import work
 from restore.app.page.handlers import Handlers, show_errors
 from restore.app.page.request import BLURS, FACTORS, MOST_SAMPLES, PLAIN, parse_request
+from restore.app.page.store import make_work_folder
 from restore.method import QUALITIES
 
 
@@ -30,7 +30,7 @@ def add_endpoints(handlers: Handlers) -> None:
         **values: Any,
     ) -> Iterator[Any]:
         stop = handlers.stops[session.session_hash] = threading.Event()
-        with TemporaryDirectory(prefix="restore-") as folder, show_errors(photo, mask):
+        with make_work_folder() as folder, show_errors(photo, mask):
             planner, request = priors.planner(prior, "restore"), parse_request(**values, trajectory=True)
             for item in work.restore([photo] if photo else [], planner, request, folder, stop, mask=mask):
                 if isinstance(item, work.Step):
@@ -41,7 +41,7 @@ def add_endpoints(handlers: Handlers) -> None:
                     yield [str(path) for path in item.files], item.sidecar
 
     def estimate(photo: str | None, prior: str, mask: str | None = None, **values: Any) -> str:
-        with TemporaryDirectory(prefix="restore-") as folder, show_errors(photo, mask):
+        with make_work_folder() as folder, show_errors(photo, mask):
             planner, request = priors.planner(prior, "estimate"), parse_request(**values)
             if not photo:
                 raise RestoreError("choose a photo first")

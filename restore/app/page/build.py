@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from operators import RestoreError
-from restore.app.page.models import Priors
-from restore.app.page.request import BLURS, PLAIN
 
 LARGEST_FILE = "64mb"  # of an upload
 # On a phone the results stand below the settings.
@@ -51,9 +49,11 @@ def build_page(restorer: Any, offline: bool = False, fetching: bool = True, **op
         import gradio as gr
     except ImportError:
         raise RestoreError("the browser page needs gradio; install restore-diffusion[ui]") from None
-    from restore.app.page import api, handlers, layout
+    from restore.app.page import api, handlers, layout, models
+    from restore.app.page.store import open_store
 
-    priors, parts = Priors(restorer, offline, fetching, **options), layout.Parts()
+    open_store()  # after gradio's client, which keeps its own folder for downloads
+    priors, parts = models.Priors(restorer, offline, fetching, **options), layout.Parts()
     with gr.Blocks(title="Restore an old photo", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         layout.add_header()
         with gr.Row():
@@ -111,6 +111,8 @@ def _connect(page: Any, parts: Any, handlers: Any) -> None:
 
 def _read_css() -> str:
     """Return the page's style sheet, with the field's terms behind the plain words."""
+    from restore.app.page.request import BLURS, PLAIN
+
     rules = [
         f'#{name} label:nth-of-type({k}) > span::after {{ content: "{term}"; }}'
         for name, terms in (("task", PLAIN), ("blur", BLURS))

@@ -6,7 +6,6 @@ import html
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
@@ -15,6 +14,7 @@ from operators import RestoreError
 from restore.app.page import models, pictures, work
 from restore.app.page.models import Priors
 from restore.app.page.request import Request, estimate_sigma, parse_request
+from restore.app.page.store import make_work_folder
 from restore.app.page.text import format_plan, format_status, hide_folders, to_sentence
 from restore.images import estimate
 
@@ -77,7 +77,7 @@ class Handlers:
             try:
                 planner, request = self.priors.planner(prior, "estimate"), _read_request(**values)
                 edits = _read_edits(photo, stage)
-                with TemporaryDirectory(prefix="restore-") as folder:
+                with make_work_folder() as folder:
                     plan = work.estimate(photos[0], planner, request, folder, edits)
                 text = format_plan(plan, len(photos))
             except RestoreError as error:
@@ -108,7 +108,7 @@ class Handlers:
         except RestoreError as error:
             yield self.parts.updates(status=format_status(str(error), bad=True))
             return
-        with TemporaryDirectory(prefix="restore-") as folder:
+        with make_work_folder() as folder:
             for item in work.restore(photos, planner, request, folder, stop, edits):
                 lines = [line for line, _ in outcomes]
                 if isinstance(item, work.Step):
