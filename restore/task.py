@@ -17,7 +17,7 @@ from restore.backbones.ambient import neutral_state
 from restore.config import read_yaml
 from restore.disk import hash_file
 from restore.images import io, masks
-from restore.images.estimate import estimate_noise
+from restore.images.estimate import SMALLEST, estimate_noise
 from restore.images.masks import Mask
 from restore.images.resampling import Resampling, resize_image, stretch_range
 from restore.paths import configs_dir
@@ -41,10 +41,13 @@ ALIASES = {
 @dataclass(frozen=True)
 class Task:
     """What is restored. name: of configs/task, for presets. config: as operators.build_operator takes it; its mask may
-    be a Mask file that is not read yet."""
+    be a Mask file that is not read yet. blind: nobody said how noisy the photos are, so each is measured. keep_known:
+    the pixels that a mask leaves are those of the photo, noise and all."""
 
     name: str
     config: dict[str, Any]
+    blind: bool = False
+    keep_known: bool = False
 
     @property
     def factor(self) -> int:
@@ -59,7 +62,8 @@ class Task:
         return operators.build_operator(config, image_size=(height, width))
 
     def for_photo(self, photo: Path, degrade: bool = False) -> Task:
-        """Return the task with this photo's own mask and, if they are "auto", its estimated mask and noise level.
+        """Return the task with this photo's own mask and, if they are "auto" or nothing was said, its estimated mask
+        and noise level. A blind task keeps the noise of its file below `estimate.SMALLEST` pixels and with `degrade`.
 
         Raises RestoreError for "auto" with a photo that is to be degraded first.
         """
@@ -69,14 +73,17 @@ class Task:
             raise RestoreError("mask=auto and sigma=auto look at a damaged photo; this one is to be degraded first")
         if isinstance(mask, Mask):
             config["mask"] = mask.for_photo(photo)
-        if is_estimated:
-            sigma = float(f"{estimate_noise(io.read_image(photo).pixels):.3g}")
+        blind = self.blind and not degrade
+        pixels = io.read_image(photo).pixels if is_estimated or blind else None
+        if is_estimated or (blind and min(pixels.shape[-2:]) >= SMALLEST):
+            sigma = float(f"{estimate_noise(pixels):.3g}")
             config["noise"] = {"name": "gaussian", "sigma": sigma} if sigma else None
-        return Task(self.name, config)
+        return Task(self.name, config, keep_known=blind and config["name"] == "inpainting_mask")
 
     def describe(self) -> dict[str, Any]:
         """Return the configuration for JSON, with files and arrays as hashes of their content."""
-        return {"task": self.name, **{key: _describe(value) for key, value in self.config.items()}}
+        kept = {"keep_known": True} if self.keep_known else {}
+        return {"task": self.name, **{key: _describe(value) for key, value in self.config.items()}, **kept}
 
 
 def read_task(name: str) -> dict[str, Any]:
@@ -105,6 +112,7 @@ def load_task(
     kernel: Path | None = None,
     invert_mask: bool = False,
     mask_threshold: int | None = None,
+    blind: bool = False,
 ) -> Task:
     """Return a task with the `settings` that its operator knows, which are removed from the dictionary.
 
@@ -115,10 +123,13 @@ def load_task(
     invert_mask, mask_threshold: see restore.images.masks.read_mask.
     settings: the operator's options, and `sigma`, the noise's standard deviation on [-1, 1]; "auto" estimates it from
         each photo (restore.images.estimate).
+    blind: what a shipped task says of the noise is for photos that are to be degraded; in others it is measured, unless
+        `settings` say it, and the known pixels of an inpainting are kept as they are.
     Raises RestoreError for an unknown task and files that do not fit it.
     """
     settings = {} if settings is None else settings
     task = ALIASES.get(task, task)
+    blind = blind and "sigma" not in settings and ":" not in task and not _is_yaml(task)
     if task == "inpaint" and mask is None:
         config = read_task("inpaint-box")
     elif ":" in task and not _is_yaml(task):
@@ -144,7 +155,7 @@ def load_task(
         config[key] = settings.pop(key)
     if config.get("noise") != ESTIMATED:
         operators.build_noise(config.get("noise"))
-    return Task(task, config)
+    return Task(task, config, blind)
 
 
 def _use_mask(config: dict[str, Any], task: str, mask: Mask, settings: dict[str, Any]) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def run(
 
     names, settings = options.split_settings(inputs)
     masks = {"invert_mask": invert_mask, "mask_threshold": mask_threshold}
-    selected = load_task(task, settings, mask=mask, kernel=kernel, **masks)
+    selected = load_task(task, settings, mask=mask, kernel=kernel, blind=True, **masks)
     options.check_settings(settings, sampler, context.params)
     guided = options.parse_guidance(guidance, pag_scale, layers, target, strength)
     method = MethodChoice(sampler, quality, guided, options.parse_steps(steps), settings, data, reference)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from operators import RestoreError
 from restore import disk
 from restore.app import files
@@ -151,6 +153,8 @@ class RestoreJob:
         tint = None if record.grey or y.shape[1] == 1 else estimate_tint(record.pixels)
         if tint is not None:  # a photo without colour gains none
             samples = apply_tint(samples, tint)
+        if task.keep_known:
+            samples = torch.where(task.build(*record.size).mask > 0.5, record.pixels.to(samples), samples)
         result = dataclasses.replace(result, samples=samples)
         estimate = {} if plan is None else {"estimate": plan.describe()}
         hue = {} if tint is None else {"one_hue": True}

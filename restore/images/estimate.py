@@ -21,6 +21,7 @@ from restore.images.io import convert_channels
 __all__ = ["detect_damage", "estimate_blur", "estimate_noise", "measure_grey_share", "rasterise_path"]
 
 BLOCK = 8  # pixels; side of the blocks in which noise is measured
+SMALLEST = 4 * BLOCK  # pixels a side of a photo in which anything is measured
 SMOOTH = 0.15  # fraction of blocks used: those without structure
 WHITE = 0.8  # smallest ratio of fine to coarse energy of white noise; below it chroma was subsampled or denoised
 MIDDLE = 1536  # pixels; blur is measured in a centre crop of this side
@@ -171,7 +172,7 @@ def measure_grey_share(x: torch.Tensor, tolerance: float = 0.0) -> float:
 def _as_batch(x: torch.Tensor, what: str) -> torch.Tensor:
     x = x[None] if x.ndim == 3 else x
     x = convert_channels(x.detach().float().cpu(), None if x.shape[-3] == 1 else 3)
-    width, height, least = x.shape[-1], x.shape[-2], 4 * BLOCK
-    if min(width, height) < least:
-        raise RestoreError(f"{what} is measured in photos of at least {least} pixels a side, got {width} x {height}")
+    width, height = x.shape[-1], x.shape[-2]
+    if min(width, height) < SMALLEST:
+        raise RestoreError(f"{what} is measured in photos of at least {SMALLEST} pixels a side, got {width} x {height}")
     return x

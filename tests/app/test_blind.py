@@ -1,0 +1,81 @@
+"""Photos of which nobody said how noisy they are: each is measured, and what an inpainting knows stays as it is."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from restore.images import io
+from restore.metrics.single import psnr
+from restore.paths import data_dir
+from restore.task import load_task
+
+PHOTOS = data_dir() / "photos"
+FACE = PHOTOS / "astronaut-face-64.png"
+
+
+def make_noisy(path, sigma: float, side: int = 64):
+    clean = io.read_image(FACE).pixels[..., :side, :side]
+    io.write_image(path, clean + sigma * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)))
+    return clean
+
+
+def read_sigma(folder, name: str) -> float:
+    noise = json.loads((folder / f"{name}.json").read_text())["settings"]["task"]["noise"]
+    return 0.0 if noise is None else noise["sigma"]
+
+
+def test_every_photo_of_a_folder_has_its_own_noise(command, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    levels = {"clean": 0.0, "noisy": 0.1, "worse": 0.3}
+    truths = {name: make_noisy(folder / f"{name}.png", sigma) for name, sigma in levels.items()}
+    code, _, err = command("run", folder, "--task", "denoise", "-o", out)
+    assert code == 0, err
+    for name, sigma in levels.items():
+        assert read_sigma(out, name) == pytest.approx(sigma, abs=0.045)  # pictures of 64 pixels read too much
+    noisy, restored = (psnr(io.read_image(at / "worse.png").pixels, truths["worse"]) for at in (folder, out))
+    assert restored > noisy + 7
+
+
+@pytest.mark.parametrize("task", ["sr2", "gaussian-blur", "motion-blur", "colorize"])
+def test_every_task_measures(tmp_path, task):
+    make_noisy(tmp_path / "a.png", 0.2)
+    sigma = load_task(task, {}, blind=True).for_photo(tmp_path / "a.png").config["noise"]["sigma"]
+    assert sigma == pytest.approx(0.2, rel=0.2)
+
+
+def test_what_was_said_is_kept(tmp_path):
+    make_noisy(tmp_path / "a.png", 0.2)
+    make_noisy(tmp_path / "tiny.png", 0.2, side=24)
+    (tmp_path / "own.yaml").write_text("{name: denoising, noise: {name: gaussian, sigma: 0.5}}")
+
+    def read(task, photo="a.png", degrade=False, **settings):
+        return load_task(str(task), settings, blind=True).for_photo(tmp_path / photo, degrade).config["noise"]["sigma"]
+
+    assert read("denoise", sigma=0.3) == 0.3
+    assert read(tmp_path / "own.yaml") == 0.5
+    assert read("denoise", degrade=True) == 0.05  # that of configs/task
+    assert read("denoise", "tiny.png") == 0.05  # too small to measure anything in it
+
+
+def test_known_pixels_stay_as_they_are(command, tmp_path):
+    make_noisy(tmp_path / "a.png", 0.2)
+    mask = np.full((64, 64), 255, np.uint8)
+    mask[20:30, 20:40] = 0
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    arguments = ("run", tmp_path / "a.png", "--task", "inpaint", "--mask", tmp_path / "mask.png", "--steps", "3")
+    code, _, err = command(*arguments, "-o", tmp_path / "kept", "--samples", 2)
+    assert code == 0, err
+    before = np.asarray(Image.open(tmp_path / "a.png"))
+    for name in ("a.png", "a-sample1.png", "a-mean.png"):
+        after = np.asarray(Image.open(tmp_path / "kept" / name))
+        assert (after[mask == 255] == before[mask == 255]).all() and (after[mask == 0] != before[mask == 0]).any()
+    settings = json.loads((tmp_path / "kept" / "a.json").read_text())["settings"]["task"]
+    assert settings["keep_known"] and settings["noise"]["sigma"] == pytest.approx(0.2, rel=0.2)
+    # The same with the noise asked for by name: it is removed everywhere.
+    assert command(*arguments, "sigma=auto", "-o", tmp_path / "removed")[0] == 0
+    after = np.asarray(Image.open(tmp_path / "removed" / "a.png"))
+    assert (after[mask == 255] != before[mask == 255]).mean() > 0.5
