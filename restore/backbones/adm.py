@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DModel
 
 from operators import RestoreError
@@ -22,7 +23,7 @@ AUTOENCODERS = ("vqvae", "vae")  # names of the autoencoder in a pipeline's fold
 PICKLED = "diffusion_pytorch_model.bin"  # the only weights of the oldest folders on the hub
 # guided-diffusion's two schedules (Ho et al. 2020; Nichol & Dhariwal 2021, eq. 17) as diffusers describes them.
 SCHEDULES = {"linear": {"beta_schedule": "linear"}, "cosine": {"beta_schedule": "squaredcos_cap_v2"}}
-TRAINED = ("schedule", "prediction_type", "null_class", "labels")  # keywords of ADM that restore.json may hold
+TRAINED = ("schedule", "prediction_type", "null_class", "labels", "patch")  # keywords of ADM that restore.json may hold
 # Names of attention weights before diffusers 0.15, which the DDPM checkpoints on the hub still have.
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -37,6 +38,8 @@ class ADM(Pixels):
     null_class: index of the class that means "no class", or None: guided-diffusion's class-conditional models have
         none. A table of 1001 rows is taken for ImageNet's 1000 classes and the null class 1000.
     labels: names of the first classes in order; empty if classes only have numbers.
+    patch: the network sees squares of patch x patch pixels as the channels of one cell (pixel unshuffle), which makes
+        it cheaper (FFDNet, Zhang et al. 2018).
     dtype: torch.float32 (None), bfloat16 or float16, or "fp32", "bf16", "fp16": precision of the network's
         arithmetic by autocast; weights stay fp32 and eps is returned in fp32.
     channels_last: memory format of the weights; by default only in low precision on a GPU, where convolutions are
@@ -54,6 +57,7 @@ class ADM(Pixels):
         prediction_type: str = "epsilon",
         null_class: int | None = None,
         labels: Sequence[str] = (),
+        patch: int = 1,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         channels_last: bool | None = None,
@@ -72,16 +76,20 @@ class ADM(Pixels):
         self.schedule = Schedule.from_config(SCHEDULES[schedule] if isinstance(schedule, str) else schedule)
         if self.schedule.kind != "vp" or config.time_embedding_type != "positional":
             raise RestoreError("the network must be a DDPM, with discrete, variance-preserving noise levels")
-        self.channels = config.in_channels
+        if patch < 1 or config.in_channels % patch**2:
+            raise RestoreError(f"patch must divide the network's {config.in_channels} channels twice, got {patch}")
+        self.patch, self.channels = patch, config.in_channels // patch**2
         self.learned_variance = config.out_channels == 2 * config.in_channels
         if not self.learned_variance and config.out_channels != config.in_channels:
             raise RestoreError(
-                f"the network must have {self.channels} output channels or twice as many, got {config.out_channels}"
+                f"the network must have {config.in_channels} output channels or twice as many, got "
+                f"{config.out_channels}"
             )
-        self.multiple = 2 ** (len(config.block_out_channels) - 1)
+        levels = 2 ** (len(config.block_out_channels) - 1)
+        self.multiple = patch * levels
         # Published models reach 8x8 at their deepest level, unless the configuration states a size.
         size = config.sample_size
-        self.resolution = 8 * self.multiple if size is None else int(size if isinstance(size, int) else min(size))
+        self.resolution = patch * (8 * levels if size is None else int(size if isinstance(size, int) else min(size)))
         self.classes = config.num_class_embeds
         if null_class is None and self.classes == 1001:
             null_class = 1000
@@ -110,7 +118,7 @@ class ADM(Pixels):
         labels = self._labels(condition, len(x_t))
         low = self.dtype != torch.float32
         with torch.autocast(x_t.device.type, dtype=self.dtype) if low else no_autocast(x_t.device):
-            out = self.network(x_t, times, class_labels=labels, return_dict=False)[0].to(x_t.dtype)
+            out = run_network(self.network, x_t, times, labels, self.patch).to(x_t.dtype)
         return Prediction.of(PREDICTION_TYPES[self.prediction_type], out, x_t, alpha, sigma)
 
     def _labels(self, condition, batch: int) -> torch.Tensor | None:
@@ -181,10 +189,19 @@ class ADM(Pixels):
             "schedule": self.trained_schedule,
             "prediction_type": self.prediction_type,
             "null_class": self.null_class,
+            **({"patch": self.patch} if self.patch > 1 else {}),
             **({"labels": list(self.labels)} if self.labels else {}),
         }
         disk.write_json(folder / EXTRA, extra)
         weights.save_network(self.network, folder, dtype)
+
+
+def run_network(network: Callable, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, patch: int):
+    """Return the raw output (B, C or 2C, H, W) of a UNet2DModel, or of a function like it, on patches of x_t."""
+    if patch == 1:
+        return network(x_t, t, class_labels=labels, return_dict=False)[0]
+    cells = F.pixel_unshuffle(x_t, patch)
+    return F.pixel_shuffle(network(cells, t, class_labels=labels, return_dict=False)[0], patch)
 
 
 def check_labels(condition: torch.Tensor | int, batch: int, classes: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from operators import RestoreError
 from restore import disk
-from restore.backbones.adm import load_network
+from restore.backbones.adm import load_network, run_network
 from restore.backbones.base import CONVERSIONS, PREDICTION_TYPES
 from restore.backbones.schedule import Schedule
 from restore.backbones.sizes import Sized
@@ -47,13 +48,13 @@ class Diffusion:
         # Stratified timesteps: one per equal slice of the range, which lowers the gradient's variance.
         n = len(x0)
         slots = (torch.arange(n, device=device) + torch.rand(n, generator=generator, device=device)) / n
-        t = (slots * len(alpha_bar)).long()
+        t = place_times(slots, alpha_bar, config.denoising)
         if labels is not None:
             dropped = torch.rand(n, generator=generator, device=device) < config.label_dropout
             labels = torch.where(dropped, len(self.source.labels), labels)
         a = alpha_bar[t].float().view(-1, 1, 1, 1)
         x_t = (a.sqrt() * x0 + (1 - a).sqrt() * eps).contiguous(memory_format=torch.channels_last)
-        out = forward(x_t, t, class_labels=labels, return_dict=False)[0].float()
+        out = run_network(forward, x_t, t, labels, config.patch).float()
         eps_hat, v = self.split_output(out, x_t, a.sqrt(), (1 - a).sqrt())
         simple, vlb = hybrid_loss(
             eps_hat, v, x0, eps, t, alpha_bar, snr_gamma=config.snr_gamma, high_noise_weight=config.high_noise_weight
@@ -89,7 +90,7 @@ class Diffusion:
                 x_t = (alpha * chunk + sigma * eps).to(self.device)
                 times = torch.full((len(chunk),), t, device=self.device)
                 labels = None if label is None else torch.full_like(times, label)
-                out = model(x_t, times, class_labels=labels, return_dict=False)[0].float()
+                out = run_network(model, x_t, times, labels, self.config.patch).float()
                 eps_hat, _ = self.split_output(out, x_t, alpha, sigma)
                 total += float(((eps_hat.cpu() - eps) ** 2).mean(dim=(1, 2, 3)).sum())
             errors[t] = total / len(x0)
@@ -98,6 +99,8 @@ class Diffusion:
     def make_backbone(self, model: nn.Module):
         """Return a frozen prior with these weights."""
         options = {"schedule": self.schedule or "linear", "prediction_type": self.config.prediction_type}
+        if self.config.patch > 1:
+            options["patch"] = self.config.patch
         if self.source.labels:
             options |= {"labels": self.source.labels, "null_class": len(self.source.labels)}
         return self.source.make_backbone(model, **options)
@@ -114,6 +117,21 @@ class Diffusion:
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write a folder that `restore.load` reads, weights in fp16."""
         self.make_backbone(model).save(folder, dtype="fp16")
+
+
+def place_times(slots: Tensor, alpha_bar: Tensor, denoising: Mapping | None) -> Tensor:
+    """Return the timesteps (n,) of positions (n,) in [0, 1): evenly over all of the schedule.
+
+    denoising: {share, low, high}: the first `share` of the positions is spread evenly in log over the noise levels
+        sigma / alpha from `low` to `high` instead, where photos are denoised.
+    """
+    if not denoising:
+        return (slots * len(alpha_bar)).long()
+    levels = ((1 - alpha_bar) / alpha_bar).sqrt().log()
+    low, high, share = math.log(denoising.low), math.log(denoising.high), denoising.share
+    near = torch.searchsorted(levels, (low + (high - low) * slots / share).to(levels))
+    spread = ((slots - share) / (1 - share) * len(alpha_bar)).long() if share < 1 else near
+    return torch.where(slots < share, near, spread).clamp(0, len(alpha_bar) - 1)
 
 
 def hybrid_loss(

@@ -40,7 +40,9 @@ class Pixels:
     """Faces, photos or other images, with a class for each label of the sets."""
 
     def __init__(self, config: DictConfig, device: torch.device) -> None:
-        self.config, self.device, self.size = config, device, config.model.sample_size
+        self.config, self.device = config, device
+        crop = config.get("crop") if config.kind == "pixels" else None  # an autoencoder cuts its crops itself
+        self.size = crop or config.patch * config.model.sample_size
         self.sets = dataset.load_training_sets(config.data, config.seed)
         self.labels = tuple(dict.fromkeys(one.label for one in self.sets if one.label is not None))
         for one in self.sets:

@@ -28,7 +28,7 @@ from restore.training.precision import FullPrecisionAttention, has_native_bf16
 
 log = logging.getLogger(__name__)
 KINDS = {"pixels": Diffusion, "latents": Diffusion, "autoencoder": Autoencoder}
-DEFAULTS = {"kind": "pixels", "schedule": {}, "prediction_type": "epsilon"}
+DEFAULTS = {"kind": "pixels", "schedule": {}, "prediction_type": "epsilon", "patch": 1, "denoising": None}
 
 
 def load_training_config(path: str | Path, settings: list[str]) -> DictConfig:
