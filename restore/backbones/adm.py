@@ -171,9 +171,10 @@ class ADM(Pixels):
             order = attention_order or "legacy"
             network, trained = adm_weights.convert_state(state, source, heads, head_channels, order), {}
         weights.align_memory(network)
+        trained |= {key: value for key, value in options.items() if value is not None}
         if resolution is not None:
-            network.register_to_config(sample_size=resolution)
-        return cls(network, **trained | {key: value for key, value in options.items() if value is not None})
+            network.register_to_config(sample_size=resolution // trained.get("patch", 1))
+        return cls(network, **trained)
 
     def save(self, folder: str | Path, dtype: torch.dtype | str | None = None) -> None:
         """Write config.json, restore.json and safetensors weights (fp32, or `dtype`) that `load` reads back.

@@ -1,0 +1,61 @@
+"""The prior of photos: its noise levels and its patches."""
+
+import torch
+from omegaconf import OmegaConf
+from tiny_training import QUICK
+
+import restore
+from restore.backbones.schedule import Schedule
+from restore.paths import configs_dir
+from restore.training import load_training_config, train
+from restore.training.diffusion import Diffusion, place_times
+
+TINY = [
+    "model.block_out_channels=[8,16]",
+    "model.down_block_types=[DownBlock2D,DownBlock2D]",
+    "model.up_block_types=[UpBlock2D,UpBlock2D]",
+    "model.sample_size=12",
+    "model.norm_num_groups=4",
+    "crop=16",
+    "data.sets.photos.crops=3",
+    "data.sets.textures.crops=3",
+    "data.stored_size=24",
+]
+
+
+def config(folders, out, *settings):
+    sets = ("photos", "textures", "flowers")
+    where = [f"data.sets.{name}.folder={folders / 'photos'}" for name in sets]
+    where += [f"data.sets.{name}.stored_size=24" for name in sets]
+    return load_training_config(
+        configs_dir() / "train" / "photo.yaml", [f"out={out}", *where, *QUICK, *TINY, "batch=5", *settings]
+    )
+
+
+def test_most_noise_levels_are_those_of_denoising():
+    """The first share of a batch is even in log sigma / alpha between the bounds, the rest even over the schedule."""
+    alpha_bar = Schedule.from_config({"beta_schedule": "linear"}).alphas_cumprod
+    slots = (torch.arange(1000) + 0.5) / 1000
+    t = place_times(slots, alpha_bar, OmegaConf.create({"share": 0.75, "low": 0.02, "high": 0.5}))
+    levels = ((1 - alpha_bar) / alpha_bar).sqrt().double()
+    expected = 0.02 * 25 ** (slots[:750].double() / 0.75)
+    # Off by less than a step of the schedule, whose levels are 0.001 to 0.005 apart here.
+    torch.testing.assert_close(levels[t[:750]], expected, atol=0.006, rtol=0)
+    torch.testing.assert_close(t[750:].double(), torch.linspace(0, 999, 250).double(), atol=4, rtol=0)
+    assert torch.equal(place_times(slots, alpha_bar, None), torch.arange(1000))
+    assert levels[place_times(slots, alpha_bar, OmegaConf.create({"share": 1.0, "low": 0.02, "high": 0.5})).max()] < 0.51
+
+
+def test_a_network_of_patches_learns_from_crops(folders, tmp_path):
+    settings = config(folders, tmp_path, "steps=2")
+    seen = []
+
+    def forward(x, t, **options):
+        seen.append((x.shape, t))
+        return (torch.zeros_like(x),)
+
+    loss, _, _ = Diffusion(settings, torch.device("cpu")).loss(forward, 0, torch.Generator().manual_seed(0))
+    ((shape, t),) = seen
+    assert shape == (5, 12, 8, 8) and (t < 170).sum() >= 4 and loss > 0
+    backbone = restore.load(train(settings)).backbone
+    assert (backbone.patch, backbone.resolution, backbone.channels) == (2, 24, 3)
