@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.sparse.linalg
 import torch
 
 from operators import generic
@@ -114,6 +113,8 @@ def as_linear_operator(operator, image_shape: Sequence[int], *, dtype=torch.floa
 
     operator: anything with A and A_adjoint. image_shape: (C, H, W) of one image.
     """
+    from scipy.sparse.linalg import LinearOperator
+
     shape = tuple(image_shape)
     if len(shape) != 3:
         raise RestoreError(f"image_shape must be (channels, height, width), got {shape}")
@@ -130,4 +131,4 @@ def as_linear_operator(operator, image_shape: Sequence[int], *, dtype=torch.floa
 
     forward, adjoint = flatten(operator.A, shape), flatten(operator.A_adjoint, measured)
     size, kind = (math.prod(measured), math.prod(shape)), torch.empty(0, dtype=dtype).numpy().dtype
-    return scipy.sparse.linalg.LinearOperator(size, forward, adjoint, forward, dtype=kind, rmatmat=adjoint)
+    return LinearOperator(size, forward, adjoint, forward, dtype=kind, rmatmat=adjoint)

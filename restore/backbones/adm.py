@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
+from torch import nn
 
 from operators import RestoreError
 from operators.naming import check_known
@@ -16,6 +16,7 @@ from restore.backbones import adm_weights, pipeline_files, weights
 from restore.backbones.ambient import no_autocast
 from restore.backbones.attention_layers import find_attention_layers
 from restore.backbones.base import PREDICTION_TYPES, Pixels, Prediction, expand_times, require_shape
+from restore.backbones.diffusers_parts import UNet2DModel
 from restore.backbones.schedule import Schedule
 
 EXTRA, SCHEDULER = "restore.json", "scheduler_config.json"
@@ -62,12 +63,13 @@ class ADM(Pixels):
         dtype: torch.dtype | str | None = None,
         channels_last: bool | None = None,
     ):
-        self.network = network.eval().requires_grad_(False).to(device=device)
+        # By torch's own `to`: diffusers' looks for offloading, whose import takes seconds.
+        self.network = nn.Module.to(network.eval().requires_grad_(False), device=device)
         self.dtype = weights.as_dtype(dtype)
         if channels_last is None:
             channels_last = self.dtype != torch.float32 and self.device.type == "cuda"
         if channels_last:
-            self.network.to(memory_format=torch.channels_last)
+            nn.Module.to(self.network, memory_format=torch.channels_last)
         config = network.config
         if isinstance(schedule, str):
             check_known([schedule], SCHEDULES, "unknown noise schedule")

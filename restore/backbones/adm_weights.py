@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DModel
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
 from operators import RestoreError
 from operators.validate import require_choice
+from restore.backbones.diffusers_parts import TimestepEmbedding, Timesteps, UNet2DModel
+from restore.backbones.weights import build_without_weights
 
 State = Mapping[str, torch.Tensor]  # weights by name
 RESNET = {
@@ -136,7 +136,7 @@ def build_network(config: Mapping, base: int | None = None, heads: Mapping[int, 
     base: channels of the timestep embedding; diffusers ties them to the first level's channels, ADM does not
     (ImageNet-512: 256 against 128). heads: number of heads by a layer's channels; diffusers has one width for all.
     """
-    with torch.device("meta"):
+    with build_without_weights():
         network = UNet2DModel.from_config(dict(config))
         if base is not None and base != network.config.block_out_channels[0]:
             width = network.config.time_embedding_dim

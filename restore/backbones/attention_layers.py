@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 
-from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from restore.backbones.base import AttentionLayer
+from restore.backbones.diffusers_parts import Attention
 
 # Names of transformers' lists of blocks, in order of execution (AuraFlow's are joint, HunyuanDiT's have no epithet).
 STACKS = ("transformer_blocks", "joint_transformer_blocks", "single_transformer_blocks", "blocks")

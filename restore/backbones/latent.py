@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DModel
 from torch import nn
 
 from operators import RestoreError
@@ -18,6 +17,7 @@ from restore.backbones import ldm_weights
 from restore.backbones.adm import ADM, AUTOENCODERS, SCHEDULER, SCHEDULES, read_folder, require_schedule
 from restore.backbones.ambient import no_autocast
 from restore.backbones.autoencoder import Latents, load_vae, vae_precision
+from restore.backbones.diffusers_parts import UNet2DModel
 from restore.backbones.pipeline_files import INDEX
 from restore.backbones.weights import align_memory, save_network
 

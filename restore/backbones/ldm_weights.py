@@ -16,7 +16,7 @@ from torch import nn
 
 from operators import RestoreError
 from restore.backbones.adm_weights import convert_state
-from restore.backbones.weights import load_state, read_weights, unwrap_state
+from restore.backbones.weights import build_without_weights, load_state, read_weights, unwrap_state
 
 UNET, FIRST, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema.diffusion_model"
 # Of the published models without conditioning, for files without `betas`.
@@ -79,7 +79,7 @@ def convert_autoencoder(state: Mapping[str, torch.Tensor], path: Path, scaling_f
     """
     state = {name: tensor for name, tensor in state.items() if not name.startswith("loss.")}
     cls, config = infer_autoencoder(state, path)
-    with torch.device("meta"):
+    with build_without_weights():
         vae = cls(**config, scaling_factor=scaling_factor)
     targets, result = vae.state_dict(), {}
     for source, tensor in state.items():

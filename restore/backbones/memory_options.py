@@ -5,16 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from diffusers import UNet2DModel
-from diffusers.models.attention_processor import Attention
-from diffusers.models.downsampling import Downsample2D
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from operators import RestoreError
 from restore.backbones.base import Backbone
+from restore.backbones.diffusers_parts import Attention, Downsample2D, ResnetBlock2D, UNet2DModel, Upsample2D
 
 UNITS = (ResnetBlock2D, Attention, Downsample2D, Upsample2D)
 

@@ -12,7 +12,14 @@ from torch import nn
 from operators import RestoreError
 from restore import disk
 from restore.backbones.autoencoder import load_vae
-from restore.backbones.weights import align_memory, first_line, hide_progress_bars, load_part, read_weights
+from restore.backbones.weights import (
+    align_memory,
+    build_without_weights,
+    first_line,
+    hide_progress_bars,
+    load_part,
+    read_weights,
+)
 
 INDEX = "model_index.json"
 CLIP, T5 = "CLIPTextModelWithProjection", "T5EncoderModel"
@@ -76,7 +83,7 @@ def read_architecture(folder: Path) -> nn.Module:
         name = "DiTTransformer2DModel"
     if not hasattr(diffusers, name):
         raise RestoreError(f"{folder / part} must hold a network of diffusers, got a {name}")
-    with torch.device("meta"):
+    with build_without_weights():
         return getattr(diffusers, name).from_config(config)
 
 

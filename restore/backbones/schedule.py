@@ -193,8 +193,6 @@ class Schedule:
 
 
 def _betas(config: Mapping[str, Any]) -> torch.Tensor:
-    from diffusers import DDPMScheduler
-
     kind, steps = config.get("beta_schedule", "linear"), int(config.get("num_train_timesteps", 1000))
     if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
         kind = None
@@ -204,6 +202,8 @@ def _betas(config: Mapping[str, Any]) -> torch.Tensor:
     if kind == "squaredcos_cap_v2":
         f = torch.cos((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    from diffusers import DDPMScheduler
+
     known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
     options = {key: config[key] for key in (*known, "rescale_betas_zero_snr") if key in config}
     return DDPMScheduler(**options).betas.double()

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from operators import RestoreError
 from operators.naming import check_known
@@ -36,6 +37,22 @@ def as_dtype(value: torch.dtype | str | None) -> torch.dtype:
     if dtype not in DTYPES.values():
         raise RestoreError(f"precision must be one of {', '.join(DTYPES)}, got {value!r}")
     return dtype
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def build_without_weights() -> Iterator[None]:
+    """Within the block, new modules are on the meta device, and are not initialised: some of torch.nn.init would import
+    sympy and torch._dynamo for it, which takes seconds."""
+    with torch.device("meta"), _WithoutInitialisation():
+        yield
 
 
 def align_memory(module: nn.Module) -> nn.Module:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import Timesteps
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from operators import RestoreError
 from restore.backbones.attention_layers import takes_positions
+from restore.backbones.diffusers_parts import Timesteps
 from restore.backbones.prefix import Tape
 
 PARTS = ("auto", "all", "second", "first")

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from kornia.filters import gaussian_blur2d
 
 from operators import RestoreError
 from operators.ranges import NonNegative, Positive, Range
@@ -40,6 +39,8 @@ class SAG(Term):
 
     def bind(self, backbone: Backbone) -> WeakPass:
         """Raises RestoreError for an unknown layer, several layers, and inside a diffusers pipeline."""
+        from kornia.filters import gaussian_blur2d  # half a second, which only this guidance takes
+
         require_prior(backbone, "sag")
         layers = choose_layers(self.layers, None, backbone.attention)
         if len(layers) != 1:

@@ -15,7 +15,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from kornia.filters import gaussian_blur2d
 
 from operators import RestoreError
 from operators.naming import lookup
@@ -129,6 +128,8 @@ def seg(sigma: Annotated[float, Range(above=0, high=math.inf)] = math.inf) -> Ta
     """
     if sigma == math.inf:
         return mean_query
+    from kornia.filters import gaussian_blur2d  # half a second, which only this target takes
+
     taps = math.ceil(6 * sigma) + 1 - math.ceil(6 * sigma) % 2
 
     def target(a: AttentionRecord) -> torch.Tensor:
@@ -208,6 +209,8 @@ def blur(kernel: Taps = 5, sigma: Positive = 1.0) -> Target:
     """Gaussian blur of the (queries × keys) matrix itself, reflected at its border (PAG, Table 9)."""
 
     def target(a: AttentionRecord) -> torch.Tensor:
+        from kornia.filters import gaussian_blur2d  # half a second, which only this target takes
+
         return a.under(gaussian_blur2d(a.map(), (kernel, kernel), (sigma, sigma), "reflect"))
 
     return target

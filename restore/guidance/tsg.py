@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
 from operators import RestoreError
 from operators.ranges import NonNegative, Seed
 from restore.backbones.base import Backbone, Prediction
+from restore.backbones.diffusers_parts import TimestepEmbedding, Timesteps
 from restore.backbones.forwards import replace_forward
 from restore.guidance.base import Term, WeakPass
 from restore.guidance.targets import SeededDraw

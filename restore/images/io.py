@@ -16,7 +16,6 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from kornia.color import rgb_to_grayscale
 
 from operators import RestoreError
 from restore import disk
@@ -135,7 +134,7 @@ def encode_image(
     path = Path(path)
     image_format, samples = require_format(path), _require_image(image)
     if like is not None and like.grey and not colour:
-        samples = rgb_to_grayscale(samples)  # ITU-R BT.601, as Pillow's "L"
+        samples = _to_grey(samples)
     samples = (samples + 1) / 2
     alpha = like.alpha if like is not None else None
     if alpha is not None:
@@ -255,8 +254,15 @@ def convert_channels(values: torch.Tensor, channels: int | None) -> torch.Tensor
         raise RestoreError(f"an image must be (C, H, W) or (B, C, H, W) of 1 to 4 channels, got {tuple(values.shape)}")
     values = values[:, : 1 if values.shape[1] < 3 else 3]
     if channels == 1:
-        return values if values.shape[1] == 1 else rgb_to_grayscale(values)
+        return values if values.shape[1] == 1 else _to_grey(values)
     return values.expand(-1, 3, -1, -1).contiguous()
+
+
+def _to_grey(values: torch.Tensor) -> torch.Tensor:
+    """ITU-R BT.601, as Pillow's "L"."""
+    from kornia.color import rgb_to_grayscale  # half a second, which only grey pictures take
+
+    return rgb_to_grayscale(values)
 
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:

@@ -8,7 +8,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,6 +25,11 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self.known = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in known)}
         self.alive: dict[int, weakref.ref] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Not wrapped against torch.compile, under which nothing is counted: it would import torch._dynamo, seconds."""
+        return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -50,16 +54,22 @@ class LiveBytes(TorchDispatchMode):
 
 
 @contextmanager
-def use_fake_tensors() -> Iterator[FakeTensorMode]:
+def use_fake_tensors() -> Iterator[Any]:
     """Within the block, new tensors have a shape and a dtype but no data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # with torch._dynamo, which takes seconds
+
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, _ShapesOnly():
         yield mode
 
 
 @contextmanager
-def count_bytes(*backbones: Any) -> Iterator[LiveBytes]:
-    """Within the block, real backbones run on tensors without data, and their bytes are counted."""
+def count_bytes(*backbones: Any, real: bool = False) -> Iterator[LiveBytes]:
+    """Within the block, the bytes of the backbones' tensors are counted; they have no data unless `real`."""
     weights = [weight for backbone in backbones for weight in list_weights(backbone)]
+    if real:
+        with LiveBytes(weights) as live:
+            yield live
+        return
     with use_fake_tensors() as mode, LiveBytes([mode.from_tensor(weight) for weight in weights]) as live:
         yield live
 
@@ -74,6 +84,8 @@ class _ShapesOnly(TorchFunctionMode):
     """Among fake tensors, keep real ones (a schedule's) real, and take every condition on a value as true."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
         tensors = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
         fake = any(isinstance(v, FakeTensor) for v in tensors)
         if function is torch.Tensor.__bool__ and fake:

@@ -1,4 +1,4 @@
-"""Bytes and seconds of single passes of a network: counted on tensors without data, and timed in one run."""
+"""Bytes and seconds of single passes of a network: counted, on tensors without data if it is large, and timed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from restore.backbones.memory_options import checkpoint_units
 from restore.backbones.sizes import Sized
 from restore.guidance import Guidance, describe_guidance, estimator
 from restore.guidance.autoguidance import list_autoguidance
-from restore.memory.count import LiveBytes, count_bytes
+from restore.memory.count import LiveBytes, count_bytes, list_weights
 from restore.memory.trace import SamplerTrace
 from restore.method import Method
 
 TIMED_WINDOWS = 4  # at most, in the call that is timed
+# Parameters times pixels of a window up to which a pass is simply run to count its bytes: less than a second. Others
+# are run without data, whose machinery takes three seconds to import.
+QUICK_WORK = 3e11
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,10 @@ class PassMeter:
         def count(guidance: Guidance | None) -> tuple[int, int]:
             # Loaded here, since weights cannot be read into tensors without data.
             weaker = [term.load(self.restorer.backbone) for term in list_autoguidance(guidance)]
-            return self._count(options, lambda live: self._run_window(work, options, 1, guidance, live)[0], weaker)
+            weights = sum(w.numel() for b in (self.restorer.backbone, *weaker) for w in list_weights(b))
+            real = weights * math.prod(work.window) <= QUICK_WORK
+            run = lambda live: self._run_window(work, options, 1, guidance, live)[0]  # noqa: E731
+            return self._count(options, run, weaker, real)
 
         def measure() -> tuple[int, int]:
             try:
@@ -136,9 +142,9 @@ class PassMeter:
         return [work.window, describe_guidance(work.method.guidance), *flags]
 
     def _count(
-        self, options: MemoryOptions, run: Callable[[LiveBytes], int], weaker: Sequence[Any] = ()
+        self, options: MemoryOptions, run: Callable[[LiveBytes], int], weaker: Sequence[Any] = (), real: bool = False
     ) -> tuple[int, int]:
-        counting = count_bytes(self.restorer.backbone, *weaker)
+        counting = count_bytes(self.restorer.backbone, *weaker, real=real)
         with checkpoint_networks(self.restorer, options.checkpoint_units), counting as live:
             return run(live), live.peak
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 
-import kornia
 import torch
 import torch.nn.functional as F
 
@@ -45,6 +44,8 @@ def ssim(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     x, y = _round_to_8_bits(image, truth)
     if min(x.shape[-2:]) < 11:
         raise RestoreError(f"SSIM needs images of at least 11 x 11 pixels, got {x.shape[-2]} x {x.shape[-1]}")
+    import kornia  # takes half a second, which a restoration should not wait for
+
     return kornia.metrics.ssim(x, y, window_size=11, max_val=255.0, padding="valid").mean(dim=(1, 2, 3))
 
 

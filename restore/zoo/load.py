@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,16 @@ from restore.zoo.store import Located, is_offline, locate, pull, query_size
 
 if TYPE_CHECKING:
     import torch
+
+# Module and class of each kind of backbone, imported when one is loaded: networks of other kinds take seconds.
+BACKBONES = {
+    "adm": ("adm", "ADM"),
+    "latent": ("latent", "LatentDiffusion"),
+    "stable-diffusion": ("stable_diffusion", "StableDiffusion"),
+    "sd3": ("transformers", "SD3"),
+    "flux": ("transformers", "Flux"),
+    "dit": ("transformers", "DiT"),
+}
 
 
 def load_backbone(
@@ -35,10 +46,6 @@ def load_backbone(
     Raises RestoreError for unknown names and for missing or mismatched weights; nothing is ever initialised at random.
     """
     # Imported here: `restore models list` must not wait for torch networks.
-    from restore.backbones.adm import ADM
-    from restore.backbones.latent import LatentDiffusion
-    from restore.backbones.stable_diffusion import StableDiffusion
-    from restore.backbones.transformers import SD3, DiT, Flux
     from restore.backbones.weights import as_dtype
 
     if locate(name).kind == "metric":
@@ -50,15 +57,15 @@ def load_backbone(
         raise RestoreError(f"{name} is an autoencoder, not a prior; give it to a latent model as vae={str(name)!r}")
     found = resolve_options(found, options or {})
     options = {**found.options, "device": device, "dtype": dtype}
-    kinds = {"latent": LatentDiffusion, "stable-diffusion": StableDiffusion, "sd3": SD3, "flux": Flux, "dit": DiT}
-    cls = kinds.get(found.kind, ADM)
+    module, name_of_class = BACKBONES[found.kind]
+    cls = getattr(importlib.import_module(f"restore.backbones.{module}"), name_of_class)
     if vae is not None:
-        if cls is ADM:
+        if found.kind == "adm":
             raise RestoreError(f"vae must be None for {name}, a model of pixels, got {str(vae)!r}")
-        if vae == "tiny" and cls is LatentDiffusion:
+        if vae == "tiny" and found.kind == "latent":
             raise RestoreError(f"{name} has no tiny autoencoder of its own; give vae= a name or a folder")
         options["vae"] = _load_autoencoder(cls.tiny_vae if vae == "tiny" else vae, offline)
-    if cls is StableDiffusion:
+    if found.kind == "stable-diffusion":
         options["offline"] = is_offline(offline)
     backbone = cls.load(found.path, **options)
     check_parameters(found, sum(weight.numel() for weight in backbone.network.parameters()))
