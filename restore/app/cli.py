@@ -78,6 +78,7 @@ def run(
     from restore import restorer
     from restore.app import files
     from restore.app.choice import MethodChoice
+    from restore.app.progress import Progress
     from restore.app.run import Condition, RestoreJob
     from restore.images.resampling import select_resampling
     from restore.memory import Planner
@@ -101,10 +102,12 @@ def run(
     sampling = {"samples": samples, "seed": seed, "batch_size": batch_size, "resampled": resampled}
     writing = {"degrade": degrade, "save_trajectory": save_trajectory, "overwrite": overwrite}
     limits = {"planner": planner, "force": force, "dry_run": dry_run}
-    with options.Progress(len(photos), quiet) as progress:
+    with Progress(len(photos), quiet, batch_size, model.backbone) as progress:
         shown = {"announce": None if dry_run else progress.announce, "callback": progress}
         job = RestoreJob(model, selected, method, condition, **sampling, **writing, **limits, **shown)
-        options.print_outcomes(job.run(photos), quiet, files.explain_passed_over(names, out, recursive))
+        options.print_outcomes(
+            progress.follow(job.run(photos)), quiet, files.explain_passed_over(names, out, recursive)
+        )
 
 
 @app.command()
@@ -169,6 +172,7 @@ def generate(
 ) -> None:
     """Sample images from a prior: `restore generate -n 16 --pag-scale 1 -o samples/`."""
     from restore import restorer
+    from restore.app.progress import Progress
     from restore.app.samples import generate_files
     from restore.guidance import CFG
     from restore.method import find_generation
@@ -195,9 +199,11 @@ def generate(
     sampling |= {"seed": seed, "batch_size": batch_size}
     drawn = save_trajectory or trajectory_steps is not None
     sampling |= {"save_trajectory": drawn, "trajectory_steps": trajectory_steps}
-    with options.Progress(n) as progress:
-        shown = {"callback": lambda step: progress({**step, "total": 1})}
+    finished = 0  # images, each batch of which is a run of its own
+    with Progress(1) as progress:
+        shown = {"callback": lambda step: progress({**step, "first": finished, "total": n})}
         for output in generate_files(out, model, n=n, overwrite=overwrite, **condition, **sampling, **shown):
+            finished += 1
             typer.echo(str(output))
 
 
@@ -211,9 +217,10 @@ def demo(
 ) -> None:
     """Degrade and restore shipped faces and a photo, by DPS and the best sampler, without and with PAG."""
     from restore.app.demo import run_demo
+    from restore.app.progress import Progress
     from restore.metrics.weights import parse_weight_files
 
-    with options.Progress(1) as progress:
+    with Progress(1) as progress:
         files = parse_weight_files(weights or [])
         summary = run_demo(out, steps=steps, device=device, weights=files, overwrite=overwrite, callback=progress)
     typer.echo(summary)

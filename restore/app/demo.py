@@ -201,13 +201,13 @@ def _load_lpips(weights: Mapping[str, str | Path] | None) -> LPIPS | None:
 
 
 def _scale_progress(callback: Callable | None, total: int, first: int, i: int) -> Callable | None:
-    """A callback that shows run first + i of `total` as 100 steps of one bar, for any number of steps."""
+    """A callback that shows run first + i of `total`, of any number of steps and images, as one image of `total`."""
     if callback is None:
         return None
 
     def scaled(step: dict) -> None:
-        done, all_steps = step["first"] * step["steps"] + step["step"] * step["count"], step["total"] * step["steps"]
-        before, after = (100 * n // all_steps for n in (done, done + step["count"]))
-        callback({**step, "steps": 100, "total": total, "first": first + i, "step": before, "count": after - before})
+        done = step["first"] * step["steps"] + step["count"] * (step["step"] + 1)
+        whole = {"steps": step["total"] * step["steps"], "step": done - 1, "count": 1}
+        callback({**step, **whole, "first": first + i, "total": total})
 
     return scaled

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -198,32 +197,6 @@ def translate_parameters(message: str, names: Iterable[str]) -> str:
         if "_" in name:
             message = re.sub(rf"(?<![\w/.-]){name}\b(?!\()", option, message)
     return message
-
-
-class Progress:
-    """A tqdm bar over all sampling steps of a run, with the residual of the current one; nothing if quiet."""
-
-    def __init__(self, files: int, quiet: bool = False) -> None:
-        from tqdm import tqdm
-
-        self.files, self.bar = files, tqdm(unit="step", leave=False, delay=0.5, disable=quiet)
-
-    def announce(self, outcome: Any) -> None:
-        """Print an outcome's line above the bar."""
-        if not self.bar.disable:
-            self.bar.write(outcome.line(), file=sys.stderr)
-
-    def __call__(self, step: dict) -> None:
-        self.bar.total = self.files * step["steps"] * step["total"]
-        self.bar.update(step["count"])
-        if "residual" in step:
-            self.bar.set_postfix(residual=f"{float(step['residual'].mean()):.3g}", refresh=False)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.bar.close()
 
 
 def print_outcomes(outcomes: Iterable[Any], quiet: bool = False, passed_over: str | None = None) -> None:

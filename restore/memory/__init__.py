@@ -2,7 +2,19 @@
 
 from restore.memory.available import available_memory
 from restore.memory.count import LiveBytes
-from restore.memory.plan import Plan, Planner, format_duration
+from restore.memory.duration import Pace, format_duration, format_range, widen
+from restore.memory.plan import Plan, Planner
 from restore.memory.trace import SamplerTrace, trace_sampler
 
-__all__ = ["LiveBytes", "Plan", "Planner", "SamplerTrace", "available_memory", "format_duration", "trace_sampler"]
+__all__ = [
+    "LiveBytes",
+    "Pace",
+    "Plan",
+    "Planner",
+    "SamplerTrace",
+    "available_memory",
+    "format_duration",
+    "format_range",
+    "trace_sampler",
+    "widen",
+]

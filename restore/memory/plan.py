@@ -12,6 +12,7 @@ from typing import Any
 from restore import samplers
 from restore.images.resampling import Resampling
 from restore.memory.available import available_memory
+from restore.memory.duration import format_range, widen
 from restore.memory.measure import MemoryOptions, PassMeter, Workload, checkpoint_networks, count_weak_passes
 from restore.memory.trace import trace_sampler
 from restore.method import Method
@@ -57,7 +58,7 @@ class Plan:
         parts = [f"{self.size[1]} x {self.size[0]}, {self.method}, {self.evaluations} evaluations"]
         parts += [f"{self.windows} windows"] * (self.windows > 1) + [f"{self.samples} samples"] * (self.samples > 1)
         free = "" if self.available is None else f" (free: {_format_bytes(self.available)})"
-        parts += [] if self.seconds is None else [f"about {format_duration(self.seconds)}"]
+        parts += [] if self.seconds is None else [f"about {format_range(*widen(self.seconds))}"]
         parts += [f"{_format_bytes(self.memory)} of memory{free}"]
         return ", ".join(parts + ["checkpointing"] * self.checkpointing)
 
@@ -173,13 +174,6 @@ class Planner:
                 seconds += n * work.batch * self.meter.coder_seconds(prior, name, gradient, options)
         weak /= max(1, count_weak_passes(work.method.guidance))
         return seconds + (trace.count("predict") * strong + trace.count("weak") * weak) * work.windows * work.batch
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration for people: "12 s", "3 min", "2.1 h"."""
-    if seconds < 100:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _format_bytes(n: float) -> str:

@@ -177,8 +177,3 @@ def test_limits_of_control_groups(tmp_path):
     assert list(available._group_memory(tmp_path, Path("/nowhere"))) == []
     free = available.available_memory(torch.device("cpu"))
     assert free is None or 1e6 < free < 1e15
-
-
-@pytest.mark.parametrize("seconds, text", [(0.2, "1 s"), (99, "99 s"), (600, "10 min"), (7200, "2.0 h")])
-def test_durations_for_people(seconds, text):
-    assert plan.format_duration(seconds) == text

@@ -1,0 +1,115 @@
+"""How far the restoration of a photo is, in the terminal and on the page: steps, and calls of the network in them."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from restore.memory import Pace, Plan, format_range, widen
+
+
+class PhotoPace(Pace):
+    """The pace of one photo. A step of a large photo takes minutes, so the network's calls count within a step.
+
+    plan: of the photo, None if there is none; batch: samples computed together.
+    """
+
+    def __init__(self, plan: Plan | None = None, batch: int = 1, **clock: Any) -> None:
+        seconds = None if plan is None else plan.seconds
+        super().__init__(None if seconds is None else widen(seconds), **clock)
+        self.calls, self.calls_planned, self.next = 0, 0, 1.0
+        if plan is not None:
+            batch = min(batch, plan.samples)
+            calls = math.ceil(plan.windows / max(1, plan.options.max_windows // batch))
+            self.calls_planned = plan.evaluations * calls * math.ceil(plan.samples / batch)
+
+    def count_call(self) -> None:
+        """The network was called. What the plan did not foresee stays between the last step and the next."""
+        self.calls += 1
+        if self.calls_planned:
+            self.advance(max(self.share, min(self.calls / self.calls_planned, self.next - 1e-3)))
+
+    def count_step(self, step: dict[str, Any]) -> None:
+        """A step is done, as a Restorer's callback is told."""
+        samples = step.get("count", 1)
+        done = (step["first"] + samples * (step["step"] + 1) / step["steps"]) / step["total"]
+        self.next = min(1.0, done + samples / step["steps"] / step["total"])
+        self.advance(done)
+        self.calls = round(done * self.calls_planned)  # the steps know better than the plan
+
+
+@contextmanager
+def watch_network(backbone: Any, called: Callable[[], None]) -> Iterator[None]:
+    """Within the block, call `called` after every call of a backbone's network."""
+    network = getattr(backbone, "network", None)
+    if not isinstance(network, torch.nn.Module):
+        yield
+        return
+    hook = network.register_forward_hook(lambda *_: called())
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class Progress:
+    """A bar in the terminal: the share of a run's files that is done, and how long the rest takes; nothing if quiet.
+
+    files: of the run. batch: samples computed together. backbone: whose calls show what happens within a step.
+    """
+
+    DELAY = 0.5  # seconds before the bar appears
+
+    def __init__(self, files: int, quiet: bool = False, batch: int = 1, backbone: Any = None) -> None:
+        from tqdm import tqdm
+
+        form = "{percentage:3.0f}%|{bar}| {elapsed}{postfix}"
+        self.files, self.batch, self.done, self.pace, self.note = files, batch, 0, PhotoPace(), ""
+        self.bar = tqdm(total=1.0, bar_format=form, leave=False, delay=self.DELAY, disable=quiet)
+        self.watching = watch_network(backbone, self._called)
+
+    def announce(self, outcome: Any) -> None:
+        """Begin a photo: print its plan above the bar."""
+        self.pace = PhotoPace(outcome.plan, self.batch)
+        if not self.bar.disable:
+            self.bar.write(outcome.line(), file=sys.stderr)
+
+    def __call__(self, step: dict) -> None:
+        self.pace.count_step(step)
+        if "residual" in step:
+            self.note = f", residual={float(step['residual'].mean()):.3g}"
+        self._show()
+
+    def follow(self, outcomes: Iterable[Any]) -> Iterator[Any]:
+        """Yield the outcomes of the files as they come; those that cost nothing are no part of the run."""
+        for outcome in outcomes:
+            if outcome.skipped or outcome.error is not None:
+                self.files -= 1
+            else:
+                self.done += 1
+            self.pace = PhotoPace()
+            yield outcome
+
+    def _called(self) -> None:
+        self.pace.count_call()
+        self._show()
+
+    def _show(self) -> None:
+        left, files = self.pace.left(), max(1, self.files)
+        rest = "" if left is None or self.pace.share >= 1 else f", {format_range(*left)} left"
+        of = f" for photo {self.done + 1} of {self.files}" if rest and self.files > 1 else ""
+        self.bar.set_postfix_str(f"{rest}{of}{self.note}".removeprefix(", "), refresh=False)  # tqdm adds a comma
+        self.bar.update(min(1.0, (self.done + self.pace.share) / files) - self.bar.n)
+
+    def __enter__(self) -> Progress:
+        self.watching.__enter__()
+        return self
+
+    def __exit__(self, *failed: Any) -> None:
+        self.watching.__exit__(*failed)
+        self.bar.close()
