@@ -11,7 +11,7 @@ from collections.abc import Callable
 # What a plan's seconds are worth: shares of them, at rest. Network calls vary in length, and processors in speed.
 FASTER, SLOWER = 0.7, 1.5
 UNITS = (("second", 1), ("minute", 60), ("hour", 3600))
-ROUND = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 75, 90)
+ROUND = (0.5, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 75, 90)
 
 
 def format_duration(seconds: float) -> str:
@@ -24,13 +24,11 @@ def format_duration(seconds: float) -> str:
 def format_range(low: float, high: float) -> str:
     """Return a range of seconds for people, rounded outwards: "2 to 5 minutes", "40 to 90 seconds"."""
     if high < 5:
-        return "a few seconds"
+        return "5 seconds"
     name, unit = next((name, unit) for name, unit in reversed(UNITS) if high >= 1.5 * unit)
-    least = max((n for n in ROUND if n * unit <= low), default=0)
+    least = max((n for n in ROUND if n * unit <= low), default=ROUND[1] if unit == 1 else ROUND[0])
     most = next((n for n in ROUND if n * unit >= high), round(high / unit))
-    if least == 0:
-        return f"up to {most} {name}{'s' * (most != 1)}"
-    return f"{least} to {most} {name}s" if least < most else f"{most} {name}{'s' * (most != 1)}"
+    return f"{least:g} to {most:g} {name}s" if least < most else f"{most:g} {name}{'s' * (most != 1)}"
 
 
 def widen(seconds: float) -> tuple[float, float]:

@@ -70,4 +70,4 @@ def test_the_command_says_how_long_the_rest_takes(tmp_path, capsys, monkeypatch)
     shares = [int(share) for share in re.findall(r"(\d+)%\|", said)]
     assert shares == sorted(shares) and max(shares) >= 90 and len(set(shares)) >= 4
     assert re.search(r"(seconds|minutes?) left for photo [12] of 2", said) and "residual=" in said
-    assert re.search(r"about (up to )?[\d a-z]*(seconds|minutes?),", said)
+    assert re.search(r"about [\d.]+( to [\d.]+)? (seconds|minutes),", said)

@@ -15,12 +15,12 @@ def test_durations_for_people(seconds, text):
 @pytest.mark.parametrize(
     "low, high, text",
     [
-        (0, 3, "a few seconds"),
-        (0.2, 7, "up to 8 seconds"),
+        (0, 3, "5 seconds"),
+        (0.2, 7, "1 to 8 seconds"),
         (11, 19, "10 to 20 seconds"),
         (41, 85, "40 to 90 seconds"),
         (130, 290, "2 to 5 minutes"),
-        (30, 100, "up to 2 minutes"),
+        (30, 100, "0.5 to 2 minutes"),
         (60, 60, "60 seconds"),
         (120, 120, "2 minutes"),
         (4000, 9000, "1 to 3 hours"),
