@@ -12,8 +12,10 @@ _MODULES = {
     "base": ["Operator", "check_operator"],
     "blur": ["Blur", "GaussianBlur", "MotionBlur"],
     "compose": ["Compose"],
-    "factory": ["build_noise", "build_operator", "operator_options"],
+    "factory": ["build_noise", "build_operator", "forget_border", "operator_options", "read_extent"],
     "generic": [
+        "continue_margin",
+        "cut_margin",
         "describe",
         "find_noise",
         "image_shape",

@@ -36,6 +36,8 @@ class Operator:
     name = "operator"  # by which presets are chosen: the class's name in configs
     linear = True
     has_reference = False  # whether adjoint="reference" exists
+    margin = (0, 0)  # rows and columns at each side of an image that lie outside of what y shows, see `Blur`
+    stationary = False  # whether A commutes with shifts (of y's pixels), but for its border
     derived: tuple[str, ...] = ()  # attributes computed from the others, left out of the repr
     noise = None
     image_size: tuple[int, int] | None = None
@@ -104,6 +106,28 @@ class Operator:
         """Return the SVD in float64 for images (C, H, W), with all of V or only A's row space; None if unknown."""
         factors = self.factors(image_shape)
         return None if factors is None else spectral.decompose_kronecker(Kronecker(*factors), full)
+
+    def approximate_inverse(self, y: torch.Tensor) -> Callable | None:
+        """Return a function (v, r) that approximates (A A^T + r I)^-1 v for v like y, or None: a preconditioner.
+
+        A A^T of a stationary operator is nearly circulant, and exactly in the middle: with the same response to a point
+        everywhere it is inverted by FFT (T. Chan 1988).
+        """
+        if not self.stationary:
+            return None
+
+        def respond():
+            point = torch.zeros(y.shape, dtype=compute_dtype(y), device=y.device)
+            point[..., y.shape[2] // 2, y.shape[3] // 2] = 1.0
+            response = self.A(self.A_adjoint(point)).roll((-(y.shape[2] // 2), -(y.shape[3] // 2)), (-2, -1))
+            return torch.fft.rfft2(response).real.clamp_min(0.0)
+
+        power = self._buffer(("power", tuple(y.shape)), respond, compute_dtype(y), y.device)
+
+        def apply(v, r):
+            return torch.fft.irfft2(torch.fft.rfft2(v) / (power + r), s=v.shape[-2:])
+
+        return apply
 
     def image_shape(self, y: torch.Tensor) -> tuple[int, ...]:
         """Return the shape (B, C, H, W) of the images whose measurement has the shape of y."""

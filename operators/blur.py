@@ -1,4 +1,4 @@
-"""Blurs: cross-correlation with a kernel, image reflected at its border (as DPS) or circular."""
+"""Blurs: cross-correlation with a kernel; at its border the image is reflected (as DPS), circular or not known."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ class Blur(Operator):
         (kh // 2, kw // 2) and not flipped. Negative entries are allowed. normalize=True divides it by its sum first.
     border: "reflect" about the edge pixels' centres (DPS); the kernel's radius must then be smaller than both
         sides of the image, and the kernel itself may be up to twice as large as the image. Or "circular"
-        (DiffPIR): the image is continued periodically, and must not be smaller than the kernel.
+        (DiffPIR): the image is continued periodically, and must not be smaller than the kernel. Or "unknown", as in
+        every real photo: y is the inner part of a larger image, which extends beyond y by `margin` pixels (the radius
+        of the kernel without its zeros) at each side: (B, C, H, W) -> (B, C, H - 2 rows, W - 2 columns).
     adjoint="reference": the identity, `transpose` of the DPS and PSLD repositories.
 
     Computed by FFT at a cost independent of the kernel's size (in float32 for half precision). Closed forms of
     `prox_l2`, `regularised_inverse` and `svd` exist for a circular border, and for one kernel that is a column
-    times a row (a Gaussian, a box).
+    times a row (a Gaussian, a box), unless the border is unknown.
 
     Raises RestoreError for a kernel that is not 2-D, holds NaN or does not sum to one, and for images too small for it.
     """
@@ -35,50 +37,68 @@ class Blur(Operator):
     name = "blur"
     has_reference = True
     derived = ("radius",)
+    stationary = True
 
     def __init__(self, kernel, *, normalize=False, border="reflect", noise=None, image_size=None, adjoint="exact"):
         super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
-        self.border = validate.require_choice(border, "border", ("reflect", "circular"))
+        self.border = validate.require_choice(border, "border", ("reflect", "circular", "unknown"))
         self.kernel = as_kernel(kernel, normalize)
+        if border == "unknown":
+            self.kernel = trim_kernel(self.kernel)
         self.radius = (self.kernel.shape[-2] // 2, self.kernel.shape[-1] // 2)
-        self._margin = self.radius if border == "reflect" else (0, 0)  # by which the image is continued
+        self._padding = self.radius if border == "reflect" else (0, 0)  # by which the image is continued
         if self.image_size is not None:
             self._check_radius(*self.image_size)
+
+    @property
+    def margin(self) -> tuple[int, int]:
+        return self.radius if self.border == "unknown" else (0, 0)
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         self._check_image(x)
         factors = self._separate(x)
         if factors is not None:
             return factors.apply(x)
-        (height, width), (ry, rx) = x.shape[2:], self._margin
+        (ry, rx), (rows, columns) = self._padding, self.margin
+        height, width = x.shape[2] - 2 * rows, x.shape[3] - 2 * columns
         size, spectrum = self._spectrum(x)
         padded = F.pad(x.to(compute_dtype(x)), (rx, rx, ry, ry), mode="reflect")
         y = torch.fft.irfft2(torch.fft.rfft2(padded, s=size) * spectrum.conj(), s=size)
         return y[..., :height, :width].to(x.dtype)
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        (rows, columns), (ry, rx) = self.margin, self._padding
+        like = y if self.border != "unknown" else y.new_empty(1).expand(self.image_shape(y))
         if self.adjoint == "reference":
-            super()._check_image(y)
-            return y
-        self._check_image(y)
-        factors = self._separate(y)
+            super()._check_image(like)
+            return y if like is y else F.pad(y, (columns, columns, rows, rows))
+        self._check_image(like)
+        factors = self._separate(like)
         if factors is not None:
             return factors.mT.apply(y)
-        (height, width), (ry, rx) = y.shape[2:], self._margin
-        size, spectrum = self._spectrum(y)
-        z = torch.fft.irfft2(torch.fft.rfft2(y.to(compute_dtype(y)), s=size) * spectrum, s=size)
+        height, width = like.shape[2:]
+        size, spectrum = self._spectrum(like)
+        z = y if like is y else F.pad(y, (0, 2 * columns, 0, 2 * rows))
+        z = torch.fft.irfft2(torch.fft.rfft2(z.to(compute_dtype(y)), s=size) * spectrum, s=size)
         z = z[..., : height + 2 * ry, : width + 2 * rx]
         return fold_reflection(fold_reflection(z, ry).mT, rx).mT.to(y.dtype)
 
+    def image_shape(self, y: torch.Tensor) -> tuple[int, ...]:
+        if self.border != "unknown":
+            return super().image_shape(y)
+        rows, columns = self.margin
+        return (*y.shape[:2], y.shape[2] + 2 * rows, y.shape[3] + 2 * columns)
+
     def factors(self, image_shape) -> Kronecker | None:
-        profiles = self._profiles() if self.border == "reflect" else None
+        profiles = self._profiles() if self.border != "circular" else None
         if profiles is None:
             return None
         self._check_radius(*image_shape[1:])
-        return Kronecker(None, *(filter_matrix(n, p) for n, p in zip(image_shape[1:], profiles, strict=True)))
+        ends = "reflect" if self.border == "reflect" else "cut"
+        return Kronecker(None, *(filter_matrix(n, p, ends) for n, p in zip(image_shape[1:], profiles, strict=True)))
 
     def decompose(self, image_shape, full: bool):
-        if self.border == "reflect":
+        if self.border != "circular":
             return super().decompose(image_shape, full)
         self._check_radius(*image_shape[1:])
         return spectral.decompose_circular(torch.fft.fft2(self._place_kernel(*image_shape[1:])).conj())
@@ -100,10 +120,10 @@ class Blur(Operator):
         return (u[:, 0] * s[0], vh[0]) if (s[1:] <= 1e-14 * s[0]).all() else None
 
     def _place_kernel(self, height: int, width: int) -> torch.Tensor:
-        """The kernels (1 or B, 1, height, width), with a circular border anchored at pixel (0, 0)."""
-        (kh, kw), (my, mx), (ry, rx) = self.kernel.shape[-2:], self._margin, self.radius
+        """The kernels (1 or B, 1, height, width); with a circular border anchored at pixel (0, 0), else at `radius`."""
+        (kh, kw), (ry, rx) = self.kernel.shape[-2:], self.radius
         kernel = F.pad(self.kernel.reshape(-1, 1, kh, kw), (0, width - kw, 0, height - kh))
-        return kernel.roll((my - ry, mx - rx), (-2, -1))
+        return kernel.roll((-ry, -rx), (-2, -1)) if self.border == "circular" else kernel
 
     def _spectrum(self, x: torch.Tensor) -> tuple[tuple[int, ...], torch.Tensor]:
         """FFT size for the continued image, and the kernels' spectra (1 or B, 1, ...) at that size."""
@@ -126,7 +146,8 @@ class Blur(Operator):
         (kh, kw), (ry, rx) = self.kernel.shape[-2:], self.radius
         reflect = self.border == "reflect"
         if not (ry < height and rx < width if reflect else kh <= height and kw <= width):
-            limit = "have a radius below both sides" if reflect else "not exceed the image with a circular border"
+            other = f"not exceed the image with {'a circular' if self.border == 'circular' else 'an unknown'} border"
+            limit = "have a radius below both sides" if reflect else other
             given = f"{kh} x {kw} (radius {max(ry, rx)}) for an image of {height} x {width}; try a smaller kernel_size"
             raise RestoreError(f"kernel must {limit}, got {given}")
 
@@ -144,6 +165,8 @@ class GaussianBlur(Blur):
             self.profile = np.append(self.profile, 0.0)
         kernel = np.outer(self.profile, self.profile)
         super().__init__(kernel, border=border, noise=noise, image_size=image_size, adjoint=adjoint)
+        if border == "unknown":
+            self.__dict__["profile"] = self.profile[np.flatnonzero(self.profile)[0] :][: self.kernel.shape[-1]]
 
     def _profiles(self):
         return self.profile, self.profile
@@ -200,6 +223,17 @@ def as_kernel(kernel, normalize: bool = False) -> torch.Tensor:
         total = totals.flatten()[(totals - 1.0).abs().argmax()].item()
         raise RestoreError(f"kernel must sum to one, got a sum of {total:.6g}; try normalize=True")
     return F.pad(kernel, (0, 1 - kernel.shape[-1] % 2, 0, 1 - kernel.shape[-2] % 2)).contiguous()
+
+
+def trim_kernel(kernel: torch.Tensor) -> torch.Tensor:
+    """Return the kernels without the rows and columns at opposite ends that are zero in all of them."""
+    for dim in (-2, -1):
+        other = tuple(d for d in range(-kernel.ndim, 0) if d != dim)
+        used = (kernel != 0).sum(other).nonzero().flatten()
+        middle = kernel.shape[dim] // 2
+        radius = int((used - middle).abs().max())
+        kernel = kernel.narrow(dim, middle - radius, 2 * radius + 1)
+    return kernel.contiguous()
 
 
 def fold_reflection(z: torch.Tensor, radius: int) -> torch.Tensor:

@@ -36,6 +36,18 @@ class Compose(Operator):
     def linear(self) -> bool:
         return all(operator.linear for operator in self.operators)
 
+    @property
+    def stationary(self) -> bool:
+        return all(operator.stationary for operator in self.operators)
+
+    @property
+    def margin(self) -> tuple[int, int]:
+        rows, columns, scale = 0, 0, 1
+        for operator in self.operators:
+            rows, columns = (m + scale * own for m, own in zip((rows, columns), operator.margin, strict=True))
+            scale *= getattr(operator, "factor", 1)
+        return rows, columns
+
     def A(self, x: torch.Tensor) -> torch.Tensor:
         self._check_image(x)
         for operator in self.operators:

@@ -45,6 +45,30 @@ def build_operator(mapping: Mapping, *, image_size=None) -> Operator:
     return as_operator(_make(maker, options, mapping["name"]), noise=noise)
 
 
+def read_extent(mapping: Mapping) -> tuple[int, tuple[int, int]]:
+    """Return what the operator of a mapping makes of sizes: (factor, margin), by which a picture of `factor` times the
+    measurement's sides is enlarged, and what its images extend beyond that at each side, in rows and columns."""
+    if mapping["name"] == "compose":
+        factor, rows, columns = 1, 0, 0
+        for part in mapping["operators"]:
+            own, margin = read_extent(part)
+            rows, columns = rows + factor * margin[0], columns + factor * margin[1]
+            factor *= own
+        return factor, (rows, columns)
+    unknown = mapping.get("border") == "unknown"
+    bare = {key: mapping[key] for key in mapping if key not in COMMON}
+    return mapping.get("factor", 1), build_operator(bare).margin if unknown else (0, 0)
+
+
+def forget_border(mapping: Mapping) -> dict:
+    """Return the mapping with an unknown border for every blur that names none, as of a picture that a camera took."""
+    if mapping["name"] == "compose":
+        return {**mapping, "operators": [forget_border(part) for part in mapping["operators"]]}
+    maker = find_operator(mapping["name"])
+    is_blur = isinstance(maker, type) and issubclass(maker, Blur) and mapping.get("border") is None
+    return {**mapping, "border": "unknown"} if is_blur else dict(mapping)
+
+
 def build_noise(mapping):
     """Return a noise model from its mapping, see `build_operator`."""
     if mapping is None or isinstance(mapping, (GaussianNoise, PoissonNoise)):

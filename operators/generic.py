@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import torch
+import torch.nn.functional as F
 
 from operators import proximal, validate
 from operators.base import Operator, describe_object
@@ -92,6 +93,25 @@ def svd(operator, image_shape, dtype: torch.dtype = torch.float32, device="cpu")
     if isinstance(operator, Operator):
         return operator.svd(image_shape, dtype, device)
     raise RestoreError(f"operator must have a singular value decomposition, got {type(operator).__name__}")
+
+
+def cut_margin(operator, x: torch.Tensor) -> torch.Tensor:
+    """Return what y shows of the images x (..., H, W): without the operator's margin."""
+    rows, columns = operator.margin if isinstance(operator, Operator) else (0, 0)
+    return x[..., rows : x.shape[-2] - rows, columns : x.shape[-1] - columns]
+
+
+def continue_margin(operator, x: torch.Tensor) -> torch.Tensor:
+    """Return images (B, C, H, W) whose inside is x, continued over the operator's margin by reflection, as often as it
+    takes; x itself without a margin."""
+    rows, columns = operator.margin if isinstance(operator, Operator) else (0, 0)
+    while rows or columns:
+        now = min(rows, max(x.shape[-2] - 1, 0)), min(columns, max(x.shape[-1] - 1, 0))
+        mode = "reflect" if any(now) else "replicate"  # a side of one pixel has no mirror image
+        now = now if any(now) else (rows, columns)
+        x = F.pad(x, (now[1], now[1], now[0], now[0]), mode=mode)
+        rows, columns = rows - now[0], columns - now[1]
+    return x
 
 
 def find_noise(operator):

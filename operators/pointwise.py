@@ -17,6 +17,7 @@ class Denoising(Operator):
 
     name = "denoising"
     has_reference = True
+    stationary = True
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         self._check_image(x)

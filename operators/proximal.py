@@ -54,7 +54,12 @@ def prox_l2(operator, z: torch.Tensor, y: torch.Tensor, gamma, rough: bool = Fal
     known = gamma > 0
     damping = torch.where(known, 1 / gamma, 1.0)
     residual = y.to(x.dtype) - exact.A(x)
-    d = _cgls(exact.A, exact.A_adjoint, residual, None, damping, *(ROUGH if rough else (None, MAX_ITERATIONS)))
+    limits = ROUGH if rough else (None, MAX_ITERATIONS)
+    inverse = _find_preconditioner(exact, residual)
+    if inverse is None:
+        d = _cgls(exact.A, exact.A_adjoint, residual, None, damping, *limits)
+    else:  # d = A^T (A A^T + 1 / gamma)^-1 residual
+        d = exact.A_adjoint(_pcg(exact, inverse, residual, damping, *limits))
     return (x + torch.where(_broadcast(known, x), d, 0.0)).to(z.dtype)
 
 
@@ -68,6 +73,9 @@ def regularised_inverse(operator, v: torch.Tensor, r) -> torch.Tensor:
         c = svd.U_adjoint(u)
         return (svd.U(_invert(svd.singular, _broadcast(r, u)) * c)).to(v.dtype)
     u = v.to(compute_dtype(v))
+    inverse = _find_preconditioner(exact, u)
+    if inverse is not None:
+        return _pcg(exact, inverse, u, r, None, MAX_ITERATIONS).to(v.dtype)
     # with B = A^T: (B^T B + r) u = v
     return _cgls(exact.A_adjoint, exact.A, None, u, r, None, MAX_ITERATIONS).to(v.dtype)
 
@@ -111,6 +119,40 @@ def _cgls(B: Callable, B_adjoint: Callable, y, plus, damping, tolerance, max_ite
         active = active & (gamma > threshold)
         direction = gradient + _broadcast(torch.where(active, gamma / previous, 0.0), x) * direction
     return x
+
+
+def _find_preconditioner(operator, v: torch.Tensor) -> Callable | None:
+    """The operator's approximate inverse, where conjugate gradients need it: a border that y does not show."""
+    return operator.approximate_inverse(v) if any(getattr(operator, "margin", ())) else None
+
+
+def _pcg(operator, inverse: Callable, v, damping, tolerance, max_iterations: int) -> torch.Tensor:
+    """Solve (A A^T + damping) u = v per image by preconditioned conjugate gradients from 0 to ||residual|| <= tolerance
+    ||v|| (Golub & Van Loan, Matrix Computations, 2013, Alg. 11.5.1)."""
+    tolerance = (1e-10 if v.dtype == torch.float64 else 1e-5) if tolerance is None else tolerance
+    damping = _broadcast(damping, v)
+
+    def dot(a, b):
+        return (a * b).flatten(1).sum(dim=1)
+
+    u, residual = torch.zeros_like(v), v
+    direction = preconditioned = inverse(residual, damping)
+    rho, threshold = dot(residual, preconditioned), tolerance**2 * dot(v, v)
+    active = dot(residual, residual) > threshold
+    for _ in range(max_iterations):
+        if not active.any():
+            break
+        image = operator.A(operator.A_adjoint(direction)) + damping * direction
+        curvature = dot(direction, image)
+        active = active & (curvature > 0)
+        step = _broadcast(torch.where(active, rho / curvature.where(active, 1.0), 0.0), v)
+        u, residual = u + step * direction, residual - step * image
+        active = active & (dot(residual, residual) > threshold)
+        preconditioned = inverse(residual, damping)
+        previous, rho = rho, dot(residual, preconditioned)
+        turn = torch.where(active, rho / previous.where(active, 1.0), 0.0)
+        direction = preconditioned + _broadcast(turn, v) * direction
+    return u
 
 
 def _find_svd(operator, image_shape, x: torch.Tensor):

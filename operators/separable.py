@@ -76,9 +76,12 @@ def downsampling_matrix(size: int, factor: int, method: str) -> torch.Tensor:
     return _scatter(source, weights / weights.sum(axis=1, keepdims=True), size)
 
 
-def filter_matrix(size: int, profile: np.ndarray) -> torch.Tensor:
-    """1-D cross-correlation with an odd `profile` and reflection at both ends, as a (size, size) matrix."""
-    source = np.pad(np.arange(size), len(profile) // 2, mode="reflect")
+def filter_matrix(size: int, profile: np.ndarray, ends: str = "reflect") -> torch.Tensor:
+    """1-D cross-correlation of `size` samples with an odd `profile`, as a matrix: (size, size) with reflection at both
+    ends, (size - len(profile) + 1, size) if they are "cut"."""
+    source = np.arange(size)
+    if ends == "reflect":
+        source = np.pad(source, len(profile) // 2, mode="reflect")
     source = np.lib.stride_tricks.sliding_window_view(source, len(profile))
     return _scatter(source, np.broadcast_to(profile, source.shape), size)
 

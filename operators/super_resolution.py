@@ -26,6 +26,7 @@ class SuperResolution(Operator):
 
     name = "super_resolution"
     has_reference = True
+    stationary = True
 
     def __init__(self, factor: int, *, method="bicubic", noise=None, image_size=None, adjoint="exact"):
         super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)

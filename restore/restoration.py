@@ -24,7 +24,8 @@ from restore.images import io
 class Restoration:
     """The result of one call of a Restorer for B measurements and K samples each.
 
-    samples: (B, K, C, H, W) in [-1, 1], clamped; C = 3, or 1 of a prior of grey images. Sample k does not depend on K.
+    samples: (B, K, C, H, W) in [-1, 1], clamped, without what y does not show (an operator's margin); C = 3, or 1 of
+        a prior of grey images. Sample k does not depend on K.
     residual: ||y - A(x)||_2 of every sample, (B, K); residual_ratio: the same divided by
         sigma_y sqrt(m), near 1 for a sample that explains y up to its noise; None when sigma_y is unknown.
     nfe: network evaluations per sample, weak passes included. seconds: wall time of the call.

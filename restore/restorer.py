@@ -132,7 +132,8 @@ class Restorer:
         data: "ffhq" or "imagenet", if presets were published for both with one backbone.
         reference: compute what the sampler's authors' code does beyond the paper (PSLD: noise on the predicted
             measurement, sampled encoding, shifted indices, approximate transposes).
-        size: (H, W) of the images; default: the operator's. It and `samples` decide the default sampler.
+        size: (H, W) of the images, with the operator's margin; default: the operator's. It and `samples` decide the
+            default sampler.
         steps, guidance, parameters: in place of the preset's; guidance=None is the plain sampler.
         Raises RestoreError for unknown names and parameters, missing ones, and several samples of a deterministic
         sampler.
@@ -272,6 +273,7 @@ class Restorer:
         x, rows = torch.cat(results), [b for b, _ in items]
         samples = len(items) // len(y)
         residual, ratio = measure_residual(x, y[rows], operators.select_rows(operator, rows))
+        x = operators.cut_margin(operator, x)
         protocol = {**self.protocol(operator, method, seed=seed, batch_size=batch_size), "samples": samples}
         return Restoration(
             samples=x.clamp(-1, 1).view(len(y), samples, *x.shape[1:]),

@@ -52,10 +52,21 @@ class Task:
     @property
     def factor(self) -> int:
         """How many times larger than the photo its restoration is."""
-        return self.config.get("factor", 1)
+        return operators.read_extent(self.config)[0]
+
+    @property
+    def margin(self) -> tuple[int, int]:
+        """Rows and columns at each side of the restored image that are not shown: beyond an unknown border."""
+        return operators.read_extent(self.config)[1]
+
+    def extend(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the size (H, W) of the image that is restored from a photo of this size, with its margin."""
+        factor, margin = operators.read_extent(self.config)
+        return tuple(factor * side + 2 * more for side, more in zip(size, margin, strict=True))
 
     def build(self, height: int, width: int) -> Any:
-        """Return the operator for an image of this size. Raises RestoreError if a mask file does not fit it."""
+        """Return the operator for an image of this size, margin included. Raises RestoreError if a mask file does not
+        fit it."""
         config = dict(self.config)
         if isinstance(config.get("mask"), Mask):
             config["mask"] = config["mask"].read((height, width))
@@ -65,6 +76,8 @@ class Task:
         """Return the task with this photo's own mask and, if they are "auto" or nothing was said, its estimated mask
         and noise level. A blind task keeps the noise of its file below `estimate.SMALLEST` pixels and with `degrade`.
 
+        A photo that is not to be degraded was cut from the world: the border of a blur is unknown, unless it is given.
+
         Raises RestoreError for "auto" with a photo that is to be degraded first.
         """
         config, mask = dict(self.config), self.config.get("mask")
@@ -73,6 +86,8 @@ class Task:
             raise RestoreError("mask=auto and sigma=auto look at a damaged photo; this one is to be degraded first")
         if isinstance(mask, Mask):
             config["mask"] = mask.for_photo(photo)
+        if not degrade:
+            config = operators.forget_border(config)
         blind = self.blind and not degrade
         pixels = io.read_image(photo).pixels if is_estimated or blind else None
         if is_estimated or (blind and min(pixels.shape[-2:]) >= SMALLEST):
@@ -174,8 +189,8 @@ def _use_mask(config: dict[str, Any], task: str, mask: Mask, settings: dict[str,
 
 @dataclass(frozen=True)
 class Measurement:
-    """A photo as it is restored. record: the file's picture. clean: (1, C, H, W), the truth of a degraded photo, else
-    None. y: measurement (1, ...) of `operator`."""
+    """A photo as it is restored. record: the file's picture. clean: (1, C, H, W), the truth of a degraded photo as far
+    as y shows it, else None. y: measurement (1, ...) of `operator`."""
 
     record: io.ImageRecord
     clean: torch.Tensor | None
@@ -195,6 +210,8 @@ def build_for_photo(
         if resampling is None:
             return task.build(*record.size)
         resampling.check_square(record.size, record.path.name)
+        if any(task.margin):
+            raise RestoreError("border must be 'reflect' or 'circular' for solve_at= with degrade=True, got 'unknown'")
         if isinstance(task.config.get("mask"), Mask):
             mask = resize_image(task.config["mask"].read(record.size), resampling.side, method="nearest")
             task = Task(task.name, task.config | {"mask": mask})
@@ -205,7 +222,7 @@ def build_for_photo(
             "with degrade=True the task cuts its own hole into a clean photo"
         )
     size = (height * task.factor, width * task.factor)
-    operator = task.build(*size)
+    operator = task.build(*task.extend(record.size))
     return resampling.adapt_operator(operator, size, record.path.name) if resampling else operator
 
 
@@ -229,13 +246,12 @@ def measure_photo(
     record = photo if isinstance(photo, io.ImageRecord) else io.read_image(photo)
     adapted = build_for_photo(record, task, degrade=degrade, resampling=resampling)
     pixels = record.pixels[:, :1] if grey and record.grey else record.pixels
-    height, width = record.size
     if degrade:
         clean = stretch_range(pixels) if resampling and resampling.stretch else pixels
         x = resampling.enlarge(clean, record.path.name) if resampling else clean
         y = degrade_image(adapted, x, record.grey, measurement_generator(seed, image_id))
-        return Measurement(record, clean, adapted, y)
-    size = (height * task.factor, width * task.factor)
+        return Measurement(record, operators.cut_margin(adapted, clean), adapted, y)
+    size = task.extend(record.size)
     operator = task.build(*size) if resampling else adapted
     with torch.no_grad():
         channels = operator.A(torch.zeros(1, pixels.shape[1], *size, dtype=torch.float32)).shape[1]

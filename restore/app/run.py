@@ -126,8 +126,9 @@ class RestoreJob:
         record, degrading = io.read_image(photo.source), {"degrade": self.degrade, "resampling": self.resampled}
         # Nothing of the result's size is computed before the plan has said that it fits.
         operator = build_for_photo(record, task, **degrading)
-        shown = tuple(side * (1 if self.degrade else task.factor) for side in record.size)
-        size = (self.resampled.side, self.resampled.side) if self.resampled else shown
+        size = record.size if self.degrade else task.extend(record.size)
+        shown = tuple(side - 2 * hidden for side, hidden in zip(size, task.margin, strict=True))
+        whole, size = size, (self.resampled.side, self.resampled.side) if self.resampled else size
         method = self.method.resolve(self.restorer, operator, task=task.name, size=size, samples=self.samples)
         settings = self._describe_settings(photo, task, self.restorer.protocol(operator, method))
         expected = {"sha256": disk.hash_file(photo.source), "settings": settings}
@@ -136,7 +137,7 @@ class RestoreJob:
         if self.restorer.channels == 1:
             check_channels(1 if record.grey else 3, 1, self.restorer.per_channel)
         singly = 1 if self.restorer.channels == 3 or record.grey else 3
-        plan = None if self.planner is None else self._plan(photo, task, shown, method, singly)
+        plan = None if self.planner is None else self._plan(photo, task, whole, method, singly)
         if self.dry_run:
             return Outcome(photo, plan=plan)
         noise = {"image_id": photo.image_id, "seed": self.seed, "grey": self.restorer.channels == 1}

@@ -98,7 +98,8 @@ class TracedPrior(Sized):
 def trace_sampler(restorer: Any, task: Task, size: tuple[int, int], method: Method) -> SamplerTrace:
     """Run the sampler of `method` for a restored image of this size (H, W). Raises RestoreError if the sampler does."""
     unit = task.factor * 8
-    height, width = (min(side, max(unit, SIDE // unit * unit)) for side in size)
+    least = (max(unit, SIDE // unit * unit) + 2 * margin for margin in task.margin)
+    height, width = (min(pair) for pair in zip(size, least, strict=True))
     if isinstance(task.config.get("mask"), Mask):
         small = F.interpolate(task.config["mask"].read(), (height, width))
         small[..., 0, 0], small[..., -1, -1] = 0, 1  # thin holes may be lost, and a mask without any is an error

@@ -35,7 +35,8 @@ def dpir(
     clip: bool | None = None,
 ) -> torch.Tensor:
     """Estimate x_0 given y, near the posterior mean; all samples are equal. At noise levels sigma_k from sigma_max down
-    to sigma_y, evenly spaced in log, starting with z = y (or a linear reconstruction if A changes the image's size),
+    to sigma_y, evenly spaced in log, starting with z = y (or a linear reconstruction if A changes the image's size; a
+    margin that y does not show is reflected),
 
         x = argmin ||y - A x||^2 + rho ||x - z||^2,  rho = lam (sigma_y / sigma_k)^2      (eq. 6a)
         z = x0_hat of the network, with x as its input of noise level sigma_k             (eq. 6b)
@@ -54,10 +55,10 @@ def dpir(
     clip = prior.bounded if clip is None else clip
     last = max(sigma_y, LAST_LEVEL_FLOOR)
     first = last if steps == 1 else max(last, sigma_max)
-    if y.shape[-3:] == tuple(prior.shape):
-        z = y
-    else:
+    z = operators.continue_margin(operator, y)
+    if z.shape[-3:] != tuple(prior.shape):
         z = reconstruct("measurement", prior, operator, y, sigma_y)
+        z = operators.continue_margin(operator, operators.cut_margin(operator, z))
     with estimator(prior, guidance) as estimate:
         for k, level in enumerate(np.geomspace(first, last, steps)):
             # Data: the image nearest to z that explains y, an exact measurement as if it had a little noise.
