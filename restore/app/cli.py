@@ -75,6 +75,8 @@ def run(
     quiet: options.Quiet = False,
 ) -> None:
     """Restore images: `restore run photo.png --task sr4 -o restored/`."""
+    quiet = quiet or str(out) == "-"
+    options.announce_start(quiet)
     from restore import restorer
     from restore.app import files
     from restore.app.choice import MethodChoice
@@ -91,7 +93,6 @@ def run(
     guided = options.parse_guidance(guidance, pag_scale, layers, target, strength)
     method = MethodChoice(sampler, quality, guided, options.parse_steps(steps), settings, data, reference)
     resampled = select_resampling(solve_at, resample, reference)
-    quiet = quiet or str(out) == "-"
     names, out = context.with_resource(files.bind_standard_streams(names, out))
     photos = files.find_photos(names, out, png=png, recursive=recursive)
     files.check_outputs(photos, [photo.outputs(samples, degrade, save_trajectory) for photo in photos], overwrite)

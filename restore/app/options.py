@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,6 @@ import typer
 
 from operators import RestoreError
 from operators.naming import suggest
-from restore.zoo.options import MODEL_OPTIONS
 
 
 def print_version(requested: bool) -> None:
@@ -81,6 +81,8 @@ def parse_model_options(texts: list[str] | None) -> dict[str, Any]:
     names, options = split_settings(texts or [])
     if names:
         raise RestoreError(f"model_option must be key=value, such as heads=4, got {names[0]!r}")
+    from restore.zoo.options import MODEL_OPTIONS
+
     known = (*MODEL_OPTIONS, "per_channel")
     for name in options:
         if name not in known:
@@ -182,6 +184,8 @@ def translate_parameters(message: str, names: Iterable[str]) -> str:
     translated in `steps must`, and with an underscore everywhere. Keywords of the loader become `--model-option`s.
     """
     if "model_option" in names:
+        from restore.zoo.options import MODEL_OPTIONS
+
         own = "|".join(name for name in (*MODEL_OPTIONS, "per_channel") if name not in names)
         message = re.sub(rf"(?<![\w/.=-])(?=(?:{own})=)", "--model-option ", message)
     for name in names:
@@ -197,6 +201,12 @@ def translate_parameters(message: str, names: Iterable[str]) -> str:
         if "_" in name:
             message = re.sub(rf"(?<![\w/.-]){name}\b(?!\()", option, message)
     return message
+
+
+def announce_start(quiet: bool = False) -> None:
+    """Tell a person at a terminal, before the imports that take seconds, that the command has begun."""
+    if not quiet and sys.stderr.isatty():
+        typer.echo("restore: loading ...", err=True)
 
 
 def print_outcomes(outcomes: Iterable[Any], quiet: bool = False, passed_over: str | None = None) -> None:

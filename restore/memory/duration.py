@@ -31,11 +31,14 @@ def format_range(low: float, high: float) -> str:
     return f"{least:g} to {most:g} {name}s" if least < most else f"{most:g} {name}{'s' * (most != 1)}"
 
 
-def widen(seconds: float) -> tuple[float, float]:
-    """Return the range in which a plan's seconds will lie, wider upwards the busier this machine's processors are."""
+def widen(seconds: float, busy: float = 1.0) -> tuple[float, float]:
+    """Return the range in which a plan's seconds will lie, wider upwards the busier this machine's processors are.
+
+    busy: how many times faster it would be if the programs stopped that ran when it was made, see Plan.
+    """
     processors = os.cpu_count() or 1
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    return FASTER * seconds, SLOWER * seconds * max(1.0, (load + processors) / processors)
+    return FASTER * seconds / busy, SLOWER * seconds * max(1.0, (load + processors) / processors)
 
 
 class Pace:

@@ -71,6 +71,12 @@ class PassMeter:
     def __init__(self, restorer: Any) -> None:
         self.restorer, self.device = restorer, restorer.device
         self.results: dict[str, Any] = {}
+        self.waited = self.worked = 0.0  # seconds of what was timed: by the clock, and of this thread on a processor
+
+    @property
+    def busy(self) -> float:
+        """How many times longer what was timed took because other programs ran, as far as this thread tells."""
+        return max(1.0, self.waited / self.worked) if self.worked and self.device.type == "cpu" else 1.0
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
         """Return what `compute` returns, called only for a new key."""
@@ -189,10 +195,13 @@ class PassMeter:
         """Return the seconds that `run` takes, and what it returns."""
         wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         wait()
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.thread_time()
         result = run()
         wait()
-        return time.perf_counter() - started, result
+        seconds = time.perf_counter() - started
+        self.waited += seconds
+        self.worked += time.thread_time() - worked
+        return seconds, result
 
 
 def count_weak_passes(guidance: Guidance | None) -> int:

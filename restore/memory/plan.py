@@ -29,8 +29,9 @@ class Plan:
     """What one photo takes and how it will be restored.
 
     size: (H, W) of the result. windows: of the network, in one image. evaluations: of the network, per sample.
-    seconds: of all samples, None if it does not fit. memory: bytes beyond those in use now; available: bytes that are
-    free, None if unknown.
+    seconds: of all samples as fast as this machine was when it was asked, None if it does not fit. busy: how many
+    times faster it would be without the other programs that ran then. memory: bytes beyond those in use now;
+    available: bytes that are free, None if unknown.
     """
 
     size: tuple[int, int]
@@ -42,6 +43,7 @@ class Plan:
     memory: int
     available: int | None
     options: MemoryOptions
+    busy: float = 1.0
 
     @property
     def fits(self) -> bool:
@@ -58,7 +60,7 @@ class Plan:
         parts = [f"{self.size[1]} x {self.size[0]}, {self.method}, {self.evaluations} evaluations"]
         parts += [f"{self.windows} windows"] * (self.windows > 1) + [f"{self.samples} samples"] * (self.samples > 1)
         free = "" if self.available is None else f" (free: {_format_bytes(self.available)})"
-        parts += [] if self.seconds is None else [f"about {format_range(*widen(self.seconds))}"]
+        parts += [] if self.seconds is None else [f"about {format_range(*widen(self.seconds, self.busy))}"]
         parts += [f"{_format_bytes(self.memory)} of memory{free}"]
         return ", ".join(parts + ["checkpointing"] * self.checkpointing)
 
@@ -120,7 +122,8 @@ class Planner:
         sampler, steps = samplers.sampler_name(method.sampler), method.steps
         name = f"{sampler} in {steps} steps" if isinstance(steps, int) else f"{sampler} {steps}"
         evaluations = singly * trace.evaluations
-        return Plan(size, name, samples, work.windows, evaluations, seconds, int(memory), available, options)
+        cost = (evaluations, seconds, int(memory), available, options, self.meter.busy)
+        return Plan(size, name, samples, work.windows, *cost)
 
     @contextmanager
     def apply(self, plan: Plan) -> Iterator[Any]:

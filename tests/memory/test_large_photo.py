@@ -66,7 +66,7 @@ def test_the_plan_stays_within_4_gb(photo, prior, tmp_path):
 def test_the_estimate_is_within_half_of_the_time_taken(photo, prior, monkeypatch):
     """Both in processor seconds, in turn, three times: other programs slow both."""
     for module in (measure, trace):
-        monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=process_time))
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=process_time, thread_time=process_time))
     torch.set_num_threads(1)
     x, ratios = crop_photo(photo, 96, 160), []
     task = load_task(TASK)

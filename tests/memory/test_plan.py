@@ -17,7 +17,7 @@ from restore.app import cli
 from restore.app.choice import MethodChoice
 from restore.app.files import find_photos
 from restore.app.run import RestoreJob
-from restore.memory import Planner, available, plan
+from restore.memory import Planner, available, measure, plan
 from restore.memory.count import LiveBytes
 from restore.task import load_task
 
@@ -143,7 +143,17 @@ def test_the_command_prints_its_foundand_computes_nothing(small, tiny_adm, tmp_p
     Image.fromarray(np.zeros((40, 56, 3), np.uint8)).save(tmp_path / "a.png")
 
     def command(*more):
-        arguments = ["run", tmp_path / "a.png", "--task", "denoise", "--backbone", tiny_adm, "--steps", "2"]
+        arguments = [
+            "run",
+            tmp_path / "a.png",
+            "sigma=0.05",
+            "--task",
+            "denoise",
+            "--backbone",
+            tiny_adm,
+            "--steps",
+            "2",
+        ]
         monkeypatch.setattr(sys, "argv", ["restore", *map(str, [*arguments, "-o", tmp_path / "out", *more])])
         with pytest.raises(SystemExit) as stop:
             cli.main()
@@ -177,3 +187,19 @@ def test_limits_of_control_groups(tmp_path):
     assert list(available._group_memory(tmp_path, Path("/nowhere"))) == []
     free = available.available_memory(torch.device("cpu"))
     assert free is None or 1e6 < free < 1e15
+
+
+def test_other_programs_are_told_from_the_work(small):
+    planner, found = make_plan(small, "denoise")
+    assert found.busy >= 1 and found.describe()["busy"] == found.busy
+    planner.meter.waited, planner.meter.worked = 9.0, 3.0
+    assert planner.meter.busy == 3
+
+
+def test_a_small_network_is_counted_as_the_same_network_without_data_is(small, monkeypatch):
+    counted = []
+    for work in (measure.QUICK_WORK, 0):
+        monkeypatch.setattr(measure, "QUICK_WORK", work)
+        counted += [make_plan(small, "denoise", sampler="dps", steps=2, guidance=GUIDED)[1].memory]
+        counted += [make_plan(small, "denoise", sampler="diffpir", steps="quad:2", guidance=None)[1].memory]
+    assert counted[:2] == pytest.approx(counted[2:], rel=0.02)
