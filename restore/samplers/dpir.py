@@ -3,6 +3,8 @@ of plain noise, which is its single step."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 
@@ -12,7 +14,7 @@ from operators.ranges import NonNegative, Positive, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.likelihood import require_linear_gaussian
-from restore.samplers.steps import reconstruct, report, require_finite
+from restore.samplers.steps import ORIENTATIONS, reconstruct, report, require_finite, turn, turn_back
 
 LAST_LEVEL_FLOOR = 0.01  # a network trained with noise removes none below it
 
@@ -31,6 +33,7 @@ def dpir(
     callback=None,
     lam: Positive = 0.23,
     sigma_max: NonNegative = 0.384,
+    orientations: Literal["one", "turns", "all"] = "one",
     sigma_y: NonNegative | None = None,
     clip: bool | None = None,
 ) -> torch.Tensor:
@@ -45,6 +48,8 @@ def dpir(
 
     prior: in pixels. operator: a linear one (see operators.prox_l2). guidance: makes z.
     steps: the number of levels; the last, and only one if 1, is sigma_y (at least LAST_LEVEL_FLOOR).
+    orientations: of the network's input, which knows no up and down exactly: "turns" takes the next of the eight
+        rotations and mirror images at every level, at no cost (sec. 4.2); "all" averages the eight at every level.
     lam: the paper's lambda. sigma_max: on [-1, 1], at most the largest trained level; the paper has 49 / 255 on [0, 1].
     """
     sigma_y = require_linear_gaussian("dpir", prior, operator, sigma_y)
@@ -67,7 +72,11 @@ def dpir(
             # Prior: x as a noisy image, whose clean estimate is the next z.
             t = prior.schedule.t(float(level))
             alpha, sigma = prior.schedule.alpha(t), prior.schedule.sigma(t)
-            _, eps = estimate(alpha * x, t, condition)
+            views = {"one": [0], "turns": [k % ORIENTATIONS], "all": range(ORIENTATIONS)}[orientations]
+            eps = torch.zeros_like(x)
+            for view in views:
+                _, turned = estimate(turn(alpha * x, view), t, condition)
+                eps += turn_back(turned, view) / len(views)
             z = x - sigma / alpha * eps
             z = z.clamp(-1, 1) if clip else z
             require_finite(z, k, f"lam={lam:g}")

@@ -17,6 +17,7 @@ from restore.samplers.likelihood import SIGMA_Y_FLOOR, l2_norm
 
 FirstEstimate = Literal["measurement", "dagger", "adjoint", "zero"]  # see `reconstruct`
 Start = Literal["noise", FirstEstimate]  # see `initialise`
+ORIENTATIONS = 8  # rotations by a quarter and their mirror images
 
 
 class Diffusion:
@@ -166,3 +167,14 @@ def report(callback, k: int, steps: int, t: float, *, operator=None, y=None, **s
         state["residual"] = l2_norm(y - operator.A(state["x0_hat"]), y)
     state = {key: value.detach() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
     callback({"step": k, "steps": steps, "t": t, **state})
+
+
+def turn(x: torch.Tensor, k: int) -> torch.Tensor:
+    """Return x (B, C, H, W) in orientation k of ORIENTATIONS: mirrored from 4 on, then rotated by k quarters."""
+    return torch.rot90(x.flip(-1) if k >= 4 else x, k % 4, (-2, -1)) if k else x
+
+
+def turn_back(x: torch.Tensor, k: int) -> torch.Tensor:
+    """Undo `turn`."""
+    x = torch.rot90(x, -(k % 4), (-2, -1)) if k else x
+    return x.flip(-1) if k >= 4 else x

@@ -10,7 +10,9 @@ import torch
 import operators
 import restore
 from benchmarks.posteriors import SHAPE, MixturePrior, linear_schedule, smooth_covariance
+from restore.backbones.base import Prediction
 from restore.samplers.dpir import dpir
+from restore.samplers.steps import turn, turn_back
 
 SIGMA = 0.2
 
@@ -102,3 +104,48 @@ def test_steps_and_noise_that_do_not_apply(prior):
     with pytest.raises(restore.RestoreError, match="dpir needs Gaussian noise"):
         noisy = operators.Denoising(noise=operators.PoissonNoise(0.1))
         dpir(prior, noisy, measure(prior, operator), noise=refuse_noise, steps=1)
+
+
+class Sided:
+    """A prior whose estimates depend on where up is; it records the orientations of its inputs."""
+
+    def __init__(self, inner):
+        self.inner, self.seen = inner, []
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def predict(self, x_t, t, condition=None):
+        self.seen.append(x_t)
+        ramp = torch.linspace(-1, 1, x_t.shape[-2], dtype=x_t.dtype)[:, None]
+        return Prediction(self.inner.predict(x_t, t, condition).eps + ramp)
+
+
+def test_orientations(prior):
+    """All: the mean over the eight, whose ramps cancel. Turns: one after another, at no cost."""
+    white = MixturePrior.gaussian(
+        torch.zeros(math.prod(SHAPE), dtype=torch.float64), torch.eye(math.prod(SHAPE)).double()
+    )
+    operator = operators.Denoising(noise=operators.GaussianNoise(SIGMA))
+    y = measure(prior, operator)
+    plain = dpir(white, operator, y, noise=refuse_noise, steps=1)
+    sided = Sided(white)
+    averaged = dpir(sided, operator, y, noise=refuse_noise, steps=1, orientations="all")
+    assert torch.allclose(averaged, plain, atol=1e-6) and len(sided.seen) == 8
+    assert len({tuple(x.flatten().tolist()) for x in sided.seen}) == 8
+    assert not torch.allclose(dpir(Sided(white), operator, y, noise=refuse_noise, steps=1), plain, atol=0.05)
+    turned = Sided(white)
+    dpir(turned, operator, y, noise=refuse_noise, steps=8, orientations="turns")
+    assert len(turned.seen) == 8
+
+
+@pytest.mark.parametrize("k", range(8))
+def test_turns_are_undone(k):
+    x = torch.arange(24.0).view(1, 2, 3, 4)
+    assert torch.equal(turn_back(turn(x, k), k), x)
+    assert turn(x, k).shape == ((1, 2, 4, 3) if k % 2 else x.shape)
+
+
+def test_the_eight_orientations_differ():
+    x = torch.arange(9.0).view(1, 1, 3, 3)
+    assert len({tuple(turn(x, k).flatten().tolist()) for k in range(8)}) == 8
