@@ -106,8 +106,7 @@ class Bench:
         elif damage.task == "blur":
             given["kernel"] = folder / f"{stem}-kernel.npy"
             np.save(given["kernel"], damaged.kernel)
-        settings = {"sigma": "auto"} if damage.kind != "jpeg" else {}
-        task = load_task(damage.task, settings | damage.settings, **given)
+        task = load_task(damage.task, dict(damage.settings), blind=True, **given)
         photo = Photo(source, results / f"{stem}.png")
         method, condition = MethodChoice(quality=quality), Condition(label=self.label)
         job = RestoreJob(self.restorer, task, method, condition, overwrite=True)
