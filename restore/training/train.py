@@ -113,6 +113,11 @@ def train(config: DictConfig) -> Path:
             raise RestoreError(f"the loss is not finite at step {step}; lower optimizer.lr and continue")
         return means
 
+    def decay(step: int) -> float:
+        """The factor of the learning rate: 1, or falling linearly to 0 between the two steps of optimizer.decay."""
+        first, last = config.optimizer.get("decay") or (math.inf, math.inf)
+        return 1.0 if step < first else max(0.0, (last - step) / (last - first))
+
     deadline = math.inf if config.minutes is None else started + 60 * config.minutes
     bar = tqdm(total=config.steps, initial=step, disable=not accelerator.is_main_process, mininterval=10)
     while step < config.steps and time.monotonic() <= deadline:
@@ -121,7 +126,7 @@ def train(config: DictConfig) -> Path:
         generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + number)
         torch.manual_seed(config.seed * 1_000_003 + number)  # dropout's
         for group in optimizer.param_groups:
-            group["lr"] = config.optimizer.lr * min(1.0, (step + 1) / config.optimizer.warmup_steps)
+            group["lr"] = config.optimizer.lr * min(1.0, (step + 1) / config.optimizer.warmup_steps) * decay(step)
         loss, logged, pair = kind.loss(forward, number, generator)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip_grad_norm)
