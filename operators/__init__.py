@@ -26,6 +26,7 @@ _MODULES = {
         "svd",
         "with_adjoint",
     ],
+    "jpeg": ["JPEG", "JPEGNoise"],
     "inpainting": ["Inpainting", "box_mask", "random_mask"],
     "kernels": ["gaussian_kernel", "motion_kernel"],
     "noise": ["GaussianNoise", "PoissonNoise"],

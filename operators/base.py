@@ -115,19 +115,23 @@ class Operator:
         """
         if not self.stationary:
             return None
-
-        def respond():
-            point = torch.zeros(y.shape, dtype=compute_dtype(y), device=y.device)
-            point[..., y.shape[2] // 2, y.shape[3] // 2] = 1.0
-            response = self.A(self.A_adjoint(point)).roll((-(y.shape[2] // 2), -(y.shape[3] // 2)), (-2, -1))
-            return torch.fft.rfft2(response).real.clamp_min(0.0)
-
-        power = self._buffer(("power", tuple(y.shape)), respond, compute_dtype(y), y.device)
+        power = torch.fft.rfft2(self.respond(y)).real.clamp_min(0.0)
 
         def apply(v, r):
             return torch.fft.irfft2(torch.fft.rfft2(v) / (power + r), s=v.shape[-2:])
 
         return apply
+
+    def respond(self, y: torch.Tensor) -> torch.Tensor:
+        """Return A A^T of a point in the middle of every channel of measurements like y, moved to pixel (0, 0)."""
+
+        def make():
+            rows, columns = y.shape[2] // 2, y.shape[3] // 2
+            point = torch.zeros(y.shape, dtype=compute_dtype(y), device=y.device)
+            point[..., rows, columns] = 1.0
+            return self.A(self.A_adjoint(point)).roll((-rows, -columns), (-2, -1))
+
+        return self._buffer(("response", tuple(y.shape)), make, compute_dtype(y), y.device)
 
     def image_shape(self, y: torch.Tensor) -> tuple[int, ...]:
         """Return the shape (B, C, H, W) of the images whose measurement has the shape of y."""

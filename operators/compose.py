@@ -8,13 +8,15 @@ import torch
 
 from operators.base import Operator
 from operators.errors import RestoreError
+from operators.jpeg import JPEGNoise
 from operators.separable import Kronecker
 
 
 class Compose(Operator):
     """Operators one after the other: Compose(a, b).A(x) = b.A(a.A(x)), the same as `b @ a`.
 
-    noise: None: that of the last operator. Raises RestoreError if an earlier one has noise.
+    noise: None: that of the last operator; before its compression if that is JPEG. Raises RestoreError if an earlier one
+        has noise.
     """
 
     name = "compose"
@@ -26,7 +28,9 @@ class Compose(Operator):
             raise RestoreError(f"operators must be one or more Operators, got {kinds}; try as_operator for others")
         if any(operator.noise is not None for operator in operators[:-1]):
             raise RestoreError("noise must be set on the last operator of a composition only, got it on an earlier one")
-        noise = operators[-1].noise if noise is None else noise
+        last = operators[-1].noise
+        # of JPEG, the last link, the noise is that before it
+        noise = last if noise is None else last.after(noise) if isinstance(last, JPEGNoise) else noise
         image_size = operators[0].image_size if image_size is None else image_size
         exact = all(operator.adjoint == "exact" for operator in operators)
         super().__init__(noise=noise, image_size=image_size, adjoint="exact" if exact else "reference")

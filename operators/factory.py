@@ -14,6 +14,7 @@ from operators.blur import Blur, GaussianBlur, MotionBlur
 from operators.compose import Compose
 from operators.errors import RestoreError
 from operators.inpainting import Inpainting, box_mask, random_mask
+from operators.jpeg import JPEG
 from operators.noise import GaussianNoise, PoissonNoise
 from operators.nonlinear import Clipping, PhaseRetrieval
 from operators.pointwise import Colorization, Denoising
@@ -124,7 +125,7 @@ OPERATORS = {
     "inpainting_random": make_random_inpainting,
     "inpainting_mask": Inpainting,
     **{kind.name: kind for kind in (SuperResolution, GaussianBlur, MotionBlur, Blur, Denoising)},
-    **{kind.name: kind for kind in (Colorization, Clipping, PhaseRetrieval)},
+    **{kind.name: kind for kind in (Colorization, Clipping, PhaseRetrieval, JPEG)},
     "compose": make_composition,
 }
 NOISES = {"none": lambda: None, "gaussian": GaussianNoise, "poisson": PoissonNoise}

@@ -44,6 +44,9 @@ def prox_l2(operator, z: torch.Tensor, y: torch.Tensor, gamma, rough: bool = Fal
     """See `operators.prox_l2`; operator: an Operator with a closed form, or anything with `A` and `A_adjoint`."""
     gamma = validate.require_per_image(gamma, "gamma", z)
     exact = use_exact_adjoint(operator)
+    coloured = getattr(getattr(exact, "noise", None), "prox_l2", None)
+    if coloured is not None:  # noise that is not white has its own norm
+        return coloured(exact, z, y, gamma, rough)
     svd = _find_svd(exact, z.shape, z)
     if svd is not None:
         x = z.to(svd.singular.dtype)
@@ -59,7 +62,7 @@ def prox_l2(operator, z: torch.Tensor, y: torch.Tensor, gamma, rough: bool = Fal
     if inverse is None:
         d = _cgls(exact.A, exact.A_adjoint, residual, None, damping, *limits)
     else:  # d = A^T (A A^T + 1 / gamma)^-1 residual
-        d = exact.A_adjoint(_pcg(exact, inverse, residual, damping, *limits))
+        d = exact.A_adjoint(_invert_damped(exact, inverse, residual, damping, *limits))
     return (x + torch.where(_broadcast(known, x), d, 0.0)).to(z.dtype)
 
 
@@ -75,7 +78,7 @@ def regularised_inverse(operator, v: torch.Tensor, r) -> torch.Tensor:
     u = v.to(compute_dtype(v))
     inverse = _find_preconditioner(exact, u)
     if inverse is not None:
-        return _pcg(exact, inverse, u, r, None, MAX_ITERATIONS).to(v.dtype)
+        return _invert_damped(exact, inverse, u, r, None, MAX_ITERATIONS).to(v.dtype)
     # with B = A^T: (B^T B + r) u = v
     return _cgls(exact.A_adjoint, exact.A, None, u, r, None, MAX_ITERATIONS).to(v.dtype)
 
@@ -126,29 +129,41 @@ def _find_preconditioner(operator, v: torch.Tensor) -> Callable | None:
     return operator.approximate_inverse(v) if any(getattr(operator, "margin", ())) else None
 
 
-def _pcg(operator, inverse: Callable, v, damping, tolerance, max_iterations: int) -> torch.Tensor:
-    """Solve (A A^T + damping) u = v per image by preconditioned conjugate gradients from 0 to ||residual|| <= tolerance
-    ||v|| (Golub & Van Loan, Matrix Computations, 2013, Alg. 11.5.1)."""
-    tolerance = (1e-10 if v.dtype == torch.float64 else 1e-5) if tolerance is None else tolerance
+def _invert_damped(operator, inverse: Callable, v, damping, *limits) -> torch.Tensor:
+    """(A A^T + damping)^-1 v by `solve_pcg`, preconditioned by inverse(v, damping)."""
     damping = _broadcast(damping, v)
+
+    def apply(u):
+        return operator.A(operator.A_adjoint(u)) + damping * u
+
+    return solve_pcg(apply, lambda u: inverse(u, damping), v, *limits)
+
+
+def solve_pcg(apply: Callable, inverse: Callable, v, tolerance: float | None, max_iterations: int) -> torch.Tensor:
+    """Solve apply(u) = v, symmetric and positive, per image by preconditioned conjugate gradients from u = 0 until
+    ||residual|| <= tolerance ||v|| (Golub & Van Loan, Matrix Computations, 2013, Alg. 11.5.1).
+
+    inverse: the preconditioner, near to the inverse of `apply`. tolerance: None as in `least_squares`.
+    """
+    tolerance = (1e-10 if v.dtype == torch.float64 else 1e-5) if tolerance is None else tolerance
 
     def dot(a, b):
         return (a * b).flatten(1).sum(dim=1)
 
     u, residual = torch.zeros_like(v), v
-    direction = preconditioned = inverse(residual, damping)
+    direction = preconditioned = inverse(residual)
     rho, threshold = dot(residual, preconditioned), tolerance**2 * dot(v, v)
     active = dot(residual, residual) > threshold
     for _ in range(max_iterations):
         if not active.any():
             break
-        image = operator.A(operator.A_adjoint(direction)) + damping * direction
+        image = apply(direction)
         curvature = dot(direction, image)
         active = active & (curvature > 0)
         step = _broadcast(torch.where(active, rho / curvature.where(active, 1.0), 0.0), v)
         u, residual = u + step * direction, residual - step * image
         active = active & (dot(residual, residual) > threshold)
-        preconditioned = inverse(residual, damping)
+        preconditioned = inverse(residual)
         previous, rho = rho, dot(residual, preconditioned)
         turn = torch.where(active, rho / previous.where(active, 1.0), 0.0)
         direction = preconditioned + _broadcast(turn, v) * direction

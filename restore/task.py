@@ -17,6 +17,7 @@ from restore.backbones.ambient import neutral_state
 from restore.config import read_yaml
 from restore.disk import hash_file
 from restore.images import io, masks
+from restore.images.compression import read_compression
 from restore.images.estimate import SMALLEST, estimate_noise
 from restore.images.masks import Mask
 from restore.images.resampling import Resampling, resize_image, stretch_range
@@ -86,6 +87,7 @@ class Task:
             raise RestoreError("mask=auto and sigma=auto look at a damaged photo; this one is to be degraded first")
         if isinstance(mask, Mask):
             config["mask"] = mask.for_photo(photo)
+        config = _read_quality(config, photo, degrade)
         if not degrade:
             config = operators.forget_border(config)
         blind = self.blind and not degrade
@@ -171,6 +173,19 @@ def load_task(
     if config.get("noise") != ESTIMATED:
         operators.build_noise(config.get("noise"))
     return Task(task, config, blind)
+
+
+def _read_quality(config: dict[str, Any], photo: Path, degrade: bool) -> dict[str, Any]:
+    """The configuration with what the photo's file says of its JPEG compression in place of quality=auto."""
+    if config["name"] == "compose":
+        return {**config, "operators": [_read_quality(dict(part), photo, degrade) for part in config["operators"]]}
+    if config["name"] != "jpeg" or config.get("quality") != AUTO:
+        return config
+    found = None if degrade else read_compression(photo)
+    if found is None:
+        reason = "this one is to be degraded first" if degrade else f"{Path(photo).name} is none that says it"
+        raise RestoreError(f"quality=auto is read from a JPEG file, but {reason}; try quality=40")
+    return {key: value for key, value in config.items() if key != "quality"} | found
 
 
 def _use_mask(config: dict[str, Any], task: str, mask: Mask, settings: dict[str, Any]) -> dict[str, Any]:

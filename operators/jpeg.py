@@ -1,0 +1,299 @@
+"""JPEG compression (ITU-T T.81, JFIF): the rounding of DCT coefficients as noise, and what a file tells of it."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from operators import proximal, validate
+from operators.base import Operator, apply_transpose
+from operators.errors import RestoreError
+from operators.noise import GaussianNoise
+from operators.separable import Kronecker, compute_dtype
+
+SIDE = 8  # pixels of a block
+LEVELS = 127.5  # grey levels of 1 on [-1, 1]
+SAMPLINGS = {"4:4:4": (1, 1), "4:2:2": (1, 2), "4:2:0": (2, 2)}  # rows and columns of the picture per value of chroma
+# RGB to Y, Cb, Cr (JFIF 1.02).
+MATRIX = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+# Standard deviation of an AC coefficient at the distance f from DC, a f^-b grey levels: brightness and colour of the
+# shipped photos, by least squares of logarithms. What is rounded away is never more than there is.
+SPREADS = ((75.0, 1.24), (22.0, 1.85))
+
+
+class JPEGNoise:
+    """What JPEG does to a picture y (B, 1 or 3, H, W): each DCT coefficient is rounded to a multiple of its step.
+
+    As a Gaussian of the data term: the variance of a coefficient is step^2 / 12 (of a uniform error), plus that of the
+    noise before it. Colour of half the resolution is compared at that resolution.
+
+    quality: 1 to 100 of libjpeg, with its standard tables; or tables: the steps of brightness and of colour, each 64
+        numbers in rows (Pillow's `Image.quantization`), as a file has them.
+    subsampling: "4:4:4", "4:2:2" or "4:2:0". offset: rows and columns of the first block that were cut off.
+    before: GaussianNoise that the picture had when it was compressed, or None.
+    sigma: about the standard deviation of all of it on [-1, 1], for samplers that take one number.
+    """
+
+    def __init__(self, quality=None, *, tables=None, subsampling="4:2:0", offset=(0, 0), before=None):
+        if (quality is None) == (tables is None):
+            raise RestoreError(f"quality or tables must be given, one of them, got {quality!r} and {tables!r}")
+        if before is not None and not isinstance(before, GaussianNoise):
+            raise RestoreError(f"noise before JPEG must be Gaussian or None, got {before!r}; try GaussianNoise(0.02)")
+        self.subsampling = validate.require_choice(subsampling, "subsampling", tuple(SAMPLINGS))
+        self.tables = standard_tables(quality) if tables is None else as_tables(tables)
+        self.quality, self.before = quality, before
+        self.offset = tuple(validate.require_integer(n, "offset", 0, 2 * SIDE - 1) for n in offset)
+
+    @property
+    def sigma(self) -> float:
+        spread, rows = 0.0, torch.tensor(MATRIX, dtype=torch.float64)
+        back = torch.linalg.inv(rows).square().sum(0)  # of an error of Y, Cb and Cr, in RGB
+        for plane in range(3):
+            a, b = SPREADS[plane > 0]
+            f = torch.arange(SIDE, dtype=torch.float64)
+            known = a * torch.hypot(f[:, None], f[None]).clamp_min(1e-9) ** -b
+            step = self.tables[plane > 0].square() / 12
+            spread += float(back[plane] * torch.minimum(step, known.square()).mean()) / 3
+        return math.sqrt(spread / LEVELS**2 + (0.0 if self.before is None else self.before.sigma**2))
+
+    def __call__(self, y: torch.Tensor, generator=None) -> torch.Tensor:
+        """Return y with the noise before, clamped to [-1, 1], compressed and read again by Pillow; no gradient."""
+        y = y.detach() if self.before is None else self.before(y.detach(), generator)
+        return torch.cat([self._compress(picture) for picture in y])[..., : y.shape[-2], : y.shape[-1]].to(y)
+
+    def after(self, before: GaussianNoise) -> JPEGNoise:
+        """Return the same compression of a picture with this noise."""
+        how = {"tables": self.tables} if self.quality is None else {"quality": self.quality}
+        return JPEGNoise(**how, subsampling=self.subsampling, offset=self.offset, before=before)
+
+    def std(self, y: torch.Tensor) -> torch.Tensor:
+        """Return the standard deviation of the noise at each entry of the noiseless measurement y."""
+        return torch.full_like(y, self.sigma)
+
+    def measure(self, y: torch.Tensor) -> torch.Tensor:
+        """Return the DCT coefficients (B, n) in grey levels of pictures y, as an encoder computes them; linear in y.
+
+        The planes Y, Cb, Cr one after the other, each as blocks (rows, columns, 8, 8); Y alone of one channel.
+        """
+        return torch.cat([_transform(plane).flatten(1) for plane in self._planes(LEVELS * y)], dim=1)
+
+    def read(self, y: torch.Tensor) -> torch.Tensor:
+        """Return `measure` of a picture that was decompressed: its chroma, enlarged by the decoder's triangle filter,
+        is undone."""
+        planes = self._planes(LEVELS * y)
+        planes[1:] = [undo_enlargement(plane, SAMPLINGS[self.subsampling]) for plane in planes[1:]]
+        return torch.cat([_transform(plane).flatten(1) for plane in planes], dim=1)
+
+    def prox_l2(self, operator, z: torch.Tensor, y: torch.Tensor, gamma, rough: bool = False) -> torch.Tensor:
+        """Return argmin_x gamma/2 ||A x - y||_W^2 + 1/2 ||x - z||^2; W weighs each coefficient by sigma^2 over its
+        variance.
+
+        With full chroma, sides of whole blocks and A the identity one step of conjugate gradients is the closed form.
+        """
+        gamma = validate.require_per_image(gamma, "gamma", z).to(compute_dtype(z)).to(z.device)[:, None]
+        x, target = z.to(compute_dtype(z)), y.to(compute_dtype(z))
+
+        def forward(image):
+            return self.measure(operator.A(image))
+
+        difference = self.read(target) - forward(x)
+        variances = self.variances(target) / self.sigma**2
+        damping = variances / gamma.clamp_min(1e-12)
+        inverse = self._precondition(operator, target, damping)
+
+        def apply(v):
+            return forward(apply_transpose(forward, v, x.shape)) + damping * v
+
+        limits = proximal.ROUGH if rough else (None, proximal.MAX_ITERATIONS)
+        v = proximal.solve_pcg(apply, inverse, difference, *limits)
+        d = apply_transpose(forward, v, x.shape)
+        return (x + torch.where((gamma > 0)[..., None, None], d, 0.0)).to(z.dtype)
+
+    def variances(self, y: torch.Tensor) -> torch.Tensor:
+        """Return the variance (1, n) of every coefficient of pictures like y, on the scale of `measure`."""
+        rows = torch.tensor(MATRIX, dtype=torch.float64).square().sum(1).tolist()
+        before = 0.0 if self.before is None else (LEVELS * self.before.sigma) ** 2
+        parts = []
+        for k, shape in enumerate(self._shapes(y)):
+            area = math.prod(SAMPLINGS[self.subsampling]) if k else 1
+            share = 1.0 if y.shape[1] == 1 else rows[k] / area
+            table = self.tables[k > 0].square() / 12 + share * before
+            parts.append(table.expand(*shape, SIDE, SIDE).reshape(1, -1))
+        return torch.cat(parts, dim=1).to(y)
+
+    def _precondition(self, operator, y: torch.Tensor, damping: torch.Tensor):
+        """A function that approximates (C A A^T C^T + damping)^-1, C = `measure`: as if A were stationary, coefficient
+        by coefficient, with full chroma for the three planes together."""
+        is_stationary = isinstance(operator, Operator) and operator.stationary
+        power = (_band_power(operator.respond(y)) if is_stationary else torch.ones(SIDE, SIDE)).to(y)
+        rows = torch.tensor(MATRIX, dtype=torch.float64)
+        gram = (LEVELS**2 * (rows @ rows.mT if y.shape[1] == 3 else torch.ones(1, 1))).to(y)
+        area = 1 if y.shape[1] == 1 else math.prod(SAMPLINGS[self.subsampling])
+        if area == 1:
+            steps = damping.view(len(damping), len(gram), -1, SIDE, SIDE)[:, :, 0].permute(0, 2, 3, 1)
+            inverted = torch.linalg.inv(gram * power[:, :, None, None] + torch.diag_embed(steps))
+
+            def invert(v):
+                planes = v.view(len(v), len(gram), -1, SIDE, SIDE)
+                return torch.einsum("buvij,bjnuv->binuv", inverted, planes).flatten(1)
+
+            return invert
+        parts = [gram[0, 0] * power, *[gram[k, k] / area * power.mean().expand(SIDE, SIDE) for k in (1, 2)]]
+        sizes = zip(parts, self._shapes(y), strict=True)
+        diagonal = torch.cat([part.expand(*shape, SIDE, SIDE).reshape(1, -1) for part, shape in sizes], dim=1) + damping
+        return lambda v: v / diagonal
+
+    def _planes(self, y: torch.Tensor) -> list[torch.Tensor]:
+        """Y, Cb, Cr (B, 1, h, w) of y, padded to whole blocks, chroma reduced by a box as the encoder does."""
+        if y.shape[1] == 1:
+            return [_pad(y, self.offset, (SIDE, SIDE))]
+        rows, columns = SAMPLINGS[self.subsampling]
+        y = _pad(y, self.offset, (SIDE * rows, SIDE * columns))
+        planes = torch.einsum("oc,bchw->bohw", torch.tensor(MATRIX, dtype=torch.float64).to(y), y).split(1, 1)
+        return [planes[0], *(F.avg_pool2d(plane, (rows, columns)) for plane in planes[1:])]
+
+    def _shapes(self, y: torch.Tensor) -> list[tuple[int, int]]:
+        """Rows and columns of blocks of each plane of pictures like y."""
+        rows, columns = (1, 1) if y.shape[1] == 1 else SAMPLINGS[self.subsampling]
+        sides = [
+            math.ceil((n + cut) / (SIDE * unit))
+            for n, cut, unit in zip(y.shape[2:], self.offset, (rows, columns), strict=True)
+        ]
+        return [(sides[0] * rows, sides[1] * columns), *([tuple(sides)] * (y.shape[1] - 1))]
+
+    def _compress(self, picture: torch.Tensor) -> torch.Tensor:
+        import PIL.Image
+
+        levels = ((picture.float().cpu().clamp(-1, 1) + 1) * LEVELS).round().byte()
+        levels = _pad(levels[None].float(), self.offset, (1, 1))[0].byte().permute(1, 2, 0).numpy()
+        image = PIL.Image.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels)
+        stream = io.BytesIO()
+        tables = [table.flatten().int().tolist() for table in self.tables]
+        sampling = {} if levels.shape[2] == 1 else {"subsampling": self.subsampling}
+        image.save(stream, "JPEG", qtables=tables[: 1 if levels.shape[2] == 1 else 2], **sampling)
+        decoded = np.asarray(PIL.Image.open(stream), dtype=np.float32).reshape(levels.shape)
+        decoded = decoded[self.offset[0] :, self.offset[1] :]
+        return torch.from_numpy(decoded).permute(2, 0, 1)[None] / LEVELS - 1
+
+    def __repr__(self) -> str:
+        tables = [table.flatten().int().tolist() for table in self.tables]
+        how = f"quality={self.quality}" if self.quality is not None else f"tables={tables}"
+        more = f", offset={self.offset}" if any(self.offset) else ""
+        more += f", before={self.before!r}" if self.before is not None else ""
+        return f"JPEGNoise({how}, subsampling={self.subsampling}{more})"
+
+
+class JPEG(Operator):
+    """A picture kept as JPEG: A(x) = x, and the noise is that of `JPEGNoise`.
+
+    quality, tables, subsampling, offset: as there. noise: GaussianNoise before the compression. In a composition it is
+    the last operator.
+    """
+
+    name = "jpeg"
+    stationary = True
+
+    def __init__(
+        self,
+        quality=None,
+        *,
+        tables=None,
+        subsampling="4:2:0",
+        offset=(0, 0),
+        noise=None,
+        image_size=None,
+        adjoint="exact",
+    ):
+        noise = JPEGNoise(quality, tables=tables, subsampling=subsampling, offset=offset, before=noise)
+        super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
+
+    def A(self, x: torch.Tensor) -> torch.Tensor:
+        self._check_image(x)
+        return x
+
+    def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        return y
+
+    A_dagger = A_adjoint
+
+    def factors(self, image_shape) -> Kronecker:
+        return Kronecker()
+
+
+# ITU-T T.81, Annex K.1.
+_BRIGHTNESS = (
+    *(16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56),
+    *(14, 17, 22, 29, 51, 87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92),
+    *(49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99),
+)
+_COLOUR = (
+    *(17, 18, 24, 47, 99, 99, 99, 99, 18, 21, 26, 66, 99, 99, 99, 99, 24, 26, 56, 99, 99, 99, 99, 99, 47, 66),
+    *([99] * 38),
+)
+
+
+def standard_tables(quality: int) -> list[torch.Tensor]:
+    """Return libjpeg's steps (8, 8) of brightness and colour for a quality of 1 to 100."""
+    quality = validate.require_integer(quality, "quality", 1, 100)
+    scale = 5000 // quality if quality < 50 else 200 - 2 * quality
+    return as_tables([[min(max((n * scale + 50) // 100, 1), 255) for n in table] for table in (_BRIGHTNESS, _COLOUR)])
+
+
+def as_tables(tables: Sequence) -> list[torch.Tensor]:
+    """Return one or two tables of 64 positive steps as float64 (8, 8), the second that of colour."""
+    values = [torch.as_tensor(table, dtype=torch.float64).flatten() for table in tables]
+    if not 1 <= len(values) <= 4 or any(len(t) != 64 or not (t >= 1).all() for t in values):
+        raise RestoreError(f"tables must be one or two of 64 steps of at least 1, got {[len(t) for t in values]}")
+    return [values[0].view(SIDE, SIDE), values[min(1, len(values) - 1)].view(SIDE, SIDE)]
+
+
+def undo_enlargement(plane: torch.Tensor, factor: tuple[int, int], iterations: int = 16) -> torch.Tensor:
+    """Return c (B, 1, h, w) of the box means of c enlarged by libjpeg's triangle filter, of weights 3/4 and 1/4.
+
+    That is c filtered by (1/8, 3/4, 1/8) along each enlarged axis, which Richardson's iteration inverts.
+    """
+    taps = torch.tensor([0.125, 0.75, 0.125], dtype=plane.dtype, device=plane.device)
+    for dim, size in zip((-2, -1), factor, strict=True):
+        if size == 1:
+            continue
+        kernel, pad = (taps.view(1, 1, 3, 1), (0, 0, 1, 1)) if dim == -2 else (taps.view(1, 1, 1, 3), (1, 1, 0, 0))
+        c = plane
+        for _ in range(iterations):
+            c = c + (plane - F.conv2d(F.pad(c, pad, mode="replicate"), kernel)) / 0.75
+        plane = c
+    return plane
+
+
+def _dct() -> torch.Tensor:
+    k = torch.arange(SIDE, dtype=torch.float64)
+    matrix = torch.cos(math.pi * (2 * k[None] + 1) * k[:, None] / (2 * SIDE)) * math.sqrt(2 / SIDE)
+    matrix[0] /= math.sqrt(2)
+    return matrix
+
+
+def _transform(plane: torch.Tensor) -> torch.Tensor:
+    """The orthonormal DCT of the blocks of (B, 1, H, W): (B, H / 8, W / 8, 8, 8)."""
+    blocks = plane[:, 0].unflatten(1, (-1, SIDE)).unflatten(3, (-1, SIDE)).transpose(2, 3)
+    D = _dct().to(plane)
+    return D @ blocks @ D.mT
+
+
+def _band_power(response: torch.Tensor) -> torch.Tensor:
+    """The power (8, 8) that a stationary map, by its response (h, w) to a point at [0, 0], gives each coefficient."""
+    at = torch.arange(SIDE)
+    lag = at[:, None] - at[None]
+    rows, columns = lag % response.shape[-2], lag % response.shape[-1]
+    local = response[0, 0].double().cpu()[rows[:, None, :, None], columns[None, :, None, :]]  # (i, j, k, l)
+    D = _dct()
+    return torch.einsum("ui,vj,ijkl,uk,vl->uv", D, D, local, D, D).clamp_min(0)
+
+
+def _pad(y: torch.Tensor, offset: tuple[int, int], unit: tuple[int, int]) -> torch.Tensor:
+    """Replicate the edges: by `offset` at the top and left, then to a multiple of `unit` at the bottom and right."""
+    more = [-(n + cut) % size for n, cut, size in zip(y.shape[-2:], offset, unit, strict=True)]
+    return F.pad(y, (offset[1], more[1], offset[0], more[0]), mode="replicate")
