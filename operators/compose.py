@@ -15,7 +15,7 @@ from operators.separable import Kronecker
 class Compose(Operator):
     """Operators one after the other: Compose(a, b).A(x) = b.A(a.A(x)), the same as `b @ a`.
 
-    noise: None: that of the last operator; before its compression if that is JPEG. Raises RestoreError if an earlier one
+    noise: None: that of the last operator; if that is JPEG, the noise before it. Raises RestoreError if an earlier one
         has noise.
     """
 

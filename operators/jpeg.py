@@ -21,7 +21,7 @@ LEVELS = 127.5  # grey levels of 1 on [-1, 1]
 SAMPLINGS = {"4:4:4": (1, 1), "4:2:2": (1, 2), "4:2:0": (2, 2)}  # rows and columns of the picture per value of chroma
 # RGB to Y, Cb, Cr (JFIF 1.02).
 MATRIX = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
-# Standard deviation of an AC coefficient at the distance f from DC, a f^-b grey levels: brightness and colour of the
+# Standard deviation of a coefficient at the distance f from DC, a f^-b grey levels: brightness and colour of the
 # shipped photos, by least squares of logarithms. What is rounded away is never more than there is.
 SPREADS = ((75.0, 1.24), (22.0, 1.85))
 
@@ -29,17 +29,18 @@ SPREADS = ((75.0, 1.24), (22.0, 1.85))
 class JPEGNoise:
     """What JPEG does to a picture y (B, 1 or 3, H, W): each DCT coefficient is rounded to a multiple of its step.
 
-    As a Gaussian of the data term: the variance of a coefficient is step^2 / 12 (of a uniform error), plus that of the
-    noise before it. Colour of half the resolution is compared at that resolution.
+    For the data term Gaussian noise: the variance of a coefficient is step^2 / 12 (of a uniform error), plus that of
+    the noise before it. Colour of half the resolution is compared at that resolution.
 
     quality: 1 to 100 of libjpeg, with its standard tables; or tables: the steps of brightness and of colour, each 64
         numbers in rows (Pillow's `Image.quantization`), as a file has them.
     subsampling: "4:4:4", "4:2:2" or "4:2:0". offset: rows and columns of the first block that were cut off.
     before: GaussianNoise that the picture had when it was compressed, or None.
-    sigma: about the standard deviation of all of it on [-1, 1], for samplers that take one number.
+    loss: standard deviation on [-1, 1] of what the compression changed (`estimate_loss`); None: of an average photo.
+    sigma: about the standard deviation of all of it, for samplers that take one number.
     """
 
-    def __init__(self, quality=None, *, tables=None, subsampling="4:2:0", offset=(0, 0), before=None):
+    def __init__(self, quality=None, *, tables=None, subsampling="4:2:0", offset=(0, 0), loss=None, before=None):
         if (quality is None) == (tables is None):
             raise RestoreError(f"quality or tables must be given, one of them, got {quality!r} and {tables!r}")
         if before is not None and not isinstance(before, GaussianNoise):
@@ -47,19 +48,37 @@ class JPEGNoise:
         self.subsampling = validate.require_choice(subsampling, "subsampling", tuple(SAMPLINGS))
         self.tables = standard_tables(quality) if tables is None else as_tables(tables)
         self.quality, self.before = quality, before
+        self.loss = None if loss is None else validate.require_number(loss, "loss", low=1e-4)
         self.offset = tuple(validate.require_integer(n, "offset", 0, 2 * SIDE - 1) for n in offset)
 
     @property
     def sigma(self) -> float:
-        spread, rows = 0.0, torch.tensor(MATRIX, dtype=torch.float64)
-        back = torch.linalg.inv(rows).square().sum(0)  # of an error of Y, Cb and Cr, in RGB
-        for plane in range(3):
-            a, b = SPREADS[plane > 0]
-            f = torch.arange(SIDE, dtype=torch.float64)
-            known = a * torch.hypot(f[:, None], f[None]).clamp_min(1e-9) ** -b
-            step = self.tables[plane > 0].square() / 12
-            spread += float(back[plane] * torch.minimum(step, known.square()).mean()) / 3
-        return math.sqrt(spread / LEVELS**2 + (0.0 if self.before is None else self.before.sigma**2))
+        loss = self._average_loss() if self.loss is None else self.loss
+        return math.hypot(loss, 0.0 if self.before is None else self.before.sigma)
+
+    def _average_loss(self) -> float:
+        known = [spread.square() for spread in _average_spreads()]
+        rounded = [table.square() / 12 for table in self.tables]
+        return _join_planes([float(torch.minimum(rounded[k], known[k]).mean()) for k in (0, 1, 1)])
+
+    def estimate_loss(self, y: torch.Tensor) -> float:
+        """Return the standard deviation on [-1, 1] of what the compression has changed in a picture that it made.
+
+        Coefficients are taken as Laplacian, with the average photo's spreads times one factor for each plane: that with
+        which as many of them are rounded to 0 as are.
+        """
+        losses, sizes = [], [SIDE**2 * math.prod(shape) for shape in self._shapes(y)]
+        for k, plane in enumerate(self.read(y.double()).split(sizes, dim=1)):
+            step, average = self.tables[k > 0].to(plane), _average_spreads()[k > 0].to(plane)
+            kept = float((plane.view(-1, SIDE, SIDE).abs() > step / 2).double().mean())
+            low, high = -6.0, 6.0  # of the factor's logarithm
+            for _ in range(40):
+                middle = (low + high) / 2
+                a = step * math.sqrt(0.5) / (average * math.exp(middle))  # P(|c| > step / 2) = exp(-a)
+                low, high = (middle, high) if float((-a).exp().mean()) < kept else (low, middle)
+            zeroed = (step / (2 * a)).square() * (2 - (-a).exp() * (a.square() + 2 * a + 2))
+            losses.append(float(torch.where(a > 1e-2, zeroed + (-a).exp() * step**2 / 12, step**2 / 12).mean()))
+        return _join_planes(losses)
 
     def __call__(self, y: torch.Tensor, generator=None) -> torch.Tensor:
         """Return y with the noise before, clamped to [-1, 1], compressed and read again by Pillow; no gradient."""
@@ -69,7 +88,7 @@ class JPEGNoise:
     def after(self, before: GaussianNoise) -> JPEGNoise:
         """Return the same compression of a picture with this noise."""
         how = {"tables": self.tables} if self.quality is None else {"quality": self.quality}
-        return JPEGNoise(**how, subsampling=self.subsampling, offset=self.offset, before=before)
+        return JPEGNoise(**how, subsampling=self.subsampling, offset=self.offset, loss=self.loss, before=before)
 
     def std(self, y: torch.Tensor) -> torch.Tensor:
         """Return the standard deviation of the noise at each entry of the noiseless measurement y."""
@@ -184,6 +203,7 @@ class JPEGNoise:
         tables = [table.flatten().int().tolist() for table in self.tables]
         how = f"quality={self.quality}" if self.quality is not None else f"tables={tables}"
         more = f", offset={self.offset}" if any(self.offset) else ""
+        more += f", loss={self.loss}" if self.loss is not None else ""
         more += f", before={self.before!r}" if self.before is not None else ""
         return f"JPEGNoise({how}, subsampling={self.subsampling}{more})"
 
@@ -191,8 +211,8 @@ class JPEGNoise:
 class JPEG(Operator):
     """A picture kept as JPEG: A(x) = x, and the noise is that of `JPEGNoise`.
 
-    quality, tables, subsampling, offset: as there. noise: GaussianNoise before the compression. In a composition it is
-    the last operator.
+    quality, tables, subsampling, offset, loss: as there. noise: GaussianNoise before the compression. In a composition
+    it is the last operator.
     """
 
     name = "jpeg"
@@ -205,11 +225,12 @@ class JPEG(Operator):
         tables=None,
         subsampling="4:2:0",
         offset=(0, 0),
+        loss=None,
         noise=None,
         image_size=None,
         adjoint="exact",
     ):
-        noise = JPEGNoise(quality, tables=tables, subsampling=subsampling, offset=offset, before=noise)
+        noise = JPEGNoise(quality, tables=tables, subsampling=subsampling, offset=offset, loss=loss, before=noise)
         super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
@@ -250,6 +271,20 @@ def as_tables(tables: Sequence) -> list[torch.Tensor]:
     if not 1 <= len(values) <= 4 or any(len(t) != 64 or not (t >= 1).all() for t in values):
         raise RestoreError(f"tables must be one or two of 64 steps of at least 1, got {[len(t) for t in values]}")
     return [values[0].view(SIDE, SIDE), values[min(1, len(values) - 1)].view(SIDE, SIDE)]
+
+
+def _average_spreads() -> list[torch.Tensor]:
+    """Standard deviations (8, 8) of the coefficients of brightness and of colour in an average photo."""
+    f = torch.arange(SIDE, dtype=torch.float64)
+    distance = torch.hypot(f[:, None], f[None]).clamp_min(1e-2)
+    return [a * distance**-b for a, b in SPREADS]
+
+
+def _join_planes(variances: Sequence[float]) -> float:
+    """The standard deviation on [-1, 1] of R, G, B together, of variances of Y (alone: of grey), Cb, Cr in levels."""
+    weights = torch.linalg.inv(torch.tensor(MATRIX, dtype=torch.float64)).square().sum(0).tolist()
+    total = sum(w * v / 3 for w, v in zip(weights, variances, strict=True)) if len(variances) == 3 else variances[0]
+    return math.sqrt(total) / LEVELS
 
 
 def undo_enlargement(plane: torch.Tensor, factor: tuple[int, int], iterations: int = 16) -> torch.Tensor:

@@ -185,7 +185,8 @@ def _read_quality(config: dict[str, Any], photo: Path, degrade: bool) -> dict[st
     if found is None:
         reason = "this one is to be degraded first" if degrade else f"{Path(photo).name} is none that says it"
         raise RestoreError(f"quality=auto is read from a JPEG file, but {reason}; try quality=40")
-    return {key: value for key, value in config.items() if key != "quality"} | found
+    loss = operators.JPEGNoise(**found).estimate_loss(io.read_image(photo).pixels)
+    return {key: value for key, value in config.items() if key != "quality"} | found | {"loss": float(f"{loss:.3g}")}
 
 
 def _use_mask(config: dict[str, Any], task: str, mask: Mask, settings: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ _SAMPLINGS = dict(enumerate(("4:4:4", "4:2:2", "4:2:0")))  # by Pillow's numbers
 
 
 def read_compression(path: str | Path) -> dict[str, Any] | None:
-    """Return the options `tables`, `subsampling` and `offset` of `operators.JPEG` for a file, as `io.read_image` reads it
+    """Return the options `tables`, `subsampling` and `offset` of `operators.JPEG` for a file that `io.read_image` reads
     (upright); None if it is no JPEG, or one whose colour is stored in another way (CMYK, halved in the rows alone).
 
     Raises RestoreError if the file is missing or no picture.

@@ -22,7 +22,7 @@ def test_task_files(task, size):
 
 
 def test_tasks_that_need_something_from_the_user():
-    assert {path.stem for path in TASKS.glob("*.yaml")} == {*NAMES, "inpaint", "blur"}
+    assert {path.stem for path in TASKS.glob("*.yaml")} == {*NAMES, "inpaint", "blur", "jpeg"}
     for task, option, value in [
         ("inpaint", "mask", operators.box_mask(32)),
         ("blur", "kernel", operators.gaussian_kernel(5, 1.0)),
