@@ -217,6 +217,7 @@ def test_every_operator_lists_its_options():
         "colorization": ["weights"],
         "clipping": ["gain"],
         "phase_retrieval": ["oversample"],
+        "jpeg": ["quality", "tables", "subsampling", "offset", "loss"],
         "compose": ["operators"],
     }
     assert {name: operators.operator_options(name) for name in operators.factory.OPERATORS} == expected
