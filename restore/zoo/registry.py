@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -90,7 +91,8 @@ def read_registry(folder: Path | None = None) -> dict[str, Model]:
 
     Raises RestoreError for unreadable YAML and for unknown, missing and misplaced keys.
     """
-    return {path.stem: _read_model(path) for path in sorted((folder or configs_dir() / "model").glob("*.yaml"))}
+    paths = sorted((folder or configs_dir() / "model").glob("*.yaml"))
+    return {path.stem: _read_model(path, path.stat().st_mtime_ns) for path in paths}
 
 
 def find_model(name: str) -> Model:
@@ -110,7 +112,9 @@ def detect_kind(content: Mapping[str, Any]) -> str | None:
     return next((kind for part, kind in CLASSES.items() if any(name.startswith(part) for name in names)), None)
 
 
-def _read_model(path: Path) -> Model:
+@functools.cache
+def _read_model(path: Path, modified: int) -> Model:
+    """Return what a file holds, which is read again only if it was modified."""
     content = read_yaml(path, "model")
     if not isinstance(content, dict):
         raise RestoreError(f"{path} must hold the keys of a model, got a {type(content).__name__}")
