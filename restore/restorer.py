@@ -18,7 +18,7 @@ from restore import samplers, zoo
 from restore.backbones.ambient import neutral_state
 from restore.backbones.base import count_image_channels
 from restore.backbones.memory_options import enable_block_checkpointing, enable_vae_slicing, enable_vae_tiling
-from restore.backbones.sizes import Sized
+from restore.backbones.sizes import Sized, default_overlap
 from restore.guidance import Guidance, resolve_guidance
 from restore.guidance.layers import format_layer_table
 from restore.method import Method, Situation
@@ -48,7 +48,7 @@ def load(
     precision: str = "fp32",
     offline: bool = False,
     checkpointing: bool = False,
-    overlap: float = 0.5,
+    overlap: float | None = None,
     max_windows: int = 16,
     vae_slicing: bool = False,
     vae_tiling: bool = False,
@@ -94,7 +94,7 @@ class Restorer:
     """
 
     def __init__(
-        self, backbone, name="custom", *, overlap=0.5, max_windows=16, recompute_windows=False, per_channel=False
+        self, backbone, name="custom", *, overlap=None, max_windows=16, recompute_windows=False, per_channel=False
     ) -> None:
         self.backbone, self.name, self.per_channel = backbone, name, per_channel
         self.channels, self.options, self.given = count_image_channels(backbone), {}, {}
@@ -102,6 +102,7 @@ class Restorer:
             raise RestoreError(f"the prior's images must be grey or colour, of 1 or 3 channels, got {self.channels}")
         if per_channel and self.channels != 1:
             raise RestoreError("per_channel must be False for a prior of colour images")
+        overlap = default_overlap(backbone) if overlap is None else overlap
         self.windows = {"overlap": overlap, "max_windows": max_windows, "recompute_windows": recompute_windows}
         self.kind = "pixels" if backbone.downscale == 1 else "latents"
         self.device = next(backbone.network.parameters()).device

