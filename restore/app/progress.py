@@ -21,7 +21,7 @@ class PhotoPace(Pace):
 
     def __init__(self, plan: Plan | None = None, batch: int = 1, **clock: Any) -> None:
         seconds = None if plan is None else plan.seconds
-        super().__init__(None if seconds is None else widen(seconds), **clock)
+        super().__init__(None if seconds is None else widen(seconds, plan.busy), **clock)
         self.calls, self.calls_planned, self.next = 0, 0, 1.0
         if plan is not None:
             batch = min(batch, plan.samples)

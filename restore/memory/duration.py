@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import bisect
-import os
 import time
 from collections import deque
 from collections.abc import Callable
 
-# What a plan's seconds are worth: shares of them, at rest. Network calls vary in length, and processors in speed.
+# What a plan's seconds are worth: shares of them. Network calls vary in length, and processors in speed.
 FASTER, SLOWER = 0.7, 1.5
+MOST_RELIEF = 2.0
 UNITS = (("second", 1), ("minute", 60), ("hour", 3600))
 ROUND = (0.5, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 75, 90)
 
@@ -32,13 +32,12 @@ def format_range(low: float, high: float) -> str:
 
 
 def widen(seconds: float, busy: float = 1.0) -> tuple[float, float]:
-    """Return the range in which a plan's seconds will lie, wider upwards the busier this machine's processors are.
+    """Return the range in which a plan's seconds, measured at this machine's present pace, will lie.
 
-    busy: how many times faster it would be if the programs stopped that ran when it was made, see Plan.
+    busy: how many times faster it would be if the programs stopped that ran when it was made, see Plan. Some may stop;
+    that all do at once is not expected.
     """
-    processors = os.cpu_count() or 1
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    return FASTER * seconds / busy, SLOWER * seconds * max(1.0, (load + processors) / processors)
+    return FASTER * seconds / min(busy, MOST_RELIEF), SLOWER * seconds
 
 
 class Pace:

@@ -112,6 +112,52 @@ def test_a_queue_goes_on_after_a_bad_photo_and_proposes_damage(restorer, tmp_pat
     assert (~masks[1] & truth).sum() > 0.4 * truth.sum()
 
 
+@pytest.mark.parametrize("task", ["denoise", "sharpen"])
+def test_each_photo_of_a_queue_is_measured_by_itself(restorer, tmp_path, task):
+    from restore.app.page.handlers import _read_requests
+
+    rng, photos = np.random.default_rng(0), []
+    for k, noise in enumerate((4, 50)):
+        photos.append(tmp_path / f"{k}.png")
+        picture = PIL.Image.open(data_dir() / "photos" / "chelsea.jpg").crop((100, 100, 196, 180))
+        array = np.asarray(picture) + rng.normal(0, noise, (80, 96, 3))
+        PIL.Image.fromarray(array.clip(0, 255).astype(np.uint8)).save(photos[-1])
+    typed = {"path": "[]", "pag_scale": "", "steps": "2", "label": "photo", "factor": 2, "seed": 0, "blur": "focus"}
+    typed |= {"quality": "fast", "sensitivity": 0.5, "trajectory": False, "extent": 21, "std": 2.5, "noise": 0.06}
+    first, others = _read_requests(task=task, sigma="", **typed)
+    run = work.restore(photos, Planner(restorer), first, tmp_path / "out", threading.Event(), Edits(), others=others)
+    done = [item for item in run if isinstance(item, work.Result)]
+    assert [each.error for each in done] == [None, None]
+    operators = [each.sidecar["settings"]["task"] for each in done]
+    sigmas = [operator["noise"]["sigma"] for operator in operators]
+    assert sigmas[0] < 0.1 and sigmas[1] == pytest.approx(50 / 127.5, rel=0.15)
+    assert sigmas[0] == 0.06 or task != "denoise"  # the slider belongs to the photo that is shown
+    if task == "sharpen":
+        assert operators[0]["std"] == 2.5 and operators[1]["std"] != 2.5
+    same = [each.sigma for each in _read_requests(task=task, sigma="0.2", **typed)]
+    assert same == [0.2, 0.2]  # what is typed under Advanced is for all
+
+
+def test_a_person_gets_one_version_of_what_takes_least(restorer):
+    assert Request() == Request("denoise", factor=2, samples=1, std=None, sigma=None)
+    assert next(iter(request.PLAIN)) == Request().task
+
+
+def test_long_estimates_say_what_takes_less():
+    from restore.app.page import text
+    from restore.memory import Plan
+    from restore.memory.measure import MemoryOptions
+
+    def plan(seconds, samples=1):
+        return Plan((3000, 4000), "dpir in 8 steps", samples, 9, 8, seconds, 1, None, MemoryOptions(16))
+
+    short, long = text.format_plan(plan(100), 1), text.format_plan(plan(3600), 2)
+    assert "<b>Takes 1 to 3 minutes</b><br>" in short and "Cropped" not in short
+    assert "<b>Takes 0.5 to 2 hours</b> for the first photo: the result has 12.0 million pixels" in long
+    assert "Cropped to a quarter of its area: 10 to 25 minutes" in long
+    assert "They take 2 to 6 hours" in text.format_versions(plan(4 * 3600, 3))
+
+
 def test_nothing_to_fill_is_an_error(restorer, tmp_path):
     for edits in (Edits(), Edits(mask=np.zeros((64, 64), bool))):
         (done,) = restored(restorer, [PHOTO], Request("fill", **QUICK), tmp_path, edits)
@@ -211,10 +257,13 @@ def test_labels_are_offered_if_the_prior_has_classes(restorer, tmp_path):
     choices = [("not sure", ""), ("face", "face"), ("photo", "photo")]
     offered = [handlers.offer_labels(name) for name in ("embedded", "embedded-latent", "adm-ffhq-256")]
     assert [(each["visible"], each["choices"], each["value"]) for each in offered] == [
-        (True, choices, ""),
+        (True, choices, "photo"),
         (False, [], ""),
         (False, [], ""),
     ]
+    # Whole photos are photos; one no larger than the prior may be a whole face.
+    sizes = ((480, 640), (64, 64), None)
+    assert [models.choose_label(restorer, size) for size in sizes] == ["photo", "", "photo"]
     results = {}
     for label in ("face", "photo", None):
         wanted = Request("denoise", sigma=0.5, label=label, **QUICK)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +28,7 @@ def add_endpoints(handlers: Handlers) -> None:
         progress: Any = gr.Progress(),  # noqa: B008
         **values: Any,
     ) -> Iterator[Any]:
-        stop = handlers.stops[session.session_hash] = threading.Event()
+        stop = handlers.visits.begin(session.session_hash).stop
         with make_work_folder() as folder, show_errors(photo, mask):
             planner, request = priors.planner(prior, "restore"), parse_request(**values, trajectory=True)
             for item in work.restore([photo] if photo else [], planner, request, folder, stop, mask=mask):
@@ -54,10 +53,10 @@ def add_endpoints(handlers: Handlers) -> None:
         inputs = {
             "photo": gr.File(label="photo", type="filepath"),
             "prior": gr.Textbox(priors.first.name, label="prior"),
-            "task": gr.Textbox("fill", label=f"task: {', '.join(PLAIN)}"),
-            "factor": gr.Number(4, label=f"factor of enlarge: {', '.join(map(str, FACTORS))}", precision=0),
+            "task": gr.Textbox("denoise", label=f"task: {', '.join(PLAIN)}"),
+            "factor": gr.Number(2, label=f"factor of enlarge: {', '.join(map(str, FACTORS))}", precision=0),
             "blur": gr.Textbox("focus", label=f"blur of sharpen: {', '.join(BLURS)}"),
-            "std": gr.Number(1.5, label="std of the blur focus, in pixels"),
+            "std": gr.Textbox("", label="std of the blur focus, in pixels; empty: estimated"),
             "path": gr.Textbox("", label="path of the blur motion: JSON [[x, y], ...] in pixels"),
             "sigma": gr.Textbox("", label="sigma: noise on [-1, 1]; empty: estimated"),
             "sensitivity": gr.Number(0.5, label="sensitivity of the search for damage, 0 to 1"),

@@ -13,7 +13,7 @@ SCROLL_TO_STATUS = """() => {
     if (innerWidth < 768) document.getElementById('status').scrollIntoView({behavior: 'smooth', block: 'center'});
 }"""
 # The inputs of a restoration. A change of SETTINGS makes a new estimate, as does leaving the steps or pag_scale field.
-SETTINGS = ("stage", "more", "task", "factor", "blur", "std", "path", "extent", "quality", "three", "prior", "label")
+SETTINGS = ("stage", "more", "task", "factor", "blur", "std", "path", "extent", "quality", "prior", "label")
 INPUTS = (*SETTINGS, "photo", "noise", "sensitivity", "seed", "sigma", "trajectory", "steps", "pag_scale")
 
 
@@ -58,11 +58,10 @@ def build_page(restorer: Any, offline: bool = False, fetching: bool = True, **op
         layout.add_header()
         with gr.Row():
             with gr.Column(min_width=320):
-                layout.add_photo_section(parts, priors)
+                layout.add_photo_section(parts)
                 layout.add_task_section(parts)
-                layout.add_quality_section(parts)
-                layout.add_advanced_section(parts)
-                layout.add_prior_section(parts, priors)
+                layout.add_start_section(parts)
+                layout.add_more_section(parts, priors)
             with gr.Column(min_width=320, elem_id="results"):
                 layout.add_results(parts)
         called = handlers.Handlers(priors, parts)
@@ -81,7 +80,9 @@ def _connect(page: Any, parts: Any, handlers: Any) -> None:
     def select(*names: str, outputs: str) -> dict[str, Any]:
         return {"inputs_kwargs": parts.select(*names), "outputs": list(parts.select(*outputs.split()).values())}
 
-    parts.photo.change(handlers.open_photo, **select("photo", outputs="photo stage again noise"), **quiet)
+    parts.photo.change(
+        handlers.open_photo, **select("photo", "prior", outputs="photo stage again noise std label"), **quiet
+    )
     parts.again.click(lambda: None, outputs=parts.photo, **quiet)
     gr.on([parts.photo.change, parts.more.change], handlers.count, **select("photo", "more", outputs="go"), **quiet)
     shown = "stage filling factor sharpening noise"
@@ -93,12 +94,22 @@ def _connect(page: Any, parts: Any, handlers: Any) -> None:
     parts.measure.click(handlers.measure_blur, **select("photo", "stage", outputs="std"), **quiet)
     changes = [part.change for part in parts.select(*SETTINGS).values()] + [parts.steps.blur, parts.pag_scale.blur]
     gr.on(changes, handlers.estimate, **select(*INPUTS, outputs="plan fits"), trigger_mode="always_last", **quiet)
-    results = f"status {' '.join(handlers.RESULTS)} guidance sidecar"
+    shown = f"{' '.join(handlers.RESULTS)} guidance sidecar"
+    results = f"status {shown}"
     begun = select(outputs=f"{results} go cancel")
-    begin = parts.go.click(handlers.begin, **begun, js=SCROLL_TO_STATUS, queue=False, **quiet)
-    run = begin.then(handlers.restore, **select(*INPUTS, outputs=results), concurrency_id="restore", **quiet)
-    run.failure(handlers.report_failure, **select(outputs="status"), queue=False, **quiet)
-    run.then(handlers.finish, **select(outputs="go cancel"), queue=False, **quiet)
+    runs = (
+        (parts.go, handlers.begin, handlers.restore, select(*INPUTS, outputs=results)),
+        (parts.three, handlers.begin_versions, handlers.restore_versions, select("which", outputs=results)),
+    )
+    offered = select("which", outputs="offer versions")
+    for button, begin, restore, inputs in runs:
+        begin = button.click(begin, **begun, js=SCROLL_TO_STATUS, queue=False, **quiet)
+        run = begin.then(restore, **inputs, concurrency_id="restore", **quiet)
+        run.failure(handlers.report_failure, **select(outputs="status"), queue=False, **quiet)
+        done = run.then(handlers.finish, **select(outputs="go cancel"), queue=False, **quiet)
+        done.then(handlers.offer_versions, **offered, **quiet)
+    chosen = parts.which.input(handlers.show, **select("which", outputs=shown), **quiet)
+    chosen.then(handlers.offer_versions, **offered, **quiet)
     parts.cancel.click(handlers.cancel, **select(outputs="status"), queue=False, **quiet)
     page.unload(handlers.leave)
     parts.prior.change(handlers.describe_prior, **select("prior", outputs="about fetch"), **quiet)

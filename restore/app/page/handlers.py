@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,33 +13,39 @@ import gradio as gr
 from operators import RestoreError
 from restore.app.page import models, pictures, work
 from restore.app.page.models import Priors
-from restore.app.page.request import Request, estimate_sigma, parse_request
+from restore.app.page.request import Request, estimate_sigma, estimate_std, parse_request
 from restore.app.page.store import make_work_folder
-from restore.app.page.text import format_plan, format_status, hide_folders, to_sentence
-from restore.images import estimate
+from restore.app.page.text import format_plan, format_status, format_versions, hide_folders, to_sentence
+from restore.app.page.visits import Asked, Visit, Visits
+
+VERSIONS = 3  # offered of a restored photo
 
 
 class Handlers:
     """The handlers of one page. parts: its components, a layout.Parts, for handlers with several outputs."""
 
     # The results that a new restoration hides first.
-    RESULTS = ("forming", "slider", "download", "gallery", "guessed", "files", "experts")
+    RESULTS = ("forming", "which", "slider", "download", "offer", "gallery", "guessed", "files", "experts")
 
     def __init__(self, priors: Priors, parts: Any = None) -> None:
-        self.priors, self.parts = priors, parts
-        self.stops: dict[str, threading.Event] = {}  # by session, which is a tab of the browser
+        self.priors, self.parts, self.visits = priors, parts, Visits()
 
-    def open_photo(self, photo: str | None) -> dict[Any, Any]:
-        if not photo:
-            empty = {"photo": gr.update(visible=True), "stage": gr.update(photo="", visible="hidden")}
+    def open_photo(self, photo: str | None, prior: str) -> dict[Any, Any]:
+        pixels = None
+        try:
+            pixels = pictures.read_photo(photo).pixels if photo else None
+        except RestoreError as error:  # shown, and the frame is empty again
+            gr.Warning(to_sentence(hide_folders(str(error), photo)))
+        if pixels is None:
+            empty = {"photo": gr.update(value=None, visible=True), "stage": gr.update(photo="", visible="hidden")}
             return self.parts.updates(**empty, again=gr.update(visible=False))
-        with show_errors(photo):
-            pixels = pictures.read_photo(photo).pixels
         return self.parts.updates(
             photo=gr.update(visible="hidden"),
             stage=gr.update(photo=pictures.to_data_url(pictures.render(pixels)), visible=True),
             again=gr.update(visible=True),
             noise=estimate_sigma(pixels),
+            std=estimate_std(pixels),
+            label=gr.update(value=models.choose_label(self.priors.get(prior), tuple(pixels.shape[-2:]))),
         )
 
     def count(self, photo: str | None, more: list[str] | None) -> str:
@@ -68,14 +74,14 @@ class Handlers:
 
     def measure_blur(self, photo: str | None, stage: str) -> float:
         with show_errors(photo):
-            return max(0.3, round(estimate.estimate_blur(_read_edited(photo, stage)), 1))
+            return estimate_std(_read_edited(photo, stage))
 
     def estimate(self, photo: str | None, stage: str, more: Any, prior: str, **values: Any) -> dict[Any, Any]:
         """Say what the first photo takes, and whether the prior fits it."""
         plan, text, photos = None, "", _list_photos(photo, more)
         if photos:
             try:
-                planner, request = self.priors.planner(prior, "estimate"), _read_request(**values)
+                planner, (request, _) = self.priors.planner(prior, "estimate"), _read_requests(**values)
                 edits = _read_edits(photo, stage)
                 with make_work_folder() as folder:
                     plan = work.estimate(photos[0], planner, request, folder, edits)
@@ -86,9 +92,14 @@ class Handlers:
 
     def begin(self, session: gr.Request) -> dict[Any, Any]:
         """Answer the button at once; other visitors may come first."""
-        self.stops[session.session_hash] = threading.Event()
+        self.visits.begin(session.session_hash)
         hidden = {name: gr.update(visible=False) for name in self.RESULTS}
         return self.parts.updates(status=format_status("Waiting for its turn …"), **hidden) | self._buttons(False)
+
+    def begin_versions(self, session: gr.Request) -> dict[Any, Any]:
+        self.visits.get(session.session_hash).stop.clear()
+        waiting = {"status": format_status("Waiting for its turn …"), "offer": gr.update(visible=False)}
+        return self.parts.updates(**waiting) | self._buttons(False)
 
     def finish(self) -> dict[Any, Any]:
         return self._buttons(True)
@@ -100,16 +111,39 @@ class Handlers:
     def restore(
         self, session: gr.Request, photo: str | None, stage: str, more: Any, prior: str, **values: Any
     ) -> Iterator[dict[Any, Any]]:
-        stop = self.stops.setdefault(session.session_hash, threading.Event())
-        photos, files, outcomes = _list_photos(photo, more), [], []
+        visit, photos = self.visits.get(session.session_hash), _list_photos(photo, more)
         try:
-            request, edits = _read_request(**values), _read_edits(photo, stage)
-            planner = self.priors.planner(prior, "restore")
+            (request, others), edits = _read_requests(**values), _read_edits(photo, stage)
         except RestoreError as error:
             yield self.parts.updates(status=format_status(str(error), bad=True))
             return
-        with make_work_folder() as folder:
-            for item in work.restore(photos, planner, request, folder, stop, edits):
+        own = [(edits, request)] + [(None, others)] * (len(photos) - 1)
+        asked = [Asked(path, edits, prior, wanted) for path, (edits, wanted) in zip(photos, own, strict=False)]
+        yield from self._run(visit, asked, "first")
+
+    def restore_versions(self, session: gr.Request, which: int | None) -> Iterator[dict[Any, Any]]:
+        """Restore the photo that is shown again, several times."""
+        visit, k = self.visits.get(session.session_hash), which or 0
+        if k < len(visit.asked):
+            request = dataclasses.replace(visit.asked[k].request, samples=VERSIONS)
+            yield from self._run(visit, [dataclasses.replace(visit.asked[k], request=request)], f"versions-{k}", k)
+
+    def _run(self, visit: Visit, asked: list[Asked], folder: str, place: int | None = None) -> Iterator[dict[Any, Any]]:
+        """Restore photos and show each; place: of the result that is replaced, None for new ones."""
+        outcomes: list[tuple[str, bool]] = []
+        if not asked:
+            yield self.parts.updates(status=format_status("choose a photo first", bad=True))
+            return
+        first = asked[0]
+        try:
+            planner = self.priors.planner(first.prior, "restore")
+        except RestoreError as error:
+            yield self.parts.updates(status=format_status(str(error), bad=True))
+            return
+        photos, others = [each.photo for each in asked], asked[-1].request
+        with visit.run():
+            run = (photos, planner, first.request, visit.folder(folder), visit.stop)
+            for item in work.restore(*run, first.edits, others=others):
                 lines = [line for line, _ in outcomes]
                 if isinstance(item, work.Step):
                     picture = gr.skip() if item.picture is None else gr.update(value=item.picture, visible=True)
@@ -118,32 +152,69 @@ class Handlers:
                     continue
                 outcomes.append((item.line(), item.error is None))
                 if item.error is None:
-                    files += map(str, item.files)
+                    k = visit.add(item, asked[len(outcomes) - 1], place)
                     status = format_status("Done.", lines=[*lines, item.line()])
-                    yield self.parts.updates(status=status, **_show_result(item, files))
-            # The last yield stands inside of the block: the files are removed once the page has copied them.
+                    yield self.parts.updates(status=status, **self._show(visit, k))
+            # The last yield stands inside of the block: a visitor's files are removed once the page has copied them.
             done = sum(succeeded for _, succeeded in outcomes)
             last = outcomes[-1][0] if len(outcomes) == 1 else f"{done} of {len(photos)} photos done"
             lines = [line for line, _ in outcomes] if len(outcomes) > 1 else []
             status = format_status(last, lines=lines, bad=done < len(photos))
             yield self.parts.updates(status=status, forming=gr.update(visible=False))
 
+    def show(self, session: gr.Request, which: int | None) -> dict[Any, Any]:
+        """Show another photo of the queue."""
+        visit, k = self.visits.get(session.session_hash), which or 0
+        return self.parts.updates(**self._show(visit, k)) if k < len(visit.results) else {self.parts.slider: gr.skip()}
+
+    def _show(self, visit: Visit, k: int) -> dict[str, Any]:
+        done = visit.results[k]
+        several, files = len(done.samples) > 1, [str(path) for each in visit.results for path in each.files]
+        captions = [f"version {n + 1}" for n in range(len(done.samples))]
+        names = [(each.name, n) for n, each in enumerate(visit.results)]
+        return {
+            "forming": gr.update(visible=False),
+            "which": gr.update(choices=names, value=k, visible=len(names) > 1),
+            "slider": gr.update(value=(done.before, done.samples[0]), visible=True),
+            "download": gr.update(value=str(done.files[0]), visible=True),
+            "gallery": gr.update(value=list(zip(done.samples, captions, strict=True)), visible=several),
+            "guessed": gr.update(value=done.guessed, visible=several),
+            "files": gr.update(value=files, visible=True),
+            "experts": gr.update(visible=True),
+            "guidance": gr.update(value=done.guidance and str(done.guidance), visible=done.guidance is not None),
+            "sidecar": done.sidecar,
+        }
+
+    def offer_versions(self, session: gr.Request, which: int | None) -> dict[Any, Any]:
+        """Say what several versions of the photo that is shown would take."""
+        visit, k, plan = self.visits.get(session.session_hash), which or 0, None
+        if k < len(visit.results) and len(visit.results[k].samples) == 1:
+            asked = visit.asked[k]
+            request = dataclasses.replace(asked.request, samples=VERSIONS)
+            try:
+                with make_work_folder() as folder:
+                    planner = self.priors.planner(asked.prior, "estimate")
+                    plan = work.estimate(asked.photo, planner, request, folder, asked.edits)
+            except RestoreError:  # there is a result; what more there could be is not worth an error
+                pass
+        text = format_versions(plan) if plan is not None and plan.fits else ""
+        return self.parts.updates(offer=gr.update(visible=bool(text)), versions=text)
+
     def cancel(self, session: gr.Request) -> str:
-        if session.session_hash in self.stops:
-            self.stops[session.session_hash].set()
+        self.visits.get(session.session_hash).stop.set()
         return format_status("Cancelling …")
 
     def leave(self, session: gr.Request) -> None:
-        self.cancel(session)
-        self.stops.pop(session.session_hash, None)
+        self.visits.leave(session.session_hash)
 
     def offer_labels(self, prior: str) -> Any:
         """Ask what the photo shows if the prior knows several kinds of picture."""
         try:
-            choices = models.class_choices(self.priors.get(prior))
+            loaded = self.priors.get(prior)
+            choices, value = models.class_choices(loaded), models.choose_label(loaded)
         except RestoreError:  # which the line about the prior says
-            choices = []
-        return gr.update(choices=choices, value="", visible=bool(choices))
+            choices, value = [], ""
+        return gr.update(choices=choices, value=value, visible=bool(choices))
 
     def describe_prior(self, prior: str) -> dict[Any, Any]:
         fetch = gr.update(visible=models.is_missing(prior))
@@ -179,9 +250,13 @@ def _list_photos(photo: str | None, more: list[str] | None) -> list[str]:
     return [path for path in (photo, *(more or [])) if path]
 
 
-def _read_request(*, task: str, noise: float, sigma: str, three: bool, **values: Any) -> Request:
-    sigma = str(noise) if task == "denoise" else sigma
-    return parse_request(task=task, sigma=sigma, samples=3 if three else 1, **values)
+def _read_requests(*, task: str, noise: float, sigma: str, std: float, **values: Any) -> tuple[Request, Request]:
+    """Return what is asked of the photo that is shown and of more photos, each of which is measured by itself."""
+    request = parse_request(task=task, sigma=sigma, std=std, samples=1, **values)
+    others = dataclasses.replace(request, std=None)
+    if task == "denoise" and request.sigma is None:
+        request = dataclasses.replace(request, sigma=float(noise))
+    return request, others
 
 
 def _read_edits(photo: str | None, stage: str) -> pictures.Edits | None:
@@ -194,19 +269,3 @@ def _read_edited(photo: str | None, stage: str) -> Any:
     if not photo:
         raise RestoreError("choose a photo first")
     return pictures.apply_edits(pictures.read_photo(photo), pictures.parse_edits(stage)).pixels
-
-
-def _show_result(done: work.Result, files: list[str]) -> dict[str, Any]:
-    several = len(done.samples) > 1
-    captions = [f"version {k + 1}" for k in range(len(done.samples))]
-    return {
-        "forming": gr.update(visible=False),
-        "slider": gr.update(value=(done.before, done.samples[0]), visible=True),
-        "download": gr.update(value=str(done.files[0]), visible=True),
-        "gallery": gr.update(value=list(zip(done.samples, captions, strict=True)), visible=several),
-        "guessed": gr.update(value=done.guessed, visible=several),
-        "files": gr.update(value=list(files), visible=True),
-        "experts": gr.update(visible=True),
-        "guidance": gr.update(value=done.guidance and str(done.guidance), visible=done.guidance is not None),
-        "sidecar": done.sidecar,
-    }

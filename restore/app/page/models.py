@@ -88,10 +88,16 @@ def class_choices(prior: Any) -> list[tuple[str, str]]:
     return [("not sure", ""), *((name, name) for name in names)] if names else []
 
 
+def choose_label(prior: Any, size: tuple[int, int] | None = None) -> str:
+    """Return the label to begin with: "photo", but none for a photo so small that it may show a whole face."""
+    names = getattr(prior.backbone, "labels", ())
+    return "photo" if "photo" in names and (size is None or max(size) > prior.backbone.resolution) else ""
+
+
 def describe_fit(priors: Priors, name: str | None, plan: Plan | None = None) -> str:
-    """Return what a prior knows and where to choose another, or why it cannot be used."""
+    """Return what a prior knows, or why it cannot be used."""
     try:
-        return f"{format_fit(priors.get(name), plan)} Others are under *The prior*, below."
+        return format_fit(priors.get(name), plan)
     except RestoreError as error:
         return to_sentence(str(error))
 

@@ -22,10 +22,10 @@ from restore.task import Task, load_task
 
 # name -> (plain words, the field's term)
 PLAIN = {
-    "fill": ("Fill in what I paint over", "inpainting"),
-    "enlarge": ("Enlarge ×2, ×4 or ×8", "super-resolution"),
-    "sharpen": ("Sharpen a blurred photo", "deconvolution"),
     "denoise": ("Remove noise", "denoising"),
+    "sharpen": ("Sharpen a blurred photo", "deconvolution"),
+    "enlarge": ("Enlarge ×2, ×4 or ×8", "super-resolution"),
+    "fill": ("Fill in what I paint over", "inpainting"),
     "colour": ("Add colour", "colorization"),
 }
 FACTORS = (2, 4, 8)
@@ -41,20 +41,20 @@ class Request:
     """What the page asks for.
 
     task: a key of PLAIN. factor: one of FACTORS. blur: a key of BLURS. std: of the blur "focus", in pixels. path:
-    (N, 2) points x, y in pixels, how the camera moved. sigma: the photo's noise on [-1, 1], None: estimated.
+    (N, 2) points x, y in pixels, how the camera moved. sigma: the photo's noise on [-1, 1]. None: estimated.
     sensitivity: of the search for damage if no mask is given. quality, samples, seed: see Restorer. steps, pag_scale:
     None keeps the preset's. trajectory: draw the guidance through time. label: a class of the prior, None for none.
     """
 
-    task: str = "fill"
-    factor: int = 4
+    task: str = "denoise"
+    factor: int = 2
     blur: str = "focus"
-    std: float = 1.5
+    std: float | None = None
     path: Sequence[Sequence[float]] = ()
     sigma: float | None = None
     sensitivity: float = 0.5
     quality: str = "balanced"
-    samples: int = 3
+    samples: int = 1
     steps: int | str | None = None
     seed: int = 0
     pag_scale: float | None = None
@@ -68,12 +68,12 @@ def make_task(request: Request, pixels: torch.Tensor, folder: Path, mask: Path |
     Raises RestoreError for an unknown word, a missing mask or path and numbers that do not fit the photo.
     """
     check_known([request.task], PLAIN, "there is no task called")
-    sigma = estimate_sigma(pixels) if request.sigma is None else request.sigma
-    settings = {"sigma": require_number(sigma, "the noise", 0, 4)}
+    settings = {} if request.sigma is None else {"sigma": require_number(request.sigma, "the noise", 0, 4)}
     if request.task == "fill":
         if mask is None:
             raise RestoreError(PAINT_FIRST)
-        return load_task("inpaint", settings, mask=mask)
+        return load_task("inpaint", settings, mask=mask, blind=True)
+    settings.setdefault("sigma", estimate_sigma(pixels))
     if request.task == "enlarge":
         if request.factor not in FACTORS:
             raise RestoreError(f"a photo is enlarged by {', '.join(map(str, FACTORS))}, not by {request.factor}")
@@ -86,7 +86,8 @@ def make_task(request: Request, pixels: torch.Tensor, folder: Path, mask: Path |
             kernel = folder / "kernel.npy"
             np.save(kernel, estimate.rasterise_path(torch.tensor(request.path)).double().numpy())
             return load_task("blur", settings, kernel=kernel)
-        std = require_number(request.std, "the size of the blur", 0.1, 50)
+        std = estimate_std(pixels) if request.std is None else request.std
+        std = require_number(std, "the size of the blur", 0.1, 50)
         radius = min(math.ceil(3 * std), min(pixels.shape[-2:]) - 1)
         return load_task("gaussian-blur", settings | {"std": std, "kernel_size": 2 * radius + 1})
     return load_task("denoise" if request.task == "denoise" else "colorize", settings)
@@ -94,10 +95,17 @@ def make_task(request: Request, pixels: torch.Tensor, folder: Path, mask: Path |
 
 def estimate_sigma(pixels: torch.Tensor) -> float:
     """Return sigma_y of a photo (1, 3, H, W) within SIGMA_RANGE; 0.05 if the photo is too small for an estimate."""
-    if min(pixels.shape[-2:]) < 32:
+    if min(pixels.shape[-2:]) < estimate.SMALLEST:
         return 0.05
     low, high = SIGMA_RANGE
     return min(max(round(estimate.estimate_noise(pixels), 3), low), high)
+
+
+def estimate_std(pixels: torch.Tensor) -> float:
+    """Return the standard deviation, in pixels, of the blur of a photo (1, 3, H, W), at least 0.3."""
+    if min(pixels.shape[-2:]) < estimate.SMALLEST:
+        return 1.5
+    return max(0.3, round(estimate.estimate_blur(pixels), 1))
 
 
 def parse_request(*, extent: float | None = None, **values: Any) -> Request:
@@ -106,6 +114,7 @@ def parse_request(*, extent: float | None = None, **values: Any) -> Request:
     check_known([values["quality"]], QUALITIES, "there is no quality called")
     values["path"] = parse_path(values["path"], extent)
     values["sigma"] = parse_number(values["sigma"], "sigma")
+    values["std"] = parse_number(str(values["std"] or ""), "std")
     values["pag_scale"] = parse_number(values["pag_scale"], "PAG scale")
     values["steps"] = parse_steps((values["steps"] or "").strip() or None)
     values["label"] = (values["label"] or "").strip() or None

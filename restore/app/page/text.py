@@ -6,7 +6,9 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from restore.memory import Plan, format_duration
+from restore.memory import Plan, format_range, widen
+
+LONG = 300  # seconds from which on the page says what would be faster
 
 
 def to_sentence(message: str) -> str:
@@ -43,4 +45,20 @@ def format_plan(plan: Plan, count: int) -> str:
         need, free = plan.memory / 1e9, plan.available / 1e9
         return f"<b>Too large for this machine:</b> it needs {need:.1f} GB of memory, {free:.1f} GB are free. Crop it."
     each = " for the first photo" if count > 1 else ""
-    return f"<b>About {format_duration(plan.seconds)}</b>{each}<br><small>{html.escape(plan.format())}</small>"
+    takes, advice = f"<b>Takes {format_range(*widen(plan.seconds, plan.busy))}</b>", ""
+    if plan.seconds > LONG:
+        pixels = plan.size[0] * plan.size[1]
+        less = format_range(*widen(plan.seconds / 4, plan.busy))
+        large = f": the result has {pixels / 1e6:.1f} million pixels" if pixels > 4e6 else ""
+        advice = f"{large}. Cropped to a quarter of its area: {less}"
+    return f"{takes}{each}{advice}<br><small>{html.escape(plan.format())}</small>"
+
+
+def format_versions(plan: Plan) -> str:
+    """Return HTML that offers more versions of a result; plan: of all of them."""
+    takes = format_range(*widen(plan.seconds, plan.busy))
+    crop = " Crop the photo to what matters, and it takes as much less." if plan.seconds > LONG else ""
+    return (
+        f"<b>What is guesswork?</b> {plan.samples} versions agree with your photo equally well and differ where they "
+        f"guess. They take {takes}.{crop}<br><small>{html.escape(plan.format())}</small>"
+    )

@@ -22,9 +22,10 @@ from restore.app.page import pictures
 from restore.app.page.pictures import SMALLEST, Edits
 from restore.app.page.request import Request, make_task
 from restore.app.page.text import hide_folders
+from restore.app.progress import PhotoPace, watch_network
 from restore.app.run import Condition, Outcome, RestoreJob
 from restore.images import io
-from restore.memory import Plan, Planner, format_duration
+from restore.memory import Plan, Planner, format_duration, format_range
 
 File = str | Path
 INTERVAL = 0.5  # seconds between two pictures of what is forming
@@ -71,12 +72,14 @@ def restore(
     stop: threading.Event,
     edits: Edits | None = None,
     mask: File | None = None,
+    others: Request | None = None,
 ) -> Iterator[Step | Result]:
     """Restore photos, by the planner's Restorer, into a folder of the caller's; yield steps and a Result of each photo.
 
-    edits: of the first photo, None for none. mask: a file, for every photo; without one the paint of the edits, and for
-    photos without edits the proposed mask. A photo that cannot be restored yields a Result with its error; no message
-    names a folder. Ends early, with the error "cancelled", once `stop` is set; closing the iterator sets it too.
+    edits: of the first photo, None for none. others: asked of the photos after it, None for the same. mask: a file, for
+    every photo; without one the paint of the edits, and for photos without edits the proposed mask. A photo that cannot
+    be restored yields a Result with its error; no message names a folder. Ends early, with the error "cancelled", once
+    `stop` is set; closing the iterator sets it too.
     """
     if not photos:
         yield Result("", "choose a photo first")
@@ -87,11 +90,12 @@ def restore(
         for k, photo in enumerate(map(Path, photos)):
             place, own = folder / str(k), edits if k == 0 else None  # several photos may have one name
             title = f"{photo.name} ({k + 1} of {len(photos)})" if len(photos) > 1 else photo.name
+            wanted = request if k == 0 or others is None else others
             report(Step(f"Looking at {title} …"))
             try:
-                selected, task = _prepare(photo, request, place, own, mask)
-                seconds = _restore_photo(selected, task, planner, request, _Watch(title, report, stop))
-                report(_collect_result(photo, selected, request, own or Edits(), seconds))
+                selected, task = _prepare(photo, wanted, place, own, mask)
+                seconds = _restore_photo(selected, task, planner, wanted, _Watch(title, report, stop))
+                report(_collect_result(photo, selected, wanted, own or Edits(), seconds))
             except RestoreError as error:
                 report(Result(photo.name, hide_folders(str(error), photo, mask, place)))
             if stop.is_set():
@@ -117,33 +121,45 @@ def estimate(
 
 
 class _Watch:
-    """Reports the plan and the steps of one photo, and stops it."""
+    """Reports the plan, the steps and the network's calls of one photo, and stops it."""
 
     def __init__(self, title: str, report: Callable[[Any], None], stop: threading.Event) -> None:
         self.title, self.report, self.stop = title, report, stop
         self.plan: Plan | None = None
-        self.started = self.last = 0.0
+        self.pace, self.last, self.place = PhotoPace(), 0.0, ""
 
     def check(self) -> None:
         if self.stop.is_set():
             raise RestoreError("cancelled")
 
     def announce(self, outcome: Outcome) -> None:
-        self.plan, self.started = outcome.plan, time.monotonic()
+        self.plan, self.pace = outcome.plan, PhotoPace(outcome.plan)
         if self.plan.fits:
-            self.report(Step(f"Restoring {self.title}, about {format_duration(self.plan.seconds)} …", 0.0))
+            self._show(None)
+
+    def called(self) -> None:
+        self.check()
+        if self.plan is not None:  # not those that are timed for the plan
+            self.pace.count_call()
+            if self._due():
+                self._show(None)
 
     def step(self, step: dict) -> None:
         self.check()
-        if step["step"] < step["steps"] - 1 and time.monotonic() - self.last <= INTERVAL:
-            return
-        self.last = time.monotonic()
-        share = (step["first"] + (step["step"] + 1) / step["steps"]) / step["total"]
+        self.pace.count_step(step)
         version = f", version {step['first'] + 1} of {step['total']}" if step["total"] > 1 else ""
-        left = format_duration((self.last - self.started) * (1 - share) / share) if share < 1 else "nothing"
-        detail = f"step {step['step'] + 1} of {step['steps']}{version}, about {left} left"
-        picture = pictures.render(step["x0_hat"][0].float().cpu(), 640, SMALLEST)
-        self.report(Step(f"Restoring {self.title} …", share, detail, picture))
+        self.place = f"step {step['step'] + 1} of {step['steps']}{version}"
+        if step["step"] == step["steps"] - 1 or self._due():
+            self._show(pictures.render(step["x0_hat"][0].float().cpu(), 640, SMALLEST))
+
+    def _due(self) -> bool:
+        return time.monotonic() - self.last > INTERVAL
+
+    def _show(self, picture: PIL.Image.Image | None) -> None:
+        self.last, left = time.monotonic(), self.pace.left()
+        rest = "" if left is None or self.pace.share >= 1 else f"{format_range(*left)} left"
+        detail = ", ".join(filter(None, (rest, self.place)))
+        self.report(Step(f"Restoring {self.title} …", self.pace.share, detail, picture))
 
 
 def _restore_photo(photo: Photo, task: Any, planner: Planner, request: Request, watch: _Watch) -> float:
@@ -153,7 +169,9 @@ def _restore_photo(photo: Photo, task: Any, planner: Planner, request: Request, 
     trajectory = request.trajectory and height * width * task.factor**2 <= LARGEST_TRAJECTORY
     options = _options(request) | {"save_trajectory": trajectory, "callback": watch.step, "announce": watch.announce}
     watch.check()
-    (outcome,) = RestoreJob(planner.restorer, task, **options, planner=planner).run([photo])
+    job = RestoreJob(planner.restorer, task, **options, planner=planner)
+    with watch_network(planner.restorer.backbone, watch.called):
+        (outcome,) = job.run([photo])
     if (plan := watch.plan) is not None and not plan.fits:
         need, free = f"{plan.memory / 1e9:.1f} GB of memory", f"{plan.available / 1e9:.1f} GB are free"
         raise RestoreError(f"{photo.source.name} would take {need} and {free} here: crop it or reduce it")
