@@ -142,19 +142,23 @@ def _make_photo(folder: Path, size: str) -> Path:
 
 def format_waits(found: Mapping[tuple[str, str], Sequence[Waits]]) -> str:
     """Return Markdown; found: the repeats of what was measured, by (name, "" or "before")."""
-    lines = ["| | wait for | seconds | of the processor | before | of before |", "|---|---|---|---|---|---|"]
+    head = ["", "wait for", "seconds", "of the processor", "before", "of the processor", "ratio", "of the processor"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for (name, which), waits in found.items():
-        if which:
-            continue
-        for event in waits[0].clock:
-            own = statistics.median(w.clock[event] for w in waits)
-            used = [w.processor[event] for w in waits if event in w.processor]
-            row = [name, event, f"{own:.1f}", f"{statistics.median(used):.1f}" if used else "-"]
-            earlier = [w.clock[event] for w in found.get((name, "before"), ()) if event in w.clock]
-            before = statistics.median(earlier) if earlier else None
-            row += [f"{before:.1f}", f"{own / before:.2f}"] if before else ["-", "-"]
-            lines.append(f"| {' | '.join(row)} |")
+        for event in () if which else waits[0].clock:
+            now, before = (_take_medians(some, event) for some in (waits, found.get((name, "before"), ())))
+            ratios = [None if None in pair else pair[0] / pair[1] for pair in zip(now, before, strict=True)]
+            cells = [f"{value:.1f}" if value is not None else "-" for value in (*now, *before)]
+            cells += [f"{ratio:.2f}" if ratio is not None else "-" for ratio in ratios]
+            lines.append(f"| {' | '.join([name, event, *cells])} |")
     return "\n".join(lines)
+
+
+def _take_medians(waits: Sequence[Waits], event: str) -> list[float | None]:
+    return [
+        statistics.median(seconds) if (seconds := [kind[event] for kind in kinds if event in kind]) else None
+        for kinds in ([w.clock for w in waits], [w.processor for w in waits])
+    ]
 
 
 if __name__ == "__main__":

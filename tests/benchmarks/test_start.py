@@ -22,5 +22,5 @@ def test_medians_and_ratios():
         return [Waits({FIRST: s, RESULT: 10 * s}, {RESULT: 5 * s}) for s in seconds]
 
     text = format_waits({("photo", ""): repeats(1, 9, 2), ("photo", "before"): repeats(4, 4, 8)})
-    assert "| photo | first line | 2.0 | - | 4.0 | 0.50 |" in text
-    assert "| photo | result | 20.0 | 10.0 | 40.0 | 0.50 |" in text
+    assert "| photo | first line | 2.0 | - | 4.0 | - | 0.50 | - |" in text
+    assert "| photo | result | 20.0 | 10.0 | 40.0 | 20.0 | 0.50 | 0.50 |" in text
