@@ -38,6 +38,10 @@ GUIDANCE = {
     "tsg": guidances.TSG,
     "autoguidance": guidances.Autoguidance,
     "swg": guidances.SWG,
+    "slg": guidances.SLG,
+    "ssg": guidances.SSG,
+    "tag": guidances.TAG,
+    "tsr": guidances.TSR,
 }
 PAGES = [("samplers", name) for name in SAMPLERS] + [("guidance", name) for name in [*GUIDANCE, "seg"]]
 # What makes a run short.

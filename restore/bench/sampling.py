@@ -161,7 +161,7 @@ def run_pipeline(
             "cfg must be one term without null in text_to_image; its prompt is the task's negative_prompt"
         )
     cfg, others = sum(term.scale for term in cfgs), tuple(term for term in terms if not isinstance(term, CFG))
-    passes = 1 + len(others) + (cfg > 0)
+    passes = 1 + sum(term.has_weak_pass for term in others) + (cfg > 0)
     started = time.perf_counter()
     pipe = model.prepare(prompts, task["negative_prompt"] if cfg else None)
     loading = time.perf_counter() - started

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import nn
@@ -54,14 +54,28 @@ class WeakPass:
 
 
 @dataclass(frozen=True)
+class Change:
+    """What a term without a weak pass does on one backbone: s(t) times a direction is added to the estimate that the
+    other terms have guided, in the order of the terms.
+
+    direction: function (eps, x_t, t) -> (B, C, H, W), of the shape of eps.
+    """
+
+    direction: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Term:
     """One term of a guidance, the base of PAG, CFG and the others. `a + b` is a Guidance with both. A subclass is a
     frozen dataclass that adds its options, whose annotations are their ranges (operators.ranges), and `bind`.
 
+    has_weak_pass: whether `bind` returns a WeakPass, else a Change, which costs no network evaluation.
     scale: s; 0 is off: no weak pass is run.
     interval: (t_high, t_low), the times between which the guidance acts, both included; None: always.
     schedule: factor on s (0: no weak pass): a name in SCHEDULES, a function t -> factor or its "module:function".
     """
+
+    has_weak_pass: ClassVar[bool] = True
 
     scale: float
     interval: tuple[Time, Time] | None = field(default=None, kw_only=True)
@@ -76,8 +90,8 @@ class Term:
         if not callable(self.schedule):
             lookup(self.schedule, SCHEDULES, "guidance schedule")
 
-    def bind(self, backbone: Backbone) -> WeakPass:
-        """Return the weak pass on `backbone`. Raises RestoreError if the options do not fit it."""
+    def bind(self, backbone: Backbone) -> WeakPass | Change:
+        """Return the weak pass, or the change, on `backbone`. Raises RestoreError if the options do not fit it."""
         raise NotImplementedError
 
     def scale_at(self, t: float, backbone: Backbone) -> float:
@@ -148,8 +162,11 @@ class Estimate:
 
     def __init__(self, backbone: Backbone, guidance: Term | Guidance | None = None, *, share_prefix: bool = True):
         self.backbone, guidance = backbone, as_guidance(guidance)
-        self.terms = [term for term in (guidance.terms if guidance is not None else ()) if term.scale != 0]
-        self.passes = [term.bind(backbone) for term in self.terms]
+        terms = [term for term in (guidance.terms if guidance is not None else ()) if term.scale != 0]
+        bound = [(term, term.bind(backbone)) for term in terms]
+        self.changes = [(term, part) for term, part in bound if isinstance(part, Change)]
+        weak = [(term, part) for term, part in bound if not isinstance(part, Change)]
+        self.terms, self.passes = [term for term, _ in weak], [part for _, part in weak]
         self.trace, self.compiled = Trace(backbone.network), find_compiled(backbone.network) if self.terms else []
         share_prefix = share_prefix and getattr(backbone, "share_prefix", True)
         self.tapes = [Tape(weak.modules if share_prefix else ()) for weak in self.passes]
@@ -200,7 +217,15 @@ class Estimate:
                     predictions.append((scale, eps_weak))
         finally:
             self.close()
-        return self.combine(eps, predictions, x_t, t) if predictions else eps
+        return self.change(self.combine(eps, predictions, x_t, t) if predictions else eps, x_t, t)
+
+    @torch.no_grad()
+    def change(self, eps: torch.Tensor, x_t: torch.Tensor, t: float) -> torch.Tensor:
+        """Return a guided eps as the terms without a weak pass change it; `guided` has done it."""
+        for term, part in self.changes:
+            scale = term.scale_at(t, self.backbone)
+            eps = eps + scale * part.direction(eps, x_t, t) if scale != 0 else eps
+        return eps
 
     def _predict_weak(self, weak: WeakPass, tape: Tape, inputs: tuple) -> torch.Tensor | None:
         if tape.recorded:

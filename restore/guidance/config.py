@@ -14,9 +14,13 @@ from restore.guidance.combine import COMBINATIONS, weighted_sum
 from restore.guidance.options import construct, describe_spec, parse_spec, to_plain
 from restore.guidance.pag import PAG
 from restore.guidance.sag import SAG
+from restore.guidance.slg import SLG
+from restore.guidance.ssg import SSG
 from restore.guidance.swg import SWG
+from restore.guidance.tag import TAG
 from restore.guidance.tpg import TPG
 from restore.guidance.tsg import TSG
+from restore.guidance.tsr import TSR
 
 TERMS: dict[str, type[Term]] = {
     "pag": PAG,
@@ -26,6 +30,10 @@ TERMS: dict[str, type[Term]] = {
     "tsg": TSG,
     "autoguidance": Autoguidance,
     "swg": SWG,
+    "slg": SLG,
+    "ssg": SSG,
+    "tag": TAG,
+    "tsr": TSR,
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,8 +55,13 @@ def guided(pipe: Any, guidance: Term | Guidance | None, *, conditional: str = "a
     if guidance is not None and any(isinstance(term, CFG) for term in guidance.terms):
         raise RestoreError("cfg is done by the pipeline itself; call it with guidance_scale = w + 1")
     if guidance is not None and hasattr(guidance.combine, "bind"):
-        raise RestoreError(f"combination must be sum or rescale inside a pipeline, got {guidance.combine}")
+        raise RestoreError(f"combination must need no noise levels inside a pipeline, as sum, got {guidance.combine}")
     adapter = PipelineNetwork(network, pipe)
+    terms = guidance.terms if guidance is not None else ()
+    # What has no weak pass changes both halves, as linear maps: then it changes the pipeline's u + g (c - u), too.
+    changes = Estimate(adapter, Guidance(tuple(term for term in terms if not term.has_weak_pass)))
+    if guidance is not None:
+        guidance = replace(guidance, terms=tuple(term for term in terms if term.has_weak_pass))
     Estimate(adapter, guidance)  # raises errors here rather than within the pipeline's call
     local = threading.local()
 
@@ -69,18 +75,22 @@ def guided(pipe: Any, guidance: Term | Guidance | None, *, conditional: str = "a
             if last is not None and last.is_of_the_same_step(call, pipe):
                 # The pass without the prompt gets the shift of the one with it, so that their difference does not.
                 with replace_forward([network], lambda *_: inner):
-                    return _shift(network(*args, **kwargs), last.shift)
+                    return finish(_shift(network(*args, **kwargs), last.shift), call)
             check_unguided(network, pipe)
             before = estimate.evaluations
             # Within the network's own passes its forward is the original one, so that they are not guided in turn.
             with replace_forward([network], lambda *_: inner):
                 strong, eps = estimate(call.x[call.rows], call.t, call)
             if estimate.evaluations == before + 1:
-                return call.output
+                return finish(call.output, call)
             # The same shift in both halves, so that the pipeline's u + g (c - u) is shifted by it once.
             shift = eps - strong.eps.detach()
             local.last = GuidedStep(call, shift, pipe)
-            return _shift(call.output, torch.cat([shift] * (len(call.x) // len(shift))))
+            return finish(_shift(call.output, torch.cat([shift] * (len(call.x) // len(shift)))), call)
+
+        def finish(output, call):
+            sample = sample_of(output)
+            return _shift(output, changes.change(sample, call.x, call.t) - sample) if changes.changes else output
 
         return forward
 

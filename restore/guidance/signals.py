@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from restore.backbones.base import Backbone
-from restore.guidance.base import Guidance, Term, WeakPass, as_guidance
+from restore.guidance.base import Change, Guidance, Term, WeakPass, as_guidance
 
 
 @dataclasses.dataclass
 class Record:
     """The last step of a recorded guidance.
 
-    signals[k]: |eps − eps_weak| of term k, averaged over the channels, (B, 1, h, w). x0, only if `predictions`, as they
-    are as large as x_t: the clean estimates of the predictions "strong", "guided" and of term k, (B, C, h, w). Both
-    lack what was off.
+    signals[k]: |eps − eps_weak| of term k or, without a weak pass, its change of eps at scale 1, averaged over the
+    channels, (B, 1, h, w). x0, only if `predictions`, as they are as large as x_t: the clean estimates of the
+    predictions "strong", "guided" and of term k, (B, C, h, w). Both lack what was off.
     """
 
     predictions: bool = False
@@ -50,8 +50,10 @@ class _Recorded(Term):
     index: int
     record: Record
 
-    def bind(self, backbone: Backbone) -> WeakPass:
+    def bind(self, backbone: Backbone) -> WeakPass | Change:
         weak = self.term.bind(backbone)
+        if isinstance(weak, Change):
+            return self._record_change(weak, backbone)
 
         def eps(x_t, t, condition, strong):
             eps_weak = weak.eps(x_t, t, condition, strong)
@@ -62,6 +64,17 @@ class _Recorded(Term):
             return eps_weak
 
         return dataclasses.replace(weak, eps=eps)
+
+    def _record_change(self, change: Change, backbone: Backbone) -> Change:
+        def direction(eps, x_t, t):
+            added = change.direction(eps, x_t, t)
+            self.record.signals[self.index] = added.abs().mean(dim=1, keepdim=True)
+            if self.record.predictions:
+                changed = eps + self.scale_at(t, backbone) * added
+                self.record.x0["guided"] = _estimate_x0(changed, x_t, t, backbone)
+            return added
+
+        return Change(direction)
 
 
 @dataclasses.dataclass(frozen=True)

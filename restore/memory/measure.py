@@ -206,7 +206,7 @@ class PassMeter:
 
 def count_weak_passes(guidance: Guidance | None) -> int:
     """Return the number of weak passes of a guided step."""
-    return sum(term.scale != 0 for term in guidance.terms) if guidance is not None else 0
+    return sum(term.has_weak_pass and term.scale != 0 for term in guidance.terms) if guidance is not None else 0
 
 
 @contextmanager

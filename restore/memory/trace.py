@@ -68,7 +68,7 @@ class TracedPrior(Sized):
     def predict(self, x_t: torch.Tensor, t: float, condition: Any = None) -> Prediction:
         self._count("predict", x_t)
         t = min(float(t), float(self.schedule.ts[-1]))  # the PSLD code asks for a time beyond its table
-        self.active[t] = sum(term.scale_at(t, self) != 0 for term in self.terms)
+        self.active[t] = sum(term.has_weak_pass and term.scale_at(t, self) != 0 for term in self.terms)
         self.calls["weak", False] += self.active[t]
         alpha, sigma = self.schedule.levels(t, x_t)
         variance = torch.zeros_like(x_t) if getattr(self.inner, "learned_variance", False) else None

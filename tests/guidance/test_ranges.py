@@ -30,6 +30,7 @@ OWN = {
     "pag": {"layers": "m1", "target": "random_mask"},
     "tpg": {"layers": "m1"},
     "swg": {"window": 16},
+    "slg": {"layers": "m1"},
 }
 BASE = {field.name for field in dataclasses.fields(Term)}
 TERM_OPTIONS = [("pag", "scale"), ("pag", "interval"), ("pag", "schedule")]
@@ -37,7 +38,10 @@ for term, kind in TERMS.items():  # another model's name is looked up, null need
     own = {field.name for field in dataclasses.fields(kind) if field.init} - BASE - {"model", "null"}
     TERM_OPTIONS += [(term, key) for key in sorted(own)]
 PARTS = [
-    ("combine", name, key) for name in ("rescale", "apg") for key in inspect.signature(COMBINATIONS[name]).parameters
+    ("combine", name, key)
+    for name, kind in COMBINATIONS.items()
+    if isinstance(kind, type)
+    for key in inspect.signature(kind).parameters
 ]
 PARTS += [
     ("target", name, key)

@@ -14,7 +14,19 @@ from operators import RestoreError
 from restore.backbones.adm import ADM
 from restore.backbones.base import normalise
 from restore.backbones.sizes import Sized
-from restore.guidance import PAG, SAG, SWG, TPG, TSG, Autoguidance, build_guidance, describe_guidance, estimator
+from restore.guidance import (
+    PAG,
+    SAG,
+    SLG,
+    SSG,
+    SWG,
+    TPG,
+    TSG,
+    Autoguidance,
+    build_guidance,
+    describe_guidance,
+    estimator,
+)
 from restore.guidance.pipelines import guided
 from restore.samplers.dps import dps
 from restore.samplers.generate import generate
@@ -27,6 +39,8 @@ TERMS = {
     "tsg": "{tsg: {scale: %s, s: 1}}",
     "autoguidance": "{autoguidance: {scale: %s, model: WEAK}}",
     "swg": "{swg: {scale: %s, window: 8}}",
+    "slg": "{slg: {scale: %s, layers: m1}}",
+    "ssg": "{ssg: {scale: %s, share: 0.1}}",
 }
 
 
@@ -92,7 +106,7 @@ def test_every_term_with_sampler_windows_prefix_and_combination(name, tiny_adm, 
     for share in (True, False):
         with torch.no_grad(), estimator(model, guidance, share_prefix=share) as estimate:
             results += [estimate(x, 500)[1] for _ in range(2)]
-            if share and name in ("seg", "tpg"):
+            if share and name in ("seg", "tpg", "slg", "ssg"):
                 assert estimate.tapes[0].queues  # something is taken from the strong pass
     assert all(torch.equal(eps, results[0]) for eps in results)
     with torch.no_grad(), estimator(model, guidance) as estimate:
@@ -135,7 +149,13 @@ def test_inside_a_pipeline(tiny_adm):
     x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
     with torch.no_grad():
         plain = unet(x, 400, text).sample
-        for guidance in (TPG(1.0, "m1"), TSG(1.0, alpha=0.0), PAG(1.0, "m1", target={"seg": {"sigma": 1.0}})):
+        for guidance in (
+            TPG(1.0, "m1"),
+            SLG(1.0, "m1"),
+            SSG(1.0),
+            TSG(1.0, alpha=0.0),
+            PAG(1.0, "m1", target={"seg": {"sigma": 1.0}}),
+        ):
             with guided(unet, guidance):
                 assert relative(unet(x, 400, text).sample, plain) > 1e-6
         assert torch.equal(unet(x, 400, text).sample, plain)
@@ -152,7 +172,9 @@ def test_inside_a_pipeline(tiny_adm):
         (lambda: SAG(1.0, "i7,m1"), "one attention layer, got 2"),
         (lambda: SAG(1.0, taps=4), "taps of sag must be .* odd"),
         (lambda: SAG(1.0, sigma=0), "sigma of sag must be .*> 0"),
-        (lambda: TPG(1.0, "m1:0"), "name no heads"),
+        (lambda: TPG(1.0, "m1:0"), "layers of tpg must name no heads"),
+        (lambda: SLG(1.0, "m1:0"), "layers of slg must name no heads"),
+        (lambda: SSG(1.0, share=0.6), r"share of ssg must be a number in \(0, 0.5\], got 0.6"),
         (lambda: TSG(1.0, s=0), "s > 0 or a shift"),
         (lambda: SWG(1.0, 12), "window of swg must be below 64 and a multiple of 8"),
         (lambda: SWG(1.0, 64), "window of swg must be below 64 and a multiple of 8"),
