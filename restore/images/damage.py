@@ -24,14 +24,15 @@ EIGHT = np.ones((3, 3))  # neighbours, including diagonal ones
 SIDE = 1024  # pixels; photos with a longer shorter side are reduced first
 WIDEST = 0.022  # of the shorter side: largest width of a scratch
 LINE, SPECK = 0.06, 0.04  # of the shorter side: shortest line, longest speck
+BELIEVED = 7.2  # score of a structure that is damage
 GROWTH, SAME = 0.05, 0.08  # largest share of the photo a stain may cover; colour difference within one, on [-1, 1]
 
 
-def detect_damage(x: torch.Tensor, sensitivity: float = 0.5) -> torch.Tensor:
+def detect_damage(x: torch.Tensor, sensitivity: float = 0.5, certain: float = 1.0) -> torch.Tensor:
     """Return a mask (1, 1, H, W): 0 where the photo looks damaged, 1 elsewhere.
 
     x: one photo, (1 or 3, H, W) or (1, 1 or 3, H, W) in [-1, 1]. sensitivity: 0 (only the most obvious damage) to 1
-    (more damage, more false alarms).
+    (more damage, more false alarms). certain: no damage at all is returned unless some would be with this sensitivity.
 
     Structures brighter, or darker, than their surroundings in all channels and thinner than 2.2 % of the shorter side
     (a top-hat transform) are scored by their contrast to the detail around them, the rarity of their brightness, the
@@ -47,12 +48,13 @@ def detect_damage(x: torch.Tensor, sensitivity: float = 0.5) -> torch.Tensor:
     size, factor = x.shape[-2:], -(-min(x.shape[-2:]) // SIDE)
     small = F.avg_pool2d(x, factor, ceil_mode=True)[0].numpy()
     colour = small.max(0) - small.min(0)
-    damaged = np.zeros(colour.shape, bool)
+    damaged, best = np.zeros(colour.shape, bool), -np.inf
     for sign in (1, -1):
         extreme = F.max_pool2d(sign * x, factor, ceil_mode=True)  # keeps lines thinner than the factor
-        for box, piece in _find_pieces(extreme[0].amin(0).numpy(), colour, 3 * (0.5 - sensitivity)):
+        for box, piece, score in _find_pieces(extreme[0].amin(0).numpy(), colour, 3 * (0.5 - sensitivity)):
             damaged[box] |= piece
-    if not damaged.any():
+            best = max(best, score)
+    if best <= 3 * (0.5 - certain):
         return torch.ones(1, 1, *size, dtype=torch.float32)
     margin = 2 if min(damaged.shape) >= 200 else 1  # compression and scanning smear the edges
     damaged = nd.binary_dilation(_add_stains(small, damaged), EIGHT, iterations=margin)
@@ -60,8 +62,9 @@ def detect_damage(x: torch.Tensor, sensitivity: float = 0.5) -> torch.Tensor:
     return 1 - F.interpolate(missing, scale_factor=factor, mode="nearest")[..., : size[0], : size[1]]
 
 
-def _find_pieces(plane: np.ndarray, colour: np.ndarray, strictness: float) -> Iterator[Piece]:
-    """Yield the bright, thin, conspicuous structures in `plane` (H, W); colour: max - min of the channels."""
+def _find_pieces(plane: np.ndarray, colour: np.ndarray, strictness: float) -> Iterator[tuple[Box, np.ndarray, float]]:
+    """Yield the bright, thin, conspicuous structures in `plane` (H, W) and their scores above `strictness`; colour:
+    max - min of the channels."""
     shorter = min(plane.shape)
     width = max(5, round(WIDEST * shorter) // 2 * 2 + 1)
     plane = nd.gaussian_filter(plane, 0.7)
@@ -84,15 +87,15 @@ def _find_pieces(plane: np.ndarray, colour: np.ndarray, strictness: float) -> It
             continue
         score = 0.65 * np.quantile(along[box][piece], 0.3) - 1.45 * np.log(piece.sum() / length**2)
         score += np.log(np.median(contrast[box][piece])) - 4 * _core_median(colour, contrast, box, piece)
-        if score > 7.2 + strictness:
-            yield box, piece
+        if score - BELIEVED > strictness:
+            yield box, piece, score - BELIEVED
     for box, piece in _label_pieces((rarity > 3) & (contrast > 0.1)):
         area, length = piece.sum(), np.hypot(*piece.shape)
         if area < 3 or length > SPECK * shorter or area < 0.2 * length**2:
             continue
         score = np.quantile(evidence[box][piece], 0.7) - 3 * _core_median(colour, contrast, box, piece)
-        if score > 7.2 + strictness:
-            yield box, piece
+        if score - BELIEVED > strictness:
+            yield box, piece, score - BELIEVED
 
 
 def _label_pieces(where: np.ndarray) -> Iterator[Piece]:

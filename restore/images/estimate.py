@@ -18,12 +18,14 @@ from operators.validate import require_integer
 from restore.images.damage import detect_damage
 from restore.images.io import convert_channels
 
-__all__ = ["detect_damage", "estimate_blur", "estimate_noise", "measure_grey_share", "rasterise_path"]
+__all__ = ["detect_damage", "estimate_blur", "estimate_noise", "find_blur", "measure_grey_share", "rasterise_path"]
 
 BLOCK = 8  # pixels; side of the blocks in which noise is measured
 SMALLEST = 4 * BLOCK  # pixels a side of a photo in which anything is measured
 SMOOTH = 0.15  # fraction of blocks used: those without structure
 WHITE = 0.8  # smallest ratio of fine to coarse energy of white noise; below it chroma was subsampled or denoised
+CLEAR = 12  # times the noise: slopes of edges from which their blur is measured
+BLURRED, SOFT = 1.2, 0.7  # pixels, of a photo that is called blurred: its blur and that of its sharper edges
 MIDDLE = 1536  # pixels; blur is measured in a centre crop of this side
 LIMIT = 1 - 1 / 255  # largest absolute value that is not clipped in 8 bits
 _OPPONENT = ((1, 1, 1), (1, 0, -1), (1, -2, 1))  # brightness and two colour differences
@@ -98,11 +100,26 @@ def estimate_blur(x: torch.Tensor) -> float:
     are sharp or without edges give 0 to 1; the error is about a quarter between 1.5 and 6 pixels (docs/photo.md).
     Raises RestoreError below 32 pixels a side.
     """
+    return _measure_blur(x)[0]
+
+
+def find_blur(x: torch.Tensor) -> float:
+    """Return `estimate_blur` of a photo that is blurred, 0 of one that has sharp edges.
+
+    The sharp edges of a photo with strong noise are found where the noise leaves them: at the finest scale at which
+    there are any, whatever soft ones there are at coarser scales.
+    """
+    size, sharpest = _measure_blur(x)
+    return size if size >= BLURRED and sharpest >= SOFT else 0.0
+
+
+def _measure_blur(x: torch.Tensor) -> tuple[float, float]:
+    """Return the blur, and that of the sharper edges, in the 40th percentile, at the finest scale that has edges."""
     x = _as_batch(x, "blur")
     top, left = (max(0, (side - MIDDLE) // 2) for side in x.shape[-2:])
     x = x[..., top : top + MIDDLE, left : left + MIDDLE]
     noise = estimate_noise(x) / math.sqrt(x.shape[1] if measure_grey_share(x) < 1 else 1)
-    size = 0.0
+    size, sharpest = 0.0, None
     for std in (1.0, 2.0, 4.0):  # the finest scale at which edges exceed the noise
         if min(x.shape[-2:]) < 12 * std:
             break
@@ -114,9 +131,10 @@ def estimate_blur(x: torch.Tensor) -> float:
         ratio = np.maximum((fine[strong] / coarse[strong]) ** 2, 1 + 1e-3)
         variances = ((1.5 * std) ** 2 - ratio * std**2) / (ratio - 1)
         size = math.sqrt(max(np.quantile(variances, 0.7), 0.0))
-        if np.median(fine[strong]) > 30 * noise / (math.sqrt(8 * math.pi) * std**2):
+        sharpest = math.sqrt(max(np.quantile(variances, 0.4), 0.0)) if sharpest is None else sharpest
+        if np.median(fine[strong]) > CLEAR * noise / (math.sqrt(8 * math.pi) * std**2):
             break
-    return size
+    return size, sharpest or 0.0
 
 
 def _measure_edges(plane: np.ndarray, a: float, b: float, noise: float) -> np.ndarray:
