@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from operators import RestoreError
-from restore.images.findings import Findings
+from operators.validate import require_number
+from restore.images.findings import SENSITIVITY, Findings
 
 AUTO = "auto"
-JPEG_NOISE = 0.6  # of the steps' standard deviation q / sqrt(12), for a prior that knows white noise
 ENLARGED = 2
+
+
+def read_auto(settings: dict[str, Any], blind: bool, **files: Path | None) -> dict[str, Any]:
+    """Return the configuration of task auto with the `settings` that it knows, which are removed: sensitivity, sigma.
+
+    Raises RestoreError for photos that are clean (not blind), and for a mask or a kernel.
+    """
+    if not blind:
+        raise RestoreError("task=auto looks at damaged photos; name what is to be done to clean ones, such as task=sr4")
+    for name, path in files.items():
+        if path is not None:
+            raise RestoreError(f"{name}={path} needs a task: inpaint for a mask, blur for a kernel")
+    sensitivity = require_number(settings.pop("sensitivity", SENSITIVITY), "sensitivity", low=0.0, high=1.0)
+    sigma = settings.pop("sigma", AUTO)
+    sigma = None if sigma == AUTO else require_number(sigma, "sigma", low=0.0)
+    return {"name": AUTO, "sensitivity": sensitivity, "sigma": sigma}
 
 
 @dataclass(frozen=True)
@@ -27,11 +45,12 @@ class Repair:
         return f"seen: {', '.join(self.seen) or 'nothing wrong'}; done: {', '.join(self.done)}"
 
 
-def choose_repair(found: Findings) -> Repair:
+def choose_repair(found: Findings, sigma: float | None = None) -> Repair:
     """Return the operator of a photo: what happened to it, in the order in which it did.
 
-    A blur by the lens or the camera's motion, a smaller size, noise, compression, and scratches on the print. Raises
-    RestoreError if nothing is wrong and the photo is not small.
+    A blur by the lens or the camera's motion, a smaller size, noise, compression, and scratches on the print. sigma:
+    of the noise on [-1, 1], if somebody knows better than `found`.
+    Raises RestoreError if nothing is wrong and the photo is not small.
     """
     chain: list[dict[str, Any]] = []
     seen, done = [], []
@@ -51,17 +70,23 @@ def choose_repair(found: Findings) -> Repair:
     if found.noisy:
         seen.append(f"noise of {127.5 * found.sigma:.0f} in 255")
         done.append("noise removed")
-    if found.compression:
-        seen.append(f"JPEG of quality {found.compression.quality}")
+    if found.jpeg:
+        if not found.damage:  # the mask would have to come after it, and rounding has no part in a hole
+            chain.append({"name": "jpeg", **found.jpeg})
+        seen.append(f"JPEG of quality {found.quality}")
         done.append("blocks removed")
     if found.damage:
         chain.append({"name": "inpainting_mask", "mask": found.mask})
         seen.append(f"scratches or dust on {found.damage:.1%}")
         done.append("filled in")
-    if not (chain or found.noisy or found.compression):
+    if not (chain or found.noisy or found.jpeg):
         raise RestoreError("nothing was found to restore; to enlarge the photo try task=sr2")
-    sigma = found.sigma
-    config = chain[0] if len(chain) == 1 else {"name": "compose", "operators": chain} if chain else {"name": "denoising"}
-    only_damage = len(chain) == 1 and not (found.noisy or found.compression) and bool(found.damage)
+    sigma = found.sigma if sigma is None else sigma
+    if found.jpeg and found.damage:
+        sigma = math.hypot(sigma, found.jpeg["loss"])
+    config = (
+        chain[0] if len(chain) == 1 else {"name": "compose", "operators": chain} if chain else {"name": "denoising"}
+    )
+    only_damage = len(chain) == 1 and not (found.noisy or found.jpeg) and bool(found.damage)
     noise = {"name": "gaussian", "sigma": sigma} if sigma else None
     return Repair({**config, "noise": noise}, tuple(seen), tuple(done), only_damage)

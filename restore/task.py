@@ -19,12 +19,13 @@ from restore.disk import hash_file
 from restore.images import io, masks
 from restore.images.compression import read_compression
 from restore.images.estimate import SMALLEST, estimate_noise
+from restore.images.findings import inspect_photo
 from restore.images.masks import Mask
 from restore.images.resampling import Resampling, resize_image, stretch_range
 from restore.paths import configs_dir
+from restore.repair import AUTO, choose_repair, read_auto
 from restore.samplers.noise import derive_seed, measurement_generator
 
-AUTO = "auto"
 ESTIMATED = {"name": "gaussian", "sigma": AUTO}  # noise whose level is estimated from the photo
 # Operators' names in place of a task's, as earlier versions and other packages have them.
 ALIASES = {
@@ -43,12 +44,13 @@ ALIASES = {
 class Task:
     """What is restored. name: of configs/task, for presets. config: as operators.build_operator takes it; its mask may
     be a Mask file that is not read yet. blind: nobody said how noisy the photos are, so each is measured. keep_known:
-    the pixels that a mask leaves are those of the photo, noise and all."""
+    the pixels that a mask leaves are those of the photo, noise and all. note: what was seen in a photo, in words."""
 
     name: str
     config: dict[str, Any]
     blind: bool = False
     keep_known: bool = False
+    note: str = ""
 
     @property
     def factor(self) -> int:
@@ -81,6 +83,10 @@ class Task:
 
         Raises RestoreError for "auto" with a photo that is to be degraded first.
         """
+        if self.config["name"] == AUTO:
+            repair = choose_repair(inspect_photo(photo, self.config["sensitivity"]), self.config["sigma"])
+            config = operators.forget_border(repair.config)
+            return Task(self.name, config, keep_known=repair.keep_known, note=repair.describe())
         config, mask = dict(self.config), self.config.get("mask")
         is_estimated = config.get("noise") == ESTIMATED
         if degrade and (is_estimated or (isinstance(mask, Mask) and mask.sensitivity is not None)):
@@ -134,7 +140,7 @@ def load_task(
     """Return a task with the `settings` that its operator knows, which are removed from the dictionary.
 
     task: a file of configs/task; sr2, sr3, ... for other factors; a YAML file, or its text between braces;
-        "module:attribute", a user's operator.
+        "module:attribute", a user's operator; "auto": what is found in each photo (restore.repair).
     mask, kernel: files that replace the task's own. A mask may be a folder of masks with the photos' names, or "auto":
         proposed from each photo (restore.images.damage), with the setting `sensitivity`.
     invert_mask, mask_threshold: see restore.images.masks.read_mask.
@@ -146,6 +152,8 @@ def load_task(
     """
     settings = {} if settings is None else settings
     task = ALIASES.get(task, task)
+    if task == AUTO:
+        return Task(AUTO, read_auto(settings, blind, mask=mask, kernel=kernel))
     blind = blind and "sigma" not in settings and ":" not in task and not _is_yaml(task)
     if task == "inpaint" and mask is None:
         config = read_task("inpaint-box")
@@ -272,8 +280,10 @@ def measure_photo(
     with torch.no_grad():
         channels = operator.A(torch.zeros(1, pixels.shape[1], *size, dtype=torch.float32)).shape[1]
         y = io.to_tensor(pixels, channels=1) if channels == 1 else pixels
-        if task.config["name"] == "inpainting_mask":
-            y = operator.A(y)
+        last = (task.config.get("operators") or [task.config])[-1]
+        if last["name"] == "inpainting_mask":
+            mask = last["mask"].read(record.size) if isinstance(last["mask"], Mask) else last["mask"]
+            y = y * mask.to(y)
     return Measurement(record, None, adapted, y)
 
 
@@ -345,4 +355,8 @@ def _describe(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         content = value.detach().cpu().contiguous().numpy().tobytes()
         return {"shape": list(value.shape), "sha256": hashlib.sha256(content).hexdigest()}
-    return value if isinstance(value, (type(None), bool, int, float, str, list, dict)) else repr(value)
+    if isinstance(value, dict):
+        return {key: _describe(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_describe(item) for item in value]
+    return value if isinstance(value, (type(None), bool, int, float, str)) else repr(value)

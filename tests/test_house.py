@@ -22,7 +22,7 @@ FLOORS = (
     ("guidance",),
     ("samplers",),
     ("method", "zoo"),
-    ("protocol", "restoration", "restorer", "task"),
+    ("protocol", "restoration", "restorer", "task", "repair"),
     ("memory", "metrics"),
     ("bench", "training"),
     ("report",),

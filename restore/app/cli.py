@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,14 +30,14 @@ def common(version: options.Version = False) -> None:
 def run(
     context: typer.Context,
     inputs: options.Inputs,
-    task: options.Task,
     out: options.Out,
+    task: options.ChosenTask = "auto",
     mask: options.MaskFile = None,
     invert_mask: options.InvertMask = False,
     mask_threshold: options.MaskThreshold = None,
     kernel: options.KernelFile = None,
     degrade: Annotated[bool, typer.Option("--degrade", help="Degrade clean images, restore and score them.")] = False,
-    backbone: options.Backbone = "embedded",
+    backbone: options.ChosenBackbone = None,
     sampler: Annotated[
         str | None, typer.Option(help="dps, psld, ..., module:function; default: the best suited.")
     ] = None,
@@ -80,6 +81,7 @@ def run(
     from restore import restorer
     from restore.app import files
     from restore.app.choice import MethodChoice
+    from restore.app.priors import FACES, PriorChooser
     from restore.app.progress import Progress
     from restore.app.run import Condition, RestoreJob
     from restore.images.resampling import select_resampling
@@ -88,7 +90,7 @@ def run(
 
     names, settings = options.split_settings(inputs)
     masks = {"invert_mask": invert_mask, "mask_threshold": mask_threshold}
-    selected = load_task(task, settings, mask=mask, kernel=kernel, blind=True, **masks)
+    selected = load_task(task, settings, mask=mask, kernel=kernel, blind=task != "auto" or not degrade, **masks)
     options.check_settings(settings, sampler, context.params)
     guided = options.parse_guidance(guidance, pag_scale, layers, target, strength)
     method = MethodChoice(sampler, quality, guided, options.parse_steps(steps), settings, data, reference)
@@ -98,14 +100,25 @@ def run(
     files.check_outputs(photos, [photo.outputs(samples, degrade, save_trajectory) for photo in photos], overwrite)
     loading = options.parse_model_options(model_option)
     saving = {"checkpointing": checkpointing, "max_windows": max_windows, "vae_tiling": vae_tiling}
-    model = restorer.load(backbone, device=device, precision=precision, offline=offline, vae=vae, **saving, **loading)
-    condition, planner = Condition(label, prompt, negative_prompt), Planner(model, memory and memory * 1e9)
+    machine = {"device": device, "precision": precision, "offline": offline, "vae": vae, **saving, **loading}
+    condition, limit = Condition(label, prompt, negative_prompt), memory and memory * 1e9
     sampling = {"samples": samples, "seed": seed, "batch_size": batch_size, "resampled": resampled}
     writing = {"degrade": degrade, "save_trajectory": save_trajectory, "overwrite": overwrite}
-    limits = {"planner": planner, "force": force, "dry_run": dry_run}
-    with Progress(len(photos), quiet, batch_size, model.backbone) as progress:
+    limits = {"force": force, "dry_run": dry_run}
+    with Progress(len(photos), quiet, batch_size) as progress:
+        load, model, chooser = partial(restorer.load, **machine), None, None
+        if backbone is None:
+            # Attention, classes and published settings: what only the prior of faces has, which knows photos too.
+            special = sampler, label, prompt, vae, solve_at, data, *loading, None if guided == "preset" else guided
+            only = FACES if any(option is not None for option in special) else None
+            chooser = PriorChooser(load, only, limit, progress.watch)
+        else:
+            model = load(backbone)
+            progress.watch(model.backbone)
+        planner = None if model is None else Planner(model, limit)
         shown = {"announce": None if dry_run else progress.announce, "callback": progress}
-        job = RestoreJob(model, selected, method, condition, **sampling, **writing, **limits, **shown)
+        priors = {"chooser": chooser, "planner": planner}
+        job = RestoreJob(model, selected, method, condition, **sampling, **writing, **limits, **shown, **priors)
         options.print_outcomes(
             progress.follow(job.run(photos)), quiet, files.explain_passed_over(names, out, recursive)
         )

@@ -26,12 +26,22 @@ def print_version(requested: bool) -> None:
 Inputs = Annotated[list[str], typer.Argument(help="Images, folders, globs, - for standard input; key=value settings.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="A folder; for one image also a file, - for standard output.")]
 Task = Annotated[str, typer.Option(help="sr4, sr8, inpaint, motion-blur, blur, denoise, colorize, ...; a YAML file.")]
+ChosenTask = Annotated[
+    str, typer.Option(help="auto: what is found in each photo; sr4, inpaint, denoise, blur, ...; a YAML file.")
+]
 MaskFile = Annotated[Path | None, typer.Option(help="Mask: white known, black missing; a folder of masks; auto.")]
 InvertMask = Annotated[bool, typer.Option("--invert-mask", help="In the mask, white is missing.")]
 MaskThreshold = Annotated[int | None, typer.Option(min=0, max=254, help="Values of a grey mask above this are white.")]
 Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Include sub-folders.")]
 KernelFile = Annotated[Path | None, typer.Option(help="Blur kernel: .npy, .txt or an image.")]
 Backbone = Annotated[str, typer.Option(help="A model of `restore models list`, a folder or a checkpoint file.")]
+ChosenBackbone = Annotated[
+    str | None,
+    typer.Option(
+        help="A model of `restore models list`, a folder or a checkpoint file; default: embedded for faces up to 64 "
+        "pixels, else embedded-photo."
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
 Seed = Annotated[int, typer.Option(min=0, help="All noise is a function of the seed and the image's name.")]

@@ -73,6 +73,12 @@ class Progress:
         self.bar = tqdm(total=1.0, bar_format=form, leave=False, delay=self.DELAY, disable=quiet)
         self.watching = watch_network(backbone, self._called)
 
+    def watch(self, backbone: Any) -> None:
+        """Show the calls of another backbone's network from now on."""
+        self.watching.__exit__(None, None, None)
+        self.watching = watch_network(backbone, self._called)
+        self.watching.__enter__()
+
     def announce(self, outcome: Any) -> None:
         """Begin a photo: print its plan above the bar."""
         self.pace = PhotoPace(outcome.plan, self.batch)

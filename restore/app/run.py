@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from restore import disk
 from restore.app import files
 from restore.app.choice import MethodChoice
 from restore.app.files import DEGRADED, MEAN, SIGNALS, SPREAD, TRAJECTORY, Photo
+from restore.app.priors import PriorChooser
 from restore.app.trajectory import Trajectory
 from restore.images import io
 from restore.images.resampling import Resampling
@@ -37,18 +38,20 @@ _DECISIVE = ("backbone", "weights", "weak_models", "model_options", "precision",
 class Outcome:
     """What happened to one photo. numbers: residual_ratio, nfe, seconds, with `degrade` psnr and ssim. error: why there
     is no result. plan: memory and time of a photo that was only planned. lost: what the photo has and the result's
-    format does not hold, see io.list_lost."""
+    format does not hold, see io.list_lost. note: what was seen and decided."""
 
     photo: Photo
     skipped: bool = False
     lost: tuple[str, ...] = ()
+    note: str = ""
     numbers: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
     plan: Plan | None = None
 
     def line(self) -> str:
         if self.plan is not None:
-            return f"{self.photo.target}  {self.plan.format()}"
+            note = f"{self.photo.source.name}  {self.note}\n" if self.note else ""
+            return f"{note}{self.photo.target}  {self.plan.format()}"
         if self.skipped:
             return f"{self.photo.target}  (finished before)"
         shown = {"psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.3f}", "residual_ratio": "residual/noise {:.2f}"}
@@ -74,6 +77,7 @@ class RestoreJob:
     samples, seed, batch_size, callback: see Restorer. degrade: the inputs are clean; degrade them first and compare the
     result with them. resampled: restore at another size and resize the result. save_trajectory: draw x0_hat and the
     guidance through time. overwrite: redo finished photos and replace any file.
+    chooser: chooses restorer, planner and class for each photo, in place of those given.
     planner: estimates memory and time of each photo and keeps the memory within what is free; announce receives an
     Outcome with the plan. force: try a photo that does not fit. dry_run: only plan.
     """
@@ -89,6 +93,7 @@ class RestoreJob:
     resampled: Resampling | None = None
     save_trajectory: bool = False
     overwrite: bool = False
+    chooser: PriorChooser | None = None
     planner: Planner | None = None
     announce: Callable[[Outcome], None] | None = None
     force: bool = False
@@ -123,12 +128,26 @@ class RestoreJob:
         files.check_names(photo, self.outputs(photo))
         io.check_source(photo.source, photo.target)
         task = self.task.for_photo(photo.source, self.degrade)
-        record, degrading = io.read_image(photo.source), {"degrade": self.degrade, "resampling": self.resampled}
+        record = io.read_image(photo.source)
         # Nothing of the result's size is computed before the plan has said that it fits.
-        operator = build_for_photo(record, task, **degrading)
+        operator = build_for_photo(record, task, degrade=self.degrade, resampling=self.resampled)
         size = record.size if self.degrade else task.extend(record.size)
         shown = tuple(side - 2 * hidden for side, hidden in zip(size, task.margin, strict=True))
         whole, size = size, (self.resampled.side, self.resampled.side) if self.resampled else size
+        job, note = self, [task.note]
+        if self.chooser is not None:
+            chosen = self.chooser.choose(record.pixels, size, blind=not self.degrade)
+            given = self.condition.label is not None or self.condition.prompt is not None
+            condition = self.condition if given else replace(self.condition, label=chosen.label)
+            job = replace(self, restorer=chosen.restorer, planner=chosen.planner, condition=condition, chooser=None)
+            note.append(chosen.reason)
+        return job._restore_task(photo, task, record, operator, (whole, size, shown), "; ".join(filter(None, note)))
+
+    def _restore_task(
+        self, photo: Photo, task: Task, record: io.ImageRecord, operator: Any, sizes: tuple, note: str
+    ) -> Outcome | _Restored:
+        """Restore a photo by this job's restorer. sizes: of the whole image, of the restored one, of what is shown."""
+        (whole, size, shown), degrading = sizes, {"degrade": self.degrade, "resampling": self.resampled}
         method = self.method.resolve(self.restorer, operator, task=task.name, size=size, samples=self.samples)
         settings = self._describe_settings(photo, task, self.restorer.protocol(operator, method))
         expected = {"sha256": disk.hash_file(photo.source), "settings": settings}
@@ -137,9 +156,9 @@ class RestoreJob:
         if self.restorer.channels == 1:
             check_channels(1 if record.grey else 3, 1, self.restorer.per_channel)
         singly = 1 if self.restorer.channels == 3 or record.grey else 3
-        plan = None if self.planner is None else self._plan(photo, task, whole, method, singly)
+        plan = None if self.planner is None else self._plan(photo, task, whole, method, singly, note)
         if self.dry_run:
-            return Outcome(photo, plan=plan)
+            return Outcome(photo, plan=plan, note=note)
         noise = {"image_id": photo.image_id, "seed": self.seed, "grey": self.restorer.channels == 1}
         measured = measure_photo(record, task, **degrading, **noise)
         operator, y, size = measured.operator, measured.y, shown
@@ -159,7 +178,8 @@ class RestoreJob:
         result = dataclasses.replace(result, samples=samples)
         estimate = {} if plan is None else {"estimate": plan.describe()}
         hue = {} if tint is None else {"one_hue": True}
-        return _Restored(measured, result, trajectory, expected | estimate | hue, colour)
+        told = {"note": note} if note else {}
+        return _Restored(measured, result, trajectory, expected | estimate | hue | told, colour)
 
     def _describe_settings(self, photo: Photo, task: Task, protocol: dict[str, Any]) -> dict[str, Any]:
         condition = dataclasses.asdict(self.condition)
@@ -177,13 +197,13 @@ class RestoreJob:
             "trajectory": self.save_trajectory,
         }
 
-    def _plan(self, photo: Photo, task: Task, size: tuple[int, int], method: Method, singly: int) -> Plan:
+    def _plan(self, photo: Photo, task: Task, size: tuple[int, int], method: Method, singly: int, note: str) -> Plan:
         options = {"samples": self.samples, "batch_size": self.batch_size, "resampled": self.resampled}
         options["singly"] = singly
         with explain_out_of_memory():
             plan = self.planner.plan(task, size, method, **options)
         if self.announce is not None:
-            self.announce(Outcome(photo, plan=plan))
+            self.announce(Outcome(photo, plan=plan, note=note))
         if not (plan.fits or self.force or self.dry_run):
             raise RestoreError(plan.explain_refusal(photo.source.name))
         return plan

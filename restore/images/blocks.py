@@ -1,28 +1,25 @@
-"""Traces of JPEG: the tables of a file, and those of pixels that were once compressed and saved as something else."""
+"""Traces of JPEG in pixels: which steps their coefficients were rounded to, and the noise that was there before."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import scipy.fft
 import scipy.special
 import torch
 
-from restore.images.io import open_image
-
 SIDE = 8  # pixels; side of the blocks of JPEG
 LARGEST = 1024  # pixels; of larger photos the centre is examined
 LUMA = (0.299, 0.587, 0.114)
 FOUND = 0.45  # smallest periodicity (0 none, 1 perfect) of coefficients that were quantised
 # Annex K of ITU-T T.81: luminance at quality 50, row by row.
-TABLE = np.array(
-    """16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 62
-    18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99""".split(),
-    float,
-).reshape(SIDE, SIDE)
+TABLE = """
+    16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 62
+    18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99"""
+TABLE = np.array(TABLE.split(), float).reshape(SIDE, SIDE)
 
 
 @dataclass(frozen=True)
@@ -41,16 +38,11 @@ def scale_table(quality: int, table: np.ndarray = TABLE) -> np.ndarray:
     return np.clip(np.floor((table * scale + 50) / 100), 1, 255)
 
 
-def read_compression(path: Path) -> Compression | None:
-    """Return the compression that a JPEG file states; None for other formats."""
-    with open_image(Path(path)) as image:
-        tables = getattr(image, "quantization", None)
-        turned = image.getexif().get(0x0112, 1) not in (0, 1)
-    if image.format not in ("JPEG", "MPO") or not tables or turned:
-        return None
-    steps = np.array(tables[min(tables)], float).reshape(SIDE, SIDE)  # Pillow gives rows, not the file's zigzag
-    nearest = min(range(1, 101), key=lambda quality: float(np.abs(scale_table(quality) - steps).sum()))
-    return Compression(nearest, tuple(map(tuple, steps.tolist())))
+def find_quality(steps: Sequence[float], cut: Sequence[int]) -> Compression:
+    """Return the compression of a file's steps of brightness, 64 in rows, whose first block was cut by (y, x)."""
+    table = np.array(steps, float).reshape(SIDE, SIDE)
+    quality = min(range(1, 101), key=lambda quality: float(np.abs(scale_table(quality) - table).sum()))
+    return Compression(quality, tuple(map(tuple, table.tolist())), (-cut[0] % SIDE, -cut[1] % SIDE))
 
 
 def detect_compression(x: torch.Tensor) -> Compression | None:

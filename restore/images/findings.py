@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+import operators
 from operators import RestoreError
-from restore.images.blocks import (
-    Compression,
-    detect_compression,
-    estimate_quantised_noise,
-    read_compression,
-)
+from restore.images.blocks import Compression, detect_compression, estimate_quantised_noise, find_quality
+from restore.images.compression import read_compression
 from restore.images.damage import detect_damage
-from restore.images.estimate import SMALLEST, find_blur, estimate_noise, measure_grey_share
+from restore.images.estimate import SMALLEST, estimate_noise, find_blur, measure_grey_share
 from restore.images.io import ImageRecord, read_image
 from restore.images.motion import Motion, estimate_motion
 from restore.images.tint import estimate_tint
@@ -30,8 +28,9 @@ class Findings:
     """What was found in a photo of `size` (H, W).
 
     hue: "grey", "one hue" or "colour". sigma: of the noise on [-1, 1], before the photo was compressed. blur: standard
-    deviation of a Gaussian blur in pixels, 0 for none. motion: of the camera, in place of a blur. compression: if it
-    shows. mask: (1, 1, H, W), 0 where there are scratches and dust.
+    deviation of a Gaussian blur in pixels, 0 for none. motion: of the camera, in place of a blur. quality: of the JPEG
+    compression, 100 if it does not show; jpeg: the options of operators.JPEG then. mask: (1, 1, H, W), 0 where there
+    are scratches and dust.
     """
 
     size: tuple[int, int]
@@ -39,7 +38,8 @@ class Findings:
     sigma: float
     blur: float
     motion: Motion | None
-    compression: Compression | None
+    quality: int
+    jpeg: dict[str, Any] | None
     mask: torch.Tensor
 
     @property
@@ -64,14 +64,12 @@ def inspect_photo(photo: str | Path | ImageRecord, sensitivity: float = SENSITIV
     record = photo if isinstance(photo, ImageRecord) else read_image(Path(photo))
     x, (height, width) = record.pixels, record.size
     if min(record.size) < SMALLEST:
-        given = f"{record.path.name} is {width} x {height}"
         raise RestoreError(
-            f"a photo must have at least {SMALLEST} pixels a side to be examined, and {given}; try task=sr4"
+            f"a photo must have at least {SMALLEST} pixels a side to be examined, got {record.path.name} of "
+            f"{width} x {height}; try task=sr4"
         )
-    stated, seen = read_compression(record.path), detect_compression(x)
-    found = [c for c in (stated, seen) if c is not None and c.quality < COMPRESSED]
-    compression = min(found, key=lambda c: c.quality, default=None)
-    sigma = estimate_noise(x) if compression is None else estimate_quantised_noise(x, compression)
+    seen, jpeg = _find_compression(record)
+    sigma = estimate_noise(x) if seen is None else estimate_quantised_noise(x, seen)
     motion = estimate_motion(x, sigma)
     grey = record.grey or measure_grey_share(x) == 1
     return Findings(
@@ -80,6 +78,22 @@ def inspect_photo(photo: str | Path | ImageRecord, sensitivity: float = SENSITIV
         sigma=float(f"{sigma:.3g}"),
         blur=0.0 if motion else round(find_blur(x), 1),
         motion=motion,
-        compression=compression,
+        quality=100 if seen is None else seen.quality,
+        jpeg=jpeg,
         mask=detect_damage(x, sensitivity, CERTAIN),
     )
+
+
+def _find_compression(record: ImageRecord) -> tuple[Compression | None, dict[str, Any] | None]:
+    """The compression that shows most, the file's own or one whose traces are in the pixels, and its options."""
+    options, seen = read_compression(record.path), detect_compression(record.pixels)
+    own = None if options is None else find_quality(options["tables"][0], options["offset"])
+    if own is not None and own.quality < COMPRESSED and (seen is None or own.quality <= seen.quality + 3):
+        seen = own
+    elif seen is not None and seen.quality < COMPRESSED:
+        cut = [-side % operators.jpeg.SIDE for side in seen.offset]
+        options = {"quality": seen.quality, "offset": cut}
+    else:
+        return None, None
+    loss = operators.JPEG(**options).noise.estimate_loss(record.pixels)
+    return seen, {**options, "loss": max(float(f"{loss:.3g}"), 1e-3)}

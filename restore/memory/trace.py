@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,10 +101,8 @@ def trace_sampler(restorer: Any, task: Task, size: tuple[int, int], method: Meth
     unit = task.factor * 8
     least = (max(unit, SIDE // unit * unit) + 2 * margin for margin in task.margin)
     height, width = (min(pair) for pair in zip(size, least, strict=True))
-    if isinstance(task.config.get("mask"), Mask):
-        small = F.interpolate(task.config["mask"].read(), (height, width))
-        small[..., 0, 0], small[..., -1, -1] = 0, 1  # thin holes may be lost, and a mask without any is an error
-        task = replace(task, config=task.config | {"mask": small})
+    seen = tuple((side - 2 * margin) // task.factor for side, margin in zip((height, width), task.margin, strict=True))
+    task = replace(task, config=_shrink_masks(task.config, seen))
     operator, device = task.build(height, width), restorer.device
     steps, scale = method.steps, 1.0
     if isinstance(steps, int) and steps > MAX_STEPS:
@@ -125,3 +124,15 @@ def trace_sampler(restorer: Any, task: Task, size: tuple[int, int], method: Meth
         live.peak / (height * width),
         seconds * scale / (height * width),
     )
+
+
+def _shrink_masks(config: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """Return an operator's mapping with masks of this size in place of its own, in a chain too."""
+    if "operators" in config:
+        return {**config, "operators": [_shrink_masks(part, size) for part in config["operators"]]}
+    mask = config.get("mask")
+    if not isinstance(mask, (Mask, torch.Tensor)):
+        return dict(config)
+    small = F.interpolate(mask.read() if isinstance(mask, Mask) else mask, size)
+    small[..., 0, 0], small[..., -1, -1] = 0, 1  # thin holes may be lost, and a mask without any is an error
+    return {**config, "mask": small}
