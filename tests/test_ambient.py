@@ -13,7 +13,7 @@ import restore
 from restore import samplers
 from restore.backbones.ambient import no_autocast
 from restore.backbones.sizes import Sized
-from restore.task import measure_batch
+from restore.batch import measure_batch
 
 BLOCKS = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
 PIXELS = [name for name in samplers.SAMPLERS if name not in ("flowdps", "psld", "resample")]

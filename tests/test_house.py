@@ -22,7 +22,7 @@ FLOORS = (
     ("guidance",),
     ("samplers",),
     ("method", "zoo"),
-    ("protocol", "restoration", "restorer", "task", "repair"),
+    ("protocol", "restoration", "restorer", "task", "repair", "batch"),
     ("memory", "metrics"),
     ("bench", "training"),
     ("report",),

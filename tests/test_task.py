@@ -5,8 +5,9 @@ import torch
 
 import operators
 from operators import RestoreError
+from restore.batch import join_operators, measure_batch
 from restore.paths import configs_dir
-from restore.task import ALIASES, join_operators, load_task, measure_batch, read_task
+from restore.task import ALIASES, load_task, read_task
 
 
 def test_every_alias_is_a_shipped_task():

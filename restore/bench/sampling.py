@@ -13,13 +13,13 @@ import torch
 from operators import RestoreError
 from restore.backbones.text_to_image import PipelineOptions, TextToImage
 from restore.backbones.weights import DTYPES
+from restore.batch import measure_batch
 from restore.bench.baselines import BASELINES
 from restore.guidance import CFG, Autoguidance
 from restore.guidance.pipelines import find_network, guided, schedule_cfg
 from restore.images.resampling import Resampling, enlarge_image
 from restore.method import Method
 from restore.samplers.noise import ImageNoise, derive_seed
-from restore.task import measure_batch
 
 
 @dataclass
