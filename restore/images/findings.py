@@ -20,7 +20,7 @@ from restore.images.tint import estimate_tint
 
 # From where on something is called wrong: sigma on [-1, 1], the quality of JPEG, the longer side in pixels.
 NOISY, COMPRESSED, SMALL = 0.04, 88, 400
-SENSITIVITY, CERTAIN = 0.3, 0.0  # of the search for damage: of its mask, and for believing that there is any
+SENSITIVITY, CERTAIN = 0.5, 0.0  # of the search for damage: of its mask, and for believing that there is any
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ def test_look_prints_commands_and_writes_the_mask(command, damaged, tmp_path):
     assert code == 0, err
     assert f"{damaged}  96 x 96" in out and "colour  yes" in out and "blur    none" in out
     assert 0.08 < float(out.split("sigma ")[1].split()[0]) < 0.12
-    assert f"--task inpaint --mask {mask} sigma=auto" in out and "--task denoise sigma=auto" in out
+    assert f"restore run {damaged} -o restored/" in out  # all of it at once
+    assert f"--task inpaint --mask {mask} -o" in out and "--task denoise -o" in out and "one thing alone" in out
     missing = np.asarray(Image.open(mask)) == 0
     assert missing[10:85, 20:22].mean() > 0.9 and missing.mean() < 0.15
     code, _, err = command("look", damaged, "-o", mask)
@@ -54,17 +55,20 @@ def test_look_prints_commands_and_writes_the_mask(command, damaged, tmp_path):
 def test_commands_proposed_by_look_run(command, damaged, tmp_path):
     _, out, _ = command("look", damaged)
     commands = [line.split()[1:] for line in out.splitlines() if line.lstrip().startswith("restore run")]
-    assert len(commands) == 2
+    assert len(commands) == 3 and "--task" not in commands[0]
     for k, words in enumerate(commands):
         words[words.index("-o") + 1] = str(tmp_path / str(k))
         code, _, err = command(*words, "--steps", "2")
         assert code == 0, err
-    inpainted, denoised = (json.loads((tmp_path / str(k) / "old.json").read_text()) for k in (0, 1))
+    auto, inpainted, denoised = (json.loads((tmp_path / str(k) / "old.json").read_text()) for k in range(3))
+    assert "seen: small, 96 x 96, noise of 1" in auto["note"] and "scratches" in auto["note"]
+    assert "embedded-photo" in auto["note"] and auto["protocol"]["backbone"] == "embedded-photo"
+    assert Image.open(tmp_path / "0" / "old.png").size == (192, 192)
     assert inpainted["settings"]["task"]["mask"]["sensitivity"] == 0.5
     assert inpainted["settings"]["task"]["mask"]["sha256"] == inpainted["sha256"]
-    for sidecar in (inpainted, denoised):
+    for sidecar in (auto, inpainted, denoised):
         assert sidecar["settings"]["task"]["noise"]["sigma"] == pytest.approx(0.1, rel=0.2)
-    known = np.asarray(Image.open(tmp_path / "0" / "old.png")).astype(float)
+    known = np.asarray(Image.open(tmp_path / "1" / "old.png")).astype(float)
     assert known[30:60, 20:22].mean() < 235  # the scratch is gone
 
 
