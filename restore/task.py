@@ -98,7 +98,9 @@ class Task:
         blind = self.blind and not degrade
         pixels = io.read_image(photo).pixels if is_estimated or blind else None
         if is_estimated or (blind and min(pixels.shape[-2:]) >= SMALLEST):
-            sigma = float(f"{estimate_noise(pixels):.3g}")
+            mask = config.get("mask")
+            known = mask.read(tuple(pixels.shape[-2:])) if isinstance(mask, Mask) else None
+            sigma = float(f"{estimate_noise(pixels, known):.3g}")
             config["noise"] = {"name": "gaussian", "sigma": sigma} if sigma else None
         return Task(self.name, config, keep_known=blind and config["name"] == "inpainting_mask")
 

@@ -31,25 +31,28 @@ LIMIT = 1 - 1 / 255  # largest absolute value that is not clipped in 8 bits
 _OPPONENT = ((1, 1, 1), (1, 0, -1), (1, -2, 1))  # brightness and two colour differences
 
 
-def estimate_noise(x: torch.Tensor) -> float:
+def estimate_noise(x: torch.Tensor, known: torch.Tensor | None = None) -> float:
     """Return the standard deviation, on [-1, 1], of the white Gaussian noise in a photo (sigma_y).
 
-    x: (1 or 3, H, W) or (B, 1 or 3, H, W) in [-1, 1]; a batch holds crops of one photo.
+    x: (1 or 3, H, W) or (B, 1 or 3, H, W) in [-1, 1]; a batch holds crops of one photo. known: (H, W), 0 where the photo
+    shows a hole; blocks that touch one are left out.
 
     The estimate is the energy of the finest diagonal Haar detail (Donoho & Johnstone 1994) in the 15 % of blocks with
     least coarse detail, for colour photos also of the colour differences, which have little texture. Flat and nearly
     clipped blocks are ignored, and so is colour whose fine detail was removed (chroma subsampling of JPEG).
-    Returns 0 for a flat image. Raises RestoreError below 32 pixels a side.
+    Returns 0 for a flat image, and if holes leave no block. Raises RestoreError below 32 pixels a side.
     """
     x = _as_batch(x, "noise")
+    holes = None if known is None else (known.reshape(1, 1, *x.shape[-2:]) < 0.5).float().expand(len(x), -1, -1, -1)
     if measure_grey_share(x) == 1:
         x = x[:, :1]
-    planes = [_Blocks(plane) for plane in x.split(1, 1)]
+    planes = [_Blocks(plane, holes) for plane in x.split(1, 1)]
     brightest = torch.stack([block.mean.abs() for block in planes]).amax(0)
     colours = []
     if len(planes) == 3:
         matrix = F.normalize(x.new_tensor(_OPPONENT))
-        colours = [_Blocks(plane) for plane in torch.einsum("oc,bchw->bohw", matrix, x).split(1, 1)[1:]]
+        opponent = torch.einsum("oc,bchw->bohw", matrix, x)
+        colours = [_Blocks(plane, holes) for plane in opponent.split(1, 1)[1:]]
     sigma = 0.0
     for _ in range(3):  # which blocks are nearly clipped depends on sigma
         inside = brightest < LIMIT - min(2 * sigma, 0.6)
@@ -61,9 +64,10 @@ def estimate_noise(x: torch.Tensor) -> float:
 
 
 class _Blocks:
-    """Blocks of a plane (B, 1, H, W), flattened: mean, coarse variance, energy of the two finest levels of detail."""
+    """Blocks of a plane (B, 1, H, W), flattened: mean, coarse variance, energy of the two finest levels of detail, which
+    is 0 in blocks that see one of the holes (B, 1, H, W)."""
 
-    def __init__(self, plane: torch.Tensor) -> None:
+    def __init__(self, plane: torch.Tensor, holes: torch.Tensor | None = None) -> None:
         height, width = (side // (2 * BLOCK) * 2 * BLOCK for side in plane.shape[-2:])
         low = F.avg_pool2d(plane[..., :height, :width], 2)
         mean = F.avg_pool2d(low, BLOCK // 2)
@@ -71,6 +75,9 @@ class _Blocks:
         self.coarse = (F.avg_pool2d(low**2, BLOCK // 2) - mean**2).flatten()
         self.fine = self._energy(plane[..., :height, :width], BLOCK)
         self.next = self._energy(low, BLOCK // 2) * 4  # equal to the finest for white noise
+        if holes is not None:  # a block's details reach two pixels beyond it
+            seen = F.max_pool2d(F.pad(holes[..., :height, :width], (0, 2, 0, 2)), BLOCK + 2, BLOCK)
+            self.fine = torch.where(seen.flatten() > 0, 0.0, self.fine)
 
     @staticmethod
     def _energy(plane: torch.Tensor, side: int) -> torch.Tensor:

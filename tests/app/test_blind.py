@@ -79,3 +79,22 @@ def test_known_pixels_stay_as_they_are(command, tmp_path):
     assert command(*arguments, "sigma=auto", "-o", tmp_path / "removed")[0] == 0
     after = np.asarray(Image.open(tmp_path / "removed" / "a.png"))
     assert (after[mask == 255] != before[mask == 255]).mean() > 0.5
+
+
+@pytest.mark.parametrize("holes, expected", [("half of the pixels", 0.0), ("lines", 0.1)])
+def test_holes_are_not_noise(tmp_path, holes, expected):
+    """White pixels that the mask says are missing do not count: the noise is that of blocks without any, if there are."""
+    photo, mask = tmp_path / "photo.png", tmp_path / "mask.png"
+    generator = torch.Generator().manual_seed(0)
+    known = (
+        torch.rand(256, 256, generator=generator) > 0.5 if holes == "half of the pixels" else torch.ones(256, 256) > 0
+    )
+    if holes == "lines":
+        known[::40] = False
+    smooth = torch.linspace(-0.5, 0.5, 256).expand(1, 3, 256, 256)
+    noisy = smooth + 0.1 * torch.randn(smooth.shape, generator=generator)
+    io.write_image(photo, torch.where(known, noisy, 1.0))
+    Image.fromarray(known.numpy().astype(np.uint8) * 255).save(mask)
+    task = load_task("inpaint", {}, mask=mask, blind=True).for_photo(photo)
+    sigma = 0.0 if task.config["noise"] is None else task.config["noise"]["sigma"]
+    assert sigma == pytest.approx(expected, rel=0.08)
