@@ -36,6 +36,8 @@ ALIASES = {
     "motion_blur": "motion-blur",
     "denoising": "denoise",
     "colorization": "colorize",
+    "clipping": "hdr",
+    "phase_retrieval": "phase-retrieval",
 }
 
 
@@ -230,7 +232,6 @@ def build_for_photo(
 
     Raises RestoreError if the task needs a mask that is not given.
     """
-    height, width = record.size
     if degrade:
         if resampling is None:
             return task.build(*record.size)
@@ -246,7 +247,9 @@ def build_for_photo(
             f"{record.path.name}: inpainting a damaged photo needs mask=FILE (white: known pixels); "
             "with degrade=True the task cuts its own hole into a clean photo"
         )
-    size = (height * task.factor, width * task.factor)
+    if task.config["name"] == "phase_retrieval":
+        raise RestoreError(f"{record.path.name}: phase retrieval needs magnitudes, got a photo; try degrade=True")
+    size = tuple(task.factor * side for side in record.size)
     operator = task.build(*task.extend(record.size))
     return resampling.adapt_operator(operator, size, record.path.name) if resampling else operator
 

@@ -6,8 +6,8 @@ import torch
 import operators
 from operators import RestoreError
 from restore.batch import join_operators, measure_batch
-from restore.paths import configs_dir
-from restore.task import ALIASES, load_task, read_task
+from restore.paths import configs_dir, data_dir
+from restore.task import ALIASES, load_task, measure_photo, read_task
 
 
 def test_every_alias_is_a_shipped_task():
@@ -41,3 +41,15 @@ def test_operators_that_cannot_share_a_batch():
     assert join_operators(each[:1]) is each[0]
     with pytest.raises(RestoreError, match="super_resolution.*batch"):
         join_operators(each)
+
+
+def test_phase_retrieval_of_a_photo():
+    """A photo is no magnitude of a Fourier transform: only a clean one can be measured."""
+    path = data_dir() / "photos" / "astronaut-face-64.png"
+    task = load_task("phase-retrieval")
+    with pytest.raises(RestoreError, match="phase retrieval needs magnitudes, got a photo; try degrade=True"):
+        measure_photo(path, task, image_id="a")
+    measured = measure_photo(path, task, image_id="a", degrade=True)
+    assert measured.y.shape == (1, 3, 96, 96) and float(measured.y.mean()) > 0.1
+    exposed = measure_photo(path, load_task("hdr"), image_id="a")
+    assert exposed.y.shape == (1, 3, 64, 64) and exposed.operator.name == "clipping"

@@ -50,6 +50,7 @@ SAMPLERS = {  # imported when used
     "diffpir": "restore.samplers.diffpir:diffpir",
     "dpir": "restore.samplers.dpir:dpir",
     "dps": "restore.samplers.dps:dps",
+    "fastdips": "restore.samplers.fastdips:fastdips",
     "flowdps": "restore.samplers.flowdps:flowdps",
     "pigdm": "restore.samplers.pigdm:pigdm",
     "pnpdm": "restore.samplers.pnpdm:pnpdm",

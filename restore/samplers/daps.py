@@ -9,10 +9,9 @@ import torch
 
 from operators import RestoreError
 from operators.ranges import Count, Positive, Range, Share, enforce_ranges
-from restore.backbones.schedule import Schedule
 from restore.guidance import estimator
 from restore.samplers.likelihood import DataNorm, find_data_norm, likelihood_variance
-from restore.samplers.steps import report, require_finite
+from restore.samplers.steps import annealing_levels, report, require_finite, rho_grid
 
 
 @enforce_ranges
@@ -110,16 +109,3 @@ def daps(
             used = {"tau": variance**0.5, "sigma_max": sigmas[0]}
             report(callback, k, len(sigmas) - 1, schedule.t(sigma), **state, used=used)
         return prior.decode(x)
-
-
-def annealing_levels(schedule: Schedule, steps, sigma_max: float, sigma_min: float) -> list[float]:
-    """Return sigma / alpha of the levels to visit, descending, with 0 in the place of sigma_min at the end."""
-    if str(steps).isdecimal() and int(steps) > 0:
-        return [*rho_grid(sigma_max, sigma_min, int(steps))[:-1], 0.0]
-    return [*(schedule.ratio(t) for t in schedule.timesteps(steps)), 0.0]
-
-
-def rho_grid(high: float, low: float, n: int, rho: float = 7.0) -> list[float]:
-    """Return n + 1 levels from high to low (Karras et al. 2022, eq. 5)."""
-    a, b = high ** (1 / rho), low ** (1 / rho)
-    return [(a + i / n * (b - a)) ** rho for i in range(n + 1)]

@@ -11,7 +11,7 @@ from operators.ranges import Count, NonNegative, Share, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.likelihood import SIGMA_Y_FLOOR, require_linear_gaussian
-from restore.samplers.steps import levels, report, require_finite
+from restore.samplers.steps import Momentum, levels, report, require_finite
 
 
 @enforce_ranges
@@ -32,6 +32,7 @@ def ddnm(
     travel_repeat: Count = 1,
     travel_from: Literal["x_s", "x0"] = "x_s",
     clip: bool | None = False,
+    lamp: NonNegative = 0.0,
 ) -> torch.Tensor:
     """Sample x_0 ~ p(x_0 | y) approximately: the range of A^T is taken from y, its complement from the prior,
 
@@ -46,6 +47,7 @@ def ddnm(
     eta: share of fresh noise (the authors' 0.85). guidance: makes x0_hat and the noise.
     travel_length, travel_repeat: l and r of time travel: every l steps are walked r times (Algorithm 2).
     travel_from: what is noised to travel back: x_s, or x0_hat without the correction as in the authors' code ("x0").
+    lamp: see `steps.Momentum`; of what x_s is made of without its noise, in the singular basis if sigma_y > 0.
     """
     sigma_y = require_linear_gaussian("ddnm", prior, operator, sigma_y)
     prior = normalise(prior, "vp")
@@ -54,7 +56,7 @@ def ddnm(
     order = travel_order(len(grid) - 1, travel_length, travel_repeat)
     svd = operators.svd(operator, prior.shape, y.dtype, y.device) if sigma_y else None
     y_bar = svd.U_adjoint(y) / svd.singular.where(svd.singular > 0, 1.0) if sigma_y else None
-    x_t = noise(0, (len(y), *prior.shape), "start")
+    x_t, momentum = noise(0, (len(y), *prior.shape), "start"), Momentum(lamp)
     with estimator(prior, guidance) as estimate:
         for k, i in enumerate(order):
             (t, alpha, sigma), (_, alpha_s, sigma_s) = grid[i], grid[i + 1]
@@ -65,10 +67,12 @@ def ddnm(
             if sigma_y:
                 x0_bar = svd.V_adjoint(x0_hat)
                 mean, scale_n, scale_eps = spectral_step(svd.singular, x0_bar, y_bar, sigma_y, eta, alpha_s, sigma_s)
+                mean = alpha_s * momentum(mean / alpha_s, (alpha, sigma), (alpha_s, sigma_s)) if lamp else mean
                 x_s = svd.V(mean + scale_n * svd.V_adjoint(n) + scale_eps * svd.V_adjoint(eps))
             else:
                 # A^+ up to singular values of the size of y's rounding.
                 x0 = operators.prox_l2(operator, x0_hat, y, SIGMA_Y_FLOOR**-2)
+                x0 = momentum(x0, (alpha, sigma), (alpha_s, sigma_s))
                 x_s = alpha_s * x0 + sigma_s * (eta * n + (1 - eta**2) ** 0.5 * eps)
             x_t = x_s
             if k + 1 < len(order) and order[k + 1] <= i:  # time travel

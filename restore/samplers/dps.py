@@ -27,6 +27,7 @@ def dps(
     data_norm: DataNorm | None = "l2",
     scale_zeta: bool = True,
     clip: bool | None = None,
+    adam: bool = False,
 ) -> torch.Tensor:
     """Sample x_0 ~ p(x_0 | y) approximately; the arguments of all samplers are in `restore.samplers`.
 
@@ -34,6 +35,8 @@ def dps(
     zeta: step size on the gradient of the data norm, for images of the trained resolution: the norm grows with the
         root of the number of pixels, so with scale_zeta the step is zeta sqrt(H W) / resolution (`used` has it).
     guidance: in the update; the data term sees the unguided x0_hat (PAG, Ahn et al. 2024, App. C.1).
+    adam: the step is zeta times Adam's direction (betas 0.9 and 0.999), whose moments are those of the gradients of all
+        steps: every number of x moves by up to zeta, whatever the norm, so that nothing is scaled.
     ddim_eta: None for DDPM with the learned variance (the paper's), else DDIM(eta).
     """
     prior = normalise(prior, "vp")
@@ -41,9 +44,9 @@ def dps(
     norm = find_data_norm(operator, data_norm)
     clip = prior.bounded if clip is None else clip
     shape = (len(y), *prior.shape)
-    if scale_zeta:
+    if scale_zeta and not adam:
         zeta = zeta * (shape[-2] * shape[-1]) ** 0.5 / prior.resolution
-    x_t = noise(0, shape, "start")
+    x_t, m, v2 = noise(0, shape, "start"), 0.0, 0.0
     with estimator(prior, guidance) as estimate:
         for k, i in enumerate(reversed(range(len(diffusion)))):
             t = diffusion.timesteps[i]
@@ -56,6 +59,10 @@ def dps(
             x0_hat = prior.decode(diffusion.x0(x_t, strong.eps, i, clip))
             residual = norm(y - operator.A(x0_hat), y)
             (grad,) = torch.autograd.grad(residual.sum(), x_t)
+
+            if adam:
+                m, v2 = 0.9 * m + 0.1 * grad, 0.999 * v2 + 0.001 * grad.square()
+                grad = m / (1 - 0.9 ** (k + 1)) / ((v2 / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8)
 
             # Prior: the sampler's own step with the guided score, then the likelihood step.
             with torch.no_grad():

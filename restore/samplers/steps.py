@@ -6,6 +6,7 @@ not reproduce guided-diffusion's arrays (the clipped posterior variance at index
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -86,6 +87,48 @@ def _scalar(value: torch.Tensor) -> float:
 def levels(schedule: Schedule, steps) -> list[tuple[float | None, float, float]]:
     """Return (t, alpha, sigma) at the times to visit, from the noisiest on, and (None, 1, 0) of the clean image."""
     return [*((t, schedule.alpha(t), schedule.sigma(t)) for t in schedule.timesteps(steps)), (None, 1.0, 0.0)]
+
+
+class Momentum:
+    """LAMP (2026, arXiv 2605.12573): the data-consistent estimate x0 of every step, less a share of its change since
+    the step before,
+
+        (1 - beta) x0 + beta x0_prev,    beta = strength (1 - (1 + h) e^-h) / h_prev,
+
+    h the step's change of log(alpha / sigma). None in the first three steps, nor in the last, which goes to no noise.
+    strength: 6 in the paper; 0 returns x0 itself.
+    """
+
+    def __init__(self, strength: float) -> None:
+        self.strength, self.before, self.h_before, self.steps = strength, None, 1.0, 0
+
+    def __call__(self, x0: torch.Tensor, level: tuple, level_next: tuple) -> torch.Tensor:
+        """Return the estimate to go on from; level, level_next: (alpha, sigma) of this step and of the next."""
+        if not self.strength or not level_next[1]:
+            return x0
+        h = math.log(level_next[0] * level[1] / (level[0] * level_next[1]))
+        beta = self.strength * (1 - (1 + h) * math.exp(-h)) / self.h_before if self.steps >= 3 else 0.0
+        result = torch.lerp(x0, self.before, beta) if beta else x0
+        self.before, self.h_before, self.steps = x0, h, self.steps + 1
+        return result
+
+
+def annealing_levels(
+    schedule: Schedule, steps, sigma_max: float, sigma_min: float, to_zero: bool = True
+) -> list[float]:
+    """Return sigma / alpha of the levels to visit, descending: so many from sigma_max towards sigma_min (rho_grid), or
+    those of the times that `steps` gives. to_zero: 0 follows, which takes the place of sigma_min."""
+    end = [0.0] if to_zero else []
+    if str(steps).isdecimal() and int(steps) > 0:
+        n = int(steps)
+        return [*rho_grid(sigma_max, sigma_min, n if to_zero else max(n - 1, 1))[:n], *end]
+    return [*(schedule.ratio(t) for t in schedule.timesteps(steps)), *end]
+
+
+def rho_grid(high: float, low: float, n: int, rho: float = 7.0) -> list[float]:
+    """Return n + 1 levels from high to low (Karras et al. 2022, eq. 5)."""
+    a, b = high ** (1 / rho), low ** (1 / rho)
+    return [(a + i / n * (b - a)) ** rho for i in range(n + 1)]
 
 
 def ldm_timesteps(schedule: Schedule, steps, *, reference: bool = False) -> list:

@@ -10,6 +10,7 @@ import operators
 
 TASKS = Path(__file__).parents[2] / "configs" / "task"
 NAMES = ["sr8", "sr4", "inpaint-box", "inpaint-random", "gaussian-blur", "motion-blur", "denoise", "colorize"]
+NONLINEAR = {"hdr": operators.Clipping, "phase-retrieval": operators.PhaseRetrieval}
 
 
 @pytest.mark.parametrize("size", [64, (256, 256), (67, 90)], ids=str)
@@ -21,8 +22,20 @@ def test_task_files(task, size):
     assert operators.check_operator(operator, (1, 3, height, width)) <= 1e-10
 
 
+@pytest.mark.parametrize("task", NONLINEAR)
+def test_task_files_of_nonlinear_operators(task):
+    operator = operators.build_operator(OmegaConf.load(TASKS / f"{task}.yaml"), image_size=(16, 24))
+    assert type(operator) is NONLINEAR[task] and operator.noise.sigma == 0.05 and not operator.linear
+    x = torch.linspace(-1, 1, 3 * 16 * 24).view(1, 3, 16, 24)
+    assert torch.equal(operator.A(x), NONLINEAR[task](2.0).A(x))
+    if task == "hdr":
+        assert torch.equal(operator.A(x), (2 * x).clamp(-1, 1))
+    else:
+        assert operator.A(x).shape == (1, 3, 16 + 2 * 4, 24 + 2 * 6)  # a quarter of a side at each border
+
+
 def test_tasks_that_need_something_from_the_user():
-    assert {path.stem for path in TASKS.glob("*.yaml")} == {*NAMES, "inpaint", "blur", "jpeg"}
+    assert {path.stem for path in TASKS.glob("*.yaml")} == {*NAMES, *NONLINEAR, "inpaint", "blur", "jpeg"}
     for task, option, value in [
         ("inpaint", "mask", operators.box_mask(32)),
         ("blur", "kernel", operators.gaussian_kernel(5, 1.0)),

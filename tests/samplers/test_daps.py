@@ -14,9 +14,10 @@ from benchmarks.posteriors import example_operators, example_priors
 from operators import Clipping, GaussianNoise, PoissonNoise, RestoreError
 from restore.backbones.schedule import Schedule
 from restore.guidance import CFG, PAG
-from restore.samplers.daps import annealing_levels, daps, rho_grid
+from restore.samplers.daps import daps
 from restore.samplers.likelihood import find_data_norm, likelihood_variance
 from restore.samplers.noise import ImageNoise
+from restore.samplers.steps import annealing_levels, rho_grid
 
 CASES = cases("daps", "latent_daps")
 
