@@ -48,8 +48,8 @@ class Repair:
 def choose_repair(found: Findings, sigma: float | None = None) -> Repair:
     """Return the operator of a photo: what happened to it, in the order in which it did.
 
-    A blur by the lens or the camera's motion, a smaller size, noise, compression, and scratches on the print. sigma:
-    of the noise on [-1, 1], if somebody knows better than `found`.
+    A blur by the lens or the camera's motion, noise, compression, and scratches on the print; or, if none of them, a
+    smaller size. sigma: of the noise on [-1, 1], if somebody knows better than `found`.
     Raises RestoreError if nothing is wrong and the photo is not small.
     """
     chain: list[dict[str, Any]] = []
@@ -63,10 +63,6 @@ def choose_repair(found: Findings, sigma: float | None = None) -> Repair:
         chain.append({"name": "gaussian_blur", "std": found.blur, "kernel_size": size})
         seen.append(f"blur of {found.blur:.1f} pixels")
         done.append("sharpened")
-    if found.small:
-        chain.append({"name": "super_resolution", "factor": ENLARGED})
-        seen.append(f"small, {found.size[1]} x {found.size[0]}")
-        done.append(f"enlarged {ENLARGED} times")
     if found.noisy:
         seen.append(f"noise of {127.5 * found.sigma:.0f} in 255")
         done.append("noise removed")
@@ -79,7 +75,11 @@ def choose_repair(found: Findings, sigma: float | None = None) -> Repair:
         chain.append({"name": "inpainting_mask", "mask": found.mask})
         seen.append(f"scratches or dust on {found.damage:.1%}")
         done.append("filled in")
-    if not (chain or found.noisy or found.jpeg):
+    if found.small and not seen:  # what else was done to it would be enlarged with it
+        chain.append({"name": "super_resolution", "factor": ENLARGED})
+        seen.append(f"small, {found.size[1]} x {found.size[0]}")
+        done.append(f"enlarged {ENLARGED} times")
+    if not seen:
         raise RestoreError("nothing was found to restore; to enlarge the photo try task=sr2")
     sigma = found.sigma if sigma is None else sigma
     if found.jpeg and found.damage:

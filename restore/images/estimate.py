@@ -34,8 +34,8 @@ _OPPONENT = ((1, 1, 1), (1, 0, -1), (1, -2, 1))  # brightness and two colour dif
 def estimate_noise(x: torch.Tensor, known: torch.Tensor | None = None) -> float:
     """Return the standard deviation, on [-1, 1], of the white Gaussian noise in a photo (sigma_y).
 
-    x: (1 or 3, H, W) or (B, 1 or 3, H, W) in [-1, 1]; a batch holds crops of one photo. known: (H, W), 0 where the photo
-    shows a hole; blocks that touch one are left out.
+    x: (1 or 3, H, W) or (B, 1 or 3, H, W) in [-1, 1]; a batch holds crops of one photo. known: (H, W), 0 where the
+    photo shows a hole; blocks that touch one are left out.
 
     The estimate is the energy of the finest diagonal Haar detail (Donoho & Johnstone 1994) in the 15 % of blocks with
     least coarse detail, for colour photos also of the colour differences, which have little texture. Flat and nearly
@@ -64,8 +64,8 @@ def estimate_noise(x: torch.Tensor, known: torch.Tensor | None = None) -> float:
 
 
 class _Blocks:
-    """Blocks of a plane (B, 1, H, W), flattened: mean, coarse variance, energy of the two finest levels of detail, which
-    is 0 in blocks that see one of the holes (B, 1, H, W)."""
+    """Blocks of a plane (B, 1, H, W), flattened: mean, coarse variance, energy of the two finest levels of detail,
+    which is 0 in blocks that see one of the holes (B, 1, H, W)."""
 
     def __init__(self, plane: torch.Tensor, holes: torch.Tensor | None = None) -> None:
         height, width = (side // (2 * BLOCK) * 2 * BLOCK for side in plane.shape[-2:])

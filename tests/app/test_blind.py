@@ -83,7 +83,7 @@ def test_known_pixels_stay_as_they_are(command, tmp_path):
 
 @pytest.mark.parametrize("holes, expected", [("half of the pixels", 0.0), ("lines", 0.1)])
 def test_holes_are_not_noise(tmp_path, holes, expected):
-    """White pixels that the mask says are missing do not count: the noise is that of blocks without any, if there are."""
+    """White pixels that the mask says are missing do not count: the noise is that of blocks without any."""
     photo, mask = tmp_path / "photo.png", tmp_path / "mask.png"
     generator = torch.Generator().manual_seed(0)
     known = (
