@@ -11,6 +11,8 @@ import operators
 import restore
 from benchmarks.posteriors import SHAPE, MixturePrior, linear_schedule, smooth_covariance
 from restore.backbones.base import Prediction
+from restore.images.io import read_image
+from restore.metrics.single import psnr
 from restore.samplers.dpir import dpir
 from restore.samplers.steps import turn, turn_back
 
@@ -149,3 +151,19 @@ def test_turns_are_undone(k):
 def test_the_eight_orientations_differ():
     x = torch.arange(9.0).view(1, 1, 3, 3)
     assert len({tuple(turn(x, k).flatten().tolist()) for k in range(8)}) == 8
+
+
+@pytest.mark.parametrize("kind", ["motion", "gaussian"])
+def test_strong_noise_is_removed_with_a_blur(kind):
+    """Noise of 25 of 255, which the data step must not magnify beyond what the denoiser is told of."""
+    if kind == "motion":
+        options = {"kernel_size": 15, "intensity": 0.5, "seed": 3, "border": "unknown"}
+        operator = operators.MotionBlur(**options, noise=operators.GaussianNoise(25 / 127.5))
+    else:
+        operator = operators.GaussianBlur(15, 1.5, border="unknown", noise=operators.GaussianNoise(25 / 127.5))
+    x = read_image("data/photos/coffee.jpg").pixels[..., 100:196, 200:296]
+    y, truth = operator(x, torch.Generator().manual_seed(0)), operators.cut_margin(operator, x)
+    restorer = restore.load("embedded-photo")
+    method = restorer.method(operator, size=x.shape[-2:])
+    found = restorer(y, operator, method).samples[:, 0]
+    assert float(psnr(found, truth)) > {"motion": 28.5, "gaussian": 29.3}[kind]
