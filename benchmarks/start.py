@@ -50,6 +50,7 @@ def time_command(arguments: Sequence[str], code: Path = ROOT, answers: Callable[
     waits, text, started = Waits(), "", time.perf_counter()
     child, terminal = pty.fork()
     if child == 0:  # the new process
+        os.chdir(code)  # the first place where `-m` looks
         environment = os.environ | {"PYTHONPATH": str(code)}
         os.execve(sys.executable, [sys.executable, "-m", "restore.app.cli", *map(str, arguments)], environment)
 

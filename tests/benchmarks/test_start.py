@@ -17,6 +17,15 @@ def test_a_command_that_fails_is_no_measurement():
         time_command(["models", "show", "no such thing"])
 
 
+def test_the_other_checkout_is_what_runs(tmp_path):
+    (tmp_path / "restore" / "app").mkdir(parents=True)
+    for package in ("restore", "restore/app"):
+        (tmp_path / package / "__init__.py").touch()
+    (tmp_path / "restore" / "app" / "cli.py").write_text("import sys; sys.exit(f'another, {sys.argv[1]}')")
+    with pytest.raises(RestoreError, match="another, models"):
+        time_command(["models"], tmp_path)
+
+
 def test_medians_and_ratios():
     def repeats(*seconds):
         return [Waits({FIRST: s, RESULT: 10 * s}, {RESULT: 5 * s}) for s in seconds]
