@@ -33,7 +33,7 @@ def dpir(
     callback=None,
     lam: Positive = 0.23,
     sigma_max: NonNegative = 0.384,
-    orientations: Literal["one", "turns", "all"] = "one",
+    orientations: Literal["one", "turns", "four", "all"] = "one",
     sigma_y: NonNegative | None = None,
     clip: bool | None = None,
 ) -> torch.Tensor:
@@ -49,7 +49,7 @@ def dpir(
     prior: in pixels. operator: a linear one (see operators.prox_l2). guidance: makes z.
     steps: the number of levels; the last, and only one if 1, is sigma_y (at least LAST_LEVEL_FLOOR).
     orientations: of the network's input, which knows no up and down exactly: "turns" takes the next of the eight
-        rotations and mirror images at every level, at no cost (sec. 4.2); "all" averages the eight at every level.
+        rotations and mirror images at every level, at no cost (sec. 4.2); "four" and "all" average four or eight of them at every level.
     lam: the paper's lambda. sigma_max: on [-1, 1], at most the largest trained level; the paper has 49 / 255 on [0, 1].
     """
     sigma_y = require_linear_gaussian("dpir", prior, operator, sigma_y)
@@ -72,7 +72,8 @@ def dpir(
             # Prior: x as a noisy image, whose clean estimate is the next z.
             t = prior.schedule.t(float(level))
             alpha, sigma = prior.schedule.alpha(t), prior.schedule.sigma(t)
-            views = {"one": [0], "turns": [k % ORIENTATIONS], "all": range(ORIENTATIONS)}[orientations]
+            views = {"one": [0], "turns": [k % ORIENTATIONS], "four": range(0, ORIENTATIONS, 2)} | {"all": range(ORIENTATIONS)}
+            views = views[orientations]
             eps = torch.zeros_like(x)
             for view in views:
                 _, turned = estimate(turn(alpha * x, view), t, condition)
