@@ -16,6 +16,7 @@ from restore.guidance import estimator
 from restore.samplers.likelihood import require_linear_gaussian
 from restore.samplers.steps import ORIENTATIONS, reconstruct, report, require_finite, turn, turn_back
 
+APART = {"one": 8, "four": 2, "all": 1}  # every how many of the orientations are averaged
 LAST_LEVEL_FLOOR = 0.01  # a network trained with noise removes none below it
 
 
@@ -49,7 +50,7 @@ def dpir(
     prior: in pixels. operator: a linear one (see operators.prox_l2). guidance: makes z.
     steps: the number of levels; the last, and only one if 1, is sigma_y (at least LAST_LEVEL_FLOOR).
     orientations: of the network's input, which knows no up and down exactly: "turns" takes the next of the eight
-        rotations and mirror images at every level, at no cost (sec. 4.2); "four" and "all" average four or eight of them at every level.
+        rotations and mirror images at every level, at no cost (sec. 4.2); "four", "all": the mean of as many of them.
     lam: the paper's lambda. sigma_max: on [-1, 1], at most the largest trained level; the paper has 49 / 255 on [0, 1].
     """
     sigma_y = require_linear_gaussian("dpir", prior, operator, sigma_y)
@@ -72,7 +73,9 @@ def dpir(
             # Prior: x as a noisy image, whose clean estimate is the next z.
             t = prior.schedule.t(float(level))
             alpha, sigma = prior.schedule.alpha(t), prior.schedule.sigma(t)
-            views = {"one": [0], "turns": [k % ORIENTATIONS], "four": range(0, ORIENTATIONS, 2)} | {"all": range(ORIENTATIONS)}
+            views = {"one": [0], "turns": [k % ORIENTATIONS], "four": range(0, ORIENTATIONS, 2)} | {
+                "all": range(ORIENTATIONS)
+            }
             views = views[orientations]
             eps = torch.zeros_like(x)
             for view in views:
