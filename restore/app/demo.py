@@ -60,7 +60,7 @@ FACE_TASKS, PHOTO_TASKS = ("inpaint-box", "sr4", "gaussian-blur", "motion-blur")
 PARTS = (
     Part("comparison.png", "embedded", "dps", FACES_64, FACE_TASKS, 192, "face"),
     Part("comparison-latent.png", "embedded-latent", "psld", FACES_128, ("inpaint-box",), 256),
-    Part("comparison-photo.png", "embedded", None, ("coffee.jpg",), PHOTO_TASKS, 320, "photo"),
+    Part("comparison-photo.png", "embedded-photo", None, ("coffee.jpg",), PHOTO_TASKS, 320),
 )
 LPIPS_SIDE = 128  # AlexNet was trained on images of 224 pixels
 BASELINE = "bicubic / Wiener"
