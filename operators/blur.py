@@ -143,11 +143,10 @@ class Blur(Operator):
             validate.require_count(self.kernel, "kernel", x)
 
     def _check_radius(self, height: int, width: int) -> None:
-        (kh, kw), (ry, rx) = self.kernel.shape[-2:], self.radius
-        reflect = self.border == "reflect"
-        if not (ry < height and rx < width if reflect else kh <= height and kw <= width):
-            other = f"not exceed the image with {'a circular' if self.border == 'circular' else 'an unknown'} border"
-            limit = "have a radius below both sides" if reflect else other
+        (kh, kw), (ry, rx), (rows, columns) = self.kernel.shape[-2:], self.radius, self.margin
+        height, width, circular = height - 2 * rows, width - 2 * columns, self.border == "circular"
+        if not (kh <= height and kw <= width if circular else ry < height and rx < width):
+            limit = "not exceed the image with a circular border" if circular else "have a radius below both sides"
             given = f"{kh} x {kw} (radius {max(ry, rx)}) for an image of {height} x {width}; try a smaller kernel_size"
             raise RestoreError(f"kernel must {limit}, got {given}")
 
