@@ -133,7 +133,7 @@ class Restorer:
         data: "ffhq" or "imagenet", if presets were published for both with one backbone.
         reference: compute what the sampler's authors' code does beyond the paper (PSLD: noise on the predicted
             measurement, sampled encoding, shifted indices, approximate transposes).
-        size: (H, W) of the images, with the operator's margin; default: the operator's. It and `samples` decide the
+        size: (H, W) of the images, without an operator's margin; default: the operator's. It and `samples` decide the
             default sampler.
         steps, guidance, parameters: in place of the preset's; guidance=None is the plain sampler.
         Raises RestoreError for unknown names and parameters, missing ones, and several samples of a deterministic
@@ -228,7 +228,7 @@ class Restorer:
                 raise RestoreError(f"image_ids must be {len(y)} different names, got {ids}")
             if method is None:
                 check_clash(sampler, _CALL)
-                size = shape[-2:]
+                size = tuple(operators.cut_margin(operator, torch.empty(shape[-2:], device="meta")).shape)
                 method = self.method(operator, size=size, samples=samples, parameters=parameters, **choices)
             else:
                 for name in [*(name for name in choices if choices[name] != _DEFAULTS[name]), *parameters]:

@@ -133,7 +133,7 @@ class RestoreJob:
         operator = build_for_photo(record, task, degrade=self.degrade, resampling=self.resampled)
         size = record.size if self.degrade else task.extend(record.size)
         shown = tuple(side - 2 * hidden for side, hidden in zip(size, task.margin, strict=True))
-        whole, size = size, (self.resampled.side, self.resampled.side) if self.resampled else size
+        whole, size = size, (self.resampled.side, self.resampled.side) if self.resampled else shown
         job, note = self, [task.note]
         if self.chooser is not None:
             chosen = self.chooser.choose(record.pixels, size, blind=not self.degrade)
