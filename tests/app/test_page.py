@@ -34,7 +34,8 @@ def restorer():
 
 def restored(restorer, photos, wanted, folder, edits=None, mask=None):
     """The Result of each photo."""
-    items = work.restore(photos, Planner(restorer), wanted, folder, threading.Event(), edits, mask)
+    planner = Planner(restorer)
+    items = work.restore(photos, planner, wanted, folder, threading.Event(), edits, mask)
     return [item for item in items if isinstance(item, work.Result)]
 
 
@@ -125,7 +126,8 @@ def test_each_photo_of_a_queue_is_measured_by_itself(restorer, tmp_path, task):
     typed = {"path": "[]", "pag_scale": "", "steps": "2", "label": "photo", "factor": 2, "seed": 0, "blur": "focus"}
     typed |= {"quality": "fast", "sensitivity": 0.5, "trajectory": False, "extent": 21, "std": 2.5, "noise": 0.06}
     first, others = _read_requests(task=task, sigma="", **typed)
-    run = work.restore(photos, Planner(restorer), first, tmp_path / "out", threading.Event(), Edits(), others=others)
+    planner = Planner(restorer)
+    run = work.restore(photos, planner, first, tmp_path / "out", threading.Event(), Edits(), others=others)
     done = [item for item in run if isinstance(item, work.Result)]
     assert [each.error for each in done] == [None, None]
     operators = [each.sidecar["settings"]["task"] for each in done]
@@ -138,8 +140,32 @@ def test_each_photo_of_a_queue_is_measured_by_itself(restorer, tmp_path, task):
     assert same == [0.2, 0.2]  # what is typed under Advanced is for all
 
 
+def test_what_the_photo_needs_is_seen_told_and_done(restorer, tmp_path):
+    source = tmp_path / "noisy.png"
+    picture = PIL.Image.open(data_dir() / "photos" / "chelsea.jpg").crop((100, 100, 196, 180))
+    clean = np.asarray(picture).astype(float)
+    noisy = (clean + np.random.default_rng(0).normal(0, 30, clean.shape)).clip(0, 255)
+    PIL.Image.fromarray(noisy.astype(np.uint8)).save(source)
+    wanted = Request(quality="fast")
+    planned = work.estimate(source, Planner(restorer), wanted, tmp_path / "plan")
+    (done,) = restored(restorer, [source], wanted, tmp_path / "out")
+    assert done.error is None and "noise of" in planned.note and planned.note in done.note
+    after = np.asarray(PIL.Image.open(done.files[0]).resize(picture.size)).astype(float)
+    assert np.square(after - clean).mean() < 0.5 * np.square(noisy - clean).mean()
+
+
+def test_blocks_of_jpeg_are_removed_from_the_whole_photo(restorer, tmp_path):
+    source = tmp_path / "small.jpg"
+    PIL.Image.open(PHOTO).convert("RGB").save(source, quality=20)
+    wanted = Request("jpeg", **QUICK)
+    (done,) = restored(restorer, [source], wanted, tmp_path / "out")
+    assert done.error is None and done.sidecar["settings"]["task"]["name"] == "jpeg"
+    (done,) = restored(restorer, [source], wanted, tmp_path / "turned", Edits(turns=1))
+    assert "undo what was turned" in done.error
+
+
 def test_a_person_gets_one_version_of_what_takes_least(restorer):
-    assert Request() == Request("denoise", factor=2, samples=1, std=None, sigma=None)
+    assert Request() == Request("auto", factor=2, samples=1, std=None, sigma=None)
     assert next(iter(request.PLAIN)) == Request().task
 
 
@@ -236,7 +262,7 @@ def test_a_drawn_path_blurs_along_itself(tmp_path):
 
 def test_the_prior_is_described(restorer, tmp_path):
     assert models.format_fit(restorer).startswith("This prior knows 64-pixel faces and pieces of photos.")
-    plan = work.estimate(PHOTO, Planner(restorer), Request("enlarge", factor=4, **QUICK), tmp_path)
+    plan = work.estimate(PHOTO, Planner(restorer), Request("enlarge", factor=4, **QUICK), tmp_path).plan
     assert "256 × 256 pixels does not fit" in models.format_fit(restorer, plan) and plan.windows == 49
 
     class Other:
@@ -254,16 +280,13 @@ def test_labels_are_offered_if_the_prior_has_classes(restorer, tmp_path):
     from restore.app.page.handlers import Handlers
 
     handlers = Handlers(models.Priors(restorer, offline=True))
-    choices = [("not sure", ""), ("face", "face"), ("photo", "photo")]
+    choices = [("decide for me", ""), ("face", "face"), ("photo", "photo")]
     offered = [handlers.offer_labels(name) for name in ("embedded", "embedded-latent", "adm-ffhq-256")]
     assert [(each["visible"], each["choices"], each["value"]) for each in offered] == [
-        (True, choices, "photo"),
+        (True, choices, ""),
         (False, [], ""),
         (False, [], ""),
     ]
-    # Whole photos are photos; one no larger than the prior may be a whole face.
-    sizes = ((480, 640), (64, 64), None)
-    assert [models.choose_label(restorer, size) for size in sizes] == ["photo", "", "photo"]
     results = {}
     for label in ("face", "photo", None):
         wanted = Request("denoise", sigma=0.5, label=label, **QUICK)
@@ -271,40 +294,6 @@ def test_labels_are_offered_if_the_prior_has_classes(restorer, tmp_path):
         results[label] = done.files[0].read_bytes()
         assert done.sidecar["settings"].get("label") == label
     assert len(set(results.values())) == 3
-
-
-def test_priors_are_described_and_downloaded(restorer, tmp_path, monkeypatch):
-    monkeypatch.setenv("RESTORE_CACHE", str(tmp_path))
-    priors = models.Priors(restorer, offline=True)
-    names = [name for _, name in priors.choices()]
-    assert names[0] == "embedded" and "adm-ffhq-256" in names and not {"taesd", "adm-imagenet-64"} & set(names)
-    text = models.describe_prior("adm-ffhq-256")
-    assert "CC BY-NC-SA 4.0" in text and "374 MB" in text and "not on this machine yet" in text
-    assert "2.2 GB" in models.describe_prior("adm-imagenet-256") and "comes with the package" in models.describe_prior(
-        "embedded"
-    )
-    with pytest.raises(RestoreError, match="this page is offline"):
-        priors.fetch("adm-ffhq-256", lambda *_: None)
-    with pytest.raises(RestoreError, match="download it first"):
-        priors.get("adm-ffhq-256")
-    for name in ("/etc/passwd", str(data_dir() / "embedded"), "taesd", "owner/name"):
-        with pytest.raises(RestoreError, match="no prior called"):
-            priors.get(name)
-        with pytest.raises(RestoreError, match="no prior called"):
-            priors.fetch(name, lambda *_: None)
-    with pytest.raises(RestoreError, match="open to others"):
-        models.Priors(restorer, fetching=False).fetch("adm-ffhq-256", lambda *_: None)
-    assert priors.get(None) is priors.get("embedded") is restorer
-
-
-@pytest.mark.slow
-def test_a_download_without_connection_fails_in_one_sentence(restorer, tmp_path, monkeypatch):
-    monkeypatch.setenv("RESTORE_CACHE", str(tmp_path))
-    for proxy in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(proxy, "http://127.0.0.1:9")
-    with pytest.raises(RestoreError, match="could not be downloaded.*models pull adm-ffhq-256") as caught:
-        models.Priors(restorer).fetch("adm-ffhq-256", lambda *_: None)
-    assert str(tmp_path) not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_leaving_stops_the_work(restorer, tmp_path):

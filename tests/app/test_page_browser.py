@@ -64,7 +64,7 @@ class Visitor:
         self.page.set_input_files("#photo input[type=file]", photo)
         self.page.locator("#stage canvas.photo").wait_for()
         # The first estimate says that the server knows the photo.
-        self.page.locator("#plan small").wait_for(state="attached")
+        self.page.wait_for_function("document.querySelector('#plan').innerText.trim()")
 
     def task(self, words):
         self.page.get_by_label(words).check()

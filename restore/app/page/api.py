@@ -30,8 +30,9 @@ def add_endpoints(handlers: Handlers) -> None:
     ) -> Iterator[Any]:
         stop = handlers.visits.begin(session.session_hash).stop
         with make_work_folder() as folder, show_errors(photo, mask):
-            planner, request = priors.planner(prior, "restore"), parse_request(**values, trajectory=True)
-            for item in work.restore([photo] if photo else [], planner, request, folder, stop, mask=mask):
+            request = parse_request(**values, trajectory=True)
+            selected = priors.select(prior, "restore", request)
+            for item in work.restore([photo] if photo else [], selected, request, folder, stop, mask=mask):
                 if isinstance(item, work.Step):
                     progress(item.share or 0.0, desc=item.sentence)
                 elif item.error is not None:
@@ -41,10 +42,11 @@ def add_endpoints(handlers: Handlers) -> None:
 
     def estimate(photo: str | None, prior: str, mask: str | None = None, **values: Any) -> str:
         with make_work_folder() as folder, show_errors(photo, mask):
-            planner, request = priors.planner(prior, "estimate"), parse_request(**values)
+            request = parse_request(**values)
             if not photo:
                 raise RestoreError("choose a photo first")
-            return work.estimate(photo, planner, request, folder, mask=mask).format()
+            selected = priors.select(prior, "estimate", request)
+            return work.estimate(photo, selected, request, folder, mask=mask).plan.format()
 
     def cancel(session: gr.Request) -> None:
         handlers.cancel(session)
@@ -52,8 +54,8 @@ def add_endpoints(handlers: Handlers) -> None:
     with gr.Column(visible=False):
         inputs = {
             "photo": gr.File(label="photo", type="filepath"),
-            "prior": gr.Textbox(priors.first.name, label="prior"),
-            "task": gr.Textbox("denoise", label=f"task: {', '.join(PLAIN)}"),
+            "prior": gr.Textbox(priors.default, label="prior: a name, or chosen for the photo"),
+            "task": gr.Textbox("auto", label=f"task: {', '.join(PLAIN)}"),
             "factor": gr.Number(2, label=f"factor of enlarge: {', '.join(map(str, FACTORS))}", precision=0),
             "blur": gr.Textbox("focus", label=f"blur of sharpen: {', '.join(BLURS)}"),
             "std": gr.Textbox("", label="std of the blur focus, in pixels; empty: estimated"),

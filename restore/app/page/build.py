@@ -80,9 +80,7 @@ def _connect(page: Any, parts: Any, handlers: Any) -> None:
     def select(*names: str, outputs: str) -> dict[str, Any]:
         return {"inputs_kwargs": parts.select(*names), "outputs": list(parts.select(*outputs.split()).values())}
 
-    parts.photo.change(
-        handlers.open_photo, **select("photo", "prior", outputs="photo stage again noise std label"), **quiet
-    )
+    parts.photo.change(handlers.open_photo, **select("photo", outputs="photo stage again noise std"), **quiet)
     parts.again.click(lambda: None, outputs=parts.photo, **quiet)
     gr.on([parts.photo.change, parts.more.change], handlers.count, **select("photo", "more", outputs="go"), **quiet)
     shown = "stage filling factor sharpening noise"

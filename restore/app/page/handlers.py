@@ -30,7 +30,7 @@ class Handlers:
     def __init__(self, priors: Priors, parts: Any = None) -> None:
         self.priors, self.parts, self.visits = priors, parts, Visits()
 
-    def open_photo(self, photo: str | None, prior: str) -> dict[Any, Any]:
+    def open_photo(self, photo: str | None) -> dict[Any, Any]:
         pixels = None
         try:
             pixels = pictures.read_photo(photo).pixels if photo else None
@@ -45,7 +45,6 @@ class Handlers:
             again=gr.update(visible=True),
             noise=estimate_sigma(pixels),
             std=estimate_std(pixels),
-            label=gr.update(value=models.choose_label(self.priors.get(prior), tuple(pixels.shape[-2:]))),
         )
 
     def count(self, photo: str | None, more: list[str] | None) -> str:
@@ -81,11 +80,11 @@ class Handlers:
         plan, text, photos = None, "", _list_photos(photo, more)
         if photos:
             try:
-                planner, (request, _) = self.priors.planner(prior, "estimate"), _read_requests(**values)
-                edits = _read_edits(photo, stage)
+                request, _ = _read_requests(**values)
+                selected = self.priors.select(prior, "estimate", request)
                 with make_work_folder() as folder:
-                    plan = work.estimate(photos[0], planner, request, folder, edits)
-                text = format_plan(plan, len(photos))
+                    outcome = work.estimate(photos[0], selected, request, folder, _read_edits(photo, stage))
+                plan, text = outcome.plan, format_plan(outcome.plan, len(photos), outcome.note)
             except RestoreError as error:
                 text = html.escape(to_sentence(str(error)))
         return self.parts.updates(plan=text, fits=models.describe_fit(self.priors, prior, plan))
@@ -135,14 +134,14 @@ class Handlers:
             yield self.parts.updates(status=format_status("choose a photo first", bad=True))
             return
         first = asked[0]
+        photos, others = [each.photo for each in asked], asked[-1].request
         try:
-            planner = self.priors.planner(first.prior, "restore")
+            prior = self.priors.select(first.prior, "restore", first.request)
         except RestoreError as error:
             yield self.parts.updates(status=format_status(str(error), bad=True))
             return
-        photos, others = [each.photo for each in asked], asked[-1].request
         with visit.run():
-            run = (photos, planner, first.request, visit.folder(folder), visit.stop)
+            run = (photos, prior, first.request, visit.folder(folder), visit.stop)
             for item in work.restore(*run, first.edits, others=others):
                 lines = [line for line, _ in outcomes]
                 if isinstance(item, work.Step):
@@ -153,13 +152,14 @@ class Handlers:
                 outcomes.append((item.line(), item.error is None))
                 if item.error is None:
                     k = visit.add(item, asked[len(outcomes) - 1], place)
-                    status = format_status("Done.", lines=[*lines, item.line()])
+                    status = format_status("Done.", detail=item.note, lines=[*lines, item.line()])
                     yield self.parts.updates(status=status, **self._show(visit, k))
             # The last yield stands inside of the block: a visitor's files are removed once the page has copied them.
             done = sum(succeeded for _, succeeded in outcomes)
             last = outcomes[-1][0] if len(outcomes) == 1 else f"{done} of {len(photos)} photos done"
             lines = [line for line, _ in outcomes] if len(outcomes) > 1 else []
-            status = format_status(last, lines=lines, bad=done < len(photos))
+            note = visit.results[-1].note if done and len(photos) == 1 else ""
+            status = format_status(last, detail=note, lines=lines, bad=done < len(photos))
             yield self.parts.updates(status=status, forming=gr.update(visible=False))
 
     def show(self, session: gr.Request, which: int | None) -> dict[Any, Any]:
@@ -193,8 +193,8 @@ class Handlers:
             request = dataclasses.replace(asked.request, samples=VERSIONS)
             try:
                 with make_work_folder() as folder:
-                    planner = self.priors.planner(asked.prior, "estimate")
-                    plan = work.estimate(asked.photo, planner, request, folder, asked.edits)
+                    prior = self.priors.select(asked.prior, "estimate", request)
+                    plan = work.estimate(asked.photo, prior, request, folder, asked.edits).plan
             except RestoreError:  # there is a result; what more there could be is not worth an error
                 pass
         text = format_versions(plan) if plan is not None and plan.fits else ""
@@ -210,11 +210,10 @@ class Handlers:
     def offer_labels(self, prior: str) -> Any:
         """Ask what the photo shows if the prior knows several kinds of picture."""
         try:
-            loaded = self.priors.get(prior)
-            choices, value = models.class_choices(loaded), models.choose_label(loaded)
+            choices = models.class_choices(self.priors.get(prior))
         except RestoreError:  # which the line about the prior says
-            choices, value = [], ""
-        return gr.update(choices=choices, value=value, visible=bool(choices))
+            choices = []
+        return gr.update(choices=choices, value="", visible=bool(choices))
 
     def describe_prior(self, prior: str) -> dict[Any, Any]:
         fetch = gr.update(visible=models.is_missing(prior))

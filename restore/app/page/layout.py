@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from restore.app.page.models import Priors, choose_label, class_choices, describe_fit, describe_prior
+from restore.app.page.models import Priors, class_choices, describe_fit, describe_prior
 from restore.app.page.request import BLURS, FACTORS, PLAIN
 from restore.app.page.text import format_status
 from restore.method import QUALITIES
@@ -97,10 +97,10 @@ def add_more_section(parts: Parts, priors: Priors) -> None:
     with gr.Accordion("How carefully, and what it shows", open=False):
         choices = [(name.capitalize(), name) for name in QUALITIES]
         parts.quality = gr.Radio(choices, value="balanced", label="How carefully?")
-        choices, first = class_choices(priors.first), choose_label(priors.first)
+        choices = class_choices(priors.first)
         info = "the kinds of picture that the prior knows; telling it means less guessing"
         known = {"visible": bool(choices), "elem_id": "shows", "info": info}
-        parts.label = gr.Radio(choices, value=first, label="What it shows", **known)
+        parts.label = gr.Radio(choices, value="", label="What it shows", **known)
     with gr.Accordion("Advanced", open=False):
         # Textboxes: an untouched gr.Number posts 0, which would switch PAG off.
         parts.steps = gr.Textbox(label="Steps", info="of the sampler; empty: the preset's")
@@ -110,7 +110,7 @@ def add_more_section(parts: Parts, priors: Priors) -> None:
         info = "|eps − eps_weak| through time"
         parts.trajectory = gr.Checkbox(value=True, label="Keep a picture of the guidance", info=info)
     with gr.Accordion("The prior: where detail comes from", open=False):
-        name = priors.first.name
+        name = priors.default
         parts.fits = gr.Markdown(describe_fit(priors, None), elem_classes="fine", elem_id="fits")
         parts.prior = gr.Dropdown(priors.choices(), value=name, label="Prior")
         parts.about = gr.Markdown(describe_prior(name), elem_classes="fine")

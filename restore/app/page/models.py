@@ -8,9 +8,13 @@ from typing import Any
 
 from operators import RestoreError
 from restore import restorer, zoo
+from restore.app.page.request import Request
 from restore.app.page.text import to_sentence
+from restore.app.priors import FACES, PHOTOS, PriorChooser
 from restore.memory import Plan, Planner
 from restore.zoo.registry import Model
+
+CHOSEN = "chosen"  # for each photo
 
 
 class Priors:
@@ -22,12 +26,13 @@ class Priors:
     def __init__(self, first: Any, offline: bool = False, fetching: bool = True, **options: Any) -> None:
         self.first, self.offline, self.fetching, self.options = first, offline, fetching, options
         self.loaded = {first.name: first}
+        self.choosers: dict[tuple[str | None, str], PriorChooser] = {}
         self.planners: dict[tuple[str, str], Planner] = {}
         self.lock = threading.Lock()
 
     def get(self, name: str | None) -> Any:
         """Return the Restorer of this name, loaded. Raises RestoreError if it is not on this machine."""
-        name = name or self.first.name
+        name = self.first.name if name in (None, CHOSEN) else name
         with self.lock:
             if name not in self.loaded:
                 if name not in list_priors():
@@ -46,10 +51,29 @@ class Priors:
             planner = self.planners[prior.name, use] = Planner(prior)
         return planner
 
+    def select(self, name: str | None, use: str, request: Request) -> Planner | PriorChooser:
+        """Return the planner of a prior or, for CHOSEN, what chooses one of the shipped priors for each photo.
+
+        A class and PAG are the first prior's own.
+        """
+        if name != CHOSEN:
+            return self.planner(name, use)
+        special = request.label is not None or request.pag_scale is not None or is_missing(PHOTOS)
+        key = (FACES if special else None, use)
+        if key not in self.choosers:
+            self.choosers[key] = PriorChooser(self.get, key[0])
+        return self.choosers[key]
+
+    @property
+    def default(self) -> str:
+        """What to begin with: chosen for each photo, if the page was opened with the shipped prior."""
+        return CHOSEN if self.first.name == FACES else self.first.name
+
     def choices(self) -> list[tuple[str, str]]:
         """Return (text, name) of every prior to choose from."""
         known = list_priors()
-        own = [] if self.first.name in known else [(f"{self.first.name} (yours)", self.first.name)]
+        chosen = [("Chosen for the photo", CHOSEN)] if self.default == CHOSEN else []
+        own = chosen if self.first.name in known else [(f"{self.first.name} (yours)", self.first.name)]
         texts = {name: f"{entry.resolution} px {entry.subject or 'pictures'}: {name}" for name, entry in known.items()}
         return own + [(text + ", to be downloaded" * is_missing(name), name) for name, text in texts.items()]
 
@@ -85,13 +109,7 @@ def list_priors() -> dict[str, Model]:
 def class_choices(prior: Any) -> list[tuple[str, str]]:
     """Return (text, label) of the named classes of a Restorer's prior; [] if it has none."""
     names = getattr(prior.backbone, "labels", ())
-    return [("not sure", ""), *((name, name) for name in names)] if names else []
-
-
-def choose_label(prior: Any, size: tuple[int, int] | None = None) -> str:
-    """Return the label to begin with: "photo", but none for a photo so small that it may show a whole face."""
-    names = getattr(prior.backbone, "labels", ())
-    return "photo" if "photo" in names and (size is None or max(size) > prior.backbone.resolution) else ""
+    return [("decide for me", ""), *((name, name) for name in names)] if names else []
 
 
 def describe_fit(priors: Priors, name: str | None, plan: Plan | None = None) -> str:
@@ -121,6 +139,8 @@ def format_fit(prior: Any, plan: Plan | None = None) -> str:
 def describe_prior(name: str) -> str:
     """Return Markdown: licence, size, whether it is here, and where it is from."""
     entry = list_priors().get(name)
+    if name == CHOSEN:
+        return f"Small pictures and faces: *embedded*; photos: *{PHOTOS}*."
     if entry is None:
         return f"**{name}** is your own model."
     here = "not on this machine yet" if is_missing(name) else "on this machine"

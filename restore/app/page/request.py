@@ -22,9 +22,11 @@ from restore.task import Task, load_task
 
 # name -> (plain words, the field's term)
 PLAIN = {
+    "auto": ("What the photo needs", "found by looking at it"),
     "denoise": ("Remove noise", "denoising"),
     "sharpen": ("Sharpen a blurred photo", "deconvolution"),
     "enlarge": ("Enlarge ×2, ×4 or ×8", "super-resolution"),
+    "jpeg": ("Remove the blocks of JPEG", "compression artefacts"),
     "fill": ("Fill in what I paint over", "inpainting"),
     "colour": ("Add colour", "colorization"),
 }
@@ -46,7 +48,7 @@ class Request:
     None keeps the preset's. trajectory: draw the guidance through time. label: a class of the prior, None for none.
     """
 
-    task: str = "denoise"
+    task: str = "auto"
     factor: int = 2
     blur: str = "focus"
     std: float | None = None
@@ -69,10 +71,14 @@ def make_task(request: Request, pixels: torch.Tensor, folder: Path, mask: Path |
     """
     check_known([request.task], PLAIN, "there is no task called")
     settings = {} if request.sigma is None else {"sigma": require_number(request.sigma, "the noise", 0, 4)}
+    if request.task == "auto":
+        return load_task("auto", settings | {"sensitivity": request.sensitivity}, blind=True)
     if request.task == "fill":
         if mask is None:
             raise RestoreError(PAINT_FIRST)
         return load_task("inpaint", settings, mask=mask, blind=True)
+    if request.task == "jpeg":
+        return load_task("jpeg", settings)
     settings.setdefault("sigma", estimate_sigma(pixels))
     if request.task == "enlarge":
         if request.factor not in FACTORS:

@@ -39,8 +39,11 @@ def format_status(
     return f'<div class="status{" bad" if bad else ""}">{"".join(parts)}</div>'
 
 
-def format_plan(plan: Plan, count: int) -> str:
-    """Return HTML that says what the first of `count` photos takes, in plain words and below them in full."""
+def format_plan(plan: Plan, count: int, note: str = "") -> str:
+    """Return HTML that says what the first of `count` photos takes, in plain words and below them in full.
+
+    note: what was seen in it.
+    """
     if not plan.fits:
         need, free = plan.memory / 1e9, plan.available / 1e9
         return f"<b>Too large for this machine:</b> it needs {need:.1f} GB of memory, {free:.1f} GB are free. Crop it."
@@ -51,7 +54,8 @@ def format_plan(plan: Plan, count: int) -> str:
         less = format_range(*widen(plan.seconds / 4, plan.busy))
         large = f": the result has {pixels / 1e6:.1f} million pixels" if pixels > 4e6 else ""
         advice = f"{large}. Cropped to a quarter of its area: {less}"
-    return f"{takes}{each}{advice}<br><small>{html.escape(plan.format())}</small>"
+    seen = f"{html.escape(to_sentence(note))}<br>" if note else ""
+    return f"{seen}{takes}{each}{advice}<br><small>{html.escape(plan.format())}</small>"
 
 
 def format_versions(plan: Plan) -> str:

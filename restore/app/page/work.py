@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from restore.app.page import pictures
 from restore.app.page.pictures import SMALLEST, Edits
 from restore.app.page.request import Request, make_task
 from restore.app.page.text import hide_folders
+from restore.app.priors import PriorChooser
 from restore.app.progress import PhotoPace, watch_network
 from restore.app.run import Condition, Outcome, RestoreJob
 from restore.images import io
@@ -57,6 +59,11 @@ class Result:
     files: list[Path] = field(default_factory=list)
     sidecar: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def note(self) -> str:
+        """What was seen in the photo and done."""
+        return self.sidecar.get("note", "")
+
     def line(self) -> str:
         if self.error is None:
             lost = ", ".join(self.sidecar.get("not_kept", ()))
@@ -66,7 +73,7 @@ class Result:
 
 def restore(
     photos: list[File],
-    planner: Planner,
+    prior: Planner | PriorChooser,
     request: Request,
     folder: File,
     stop: threading.Event,
@@ -74,7 +81,7 @@ def restore(
     mask: File | None = None,
     others: Request | None = None,
 ) -> Iterator[Step | Result]:
-    """Restore photos, by the planner's Restorer, into a folder of the caller's; yield steps and a Result of each photo.
+    """Restore photos, by a planner's Restorer or a chosen one, into a folder of the caller's; yield steps and Results.
 
     edits: of the first photo, None for none. others: asked of the photos after it, None for the same. mask: a file, for
     every photo; without one the paint of the edits, and for photos without edits the proposed mask. A photo that cannot
@@ -94,10 +101,10 @@ def restore(
             report(Step(f"Looking at {title} …"))
             try:
                 selected, task = _prepare(photo, wanted, place, own, mask)
-                seconds = _restore_photo(selected, task, planner, wanted, _Watch(title, report, stop))
+                seconds = _restore_photo(selected, task, prior, wanted, _Watch(title, report, stop))
                 report(_collect_result(photo, selected, wanted, own or Edits(), seconds))
             except RestoreError as error:
-                report(Result(photo.name, hide_folders(str(error), photo, mask, place)))
+                report(Result(photo.name, _reword(error, photo, mask, place)))
             if stop.is_set():
                 return
 
@@ -105,19 +112,36 @@ def restore(
 
 
 def estimate(
-    photo: File, planner: Planner, request: Request, folder: File, edits: Edits | None = None, mask: File | None = None
-) -> Plan:
-    """Return memory and time of one photo, which need not be painted over yet. Raises RestoreError."""
+    photo: File,
+    prior: Planner | PriorChooser,
+    request: Request,
+    folder: File,
+    edits: Edits | None = None,
+    mask: File | None = None,
+) -> Outcome:
+    """Return the plan of one photo, which need not be painted over yet, and what was seen. Raises RestoreError."""
     folder = Path(folder)
     try:
         selected, task = _prepare(Path(photo), request, folder, edits, mask, planning=True)
-        job = RestoreJob(planner.restorer, task, **_options(request), planner=planner, dry_run=True)
+        job = RestoreJob(task=task, **_options(request), **_name_prior(prior), dry_run=True)
         (outcome,) = job.run([selected])
         if outcome.error:
             raise RestoreError(outcome.error)
     except RestoreError as error:
-        raise RestoreError(hide_folders(str(error), photo, mask, folder)) from None
-    return outcome.plan
+        raise RestoreError(_reword(error, photo, mask, folder)) from None
+    return outcome
+
+
+def _name_prior(prior: Planner | PriorChooser) -> dict[str, Any]:
+    """Return the arguments of RestoreJob."""
+    if isinstance(prior, PriorChooser):
+        return {"restorer": None, "chooser": prior}
+    return {"restorer": prior.restorer, "planner": prior}
+
+
+def _reword(error: RestoreError, *paths: File | None) -> str:
+    """Return a message without folders, in the words of the page."""
+    return hide_folders(str(error), *paths).replace("try task=sr2", "choose Enlarge")
 
 
 class _Watch:
@@ -126,14 +150,14 @@ class _Watch:
     def __init__(self, title: str, report: Callable[[Any], None], stop: threading.Event) -> None:
         self.title, self.report, self.stop = title, report, stop
         self.plan: Plan | None = None
-        self.pace, self.last, self.place = PhotoPace(), 0.0, ""
+        self.pace, self.last, self.place, self.note = PhotoPace(), 0.0, "", ""
 
     def check(self) -> None:
         if self.stop.is_set():
             raise RestoreError("cancelled")
 
     def announce(self, outcome: Outcome) -> None:
-        self.plan, self.pace = outcome.plan, PhotoPace(outcome.plan)
+        self.plan, self.pace, self.note = outcome.plan, PhotoPace(outcome.plan), outcome.note
         if self.plan.fits:
             self._show(None)
 
@@ -158,20 +182,27 @@ class _Watch:
     def _show(self, picture: PIL.Image.Image | None) -> None:
         self.last, left = time.monotonic(), self.pace.left()
         rest = "" if left is None or self.pace.share >= 1 else f"{format_range(*left)} left"
-        detail = ", ".join(filter(None, (rest, self.place)))
+        detail = "; ".join(filter(None, (", ".join(filter(None, (rest, self.place))), self.note)))
         self.report(Step(f"Restoring {self.title} …", self.pace.share, detail, picture))
 
 
-def _restore_photo(photo: Photo, task: Any, planner: Planner, request: Request, watch: _Watch) -> float:
+def _restore_photo(photo: Photo, task: Any, prior: Planner | PriorChooser, request: Request, watch: _Watch) -> float:
     """Restore one photo and return the seconds it took."""
     started = time.monotonic()
     height, width = io.read_image(photo.source).size
     trajectory = request.trajectory and height * width * task.factor**2 <= LARGEST_TRAJECTORY
     options = _options(request) | {"save_trajectory": trajectory, "callback": watch.step, "announce": watch.announce}
     watch.check()
-    job = RestoreJob(planner.restorer, task, **options, planner=planner)
-    with watch_network(planner.restorer.backbone, watch.called):
-        (outcome,) = job.run([photo])
+    with ExitStack() as watched:
+
+        def observe(backbone: Any) -> None:
+            watched.enter_context(watch_network(backbone, watch.called))
+
+        if isinstance(prior, PriorChooser):
+            prior.observe = observe
+        else:
+            observe(prior.restorer.backbone)
+        (outcome,) = RestoreJob(task=task, **options, **_name_prior(prior)).run([photo])
     if (plan := watch.plan) is not None and not plan.fits:
         need, free = f"{plan.memory / 1e9:.1f} GB of memory", f"{plan.available / 1e9:.1f} GB are free"
         raise RestoreError(f"{photo.source.name} would take {need} and {free} here: crop it or reduce it")
@@ -193,6 +224,8 @@ def _prepare(
         source.parent.mkdir(parents=True, exist_ok=True)
         io.write_image(source, record.pixels, like=record)
         selected = Photo(source, selected.target)
+    if edits.change_photo and request.task == "jpeg":
+        raise RestoreError("JPEG's blocks are removed from the whole photo: undo what was turned and cropped")
     missing = edits.mask
     if request.task == "fill" and mask is None:
         if planning:  # memory and time do not depend on what is painted over

@@ -1,0 +1,64 @@
+"""Priors on the page: what each knows, which is chosen for a photo, and the download of another one."""
+
+import pytest
+
+import restore
+from operators import RestoreError
+from restore.app.page import models
+from restore.app.page.request import Request
+from restore.paths import data_dir
+
+
+@pytest.fixture(scope="module")
+def restorer():
+    return restore.load("embedded")
+
+
+def test_the_prior_is_chosen_for_the_photo(restorer):
+    priors = models.Priors(restorer, offline=True)
+    chooser = priors.select("chosen", "restore", Request())
+    assert (
+        chooser is priors.select("chosen", "restore", Request()) is not priors.select("chosen", "estimate", Request())
+    )
+    assert chooser.only is None or models.is_missing(models.PHOTOS)
+    for special in (Request(label="face"), Request(pag_scale=1.0)):
+        assert priors.select("chosen", "restore", special).only == "embedded"
+    assert priors.select("embedded", "restore", Request()).restorer is restorer
+
+
+def test_priors_are_described_and_downloaded(restorer, tmp_path, monkeypatch):
+    monkeypatch.setenv("RESTORE_CACHE", str(tmp_path))
+    priors = models.Priors(restorer, offline=True)
+    names = [name for _, name in priors.choices()]
+    assert (
+        names[:2] == ["chosen", "embedded"]
+        and "adm-ffhq-256" in names
+        and not {"taesd", "adm-imagenet-64"} & set(names)
+    )
+    text = models.describe_prior("adm-ffhq-256")
+    assert "CC BY-NC-SA 4.0" in text and "374 MB" in text and "not on this machine yet" in text
+    assert "2.2 GB" in models.describe_prior("adm-imagenet-256") and "comes with the package" in models.describe_prior(
+        "embedded"
+    )
+    with pytest.raises(RestoreError, match="this page is offline"):
+        priors.fetch("adm-ffhq-256", lambda *_: None)
+    with pytest.raises(RestoreError, match="download it first"):
+        priors.get("adm-ffhq-256")
+    for name in ("/etc/passwd", str(data_dir() / "embedded"), "taesd", "owner/name"):
+        with pytest.raises(RestoreError, match="no prior called"):
+            priors.get(name)
+        with pytest.raises(RestoreError, match="no prior called"):
+            priors.fetch(name, lambda *_: None)
+    with pytest.raises(RestoreError, match="open to others"):
+        models.Priors(restorer, fetching=False).fetch("adm-ffhq-256", lambda *_: None)
+    assert priors.get(None) is priors.get("embedded") is restorer
+
+
+@pytest.mark.slow
+def test_a_download_without_connection_fails_in_one_sentence(restorer, tmp_path, monkeypatch):
+    monkeypatch.setenv("RESTORE_CACHE", str(tmp_path))
+    for proxy in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")
+    with pytest.raises(RestoreError, match="could not be downloaded.*models pull adm-ffhq-256") as caught:
+        models.Priors(restorer).fetch("adm-ffhq-256", lambda *_: None)
+    assert str(tmp_path) not in str(caught.value) and "\n" not in str(caught.value)
