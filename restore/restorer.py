@@ -196,6 +196,7 @@ class Restorer:
         reference: bool = False,
         steps: int | str | None = None,
         guidance: Guidance | None | str = "preset",
+        region: torch.Tensor | None = None,
         **parameters: Any,
     ) -> Restoration:
         """Restore y = A(x) + n.
@@ -213,6 +214,7 @@ class Restorer:
         condition: class labels (B,), or embeddings (B or 1, tokens, width). In its place, label: one class, by its
             number or name; prompt, negative_prompt: text, and text in place of the empty prompt of CFG's weak pass,
             for backbones with a text encoder.
+        region: where the result matters, (1 or B, 1, H, W); windows elsewhere are not computed, see Sized.
         callback: receives the sampler's dict and what `restore.restoration.observe_run` adds.
         Works inside torch.no_grad() and torch.inference_mode(). Raises RestoreError for unknown parameters, sizes
         that do not fit, non-finite input or samples, and insufficient memory.
@@ -235,6 +237,7 @@ class Restorer:
                     raise RestoreError(f"{name}= belongs to the method; try restorer.method(operator, {name}=...)")
                 method.check_samples(samples)
             prior = self.prior(*shape[-2:])
+            prior.region = region
             labels = None if label is None else [label]
             condition = encode_condition(prior, condition, labels, prompt, negative_prompt)
             singly = shape[1] if self.channels == 1 else 1  # channels that are restored by themselves

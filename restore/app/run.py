@@ -165,6 +165,8 @@ class RestoreJob:
         trajectory = Trajectory(self.callback) if self.save_trajectory else None
         with nullcontext(self.restorer) if plan is None else self.planner.apply(plan) as restorer:
             options = {"samples": self.samples, "seed": self.seed, "batch_size": self.batch_size}
+            if task.keep_known and self.restorer.kind == "pixels" and self.resampled is None:
+                options["region"] = 1 - operator.mask
             options |= {"image_ids": [photo.image_id], "callback": trajectory or self.callback}
             result = restorer(y, operator, method, **options, **dataclasses.asdict(self.condition))
         samples = self.resampled.reduce(result.samples, size) if self.resampled else result.samples

@@ -57,6 +57,8 @@ class Sized:
     overlap: fraction of a window shared with its neighbour, see `default_overlap`. max_windows: windows per network
     call (images of the batch times windows), which bounds the memory. recompute_windows: keep no activations of the
     windows for the backward pass and compute them again there.
+    region: (1 or B, 1, H, W), positive where the prediction matters; windows without such a pixel are not computed, and
+    eps is 0 where there is none. None: everywhere.
     evaluations: number of predictions made, including weak passes (the NFE of a run).
     """
 
@@ -69,7 +71,9 @@ class Sized:
         overlap: float | None = None,
         max_windows: int = 16,
         recompute_windows: bool = False,
+        region: torch.Tensor | None = None,
     ) -> None:
+        self.region = region
         self.inner, self.height, self.width = backbone, height, width
         self.overlap = default_overlap(backbone) if overlap is None else overlap
         self.max_windows, self.recompute_windows = max_windows, recompute_windows
@@ -138,7 +142,13 @@ class Sized:
         """Return the sides of a window, and for each its index in x and the weights of its rows and columns."""
         h, w, tops, lefts = self.window_grid(height, width)
         places = [(..., slice(top, top + h), slice(left, left + w)) for top in tops for left in lefts]
-        return (h, w), places, list(product(make_blend_weights(tops, h, height), make_blend_weights(lefts, w, width)))
+        weights = list(product(make_blend_weights(tops, h, height), make_blend_weights(lefts, w, width)))
+        if self.region is not None and all(
+            0 <= b - a < self.multiple for a, b in zip(self.region.shape[-2:], (height, width), strict=True)
+        ):
+            chosen = [i for i, place in enumerate(places) if (self.region[place] > 0).any()] or [0]
+            places, weights = [places[i] for i in chosen], [weights[i] for i in chosen]
+        return (h, w), places, weights
 
     def _predict_windows(self, x: torch.Tensor, t: float, condition: Any) -> Prediction:
         _, places, weights = self._windows(*x.shape[-2:])

@@ -14,9 +14,10 @@ import torch
 import operators
 from operators import RestoreError, ranges
 from restore.backbones.schedule import Schedule
+from restore.samplers.fill import fill_holes, require_mask
 from restore.samplers.likelihood import SIGMA_Y_FLOOR, l2_norm
 
-FirstEstimate = Literal["measurement", "dagger", "adjoint", "zero"]  # see `reconstruct`
+FirstEstimate = Literal["measurement", "dagger", "adjoint", "zero", "fill"]  # see `reconstruct`
 Start = Literal["noise", FirstEstimate]  # see `initialise`
 ORIENTATIONS = 8  # rotations by a quarter and their mirror images
 
@@ -171,12 +172,15 @@ def reconstruct(start_from: str, prior, operator, y: torch.Tensor, sigma_y: floa
     """Return a first x_0 (B, ...) made of y without the network.
 
     start_from: "measurement", the posterior mean if x were white with variance 1 (A⁺ y without its magnified noise);
-        "dagger", A⁺ y; "adjoint", Aᵀ y; "zero". Raises RestoreError for another name.
+        "dagger", A⁺ y; "adjoint", Aᵀ y; "zero"; "fill", y with smooth holes (see `fill_holes`).
+    Raises RestoreError for another name, and for "fill" unless the operator has a mask.
     """
     ranges.check(start_from, FirstEstimate, "start_from")
     zero = y.new_zeros(len(y), *prior.shape)
     if start_from == "zero":
         return zero
+    if start_from == "fill":
+        return prior.encode(fill_holes(y, require_mask(operator, "start_from='fill'")))
     if start_from == "measurement":
         image = torch.zeros_like(prior.decode(zero))
         return prior.encode(operators.prox_l2(operator, image, y, max(sigma_y, SIGMA_Y_FLOOR) ** -2))

@@ -85,3 +85,26 @@ def test_windows_of_a_network_without_attention_overlap_by_a_quarter():
     attending.attention = {"mid_block.attentions.0": None}
     assert (default_overlap(plain), default_overlap(attending)) == (0.25, 0.5)
     assert (Sized(plain, 99, 99).overlap, Sized(plain, 99, 99, overlap=0.0).overlap) == (0.25, 0.0)
+
+
+def test_windows_outside_of_the_region_are_not_computed():
+    """In the region the prediction is that of all windows, to the byte; elsewhere nothing is predicted."""
+
+    class Counted(Position):
+        windows = 0
+
+        def predict(self, x_t, t, condition=None):
+            self.windows += len(x_t)
+            return super().predict(x_t, t, condition)
+
+    size, x = (37, 53), torch.randn(1, 3, 37, 53, generator=torch.Generator().manual_seed(0))
+    region = torch.zeros(1, 1, *size)
+    region[..., 30:37, 4:9] = 1
+    whole, part = Counted(), Counted()
+    expected = Sized(whole, *size).predict(x, 3)
+    sized = Sized(part, *size, region=region)
+    found = sized.predict(x, 3)
+    inside = region.expand_as(x) > 0
+    assert torch.equal(found.eps[inside], expected.eps[inside])
+    assert not found.eps[..., 30:].any() and 0 < 3 * part.windows < whole.windows
+    assert torch.equal(sized.predict(x[..., :16, :40], 3).eps, Sized(whole, 16, 40).predict(x[..., :16, :40], 3).eps)
