@@ -120,6 +120,7 @@ class Planner:
                 seconds = self._seconds(work, options) * math.ceil(samples * singly / batch)
                 break
         sampler, steps = samplers.sampler_name(method.sampler), method.steps
+        steps = steps if isinstance(steps, (int, str)) else len(steps)
         name = f"{sampler} in {steps} steps" if isinstance(steps, int) else f"{sampler} {steps}"
         evaluations = singly * trace.evaluations
         cost = (evaluations, seconds, int(memory), available, options, self.meter.busy)

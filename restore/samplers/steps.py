@@ -180,7 +180,8 @@ def reconstruct(start_from: str, prior, operator, y: torch.Tensor, sigma_y: floa
     if start_from == "zero":
         return zero
     if start_from == "fill":
-        return prior.encode(fill_holes(y, require_mask(operator, "start_from='fill'")))
+        filled = fill_holes(y, require_mask(operator, "start_from='fill'"))
+        return prior.encode(filled)
     if start_from == "measurement":
         image = torch.zeros_like(prior.decode(zero))
         return prior.encode(operators.prox_l2(operator, image, y, max(sigma_y, SIGMA_Y_FLOOR) ** -2))

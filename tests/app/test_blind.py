@@ -98,3 +98,24 @@ def test_holes_are_not_noise(tmp_path, holes, expected):
     task = load_task("inpaint", {}, mask=mask, blind=True).for_photo(photo)
     sigma = 0.0 if task.config["noise"] is None else task.config["noise"]["sigma"]
     assert sigma == pytest.approx(expected, rel=0.08)
+
+
+def test_a_hole_is_filled_by_the_prior_of_photos(command, tmp_path):
+    """It starts from a smooth fill, computes only what the hole needs, and is better than what was there by far."""
+    record = io.read_image(PHOTOS / "chelsea.jpg")
+    truth = record.pixels[..., 40:196, 60:276]
+    known = torch.ones(1, 1, *truth.shape[-2:])
+    known[..., 20:44, 20:44] = 0
+    io.write_image(tmp_path / "photo.png", torch.where(known > 0, truth, 1.0)[0])
+    Image.fromarray((known[0, 0].numpy() * 255).astype(np.uint8)).save(tmp_path / "mask.png")
+    out = tmp_path / "out"
+    mask = ("--task", "inpaint", "--mask", tmp_path / "mask.png", "--backbone", "embedded-photo")
+    code, _, err = command("run", tmp_path / "photo.png", *mask, "-o", out)
+    assert code == 0, err
+    restored = io.read_image(out / "photo.png").pixels
+    inside = known.expand_as(truth) > 0
+    assert torch.equal(restored[inside], io.read_image(tmp_path / "photo.png").pixels[inside])
+    hole = (..., slice(20, 44), slice(20, 44))
+    assert psnr(restored[hole], truth[hole]) > 20
+    method = json.loads((out / "photo.json").read_text())["settings"]["method"]
+    assert method["parameters"]["start_from"] == "fill"
