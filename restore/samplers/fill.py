@@ -40,7 +40,7 @@ def _fill(image: np.ndarray, known: np.ndarray) -> None:
     """Fill an image (C, H, W) in place."""
     holes = ~known.ravel()
     height, width = known.shape
-    steps = [sparse.diags([-1, 1], [0, 1], shape=(n - 1, n)) for n in (height, width)]
+    steps = [sparse.diags([-1.0, 1.0], [0, 1], shape=(n - 1, n)) for n in (height, width)]
     gradient = sparse.vstack(
         [sparse.kron(steps[0], sparse.identity(width)), sparse.kron(sparse.identity(height), steps[1])]
     )
