@@ -36,7 +36,9 @@ def test_demo_writes_picture_and_numbers(tmp_path):
     record = json.loads((out / "demo.json").read_text())
     # Four methods for the faces, the default for the photo.
     assert len(record["table"]) == 5 * (4 + 1) + 2 * 3 and len(record["runs"]) == 4 * (4 + 1) + 3
-    assert [run["backbone"] for run in record["runs"]] == ["embedded"] * 16 + ["embedded-latent"] * 4 + ["embedded-photo"] * 3
+    assert [run["backbone"] for run in record["runs"]] == ["embedded"] * 16 + ["embedded-latent"] * 4 + [
+        "embedded-photo"
+    ] * 3
     assert all(row["LPIPS"] > 0 for row in record["table"])
     assert "LPIPS" in (out / "table.md").read_text().splitlines()[0]
     # One column for input, baseline, each method and truth; one row for a photo and a task.
