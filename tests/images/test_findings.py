@@ -1,0 +1,103 @@
+"""What is found in photos with damages that are known, and what is not found in sound ones."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import operators
+from operators import RestoreError
+from restore.images import io
+from restore.images.findings import inspect_photo
+from restore.images.motion import Motion
+from restore.paths import data_dir
+from restore.repair import choose_repair
+
+PHOTOS = data_dir() / "photos"
+
+
+@pytest.fixture(scope="module")
+def sharp():
+    """The cat at 440 x 288: above what is called small, and with its own compression averaged away."""
+    return io.read_image(PHOTOS / "chelsea.jpg").pixels[..., 5:293, 5:445]
+
+
+def add_noise(x, levels):
+    return x + levels / 127.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+
+
+def inspect(folder, x, **saving):
+    path = folder / ("photo.jpg" if saving else "photo.png")
+    io.write_image(folder / "photo.png", x[0])
+    if saving:
+        Image.open(folder / "photo.png").save(path, **saving)
+    return inspect_photo(path)
+
+
+def test_strong_noise_is_not_blur(tmp_path, sharp):
+    for levels in (25, 50):
+        found = inspect(tmp_path, add_noise(sharp, levels))
+        assert found.sigma * 127.5 == pytest.approx(levels, rel=0.1) and found.blur == 0 and found.motion is None
+        assert choose_repair(found).config["name"] == "denoising" and not found.damage
+
+
+@pytest.mark.parametrize("std, levels", [(1.5, 2), (2.0, 5), (3.0, 15)])
+def test_blur_below_noise(tmp_path, sharp, std, levels):
+    found = inspect(tmp_path, add_noise(operators.GaussianBlur(25, std).A(sharp), levels))
+    assert found.blur == pytest.approx(std, rel=0.35) and found.motion is None
+
+
+@pytest.mark.parametrize("length, angle", [(9, 30), (15, 115)])
+def test_straight_motion(tmp_path, sharp, length, angle):
+    kernel = Motion(length, angle).kernel()
+    assert float(kernel.sum()) == pytest.approx(1)
+    found = inspect(tmp_path, add_noise(operators.Blur(kernel).A(sharp), 2))
+    assert found.motion.length == pytest.approx(length, abs=1.5) and found.blur == 0
+    assert abs((found.motion.angle - angle + 90) % 180 - 90) < 6
+    assert choose_repair(found).config["name"] == "blur"
+
+
+def test_jpeg_is_read_from_the_file_and_seen_in_the_pixels(tmp_path, sharp):
+    stated = inspect(tmp_path, sharp, quality=20)
+    assert stated.quality == 20 and len(stated.jpeg["tables"]) == 2 and not stated.damage
+    pixels = io.read_image(tmp_path / "photo.jpg").pixels
+    for top, left in ((0, 0), (3, 5)):
+        seen = inspect(tmp_path, pixels[..., top:, left:])
+        assert abs(seen.quality - 20) <= 1 and seen.jpeg["offset"] == [top, left]
+    assert choose_repair(seen).config["name"] == "jpeg"
+    assert inspect(tmp_path, sharp).jpeg is None
+
+
+def test_noise_before_the_compression(tmp_path, sharp):
+    found = inspect(tmp_path, add_noise(sharp, 20), quality=50)
+    assert found.sigma * 127.5 == pytest.approx(20, rel=0.2)
+    repair = choose_repair(found)
+    assert repair.config["name"] == "jpeg" and repair.config["noise"]["sigma"] == found.sigma
+    assert "noise" in repair.describe() and "JPEG of quality 50" in repair.describe()
+
+
+def test_a_chain_in_the_order_of_what_happened(tmp_path, sharp):
+    blurred = add_noise(operators.GaussianBlur(25, 3.0).A(sharp), 10)
+    repair = choose_repair(inspect(tmp_path, blurred, quality=60))
+    assert [part["name"] for part in repair.config["operators"]] == ["gaussian_blur", "jpeg"]
+    assert repair.config["noise"]["sigma"] * 127.5 == pytest.approx(10, rel=0.2)
+    operator = operators.build_operator(repair.config, image_size=sharp.shape[-2:])
+    assert operator.A(sharp).shape == sharp.shape
+
+
+def test_scratches(tmp_path, sharp):
+    x = sharp.clone()
+    for k in range(20, 250):
+        x[..., k, 100 + k // 2 : 102 + k // 2] = 0.9
+    repair = choose_repair(inspect(tmp_path, x))
+    assert repair.config["name"] == "inpainting_mask" and repair.keep_known
+    missing = repair.config["mask"][0, 0] == 0
+    assert math.isclose(float(missing[60, 130:132].float().mean()), 1) and missing.float().mean() < 0.05
+
+
+def test_too_small_and_nothing_wrong(tmp_path):
+    Image.fromarray(np.zeros((20, 40, 3), np.uint8)).save(tmp_path / "tiny.png")
+    with pytest.raises(RestoreError, match="32 pixels.*tiny.png of 40 x 20"):
+        inspect_photo(tmp_path / "tiny.png")
