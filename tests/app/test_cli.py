@@ -143,8 +143,7 @@ def mistakes(folder):
     Image.new("L", (64, 64), 0).save(folder / "nothing-known.png")
     np.save(folder / "heavy.npy", np.ones((3, 3)))
     np.save(folder / "nan.npy", np.full((3, 3), np.nan))
-    large = np.zeros((201, 201))
-    large[100, 100] = 1
+    large = np.full((201, 201), 1 / 201**2)
     np.save(folder / "large.npy", large)
     torch.save(Hostile(), folder / "hostile.pt")
     torch.save({"weight": torch.zeros(3)}, folder / "wrong.pt")
