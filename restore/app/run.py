@@ -172,7 +172,8 @@ class RestoreJob:
         samples = self.resampled.reduce(result.samples, size) if self.resampled else result.samples
         colour = y.shape[1] == 1 and samples.shape[2] == 3
         samples = samples.expand(-1, -1, 3, -1, -1)  # those of a prior of grey images have one channel
-        tint = None if record.grey or y.shape[1] == 1 else estimate_tint(record.pixels)
+        known = operator.mask if task.keep_known and self.resampled is None else None
+        tint = None if record.grey or y.shape[1] == 1 else estimate_tint(record.pixels, known)
         if tint is not None:  # a photo without colour gains none
             samples = apply_tint(samples, tint)
         if task.keep_known:

@@ -8,14 +8,19 @@ import torch.nn.functional as F
 TYPICAL, LARGEST = 0.03, 0.08  # tolerated distances from the tint on [-1, 1]: root mean square and 99.9th percentile
 
 
-def estimate_tint(x: torch.Tensor) -> torch.Tensor | None:
+def estimate_tint(x: torch.Tensor, known: torch.Tensor | None = None) -> torch.Tensor | None:
     """Return the tint (5, 3) of a photo (1, 3, H, W) that has one hue; None for a colour photo.
 
     Rows 0 to 3: the difference of each channel from the mean of the channels, as a cubic in that mean; row 4: the range
     of the mean, its upper end twice. A photo has one hue if the means of its blocks, without noise and compression,
-    follow the cubic within 0.03 (root mean square) and 0.08 (99.9th percentile).
+    follow the cubic within 0.03 (root mean square) and 0.08 (99.9th percentile). known: (1, 1, H, W), 0 in holes, whose
+    colour does not count.
     """
-    blocks = F.avg_pool2d(x.double(), max(1, min(8, min(x.shape[-2:]) // 16)))[0].flatten(1)
+    side = max(1, min(8, min(x.shape[-2:]) // 16))
+    blocks = F.avg_pool2d(x.double(), side)[0].flatten(1)
+    if known is not None:
+        share = F.avg_pool2d(known.double(), side)[0].flatten(1)
+        blocks = (F.avg_pool2d(x.double() * known, side)[0].flatten(1) / share)[:, share[0] > 0]
     brightness = blocks.mean(0)
     powers = torch.stack([brightness**power for power in range(4)], 1)
     offsets = (blocks - brightness).T

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from restore.images import io
+from restore.images.tint import estimate_tint
 from restore.metrics.single import psnr
 from restore.paths import data_dir
 from restore.task import load_task
@@ -119,3 +120,16 @@ def test_a_hole_is_filled_by_the_prior_of_photos(command, tmp_path):
     assert psnr(restored[hole], truth[hole]) > 20
     method = json.loads((out / "photo.json").read_text())["settings"]["method"]
     assert method["parameters"]["start_from"] == "fill"
+
+
+def test_the_colour_of_holes_is_not_the_photos():
+    """White holes do not make a colour photo one of a single hue, nor red ones a grey photo colourful."""
+    known = (torch.rand(1, 1, 128, 128, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) - 0.5
+    x = torch.nn.functional.interpolate(x.mean(1, keepdim=True) + 0.15 * x, scale_factor=8)
+    assert estimate_tint(x) is None
+    assert estimate_tint(torch.where(known > 0, x, 1.0)) is not None  # what the mask is for
+    assert estimate_tint(torch.where(known > 0, x, 1.0), known) is None
+    grey = x.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    red = torch.tensor([1.0, -1.0, -1.0])[:, None, None]
+    assert estimate_tint(torch.where(known > 0, grey, red), known) is not None
