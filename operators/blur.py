@@ -43,6 +43,7 @@ class Blur(Operator):
         super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
         self.border = validate.require_choice(border, "border", ("reflect", "circular", "unknown"))
         self.kernel = as_kernel(kernel, normalize)
+        self._given = tuple(self.kernel.shape[-2:])
         if border == "unknown":
             self.kernel = trim_kernel(self.kernel)
         self.radius = (self.kernel.shape[-2] // 2, self.kernel.shape[-1] // 2)
@@ -143,7 +144,8 @@ class Blur(Operator):
             validate.require_count(self.kernel, "kernel", x)
 
     def _check_radius(self, height: int, width: int) -> None:
-        (kh, kw), (ry, rx), (rows, columns) = self.kernel.shape[-2:], self.radius, self.margin
+        (kh, kw), (rows, columns) = self._given, self.margin
+        ry, rx = kh // 2, kw // 2
         height, width, circular = height - 2 * rows, width - 2 * columns, self.border == "circular"
         if not (kh <= height and kw <= width if circular else ry < height and rx < width):
             limit = "not exceed the image with a circular border" if circular else "have a radius below both sides"

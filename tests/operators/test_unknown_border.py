@@ -18,7 +18,7 @@ def kernel(*shape):
 
 
 CASES = {
-    "gauss": lambda: operators.GaussianBlur(61, 0.7, border="unknown"),
+    "gauss": lambda: operators.GaussianBlur(9, 0.7, border="unknown"),
     "kernel": lambda: operators.Blur(kernel(5, 4), border="unknown"),
     "kernels": lambda: operators.Blur(kernel(2, 3, 5), border="unknown"),
     "motion": lambda: operators.MotionBlur(7, seed=1, border="unknown"),
