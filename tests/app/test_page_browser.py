@@ -317,7 +317,7 @@ def test_by_keyboard_and_for_screen_readers(visit, tmp_path):
     page.set_input_files("#photo input[type=file]", broken)
     page.get_by_text("is not a readable image").first.wait_for()
     page.wait_for_timeout(500)
-    assert page.locator("#photo").get_by_text("Drop").is_visible() and page.locator("#photo img").count() == 0
+    assert page.locator("#photo [data-testid=upload-text]").is_visible() and page.locator("#photo img").count() == 0
     visitor = visit()
     page = visitor.page
     visitor.choose()

@@ -22,11 +22,11 @@ from restore.task import Task, load_task
 
 # name -> (plain words, the field's term)
 PLAIN = {
-    "auto": ("What the photo needs", "found by looking at it"),
+    "auto": ("What the photo needs", "automatic"),
     "denoise": ("Remove noise", "denoising"),
     "sharpen": ("Sharpen a blurred photo", "deconvolution"),
     "enlarge": ("Enlarge ×2, ×4 or ×8", "super-resolution"),
-    "jpeg": ("Remove the blocks of JPEG", "compression artefacts"),
+    "jpeg": ("Remove the blocks of JPEG", "artefacts"),
     "fill": ("Fill in what I paint over", "inpainting"),
     "colour": ("Add colour", "colorization"),
 }
