@@ -212,7 +212,7 @@ def compare(
     pieces: int = 2,
     size: int = 160,
     seed: int = 0,
-    backbone: str = "embedded",
+    backbone: str = "embedded-photo",
     label: str = "photo",
     lpips: str = "",
     out: str = "runs/photo",
