@@ -22,7 +22,7 @@ from restore.samplers.noise import ImageNoise
 
 FOLDER = Path(samplers.__file__).parent
 MODULES = {path.split(":")[0].rpartition(".")[2] for path in samplers.SAMPLERS.values()} | {"generate"}
-SHARED = {"__init__", "consistency", "likelihood", "noise", "steps"}
+SHARED = {"__init__", "consistency", "fill", "likelihood", "noise", "steps"}
 
 
 def imported_modules(path):
