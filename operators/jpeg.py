@@ -14,7 +14,8 @@ from operators import proximal, validate
 from operators.base import Operator, apply_transpose
 from operators.errors import RestoreError
 from operators.noise import GaussianNoise
-from operators.separable import Kronecker, compute_dtype
+from operators.pointwise import Denoising
+from operators.separable import compute_dtype
 
 SIDE = 8  # pixels of a block
 LEVELS = 127.5  # grey levels of 1 on [-1, 1]
@@ -208,7 +209,7 @@ class JPEGNoise:
         return f"JPEGNoise({how}, subsampling={self.subsampling}{more})"
 
 
-class JPEG(Operator):
+class JPEG(Denoising):
     """A picture kept as JPEG: A(x) = x, and the noise is that of `JPEGNoise`.
 
     quality, tables, subsampling, offset, loss: as there. noise: GaussianNoise before the compression. In a composition
@@ -216,7 +217,7 @@ class JPEG(Operator):
     """
 
     name = "jpeg"
-    stationary = True
+    has_reference = False
 
     def __init__(
         self,
@@ -232,18 +233,6 @@ class JPEG(Operator):
     ):
         noise = JPEGNoise(quality, tables=tables, subsampling=subsampling, offset=offset, loss=loss, before=noise)
         super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
-
-    def A(self, x: torch.Tensor) -> torch.Tensor:
-        self._check_image(x)
-        return x
-
-    def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        return y
-
-    A_dagger = A_adjoint
-
-    def factors(self, image_shape) -> Kronecker:
-        return Kronecker()
 
 
 # ITU-T T.81, Annex K.1.

@@ -73,10 +73,7 @@ def dpir(
             # Prior: x as a noisy image, whose clean estimate is the next z.
             t = prior.schedule.t(float(level))
             alpha, sigma = prior.schedule.alpha(t), prior.schedule.sigma(t)
-            views = {"one": [0], "turns": [k % ORIENTATIONS], "four": range(0, ORIENTATIONS, 2)} | {
-                "all": range(ORIENTATIONS)
-            }
-            views = views[orientations]
+            views = [k % ORIENTATIONS] if orientations == "turns" else range(0, ORIENTATIONS, APART[orientations])
             eps = torch.zeros_like(x)
             for view in views:
                 _, turned = estimate(turn(alpha * x, view), t, condition)
