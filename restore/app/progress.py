@@ -28,6 +28,11 @@ class PhotoPace(Pace):
             calls = math.ceil(plan.windows / max(1, plan.options.max_windows // batch))
             self.calls_planned = plan.evaluations * calls * math.ceil(plan.samples / batch)
 
+    def format_left(self) -> str:
+        """Return "2 to 5 minutes left"; "" as long as nothing is known, and at the end."""
+        left = self.left()
+        return "" if left is None or self.share >= 1 else f"{format_range(*left)} left"
+
     def count_call(self) -> None:
         """The network was called. What the plan did not foresee stays between the last step and the next."""
         self.calls += 1
@@ -106,8 +111,7 @@ class Progress:
         self._show()
 
     def _show(self) -> None:
-        left, files = self.pace.left(), max(1, self.files)
-        rest = "" if left is None or self.pace.share >= 1 else f", {format_range(*left)} left"
+        rest, files = self.pace.format_left(), max(1, self.files)
         of = f" for photo {self.done + 1} of {self.files}" if rest and self.files > 1 else ""
         self.bar.set_postfix_str(f"{rest}{of}{self.note}".removeprefix(", "), refresh=False)  # tqdm adds a comma
         self.bar.update(min(1.0, (self.done + self.pace.share) / files) - self.bar.n)

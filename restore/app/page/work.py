@@ -27,7 +27,7 @@ from restore.app.priors import PriorChooser
 from restore.app.progress import PhotoPace, watch_network
 from restore.app.run import Condition, Outcome, RestoreJob
 from restore.images import io
-from restore.memory import Plan, Planner, format_duration, format_range
+from restore.memory import Plan, Planner, format_duration
 
 File = str | Path
 INTERVAL = 0.5  # seconds between two pictures of what is forming
@@ -180,9 +180,9 @@ class _Watch:
         return time.monotonic() - self.last > INTERVAL
 
     def _show(self, picture: PIL.Image.Image | None) -> None:
-        self.last, left = time.monotonic(), self.pace.left()
-        rest = "" if left is None or self.pace.share >= 1 else f"{format_range(*left)} left"
-        detail = "; ".join(filter(None, (", ".join(filter(None, (rest, self.place))), self.note)))
+        self.last = time.monotonic()
+        where = ", ".join(filter(None, (self.pace.format_left(), self.place)))
+        detail = "; ".join(filter(None, (where, self.note)))
         self.report(Step(f"Restoring {self.title} …", self.pace.share, detail, picture))
 
 
