@@ -56,9 +56,7 @@ class Diffusion:
         x_t = (a.sqrt() * x0 + (1 - a).sqrt() * eps).contiguous(memory_format=torch.channels_last)
         out = run_network(forward, x_t, t, labels, config.patch).float()
         eps_hat, v = self.split_output(out, x_t, a.sqrt(), (1 - a).sqrt())
-        simple, vlb = hybrid_loss(
-            eps_hat, v, x0, eps, t, alpha_bar, snr_gamma=config.snr_gamma, high_noise_weight=config.high_noise_weight
-        )
+        simple, vlb = hybrid_loss(eps_hat, v, x0, eps, t, alpha_bar, weigh_levels(alpha_bar, config))
         logged = {"eps_loss": simple.detach()} | ({} if v is None else {"vlb_bits": vlb.detach()})
         return simple + config.vlb_weight * vlb, logged, None
 
@@ -134,28 +132,31 @@ def place_times(slots: Tensor, alpha_bar: Tensor, denoising: Mapping | None) -> 
     return torch.where(slots < share, near, spread).clamp(0, len(alpha_bar) - 1)
 
 
-def hybrid_loss(
-    eps_hat: Tensor,
-    v: Tensor | None,
-    x0: Tensor,
-    eps: Tensor,
-    t: Tensor,
-    alpha_bar: Tensor,
-    snr_gamma: float,
-    high_noise_weight: float,
-) -> tuple[Tensor, Tensor]:
-    """Return (weighted noise error, variational term), both means over the batch.
+def weigh_levels(alpha_bar: Tensor, config: DictConfig) -> Tensor:
+    """Return the weight of the noise error at every timestep, (T,).
 
-    The noise error is weighted by min(SNR, gamma)/SNR (Hang et al. 2023, Min-SNR) plus min(1/SNR, high_noise_weight):
-    without a bound the sum 1 + 1/SNR is the weight of v-prediction (Salimans & Ho 2022, SNR + 1 on x0). The second
-    part teaches colours and lighting, whose error, 1/SNR times the noise error, would otherwise be lost in the mean.
+    `denoising.weight` k: 1 + k sigma/alpha. The error of a trained prior of photos is close to 1/(1 + 33 sigma/alpha),
+    so that with k = 33 every level counts in decibels alike, where a plain mean is that of the smallest noise alone.
+    Otherwise min(SNR, snr_gamma)/SNR (Hang et al. 2023, Min-SNR) plus min(1/SNR, high_noise_weight): without a bound
+    the sum 1 + 1/SNR is the weight of v-prediction (Salimans & Ho 2022, SNR + 1 on x0). The second part teaches
+    colours and lighting, whose error, 1/SNR times the noise error, would otherwise be lost in the mean.
+    """
+    snr = alpha_bar / (1 - alpha_bar)
+    if config.denoising and "weight" in config.denoising:
+        return 1 + config.denoising.weight * snr.rsqrt()
+    return (config.snr_gamma / snr).clamp(max=1) + (1 / snr).clamp(max=config.high_noise_weight)
+
+
+def hybrid_loss(
+    eps_hat: Tensor, v: Tensor | None, x0: Tensor, eps: Tensor, t: Tensor, alpha_bar: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return (noise error weighted by weight (T,), variational term), both means over the batch.
+
     The variational term is L_{t-1} of Nichol & Dhariwal 2021, eq. 15-16, in bits per dimension, with the predicted
     mean held fixed so that it trains only the variance channels; at t = 0 the Gaussian negative log-likelihood of x0
     replaces the discretised one. It is 0 if v is None.
     """
-    snr = alpha_bar / (1 - alpha_bar)
-    weight = ((snr_gamma / snr).clamp(max=1) + (1 / snr).clamp(max=high_noise_weight))[t].float()
-    simple = (weight * ((eps_hat - eps) ** 2).mean(dim=(1, 2, 3))).mean()
+    simple = (weight[t].float() * ((eps_hat - eps) ** 2).mean(dim=(1, 2, 3))).mean()
     if v is None:
         return simple, simple.new_zeros(())
 

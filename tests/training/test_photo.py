@@ -8,7 +8,7 @@ import restore
 from restore.backbones.schedule import Schedule
 from restore.paths import configs_dir
 from restore.training import load_training_config, train
-from restore.training.diffusion import Diffusion, place_times
+from restore.training.diffusion import Diffusion, place_times, weigh_levels
 
 TINY = [
     "model.block_out_channels=[8,16]",
@@ -45,6 +45,17 @@ def test_most_noise_levels_are_those_of_denoising():
     assert torch.equal(place_times(slots, alpha_bar, None), torch.arange(1000))
     only = place_times(slots, alpha_bar, OmegaConf.create({"share": 1.0, "low": 0.02, "high": 0.5}))
     assert levels[only.max()] < 0.51
+
+
+def test_the_weight_of_a_level_is_the_inverse_of_its_usual_error():
+    """1 + k sigma/alpha; without k the weights of Min-SNR and of the high levels."""
+    alpha_bar = torch.tensor([0.99, 0.5, 0.01], dtype=torch.float64)
+    weights = weigh_levels(alpha_bar, OmegaConf.create({"denoising": {"weight": 33.0}}))
+    expected = [1 + 33 * (1 / 99) ** 0.5, 34.0, 1 + 33 * 99**0.5]
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64))
+    minimum = {"denoising": {"share": 1.0, "low": 0.1, "high": 0.5}, "snr_gamma": 5.0, "high_noise_weight": 8.0}
+    expected = [5 / 99 + 1 / 99, 1 + 1, 1 + 8]
+    torch.testing.assert_close(weigh_levels(alpha_bar, OmegaConf.create(minimum)), alpha_bar.new_tensor(expected))
 
 
 def test_a_network_of_patches_learns_from_crops(folders, tmp_path):

@@ -14,7 +14,7 @@ from restore.backbones.schedule import Schedule
 from restore.paths import configs_dir
 from restore.training import load_training_config, train
 from restore.training.dataset import augment, batch_indices, split_files
-from restore.training.diffusion import build_unet, hybrid_loss
+from restore.training.diffusion import build_unet, hybrid_loss, weigh_levels
 
 TINY = [
     "model.block_out_channels=[32,32]",
@@ -139,7 +139,8 @@ def test_loss_against_its_definition():
     x0 = torch.rand(2, 3, 4, 4, generator=g) * 1.6 - 0.8
     eps, eps_hat, v = (torch.randn(2, 3, 4, 4, generator=g) for _ in range(3))
     t = torch.tensor([300, 700])
-    simple, vlb = hybrid_loss(eps_hat, v.tanh(), x0, eps, t, alpha_bar, snr_gamma=5.0, high_noise_weight=8.0)
+    config = OmegaConf.create({"denoising": None, "snr_gamma": 5.0, "high_noise_weight": 8.0})
+    simple, vlb = hybrid_loss(eps_hat, v.tanh(), x0, eps, t, alpha_bar, weigh_levels(alpha_bar, config))
     snr = (alpha_bar / (1 - alpha_bar))[t]
     assert 1 / snr[0] < 8 < 1 / snr[1]
     weight = torch.minimum(snr, torch.tensor(5.0)) / snr + torch.minimum(1 / snr, torch.tensor(8.0))
