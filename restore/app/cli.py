@@ -228,15 +228,18 @@ def demo(
     weights: Annotated[list[str] | None, typer.Option(help="The network of LPIPS: alexnet=FILE.")] = None,
     device: options.Device = "auto",
     overwrite: options.Overwrite = False,
+    everything: Annotated[bool, typer.Option("--all", help="Every task, and faces in latents: many minutes.")] = False,
 ) -> None:
-    """Degrade and restore shipped faces and a photo, by DPS and the best sampler, without and with PAG."""
+    """Degrade and restore a photo, and shipped faces by DPS and DiffPIR without and with PAG."""
     from restore.app.demo import run_demo
     from restore.app.progress import Progress
     from restore.metrics.weights import parse_weight_files
 
     with Progress(1) as progress:
-        files = parse_weight_files(weights or [])
-        summary = run_demo(out, steps=steps, device=device, weights=files, overwrite=overwrite, callback=progress)
+        progress.say(f"restoring a photo and faces; pictures in {out}")
+        files, show = parse_weight_files(weights or []), lambda path: progress.say(f"written: {path}")
+        chosen = {"steps": steps, "device": device, "weights": files, "overwrite": overwrite, "everything": everything}
+        summary = run_demo(out, **chosen, callback=progress, show=show)
     typer.echo(summary)
 
 

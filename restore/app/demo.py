@@ -1,10 +1,10 @@
-"""`restore demo`: shipped faces and a photo, degraded and restored without and with PAG, in pixels and in latents."""
+"""`restore demo`: a photo and shipped faces, degraded and restored without and with PAG, in pixels and in latents."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from restore.versions import get_version
 class Part:
     """What one picture of the demo shows: shipped photos of one size, tasks and the prior.
 
+    quick: how many of the tasks a demo shows that is not of everything; 0 leaves the part out.
     sampler: the first one shown; None for only the default one, without PAG. cell: width of a photo in the picture, in
     pixels. label: the prior's class.
     """
@@ -40,6 +41,7 @@ class Part:
     sampler: str | None
     photos: tuple[str, ...]
     tasks: tuple[str, ...]
+    quick: int
     cell: int
     label: str | None = None
 
@@ -58,9 +60,9 @@ FACES_64 = ("astronaut-face-64.png", "generated-face-64-1.png", "generated-face-
 FACES_128 = ("astronaut-face-128.png", "generated-face-128-1.png", "generated-face-128-2.png")
 FACE_TASKS, PHOTO_TASKS = ("inpaint-box", "sr4", "gaussian-blur", "motion-blur"), ("denoise", "gaussian-blur", "sr2")
 PARTS = (
-    Part("comparison.png", "embedded", "dps", FACES_64, FACE_TASKS, 192, "face"),
-    Part("comparison-latent.png", "embedded-latent", "psld", FACES_128, ("inpaint-box",), 256),
-    Part("comparison-photo.png", "embedded-photo", None, ("coffee.jpg",), PHOTO_TASKS, 320),
+    Part("comparison-photo.png", "embedded-photo", None, ("coffee.jpg",), PHOTO_TASKS, 3, 320),
+    Part("comparison.png", "embedded", "dps", FACES_64, FACE_TASKS, 1, 192, "face"),
+    Part("comparison-latent.png", "embedded-latent", "psld", FACES_128, ("inpaint-box",), 0, 256),
 )
 LPIPS_SIDE = 128  # AlexNet was trained on images of 224 pixels
 BASELINE = "bicubic / Wiener"
@@ -75,24 +77,28 @@ def run_demo(
     seed: int = 0,
     weights: Mapping[str, str | Path] | None = None,
     overwrite: bool = False,
+    everything: bool = False,
     callback: Callable | None = None,
+    show: Callable[[Path], None] | None = None,
 ) -> str:
     """Restore the photos of PARTS and return a summary to print.
 
     Writes a picture for each part (input, baseline, the methods, truth), demo.json with all numbers, and table.md.
-    steps: of every sampler, instead of the presets'. weights: as restore.metrics.weights.find_weights takes them;
+    steps: of every sampler, instead of the presets'. everything: all parts and tasks; otherwise what takes two minutes
+    of two CPU cores. callback: as a Restorer's; show: called with each picture when it is written. weights: as restore.metrics.weights.find_weights takes them;
     without AlexNet's, given or in PyTorch's cache, the table has no LPIPS. Raises RestoreError if a file that no demo
     wrote would be replaced, unless `overwrite`.
     """
     started, out = time.perf_counter(), Path(out)
+    parts = PARTS if everything else [replace(part, tasks=part.tasks[: part.quick]) for part in PARTS if part.quick]
     outputs = [out / name for name in (*(part.picture for part in PARTS), "table.md", "demo.json")]
     files.check_owned(outputs, outputs[-1], outputs[-1], overwrite)
     files.make_writable_folder(out)
     lpips, table, records, notes = _load_lpips(weights), [], [], []
     header = {"version": get_version(), "files": [path.name for path in outputs]}
     disk.write_json(outputs[-1], header)  # first: an interrupted demo may be repeated
-    total = sum((4 if part.sampler else 1) * len(part.tasks) for part in PARTS)
-    for part in PARTS:
+    total = sum((4 if part.sampler else 1) * len(part.tasks) for part in parts)
+    for part in parts:
         restorer = load(part.backbone, device=device)
         photos = [io.read_image(data_dir() / "photos" / name) for name in part.photos]
         x, ids = torch.cat([photo.pixels for photo in photos]), [Path(name).stem for name in part.photos]
@@ -112,6 +118,8 @@ def run_demo(
             titles += [f"{title}\n{name}" for name in names]
         grid = grids.draw_grid(rows, ["input", *restored.estimates, "truth"], titles, cell=part.cell)
         io.write_image(out / part.picture, io.to_tensor(grid)[0])
+        if show is not None:
+            show(out / part.picture)
         counts = ", ".join(f"{method} {' or '.join(each)} evaluations" for method, each in evaluations.items())
         notes.append(f"{size} px, {part.backbone}: means over {len(ids)}, {counts}.")
     digits = {"PSNR dB": 2, "SSIM": 3, "LPIPS": 3, "residual / noise": 2, "s / photo": 1}
@@ -123,7 +131,7 @@ def run_demo(
     lines += ["", *notes, note]
     disk.write_bytes(out / "table.md", ("\n".join(lines) + "\n").encode())
     disk.write_json(outputs[-1], header | {"runs": records, "table": table})
-    where = [f"{out / part.picture}  the pictures" for part in PARTS] + [f"{out / 'table.md'}  the numbers"]
+    where = [f"{out / part.picture}  the pictures" for part in parts] + [f"{out / 'table.md'}  the numbers"]
     return "\n".join([*lines, "", f"Done in {time.perf_counter() - started:.0f} s:", *where])
 
 

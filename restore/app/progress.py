@@ -87,8 +87,12 @@ class Progress:
     def announce(self, outcome: Any) -> None:
         """Begin a photo: print its plan above the bar."""
         self.pace = PhotoPace(outcome.plan, self.batch)
+        self.say(outcome.line())
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
         if not self.bar.disable:
-            self.bar.write(outcome.line(), file=sys.stderr)
+            self.bar.write(line, file=sys.stderr)
 
     def __call__(self, step: dict) -> None:
         self.pace.count_step(step)

@@ -31,12 +31,13 @@ def test_demo_writes_picture_and_numbers(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         torch.save(torchvision.models.alexnet(weights=None).state_dict(), tmp_path / "random.pth")
-    steps, out = [], tmp_path / "out"
-    assert "Done in" in run_demo(out, steps=2, weights={"alexnet": tmp_path / "random.pth"}, callback=steps.append)
+    steps, shown, out = [], [], tmp_path / "out"
+    options = {"steps": 1, "weights": {"alexnet": tmp_path / "random.pth"}, "everything": True}
+    assert "Done in" in run_demo(out, **options, callback=steps.append, show=shown.append)
     record = json.loads((out / "demo.json").read_text())
     # Four methods for the faces, the default for the photo.
     assert len(record["table"]) == 5 * (4 + 1) + 2 * 3 and len(record["runs"]) == 4 * (4 + 1) + 3
-    backbones = ["embedded"] * 16 + ["embedded-latent"] * 4 + ["embedded-photo"] * 3
+    backbones = ["embedded-photo"] * 3 + ["embedded"] * 16 + ["embedded-latent"] * 4
     assert [run["backbone"] for run in record["runs"]] == backbones
     assert all(row["LPIPS"] > 0 for row in record["table"])
     assert "LPIPS" in (out / "table.md").read_text().splitlines()[0]
@@ -50,10 +51,25 @@ def test_demo_writes_picture_and_numbers(tmp_path):
     outputs = sorted(out.iterdir())  # a second demo may replace them
     assert sorted(record["files"]) == [path.name for path in outputs]
     files.check_owned(outputs, out / "demo.json", out / "demo.json")
+    assert shown == [out / part.picture for part in PARTS]
     # The bar is full at the end, and never runs backwards.
     shares = [(step["first"] + step["count"] * (step["step"] + 1) / step["steps"]) / step["total"] for step in steps]
     assert shares == sorted(shares) and shares[-1] == pytest.approx(1)
     assert {step["first"] for step in steps} == set(range(len(record["runs"])))
+
+
+def test_without_everything_the_slow_part_is_left_out(tmp_path):
+    """The photo comes first; a picture of an earlier demo of everything stays this demo's own."""
+    shown, before = [], b"of everything"
+    (tmp_path / "comparison-latent.png").write_bytes(before)
+    (tmp_path / "demo.json").write_text(json.dumps({"files": ["comparison-latent.png", "demo.json"]}))
+    summary = run_demo(tmp_path, steps=1, show=shown.append)
+    assert [path.name for path in shown] == ["comparison-photo.png", "comparison.png"]
+    assert "comparison-latent.png" not in summary
+    runs = json.loads((tmp_path / "demo.json").read_text())["runs"]
+    assert [run["backbone"] for run in runs] == ["embedded-photo"] * 3 + ["embedded"] * 4
+    assert (tmp_path / "comparison-latent.png").read_bytes() == before
+    files.check_owned([tmp_path / "comparison-latent.png"], tmp_path / "demo.json", tmp_path / "demo.json")
 
 
 @pytest.mark.parametrize("name", ["table.md", "demo.json", "comparison.png"])
