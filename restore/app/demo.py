@@ -85,9 +85,9 @@ def run_demo(
 
     Writes a picture for each part (input, baseline, the methods, truth), demo.json with all numbers, and table.md.
     steps: of every sampler, instead of the presets'. everything: all parts and tasks; otherwise what takes two minutes
-    of two CPU cores. callback: as a Restorer's; show: called with each picture when it is written. weights: as restore.metrics.weights.find_weights takes them;
-    without AlexNet's, given or in PyTorch's cache, the table has no LPIPS. Raises RestoreError if a file that no demo
-    wrote would be replaced, unless `overwrite`.
+    of two CPU cores. callback: as a Restorer's; show: called with each picture's path when it is written. weights: as
+    restore.metrics.weights.find_weights takes them; without AlexNet's, given or in PyTorch's cache, the table has no
+    LPIPS. Raises RestoreError if a file that no demo wrote would be replaced, unless `overwrite`.
     """
     started, out = time.perf_counter(), Path(out)
     parts = PARTS if everything else [replace(part, tasks=part.tasks[: part.quick]) for part in PARTS if part.quick]
