@@ -93,7 +93,7 @@ def shrink(name: str, world) -> dict:
             method.guidance.autoguidance.model = str(networks["small-imagenet"])
         if method.get("steps"):
             method.steps = "ddim2" if str(method.steps).startswith(("ddim", "karras")) else 2
-    if name == "samplers":  # one number of steps and two tasks of each
+    if name in ("samplers", "samplers-2026"):  # one number of steps and two tasks of each
         config.tasks = {key: config.tasks[key] for key in ("box", "gaussian")}
         for method in config.methods.values():
             if "sweep" in method:
@@ -157,6 +157,7 @@ def test_configuration_runs_from_end_to_end(name, world):
     written = write_report([done.folder])
     text = written.markdown.read_text()
     ours = ("defaults", "embedded", "embedded-latent", "guidance-restoration", "guidance-samples", "kodak", "photos")
+    ours += ("samplers-2026", "nonlinear")
     ours += ("pag-generation", "samplers", "figures-adm", "figures-sd", "figure40", "figure41", "figure45")
     assert "published" in text or name in ("table5-imagenet", "table7-imagenet", *ours)
 
