@@ -25,6 +25,7 @@ def measure_batch(
     Raises RestoreError for operators that cannot share a batch.
     """
     size = tuple(x.shape[-2:])
+    check_sharing(config, per_image, len(image_ids))
     if per_image:
         # numpy's legacy generators, which the masks' published law uses, take 32-bit seeds.
         seeds = [derive_seed(seed, image_id, "operator") % 2**32 for image_id in image_ids]
@@ -33,6 +34,15 @@ def measure_batch(
         each = [operators.build_operator(dict(config), image_size=size)] * len(image_ids)
     y = [A(x[b : b + 1], measurement_generator(seed, image_ids[b])) for b, A in enumerate(each)]
     return join_operators(each) if per_image else each[0], torch.cat(y)
+
+
+def check_sharing(config: Mapping[str, Any], per_image: bool, count: int) -> None:
+    """Raise RestoreError if images cannot share a batch of `count` because each has a margin of its own."""
+    if per_image and count > 1 and any(operators.read_extent(config)[1]):
+        raise RestoreError(
+            "border must be 'reflect' or 'circular' for per_image=true, got 'unknown': each kernel has a margin of its "
+            "own, and images of different sizes cannot share a batch; try batch=1"
+        )
 
 
 def join_operators(each: Sequence[Any]) -> Any:
@@ -47,7 +57,7 @@ def join_operators(each: Sequence[Any]) -> Any:
     if isinstance(first, operators.Inpainting):
         joined = operators.Inpainting(torch.cat([a.mask for a in each]), **common)
     elif isinstance(first, operators.Blur):
-        joined = operators.Blur(torch.stack([a.kernel for a in each]), **common)
+        joined = operators.Blur(torch.stack([a.kernel for a in each]), border=first.border, **common)
     else:
         raise RestoreError(f"operators of {first.name} cannot share a batch; give batch=1, or per_image=false")
     joined.name = first.name  # by which presets are found

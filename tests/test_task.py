@@ -53,3 +53,11 @@ def test_phase_retrieval_of_a_photo():
     assert measured.y.shape == (1, 3, 96, 96) and float(measured.y.mean()) > 0.1
     exposed = measure_photo(path, load_task("hdr"), image_id="a")
     assert exposed.y.shape == (1, 3, 64, 64) and exposed.operator.name == "clipping"
+
+
+@pytest.mark.parametrize("border", ["reflect", "circular"])
+def test_kernels_that_share_a_batch_keep_their_border(border):
+    config = {"name": "motion_blur", "kernel_size": 9, "border": border}
+    x = torch.rand(2, 3, 32, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
+    operator, y = measure_batch(config, x, ["a", "b"], per_image=True)
+    assert torch.allclose(operator.A(x), y, atol=1e-12)

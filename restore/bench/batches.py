@@ -57,6 +57,13 @@ def read_row(path: Path) -> dict[str, Any] | None:
     return row if all(disk.has_hash(file, digest) for file, digest in files.items()) else None
 
 
+def find_truth(run: Path, task: str, name: str) -> Path:
+    """Return the file (of the stem `name`) that results of a task are compared with: the image, or, if the task has
+    truths of its own, the part of it that the measurement shows."""
+    own = run / "truth" / task / f"{name}.png"
+    return own if own.exists() else run / "truth" / own.name
+
+
 def load_images(config: Mapping[str, Any]) -> ImageSet | None:
     """Return the checked images of a restoration benchmark, None for generation. Raises RestoreError as load_dataset,
     and for different sizes in one batch."""

@@ -15,6 +15,7 @@ from operators import RestoreError, factory
 from operators.naming import check_known, lookup
 from restore import samplers
 from restore.backbones.text_to_image import PipelineOptions
+from restore.batch import check_sharing
 from restore.bench.baselines import BASELINES
 from restore.bench.datasets import KNOWN_SETS
 from restore.bench.schema import Benchmark
@@ -168,6 +169,7 @@ def _check(config: dict[str, Any]) -> None:
     for name, task in config["tasks"].items():
         with _locate_errors(f"tasks.{name}"):
             _check_task(task, kind)
+            check_sharing(task["operator"], task["per_image"], config["batch"])
     for name, entry in config["methods"].items():
         for task in [*(entry["only"] or []), *entry["per_task"]]:
             check_known([task], config["tasks"], f"methods.{name} names the task")
@@ -187,6 +189,8 @@ def _check_task(task: Mapping[str, Any], kind: str) -> None:
         if not isinstance(task["operator"], dict) or not task["operator"]:
             raise RestoreError("operator is missing; give one such as {name: super_resolution, factor: 8}")
         factory.find_operator(task["operator"].get("name"))
+        if any(factory.read_extent(task["operator"])[1]) and task["solve_at"]:
+            raise RestoreError("border must be 'reflect' or 'circular' for solve_at=, got 'unknown'")
         check_known([task["resample"]], ("bicubic", "nearest"), "there is no resampling")
     elif not task["count"]:
         raise RestoreError("count, the number of images to make, is missing")

@@ -54,14 +54,15 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def pixels(self, i: int) -> np.ndarray:
-        """Return image i as uint8 (H, W, 3), preprocessed."""
-        pixels = crop_centre(read_rgb(self.paths[i]), self.size)
-        return io.to_uint8(stretch_range(io.to_tensor(pixels)))[0] if self.stretch else pixels
+    def pixels(self, i: int, margin: tuple[int, int] = (0, 0)) -> np.ndarray:
+        """Return image i as uint8 (H, W, 3), preprocessed, without so many rows and columns at each side."""
+        pixels, (rows, columns) = crop_centre(read_rgb(self.paths[i]), self.size), margin
+        pixels = io.to_uint8(stretch_range(io.to_tensor(pixels)))[0] if self.stretch else pixels
+        return pixels[rows : len(pixels) - rows, columns : pixels.shape[1] - columns]
 
-    def tensor(self, i: int) -> torch.Tensor:
-        """Return image i as float32 (3, H, W) in [-1, 1]."""
-        return torch.from_numpy(self.pixels(i).copy()).permute(2, 0, 1).float() / 127.5 - 1
+    def tensor(self, i: int, margin: tuple[int, int] = (0, 0)) -> torch.Tensor:
+        """Return image i as float32 (3, H, W) in [-1, 1], without so many rows and columns at each side."""
+        return torch.from_numpy(self.pixels(i, margin).copy()).permute(2, 0, 1).float() / 127.5 - 1
 
     def describe(self) -> dict[str, Any]:
         """Return the protocol's entry: enough to know whether another run used the same images."""

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+import operators
 from operators import RestoreError
 from restore import disk
-from restore.bench.batches import list_image_ids, list_prompts, read_row
+from restore.bench.batches import find_truth, list_image_ids, list_prompts, read_row
 from restore.bench.config import list_cells
 from restore.bench.datasets import ImageSet
 from restore.images import io
@@ -47,7 +48,8 @@ def check_metrics(config: Mapping[str, Any], count: int, images: ImageSet | None
     entry = table.check_metrics(table.BASE_METRICS | rows if is_restoration else rows, options)
     functions = table.load_paired_metrics(table.BASE_METRICS | rows if is_restoration else rows, options)
     if images is not None:
-        _check_sizes(images, {name: function for name, function in functions.items() if name in table.METRICS})
+        margins = {operators.read_extent(task["operator"])[1] for task in config["tasks"].values()}
+        _check_sizes(images, margins, {name: function for name, function in functions.items() if name in table.METRICS})
     if "coverage" in rows:
         k = config["samples"]
         entry["coverage"] += f"; {(k - 1) / (k + 1):.3f} for exact posterior samples"
@@ -66,10 +68,12 @@ def check_metrics(config: Mapping[str, Any], count: int, images: ImageSet | None
     return entry
 
 
-def _check_sizes(images: ImageSet, functions: Mapping[str, Callable]) -> None:
+def _check_sizes(images: ImageSet, margins: set[tuple[int, int]], functions: Mapping[str, Callable]) -> None:
     failed: dict[str, str] = {}
-    for height, width in sorted({shape for shape in images.shapes if min(shape) < SMALL}):
-        blank = torch.zeros(1, 3, height, width)
+    shapes = {(h, w): [(h - 2 * rows, w - 2 * columns) for rows, columns in margins] for h, w in images.shapes}
+    compared = sorted({(shape, seen) for shape in shapes for seen in shapes[shape] if min(seen) < SMALL})
+    for (height, width), seen in compared:
+        blank = torch.zeros(1, 3, *(max(side, 1) for side in seen))
         try:
             for function in functions.values():
                 function(blank, blank)
@@ -222,7 +226,7 @@ def _measure_files(run, config, task, method, rows, complete: bool, functions, d
     wanted, options = config["metrics"], metric_options(config)
     folder = run / "results" / task / method
     files = {row["image"]: folder / f"{to_file_name(row['image'])}.png" for row in rows}
-    truth = {key: run / "truth" / path.name for key, path in files.items()}
+    truth = {key: find_truth(run, task, path.stem) for key, path in files.items()}
     result: dict[str, Any] = {"paired": {}, "set_values": {}}
     functions, of_prompts = functions
     if functions:

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+import operators
 from operators import RestoreError
 from restore import disk
 from restore.bench import cluster, results
@@ -249,6 +250,9 @@ def describe_tasks(config: Mapping[str, Any]) -> dict[str, Any]:
         described[name] = entry | ({} if sigma is None or not math.isfinite(sigma) else {"sigma_y": sigma})
         if code := hash_own_code(task["operator"]):
             described[name]["code"] = code
+        margin = operators.read_extent(task["operator"])[1] if config["kind"] == "restoration" else (0, 0)
+        if any(margin):  # at each side of the image, which the measurement does not show and nothing is compared with
+            described[name]["margin"] = "of each kernel" if task["per_image"] else list(margin)
     return described
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+import operators
 from operators import RestoreError
 from restore.backbones.text_to_image import PipelineOptions, TextToImage
 from restore.backbones.weights import DTYPES
@@ -26,15 +27,17 @@ from restore.samplers.noise import ImageNoise, derive_seed
 class Estimates:
     """The images of a batch.
 
-    samples: (B, K, 3, H, W) in [-1, 1]. nfe: per sample. residual_ratio: (B,), and measurement: (B, ...), of
-    restorations. protocol: see Restorer.protocol. Of pipelines, loop_seconds: the denoising loop alone;
-    loading_seconds: weights, and prompts where they are embedded first.
+    samples: (B, K, 3, H, W) in [-1, 1]. nfe: per sample. Of restorations, residual_ratio: (B,); measurement: (B, ...);
+    margin: rows and columns at each side of the true images that measurement and samples do not show. protocol: see
+    Restorer.protocol. Of pipelines, loop_seconds: the denoising loop alone; loading_seconds: weights, and prompts where
+    they are embedded first.
     """
 
     samples: torch.Tensor
     nfe: int
     residual_ratio: torch.Tensor | None = None
     measurement: torch.Tensor | None = None
+    margin: tuple[int, int] = (0, 0)
     protocol: dict[str, Any] = field(default_factory=dict)
     loop_seconds: float | None = None
     loading_seconds: float = 0.0
@@ -60,6 +63,7 @@ def restore_batch(
     if resampling:
         x = enlarge_image(x, side, method=resampling.method)
     operator, y = measure_batch(task["operator"], x, ids, seed=seed, per_image=task["per_image"])
+    seen = operators.cut_margin(operator, x).shape[-2:]
     if restorer is None:
         estimates = _compute_baseline(y.to(device), operator, method)
     else:
@@ -67,7 +71,7 @@ def restore_batch(
         if isinstance(label, list) or label == "uniform":
             raise RestoreError(f"labels={label}: a restoration takes one class, by name or index, for all its images")
         choices = {"steps": method.steps, "guidance": method.guidance, "parameters": method.parameters}
-        method = restorer.method(operator, sampler=method.sampler, samples=samples, size=x.shape[-2:], **choices)
+        method = restorer.method(operator, sampler=method.sampler, samples=samples, size=seen, **choices)
         options = {"samples": samples, "seed": seed, "image_ids": ids, "batch_size": len(ids) * samples}
         result = restorer(y.to(device), operator, method, label=label, **options)
         ratio = None if result.residual_ratio is None else result.residual_ratio[:, 0].cpu()
@@ -75,7 +79,7 @@ def restore_batch(
     if resampling:
         estimates.samples = resampling.reduce(estimates.samples, (size, size))
     estimates.samples = estimates.samples.expand(-1, -1, 3, -1, -1)
-    estimates.measurement = y
+    estimates.measurement, estimates.margin = y, getattr(operator, "margin", (0, 0))
     return estimates
 
 
@@ -86,7 +90,7 @@ def _compute_baseline(y: torch.Tensor, operator: Any, method: Method) -> Estimat
         residual = torch.linalg.vector_norm((y - operator.A(x)).flatten(1), dim=1)
         ratio = (residual / (float(sigma) * y[0].numel() ** 0.5)).cpu()
     # A baseline is one estimate, however many samples are requested of samplers.
-    return Estimates(x[:, None].cpu(), 0, ratio)
+    return Estimates(operators.cut_margin(operator, x)[:, None].cpu(), 0, ratio)
 
 
 def generate_batch(

@@ -182,10 +182,11 @@ class Worker:
             row: dict[str, Any] = {"image": image_id, "nfe": estimates.nfe}
             files: dict[Path, np.ndarray] = {}  # beside the result
             if self.images is not None:
-                truth = self.images.pixels(i)
+                truth = self.images.pixels(i, estimates.margin)
                 y = estimates.measurement[b : b + 1]  # drawn in grey if it does not have three channels
                 y = io.to_uint8(y if y.shape[1] == 3 else y.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1))[0]
-                for place, picture in (("truth", truth), (f"measurements/{batch.task}", y)):
+                own = f"truth/{batch.task}" if any(estimates.margin) else "truth"
+                for place, picture in ((own, truth), (f"measurements/{batch.task}", y)):
                     files[disk.make_folder(self.run_folder / place) / f"{name}.png"] = picture
                 for key, metric in BASE_METRICS.items():
                     value = float(metric.function(samples[b, :1], io.to_tensor(truth)))
@@ -195,7 +196,8 @@ class Worker:
             if spreads is not None:
                 row["spread"] = float(spreads[b])
                 if self.images is not None:
-                    row["coverage"] = float(single.coverage(samples[b : b + 1], self.images.tensor(i)[None])[0])
+                    exact = self.images.tensor(i, estimates.margin)[None]
+                    row["coverage"] = float(single.coverage(samples[b : b + 1], exact)[0])
                 for k in range(1, pixels.shape[1]):
                     files[folder / "samples" / f"{name}-{k}.png"] = pixels[b, k]
                 deviation = samples[b].float().std(dim=0).mean(dim=0)

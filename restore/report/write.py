@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from operators import RestoreError
 from restore import disk
-from restore.bench.batches import read_row
+from restore.bench.batches import find_truth, read_row
 from restore.bench.protocol import flatten
 from restore.metrics.statistics import FEW
 from restore.report import figures, tables
@@ -221,11 +221,11 @@ def build_picture_grid(run: Run, task: str) -> dict[str, Any] | None:
     ids = [ids[i * len(ids) // count] for i in range(count)]
     columns = [("measurement", run.folder / "measurements" / task)]
     columns += [(run.method_title(method), folder / method) for method in methods]
-    columns.append(("truth", run.folder / "truth"))
     spread = next((m for m in reversed(methods) if list((folder / m / "spread").glob("*.png"))), None)
     if spread:
         columns.append((f"spread of {run.method_title(spread)}", folder / spread / "spread"))
     columns = [(title, [place / f"{name}.png" for name in ids]) for title, place in columns]
+    columns.insert(1 + len(methods), ("truth", [find_truth(run.folder, task, name) for name in ids]))
     columns = [(title, files) for title, files in columns if any(path.exists() for path in files)]
     columns = [(title, [path if path.exists() else None for path in files]) for title, files in columns]
     title, names = run.task_title(task), [run.image_title(task, name) for name in ids]

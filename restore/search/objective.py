@@ -23,7 +23,7 @@ from operators import RestoreError
 from operators.naming import lookup
 from restore import disk
 from restore.bench import results
-from restore.bench.batches import list_prompts
+from restore.bench.batches import find_truth, list_prompts
 from restore.images import io
 from restore.images.folder import list_images, read_rgb, to_file_name
 from restore.metrics import sets, table
@@ -124,7 +124,7 @@ class MethodResults:
 
     @property
     def truth(self) -> list[Path]:
-        return [self.run / "truth" / f"{to_file_name(row['image'])}.png" for row in self.rows]
+        return [find_truth(self.run, self.task, to_file_name(row["image"])) for row in self.rows]
 
     @property
     def prompts(self) -> list[str]:
