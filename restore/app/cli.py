@@ -245,7 +245,7 @@ def demo(
 
 @app.command()
 def ui(
-    backbone: options.Backbone = "embedded",
+    backbone: options.ChosenBackbone = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: the whole network.")] = "127.0.0.1",
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port; default: the first free one from 7860 on.")
@@ -268,10 +268,11 @@ def ui(
 
     def load() -> Any:
         from restore import restorer
+        from restore.app.priors import FACES
 
-        return restorer.load(backbone, offline=offline, **machine, **options.parse_model_options(model_option))
+        return restorer.load(backbone or FACES, offline=offline, **machine, **options.parse_model_options(model_option))
 
-    building = {"offline": offline, "fetching": private or auth is not None, **machine}
+    building = {"offline": offline, "fetching": private or auth is not None, "named": backbone is not None, **machine}
     serve(load, host=host, port=port, building=building, share=share, auth=(user, password) if auth else None)
 
 

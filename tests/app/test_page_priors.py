@@ -26,6 +26,17 @@ def test_the_prior_is_chosen_for_the_photo(restorer):
     assert priors.select("embedded", "restore", Request()).restorer is restorer
 
 
+def test_a_prior_that_was_named_is_selected(restorer, monkeypatch, command):
+    assert models.Priors(restorer).default == "chosen"
+    named = models.Priors(restorer, named=True)
+    assert named.default == "embedded" and [name for _, name in named.choices()][:2] == ["chosen", "embedded"]
+    opened = []
+    monkeypatch.setattr("restore.app.page.serve.serve", lambda load, building, **_: opened.append(building["named"]))
+    for arguments in (["ui"], ["ui", "--backbone", "embedded"]):
+        assert command(*arguments)[0] == 0
+    assert opened == [False, True]
+
+
 def test_priors_are_described_and_downloaded(restorer, tmp_path, monkeypatch):
     monkeypatch.setenv("RESTORE_CACHE", str(tmp_path))
     priors = models.Priors(restorer, offline=True)

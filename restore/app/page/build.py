@@ -39,11 +39,11 @@ def launch(page: Any, **options: Any) -> Any:
     return page.launch(theme=theme, css=_read_css(), **fixed, **options)
 
 
-def build_page(restorer: Any, offline: bool = False, fetching: bool = True, **options: Any) -> Any:
+def build_page(restorer: Any, offline: bool = False, fetching: bool = True, named: bool = False, **options: Any) -> Any:
     """Return the page as a gradio.Blocks, not yet launched; see `launch`.
 
-    restorer: the prior it opens with. offline, fetching, options: see Priors. Raises RestoreError if gradio is not
-    installed.
+    restorer: the prior it opens with. offline, fetching, named, options: see Priors. Raises RestoreError if gradio is
+    not installed.
     """
     try:
         import gradio as gr
@@ -53,7 +53,7 @@ def build_page(restorer: Any, offline: bool = False, fetching: bool = True, **op
     from restore.app.page.store import open_store
 
     open_store()  # after gradio's client, which keeps its own folder for downloads
-    priors, parts = models.Priors(restorer, offline, fetching, **options), layout.Parts()
+    priors, parts = models.Priors(restorer, offline, fetching, named, **options), layout.Parts()
     with gr.Blocks(title="Restore an old photo", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         layout.add_header()
         with gr.Row():

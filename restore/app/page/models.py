@@ -20,11 +20,14 @@ CHOSEN = "chosen"  # for each photo
 class Priors:
     """The prior that the page was opened with and at most one other, each with a planner.
 
-    offline: never download. fetching: whether a visitor may download. options: of restore.load for the others.
+    named: somebody asked for that prior, so it is what the page begins with. offline: never download. fetching: whether
+    a visitor may download. options: of restore.load for the others.
     """
 
-    def __init__(self, first: Any, offline: bool = False, fetching: bool = True, **options: Any) -> None:
-        self.first, self.offline, self.fetching, self.options = first, offline, fetching, options
+    def __init__(
+        self, first: Any, offline: bool = False, fetching: bool = True, named: bool = False, **options: Any
+    ) -> None:
+        self.first, self.offline, self.fetching, self.named, self.options = first, offline, fetching, named, options
         self.loaded = {first.name: first}
         self.choosers: dict[tuple[str | None, str], PriorChooser] = {}
         self.planners: dict[tuple[str, str], Planner] = {}
@@ -66,13 +69,13 @@ class Priors:
 
     @property
     def default(self) -> str:
-        """What to begin with: chosen for each photo, if the page was opened with the shipped prior."""
-        return CHOSEN if self.first.name == FACES else self.first.name
+        """What to begin with: chosen for each photo, if the page was opened with no prior but the shipped one."""
+        return CHOSEN if self.first.name == FACES and not self.named else self.first.name
 
     def choices(self) -> list[tuple[str, str]]:
         """Return (text, name) of every prior to choose from."""
         known = list_priors()
-        chosen = [("Chosen for the photo", CHOSEN)] if self.default == CHOSEN else []
+        chosen = [("Chosen for the photo", CHOSEN)] if self.first.name == FACES else []
         own = chosen if self.first.name in known else [(f"{self.first.name} (yours)", self.first.name)]
         texts = {name: f"{entry.resolution} px {entry.subject or 'pictures'}: {name}" for name, entry in known.items()}
         return own + [(text + ", to be downloaded" * is_missing(name), name) for name, text in texts.items()]
