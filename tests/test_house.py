@@ -23,7 +23,7 @@ FLOORS = (
     ("samplers",),
     ("method", "zoo"),
     ("protocol", "restoration", "restorer", "task", "repair", "batch"),
-    ("memory", "metrics"),
+    ("memory", "metrics", "integrations"),
     ("bench", "training"),
     ("report",),
     ("search",),

@@ -10,13 +10,15 @@ from diffusers import (
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
 )
-from tiny_sd import clip_config, seeded, tiny_tokenizer, tiny_vae
+from tiny_sd import clip_config, seeded, tiny_text_encoder, tiny_tokenizer, tiny_unet, tiny_vae
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextModel,
@@ -165,6 +167,37 @@ def flux_pipeline(folder: Path, guidance: bool = False, **parts) -> FluxPipeline
 def dit_pipeline() -> DiTPipeline:
     scheduler = DDIMScheduler(beta_start=0.0001, beta_end=0.02, clip_sample=False)
     return DiTPipeline(tiny_dit(), tiny_vae(), scheduler)
+
+
+SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+def sdxl_pipeline(folder: Path, cls=StableDiffusionXLPipeline, **more):
+    """A tiny SDXL: two transformer layers to a block, two text encoders, sizes as further conditions."""
+    unet = tiny_unet(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(16, 32),
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 8,
+        cross_attention_dim=16 + 8,
+    )
+    tokenizer = tiny_tokenizer(folder)
+    return cls(
+        vae=tiny_vae(),
+        text_encoder=tiny_text_encoder(),
+        text_encoder_2=clip(8, 22, True),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**SDXL),
+        add_watermarker=False,
+        **more,
+    )
 
 
 def save_folder(kind: str, folder: Path, **options) -> Path:

@@ -22,6 +22,7 @@ from restore.guidance.tpg import TPG
 from restore.guidance.tsg import TSG
 from restore.guidance.tsr import TSR
 
+LAYER_NAMES = ("layers", "heads", "strength")  # options whose texts name layers
 TERMS: dict[str, type[Term]] = {
     "pag": PAG,
     "cfg": CFG,
@@ -65,6 +66,30 @@ def list_entries(config: Any) -> list[Any]:
     if config is None or (isinstance(config, Sequence) and not isinstance(config, str)):
         return list(config or ())
     raise RestoreError(f"guidance must be a mapping {{pag: {{scale: 1.0, layers: i9}}}} or a list, got {config!r}")
+
+
+def require_known_names(config: Any) -> None:
+    """Raise RestoreError for data of a guidance that names code to import, as no file of somebody else's may.
+
+    Names of layers, which have a colon before heads, are never imported.
+    """
+    for entry in list_entries(config):
+        is_combine = isinstance(entry, Mapping) and list(entry) == ["combine"]
+        name, options = ("combine", entry["combine"]) if is_combine else parse_spec(entry, "guidance term")
+        if isinstance(options, Mapping):
+            options = {key: value for key, value in options.items() if key not in LAYER_NAMES}
+        for text in (name, *_list_texts(options)):
+            if ":" in text:
+                raise RestoreError(f"guidance from a file must name what restore has, got '{text}'; try it in Python")
+
+
+def _list_texts(value: Any) -> list[str]:
+    """Return the strings in plain data, keys included."""
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    elif not isinstance(value, (list, tuple)):
+        return [value] if isinstance(value, str) else []
+    return [text for item in value for text in _list_texts(item)]
 
 
 def describe_guidance(guidance: Term | Guidance | None) -> list[dict[str, Any]] | None:

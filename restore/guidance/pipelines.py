@@ -51,18 +51,9 @@ def guided(pipe: Any, guidance: Term | Guidance | None, *, conditional: str = "a
     """
     if conditional not in PARTS:
         raise RestoreError(f"unknown conditional={conditional!r}; {suggest(conditional, PARTS)}")
-    network, guidance = find_network(pipe), as_guidance(guidance)
-    if guidance is not None and any(isinstance(term, CFG) for term in guidance.terms):
-        raise RestoreError("cfg is done by the pipeline itself; call it with guidance_scale = w + 1")
-    if guidance is not None and hasattr(guidance.combine, "bind"):
-        raise RestoreError(f"combination must need no noise levels inside a pipeline, as sum, got {guidance.combine}")
+    network = find_network(pipe)
     adapter = PipelineNetwork(network, pipe)
-    terms = guidance.terms if guidance is not None else ()
-    # What has no weak pass changes both halves, as linear maps: then it changes the pipeline's u + g (c - u), too.
-    changes = Estimate(adapter, Guidance(tuple(term for term in terms if not term.has_weak_pass)))
-    if guidance is not None:
-        guidance = replace(guidance, terms=tuple(term for term in terms if term.has_weak_pass))
-    Estimate(adapter, guidance)  # raises errors here rather than within the pipeline's call
+    guidance, changes = split_guidance(guidance, adapter)
     local = threading.local()
 
     def guide(network, inner):
@@ -130,6 +121,32 @@ def schedule_cfg(pipe: Any, term: CFG) -> Iterator[Any]:
 
     with replace_forward([network], scale, everywhere=True):
         yield pipe
+
+
+def split_guidance(guidance: Term | Guidance | None, adapter: PipelineNetwork) -> tuple[Guidance | None, Estimate]:
+    """Return the terms that have a weak pass, and the estimate of those that have none. The latter are linear maps of
+    the prediction, and so change the pipeline's u + g (c - u) as they change both halves.
+
+    Raises RestoreError for CFG terms, combinations that need noise levels, and what does not fit the network.
+    """
+    guidance = as_guidance(guidance)
+    check_terms(guidance)
+    terms = guidance.terms if guidance is not None else ()
+    changes = Estimate(adapter, Guidance(tuple(term for term in terms if not term.has_weak_pass)))
+    if guidance is not None:
+        guidance = replace(guidance, terms=tuple(term for term in terms if term.has_weak_pass))
+    Estimate(adapter, guidance)  # raises errors here rather than within the pipeline's call
+    return guidance, changes
+
+
+def check_terms(guidance: Guidance | None) -> None:
+    """Raise RestoreError for terms and combinations that no pipeline can have."""
+    if guidance is None:
+        return
+    if any(isinstance(term, CFG) for term in guidance.terms):
+        raise RestoreError("cfg is done by the pipeline itself; call it with guidance_scale = w + 1")
+    if hasattr(guidance.combine, "bind"):
+        raise RestoreError(f"combination must need no noise levels inside a pipeline, as sum, got {guidance.combine}")
 
 
 def find_network(pipe: Any) -> nn.Module:

@@ -14,10 +14,9 @@ from diffusers import (
     StableDiffusionPAGPipeline,
     StableDiffusionUpscalePipeline,
     StableDiffusionXLPAGPipeline,
-    StableDiffusionXLPipeline,
 )
 from pipelines_by_hand import MID, half_mask, picture, quiet, relative, sample
-from tiny_sd import SCHEDULER, tiny_controlnet, tiny_pipeline, tiny_text_encoder, tiny_tokenizer, tiny_unet, tiny_vae
+from tiny_sd import SCHEDULER, tiny_controlnet, tiny_pipeline, tiny_unet
 
 from restore.guidance import PAG
 from restore.guidance.attention import perturb_attention
@@ -139,44 +138,11 @@ def test_x4_upscaler(tmp_path, guidance_scale):
     assert relative(ours, plain) > 1e-3
 
 
-SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-
-
-def sdxl(folder, cls, **more):
-    """A tiny SDXL: two transformer layers to a block, two text encoders, sizes as further conditions."""
-    unet = tiny_unet(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(16, 32),
-        transformer_layers_per_block=(1, 2),
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + 8,
-        cross_attention_dim=16 + 8,
-    )
-    tokenizer = tiny_tokenizer(folder)
-    return quiet(
-        cls(
-            vae=tiny_vae(),
-            text_encoder=tiny_text_encoder(),
-            text_encoder_2=tiny_flow.clip(8, 22, True),
-            tokenizer=tokenizer,
-            tokenizer_2=tokenizer,
-            unet=unet,
-            scheduler=EulerDiscreteScheduler(**SDXL),
-            add_watermarker=False,
-            **more,
-        )
-    )
-
-
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 def test_sdxl(tmp_path, guidance_scale):
     """Against diffusers' own PAG for it."""
-    pipe = sdxl(tmp_path, StableDiffusionXLPipeline)
-    official = sdxl(tmp_path, StableDiffusionXLPAGPipeline, pag_applied_layers=["mid"])
+    pipe = quiet(tiny_flow.sdxl_pipeline(tmp_path))
+    official = quiet(tiny_flow.sdxl_pipeline(tmp_path, StableDiffusionXLPAGPipeline, pag_applied_layers=["mid"]))
     options = {"height": 32, "width": 32, "guidance_scale": guidance_scale}
     with guided(pipe, PAG(3.0, layers="m1.0,m1.1")):
         ours = sample(pipe, **options)
