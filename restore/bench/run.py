@@ -18,6 +18,7 @@ import yaml
 import operators
 from operators import RestoreError
 from restore import disk
+from restore.backbones.precision import choose_precision, name_precision
 from restore.bench import cluster, results
 from restore.bench.baselines import BASELINES
 from restore.bench.batches import Batch, find_prompts, list_image_ids, load_images, make_batches, read_row
@@ -140,8 +141,12 @@ def plan_benchmark(
 
 
 def _prepare(config: Any, overrides: Sequence[str]) -> tuple[dict, Path, ImageSet | None, list[Batch], dict]:
-    """Return the complete configuration, the run's folder, its images, batches, and the protocol's entry of metrics."""
+    """Return the complete configuration, the run's folder, its images, batches, and the protocol's entry of metrics.
+
+    precision=auto becomes what this machine computes fast: all workers use it, and the protocol has it.
+    """
     config = load_config(config, overrides)
+    config["precision"] = name_precision(choose_precision(config["precision"], choose_device(config["device"])))
     images = load_images(config)
     batches = make_batches(config, images)
     count = min(len(list_image_ids(config, task, images)) for task in config["tasks"])

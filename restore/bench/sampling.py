@@ -12,8 +12,8 @@ import torch
 
 import operators
 from operators import RestoreError
+from restore.backbones.precision import choose_precision
 from restore.backbones.text_to_image import PipelineOptions, TextToImage
-from restore.backbones.weights import DTYPES
 from restore.batch import measure_batch
 from restore.bench.baselines import BASELINES
 from restore.guidance import CFG, Autoguidance
@@ -141,7 +141,7 @@ def load_pipeline(
     from restore import zoo
 
     folder = zoo.pull(name, offline=offline)
-    return TextToImage(folder, device=device, dtype=DTYPES[precision], options=options, **prompts)
+    return TextToImage(folder, device=device, dtype=choose_precision(precision, device), options=options, **prompts)
 
 
 def run_pipeline(

@@ -7,13 +7,6 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 
-def has_native_bf16() -> bool:
-    """Return whether bf16 convolutions are faster than fp32 ones rather than emulated."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 class FullPrecisionAttention(TorchFunctionMode):
     """Within this context scaled_dot_product_attention is computed in fp32, also under autocast."""
 

@@ -24,9 +24,9 @@ from restore import disk
 from restore.backbones.adm import ADM
 from restore.backbones.autoencoder import load_vae
 from restore.backbones.latent import LatentDiffusion
+from restore.backbones.precision import has_native_bf16
 from restore.backbones.weights import align_memory
 from restore.training import dataset
-from restore.training.precision import has_native_bf16
 
 MAX_HELD_OUT = 128
 MAX_TRAINING = 8192  # of a set, for baselines and nearest images
@@ -173,7 +173,7 @@ def encode_images(config: DictConfig, vae, device: torch.device, batch: int = 64
     size, training, held_out = config.data.stored_size, [], []
     generator = torch.Generator(device).manual_seed(config.seed)
     # bf16 rounds by less than the posterior's own noise.
-    low_precision = config.precision != "fp32" and has_native_bf16()
+    low_precision = config.precision != "fp32" and has_native_bf16(device)
     for _ in range(config.data.copies):
         for chunk in images.training.split(batch):
             x = dataset.augment(chunk.to(device), size, generator, config.data.augment)

@@ -21,10 +21,11 @@ from tqdm import tqdm
 from operators import RestoreError
 from operators.naming import check_known
 from restore import disk
+from restore.backbones.precision import has_native_bf16
 from restore.config import read_config
 from restore.training.autoencoder import Autoencoder
 from restore.training.diffusion import Diffusion
-from restore.training.precision import FullPrecisionAttention, has_native_bf16
+from restore.training.precision import FullPrecisionAttention
 
 log = logging.getLogger(__name__)
 KINDS = {"pixels": Diffusion, "latents": Diffusion, "autoencoder": Autoencoder}

@@ -40,19 +40,20 @@ def load_backbone(
 ):
     """Return (Located, backbone) for a registered model, a folder, a weight file or a hub id; downloads missing files.
 
-    precision: "fp32", "bf16" or "fp16". vae: an autoencoder in place of the model's: "tiny" for the distilled one of
-    its latents (TAESD), or a registered name, a folder, a hub id.
+    precision: "fp32", "bf16", "fp16", or "auto": bf16 where the device has it natively, else fp32.
+    vae: an autoencoder in place of the model's: "tiny" for the distilled one of its latents (TAESD), or a registered
+    name, a folder, a hub id.
     options: what the weights do not tell, see zoo.options; the Located that is returned has all of them.
     Raises RestoreError for unknown names and for missing or mismatched weights; nothing is ever initialised at random.
     """
     # Imported here: `restore models list` must not wait for torch networks.
-    from restore.backbones.weights import as_dtype
+    from restore.backbones.precision import choose_precision
 
     if locate(name).kind == "metric":
         raise RestoreError(f"{name} is a network of metrics, not a prior; try one of `restore models list`")
     if locate(name).kind == "pipeline":
         raise RestoreError(f"{name} is of a pipeline of diffusers, not a prior; try zoo.pull and restore.guided")
-    dtype, found = as_dtype(precision), _locate_or_pull(name, offline)
+    dtype, found = choose_precision(precision, device), _locate_or_pull(name, offline)
     if found.kind == "autoencoder":
         raise RestoreError(f"{name} is an autoencoder, not a prior; give it to a latent model as vae={str(name)!r}")
     found = resolve_options(found, options or {})

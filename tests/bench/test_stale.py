@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import platform
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 import operators
 import restore
 from operators import RestoreError
-from restore.bench.run import run_benchmark
+from restore.bench.protocol import find_conflicts
+from restore.bench.run import read_manifest, run_benchmark
 from restore.versions import hash_own_code
 
 CODE = """
@@ -199,3 +201,22 @@ def test_rows_of_earlier_versions_stay_valid(config):
         del row["files"]
         path.write_text(json.dumps(row))
     assert run_benchmark(config).computed == 0
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_protocol_has_the_precision_that_auto_became(config, monkeypatch, native):
+    """All workers of a run use one precision; a run is not continued, nor compared, in another."""
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    config |= {"methods": {"dps": {"sampler": "dps", "steps": 1, "parameters": {"zeta": 0.5}}}, "precision": "auto"}
+    (task,) = config["tasks"]
+    table = run_benchmark(config, ["data.limit=1"]).table["table"]
+    used, other = ("bf16", "fp32") if native else ("fp32", "bf16")
+    protocol = read_manifest(Path(config["out"]))["protocol"]
+    (ran,) = table[task]["dps"]["cost"]["protocols"]
+    assert (protocol["precision"], ran["precision"]) == (used, {"bf16": "bfloat16", "fp32": "float32"}[used])
+    assert run_benchmark(config, ["data.limit=1", f"precision={used}"]).reused == 1
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: not native)
+    with pytest.raises(RestoreError, match=f"precision: {used} there, {other} here"):
+        run_benchmark(config, ["data.limit=1"])
+    assert find_conflicts(protocol, {**protocol, "precision": other}) == {"precision": (used, other)}
