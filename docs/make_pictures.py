@@ -35,6 +35,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "diffpir": {"steps": "quad:50"},
     "dpir": {},
     "dps": {"guidance": None},
+    "fastdips": {},
     "flowdps": {},
     "pigdm": {"steps": "ddim50"},
     "pnpdm": {},

@@ -52,8 +52,8 @@ def diffpir(
     steps, start_from: "quad:N", denser at the clean end, and "measurement" are the authors'.
     lam: lambda with sigma_y on [-1, 1]. The authors state sigma_y on [0, 1], which makes theirs 4 lam.
     zeta: share of fresh noise.
-    dual: with the dual variable of dual ascent diffusion (2025, arXiv 2505.17353): u adds up x0 - x0_hat, the proximal
-        step is at x0_hat - u, and x goes on from x0 + u.
+    dual: with the dual variable of dual ascent diffusion (2025, arXiv 2505.17353): u adds up x0 - x0_hat, in units of
+        the noise's variance, the proximal step is at x0_hat - u, and x goes on from x0 + u.
     prox: "flower" has x0_hat's variance if x_0 is white, sigma^2 / (alpha^2 + sigma^2), in place of (sigma / alpha)^2
         (Flower, 2026; with lam = zeta = 1). lamp: see `steps.Momentum`.
     """
@@ -86,7 +86,7 @@ def diffpir(
                 n = noise(k, x_t.shape, "latent") if zeta else 0.0
                 x_t = x_t + sigma_s * ((1 - zeta) ** 0.5 * eps_hat + zeta**0.5 * n)
             if dual and sigma_s:
-                x_t, u = x_t + alpha_s * u, u + x0 - x0_hat
+                x_t, u = x_t + alpha_s * u, (u + x0 - x0_hat) * (sigma_s * alpha / (alpha_s * sigma)) ** 2
             require_finite(x_t, k, f"lam={lam:g}")
             shown = prior.decode(x0_hat) if dual else image
             report(callback, k, len(visited) - 1, t, x_t=x_t, x0_hat=shown, eps=eps, operator=operator, y=y)

@@ -50,7 +50,7 @@ def by_hand(steps, *, lam=1.0, zeta=0.5, dual=False, variance=lambda a, s: (s / 
         if s_s:
             x_s = x_s + s_s * ((1 - zeta) ** 0.5 * (x_t - a * x0) / s + zeta**0.5 * draw(k, Y.shape))
             if dual:
-                x_s, u = x_s + a_s * u, u + x0 - x0_hat
+                x_s, u = x_s + a_s * u, (u + x0 - x0_hat) * (s_s * a / (a_s * s)) ** 2
         x_t = x_s
     return x_t
 
