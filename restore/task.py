@@ -45,13 +45,15 @@ ALIASES = {
 class Task:
     """What is restored. name: of configs/task, for presets. config: as operators.build_operator takes it; its mask may
     be a Mask file that is not read yet. blind: nobody said how noisy the photos are, so each is measured. keep_known:
-    the pixels that a mask leaves are those of the photo, noise and all. note: what was seen in a photo, in words."""
+    the pixels that a mask leaves are those of the photo, noise and all. note: what was seen in a photo, in words.
+    compression: of JPEG in the photo, as `read_compression` returns it, where its file does not say it."""
 
     name: str
     config: dict[str, Any]
     blind: bool = False
     keep_known: bool = False
     note: str = ""
+    compression: dict[str, Any] | None = None
 
     @property
     def factor(self) -> int:
@@ -85,7 +87,8 @@ class Task:
         Raises RestoreError for "auto" with a photo that is to be degraded first.
         """
         if self.config["name"] == AUTO:
-            repair = choose_repair(inspect_photo(photo, self.config["sensitivity"]), self.config["sigma"])
+            found = inspect_photo(photo, self.config["sensitivity"], self.compression)
+            repair = choose_repair(found, self.config["sigma"])
             config = operators.forget_border(repair.config)
             return Task(self.name, config, keep_known=repair.keep_known, note=repair.describe())
         config, mask = dict(self.config), self.config.get("mask")
@@ -94,7 +97,7 @@ class Task:
             raise RestoreError("mask=auto and sigma=auto look at a damaged photo; this one is to be degraded first")
         if isinstance(mask, Mask):
             config["mask"] = mask.for_photo(photo)
-        config = _read_quality(config, photo, degrade)
+        config = _read_quality(config, photo, degrade, self.compression)
         if not degrade:
             config = operators.forget_border(config)
         blind = self.blind and not degrade
@@ -186,13 +189,14 @@ def load_task(
     return Task(task, config, blind)
 
 
-def _read_quality(config: dict[str, Any], photo: Path, degrade: bool) -> dict[str, Any]:
-    """The configuration with what the photo's file says of its JPEG compression in place of quality=auto."""
+def _read_quality(config: dict[str, Any], photo: Path, degrade: bool, known: dict[str, Any] | None) -> dict[str, Any]:
+    """The configuration with what is known, or the photo's file says, of its JPEG compression for quality=auto."""
     if config["name"] == "compose":
-        return {**config, "operators": [_read_quality(dict(part), photo, degrade) for part in config["operators"]]}
+        parts = [_read_quality(dict(part), photo, degrade, known) for part in config["operators"]]
+        return {**config, "operators": parts}
     if config["name"] != "jpeg" or config.get("quality") != AUTO:
         return config
-    found = None if degrade else read_compression(photo)
+    found = None if degrade else known or read_compression(photo)
     if found is None:
         reason = "this one is to be degraded first" if degrade else f"{Path(photo).name} is none that says it"
         raise RestoreError(f"quality=auto is read from a JPEG file, but {reason}; try quality=40")

@@ -37,3 +37,24 @@ def read_compression(path: str | Path) -> dict[str, Any] | None:
         steps = [[table[SIDE * column + row] for row in range(SIDE) for column in range(SIDE)] for table in steps]
     top, left = rows * (orientation in (3, 4, 7, 8)), columns * (orientation in (2, 3, 6, 7))
     return {"tables": steps, "subsampling": sampling, "offset": [top, left]}
+
+
+def follow_edits(
+    compression: dict[str, Any], size: tuple[int, int], turns: int, corner: tuple[int, int]
+) -> dict[str, Any] | None:
+    """Return the options of `read_compression` for a picture of `size` (H, W) that was turned clockwise by so many
+    quarters and cropped then, with its first pixel at `corner` (row, column) of the turned one.
+
+    None if there is no name for them: "4:2:2" turned by one or three quarters.
+    """
+    units, (height, width), (top, left) = SAMPLINGS[compression["subsampling"]], size, compression["offset"]
+    tables = compression["tables"]
+    for _ in range(turns % 4):  # rows become columns, the last one first
+        top, left = left, -(height + top) % (SIDE * units[0])
+        tables = [[table[SIDE * column + row] for row in range(SIDE) for column in range(SIDE)] for table in tables]
+        units, height, width = units[::-1], width, height
+    sampling = {unit: name for name, unit in SAMPLINGS.items()}.get(units)
+    if sampling is None:
+        return None
+    offset = [(cut + more) % (SIDE * unit) for cut, more, unit in zip((top, left), corner, units, strict=True)]
+    return {"tables": tables, "subsampling": sampling, "offset": offset}

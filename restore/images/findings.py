@@ -56,8 +56,11 @@ class Findings:
         return max(self.size) <= SMALL
 
 
-def inspect_photo(photo: str | Path | ImageRecord, sensitivity: float = SENSITIVITY) -> Findings:
-    """Return what is found in a photo, a file or one that was read. sensitivity: of the search for damage.
+def inspect_photo(
+    photo: str | Path | ImageRecord, sensitivity: float = SENSITIVITY, compression: dict[str, Any] | None = None
+) -> Findings:
+    """Return what is found in a photo, a file or one that was read. sensitivity: of the search for damage. compression:
+    as `read_compression` returns it, where the file does not say it.
 
     Raises RestoreError below 32 pixels a side.
     """
@@ -68,7 +71,7 @@ def inspect_photo(photo: str | Path | ImageRecord, sensitivity: float = SENSITIV
             f"a photo must have at least {SMALLEST} pixels a side to be examined, got {record.path.name} of "
             f"{width} x {height}; try task=sr4"
         )
-    seen, jpeg = _find_compression(record)
+    seen, jpeg = _find_compression(record, compression or read_compression(record.path))
     sigma = estimate_noise(x) if seen is None else estimate_quantised_noise(x, seen)
     motion = estimate_motion(x, sigma)
     grey = record.grey or measure_grey_share(x) == 1
@@ -84,9 +87,11 @@ def inspect_photo(photo: str | Path | ImageRecord, sensitivity: float = SENSITIV
     )
 
 
-def _find_compression(record: ImageRecord) -> tuple[Compression | None, dict[str, Any] | None]:
+def _find_compression(
+    record: ImageRecord, options: dict[str, Any] | None
+) -> tuple[Compression | None, dict[str, Any] | None]:
     """The compression that shows most, the file's own or one whose traces are in the pixels, and its options."""
-    options, seen = read_compression(record.path), detect_compression(record.pixels)
+    seen = detect_compression(record.pixels)
     own = None if options is None else find_quality(options["tables"][0], options["offset"])
     if own is not None and own.quality < COMPRESSED and (seen is None or own.quality <= seen.quality + 3):
         seen = own

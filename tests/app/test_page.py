@@ -154,14 +154,25 @@ def test_what_the_photo_needs_is_seen_told_and_done(restorer, tmp_path):
     assert np.square(after - clean).mean() < 0.5 * np.square(noisy - clean).mean()
 
 
-def test_blocks_of_jpeg_are_removed_from_the_whole_photo(restorer, tmp_path):
-    source = tmp_path / "small.jpg"
-    PIL.Image.open(PHOTO).convert("RGB").save(source, quality=20)
-    wanted = Request("jpeg", **QUICK)
-    (done,) = restored(restorer, [source], wanted, tmp_path / "out")
-    assert done.error is None and done.sidecar["settings"]["task"]["name"] == "jpeg"
+@pytest.mark.parametrize("task", ["jpeg", "auto"])
+def test_a_jpeg_that_was_turned_and_cropped_is_still_one(restorer, tmp_path, task):
+    source, edits = tmp_path / "small.jpg", Edits(turns=1, crop=(0.05, 0.1, 1.0, 0.9))
+    PIL.Image.open(PHOTO).convert("RGB").save(source, quality=20, subsampling="4:4:4")
+    tables = PIL.Image.open(source).quantization
+    (done,) = restored(restorer, [source], Request(task, **QUICK), tmp_path / task, edits)
+    found = done.sidecar["settings"]["task"]
+    found = found["operators"][-1] if found["name"] == "compose" else found
+    assert done.error is None and found["name"] == "jpeg" and found["subsampling"] == "4:4:4"
+    assert found["tables"] == [np.reshape(tables[k], (8, 8)).T.ravel().tolist() for k in (0, 1)]
+    assert found["offset"] == [round(0.1 * 64) % 8, round(0.05 * 64) % 8]
+
+
+def test_what_a_turned_file_cannot_say_is_an_error(restorer, tmp_path):
+    source, wanted = tmp_path / "small.jpg", Request("jpeg", **QUICK)
+    PIL.Image.open(PHOTO).convert("RGB").save(source, quality=20, subsampling="4:2:2")
     (done,) = restored(restorer, [source], wanted, tmp_path / "turned", Edits(turns=1))
-    assert "undo what was turned" in done.error
+    assert "small.jpg" in done.error and "undo" in done.error
+    assert restored(restorer, [source], wanted, tmp_path / "twice", Edits(turns=2))[0].error is None
 
 
 def test_a_person_gets_one_version_of_what_takes_least(restorer):

@@ -10,7 +10,7 @@ import torch
 import operators
 from operators import jpeg
 from restore import RestoreError
-from restore.images.compression import read_compression
+from restore.images.compression import follow_edits, read_compression
 from restore.images.io import read_image
 from restore.task import load_task, measure_photo
 
@@ -138,6 +138,23 @@ def test_what_a_file_says(tmp_path, orientation):
     read[..., 0] -= 4
     off = (read - steps * (read / steps).round()).abs()
     assert off.square().mean().sqrt() < 1.0
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0"])
+@pytest.mark.parametrize("turns", range(4))
+def test_the_grid_of_a_turned_and_cropped_picture(tmp_path, turns, subsampling):
+    """Steps and grid follow: coefficients of whole blocks are multiples of the steps, as in the file."""
+    path = tmp_path / "photo.jpg"
+    PIL.Image.open(PHOTO).convert("RGB").crop((0, 0, 91, 70)).save(path, quality=25, subsampling=subsampling)
+    whole = read_image(path).pixels
+    y = torch.rot90(whole, -turns, (-2, -1))[..., 5:, 19:].double()
+    noise = operators.JPEGNoise(**follow_edits(read_compression(path), tuple(whole.shape[-2:]), turns, (5, 19)))
+    read, steps = noise.read(y), (12 * noise.variances(y)).sqrt()
+    rows, columns = noise._shapes(y)[0]
+    read, steps = (v[..., : 64 * rows * columns].view(rows, columns, 64)[2:-2, 2:-2] for v in (read, steps))
+    read = read - 4 * (torch.arange(64) == 0)  # the DC is of levels from -128 on
+    off = (read - steps * (read / steps).round()).abs()
+    assert min(read.shape) > 1 and off.square().mean().sqrt() < 1.0
 
 
 def test_the_task(tmp_path):

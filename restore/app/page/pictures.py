@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from operators import RestoreError
 from restore.app.page.request import PAINT_FIRST
-from restore.images import damage
+from restore.images import compression, damage
 from restore.images import io as images
 from restore.images.folder import read_image_size
 from restore.images.io import ImageRecord
@@ -79,14 +79,27 @@ def parse_edits(text: str | None) -> Edits:
 def apply_edits(record: ImageRecord, edits: Edits) -> ImageRecord:
     """Return the photo turned and cropped."""
 
+    left, top, right, bottom = _find_box(record.size, edits)
+
     def cut(x: torch.Tensor) -> torch.Tensor:
-        x = torch.rot90(x, -edits.turns, (-2, -1))
-        h, w = x.shape[-2:]
-        left, top, right, bottom = (round(share * side) for share, side in zip(edits.crop, (w, h, w, h), strict=True))
-        return x[..., top : max(bottom, top + 1), left : max(right, left + 1)].contiguous()
+        return torch.rot90(x, -edits.turns, (-2, -1))[..., top:bottom, left:right].contiguous()
 
     alpha = None if record.alpha is None else cut(record.alpha)
     return dataclasses.replace(record, pixels=cut(record.pixels), alpha=alpha)
+
+
+def _find_box(size: tuple[int, int], edits: Edits) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the crop, in pixels of the turned photo; size: (H, W) before it was turned."""
+    h, w = size if edits.turns % 2 == 0 else size[::-1]
+    left, top, right, bottom = (round(share * side) for share, side in zip(edits.crop, (w, h, w, h), strict=True))
+    return left, top, max(right, left + 1), max(bottom, top + 1)
+
+
+def read_compression(record: ImageRecord, edits: Edits) -> dict[str, Any] | None:
+    """Return what the photo's file says of its JPEG compression, for the photo as it was turned and cropped; None if it
+    is no JPEG, or cannot be said of the turned one."""
+    found, (left, top, *_) = compression.read_compression(record.path), _find_box(record.size, edits)
+    return found and compression.follow_edits(found, record.size, edits.turns, (top, left))
 
 
 def write_mask(path: Path, missing: np.ndarray, size: tuple[int, int]) -> Path:

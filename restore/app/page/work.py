@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -217,15 +217,16 @@ def _prepare(
     """Return the photo to be restored, a new file if it was turned or cropped, and its task."""
     record = pictures.read_photo(photo)
     (selected,) = find_photos([photo], folder / "out")
-    proposing, edits = edits is None, edits or Edits()
+    proposing, edits, compression = edits is None, edits or Edits(), None
     if edits.change_photo:
+        compression = pictures.read_compression(record, edits)
         record = pictures.apply_edits(record, edits)
         source = folder / "in" / f"{photo.stem}.png"
         source.parent.mkdir(parents=True, exist_ok=True)
         io.write_image(source, record.pixels, like=record)
         selected = Photo(source, selected.target)
-    if edits.change_photo and request.task == "jpeg":
-        raise RestoreError("JPEG's blocks are removed from the whole photo: undo what was turned and cropped")
+        if request.task == "jpeg" and compression is None:
+            raise RestoreError(f"{photo.name} does not say how it was compressed, or not once it is turned: undo that")
     missing = edits.mask
     if request.task == "fill" and mask is None:
         if planning:  # memory and time do not depend on what is painted over
@@ -235,7 +236,8 @@ def _prepare(
             missing = pictures.propose_mask(record.pixels, request.sensitivity)
         if missing is not None:
             mask = pictures.write_mask(folder / "mask.png", missing, record.size)
-    return selected, make_task(request, record.pixels, folder, None if mask is None else Path(mask))
+    task = make_task(request, record.pixels, folder, None if mask is None else Path(mask))
+    return selected, replace(task, compression=compression)
 
 
 def _options(request: Request) -> dict[str, Any]:
