@@ -175,7 +175,7 @@ def find_default(situation: Situation, quality: str) -> dict[str, Any]:
             and not (situation.samples > 1 and entry["sampler"] in samplers.DETERMINISTIC)
             and _matches(entry.get("quality", "*"), quality)
         ):
-            return {key: entry[key] for key in ("sampler", "steps", "parameters") if key in entry}
+            return {key: _select(entry[key], quality) for key in ("sampler", "steps", "parameters") if key in entry}
     raise RestoreError(f"configs/method/defaults.yaml names no sampler for {situation.backbone}")
 
 
@@ -237,6 +237,15 @@ def _presets() -> tuple[dict, ...]:
     names = sorted({path.stem for path in (configs_dir() / "method").glob("*.yaml")} - {"defaults", "generate"})
     files = [_read_method_file(name) for name in names]
     return tuple({"sampler": file["sampler"], **entry} for file in files for entry in file["presets"])
+
+
+def _select(value: Any, quality: str) -> Any:
+    """The value of a quality where there is one for each, at any depth."""
+    if not isinstance(value, Mapping):
+        return value
+    if set(value) == set(QUALITIES):
+        return value[quality]
+    return {key: _select(item, quality) for key, item in value.items()}
 
 
 def _matches(pattern: str | list[str], name: str | None) -> bool:

@@ -104,6 +104,15 @@ def test_defaults_name_a_sampler_for_every_quality():
         find("embedded", None, "inpainting", quality="fsat")
 
 
+def test_what_a_quality_changes_is_named_once():
+    steps = [find("embedded-photo", "sr4", "super_resolution", quality=q).steps for q in method.QUALITIES]
+    views = [find("embedded-photo", None, "denoising", quality=q).parameters for q in method.QUALITIES]
+    times = [find("embedded-photo", None, "inpainting", quality=q).steps for q in method.QUALITIES]
+    assert steps == [4, 8, 16] and [len(each) for each in times] == [4, 8, 13]
+    assert views == [{"lam": 0.23, "orientations": name} for name in ("one", "four", "all")]
+    assert find("embedded", None, "blur", windows=True).parameters == {"lam": 0.15, "orientations": "one"}
+
+
 def test_photos_in_windows_get_one_estimate_unless_samples_are_asked_for():
     how = {"backbone": "embedded", "task": "sr4", "operator": "super_resolution"}
     assert find(**how, windows=True).sampler == "dpir"
