@@ -39,6 +39,7 @@ from restore.restoration import (
 from restore.samplers.generate import generate
 from restore.samplers.likelihood import is_linear_gaussian
 from restore.samplers.noise import ImageNoise
+from restore.zoo.sharing import SharedPrior
 
 
 def load(
@@ -79,17 +80,16 @@ def load(
         enable_vae_tiling(backbone)
     windows = {"overlap": overlap, "max_windows": max_windows, "recompute_windows": checkpointing}
     restorer = Restorer(backbone, found.name, **windows, per_channel=per_channel)
-    restorer.options, restorer.given = dict(found.options), {k: v for k, v in options.items() if v is not None}
-    return restorer
+    return restorer.note_source(found, options)
 
 
-class Restorer:
+class Restorer(SharedPrior):
     """Restores measurements with a diffusion prior.
 
-    backbone: see restore.backbones.base. name: looks presets up. overlap, max_windows and
-    recompute_windows concern images beyond the trained resolution and memory, see Sized. per_channel: if the prior is
-    of grey images, restore those of three channels one channel after another, all with the same noise.
-    channels: of the prior's images, 3 or 1. options: what its loader needed to know; given: the caller's part of it.
+    backbone: see restore.backbones.base. name: looks presets up. overlap, max_windows and recompute_windows concern
+    images beyond the trained resolution and memory, see Sized. per_channel: if the prior is of grey images, restore
+    those of three channels one channel after another, all with the same noise. channels: of the prior's images, 3 or 1.
+    options: what its loader needed to know; given: the caller's part of it.
     One Restorer may be used from several threads.
     """
 

@@ -22,6 +22,7 @@ from restore.guidance.base import SCHEDULES, Estimate, as_guidance
 from restore.guidance.config import require_known_names
 from restore.guidance.layouts import NetworkCall, sample_of
 from restore.guidance.pipelines import PipelineNetwork, check_terms, check_unguided, find_network, split_guidance
+from restore.zoo.sharing import explain_hub
 
 try:
     from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
@@ -95,6 +96,13 @@ class Guider(BaseGuidance):
         """Write guider_config.json, see diffusers. Raises RestoreError if it names code that is not restore's."""
         require_known_names(self.config["guidance"])
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Push guider_config.json, see diffusers' PushToHubMixin for the options (private, token, ...). Raises
+        RestoreError as save_pretrained does, and if the hub refuses it or the upload breaks off."""
+        require_known_names(self.config["guidance"])
+        with explain_hub(repo_id, "pushed to"):
+            return super().push_to_hub(repo_id, **options)
 
     def set_state(self, step: int, num_inference_steps: int, timestep: torch.Tensor) -> None:
         if self._step is None or step <= self._step:

@@ -24,7 +24,7 @@ from restore.zoo.hub import fetch_snapshot, query_hub_size
 from restore.zoo.registry import Hub, Model
 
 # Files of a hub pipeline outside the registry: no second copies in other precisions and formats.
-_PIPELINE_FILES = ("*.json", "*.txt", "*model.safetensors", "*model-*-of-*.safetensors", "*spiece.model")
+PIPELINE_FILES = ("*.json", "*.txt", "*model.safetensors", "*model-*-of-*.safetensors", "*spiece.model")
 _CONFIGURATION_FILES = ("model_index.json", "*/config.json")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _WEIGHT_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
@@ -81,7 +81,7 @@ def locate(name_or_path: str | Path) -> Located:
         return Located(name, _detect_file_kind(path), path)
     parts, is_weights = name.split("/"), path.suffix in _WEIGHT_SUFFIXES
     if len(parts) == 2 and all(parts) and not is_weights and name[0] not in "./~":
-        hub = Hub(name, files=_PIPELINE_FILES)
+        hub = Hub(name, files=PIPELINE_FILES)
         folder = fetch_snapshot(hub, offline=True)
         return Located(name, "stable-diffusion" if folder is None else _detect_folder_kind(folder), folder, hub)
     if is_weights or len(parts) > 1:
