@@ -228,16 +228,16 @@ def compare(
     Raises RestoreError for unknown names and photos of which none is large enough.
     """
     torch.set_num_threads(1)
-    chosen = {"damage": _select(damages, DAMAGES, "damage"), "method": _select(methods, OURS | ALTERNATIVES, "method")}
+    chosen = {"damage": select(damages, DAMAGES, "damage"), "method": select(methods, OURS | ALTERNATIVES, "method")}
     if size < 64 or size % 4 or pieces < 1:
         raise RestoreError(f"size must be a multiple of 4 from 64 on and pieces at least 1, got {size} and {pieces}")
-    found = cut_pieces([path for name in photos.split(",") for path in _list(Path(name))], pieces, size, seed)
+    found = cut_pieces([path for name in photos.split(",") for path in list_photos(Path(name))], pieces, size, seed)
     if not found:
         raise RestoreError(f"photos must be of at least {size + 2 * MARGIN} pixels a side, got none in {photos}")
     restorer = load(backbone, device="cpu", offline=True)
     known = label in (getattr(restorer.backbone, "labels", None) or ())
     network = LPIPS("alex", {"alexnet": lpips}) if lpips else None
-    repeated = tuple(_select(again, OURS | ALTERNATIVES, "method")) if again else ()
+    repeated = tuple(select(again, OURS | ALTERNATIVES, "method")) if again else ()
     bench = Bench(restorer, Path(out), seed, label if known else None, network, repeated)
     rows = list(_measure_all(bench, found, **chosen))
     table = Table(rows)
@@ -258,13 +258,13 @@ def _measure_all(bench: Bench, pieces: list[Piece], damage: list[str], method: l
             yield row
 
 
-def _list(path: Path) -> list[Path]:
+def list_photos(path: Path) -> list[Path]:
     if not path.exists():
         raise RestoreError(f"photos must be files and folders, got {path}, which does not exist")
     return filter_images(path.iterdir()) if path.is_dir() else [path]
 
 
-def _select(text: str, table: dict[str, Any], what: str) -> list[str]:
+def select(text: str, table: dict[str, Any], what: str) -> list[str]:
     """Return the names in a table that begin with one of the given beginnings."""
     beginnings = [part.strip().replace(";", ",") for part in text.split(",")]
     for beginning in beginnings:

@@ -13,6 +13,7 @@ from restore.images.findings import SENSITIVITY, Findings
 
 AUTO = "auto"
 ENLARGED = 2
+SHARPENED = 0.008  # least sigma on [-1, 1] by which a blur is undone: with an estimated kernel no measurement is exact
 
 
 def read_auto(settings: dict[str, Any], blind: bool, **files: Path | None) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def choose_repair(found: Findings, sigma: float | None = None) -> Repair:
         done.append("blocks removed")
     if found.damage:
         chain.append({"name": "inpainting_mask", "mask": found.mask})
-        seen.append(f"scratches or dust on {found.damage:.1%}")
+        seen.append(found.describe_damage())
         done.append("filled in")
     if found.small and not seen:  # what else was done to it would be enlarged with it
         chain.append({"name": "super_resolution", "factor": ENLARGED})
@@ -81,7 +82,8 @@ def choose_repair(found: Findings, sigma: float | None = None) -> Repair:
         done.append(f"enlarged {ENLARGED} times")
     if not seen:
         raise RestoreError("nothing was found to restore; to enlarge the photo try task=sr2")
-    sigma = found.sigma if sigma is None else sigma
+    if sigma is None:
+        sigma = max(found.sigma, SHARPENED) if found.motion or found.blur else found.sigma
     if found.jpeg and found.damage:
         sigma = math.hypot(sigma, found.jpeg["loss"])
     config = (

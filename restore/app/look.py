@@ -73,7 +73,7 @@ def _format_findings(source: Path, found: Findings, mask: Path | None, settings:
         f"  noise   sigma {found.sigma:g} on [-1, 1], {127.5 * found.sigma:.1f} of 255",
         f"  blur    {blur}",
         f"  JPEG    {f'quality {found.quality}' if found.jpeg else 'does not show'}",
-        f"  damage  {f'scratches and dust on {found.damage:.1%}, {where}' if found.damage else 'none found'}",
+        f"  damage  {f'{found.describe_damage()}, {where}' if found.damage else 'none found'}",
     ]
     run, folder = f"  restore run {shlex.quote(str(source))}", "-o restored/"
     try:

@@ -114,7 +114,7 @@ def estimate_quantised_noise(x: torch.Tensor, compression: Compression) -> float
     order = np.add.outer(np.arange(SIDE), np.arange(SIDE))
     slow, fast = (order > 0) & (order <= 2), (order >= 4) & (order <= 8)
     energy = (coefficients[:, slow] ** 2).sum(1)
-    smooth = coefficients[np.argsort(energy)[: max(16, len(energy) // 7)]]
+    smooth = coefficients[np.argsort(energy)[: max(8, len(energy) // 7)]]
     kept = float((smooth[:, fast] > steps[fast] / 2).sum(1).mean())
     low, high = 0.1, 128.0
     for _ in range(30):

@@ -25,7 +25,7 @@ SMALLEST = 4 * BLOCK  # pixels a side of a photo in which anything is measured
 SMOOTH = 0.15  # fraction of blocks used: those without structure
 WHITE = 0.8  # smallest ratio of fine to coarse energy of white noise; below it chroma was subsampled or denoised
 CLEAR = 12  # times the noise: slopes of edges from which their blur is measured
-BLURRED, SOFT = 1.2, 0.7  # pixels, of a photo that is called blurred: its blur and that of its sharper edges
+BLURRED, SOFT = 1.2, 1.0  # pixels, of a photo that is called blurred: its blur and that of its sharper edges
 MIDDLE = 1536  # pixels; blur is measured in a centre crop of this side
 LIMIT = 1 - 1 / 255  # largest absolute value that is not clipped in 8 bits
 _OPPONENT = ((1, 1, 1), (1, 0, -1), (1, -2, 1))  # brightness and two colour differences
@@ -116,17 +116,18 @@ def find_blur(x: torch.Tensor) -> float:
     The sharp edges of a photo with strong noise are found where the noise leaves them: at the finest scale at which
     there are any, whatever soft ones there are at coarser scales.
     """
-    size, sharpest = _measure_blur(x)
-    return size if size >= BLURRED and sharpest >= SOFT else 0.0
+    size, sharpest, clear = _measure_blur(x)
+    return size if size >= BLURRED and sharpest >= SOFT and clear else 0.0
 
 
-def _measure_blur(x: torch.Tensor) -> tuple[float, float]:
-    """Return the blur, and that of the sharper edges, in the 40th percentile, at the finest scale that has edges."""
+def _measure_blur(x: torch.Tensor) -> tuple[float, float, bool]:
+    """Return the blur, and that of the sharper edges, in the 40th percentile, at the finest scale that has edges; and
+    whether the noise leaves enough of them."""
     x = _as_batch(x, "blur")
     top, left = (max(0, (side - MIDDLE) // 2) for side in x.shape[-2:])
     x = x[..., top : top + MIDDLE, left : left + MIDDLE]
     noise = estimate_noise(x) / math.sqrt(x.shape[1] if measure_grey_share(x) < 1 else 1)
-    size, sharpest = 0.0, None
+    size, sharpest, seen = 0.0, None, False
     for std in (1.0, 2.0, 4.0):  # the finest scale at which edges exceed the noise
         if min(x.shape[-2:]) < 12 * std:
             break
@@ -139,9 +140,10 @@ def _measure_blur(x: torch.Tensor) -> tuple[float, float]:
         variances = ((1.5 * std) ** 2 - ratio * std**2) / (ratio - 1)
         size = math.sqrt(max(np.quantile(variances, 0.7), 0.0))
         sharpest = math.sqrt(max(np.quantile(variances, 0.4), 0.0)) if sharpest is None else sharpest
-        if np.median(fine[strong]) > CLEAR * noise / (math.sqrt(8 * math.pi) * std**2):
+        seen = bool(np.median(fine[strong]) > CLEAR * noise / (math.sqrt(8 * math.pi) * std**2))
+        if seen:
             break
-    return size, sharpest or 0.0
+    return size, sharpest or 0.0, seen
 
 
 def _measure_edges(plane: np.ndarray, a: float, b: float, noise: float) -> np.ndarray:

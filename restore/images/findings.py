@@ -16,10 +16,13 @@ from restore.images.damage import detect_damage
 from restore.images.estimate import SMALLEST, estimate_noise, find_blur, measure_grey_share
 from restore.images.io import ImageRecord, read_image
 from restore.images.motion import Motion, estimate_motion
+from restore.images.paint import find_paint
+from restore.images.spectrum import measure_detail
 from restore.images.tint import estimate_tint
 
 # From where on something is called wrong: sigma on [-1, 1], the quality of JPEG, the longer side in pixels.
-NOISY, COMPRESSED, SMALL = 0.04, 88, 400
+NOISY, COMPRESSED, SMALL = 0.03, 88, 400
+SHARP = 1.5  # times the noise's: power of the finest detail of a photo that is not blurred, whatever its edges say
 SENSITIVITY, CERTAIN = 0.5, 0.0  # of the search for damage: of its mask, and for believing that there is any
 
 
@@ -30,7 +33,7 @@ class Findings:
     hue: "grey", "one hue" or "colour". sigma: of the noise on [-1, 1], before the photo was compressed. blur: standard
     deviation of a Gaussian blur in pixels, 0 for none. motion: of the camera, in place of a blur. quality: of the JPEG
     compression, 100 if it does not show; jpeg: the options of operators.JPEG then. mask: (1, 1, H, W), 0 where there
-    are scratches and dust.
+    are scratches and dust, or pixels that are missing (`paint`): then nobody looked for blur and motion.
     """
 
     size: tuple[int, int]
@@ -41,11 +44,16 @@ class Findings:
     quality: int
     jpeg: dict[str, Any] | None
     mask: torch.Tensor
+    painted: bool = False
 
     @property
     def damage(self) -> float:
-        """The share of the pixels that are scratched or dusty."""
+        """The share of the pixels that are scratched, dusty, missing or painted over."""
         return 1 - float(self.mask.mean())
+
+    def describe_damage(self) -> str:
+        kind = "missing or painted over" if self.painted else "scratches or dust"
+        return f"{kind} on {self.damage:.1%}"
 
     @property
     def noisy(self) -> bool:
@@ -71,20 +79,34 @@ def inspect_photo(
             f"a photo must have at least {SMALLEST} pixels a side to be examined, got {record.path.name} of "
             f"{width} x {height}; try task=sr4"
         )
+    known = find_paint(x)
+    painted = bool(known.min() == 0)
     seen, jpeg = _find_compression(record, compression or read_compression(record.path))
-    sigma = estimate_noise(x) if seen is None else estimate_quantised_noise(x, seen)
-    motion = estimate_motion(x, sigma)
+    if seen is None:
+        sigma = estimate_noise(x, known[0, 0] if painted else None)
+    else:
+        sigma = estimate_quantised_noise(x, seen)
+    motion = None if painted else estimate_motion(x, sigma)
     grey = record.grey or measure_grey_share(x) == 1
     return Findings(
         size=record.size,
         hue="grey" if grey else "colour" if estimate_tint(x) is None else "one hue",
         sigma=float(f"{sigma:.3g}"),
-        blur=0.0 if motion else round(find_blur(x), 1),
+        blur=0.0 if motion or painted else _find_blur(x, sigma, seen is not None),
         motion=motion,
         quality=100 if seen is None else seen.quality,
         jpeg=jpeg,
-        mask=detect_damage(x, sensitivity, CERTAIN),
+        mask=known if painted else detect_damage(x, sensitivity, CERTAIN),
+        painted=painted,
     )
+
+
+def _find_blur(x: torch.Tensor, sigma: float, compressed: bool) -> float:
+    """Return the blur of a photo; 0 where detail is left that a blur takes. JPEG's blocks look like such detail."""
+    if min(x.shape[-2:]) < 2 * SMALLEST:
+        return 0.0
+    blur = round(find_blur(x), 1)
+    return 0.0 if blur and not compressed and measure_detail(x, sigma) > SHARP else blur
 
 
 def _find_compression(

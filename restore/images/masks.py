@@ -14,6 +14,7 @@ from operators import RestoreError
 from restore.images.damage import detect_damage
 from restore.images.folder import filter_images
 from restore.images.io import explain_errors, read_image
+from restore.images.paint import find_paint
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ class Mask:
     @functools.cached_property
     def _detected(self) -> torch.Tensor:
         # Cached: planning and restoring a photo both need it, and it takes seconds for a large photo.
-        return detect_damage(read_image(self.path).pixels, self.sensitivity)
+        pixels = read_image(self.path).pixels
+        painted = find_paint(pixels)
+        return painted if painted.min() == 0 else detect_damage(pixels, self.sensitivity)
 
 
 def read_mask(

@@ -13,7 +13,7 @@ from restore.images import io
 from restore.images.findings import inspect_photo
 from restore.images.motion import Motion
 from restore.paths import data_dir
-from restore.repair import choose_repair
+from restore.repair import SHARPENED, choose_repair
 
 PHOTOS = data_dir() / "photos"
 
@@ -101,3 +101,36 @@ def test_too_small_and_nothing_wrong(tmp_path):
     Image.fromarray(np.zeros((20, 40, 3), np.uint8)).save(tmp_path / "tiny.png")
     with pytest.raises(RestoreError, match="32 pixels.*tiny.png of 40 x 20"):
         inspect_photo(tmp_path / "tiny.png")
+
+
+def test_motion_to_a_fraction_of_a_pixel(tmp_path, sharp):
+    """The sharpened photo has 5 dB less if a motion of 9 pixels is taken for one of 8."""
+    for length, angle in ((9, 30), (12, 160), (15, 115)):
+        found = inspect(tmp_path, add_noise(operators.Blur(Motion(length, angle).kernel()).A(sharp), 1))
+        assert found.motion.length == pytest.approx(length, abs=0.4)
+        assert abs((found.motion.angle - angle + 90) % 180 - 90) <= 2
+
+
+def test_no_motion_and_no_blur_in_small_sharp_pieces(tmp_path):
+    """A piece of 128 pixels has one spectrum, in which whiskers look like the zeros of a long motion, and few edges."""
+    for name in ("astronaut", "chelsea", "coffee"):
+        photo = io.read_image(PHOTOS / f"{name}.jpg").pixels
+        for top, left in ((40, 60), (150, 240), (160, 100)):
+            piece = photo[..., top : top + 128, left : left + 128]
+            for levels in (0, 10):
+                found = inspect(tmp_path, add_noise(piece, levels))
+                assert found.motion is None and not found.damage, (name, top, left, levels)
+                assert found.blur == 0 or levels, (name, top, left)
+
+
+def test_an_unclear_edge_is_no_blur(tmp_path, sharp):
+    """What is left above strong noise at the coarsest scale is the shape of things, not their edges."""
+    soft = operators.GaussianBlur(49, 6.0).A(0.15 * sharp[..., :128, :128])
+    assert inspect(tmp_path, add_noise(soft, 15)).blur == 0
+
+
+def test_sharpening_does_not_believe_its_estimate_to_the_last_digit(tmp_path, sharp):
+    """An inverse of a kernel that is a fifth too large, for a photo without noise, is worse than the photo."""
+    found = inspect(tmp_path, operators.GaussianBlur(25, 1.8).A(sharp))
+    assert found.sigma < 0.004 and choose_repair(found).config["noise"]["sigma"] == SHARPENED
+    assert choose_repair(found, sigma=0.002).config["noise"]["sigma"] == 0.002  # somebody knows better
