@@ -61,7 +61,7 @@ def test_commands_proposed_by_look_run(command, damaged, tmp_path):
         code, _, err = command(*words, "--steps", "2")
         assert code == 0, err
     auto, inpainted, denoised = (json.loads((tmp_path / str(k) / "old.json").read_text()) for k in range(3))
-    assert "seen: noise of 1" in auto["note"] and "scratches" in auto["note"]
+    assert "seen: noise of 1" in auto["note"] and "painted over" in auto["note"]
     assert "embedded-photo" in auto["note"] and auto["protocol"]["backbone"] == "embedded-photo"
     assert Image.open(tmp_path / "0" / "old.png").size == (96, 96)
     assert inpainted["settings"]["task"]["mask"]["sensitivity"] == 0.5
