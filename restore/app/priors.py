@@ -15,6 +15,9 @@ from restore.restoration import encode_condition
 FACES, PHOTOS = "embedded", "embedded-photo"
 SIDE = 64  # pixels a side of the prior of faces
 LEVELS, DRAWS = (0.5, 1.0), 2  # noise levels sigma / alpha at which classes are compared, and draws at each
+# By how much less noise must be left if a face is told; less is no evidence, and the prior of photos knows faces too.
+# In data/photos, with noise and without: faces 0.003 to 0.018, a cat, a cup and other pieces -0.015 to 0.000.
+MARGIN = 0.0015
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,20 @@ class PriorChooser:
         return self.planners[name]
 
 
-@torch.no_grad()
 def shows_face(restorer: Any, pixels: torch.Tensor, size: tuple[int, int]) -> bool:
-    """Return whether the prior removes noise from a picture better if it is told that there is a face.
+    """Return whether the prior removes noise from a picture clearly better if it is told that there is a face.
 
-    pixels: (1, 1 or 3, H, W). The mean squared error of eps at middle noise levels, over the same draws for each class
-    (a diffusion classifier: Li et al. 2023).
+    pixels: (1, 1 or 3, H, W), seen at the size (H, W).
+    """
+    return measure_face(restorer, pixels, size) > MARGIN
+
+
+@torch.no_grad()
+def measure_face(restorer: Any, pixels: torch.Tensor, size: tuple[int, int]) -> float:
+    """Return by which share of the error of eps the prior does better if it is told that a picture shows a face.
+
+    The mean squared error at middle noise levels, over the same draws for each class (a diffusion classifier: Li et al.
+    2023).
     """
     device, generator = restorer.device, torch.Generator().manual_seed(0)
     x = F.interpolate(pixels.float().to(device), size, mode="bicubic", antialias=True).clamp(-1, 1)
@@ -91,4 +102,4 @@ def shows_face(restorer: Any, pixels: torch.Tensor, size: tuple[int, int]) -> bo
         noise = torch.randn(DRAWS, 3, *size, generator=generator).repeat(2, 1, 1, 1).to(device)
         eps = prior.predict(prior.schedule.alpha(t) * x + prior.schedule.sigma(t) * noise, t, condition).eps
         errors = errors + (eps - noise).square().unflatten(0, (2, DRAWS)).mean((1, 2, 3, 4))
-    return bool(errors[0] < errors[1])
+    return 1 - float(errors[0] / errors[1])

@@ -25,7 +25,7 @@ SMALLEST = 4 * BLOCK  # pixels a side of a photo in which anything is measured
 SMOOTH = 0.15  # fraction of blocks used: those without structure
 WHITE = 0.8  # smallest ratio of fine to coarse energy of white noise; below it chroma was subsampled or denoised
 CLEAR = 12  # times the noise: slopes of edges from which their blur is measured
-BLURRED, SOFT = 1.2, 1.0  # pixels, of a photo that is called blurred: its blur and that of its sharper edges
+BLURRED, SOFT = 1.1, 1.0  # pixels, of a photo that is called blurred: its blur and that of its sharper edges
 MIDDLE = 1536  # pixels; blur is measured in a centre crop of this side
 LIMIT = 1 - 1 / 255  # largest absolute value that is not clipped in 8 bits
 _OPPONENT = ((1, 1, 1), (1, 0, -1), (1, -2, 1))  # brightness and two colour differences
@@ -103,7 +103,7 @@ def estimate_blur(x: torch.Tensor) -> float:
     x: as in `estimate_noise`; of a photo above 1536 pixels a side the centre is used.
 
     Between derivatives of Gaussians of std a and b the slope of a step blurred by s falls by R, R^2 = (s^2 + b^2) /
-    (s^2 + a^2) (Zhuo & Sim 2011, Eq. 7), of which the 70th percentile over the strongest edges is taken. Photos that
+    (s^2 + a^2) (Zhuo & Sim 2011, Eq. 7), of which the 60th percentile over the strongest edges is taken. Photos that
     are sharp or without edges give 0 to 1; the error is about a quarter between 1.5 and 6 pixels (docs/photo.md).
     Raises RestoreError below 32 pixels a side.
     """
@@ -138,7 +138,7 @@ def _measure_blur(x: torch.Tensor) -> tuple[float, float, bool]:
         strong = fine >= np.median(fine)
         ratio = np.maximum((fine[strong] / coarse[strong]) ** 2, 1 + 1e-3)
         variances = ((1.5 * std) ** 2 - ratio * std**2) / (ratio - 1)
-        size = math.sqrt(max(np.quantile(variances, 0.7), 0.0))
+        size = math.sqrt(max(np.quantile(variances, 0.6), 0.0))
         sharpest = math.sqrt(max(np.quantile(variances, 0.4), 0.0)) if sharpest is None else sharpest
         seen = bool(np.median(fine[strong]) > CLEAR * noise / (math.sqrt(8 * math.pi) * std**2))
         if seen:
