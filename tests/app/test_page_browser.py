@@ -53,7 +53,8 @@ class Visitor:
     """A person at the page."""
 
     def __init__(self, browser, address, size=DESK):
-        self.page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+        viewport = {"width": size[0], "height": size[1]}
+        self.page = browser.new_page(viewport=viewport, reduced_motion="reduce")
         self.page.set_default_timeout(WAIT)
         self.errors = []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -96,9 +97,14 @@ class Visitor:
         return np.array(alpha).reshape(h, w) > 127
 
     def restore(self, button="#go"):
+        """Press a button and return what is said at the end. On a busy machine the browser draws several answers at
+        once, so that no state in between can be waited for: it waits for another sentence than now, a last one."""
+        self.page.evaluate("document.querySelector('#status .status').dataset.before = 'true'")
         self.page.click(button)
-        self.page.locator("#go[disabled]").wait_for()
-        self.page.locator("#go:not([disabled])").wait_for()
+        self.page.wait_for_function("""() => {
+            const said = document.querySelector('#status .status:not([data-before]) [role=status]');
+            return said && !/(…|^Done\\.)$/.test(said.innerText) && !document.querySelector('#go').disabled;
+        }""")
         return self.page.inner_text("#status .status")
 
     def download(self):
