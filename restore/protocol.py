@@ -111,4 +111,13 @@ def fingerprint_backbone(backbone: Any) -> bytes:
 
 def _list_tensors(backbone: Any) -> list[tuple[str, torch.Tensor]]:
     networks = [network for network in (backbone.network, getattr(backbone, "vae", None)) if network is not None]
-    return [item for network in networks for item in sorted(network.state_dict().items())]
+    items = [item for network in networks for item in sorted(network.state_dict().items())]
+    return [part for name, tensor in items for part in _list_parts(name, tensor)]
+
+
+def _list_parts(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """A tensor, or those that one of another class consists of: the integers and scales of quantised weights."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [(name, tensor)]
+    parts = tensor.__tensor_flatten__()[0]
+    return [item for part in parts for item in _list_parts(f"{name}.{part}", getattr(tensor, part))]

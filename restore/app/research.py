@@ -150,7 +150,10 @@ def evaluate(
     results: Annotated[Path, typer.Argument(help="Folder of restored images.")],
     reference: Annotated[Path, typer.Option(help="Folder of true images with the same names.")],
     metrics: Annotated[
-        str, typer.Option(help="psnr, ssim, lpips, fid, kid, kid_vgg16, is, pr or module:function; comma separated.")
+        str,
+        typer.Option(
+            help="psnr, ssim, lpips, dists, vif, fid, kid, kid_vgg16, is, pr or module:function; comma separated."
+        ),
     ] = "psnr,ssim",
     full_reference: Annotated[Path | None, typer.Option(help="A larger set for FID, reported separately.")] = None,
     lpips_net: Annotated[str, typer.Option(help="alex or vgg.")] = "alex",

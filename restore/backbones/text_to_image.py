@@ -22,10 +22,10 @@ from operators import RestoreError
 from operators.naming import check_known
 from restore import disk
 from restore.backbones import pipeline_files as files
+from restore.backbones.quantise import QUANTISE, quantise_weights
 from restore.backbones.weights import first_line, hide_progress_bars, load_part
 
 OFFLOAD = {"model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
-QUANTISE = ("int8",)
 PIPELINES = {files.KINDS[kind][0]: kind for kind in ("stable-diffusion", "sdxl", "sd3", "flux")}
 # Prompts whose embeddings are kept: FLUX's are 4 MB each. With more the encoders are read again between parts of them.
 KEPT = 1000
@@ -37,10 +37,10 @@ class PipelineOptions:
     """How diffusers loads a text-to-image pipeline, where it puts it, and what it is called with.
 
     variant: of the weight files, such as "fp16". scheduler: a class of diffusers in place of the stored one (Stable
-    Diffusion 1.x and 2.x: of DDIM, as in the papers). quantise: "int8", weights of the network by torchao. device_map:
-    of the network, accelerate's ("auto", "balanced", a mapping). offload: "model" or "sequential", diffusers' to the
-    CPU. call: further arguments of the pipeline, such as height, width, max_sequence_length or, for the distilled
-    FLUX.1-dev, guidance_scale.
+    Diffusion 1.x and 2.x: of DDIM, as in the papers). quantise: "int8" or "fp8", the network's weights by torchao.
+    device_map: of the network, accelerate's ("auto", "balanced", a mapping). offload: "model" or "sequential",
+    diffusers' to the CPU. call: further arguments of the pipeline, such as height, width, max_sequence_length or, for
+    the distilled FLUX.1-dev, guidance_scale.
     """
 
     variant: str | None = None
@@ -228,7 +228,7 @@ class TextToImage:
         check_known([vae], ("AutoencoderKL", "AutoencoderTiny"), f"{self.folder / 'vae'} holds the unknown autoencoder")
         parts["vae"] = load_part(getattr(diffusers, vae), self.folder, "vae", self.dtype, **where)
         if options.quantise:
-            _quantise(parts[part])
+            quantise_weights(parts[part], options.quantise)
         if self.kind == "stable-diffusion":
             parts |= self._read_encoders()
         return self._build(parts | {"scheduler": self._read_scheduler()})
@@ -280,15 +280,6 @@ class TextToImage:
             if self.options.variant in names or not names:
                 raise
             raise RestoreError(f"{error}; try pipeline.variant={sorted(names)[0]}") from error
-
-
-def _quantise(network: nn.Module) -> None:
-    """Replace the weights of the linear layers by 8-bit integers and a scale for each row (torchao)."""
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError as error:
-        raise RestoreError("pipeline.quantise=int8 needs torchao; install restore-diffusion[quantised]") from error
-    quantize_(network, Int8WeightOnlyConfig())
 
 
 def _free_memory(device: torch.device) -> None:

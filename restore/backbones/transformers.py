@@ -23,6 +23,7 @@ from restore.backbones.adm import check_labels
 from restore.backbones.attention_layers import find_attention_layers
 from restore.backbones.autoencoder import Latents
 from restore.backbones.base import PREDICTION_TYPES, Prediction, expand_times, require_shape
+from restore.backbones.quantise import QUANTISE, quantise_weights
 from restore.backbones.schedule import Schedule
 from restore.backbones.stable_diffusion import run_in_dtype
 
@@ -79,6 +80,7 @@ class FlowTransformer(Latents):
         vae: nn.Module | None = None,
         *,
         text_tokens: int | None = None,
+        quantise: str | None = None,
         **options,
     ) -> tuple[nn.Module, nn.Module, dict]:
         """Read transformer, autoencoder and keywords of the constructor; see Latents.load.
@@ -86,11 +88,15 @@ class FlowTransformer(Latents):
         source: a diffusers folder with transformer, vae and scheduler, and optionally text encoders and tokenizers
             (without T5, SD3 uses zeros for its tokens, as diffusers does).
         text_tokens: length to which T5's prompts are padded and cut; default: the pipeline's.
+        quantise: "int8" or "fp8", the transformer's weights in 8 bits, see restore.backbones.quantise.
         The text encoders run on the CPU, in bfloat16 unless `dtype` is float32. They are released after encoding the
         empty prompt; `encode_prompt` reads them again and keeps them.
         """
         folder = Path(source).expanduser()
+        check_known([] if quantise is None else [quantise], QUANTISE, "quantise has no choice")
         network, vae, scheduler = files.read_folder(folder, cls.kind, dtype, vae)
+        if quantise is not None:
+            quantise_weights(network, quantise)
         if not files.has_text_encoders(folder, cls.kind):
             return network, vae, {"scheduler": scheduler} | options
 

@@ -54,6 +54,18 @@ MODELS = {
     "hpsv2": PublishedModel(
         "xswu/HPSv2/HPS_v2.1_compressed.pt", 1970, "Apache-2.0", "https://huggingface.co/xswu/HPSv2"
     ),
+    "arniqa": PublishedModel(
+        "https://github.com/miccunifi/ARNIQA/releases/download/weights/ARNIQA.pth",
+        100,
+        "Apache-2.0",
+        "https://github.com/miccunifi/ARNIQA",
+    ),
+    "arniqa_regressor": PublishedModel(
+        "https://github.com/miccunifi/ARNIQA/releases/download/weights/regressor_koniq10k.pth",
+        1,
+        "Apache-2.0",
+        "https://github.com/miccunifi/ARNIQA",
+    ),
     "aesthetic": PublishedModel(
         "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth",
         4,
@@ -119,7 +131,7 @@ def load_hpsv2(options: Any, device: str = "cpu") -> Score:
 def load_aesthetic(options: Any, device: str = "cpu") -> Score:
     """Return the aesthetic score as a function of images; prompts are not looked at."""
     clip = _load_clip("clip_l", options, device)
-    state = read_weights(_fetch(find_place("aesthetic", options.models), options.offline))
+    state = read_weights(fetch_model("aesthetic", options))
     indices = sorted(int(key.split(".")[1]) for key in state if re.fullmatch(r"layers\.\d+\.weight", key))
     if not indices:
         raise RestoreError("metrics.models.aesthetic must hold linear layers layers.N.weight; give the published file")
@@ -183,6 +195,11 @@ class Clip:
             raise RestoreError("a score compares every image with its prompt; give tasks with a file of prompts")
         image_embeds, text_embeds = self.embed(images, prompts)
         return (image_embeds * text_embeds).sum(dim=1)
+
+
+def fetch_model(name: str, options: Any) -> Path:
+    """Return the file of a model of MODELS, downloaded if it is not here. Raises RestoreError."""
+    return _fetch(find_place(name, options.models), options.offline)
 
 
 def _fetch(place: str, offline: bool) -> Path:

@@ -21,7 +21,7 @@ COVERAGE_DEFINITION = "share of values where the truth lies between the smallest
 LPIPS_NETS = {"alex": "alexnet", "vgg": "vgg16"}  # names of the networks in weights.WEIGHTS
 
 
-def _round_to_8_bits(*images: torch.Tensor) -> list[torch.Tensor]:
+def round_to_8_bits(*images: torch.Tensor) -> list[torch.Tensor]:
     """Batches (B, 3, H, W) in [-1, 1] as float64 on 0..255. Raises RestoreError if their shapes differ."""
     if len({tuple(image.shape) for image in images}) > 1:
         raise RestoreError(f"image and truth must have one shape, got {[tuple(image.shape) for image in images]}")
@@ -30,7 +30,7 @@ def _round_to_8_bits(*images: torch.Tensor) -> list[torch.Tensor]:
 
 def psnr(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Return the PSNR in dB per image, (B,) float64, of (B, 3, H, W) in [-1, 1] rounded to 8 bits; inf if equal."""
-    x, y = _round_to_8_bits(image, truth)
+    x, y = round_to_8_bits(image, truth)
     errors = (x - y).square().mean(dim=(1, 2, 3)).tolist()
     return torch.tensor([10 * math.log10(255.0**2 / mse) if mse else math.inf for mse in errors], dtype=torch.float64)
 
@@ -41,7 +41,7 @@ def ssim(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     Wang et al. 2004, eq. 13, averaged where the 11-pixel window lies inside the image. Raises RestoreError if the
     image is smaller than the window.
     """
-    x, y = _round_to_8_bits(image, truth)
+    x, y = round_to_8_bits(image, truth)
     if min(x.shape[-2:]) < 11:
         raise RestoreError(f"SSIM needs images of at least 11 x 11 pixels, got {x.shape[-2]} x {x.shape[-1]}")
     import kornia  # takes half a second, which a restoration should not wait for
@@ -101,7 +101,7 @@ class LPIPS:
     @torch.no_grad()
     def __call__(self, image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
         """Return the distances, (B,) float64, of (B, 3, H, W) pairs in [-1, 1] rounded to 8 bits; 0 if equal."""
-        pair = [v.float() / 127.5 - 1 for v in _round_to_8_bits(image, truth)]
+        pair = [v.float() / 127.5 - 1 for v in round_to_8_bits(image, truth)]
         if self.enlarge > 1:
             pair = [F.interpolate(v, scale_factor=self.enlarge, mode="bicubic").clamp(-1, 1) for v in pair]
         try:

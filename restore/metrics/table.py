@@ -10,7 +10,7 @@ from typing import Any
 
 from operators import RestoreError
 from operators.naming import check_known, lookup
-from restore.metrics import scores, sets, single
+from restore.metrics import perceptual, scores, sets, single
 from restore.metrics.weights import describe_weights, find_weights
 
 
@@ -51,7 +51,8 @@ class Metric:
             `no_reference`.
         "samples", "pairs" and "cost" come from a benchmark run: its samples, its prompts, its clock.
     network: options -> (name in weights.WEIGHTS, layer). settings: options -> keywords of `function`, part of the
-    protocol. models: names in scores.MODELS. no_reference: needs no reference set, or no prompts.
+    protocol. models: names in scores.MODELS. no_reference: needs no reference set, or no prompts. by_torchmetrics:
+    needs that package, an extra.
     """
 
     label: str
@@ -64,6 +65,7 @@ class Metric:
     no_reference: bool = False
     settings: Callable[[MetricOptions], dict[str, Any]] = lambda options: {}
     models: tuple[str, ...] = ()
+    by_torchmetrics: bool = False
 
 
 def _lpips_network(options: MetricOptions) -> tuple[str, str]:
@@ -104,6 +106,10 @@ _PICK_SCORE = {"kind": "prompt", "function": scores.load_pick_score, "models": (
 _HPSV2 = {"kind": "prompt", "function": scores.load_hpsv2, "models": ("hpsv2", "clip_h")}
 _AESTHETIC = {"kind": "prompt", "function": scores.load_aesthetic, "models": ("aesthetic", "clip_l")}
 _AESTHETIC |= {"no_reference": True}
+_DISTS = {"function": perceptual.load_dists, "network": lambda options: ("vgg16", "DISTS"), "by_torchmetrics": True}
+_ARNIQA = {"kind": "prompt", "function": perceptual.load_arniqa, "models": ("arniqa", "arniqa_regressor")}
+_ARNIQA |= {"no_reference": True, "by_torchmetrics": True}
+_VIF = {"function": perceptual.vif, "by_torchmetrics": True}
 _KID_VGG_MEANING = "cubic polynomial kernel distance of VGG-16 relu5_3, averaged over each image"
 _CPU_MEANING = "processor seconds of sampling per image, summed over threads; waiting does not count"
 _LOOP_MEANING = "steps per second of a pipeline's denoising loop, without text encoder and autoencoder"
@@ -112,6 +118,8 @@ METRICS = {
     "psnr": Metric("PSNR", 1, 2, single.PSNR_DEFINITION, "paired", single.psnr),
     "ssim": Metric("SSIM", 1, 3, single.SSIM_DEFINITION, "paired", single.ssim),
     "lpips": Metric("LPIPS", -1, 3, "perceptual distance (Zhang et al. 2018), 8 bit", "paired", **_LPIPS),
+    "dists": Metric("DISTS", -1, 3, "structure and texture (Ding et al. 2020), 8 bit", **_DISTS),
+    "vif": Metric("VIF", 1, 3, "visual information fidelity in pixels (Sheikh & Bovik 2006), 8 bit", **_VIF),
     "fid": Metric("FID", -1, 2, "Frechet distance of Inception features", "set", **_FID),
     "kid": Metric("KID", -1, 5, "kernel distance of Inception features", "set", **_KID),
     "kid_vgg16": Metric("KID-VGG16", -1, 5, _KID_VGG_MEANING, "set", **_KID_VGG),
@@ -131,6 +139,7 @@ METRICS = {
     "aesthetic": Metric(
         "Aesthetic", 1, 3, "LAION's predictor sac+logos+ava1-l14-linearMSE, of the image alone", **_AESTHETIC
     ),
+    "arniqa": Metric("ARNIQA", 1, 3, "quality of the image alone (Agnolucci et al. 2024), KonIQ-10k", **_ARNIQA),
     "residual_ratio": Metric(
         "Residual", 0, 3, "||y - A(x)|| divided by sigma_y sqrt(m): 1 explains y up to its noise", "samples"
     ),
@@ -144,7 +153,11 @@ METRICS = {
     "peak_memory_mb": Metric("Memory MB", -1, 0, "peak memory", "cost"),
 }
 # Measured for every restored image of a benchmark, requested or not: they need no network.
-BASE_METRICS = {name: row for name, row in METRICS.items() if row.kind == "paired" and row.network is None}
+BASE_METRICS = {
+    name: row
+    for name, row in METRICS.items()
+    if row.kind == "paired" and row.network is None and not row.by_torchmetrics
+}
 GROUPS = {"pr": ("precision", "recall")}
 
 
@@ -190,6 +203,8 @@ def check_metrics(metrics: Mapping[str, Metric], options: MetricOptions) -> dict
     needed = {name: row.network(options) for name, row in metrics.items() if row.network is not None}
     entry: dict[str, Any] = {}
     for name, row in metrics.items():
+        if row.by_torchmetrics:
+            perceptual.require_torchmetrics(name)
         if row.kind != "cost":
             entry[name] = row.meaning + (f"; {' '.join(needed[name])}" if name in needed else "")
             for key, value in row.settings(options).items():
@@ -199,7 +214,10 @@ def check_metrics(metrics: Mapping[str, Metric], options: MetricOptions) -> dict
     if needed:
         files = {weights: find_weights(weights, options.weights) for weights, _ in sorted(set(needed.values()))}
         entry["weights"] = {name: describe_weights(name, path) for name, path in files.items()}
-        entry["implementation"] = ", ".join(f"{name} {version(name)}" for name in ("lpips", "torch-fidelity"))
+    packages = ["lpips", "torch-fidelity"] * bool(needed)
+    packages += ["torchmetrics"] * any(row.by_torchmetrics for row in metrics.values())
+    if packages:
+        entry["implementation"] = ", ".join(f"{name} {version(name)}" for name in packages)
     return entry
 
 

@@ -28,8 +28,8 @@ OPTIONS = {
     "adm": (*_UNET, "resolution"),
     "latent": (*_UNET, "scale_factor", "ema"),
     "stable-diffusion": ("prediction_type", "config"),
-    "sd3": ("text_tokens",),
-    "flux": ("text_tokens", "distilled_guidance"),
+    "sd3": ("text_tokens", "quantise"),
+    "flux": ("text_tokens", "distilled_guidance", "quantise"),
     "dit": (),
 }
 MODEL_OPTIONS = tuple(dict.fromkeys(name for names in OPTIONS.values() for name in names))
