@@ -53,8 +53,7 @@ class Visitor:
     """A person at the page."""
 
     def __init__(self, browser, address, size=DESK):
-        viewport = {"width": size[0], "height": size[1]}
-        self.page = browser.new_page(viewport=viewport, reduced_motion="reduce")
+        self.page = browser.new_page(viewport={"width": size[0], "height": size[1]}, reduced_motion="reduce")
         self.page.set_default_timeout(WAIT)
         self.errors = []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -97,8 +96,7 @@ class Visitor:
         return np.array(alpha).reshape(h, w) > 127
 
     def restore(self, button="#go"):
-        """Press a button and return what is said at the end. On a busy machine the browser draws several answers at
-        once, so that no state in between can be waited for: it waits for another sentence than now, a last one."""
+        """Press a button and return the last sentence; a busy browser may never draw those in between."""
         self.page.evaluate("document.querySelector('#status .status').dataset.before = 'true'")
         self.page.click(button)
         self.page.wait_for_function("""() => {
