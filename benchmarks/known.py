@@ -85,6 +85,12 @@ SETTINGS = {
         {**_DAPS, "conditional": "exact", "momentum": 0.9, "ode_sigma_min": 0.03},
         {"lr": (3e-4, 1e-3)},
     ),
+    "FAST-DIPS": Entry(
+        "fastdips",
+        {n: {"steps": n} for n in BUDGETS},
+        {"sigma_max": 10.0, "sigma_min": 0.03, "descent_steps": 2},
+        {"rho": (50.0, 200.0), "epsilon": (0.05, 0.4)},
+    ),
     "RED-diff": Entry("reddiff", _each("ddim{}"), {"start": "adjoint", "lr": 0.1}, {"lam": (0.02, 0.1, 0.25)}),
     "PnP-DM": Entry(
         "pnpdm",

@@ -75,6 +75,12 @@ class MixturePrior(Pixels):
         covs = self.covs - gain @ solved[..., 1:]
         return MixturePrior(torch.softmax(log_w, 0), means, (covs + covs.mT) / 2, self.shape, self.schedule)
 
+    def log_density(self, x: torch.Tensor) -> torch.Tensor:
+        """Return log p(x_0) + a constant (B,) of images (B, ...)."""
+        turned = torch.einsum("kbd,kde->kbe", x.flatten(1).double() - self.means[:, None], self.vectors)
+        squares = (turned.square() / self.values[:, None]).sum(-1) + self.values.log().sum(-1)[:, None]
+        return torch.logsumexp(self.weights.log()[:, None] - squares / 2, dim=0)
+
     def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """Return n exact samples (n, *shape), float64."""
         component = torch.multinomial(self.weights, n, replacement=True, generator=generator)
@@ -153,6 +159,16 @@ def draw_measurement(prior: MixturePrior, operator: operators.Operator, seed: in
     return y, prior.posterior(operator, y, operator.noise.sigma)
 
 
+def draw_noise(seed: int) -> Callable:
+    """Return noise(k, shape, kind), as samplers take it, of one generator for each step of a whole batch."""
+
+    def noise(k: int, shape: Sequence[int], kind: str = "latent") -> torch.Tensor:
+        g = torch.Generator().manual_seed(derive_seed(seed, kind, k))
+        return torch.randn(tuple(shape), generator=g, dtype=torch.float64)
+
+    return noise
+
+
 def compare_with_posterior(
     prior: MixturePrior, y: torch.Tensor, posterior: MixturePrior, sample: Callable, n: int = 1000, seed: int = 0
 ) -> dict[str, float]:
@@ -166,12 +182,8 @@ def compare_with_posterior(
     nfe: network evaluations, backward passes not counted.
     """
 
-    def noise(k: int, shape: Sequence[int], kind: str = "latent") -> torch.Tensor:
-        g = torch.Generator().manual_seed(derive_seed(seed, kind, k))
-        return torch.randn(tuple(shape), generator=g, dtype=torch.float64)
-
     before = prior.evaluations
-    x = sample(y.expand(n, *y.shape[1:]).contiguous(), noise).detach().flatten(1)
+    x = sample(y.expand(n, *y.shape[1:]).contiguous(), draw_noise(seed)).detach().flatten(1)
     nfe, g = prior.evaluations - before, torch.Generator().manual_seed(seed)
     exact, other, plain = (p.sample(n, g).flatten(1) for p in (posterior, posterior, prior))
     start, (mean, cov) = sliced_wasserstein(plain, exact), posterior.moments()

@@ -6,15 +6,16 @@ configs/method. A picture may differ in details between machines (docs/protocol.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import restore
-from restore import samplers
+from restore import calibration, samplers
 from restore.guidance import SAG, SWG, TPG, TSG, Guidance
 from restore.images import grids, io
 from restore.paths import data_dir
@@ -117,6 +118,42 @@ def draw_trajectory(restorer: Restorer, steps: Any = None) -> Image.Image:
     return grids.draw_grid(rows, [f"t = {step['t']:g}" for step in shown], ["x0_hat", "samples"], cell=128)
 
 
+def draw_histogram(row: dict[str, Any], width: int = 120, height: int = 48) -> Image.Image:
+    """Draw the rank histogram of a row of the calibration, cut at four times uniform, which is the line; grey: from
+    half to one and a half times uniform."""
+    picture, bar = Image.new("RGB", (width, height), "white"), width / len(row["histogram"])
+    draw, place = ImageDraw.Draw(picture), lambda share: (height - 1) * (1 - min(share, 4) / 4)
+    draw.rectangle((0, place(1.5), width - 1, place(0.5)), fill=(215, 215, 215))
+    for i, share in enumerate(row["histogram"]):
+        draw.rectangle((i * bar, place(share), (i + 1) * bar - 1, height - 1), fill=(0, 114, 178))
+    draw.line((0, place(1), width - 1, place(1)), fill=(20, 20, 20))
+    return picture
+
+
+def draw_calibration(folder: Path) -> Path:
+    """Write folder/calibration.png: the rank histograms of data/results/calibration.json."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in json.loads(calibration.data_file().read_text(encoding="utf-8"))["rows"]:
+        name = row["name"].replace("ζ", "zeta").replace("Π", "Pi").replace("τ", "tau")  # the font has no Greek
+        rows.setdefault(name, []).append(row)
+    columns = max(map(len, rows.values()))
+    pictures, captions = [], []
+    for each in rows.values():
+        each = each + [None] * (columns - len(each))
+        shown = [row if row and "histogram" in row else None for row in each]
+        pictures.append([row and draw_histogram(row) for row in shown])
+        captions.append(
+            [
+                f"{row['evaluations'] or '-'}: {calibration.judge(row)}, {row['spread_error']:.2f}" if row else ""
+                for row in shown
+            ]
+        )
+    sheet = grids.draw_grid(pictures, [""] * columns, list(rows), captions, cell=120, font_size=13)
+    path = folder / "calibration.png"
+    sheet.quantize(16, dither=Image.Dither.NONE).save(path, optimize=True)
+    return path
+
+
 def draw_picture(restorer: Restorer, name: str, folder: Path, steps: Any = None) -> Path:
     """Write folder/samplers/NAME.png, folder/guidance/NAME.png or README's folder/pag-samples.png, in few colours.
 
@@ -137,7 +174,10 @@ def draw_picture(restorer: Restorer, name: str, folder: Path, steps: Any = None)
 
 if __name__ == "__main__":
     latents = LATENT_SAMPLERS | LATENT_GUIDANCE
-    for requested in sys.argv[1:] or [*SAMPLERS, "generate", *GUIDANCE, *latents]:
+    for requested in sys.argv[1:] or [*SAMPLERS, "generate", *GUIDANCE, *latents, "calibration"]:
+        if requested == "calibration":
+            print(draw_calibration(Path(__file__).parent))
+            continue
         prior = restore.load("embedded-latent" if requested in latents else "embedded")
         path = draw_picture(prior, requested, Path(__file__).parent)
         print(f"{path}  {path.stat().st_size / 1024:.1f} KB", flush=True)

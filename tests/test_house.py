@@ -22,7 +22,7 @@ FLOORS = (
     ("guidance",),
     ("samplers",),
     ("method", "zoo"),
-    ("protocol", "restoration", "restorer", "task", "repair", "batch"),
+    ("protocol", "restoration", "restorer", "task", "repair", "batch", "calibration"),
     ("memory", "metrics", "integrations"),
     ("bench", "training"),
     ("report",),
