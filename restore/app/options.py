@@ -220,10 +220,11 @@ def announce_start(quiet: bool = False) -> None:
 
 
 def print_outcomes(outcomes: Iterable[Any], quiet: bool = False, passed_over: str | None = None) -> None:
-    """Print each outcome's line as it comes, and `passed_over` at the end, unless quiet.
+    """Print each outcome's line as it comes, and its cautions and `passed_over` at the end, unless quiet.
 
     Raises RestoreError at the end if any failed, by reason."""
     failed: dict[str, list[str]] = {}
+    cautions: dict[str, None] = {}
     count = 0
     for outcome in outcomes:
         count += 1
@@ -231,6 +232,9 @@ def print_outcomes(outcomes: Iterable[Any], quiet: bool = False, passed_over: st
             failed.setdefault(outcome.error, []).append(outcome.photo.source.name)
         elif not quiet:
             typer.echo(outcome.line())
+            cautions |= dict.fromkeys(filter(None, [outcome.caution]))
+    for caution in cautions:
+        typer.echo(f"restore: {caution}", err=True)
     if not quiet:
         print_passed_over(passed_over)
     if count == 1 and failed:

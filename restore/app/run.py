@@ -20,6 +20,7 @@ from restore.app.choice import MethodChoice
 from restore.app.files import DEGRADED, MEAN, SIGNALS, SPREAD, TRAJECTORY, Photo
 from restore.app.priors import PriorChooser
 from restore.app.trajectory import Trajectory
+from restore.calibration import describe_spread
 from restore.images import io
 from restore.images.resampling import Resampling
 from restore.images.tint import apply_tint, estimate_tint
@@ -38,12 +39,13 @@ _DECISIVE = ("backbone", "weights", "weak_models", "model_options", "precision",
 class Outcome:
     """What happened to one photo. numbers: residual_ratio, nfe, seconds, with `degrade` psnr and ssim. error: why there
     is no result. plan: memory and time of a photo that was only planned. lost: what the photo has and the result's
-    format does not hold, see io.list_lost. note: what was seen and decided."""
+    format does not hold, see io.list_lost. note: what was seen and decided. caution: how not to read the result."""
 
     photo: Photo
     skipped: bool = False
     lost: tuple[str, ...] = ()
     note: str = ""
+    caution: str = ""
     numbers: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
     plan: Plan | None = None
@@ -182,6 +184,8 @@ class RestoreJob:
         estimate = {} if plan is None else {"estimate": plan.describe()}
         hue = {} if tint is None else {"one_hue": True}
         told = {"note": note} if note else {}
+        spread = describe_spread(method, result.nfe) if self.samples > 1 else None
+        told |= {} if spread is None else {"spread": spread}
         return _Restored(measured, result, trajectory, expected | estimate | hue | told, colour)
 
     def _describe_settings(self, photo: Photo, task: Task, protocol: dict[str, Any]) -> dict[str, Any]:
@@ -229,7 +233,8 @@ class RestoreJob:
             written = {path.name: disk.hash_file(path) for path in pictures}
             done = {"finished": True, "written": written, "protocol": protocol}
             disk.write_json(photo.sidecar, sidecar | done | numbers)
-        return Outcome(photo, numbers=numbers, lost=tuple(lost))
+        caution = restored.facts.get("spread", {}).get("caution", "")
+        return Outcome(photo, numbers=numbers, lost=tuple(lost), caution=caution)
 
 
 @dataclass

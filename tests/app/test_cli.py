@@ -53,7 +53,11 @@ def test_degrade_restores_and_scores_and_samples_do_not_change_an_image(command,
     assert {f"{stem}-sample1.png", f"{stem}-sample2.png", f"{stem}-mean.png", f"{stem}-spread.png"} <= names
     assert (three / f"{stem}-sample1.png").read_bytes() != (three / f"{stem}-sample2.png").read_bytes()
     assert Image.open(one / f"{stem}-degraded.png").size == (16, 16)
-    assert json.loads((one / f"{stem}.json").read_text())["nfe"] == 6
+    sidecars = [json.loads((folder / f"{stem}.json").read_text()) for folder in (one, three)]
+    assert sidecars[0]["nfe"] == 6 and "spread" not in sidecars[0]
+    said = sidecars[1]["spread"]  # the nearest row of DiffPIR with zeta 1
+    assert said["verdict"] == "too narrow" and said["evaluations"] == 20 and 0.5 < said["spread_error"] < 0.9
+    assert "without guidance" in said["note"] and "caution" not in said and "spread" not in err
 
     # Another seed is another image; order and company do not matter.
     other = tmp_path / "other"

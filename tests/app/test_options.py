@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from PIL import Image
 import operators
 from operators import RestoreError
 from restore import guidance as guidances
-from restore.app import cli, options
+from restore.app import cli, options, run
 from restore.app.choice import PAGOverride
+from restore.app.files import Photo
 from restore.guidance import CFG, PAG
 from restore.paths import data_dir
 from restore.task import load_task, measure_photo
@@ -248,3 +250,12 @@ def test_colorization_measures_one_channel(tmp_path):
     found = measure_photo(photos[0].source, load_task("colorize"), image_id="a")
     assert found.y.shape == (1, 1, 64, 64)
     assert torch.allclose(found.y, found.operator.A(found.record.pixels), atol=1e-6)
+
+
+def test_a_caution_is_said_once_and_not_in_quiet(capsys):
+    outcomes = [run.Outcome(Photo(Path(name), Path(name)), caution="too narrow by 3x") for name in ("a.png", "b.png")]
+    options.print_outcomes(outcomes)
+    out, err = capsys.readouterr()
+    assert err == "restore: too narrow by 3x\n" and "narrow" not in out
+    options.print_outcomes(outcomes, quiet=True)
+    assert capsys.readouterr() == ("", "")

@@ -17,6 +17,7 @@ from operators import RestoreError
 from restore.app.page import models, pictures, request, work
 from restore.app.page.pictures import Edits
 from restore.app.page.request import Request
+from restore.app.page.text import label_versions
 from restore.images import io as images
 from restore.memory import Planner
 from restore.paths import data_dir
@@ -76,6 +77,9 @@ def test_three_versions_show_what_is_guesswork(restorer, tmp_path):
     wanted = Request("fill", sigma=0.02, **QUICK | {"samples": 3, "steps": 10})
     (done,) = restored(restorer, [SCRATCHED], wanted, tmp_path, mask=MASK)
     assert len(done.samples) == 3 and len(done.files) == 6
+    assert done.sidecar["spread"]["verdict"] == "too narrow"  # DiffPIR with zeta 1: not all equally likely
+    assert "differ from them more" in label_versions(done.sidecar["spread"])
+    assert label_versions() == label_versions({"verdict": "samples"}) == "Three versions, all equally likely"
     known = np.asarray(PIL.Image.open(MASK).resize(done.guessed.size, PIL.Image.Resampling.NEAREST)) > 127
     red, _, blue = np.moveaxis(np.asarray(done.guessed).astype(float), -1, 0)
     assert (red - blue)[~known].mean() > 5 * abs((red - blue)[known].mean())

@@ -15,7 +15,14 @@ from restore.app.page import models, pictures, work
 from restore.app.page.models import Priors
 from restore.app.page.request import Request, estimate_sigma, estimate_std, parse_request
 from restore.app.page.store import make_work_folder
-from restore.app.page.text import format_plan, format_status, format_versions, hide_folders, to_sentence
+from restore.app.page.text import (
+    format_plan,
+    format_status,
+    format_versions,
+    hide_folders,
+    label_versions,
+    to_sentence,
+)
 from restore.app.page.visits import Asked, Visit, Visits
 
 VERSIONS = 3  # offered of a restored photo
@@ -170,14 +177,15 @@ class Handlers:
     def _show(self, visit: Visit, k: int) -> dict[str, Any]:
         done = visit.results[k]
         several, files = len(done.samples) > 1, [str(path) for each in visit.results for path in each.files]
-        captions = [f"version {n + 1}" for n in range(len(done.samples))]
+        versions = [(image, f"version {n + 1}") for n, image in enumerate(done.samples)]
+        label = label_versions(done.sidecar.get("spread"))
         names = [(each.name, n) for n, each in enumerate(visit.results)]
         return {
             "forming": gr.update(visible=False),
             "which": gr.update(choices=names, value=k, visible=len(names) > 1),
             "slider": gr.update(value=(done.before, done.samples[0]), visible=True),
             "download": gr.update(value=str(done.files[0]), visible=True),
-            "gallery": gr.update(value=list(zip(done.samples, captions, strict=True)), visible=several),
+            "gallery": gr.update(value=versions, label=label, visible=several),
             "guessed": gr.update(value=done.guessed, visible=several),
             "files": gr.update(value=files, visible=True),
             "experts": gr.update(visible=True),

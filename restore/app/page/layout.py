@@ -10,7 +10,7 @@ import gradio as gr
 
 from restore.app.page.models import Priors, class_choices, describe_fit, describe_prior
 from restore.app.page.request import BLURS, FACTORS, PLAIN
-from restore.app.page.text import format_status
+from restore.app.page.text import format_status, label_versions
 from restore.method import QUALITIES
 
 HONEST = (
@@ -130,7 +130,7 @@ def add_results(parts: Parts) -> None:
         parts.versions = gr.HTML(elem_classes="fine")
         parts.three = gr.Button("Make three versions", elem_id="three")
     form = {"rows": 1, "columns": 3, "height": "auto", "object_fit": "contain"}
-    parts.gallery = gr.Gallery(label="Three versions, all equally likely", elem_id="versions", **form, **png)
+    parts.gallery = gr.Gallery(label=label_versions(), elem_id="versions", **form, **png)
     label = "Orange: guesswork, where the versions differ (spread)"
     parts.guessed = gr.Image(label=label, buttons=["download"], elem_id="guessed", **png)
     parts.files = gr.File(label="All files", file_count="multiple", elem_id="files", **hidden)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from restore.memory import Plan, format_range, widen
 
@@ -56,6 +57,13 @@ def format_plan(plan: Plan, count: int, note: str = "") -> str:
         advice = f"{large}. Cropped to a quarter of its area: {less}"
     seen = f"{html.escape(to_sentence(note))}<br>" if note else ""
     return f"{seen}{takes}{each}{advice}<br><small>{html.escape(plan.format())}</small>"
+
+
+def label_versions(spread: Mapping[str, Any] | None = None) -> str:
+    """Return what stands above several versions; spread: what the side-car says of it, if anything."""
+    narrow = spread is not None and spread["verdict"] in ("too narrow", "estimates")
+    what = "the truth may differ from them more than they do from each other" if narrow else "all equally likely"
+    return f"Three versions, {what}"
 
 
 def format_versions(plan: Plan) -> str:
