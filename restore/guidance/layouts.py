@@ -181,6 +181,10 @@ def find_layout(pipe: Any, named: dict[str, Any], x: torch.Tensor) -> str:
         return "all"
     kinds, name = [kind.__name__ for kind in type(pipe).__mro__], type(pipe).__name__
     remedy = "try conditional='second', 'first' or 'all', the part of the batch with the prompt"
+    if "ModularPipeline" in kinds:  # whose calls with and without the prompt must be told apart
+        raise RestoreError(
+            f"pipe must be an ordinary pipeline, got a {name}; try restore.integrations.diffusers.Guider"
+        )
     if any(kind in EDITING for kind in kinds):
         raise RestoreError(
             f"pipe must put one prompt into its batch, got a {name}, which adds parts for edits;"

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import tiny_flow
 import torch
+from diffusers import FluxPipeline
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.modular_pipelines import FluxAutoBlocks, StableDiffusion3AutoBlocks, StableDiffusionXLAutoBlocks
 from pipelines_by_hand import quiet, relative, sample
@@ -60,13 +61,18 @@ def options(name, **more):
 def run(modular, guider, name="sd3", seed=0, **more):
     modular.update_components(guider=guider)
     generator = torch.Generator().manual_seed(seed)
-    return modular(generator=generator, output="images", **options(name, **more))
+    return unpack(modular(generator=generator, output="images", **options(name, **more)))
 
 
 def run_guided(pipe, guidance, name="sd3", scale=1.0, **more):
     with guided(pipe, guidance):
         x = sample(pipe, guidance_scale=scale, **options(name, **more))
-    return pipe._unpack_latents(x, 32, 48, pipe.vae_scale_factor) if name == "flux" else x
+    return unpack(x)
+
+
+def unpack(x):
+    """A latent as FLUX's pipelines return it, and up to diffusers 0.41 its blocks, as one of four dimensions."""
+    return FluxPipeline._unpack_latents(x, COMMON["height"], COMMON["width"], 4) if x.ndim == 3 else x
 
 
 def state(network):
@@ -75,8 +81,7 @@ def state(network):
     ]
 
 
-@pytest.mark.parametrize("scope", ["joint", "image"])
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("name, scope", [("sdxl", "joint"), ("sd3", "joint"), ("sd3", "image"), ("flux", "image")])
 def test_without_cfg_it_agrees_with_guided_to_the_bit(pipes, name, scope):
     pipe, modular = pipes(name)
     guidance = PAG(2.0, layers=LAYERS[name], scope=scope, strength=0.5)
@@ -246,7 +251,7 @@ def test_own_code_works_but_is_not_saved(pipes, tmp_path):
     assert not (tmp_path / "own").exists()
 
 
-def test_what_it_refuses(pipes, monkeypatch):
+def test_what_it_refuses(pipes):
     _, modular = pipes("sd3")
     for guidance, words in [
         (CFG(1.0), "guidance_scale"),
@@ -262,12 +267,12 @@ def test_what_it_refuses(pipes, monkeypatch):
             run(modular, Guider(guidance))
     with pytest.raises(RestoreError, match="blocks.*FLUX"):
         add_guider(StableDiffusion3AutoBlocks())
+    with guided(modular, PAG(1.0, "b1")), pytest.raises(RestoreError, match="Guider"):
+        run(modular, ClassifierFreeGuidance())
     _, flux = pipes("flux")
     with pytest.raises(RestoreError, match="guidance_scale must be 1"):
         run(flux, Guider(guidance_scale=2.0), "flux")
     guider = Guider(PAG(1.0, "b1"))
-    original = modular.transformer.forward
-    monkeypatch.setattr(modular.transformer, "forward", original)
     guider.set_state(0, 4, torch.tensor(1000.0))
     guider._seen = torch.zeros(1), 0.0, torch.ones(1)
     with pytest.raises(RestoreError, match="prediction as it is"):
