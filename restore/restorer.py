@@ -17,6 +17,7 @@ from restore import method as methods
 from restore import samplers, zoo
 from restore.backbones.ambient import neutral_state
 from restore.backbones.base import count_image_channels
+from restore.backbones.lean import run_lean
 from restore.backbones.memory_options import enable_block_checkpointing, enable_vae_slicing, enable_vae_tiling
 from restore.backbones.sizes import Sized, default_overlap
 from restore.guidance import Guidance, resolve_guidance
@@ -261,7 +262,7 @@ class Restorer(SharedPrior):
             batch = items[first : first + batch_size]
             rows = [b for b, _ in batch]
             guidance, receive = observe_run(callback, method.guidance, used, (first, len(batch), len(items)), prior)
-            with explain_out_of_memory():
+            with explain_out_of_memory(), run_lean():
                 x = sampler(
                     prior,
                     operators.select_rows(operator, rows),
@@ -339,7 +340,7 @@ class Restorer(SharedPrior):
                 options = {"steps": method.steps, "guidance": observed, "callback": receive, **method.parameters}
                 options["condition"] = select_condition(condition, rows)
                 noise = ImageNoise([(seed, "generate", first + i) for i in rows], self.device)
-                with explain_out_of_memory():
+                with explain_out_of_memory(), run_lean():
                     x = generate(prior, len(rows), noise=noise, **options)
                 results.append(x.float().clamp(-1, 1))
         return torch.cat(results)

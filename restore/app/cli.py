@@ -15,6 +15,7 @@ import typer
 from operators import RestoreError, naming
 from restore.app import models, options, research
 from restore.app.look import look
+from restore.app.threads import let_threads_sleep
 
 SUMMARY = "Restore images with diffusion priors, training-free."
 app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}, help=SUMMARY)
@@ -296,6 +297,7 @@ def translate(message: object) -> str:
 
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
+    let_threads_sleep(os.environ)
     naming.MODULE_FOLDERS.append(os.getcwd())  # so that "module:attribute" finds the user's samplers and operators
     warnings.formatwarning = lambda message, *_: f"restore: {translate(message)}\n"
     for stream in (sys.stdout, sys.stderr):  # a file name may have bytes, and a terminal lack letters

@@ -17,6 +17,7 @@ from restore.backbones.ambient import no_autocast
 from restore.backbones.attention_layers import find_attention_layers
 from restore.backbones.base import PREDICTION_TYPES, Pixels, Prediction, expand_times, require_shape
 from restore.backbones.diffusers_parts import UNet2DModel
+from restore.backbones.lean import find_lean, prepare_lean
 from restore.backbones.schedule import Schedule
 
 EXTRA, SCHEDULER = "restore.json", "scheduler_config.json"
@@ -46,6 +47,8 @@ class ADM(Pixels):
     channels_last: memory format of the weights; by default only in low precision on a GPU, where convolutions are
         faster that way. On a CPU group normalisation's backward costs more than they gain, and in fp32 another order
         of summation leaves the official DPS trajectories: a pixel rounded across the clamp switches its gradient.
+    lean: in samplers without gradients, run in fewer operations on a CPU in fp32 (restore.backbones.lean), equal to
+        rounding; False: the network's own.
     """
 
     encode_prompt = None
@@ -62,6 +65,7 @@ class ADM(Pixels):
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         channels_last: bool | None = None,
+        lean: bool = True,
     ):
         # By torch's own `to`: diffusers' looks for offloading, whose import takes seconds.
         self.network = nn.Module.to(network.eval().requires_grad_(False), device=device)
@@ -70,6 +74,8 @@ class ADM(Pixels):
             channels_last = self.dtype != torch.float32 and self.device.type == "cuda"
         if channels_last:
             nn.Module.to(self.network, memory_format=torch.channels_last)
+        if lean:
+            prepare_lean(self.network)
         config = network.config
         if isinstance(schedule, str):
             check_known([schedule], SCHEDULES, "unknown noise schedule")
@@ -201,10 +207,12 @@ class ADM(Pixels):
 
 def run_network(network: Callable, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, patch: int):
     """Return the raw output (B, C or 2C, H, W) of a UNet2DModel, or of a function like it, on patches of x_t."""
-    if patch == 1:
-        return network(x_t, t, class_labels=labels, return_dict=False)[0]
-    cells = F.pixel_unshuffle(x_t, patch)
-    return F.pixel_shuffle(network(cells, t, class_labels=labels, return_dict=False)[0], patch)
+    cells, is_lean = F.pixel_unshuffle(x_t, patch) if patch > 1 else x_t, find_lean(x_t) is not None
+    if is_lean:
+        cells = cells.contiguous(memory_format=torch.channels_last)
+    out = network(cells, t, class_labels=labels, return_dict=False)[0]
+    out = out.contiguous() if is_lean else out
+    return F.pixel_shuffle(out, patch) if patch > 1 else out
 
 
 def check_labels(condition: torch.Tensor | int, batch: int, classes: int) -> torch.Tensor:

@@ -21,9 +21,10 @@ from torch import nn
 
 from operators import RestoreError
 from operators.naming import lookup
-from operators.ranges import Names, Range
+from operators.ranges import Count, Names, Range
 from restore.backbones.base import Backbone, Prediction
 from restore.backbones.forwards import find_compiled, run_uncompiled
+from restore.backbones.lean import keep_own_code
 from restore.backbones.prefix import ChangedInPlace, Tape, Trace
 from restore.guidance.combine import find_combination, weighted_sum
 from restore.guidance.options import check_options
@@ -73,6 +74,7 @@ class Term:
     scale: s; 0 is off: no weak pass is run.
     interval: (t_high, t_low), the times between which the guidance acts, both included; None: always.
     schedule: factor on s (0: no weak pass): a name in SCHEDULES, a function t -> factor or its "module:function".
+    every: run the weak pass in the first of so many evaluations, and use its eps - eps_weak in the others again.
     """
 
     has_weak_pass: ClassVar[bool] = True
@@ -80,6 +82,7 @@ class Term:
     scale: float
     interval: tuple[Time, Time] | None = field(default=None, kw_only=True)
     schedule: Annotated[str | Callable[[float], float], Names(SCHEDULES)] = field(default="constant", kw_only=True)
+    every: Count = field(default=1, kw_only=True)
 
     def __post_init__(self):
         check_options(self)
@@ -156,7 +159,7 @@ class Estimate:
     step on take from it what the two have in common (share_prefix=False: compute everything twice; same bits), unless
     the network turns out to change that in place, which is warned of once. Changes to the network during a pass are
     seen by this thread only and are gone after it, so a backward between two calls, and other threads, see the true
-    network. evaluations: network passes so far.
+    network. evaluations: network passes so far. Made where gradients are on, no pass runs lean (backbones.lean).
     Raises RestoreError for unknown layers or heads, and for CFG without a null condition.
     """
 
@@ -170,8 +173,10 @@ class Estimate:
         self.trace, self.compiled = Trace(backbone.network), find_compiled(backbone.network) if self.terms else []
         share_prefix = share_prefix and getattr(backbone, "share_prefix", True)
         self.tapes = [Tape(weak.modules if share_prefix else ()) for weak in self.passes]
+        self.kept: list[tuple[int, torch.Tensor | None]] = [(0, None)] * len(self.terms)  # uses left, eps - eps_weak
         combine = guidance.combine if self.terms else None
         self.combine = combine.bind(backbone) if hasattr(combine, "bind") else lambda eps, weak, *_: combine(eps, weak)
+        self.differentiates = torch.is_grad_enabled()
         self.evaluations = 0
 
     def __call__(self, x_t: torch.Tensor, t: float, condition: Any = None) -> tuple[Prediction, torch.Tensor]:
@@ -182,7 +187,7 @@ class Estimate:
     def strong(self, x_t: torch.Tensor, t: float, condition: Any = None) -> Prediction:
         """Return the plain Prediction, with a graph to x_t if x_t requires a gradient."""
         self.close()
-        active = self._active(t)
+        active = [item[:3] for item in self._active(t) if not self._is_kept(item[3], x_t)]
         tapes = [tape for _, _, tape in active if tape.changed]
         observers = [weak.observe() for _, weak, _ in active if weak.observe is not None]
         with ExitStack() as stack:
@@ -198,6 +203,7 @@ class Estimate:
                 if not tape.queues:
                     tape.follow(self.trace)
                 stack.enter_context(tape.record())
+            stack.enter_context(keep_own_code(self.differentiates))
             self.evaluations += 1
             return self.backbone.predict(x_t, t, condition)
 
@@ -209,12 +215,19 @@ class Estimate:
         """
         eps, x_t, predictions = strong.eps.detach(), x_t.detach(), []
         try:
-            for scale, weak, tape in self._active(t):
-                with run_uncompiled(self.compiled if weak.modules else ()):
+            for scale, weak, tape, k in self._active(t):
+                if self._is_kept(k, x_t):
+                    left, difference = self.kept[k]
+                    self.kept[k] = (left - 1, difference)
+                    predictions.append((scale, eps - difference))
+                    continue
+                with run_uncompiled(self.compiled if weak.modules else ()), keep_own_code(self.differentiates):
                     eps_weak = self._predict_weak(weak, tape, (x_t, t, condition, strong))
                 if eps_weak is not None:
                     self.evaluations += 1
                     predictions.append((scale, eps_weak))
+                    if self.terms[k].every > 1:
+                        self.kept[k] = (self.terms[k].every - 1, eps - eps_weak)
         finally:
             self.close()
         return self.change(self.combine(eps, predictions, x_t, t) if predictions else eps, x_t, t)
@@ -240,9 +253,14 @@ class Estimate:
                     other.stop()
         return weak.eps(*inputs)
 
-    def _active(self, t: float) -> list[tuple[float, WeakPass, Tape]]:
+    def _active(self, t: float) -> list[tuple[float, WeakPass, Tape, int]]:
         scales = [term.scale_at(t, self.backbone) for term in self.terms]
-        return [item for item in zip(scales, self.passes, self.tapes, strict=True) if item[0] != 0]
+        numbers = range(len(scales))
+        return [item for item in zip(scales, self.passes, self.tapes, numbers, strict=True) if item[0] != 0]
+
+    def _is_kept(self, k: int, x_t: torch.Tensor) -> bool:
+        left, difference = self.kept[k]
+        return left > 0 and difference.shape == x_t.shape
 
     def __enter__(self) -> Estimate:
         return self

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from restore import samplers
+from restore.backbones.lean import count_copies
 from restore.images.resampling import Resampling
 from restore.memory.available import available_memory
 from restore.memory.duration import format_range, widen
@@ -166,7 +167,8 @@ class Planner:
                 retained += more * work.batch
                 transient = max(transient, (peak - more) * work.batch)
         network = OVERHEAD * (retained + transient) + work.batch * trace.bytes_per_pixel * pixels
-        return FIXED + max(network, WRITING * pixels) + 2 * FLOAT * 3 * samples * pixels
+        copied = count_copies(self.restorer.backbone.network)
+        return FIXED + copied + max(network, WRITING * pixels) + 2 * FLOAT * 3 * samples * pixels
 
     def _seconds(self, work: Workload, options: MemoryOptions) -> float:
         """Return the seconds of one batch: evaluations times the seconds of one, and those of the dry run."""

@@ -25,8 +25,8 @@ ASKED = {
 _UNET = ("heads", "head_channels", "attention_order", "schedule", "prediction_type", "null_class", "weights_key")
 # By kind of model, the keywords of its loader that `restore.load` takes.
 OPTIONS = {
-    "adm": (*_UNET, "resolution"),
-    "latent": (*_UNET, "scale_factor", "ema"),
+    "adm": (*_UNET, "resolution", "lean"),
+    "latent": (*_UNET, "scale_factor", "ema", "lean"),
     "stable-diffusion": ("prediction_type", "config"),
     "sd3": ("text_tokens", "quantise"),
     "flux": ("text_tokens", "distilled_guidance", "quantise"),

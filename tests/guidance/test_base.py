@@ -257,3 +257,23 @@ def test_sums():
     with pytest.raises(TypeError):
         CFG(1.0) + 2
     assert isinstance(total, guidance_package.Guidance)
+
+
+def test_a_weak_pass_is_used_again(model, golden, passes):
+    """every=2: the first and third are computed, the others take the difference before; not one of another size."""
+    x, y = golden["x_t"], golden["y"]
+    times = (500, 480, 460, 440)
+    found = {}
+    for every in (1, 2):
+        passes.clear()
+        with estimator(model, PAG(2.0, "m1", every=every)) as estimate:
+            found[every] = [estimate(x, t, y) for t in times]
+            assert len(passes) == estimate.evaluations == {1: 8, 2: 6}[every]
+            assert not any(queue for tape in estimate.tapes for queue in tape.queues.values())
+            estimate(x[:1], 420, y[:1])
+    (now, again) = ([eps - strong.eps for strong, eps in found[every]] for every in (1, 2))
+    for k in range(4):
+        assert relative(again[k], now[k - k % 2]) < 1e-4
+    assert relative(again[1], now[1]) > 1e-3
+    with pytest.raises(RestoreError, match="every"):
+        PAG(2.0, "m1", every=0)
