@@ -34,12 +34,12 @@ from restore.app.run import RestoreJob
 from restore.images.io import to_tensor
 from restore.images.motion import Motion
 from restore.metrics.single import LPIPS, psnr
+from restore.paths import configs_dir
 from restore.restorer import Restorer, load
-from restore.task import Task, load_task
+from restore.task import ROUNDING, Task, load_task
 
 NEAR = 0.5  # dB; a gap that nobody minds
 INVISIBLE = 45.0  # dB; a better result is not told from the original
-ROUNDING = 1 / (127.5 * math.sqrt(12))  # standard deviation on [-1, 1] of the rounding to 8 bits
 AS_IT_IS, FIRST = "as it is", "nothing said"
 
 # What happened to a photo, one after the other: blur (std), motion (length, angle), reduced (factor), noise (of 255),
@@ -160,7 +160,7 @@ class Judge:
         stem = f"{piece.name}_{name}".replace(",", "").replace(" ", "-")
         path, store = damaged.write(self.folder / "files" / stem), self.folder / "rows" / f"{stem}.json"
         facts = {"file": hashlib.sha256(damaged.content).hexdigest()[:12], "lpips": self.lpips is not None}
-        facts |= {"weights": self.restorer.weights_hash(), "quality": self.quality}
+        facts |= {"weights": self.restorer.weights_hash(), "quality": self.quality, "presets": _hash_presets()}
         row = disk.read_json(store) or {}
         known = row.get("known", {}) if row.get("facts") == facts else {}
         first, note = None, "nothing found"
@@ -209,6 +209,11 @@ class _Fixed:
 
     def for_photo(self, photo: Path, degrade: bool = False) -> Task:
         return self.task
+
+
+def _hash_presets() -> str:
+    content = b"".join(path.read_bytes() for path in sorted((configs_dir() / "method").glob("*.yaml")))
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def _parent(path: Path) -> Path:

@@ -25,6 +25,8 @@ from restore.paths import configs_dir
 from restore.repair import AUTO, choose_repair, read_auto
 from restore.samplers.noise import measurement_generator
 
+ROUNDING = 1 / (127.5 * 12**0.5)  # standard deviation on [-1, 1] of the rounding to 8 bits
+BLURS = ("gaussian_blur", "motion_blur", "blur", "compose")
 ESTIMATED = {"name": "gaussian", "sigma": AUTO}  # noise whose level is estimated from the photo
 # Operators' names in place of a task's, as earlier versions and other packages have them.
 ALIASES = {
@@ -105,7 +107,10 @@ class Task:
         if is_estimated or (blind and min(pixels.shape[-2:]) >= SMALLEST):
             mask = config.get("mask")
             known = mask.read(tuple(pixels.shape[-2:])) if isinstance(mask, Mask) else None
-            sigma = float(f"{estimate_noise(pixels, known):.3g}")
+            sigma = estimate_noise(pixels, known)
+            if config["name"] in BLURS:  # an inverse that believes every digit has nothing but ringing
+                sigma = max(sigma, ROUNDING)
+            sigma = float(f"{sigma:.3g}")
             config["noise"] = {"name": "gaussian", "sigma": sigma} if sigma else None
         return Task(self.name, config, keep_known=blind and config["name"] == "inpainting_mask")
 

@@ -24,6 +24,7 @@ EIGHT = np.ones((3, 3))  # neighbours, including diagonal ones
 SIDE = 1024  # pixels; photos with a longer shorter side are reduced first
 WIDEST = 0.022  # of the shorter side: largest width of a scratch
 LINE, SPECK = 0.06, 0.04  # of the shorter side: shortest line, longest speck
+FEW = 2  # specks that may be lights: in an eye, on china
 BELIEVED = 7.2  # score of a structure that is damage
 GROWTH, SAME = 0.05, 0.08  # largest share of the photo a stain may cover; colour difference within one, on [-1, 1]
 
@@ -32,7 +33,8 @@ def detect_damage(x: torch.Tensor, sensitivity: float = 0.5, certain: float = 1.
     """Return a mask (1, 1, H, W): 0 where the photo looks damaged, 1 elsewhere.
 
     x: one photo, (1 or 3, H, W) or (1, 1 or 3, H, W) in [-1, 1]. sensitivity: 0 (only the most obvious damage) to 1
-    (more damage, more false alarms). certain: no damage at all is returned unless some would be with this sensitivity.
+    (more damage, more false alarms). certain: no damage is returned unless, with this sensitivity, a line
+    would be, or more than FEW specks.
 
     Structures brighter, or darker, than their surroundings in all channels and thinner than 2.2 % of the shorter side
     (a top-hat transform) are scored by their contrast to the detail around them, the rarity of their brightness, the
@@ -48,13 +50,14 @@ def detect_damage(x: torch.Tensor, sensitivity: float = 0.5, certain: float = 1.
     size, factor = x.shape[-2:], -(-min(x.shape[-2:]) // SIDE)
     small = F.avg_pool2d(x, factor, ceil_mode=True)[0].numpy()
     colour = small.max(0) - small.min(0)
-    damaged, best = np.zeros(colour.shape, bool), -np.inf
+    damaged, lines, specks = np.zeros(colour.shape, bool), [], []
     for sign in (1, -1):
         extreme = F.max_pool2d(sign * x, factor, ceil_mode=True)  # keeps lines thinner than the factor
         for box, piece, score in _find_pieces(extreme[0].amin(0).numpy(), colour, 3 * (0.5 - sensitivity)):
             damaged[box] |= piece
-            best = max(best, score)
-    if best <= 3 * (0.5 - certain):
+            (lines if np.hypot(*piece.shape) >= LINE * min(damaged.shape) else specks).append(score)
+    best = max([*lines, *sorted(specks)[:-FEW]], default=-np.inf) if certain < 1 else np.inf
+    if not damaged.any() or best <= 3 * (0.5 - certain):
         return torch.ones(1, 1, *size, dtype=torch.float32)
     margin = 2 if min(damaged.shape) >= 200 else 1  # compression and scanning smear the edges
     damaged = nd.binary_dilation(_add_stains(small, damaged), EIGHT, iterations=margin)

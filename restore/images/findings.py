@@ -23,7 +23,7 @@ from restore.images.tint import estimate_tint
 # From where on something is called wrong: sigma on [-1, 1], the quality of JPEG, the longer side in pixels.
 NOISY, COMPRESSED, SMALL = 0.03, 88, 400
 SHARP = 1.5  # times the noise's: power of the finest detail of a photo that is not blurred, whatever its edges say
-SENSITIVITY, CERTAIN = 0.5, 0.0  # of the search for damage: of its mask, and for believing that there is any
+SENSITIVITY, CERTAIN = 0.5, -0.2  # of the search for damage: of its mask, and for believing that there is any
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,16 @@ def test_scratches(tmp_path, sharp):
     assert math.isclose(float(missing[60, 130:132].float().mean()), 1) and missing.float().mean() < 0.05
 
 
+def test_a_light_or_two_are_no_dust(tmp_path, sharp):
+    """A spot as of light in an eye is not filled in; more of them are dust."""
+    rows, columns = np.mgrid[: sharp.shape[-2], : sharp.shape[-1]]
+    x, places = sharp.clone(), [(60, 350), (200, 380), (250, 120), (30, 240), (120, 30)]
+    for count, (top, left) in enumerate(places, 1):
+        x[..., torch.from_numpy(np.hypot(rows - top, columns - left) < 2.5)] = 0.98
+        if count in (1, 5):
+            assert bool(inspect(tmp_path, x).damage) == (count == 5), count
+
+
 def test_too_small_and_nothing_wrong(tmp_path):
     Image.fromarray(np.zeros((20, 40, 3), np.uint8)).save(tmp_path / "tiny.png")
     with pytest.raises(RestoreError, match="32 pixels.*tiny.png of 40 x 20"):
