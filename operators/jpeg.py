@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -13,11 +14,11 @@ import torch.nn.functional as F
 from operators import proximal, validate
 from operators.base import Operator, apply_transpose
 from operators.errors import RestoreError
+from operators.jpeg_tables import SIDE, as_tables, standard_tables
 from operators.noise import GaussianNoise
 from operators.pointwise import Denoising
 from operators.separable import compute_dtype
 
-SIDE = 8  # pixels of a block
 LEVELS = 127.5  # grey levels of 1 on [-1, 1]
 SAMPLINGS = {"4:4:4": (1, 1), "4:2:2": (1, 2), "4:2:0": (2, 2)}  # rows and columns of the picture per value of chroma
 # RGB to Y, Cb, Cr (JFIF 1.02).
@@ -115,14 +116,15 @@ class JPEGNoise:
 
         With full chroma, sides of whole blocks and A the identity one step of conjugate gradients is the closed form.
         """
-        gamma = validate.require_per_image(gamma, "gamma", z).to(compute_dtype(z)).to(z.device)[:, None]
+        gamma = validate.require_per_image(gamma, "gamma", z)
+        gamma = proximal.as_factors(gamma, z.new_empty(0, 1, dtype=compute_dtype(z)))
         x, target = z.to(compute_dtype(z)), y.to(compute_dtype(z))
 
         def forward(image):
             return self.measure(operator.A(image))
 
         difference = self.read(target) - forward(x)
-        variances = self.variances(target) / self.sigma**2
+        variances = self._place_variances(target) / self.sigma**2
         damping = variances / gamma.clamp_min(1e-12)
         inverse = self._precondition(operator, target, damping)
 
@@ -133,6 +135,17 @@ class JPEGNoise:
         v = proximal.solve_pcg(apply, inverse, difference, *limits)
         d = apply_transpose(forward, v, x.shape)
         return (x + torch.where((gamma > 0)[..., None, None], d, 0.0)).to(z.dtype)
+
+    def _place_variances(self, y: torch.Tensor) -> torch.Tensor:
+        """`variances`, made once for pictures of one kind."""
+        key = (repr(self), *y.shape[1:], y.dtype, y.device)
+        if self.__dict__.get("_made", (None,))[0] != key:
+            with torch.inference_mode(False):  # or it could not be used in a later backward pass
+                self._made = key, self.variances(y)
+        return self._made[1]
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_made"}
 
     def variances(self, y: torch.Tensor) -> torch.Tensor:
         """Return the variance (1, n) of every coefficient of pictures like y, on the scale of `measure`."""
@@ -150,13 +163,16 @@ class JPEGNoise:
         """A function that approximates (C A A^T C^T + damping)^-1, C = `measure`: as if A were stationary, coefficient
         by coefficient, with full chroma for the three planes together."""
         is_stationary = isinstance(operator, Operator) and operator.stationary
-        power = (_band_power(operator.respond(y)) if is_stationary else torch.ones(SIDE, SIDE)).to(y)
-        rows = torch.tensor(MATRIX, dtype=torch.float64)
-        gram = (LEVELS**2 * (rows @ rows.mT if y.shape[1] == 3 else torch.ones(1, 1))).to(y)
+        power = y.new_ones(SIDE, SIDE)
+        if is_stationary:
+            key = ("band power", tuple(y.shape))
+            power = operator._buffer(key, lambda: _band_power(operator.respond(y)), y.dtype, y.device)
+        gram = _place(_correlate_colours if y.shape[1] == 3 else _scale_grey, y.dtype, y.device)
         area = 1 if y.shape[1] == 1 else math.prod(SAMPLINGS[self.subsampling])
         if area == 1:
             steps = damping.view(len(damping), len(gram), -1, SIDE, SIDE)[:, :, 0].permute(0, 2, 3, 1)
-            inverted = torch.linalg.inv(gram * power[:, :, None, None] + torch.diag_embed(steps))
+            # `inv` would wait for its own check, which these matrices, positive, always pass.
+            inverted = torch.linalg.inv_ex(gram * power[:, :, None, None] + torch.diag_embed(steps)).inverse
 
             def invert(v):
                 planes = v.view(len(v), len(gram), -1, SIDE, SIDE)
@@ -174,7 +190,7 @@ class JPEGNoise:
             return [_pad(y, self.offset, (SIDE, SIDE))]
         rows, columns = SAMPLINGS[self.subsampling]
         y = _pad(y, self.offset, (SIDE * rows, SIDE * columns))
-        planes = torch.einsum("oc,bchw->bohw", torch.tensor(MATRIX, dtype=torch.float64).to(y), y).split(1, 1)
+        planes = torch.einsum("oc,bchw->bohw", _place(_colours, y.dtype, y.device), y).split(1, 1)
         return [planes[0], *(F.avg_pool2d(plane, (rows, columns)) for plane in planes[1:])]
 
     def _shapes(self, y: torch.Tensor) -> list[tuple[int, int]]:
@@ -235,33 +251,6 @@ class JPEG(Denoising):
         super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
 
 
-# ITU-T T.81, Annex K.1.
-_BRIGHTNESS = (
-    *(16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56),
-    *(14, 17, 22, 29, 51, 87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92),
-    *(49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99),
-)
-_COLOUR = (
-    *(17, 18, 24, 47, 99, 99, 99, 99, 18, 21, 26, 66, 99, 99, 99, 99, 24, 26, 56, 99, 99, 99, 99, 99, 47, 66),
-    *([99] * 38),
-)
-
-
-def standard_tables(quality: int) -> list[torch.Tensor]:
-    """Return libjpeg's steps (8, 8) of brightness and colour for a quality of 1 to 100."""
-    quality = validate.require_integer(quality, "quality", 1, 100)
-    scale = 5000 // quality if quality < 50 else 200 - 2 * quality
-    return as_tables([[min(max((n * scale + 50) // 100, 1), 255) for n in table] for table in (_BRIGHTNESS, _COLOUR)])
-
-
-def as_tables(tables: Sequence) -> list[torch.Tensor]:
-    """Return one or two tables of 64 positive steps as float64 (8, 8), the second that of colour."""
-    values = [torch.as_tensor(table, dtype=torch.float64).flatten() for table in tables]
-    if not 1 <= len(values) <= 4 or any(len(t) != 64 or not (t >= 1).all() for t in values):
-        raise RestoreError(f"tables must be one or two of 64 steps of at least 1, got {[len(t) for t in values]}")
-    return [values[0].view(SIDE, SIDE), values[min(1, len(values) - 1)].view(SIDE, SIDE)]
-
-
 def _average_spreads() -> list[torch.Tensor]:
     """Standard deviations (8, 8) of the coefficients of brightness and of colour in an average photo."""
     f = torch.arange(SIDE, dtype=torch.float64)
@@ -281,7 +270,7 @@ def undo_enlargement(plane: torch.Tensor, factor: tuple[int, int], iterations: i
 
     That is c filtered by (1/8, 3/4, 1/8) along each enlarged axis, which Richardson's iteration inverts.
     """
-    taps = torch.tensor([0.125, 0.75, 0.125], dtype=plane.dtype, device=plane.device)
+    taps = _place(_taps, plane.dtype, plane.device)
     for dim, size in zip((-2, -1), factor, strict=True):
         if size == 1:
             continue
@@ -291,6 +280,29 @@ def undo_enlargement(plane: torch.Tensor, factor: tuple[int, int], iterations: i
             c = c + (plane - F.conv2d(F.pad(c, pad, mode="replicate"), kernel)) / 0.75
         plane = c
     return plane
+
+
+@lru_cache(maxsize=32)
+def _place(make: Callable, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The constant make() in this dtype and on this device, made once."""
+    with torch.inference_mode(False), torch.no_grad():
+        return make().to(dtype).to(device)
+
+
+def _colours() -> torch.Tensor:
+    return torch.tensor(MATRIX, dtype=torch.float64)
+
+
+def _correlate_colours() -> torch.Tensor:
+    return LEVELS**2 * (_colours() @ _colours().mT)
+
+
+def _scale_grey() -> torch.Tensor:
+    return LEVELS**2 * torch.ones(1, 1)
+
+
+def _taps() -> torch.Tensor:
+    return torch.tensor([0.125, 0.75, 0.125], dtype=torch.float64)
 
 
 def _dct() -> torch.Tensor:
@@ -303,7 +315,7 @@ def _dct() -> torch.Tensor:
 def _transform(plane: torch.Tensor) -> torch.Tensor:
     """The orthonormal DCT of the blocks of (B, 1, H, W): (B, H / 8, W / 8, 8, 8)."""
     blocks = plane[:, 0].unflatten(1, (-1, SIDE)).unflatten(3, (-1, SIDE)).transpose(2, 3)
-    D = _dct().to(plane)
+    D = _place(_dct, plane.dtype, plane.device)
     return D @ blocks @ D.mT
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from restore.method import Method
 from restore.versions import hash_own_code
 
 ROW = 521  # numbers, see fingerprint_backbone
+BLOCK = 256 * 2**20  # bytes that are copied from an accelerator at once
 
 
 def describe_run(restorer: Any, operator: Any, method: Method) -> dict[str, Any]:
@@ -72,10 +74,31 @@ def _read(setting: Any) -> Any:
 def hash_backbone(backbone: Any) -> str:
     """Return twelve hexadecimal digits of the weights of a backbone's network and autoencoder in memory."""
     digest = hashlib.blake2b(digest_size=6)
-    for name, tensor in _list_tensors(backbone):
+    for name, content in _read_tensors(backbone):
         digest.update(name.encode())
-        digest.update(tensor.detach().contiguous().reshape(-1).cpu().view(torch.uint8).numpy())
+        digest.update(content.numpy())
     return digest.hexdigest()
+
+
+def _read_tensors(backbone: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the backbone's tensors as (name, bytes on the host); those of an accelerator arrive many at a time, because
+    the host waits for every copy."""
+    group, size = [], 0
+    for name, tensor in _list_tensors(backbone):
+        content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        if group and (size + len(content) > BLOCK or content.device != group[0][1].device):
+            yield from _copy_group(group)
+            group, size = [], 0
+        group.append((name, content))
+        size += len(content)
+    yield from _copy_group(group)
+
+
+def _copy_group(group: list[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    names, contents = zip(*group, strict=True) if group else ((), ())
+    if contents and contents[0].device.type != "cpu":
+        contents = torch.cat(contents).cpu().split([len(content) for content in contents])
+    return zip(names, contents, strict=True)
 
 
 def hash_weak_models(method: Method) -> dict[str, Any]:

@@ -186,12 +186,25 @@ def encode_condition(
     if prompt is not None:
         return _encode_prompt(prior, prompt)
     if labels is None:
-        return condition
+        return _place_condition(prior, condition)
     classes, names = (getattr(prior.inner, name, None) for name in ("classes", "labels"))
     if classes is None:
         raise RestoreError("label must be left out: the backbone has no classes")
     device = next(prior.network.parameters()).device
     return torch.tensor([_find_class(label, classes, names or ()) for label in labels], device=device)
+
+
+def _place_condition(prior: Sized, condition: Any) -> Any:
+    """A given condition on the prior's device, so that no step has to move it; classes are checked while they are on
+    the host."""
+    if not isinstance(condition, torch.Tensor):
+        return condition
+    classes = getattr(prior.inner, "classes", None)
+    if classes is not None:
+        from restore.backbones.adm import check_labels
+
+        check_labels(condition, condition.numel(), classes)
+    return condition.to(next(prior.network.parameters()).device)
 
 
 def _encode_prompt(prior: Sized, prompt: str) -> torch.Tensor:

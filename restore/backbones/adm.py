@@ -106,7 +106,7 @@ class ADM(Pixels):
         if len(labels) > (self.classes or 0):
             raise RestoreError(f"labels must be at most the network's {self.classes or 0} classes, got {len(labels)}")
         self.null_class, self.labels = null_class, tuple(labels)
-        self.null_condition = None if null_class is None else torch.tensor([null_class])
+        self.null_condition = None if null_class is None else torch.tensor([null_class], device=self.device)
         self.attention = find_attention_layers(network)
 
     @property

@@ -165,4 +165,6 @@ def require_shape(x_t: torch.Tensor, channels: int, multiple: int) -> None:
 
 def expand_times(t: float | torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
     """Return the times of a batch, (B,): floats, because diffusers would truncate a number to an integer."""
-    return torch.as_tensor(t, dtype=torch.float32, device=x_t.device).reshape(-1).expand(len(x_t))
+    if isinstance(t, torch.Tensor):
+        return t.to(x_t.device, torch.float32).reshape(-1).expand(len(x_t))
+    return x_t.new_full((1,), float(t), dtype=torch.float32).expand(len(x_t))

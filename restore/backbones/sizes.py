@@ -73,7 +73,7 @@ class Sized:
         recompute_windows: bool = False,
         region: torch.Tensor | None = None,
     ) -> None:
-        self.region = region
+        self.region, self.made = region, {}  # made: windows and their weights by size, on the device
         self.inner, self.height, self.width = backbone, height, width
         self.overlap = default_overlap(backbone) if overlap is None else overlap
         self.max_windows, self.recompute_windows = max_windows, recompute_windows
@@ -122,11 +122,11 @@ class Sized:
         and blended like the predictions of windows.
         """
         height, width = (_round_up(side, self.multiple) for side in x_t.shape[-2:])
-        (h, w), places, weights = self._windows(height, width)
+        (h, w), places, weights = self._windows(height, width, torch.float32, x_t.device)
         pieces = F.interpolate(torch.cat(list(maps)), (h, w)).split(len(x_t))
         canvas = maps[0].new_zeros(*pieces[0].shape[:2], height, width)
         for place, (row, column), piece in zip(places, weights, pieces, strict=True):
-            canvas[place] += piece * (row[:, None] * column).to(canvas)
+            canvas[place] += piece * (row[:, None] * column).to(canvas.dtype)
         return canvas[..., : x_t.shape[-2], : x_t.shape[-1]]
 
     def window_grid(self, height: int, width: int) -> tuple[int, int, list[int], list[int]]:
@@ -138,20 +138,31 @@ class Sized:
         tops, lefts = (place_windows(a, b, int(b * self.overlap)) for a, b in ((height, h), (width, w)))
         return h, w, tops, lefts
 
-    def _windows(self, height: int, width: int) -> tuple[tuple[int, int], list[tuple], list[tuple]]:
-        """Return the sides of a window, and for each its index in x and the weights of its rows and columns."""
+    def _windows(
+        self, height: int, width: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[tuple[int, int], list[tuple], list[tuple]]:
+        """Return the sides of a window, and for each its index in x and the weights of its rows and columns, made once
+        for a dtype, a device and a region."""
+        key = (height, width, self.resolution, dtype, device, id(self.region))
+        if key not in self.made:
+            self.made[key] = self.region, self._place_windows(height, width, dtype, device)
+        return self.made[key][1]
+
+    def _place_windows(self, height: int, width: int, dtype: torch.dtype, device: torch.device):
         h, w, tops, lefts = self.window_grid(height, width)
         places = [(..., slice(top, top + h), slice(left, left + w)) for top in tops for left in lefts]
-        weights = list(product(make_blend_weights(tops, h, height), make_blend_weights(lefts, w, width)))
+        along = (make_blend_weights(tops, h, height), make_blend_weights(lefts, w, width))
+        weights = list(product(*(part.to(device, dtype) for part in along)))
         if self.region is not None and all(
             0 <= b - a < self.multiple for a, b in zip(self.region.shape[-2:], (height, width), strict=True)
         ):
-            chosen = [i for i, place in enumerate(places) if (self.region[place] > 0).any()] or [0]
+            region = self.region.cpu()
+            chosen = [i for i, place in enumerate(places) if (region[place] > 0).any()] or [0]
             places, weights = [places[i] for i in chosen], [weights[i] for i in chosen]
         return (h, w), places, weights
 
     def _predict_windows(self, x: torch.Tensor, t: float, condition: Any) -> Prediction:
-        _, places, weights = self._windows(*x.shape[-2:])
+        _, places, weights = self._windows(*x.shape[-2:], x.dtype, x.device)
         per_call = max(1, self.max_windows // len(x))
 
         # One canvas for all outputs, so that the learned variance is blended like eps.
@@ -168,7 +179,7 @@ class Sized:
             for i, piece in zip(chunk, output.split(len(x)), strict=True):
                 if canvas is None:
                     canvas = piece.new_zeros(*piece.shape[:2], *x.shape[-2:])
-                canvas = _AddWindow.apply(canvas, piece, *(weight.to(x) for weight in weights[i]), places[i])
+                canvas = _AddWindow.apply(canvas, piece, *weights[i], places[i])
         return Prediction(**dict(zip(names, canvas.chunk(len(names), dim=1), strict=True)))
 
     def _predict_chunk(self, windows: torch.Tensor, t: float, condition: Any) -> tuple[list[str], torch.Tensor]:

@@ -127,7 +127,8 @@ class FlowTransformer(Latents):
         times = expand_times(t, x_t)
         batched = isinstance(t, torch.Tensor) and t.numel() > 1
         sigma = (t.to(x_t).view(-1, 1, 1, 1) if batched else float(t)) / self.times
-        if not 0 <= float(times.min()) <= float(times.max()) <= self.times:
+        low, high = (float(times.min()), float(times.max())) if batched else (float(t), float(t))
+        if not 0 <= low <= high <= self.times:
             raise RestoreError(f"t must lie in 0 to {self.times}, got {t}")
         text, pooled = self._split_condition(condition, x_t)
         out = run_in_dtype(lambda x: self._velocity(x, times, text, pooled), x_t, self.network.dtype)
@@ -221,7 +222,7 @@ class DiT(Latents):
         self.multiple = self.resolution
         self.learned_variance = network.out_channels == 2 * config.in_channels
         self.classes = config.num_embeds_ada_norm + 1
-        self.null_condition = torch.tensor([self.classes - 1])
+        self.null_condition = torch.tensor([self.classes - 1], device=self.device)
         self.attention = find_attention_layers(network)
         self.use_vae(vae)
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from operators import RestoreError
 from operators.naming import lookup
 from operators.ranges import NonNegative, Positive, Range, enforce_ranges
+from restore.backbones.transfer import send
 from restore.guidance.options import construct, parse_spec
 
 Rate = Annotated[float, Range(0, below=1)]
@@ -171,7 +172,7 @@ def random_mask(rate: Rate = 0.25, diagonal: bool = True) -> Target:
 
     def target(a: AttentionRecord) -> torch.Tensor:
         raw = a.logits()
-        uniform_draw = a.draw("uniform", tuple(raw.shape)).to(raw.device)
+        uniform_draw = send(a.draw("uniform", tuple(raw.shape)), raw.device)
         masked = uniform_draw < rate
         if diagonal:
             masked &= uniform_draw < uniform_draw.amax(dim=-1, keepdim=True)
@@ -188,7 +189,7 @@ def random_drop(rate: Rate = 0.25) -> Target:
 
     def target(a: AttentionRecord) -> torch.Tensor:
         weights = a.map()
-        return a.under(weights * (a.draw("uniform", tuple(weights.shape)).to(weights.device) >= rate))
+        return a.under(weights * (send(a.draw("uniform", tuple(weights.shape)), weights.device) >= rate))
 
     return target
 
@@ -199,7 +200,7 @@ def noise(sigma: NonNegative = 0.1) -> Target:
 
     def target(a: AttentionRecord) -> torch.Tensor:
         weights = a.map()
-        return a.under(weights + sigma * a.draw("normal", tuple(weights.shape)).to(weights))
+        return a.under(weights + sigma * send(a.draw("normal", tuple(weights.shape)), weights.device, weights.dtype))
 
     return target
 

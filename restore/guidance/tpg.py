@@ -11,6 +11,7 @@ from torch import nn
 
 from operators.ranges import Seed
 from restore.backbones.base import Backbone, Prediction
+from restore.backbones.transfer import send
 from restore.guidance.base import Term, WeakPass
 from restore.guidance.blocks import change_tokens, find_blocks
 from restore.guidance.layers import require_ran
@@ -47,7 +48,7 @@ class TPG(Term):
             def shuffle(block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
                 count = tokens.shape[1]
                 if (block, count) not in orders:
-                    orders[block, count] = draw("uniform", (1, count))[0].argsort().to(tokens.device)
+                    orders[block, count] = send(draw("uniform", (1, count))[0].argsort(), tokens.device)
                 return tokens[:, orders[block, count]]
 
             with change_tokens(blocks, shuffle, "tpg") as ran:

@@ -15,6 +15,7 @@ from operators.ranges import NonNegative, Seed
 from restore.backbones.base import Backbone, Prediction
 from restore.backbones.diffusers_parts import TimestepEmbedding, Timesteps
 from restore.backbones.forwards import replace_forward
+from restore.backbones.transfer import send
 from restore.guidance.base import Term, WeakPass
 from restore.guidance.targets import SeededDraw
 
@@ -65,7 +66,7 @@ class TSG(Term):
             def perturb(module, forward):
                 def run(*args, **kwargs):
                     e = forward(*args, **kwargs)
-                    n = SeededDraw(self.noise, t)("normal", (1, e.shape[-1])).to(e)
+                    n = send(SeededDraw(self.noise, t)("normal", (1, e.shape[-1])), e.device, e.dtype)
                     return e + size * e.std(-1, keepdim=True) * n
 
                 return run

@@ -11,7 +11,7 @@ from operators import RestoreError
 from operators.ranges import Count, Positive, Range, Share, enforce_ranges
 from restore.guidance import estimator
 from restore.samplers.likelihood import DataNorm, find_data_norm, likelihood_variance
-from restore.samplers.steps import annealing_levels, report, require_finite, rho_grid
+from restore.samplers.steps import FiniteCheck, annealing_levels, report, rho_grid
 
 
 @enforce_ranges
@@ -78,6 +78,7 @@ def daps(
         clamped = latent_clamp is not None and prior.downscale > 1
         return gradient.clamp(-latent_clamp, latent_clamp) if clamped else gradient
 
+    check_finite = FiniteCheck(len(sigmas) - 1)
     with torch.no_grad(), estimator(prior, guidance) as estimate:
 
         def predict_noise(x: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -103,7 +104,7 @@ def daps(
                 v = momentum * v + step**0.5 * score + (2 * (1 - momentum)) ** 0.5 * n
                 x0_y = x0_y + step**0.5 * v
             x = x0_y + sigma_next * noise(k, shape, "latent") if sigma_next else x0_y
-            require_finite(x, k, f"lr={lr:g}, tau={variance**0.5:g}")
+            check_finite(x, k, f"lr={lr:g}, tau={variance**0.5:g}")
             state = {"x_t": x, "x0_hat": prior.decode(x0_hat), "z0_hat": x0_hat, "z0_y": x0_y, "eps": eps}
             state["residual"] = norm(y - operator.A(prior.decode(x0_y)), y)
             used = {"tau": variance**0.5, "sigma_max": sigmas[0]}

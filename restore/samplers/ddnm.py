@@ -11,7 +11,7 @@ from operators.ranges import Count, NonNegative, Share, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.likelihood import SIGMA_Y_FLOOR, require_linear_gaussian
-from restore.samplers.steps import Momentum, levels, report, require_finite
+from restore.samplers.steps import FiniteCheck, Momentum, levels, report
 
 
 @enforce_ranges
@@ -57,6 +57,7 @@ def ddnm(
     svd = operators.svd(operator, prior.shape, y.dtype, y.device) if sigma_y else None
     y_bar = svd.U_adjoint(y) / svd.singular.where(svd.singular > 0, 1.0) if sigma_y else None
     x_t, momentum = noise(0, (len(y), *prior.shape), "start"), Momentum(lamp)
+    check_finite = FiniteCheck(len(order))
     with estimator(prior, guidance) as estimate:
         for k, i in enumerate(order):
             (t, alpha, sigma), (_, alpha_s, sigma_s) = grid[i], grid[i + 1]
@@ -80,7 +81,7 @@ def ddnm(
                 known, a = (x0_hat, alpha_u) if travel_from == "x0" else (x_s, alpha_u / alpha_s)
                 spread = sigma_u if travel_from == "x0" else (sigma_u**2 - (a * sigma_s) ** 2) ** 0.5
                 x_t = a * known + spread * noise(k, x_t.shape, "travel")
-            require_finite(x_t, k, f"eta={eta:g}")
+            check_finite(x_t, k, f"eta={eta:g}")
             report(callback, k, len(order), t, x_t=x_t, x0_hat=x0_hat, eps=eps, operator=operator, y=y)
     return prior.decode(x_t)
 

@@ -11,7 +11,7 @@ from operators.ranges import NonNegative, Share, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.likelihood import SIGMA_Y_FLOOR, require_linear_gaussian
-from restore.samplers.steps import Momentum, levels, report, require_finite
+from restore.samplers.steps import FiniteCheck, Momentum, levels, report
 
 
 @enforce_ranges
@@ -59,6 +59,7 @@ def ddrm(
     z, r = svd.V_adjoint(noise(0, (len(y), *prior.shape), "start")), sigma / alpha
     x_t = alpha * svd.V(torch.where(sigma_bar < r, y_bar + (r**2 - sigma_bar**2).clamp(min=0).sqrt() * z, r * z))
     momentum = Momentum(lamp)
+    check_finite = FiniteCheck(len(visited) - 1)
     with estimator(prior, guidance) as estimate:
         for k, ((t, alpha, sigma), (_, alpha_s, sigma_s)) in enumerate(pairwise(visited)):
             _, eps = estimate(x_t, t, condition)
@@ -75,6 +76,6 @@ def ddrm(
             spread = (r**2 - (eta_b * sigma_bar) ** 2).clamp(min=0).sqrt()
             more = known + spread * n
             x_t = alpha_s * svd.V(torch.where(sigma_bar > r, less, more))
-            require_finite(x_t, k, f"eta_b={eta_b:g}")
+            check_finite(x_t, k, f"eta_b={eta_b:g}")
             report(callback, k, len(visited) - 1, t, x_t=x_t, x0_hat=x0_hat, eps=eps, operator=operator, y=y)
     return prior.decode(x_t)

@@ -13,7 +13,7 @@ from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.consistency import check_decoder_sigma, decode_consistently, encode_change
 from restore.samplers.likelihood import require_linear_gaussian
-from restore.samplers.steps import Momentum, Start, initialise, levels, report, require_finite
+from restore.samplers.steps import FiniteCheck, Momentum, Start, initialise, levels, report
 
 AUTHORS_SIGMA_Y_FLOOR = 0.002  # of the authors' code, 0.001 on [0, 1]
 
@@ -65,6 +65,7 @@ def diffpir(
     n = noise(0, (len(y), *prior.shape), "start")
     x_t = initialise(start_from, prior, operator, y, sigma_y, visited[0], n)
     u, momentum = 0.0, Momentum(lamp)
+    check_finite = FiniteCheck(len(visited) - 1)
     with estimator(prior, guidance) as estimate:
         for k, ((t, alpha, sigma), (_, alpha_s, sigma_s)) in enumerate(pairwise(visited)):
             # Prior: the guided clean estimate.
@@ -87,7 +88,7 @@ def diffpir(
                 x_t = x_t + sigma_s * ((1 - zeta) ** 0.5 * eps_hat + zeta**0.5 * n)
             if dual and sigma_s:
                 x_t, u = x_t + alpha_s * u, (u + x0 - x0_hat) * (sigma_s * alpha / (alpha_s * sigma)) ** 2
-            require_finite(x_t, k, f"lam={lam:g}")
+            check_finite(x_t, k, f"lam={lam:g}")
             shown = prior.decode(x0_hat) if dual else image
             report(callback, k, len(visited) - 1, t, x_t=x_t, x0_hat=shown, eps=eps, operator=operator, y=y)
     return decode_consistently(prior, operator, y, x_t, sigma_y, decoder_sigma)

@@ -14,7 +14,7 @@ from operators.ranges import NonNegative, Positive, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.likelihood import require_linear_gaussian
-from restore.samplers.steps import ORIENTATIONS, reconstruct, report, require_finite, turn, turn_back
+from restore.samplers.steps import ORIENTATIONS, FiniteCheck, reconstruct, report, turn, turn_back
 
 APART = {"one": 8, "four": 2, "all": 1}  # every how many of the orientations are averaged
 LAST_LEVEL_FLOOR = 0.01  # a network trained with noise removes none below it
@@ -64,6 +64,7 @@ def dpir(
     if z.shape[-3:] != tuple(prior.shape):
         z = reconstruct("measurement", prior, operator, y, sigma_y)
         z = operators.continue_margin(operator, operators.cut_margin(operator, z))
+    check_finite = FiniteCheck(steps)
     with estimator(prior, guidance) as estimate:
         for k, level in enumerate(np.geomspace(first, last, steps)):
             # Data: the image nearest to z that explains y, an exact measurement as if it had a little noise.
@@ -80,6 +81,6 @@ def dpir(
                 eps += turn_back(turned, view) / len(views)
             z = x - sigma / alpha * eps
             z = z.clamp(-1, 1) if clip else z
-            require_finite(z, k, f"lam={lam:g}")
+            check_finite(z, k, f"lam={lam:g}")
             report(callback, k, steps, t, x_t=alpha * x, x0_hat=z, eps=eps, operator=operator, y=y)
     return z

@@ -8,7 +8,7 @@ from operators.ranges import NonNegative, Share, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.likelihood import DataNorm, find_data_norm
-from restore.samplers.steps import Diffusion, report, require_finite
+from restore.samplers.steps import Diffusion, FiniteCheck, report
 
 
 @enforce_ranges
@@ -47,6 +47,7 @@ def dps(
     if scale_zeta and not adam:
         zeta = zeta * (shape[-2] * shape[-1]) ** 0.5 / prior.resolution
     x_t, m, v2 = noise(0, shape, "start"), 0.0, 0.0
+    check_finite = FiniteCheck(len(diffusion))
     with estimator(prior, guidance) as estimate:
         for k, i in enumerate(reversed(range(len(diffusion)))):
             t = diffusion.timesteps[i]
@@ -70,7 +71,7 @@ def dps(
                 v = None if strong.variance is None else strong.variance.detach()
                 n = noise(k, x_t.shape, "latent")
                 x_t = diffusion.step(x_t.detach(), eps, v, i, n, ddim_eta=ddim_eta, clip=clip) - zeta * grad
-            require_finite(x_t, k, f"zeta={zeta:g}")
+            check_finite(x_t, k, f"zeta={zeta:g}")
             used = {"zeta": zeta}
             report(callback, k, len(diffusion), t, x_t=x_t, x0_hat=x0_hat, eps=eps, residual=residual, used=used)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from operators.ranges import Count, NonNegative, Positive, Range, enforce_ranges
 from restore.guidance import estimator
 from restore.samplers.consistency import encode_change
 from restore.samplers.likelihood import gaussian_sigma, l2_norm
-from restore.samplers.steps import annealing_levels, report, require_finite
+from restore.samplers.steps import FiniteCheck, annealing_levels, report
 
 HALVINGS = 8  # of a step that makes its objective larger
 DIFFERENCE = 1e-3  # h of the forward difference
@@ -62,6 +62,7 @@ def fastdips(
     sigmas = annealing_levels(schedule, steps, sigma_max, sigma_min, to_zero=False)
     x_t = sigmas[0] * noise(0, (len(y), *prior.shape), "start")
 
+    check_finite = FiniteCheck(len(sigmas))
     with estimator(prior, guidance) as estimate:
         for k, sigma in enumerate(sigmas):
             # Prior: one clean estimate.
@@ -80,7 +81,7 @@ def fastdips(
                 else:
                     x0 = encode_change(prior, x0_hat, image, fit(operator.A, image, *settings, line_search))
                 x_t = x0 + sigmas[k + 1] * noise(k, x_t.shape, "latent")
-            require_finite(x_t, k, f"rho={rho:g}")
+            check_finite(x_t, k, f"rho={rho:g}")
             state, used = {"x_t": x_t, "x0_hat": image, "eps": eps}, {"epsilon": radius, "sigma_max": sigmas[0]}
             report(callback, k, len(sigmas), t, **state, used=used, operator=operator, y=y)
     return image
@@ -127,11 +128,13 @@ def descend(A: Callable, x, x0, b, gamma: float, rho: float, line_search: str):
     def objective(x, r):
         return _dot(x - x0, x - x0) / (2 * gamma) + rho / 2 * _dot(r, r)
 
+    # To ask makes an accelerator wait, which costs more than the A of an operator, but less than a decoder.
+    asks = x.device.type == "cpu" or line_search == "difference"
     before = objective(x, r)
     for _ in range(HALVINGS):
         moved = x - _column(step, x) * g
         grows = objective(moved, A(moved) - b) > before
-        if not grows.any():
+        if asks and not grows.any():
             break
         step = torch.where(grows, step / 2, step)
     return x - _column(step, x) * g

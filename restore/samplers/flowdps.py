@@ -9,7 +9,7 @@ import torch
 from operators.ranges import Count, NonNegative, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
-from restore.samplers.steps import report, require_finite
+from restore.samplers.steps import FiniteCheck, report
 
 
 @enforce_ranges
@@ -47,6 +47,7 @@ def flowdps(
     timesteps = prior.schedule.timesteps(steps)
     sigmas = [*(prior.schedule.sigma(t) for t in timesteps), 0.0]
     z_t = sigmas[0] * noise(0, (len(y), *prior.shape), "start")
+    check_finite = FiniteCheck(len(timesteps))
     with estimator(prior, guidance) as estimate:
         for k, t in enumerate(timesteps):
             sigma, sigma_next = sigmas[k], sigmas[k + 1]
@@ -73,7 +74,7 @@ def flowdps(
                 z_t = (1 - sigma_next) * z0 + sigma_next * n
             else:
                 z_t = z0 + sigma_next * (eps - z0) + moved
-            require_finite(z_t, k, f"step_size={step_size:g}")
+            check_finite(z_t, k, f"step_size={step_size:g}")
             x0_hat, residual = first
             report(callback, k, len(timesteps), t, x_t=z_t, x0_hat=x0_hat, z0_hat=z0_hat, eps=eps, residual=residual)
     with torch.no_grad():

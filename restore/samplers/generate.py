@@ -7,7 +7,7 @@ import torch
 from operators.ranges import Count, Share, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
-from restore.samplers.steps import Diffusion, report, require_finite
+from restore.samplers.steps import Diffusion, FiniteCheck, report
 
 
 @enforce_ranges
@@ -30,12 +30,13 @@ def generate(
     diffusion = Diffusion(prior.schedule, prior.schedule.timesteps(steps))
     clip = prior.bounded if clip is None else clip
     x_t = noise(0, (n, *prior.shape), "start")
+    check_finite = FiniteCheck(len(diffusion))
     with estimator(prior, guidance) as estimate:
         for k, i in enumerate(reversed(range(len(diffusion)))):
             strong, eps = estimate(x_t, diffusion.timesteps[i], condition)
             x0_hat = diffusion.x0(x_t, eps, i, clip)
             z = noise(k, x_t.shape, "latent")
             x_t = diffusion.step(x_t, eps, strong.variance, i, z, ddim_eta=ddim_eta, clip=clip)
-            require_finite(x_t, k, "ddim_eta" if ddim_eta else "guidance")
+            check_finite(x_t, k, "ddim_eta" if ddim_eta else "guidance")
             report(callback, k, len(diffusion), diffusion.timesteps[i], x_t=x_t, x0_hat=x0_hat, eps=eps)
     return prior.decode(x_t)

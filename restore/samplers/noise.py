@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
+from restore.backbones.transfer import send
+
 
 def derive_seed(*key) -> int:
     """Return a 63-bit seed of any printable key, stable across processes, platforms and versions."""
@@ -42,4 +44,4 @@ class ImageNoise:
             torch.randn(tuple(shape[1:]), generator=generator, dtype=torch.float32, device="cpu")
             for generator in generators
         ]
-        return torch.stack(draws).to(self.device, self.dtype)
+        return send(torch.stack(draws), self.device, self.dtype)

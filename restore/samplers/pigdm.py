@@ -12,7 +12,7 @@ from operators.ranges import NonNegative, Positive, Share, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.likelihood import SIGMA_Y_FLOOR, require_linear_gaussian
-from restore.samplers.steps import Start, initialise, levels, report, require_finite
+from restore.samplers.steps import FiniteCheck, Start, initialise, levels, report
 
 
 @enforce_ranges
@@ -54,6 +54,7 @@ def pigdm(
     visited = levels(prior.schedule, steps)
     n = noise(0, (len(y), *prior.shape), "start")
     x_t = initialise(start_from, prior, operator, y, sigma_y, visited[0], n)
+    check_finite = FiniteCheck(len(visited) - 1)
     with estimator(prior, guidance) as estimate:
         for k, ((t, alpha, sigma), (_, alpha_s, sigma_s)) in enumerate(pairwise(visited)):
             # Score: a pass with a graph for the likelihood.
@@ -81,6 +82,6 @@ def pigdm(
                 x_s = alpha_s * x0 + max(sigma_s**2 - c1**2, 0.0) ** 0.5 * implied
                 x_s = x_s + alpha_s * alpha * g if gradient == "added" else x_s
                 x_t = x_s + c1 * noise(k, x_t.shape, "latent") if c1 else x_s
-                require_finite(x_t, k, f"weight={weight:g}")
+                check_finite(x_t, k, f"weight={weight:g}")
                 report(callback, k, len(visited) - 1, t, x_t=x_t, x0_hat=x0_hat, eps=eps, operator=operator, y=y)
     return prior.decode(x_t.detach())

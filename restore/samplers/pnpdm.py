@@ -13,7 +13,7 @@ from operators.ranges import Count, NonNegative, Positive, Range, Share, enforce
 from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.likelihood import SIGMA_Y_FLOOR, require_linear_gaussian
-from restore.samplers.steps import levels, report, require_finite
+from restore.samplers.steps import FiniteCheck, levels, report
 
 
 @enforce_ranges
@@ -53,6 +53,7 @@ def pnpdm(
     prior = normalise(prior, "vp")
     times = prior.schedule.timesteps(steps)
     x, evaluations = noise(0, (len(y), *prior.shape), "start"), 0
+    check_finite = FiniteCheck(iterations)
     with estimator(prior, guidance) as estimate:
         for k in range(iterations):
             rho = max(rho_max * decay**k, rho_min)
@@ -73,6 +74,6 @@ def pnpdm(
                 x_t = x_t + c1 * noise(evaluations, x_t.shape, "latent") if c1 else x_t
                 evaluations += 1
             x = x_t
-            require_finite(x, k, f"rho_max={rho_max:g}")
+            check_finite(x, k, f"rho_max={rho_max:g}")
             report(callback, k, iterations, first, x_t=z, x0_hat=x, eps=eps, operator=operator, y=y)
     return prior.decode(x)

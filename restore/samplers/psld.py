@@ -13,7 +13,7 @@ from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.consistency import check_decoder_sigma, decode_consistently
 from restore.samplers.likelihood import l2_norm, require_linear_gaussian
-from restore.samplers.steps import alpha_bars, ldm_timesteps, report, require_finite
+from restore.samplers.steps import FiniteCheck, alpha_bars, ldm_timesteps, report
 
 
 @enforce_ranges
@@ -63,6 +63,7 @@ def psld(
     timesteps = ldm_timesteps(prior.schedule, steps, reference=index_shift)
     alpha_bar, alpha_bar_prev = alpha_bars(prior.schedule, timesteps, shift=index_shift)
     z_t = noise(0, (len(y), *prior.shape), "start")
+    check_finite = FiniteCheck(len(timesteps))
     with estimator(prior, guidance) as estimate:
         for k, t in enumerate(timesteps):
             a, a_prev = alpha_bar[k], alpha_bar_prev[k]
@@ -93,7 +94,7 @@ def psld(
                 if sigma_t:
                     z_next = z_next + sigma_t * noise(k, z_t.shape, "latent")
                 z_t = z_next - gradient
-            require_finite(z_t, k, f"eta={eta:g}, gamma={gamma:g}")
+            check_finite(z_t, k, f"eta={eta:g}, gamma={gamma:g}")
             state = {"x_t": z_t, "x0_hat": x0_hat, "z0_hat": z0_hat, "eps": eps, "gradient": gradient}
             report(callback, k, len(timesteps), t, **state, residual=residual, glue=glue)
     with torch.no_grad():

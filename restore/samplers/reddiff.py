@@ -12,7 +12,7 @@ from operators.naming import lookup
 from operators.ranges import Names, NonNegative, Positive, enforce_ranges
 from restore.guidance import estimator
 from restore.samplers.likelihood import DataNorm, find_data_norm, gaussian_sigma
-from restore.samplers.steps import FirstEstimate, reconstruct, report, require_finite
+from restore.samplers.steps import FiniteCheck, FirstEstimate, reconstruct, report
 
 # Weight of the prior at the noise-to-signal ratio q = sigma / alpha; the paper's choice is linear.
 WEIGHTINGS = {"linear": lambda q: q, "sqrt": lambda q: q**0.5, "square": lambda q: q * q, "constant": lambda q: 1.0}
@@ -57,6 +57,7 @@ def reddiff(
     with torch.no_grad():
         mu = reconstruct(start_from, prior, operator, y, gaussian_sigma(operator) or 0.0).clone().requires_grad_()
     adam = torch.optim.Adam([mu], lr=lr, betas=(0.9, 0.99))
+    check_finite = FiniteCheck(len(timesteps))
     with estimator(prior, guidance) as estimate:
         for k, t in enumerate(timesteps):
             alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -70,7 +71,7 @@ def reddiff(
                 regulariser = lam * w(sigma / alpha) * ((eps - n) * mu).flatten(1).mean(dim=1)
                 (mu.grad,) = torch.autograd.grad((data + regulariser).sum(), mu)
             adam.step()
-            require_finite(mu, k, f"lr={lr:g}")
+            check_finite(mu, k, f"lr={lr:g}")
             with torch.no_grad():
                 x0_hat = prior.decode((x_t - sigma * eps) / alpha)
             state = {"x_t": mu.detach().clone(), "x0_hat": x0_hat, "eps": eps, "residual": residual}

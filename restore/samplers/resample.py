@@ -11,7 +11,9 @@ from operators.ranges import Count, NonNegative, Positive, Range, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.likelihood import l2_norm, likelihood_variance
-from restore.samplers.steps import alpha_bars, ldm_timesteps, report, require_finite
+from restore.samplers.steps import FiniteCheck, alpha_bars, ldm_timesteps, report
+
+ASK_EVERY = 50  # iterations after which an accelerator is asked whether all images fit; those that do stay as they are
 
 
 @enforce_ranges
@@ -74,6 +76,7 @@ def resample(
         return fit(z0, lambda z: operator.A(prior.decode(z)), y, latent_lr, latent_iterations, tolerance)
 
     z = noise(0, (len(y), *prior.shape), "start")
+    check_finite = FiniteCheck(N)
     with estimator(prior, guidance) as estimate:
         for k, t in enumerate(timesteps):
             a, a_prev, left = alpha_bar[k], alpha_bar_prev[k], N - 1 - k
@@ -106,7 +109,7 @@ def resample(
                     more = {"z_start": z_start, "z0_y": z0_y}
                 if left == 0:
                     more = {"z_start": z, "z0_y": (z := fit_to_y(z, in_pixels=False))}
-            require_finite(z, k, f"zeta={zeta:g}, pixel_lr={pixel_lr:g}, latent_lr={latent_lr:g}")
+            check_finite(z, k, f"zeta={zeta:g}, pixel_lr={pixel_lr:g}, latent_lr={latent_lr:g}")
             more = {"z0_hat": z0_hat, "residual": residual, **more}
             report(callback, k, N, t, x_t=z, x0_hat=x0_hat, eps=eps, **more)
     with torch.no_grad():
@@ -121,7 +124,8 @@ def fit(
     with torch.enable_grad():
         x = start.detach().clone().requires_grad_()
         adam, active = torch.optim.AdamW([x], lr=lr, weight_decay=0.01), None
-        for _ in range(iterations):
+        ask_every = 1 if x.device.type == "cpu" else ASK_EVERY
+        for i in range(iterations):
             loss = (y - predict(x)).square().flatten(1).mean(dim=1)
             (x.grad,) = torch.autograd.grad(loss.sum(), x)
             before = x.detach().clone()
@@ -130,6 +134,6 @@ def fit(
                 x.data = torch.where(active, x.data, before)
             unfitted = (loss.detach() >= tolerance**2).view(-1, *[1] * (x.ndim - 1))
             active = unfitted if active is None else active & unfitted
-            if not active.any():
+            if (i + 1) % ask_every == 0 and not active.any():
                 break
     return x.detach()

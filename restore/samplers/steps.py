@@ -77,7 +77,8 @@ class Diffusion:
         if ddim_eta is not None:
             return self.ddim(x_t, x0, ddim_eta, i, noise)
         mean = _scalar(self.coef_x0[i]) * x0 + _scalar(self.coef_x_t[i]) * x_t
-        variance = torch.as_tensor(self.log_variance(v, i), device=x_t.device, dtype=x_t.dtype)
+        variance = self.log_variance(v, i)
+        variance = variance.to(x_t.dtype) if isinstance(variance, torch.Tensor) else x_t.new_full((), variance)
         return mean + torch.exp(0.5 * variance) * noise if i else mean
 
 
@@ -194,9 +195,34 @@ def initialise(start_from: str, prior, operator, y, sigma_y: float, level: tuple
     return n if start_from == "noise" else alpha * reconstruct(start_from, prior, operator, y, sigma_y) + sigma * n
 
 
-def require_finite(x_t: torch.Tensor, k: int, setting: str) -> None:
-    """Raise RestoreError if the sample is not finite after step k; setting: the step size, for the message."""
-    if not torch.isfinite(x_t).all():
+class FiniteCheck:
+    """Raises RestoreError if the sample is no longer finite after a step, without making an accelerator wait.
+
+    On the CPU every step is looked at when it is done. Elsewhere the finite steps are counted on the device, and the
+    number is read every READ_EVERY steps and at the end; the sentence still names the first step that was not finite.
+
+    steps: how many there will be.
+    """
+
+    READ_EVERY = 32
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.seen, self.finite, self.good = steps, 0, True, 0
+
+    def __call__(self, x_t: torch.Tensor, k: int, setting: str) -> None:
+        """Take in the sample x_t after step k; setting: the step size, for the message."""
+        if x_t.device.type == "cpu":
+            if not torch.isfinite(x_t).all():
+                self._fail(k, setting)
+            return
+        self.finite = ((x_t.detach() * 0).sum() == 0) & self.finite
+        self.good, self.seen = self.finite + self.good, self.seen + 1
+        if k + 1 == self.steps or self.seen % self.READ_EVERY == 0:
+            good = int(self.good)
+            if good < self.seen:
+                self._fail(k + 1 - self.seen + good, setting)
+
+    def _fail(self, k: int, setting: str) -> None:
         hint = f"lower the step size ({setting}) or the guidance scale, or use precision='fp32'"
         raise RestoreError(f"the sample is not finite after step {k + 1}; {hint}")
 

@@ -41,7 +41,7 @@ def test_a_window_draws_what_an_image_of_its_size_draws(prior):
     x = torch.randn(1, 3, 32, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     sized = Sized(prior, 32, 48, max_windows=1)
     got = weak_of(TERMS["noise"], sized, x, 300)
-    _, places, weights = sized._windows(32, 48)
+    _, places, weights = sized._windows(32, 48, torch.float32, torch.device("cpu"))
     expected = torch.zeros_like(x)
     for place, (row, column) in zip(places, weights, strict=True):
         expected[place] += weak_of(TERMS["noise"], prior, x[place], 300) * (row[:, None] * column)
