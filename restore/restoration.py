@@ -200,7 +200,7 @@ def _place_condition(prior: Sized, condition: Any) -> Any:
     if not isinstance(condition, torch.Tensor):
         return condition
     classes = getattr(prior.inner, "classes", None)
-    if classes is not None:
+    if classes is not None and not condition.is_floating_point() and condition.ndim < 2:
         from restore.backbones.adm import check_labels
 
         check_labels(condition, condition.numel(), classes)

@@ -197,6 +197,10 @@ class _Functions(TorchFunctionMode):
             if torch.device(kwargs["device"]).type == NAME:
                 device = kwargs.pop("device")
                 return func(*args, **kwargs).to(device)
+        if func in (torch.arange, torch.eye) and kwargs.get("device") is not None:  # made empty, then resized
+            if torch.device(kwargs["device"]).type == NAME:
+                _note("launches", func.__name__)
+                return SimTensor(func(*args, **{**kwargs, "device": "cpu"}))
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[0], SimTensor):
             args = (args[0], _index(args[1]), *args[2:])
         if func is F.scaled_dot_product_attention and isinstance(args[0] if args else kwargs["query"], SimTensor):

@@ -99,7 +99,7 @@ def test_a_step_neither_waits_nor_uploads(sim, priors, kind):
 def test_pipelines(sim, tmp_path, kind):
     make = {
         "sd": tiny_sd.tiny_pipeline,
-        "sdxl": tiny_sdxl,
+        "sdxl": tiny_flow.sdxl_pipeline,
         "sd3": tiny_flow.sd3_pipeline,
         "flux": tiny_flow.flux_pipeline,
     }
