@@ -205,6 +205,9 @@ class _Functions(TorchFunctionMode):
             args = (args[0], _index(args[1]), *args[2:])
         if func is F.scaled_dot_product_attention and isinstance(args[0] if args else kwargs["query"], SimTensor):
             return _attend(*args, **kwargs)
+        if func is torch.Tensor.tolist and isinstance(args[0], SimTensor):
+            _note("syncs", "tolist")
+            return args[0].held.tolist()
         if func is torch.Tensor.pin_memory:
             pinned = args[0].clone()
             _PINNED.clear()

@@ -175,25 +175,34 @@ class Flux(FlowTransformer):
 
     def __init__(self, network: nn.Module, *parts, distilled_guidance: float = 3.5, **options) -> None:
         super().__init__(network, *parts, **options)
-        self.distilled_guidance = float(distilled_guidance)
+        self.distilled_guidance, self.positions = float(distilled_guidance), (None, None)
 
     @staticmethod
     def _embed_prompt(pipe, text, **limit):
         embeds, pooled, _ = pipe.encode_prompt(text, prompt_2=None, **limit, device=torch.device("cpu"))
         return make_condition(embeds.float(), pooled.float())
 
+    def _place_tokens(self, h: int, w: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The positions (h w, 3) of the tokens of an image, made once for a size."""
+        key, known = (h, w, dtype, device), self.positions  # another thread may replace them
+        if known[0] != key:
+            with torch.inference_mode(False):  # or they could not be used in a later backward pass
+                rows, columns = torch.meshgrid(*(torch.arange(n, device=device) for n in (h, w)), indexing="ij")
+                ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
+                self.positions = known = key, ids.to(dtype)
+        return known[1]
+
     def _velocity(self, x, times, text, pooled):
         h, w = x.shape[-2] // 2, x.shape[-1] // 2
-        rows, columns = torch.meshgrid(*(torch.arange(n, device=x.device) for n in (h, w)), indexing="ij")
-        ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
+        ids = self._place_tokens(h, w, x.dtype, x.device)
         scale = times.new_full(times.shape, self.distilled_guidance) if self.network.config.guidance_embeds else None
         out = self.network(
             hidden_states=F.pixel_unshuffle(x, 2).flatten(2).mT,
             encoder_hidden_states=text,
             pooled_projections=pooled,
             timestep=times.to(x.dtype) / 1000,  # rounded like the pipeline's
-            img_ids=ids.to(x.dtype),
-            txt_ids=ids.new_zeros(text.shape[1], 3, dtype=x.dtype),
+            img_ids=ids,
+            txt_ids=ids.new_zeros(text.shape[1], 3),
             guidance=scale,
         ).sample
         return F.pixel_shuffle(out.mT.unflatten(-1, (h, w)), 2)

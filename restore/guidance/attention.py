@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from operators import RestoreError
 from restore.backbones.base import AttentionLayer
@@ -219,13 +220,18 @@ def _name_inputs(args: tuple, kwargs: dict) -> dict:
     return dict(zip(("hidden_states", "encoder_hidden_states"), args, strict=False)) | kwargs
 
 
+_SIDES = WeakIdKeyDictionary()  # (h, w) of positions: to read them makes the host wait for the device
+
+
 def _find_sides(inputs: dict) -> tuple[int, int] | None:
     """(h, w) of the feature map among the inputs, or of a packed latent, from its positions (FLUX, Chroma, FLUX.2) or
     its shape (QwenImage)."""
     if isinstance(inputs.get("img_ids"), torch.Tensor):
         ids = inputs["img_ids"]
-        h, w = (ids.reshape(-1, ids.shape[-1])[:, 1:3].amax(0) + 1).tolist()
-        return int(h), int(w)
+        if ids not in _SIDES:
+            h, w = (ids.reshape(-1, ids.shape[-1])[:, 1:3].amax(0) + 1).tolist()
+            _SIDES[ids] = int(h), int(w)
+        return _SIDES[ids]
     if inputs.get("img_shapes"):
         shapes = inputs["img_shapes"][0]  # of the first image of the batch, and of those it is made from
         return tuple(shapes[0][-2:]) if len(shapes) == 1 else None

@@ -18,7 +18,7 @@ from restore.guidance.pipelines import guided
 
 KINDS = ["VQModel", "AutoencoderKL", "AutoencoderTiny", "sd", "sd3", "flux", "dit"]
 MEDIUM = {"sd3": {"text_tokens": 12}, "flux": {"text_tokens": 12}}
-LAYERS = {"sd3": "b0", "flux": "b0", "dit": "b0"}
+LAYERS = {"sd3": "b0", "flux": "b0", "dit": "b0", "sdxl": "m1.0"}
 
 
 @pytest.fixture(scope="module")
