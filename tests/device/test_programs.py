@@ -7,7 +7,6 @@ import json
 import sim_device
 import tiny_training
 import torch
-from sim_device import SimTensor
 from sim_priors import held, image
 
 from restore.bench.run import run_benchmark
@@ -24,7 +23,7 @@ def test_single_images(sim, hub, monkeypatch):
     truth, result = image(2, 64), 0.9 * image(2, 64)
     for function in (single.psnr, single.ssim):
         values = function(result.to("sim"), truth.to("sim"))
-        assert isinstance(values, SimTensor) and torch.equal(values.held, function(result, truth))
+        assert torch.equal(values.cpu(), function(result, truth))
     here, there = (single.LPIPS("alex", device=device) for device in ("cpu", "sim"))
     assert torch.equal(there(result.to("sim"), truth.to("sim")).cpu(), here(result, truth))
 
@@ -47,6 +46,7 @@ def test_benchmark(sim, tmp_path, tiny_run, smooth_images, write_images):
 
 def test_search(sim, tmp_path, tiny_run, smooth_images, write_images):
     write_images(tmp_path / "some", smooth_images(2, 16, 0))
+    write_images(tmp_path / "others", smooth_images(2, 16, 1))
     config = tiny_run | {
         "tasks": {"sr": {"operator": {"name": "super_resolution", "factor": 4, "noise": NOISE}}},
         "method": {"sampler": "diffpir", "steps": 3, "parameters": {"lam": 1.0, "zeta": 1.0}},
@@ -54,7 +54,7 @@ def test_search(sim, tmp_path, tiny_run, smooth_images, write_images):
         "objective": "psnr",
         "layers": ["m1"],
         "calibration": {"folder": str(tmp_path / "some")},
-        "test": {"folder": str(tmp_path / "some")},
+        "test": {"folder": str(tmp_path / "others")},
     }
     found = []
     for device in ("cpu", "sim"):
@@ -64,8 +64,11 @@ def test_search(sim, tmp_path, tiny_run, smooth_images, write_images):
     assert found[0]["rounds"] == found[1]["rounds"]
 
 
-def test_training(sim, folders, tmp_path):
+def test_training(sim, tmp_path, smooth_images, write_images):
     """Three steps of each kind: the losses and the weights."""
+    folders = tmp_path / "images"
+    write_images(folders / "faces", smooth_images(12, 32, 0))
+    write_images(folders / "photos", smooth_images(4, 40, 1))
     for kind in ("prior-v2", "autoencoder"):
         results = []
         for device in ("cpu", "sim"):
