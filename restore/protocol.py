@@ -89,16 +89,19 @@ def _read_tensors(backbone: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if group and (size + len(content) > BLOCK or content.device != group[0][1].device):
             yield from _copy_group(group)
             group, size = [], 0
+        if content.device.type == "cpu":
+            yield name, content
+            continue
         group.append((name, content))
         size += len(content)
     yield from _copy_group(group)
 
 
 def _copy_group(group: list[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    names, contents = zip(*group, strict=True) if group else ((), ())
-    if contents and contents[0].device.type != "cpu":
-        contents = torch.cat(contents).cpu().split([len(content) for content in contents])
-    return zip(names, contents, strict=True)
+    if not group:
+        return iter(())
+    names, contents = zip(*group, strict=True)
+    return zip(names, torch.cat(contents).cpu().split([len(content) for content in contents]), strict=True)
 
 
 def hash_weak_models(method: Method) -> dict[str, Any]:
