@@ -131,7 +131,7 @@ def _run(func, *args, **kwargs):
         here = torch.device(kwargs["device"]).type == NAME
         inner["device"] = torch.device("cpu")
     generator = kwargs.get("generator")
-    if generator is not None and here and not any(generator is own for own in _GENERATORS):
+    if generator is not None and here and generator._cdata not in [own._cdata for own in _GENERATORS]:
         raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu' ({name})")
     _count(func, name, args, kwargs, tensors, ours, here)
     inner_args, inner = tree_map(lambda item: item.held if isinstance(item, SimTensor) else item, (args, inner))

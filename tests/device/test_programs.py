@@ -17,14 +17,14 @@ from restore.training.train import KINDS
 NOISE = {"name": "gaussian", "sigma": 0.05}
 
 
-def test_single_images(sim, hub, monkeypatch):
+def test_single_images(sim, hub):
     """PSNR, SSIM and LPIPS."""
-    monkeypatch.setenv("TORCH_HOME", str(hub))
+    weights = {"alexnet": hub / "checkpoints" / "alexnet-owt-7be5be79.pth"}
     truth, result = image(2, 64), 0.9 * image(2, 64)
     for function in (single.psnr, single.ssim):
         values = function(result.to("sim"), truth.to("sim"))
         assert torch.equal(values.cpu(), function(result, truth))
-    here, there = (single.LPIPS("alex", device=device) for device in ("cpu", "sim"))
+    here, there = (single.LPIPS("alex", weights, device=device) for device in ("cpu", "sim"))
     assert torch.equal(there(result.to("sim"), truth.to("sim")).cpu(), here(result, truth))
 
 
