@@ -130,8 +130,7 @@ def _run(func, *args, **kwargs):
     if kwargs.get("device") is not None:
         here = torch.device(kwargs["device"]).type == NAME
         inner["device"] = torch.device("cpu")
-    generator = kwargs.get("generator")
-    if generator is not None and here and generator._cdata not in [own._cdata for own in _GENERATORS]:
+    if kwargs.get("generator") is not None and here:
         raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu' ({name})")
     _count(func, name, args, kwargs, tensors, ours, here)
     inner_args, inner = tree_map(lambda item: item.held if isinstance(item, SimTensor) else item, (args, inner))
@@ -174,15 +173,6 @@ def _count(func, name, args, kwargs, tensors, ours: bool, here: bool) -> None:
     is_view = any(alias is not None and not alias.is_write for alias in returns)
     if not is_view and not name.startswith(EMPTY):
         _note("launches", name)
-
-
-_GENERATORS: list[torch.Generator] = []  # that pretend to be of the device
-
-
-def make_generator(seed: int) -> torch.Generator:
-    """Return a generator of the device, which draws as the CPU's."""
-    _GENERATORS.append(torch.Generator().manual_seed(seed))
-    return _GENERATORS[-1]
 
 
 _PINNED: dict[int, torch.Tensor] = {}  # tensors that pretend to lie in pinned memory, for one copy
