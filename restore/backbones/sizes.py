@@ -42,7 +42,8 @@ def default_overlap(backbone: Backbone) -> float:
 
     Measured with the prior of photos, noise of 25 / 255, crops of 352 x 464 of six held-out pictures: 32.74, 32.81 and
     32.71 dB and 2.9, 1.7 and 1.0 CPU seconds with 0.5, 0.25 and 0.125; steps at the windows' borders are 0.97, 0.98
-    and 0.97 times as large as elsewhere.
+    and 0.97 times as large as elsewhere. The embedded prior, with attention, noise of 0.2, crops of 160 x 160 of three:
+    39.21 and 39.13 dB and 0.84 and 0.47 CPU seconds with 0.5 and 0.25.
     """
     return 0.5 if backbone.attention else 0.25
 
