@@ -63,7 +63,12 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("sampler", LATENTS)
+OFTEN = ("psld", "resample", "flowdps")
+
+
+@pytest.mark.parametrize(
+    "sampler", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in LATENTS]
+)
 def test_samplers_of_latents(sim, priors, sampler):
     operator = operators.MotionBlur(7, noise=NOISE)
     assert_same(*run(priors, "AutoencoderKL", sampler, operator, **OPTIONS.get(sampler, {})))
@@ -76,7 +81,7 @@ def test_samplers_of_all_kinds(sim, priors, kind, sampler):
     assert_same(*run(priors, kind, sampler, operators.SuperResolution(2, noise=NOISE)))
 
 
-@pytest.mark.parametrize("kind", ["sd", "sd3", "flux"])
+@pytest.mark.parametrize("kind", ["sd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd3", "flux"))])
 def test_prompts(sim, priors, kind):
     guidance = CFG(2.0) + PAG(1.0, LAYERS.get(kind, "m1"))
     operator = operators.SuperResolution(4, noise=NOISE)

@@ -99,7 +99,7 @@ TERMS = {
     **{f"schedule-{name}": lambda name=name: restore.PAG(1.0, "m1", schedule=name) for name in SCHEDULES},
     **{f"target-{name}": lambda name=name: restore.PAG(1.0, "m1", target=name) for name in TARGETS},
 }
-RARE = ("random", "interval", "schedule-", "heads", "rescale")
+RARE = ("random", "interval", "schedule-", "target-", "heads", "rescale")
 
 
 @pytest.mark.parametrize(
