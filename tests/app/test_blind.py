@@ -136,7 +136,7 @@ def test_the_colour_of_holes_is_not_the_photos():
 
 
 def test_the_inverse_of_a_blur_is_never_exact(tmp_path):
-    """A file without noise was rounded: without that the inverse of its blur is all ringing (12 dB, for a file of 45)."""
+    """A file without noise was rounded: without that the inverse of its blur is all ringing (12 dB, the file 45)."""
     Image.new("RGB", (64, 64), (90, 120, 40)).save(tmp_path / "flat.png")
     for task in ("gaussian-blur", "denoise"):
         noise = load_task(task, {}, blind=True).for_photo(tmp_path / "flat.png").config["noise"]
