@@ -43,6 +43,8 @@ def run(here, there, sampler: str, operator, *, y=None, **options):
     """Results of both, of two images in one batch."""
     options = {"steps": 3, "guidance": PAG, "label": 1, "batch_size": 2, **PIXELS[sampler], **options}
     made = OPERATORS[operator]() if isinstance(operator, str) else operator
+    if sampler == "reddiff" and not operators.is_linear(made):
+        options["start_from"] = "zero"
     y = measure(made) if y is None else y
     return [restorer(y, made, sampler=sampler, **options) for restorer in (here, there)]
 
