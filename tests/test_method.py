@@ -105,12 +105,24 @@ def test_defaults_name_a_sampler_for_every_quality():
 
 
 def test_what_a_quality_changes_is_named_once():
-    steps = [find("embedded-photo", "sr4", "super_resolution", quality=q).steps for q in method.QUALITIES]
+    steps = [find("embedded-photo", "blur", "gaussian_blur", quality=q).steps for q in method.QUALITIES]
     views = [find("embedded-photo", None, "denoising", quality=q).parameters for q in method.QUALITIES]
     times = [find("embedded-photo", None, "inpainting", quality=q).steps for q in method.QUALITIES]
     assert steps == [4, 8, 16] and [len(each) for each in times] == [4, 8, 13]
     assert views == [{"lam": 0.23, "orientations": name} for name in ("one", "four", "all")]
     assert find("embedded", None, "blur", windows=True).parameters == {"lam": 0.15, "orientations": "one"}
+
+
+def test_the_best_larger_photo_and_several_versions_are_samples():
+    """From a reconstruction with as much noise as signal: few evaluations more, where DPIR has none to offer."""
+    qualities = [find("embedded-photo", "sr4", "super_resolution", quality=q) for q in method.QUALITIES]
+    assert [(m.sampler, m.parameters.get("start_from")) for m in qualities] == [
+        *[("dpir", None)] * 2,
+        ("diffpir", "measurement"),
+    ]
+    for task, operator in (("sr4", "super_resolution"), (None, "gaussian_blur"), (None, "compose"), (None, "denoising")):
+        several = find("embedded-photo", task, operator, samples=3)
+        assert several.sampler == "diffpir" and several.steps == qualities[-1].steps and len(several.steps) == 16
 
 
 def test_photos_in_windows_get_one_estimate_unless_samples_are_asked_for():
