@@ -240,12 +240,13 @@ def _presets() -> tuple[dict, ...]:
 
 
 def _select(value: Any, quality: str) -> Any:
-    """The value of a quality where there is one for each, at any depth."""
+    """The value of a quality where there is one for each, at any depth; null leaves it to the sampler."""
     if not isinstance(value, Mapping):
         return value
     if set(value) == set(QUALITIES):
         return value[quality]
-    return {key: _select(item, quality) for key, item in value.items()}
+    selected = {key: _select(item, quality) for key, item in value.items()}
+    return {key: item for key, item in selected.items() if item is not None}
 
 
 def _matches(pattern: str | list[str], name: str | None) -> bool:

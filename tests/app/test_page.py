@@ -97,6 +97,24 @@ def test_messages_hide_folders_and_large_photos_are_refused(restorer, tmp_path):
         assert sentence in done.error
 
 
+def test_the_last_answer_says_all(restorer):
+    """A browser that passes over an answer, as a busy one does, still gets every result."""
+    from restore.app.page.handlers import Handlers
+    from restore.app.page.visits import Asked, Visit
+
+    class Parts:
+        def updates(self, **changes):
+            return changes
+
+    asked = [Asked(str(PHOTO), None, "embedded", Request("denoise", sigma=0.1, **QUICK))] * 2
+    visit = Visit()
+    *_, before, last = Handlers(models.Priors(restorer), Parts())._run(visit, asked, "first")
+    assert "2 of 2 photos done" in last["status"] and "Done." in before["status"]
+    assert {**last, "status": None} == {**before, "status": None}
+    assert last["download"]["visible"] and len(last["files"]["value"]) == 4
+    visit.leave()
+
+
 def test_a_queue_goes_on_after_a_bad_photo_and_proposes_damage(restorer, tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no picture")

@@ -137,6 +137,7 @@ class Handlers:
     def _run(self, visit: Visit, asked: list[Asked], folder: str, place: int | None = None) -> Iterator[dict[Any, Any]]:
         """Restore photos and show each; place: of the result that is replaced, None for new ones."""
         outcomes: list[tuple[str, bool]] = []
+        shown: dict[str, Any] = {"forming": gr.update(visible=False)}
         if not asked:
             yield self.parts.updates(status=format_status("choose a photo first", bad=True))
             return
@@ -160,14 +161,16 @@ class Handlers:
                 if item.error is None:
                     k = visit.add(item, asked[len(outcomes) - 1], place)
                     status = format_status("Done.", detail=item.note, lines=[*lines, item.line()])
-                    yield self.parts.updates(status=status, **self._show(visit, k))
-            # The last yield stands inside of the block: a visitor's files are removed once the page has copied them.
+                    shown = self._show(visit, k)
+                    yield self.parts.updates(status=status, **shown)
+            # The last yield stands inside of the block: a visitor's files are removed once the page has copied them. It
+            # says all again: a busy browser may pass over what came before the last.
             done = sum(succeeded for _, succeeded in outcomes)
             last = outcomes[-1][0] if len(outcomes) == 1 else f"{done} of {len(photos)} photos done"
             lines = [line for line, _ in outcomes] if len(outcomes) > 1 else []
             note = visit.results[-1].note if done and len(photos) == 1 else ""
             status = format_status(last, detail=note, lines=lines, bad=done < len(photos))
-            yield self.parts.updates(status=status, forming=gr.update(visible=False))
+            yield self.parts.updates(status=status, **shown)
 
     def show(self, session: gr.Request, which: int | None) -> dict[Any, Any]:
         """Show another photo of the queue."""
