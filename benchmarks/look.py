@@ -23,9 +23,9 @@ import scipy.ndimage
 import torch
 from PIL import Image
 
-from benchmarks.damages import MARGIN, Piece, cut_pieces, draw_hole, draw_scratches
+from benchmarks.damages import MARGIN, Piece, draw_hole, draw_scratches
 from benchmarks.measure import run_command
-from benchmarks.photo import list_photos, select
+from benchmarks.photo import find_pieces, select
 from operators import RestoreError
 from restore import disk
 from restore.app.choice import MethodChoice
@@ -286,9 +286,7 @@ def judge(
         raise RestoreError(
             f"size must be a multiple of 4 from 64 on, pieces and files at least 1, got {size}, {pieces}, {files}"
         )
-    found = cut_pieces([path for name in data.split(",") for path in list_photos(Path(name))], pieces, size, seed)
-    if not found:
-        raise RestoreError(f"data must be photos of at least {size + 2 * MARGIN} pixels a side, got none in {data}")
+    found = find_pieces(data, pieces, size, seed, "data must be photos")
     restorer = load(backbone, device="cpu", offline=True)
     network = LPIPS("alex", {"alexnet": lpips}) if lpips else None
     rows = list(_measure_all(Judge(restorer, Path(out), quality, seed, network), found, chosen, files))

@@ -231,9 +231,7 @@ def compare(
     chosen = {"damage": select(damages, DAMAGES, "damage"), "method": select(methods, OURS | ALTERNATIVES, "method")}
     if size < 64 or size % 4 or pieces < 1:
         raise RestoreError(f"size must be a multiple of 4 from 64 on and pieces at least 1, got {size} and {pieces}")
-    found = cut_pieces([path for name in photos.split(",") for path in list_photos(Path(name))], pieces, size, seed)
-    if not found:
-        raise RestoreError(f"photos must be of at least {size + 2 * MARGIN} pixels a side, got none in {photos}")
+    found = find_pieces(photos, pieces, size, seed, "photos must be")
     restorer = load(backbone, device="cpu", offline=True)
     known = label in (getattr(restorer.backbone, "labels", None) or ())
     network = LPIPS("alex", {"alexnet": lpips}) if lpips else None
@@ -256,6 +254,14 @@ def _measure_all(bench: Bench, pieces: list[Piece], damage: list[str], method: l
         row = bench.measure(name, piece, one)
         if row is not None:
             yield row
+
+
+def find_pieces(photos: str, pieces: int, size: int, seed: int, must: str) -> list[Piece]:
+    """Return squares of files and folders, separated by commas; must: the beginning of the error."""
+    found = cut_pieces([path for name in photos.split(",") for path in list_photos(Path(name))], pieces, size, seed)
+    if not found:
+        raise RestoreError(f"{must} of at least {size + 2 * MARGIN} pixels a side, got none in {photos}")
+    return found
 
 
 def list_photos(path: Path) -> list[Path]:

@@ -7,8 +7,8 @@ import hashlib
 import http.server
 import json
 import re
-import threading
-from contextlib import contextmanager
+
+from tests.zoo.servers import running
 
 TOKEN = "hf_right"
 
@@ -160,12 +160,5 @@ def branch_id(name, files):
     return hashlib.sha1(repr((name, sorted(files.items()))).encode()).hexdigest()
 
 
-@contextmanager
 def serving():
-    server = Hub()
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
+    return running(Hub())

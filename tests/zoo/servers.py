@@ -87,9 +87,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-@contextmanager
 def serving(content, **options):
-    server = Server(content, **options)
+    return running(Server(content, **options))
+
+
+@contextmanager
+def running(server):
+    """Serve in a thread of its own until the block ends."""
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:
         yield server
