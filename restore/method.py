@@ -106,6 +106,7 @@ class Situation:
     backbone, operator, task: names (task: of configs/task; operator: an operator's `name`).
     kind: "pixels" or "latents", what the backbone works on.
     linear: whether y = A x + n is linear with Gaussian noise, or none.
+    sigma: standard deviation of the Gaussian noise, 0 without noise; None: of another noise.
     windows: whether the image is larger than the backbone's.
     samples: how many are wanted of each image.
     data: "ffhq" or "imagenet", if settings were published for both with one backbone; None: the first.
@@ -116,6 +117,7 @@ class Situation:
     task: str | None = None
     kind: str = "pixels"
     linear: bool = True
+    sigma: float | None = 0.0
     windows: bool = False
     samples: int = 1
     data: str | None = None
@@ -171,6 +173,7 @@ def find_default(situation: Situation, quality: str) -> dict[str, Any]:
         if (
             situation.matches(entry)
             and situation.linear >= entry.get("linear", False)
+            and (situation.sigma or 0.0) >= entry.get("sigma", 0.0)
             and situation.windows >= entry.get("windows", False)
             and not (situation.samples > 1 and entry["sampler"] in samplers.DETERMINISTIC)
             and _matches(entry.get("quality", "*"), quality)

@@ -38,7 +38,7 @@ from restore.restoration import (
     split_channels,
 )
 from restore.samplers.generate import generate
-from restore.samplers.likelihood import is_linear_gaussian
+from restore.samplers.likelihood import gaussian_sigma, is_linear_gaussian
 from restore.samplers.noise import ImageNoise
 from restore.zoo.sharing import SharedPrior
 
@@ -80,8 +80,7 @@ def load(
     if vae_tiling:
         enable_vae_tiling(backbone)
     windows = {"overlap": overlap, "max_windows": max_windows, "recompute_windows": checkpointing}
-    restorer = Restorer(backbone, found.name, **windows, per_channel=per_channel)
-    return restorer.note_source(found, options)
+    return Restorer(backbone, found.name, **windows, per_channel=per_channel).note_source(found, options)
 
 
 class Restorer(SharedPrior):
@@ -147,6 +146,7 @@ class Restorer(SharedPrior):
             task=task,
             kind=self.kind,
             linear=is_linear_gaussian(operator),
+            sigma=gaussian_sigma(operator),
             windows=max(height, width) > self.backbone.resolution * self.backbone.downscale,
             samples=samples,
             data=data,

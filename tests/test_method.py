@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+import operators
 import restore
 from restore import method
 from restore.guidance import CFG, PAG
@@ -121,6 +122,15 @@ def test_the_best_larger_photo_and_several_versions_are_samples():
     for operator in ("super_resolution", "gaussian_blur", "compose", "denoising"):
         several = find("embedded-photo", None, operator, samples=3)
         assert several.sampler == "diffpir" and several.steps == qualities[-1].steps and len(several.steps) == 16
+
+
+def test_fastdips_at_the_noise_at_which_it_is_ahead():
+    how = {"backbone": "embedded", "task": "motion-blur", "operator": "motion_blur"}
+    chosen = [find(**how, quality="fast", sigma=sigma).sampler for sigma in (0.0, 0.01, 0.03)]
+    assert chosen == ["diffpir", "diffpir", "fastdips"]
+    assert find(**how, sigma=0.05).sampler == "diffpir" == find(**how, quality="fast").sampler
+    operator = operators.MotionBlur(kernel_size=15, noise=operators.GaussianNoise(0.05))
+    assert restore.load("embedded").method(operator, quality="fast").sampler == "fastdips"
 
 
 def test_photos_in_windows_get_one_estimate_unless_samples_are_asked_for():

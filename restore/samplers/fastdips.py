@@ -16,6 +16,8 @@ from restore.samplers.steps import FiniteCheck, annealing_levels, report
 
 HALVINGS = 8  # of a step that makes its objective larger
 DIFFERENCE = 1e-3  # h of the forward difference
+PUBLISHED_SIGMA = 0.05  # sigma_y at which 1 / (2 sigma_y²) is the published rho
+LEAST_SIGMA = 0.005  # sigma_y that rho follows
 
 
 @enforce_ranges
@@ -30,7 +32,7 @@ def fastdips(
     guidance=None,
     condition=None,
     callback=None,
-    rho: Positive = 200.0,
+    rho: Positive | None = None,
     epsilon: NonNegative | None = 0.05,
     admm_steps: Annotated[int, Range(0)] = 3,
     descent_steps: Count = 1,
@@ -50,18 +52,23 @@ def fastdips(
 
     operator: a differentiable `A`, linear or not; with "exact" its derivative is differentiated, too.
     steps: levels, as DAPS's, the last of them sigma_min, or their times. guidance: makes x0_hat.
-    rho: ADMM's penalty. epsilon: of the whole y; None: sigma_y sqrt(m), m numbers in y.
+    rho: ADMM's penalty; None: 1 / (2 sigma_y²), the published 200 at the published sigma_y of 0.05, and at noise that
+        is not Gaussian. epsilon: of the whole y; None: sigma_y sqrt(m), m numbers in y.
     descent_steps, line_search: see `descend`. pixels_above: on latents, sigma above which x_0 is sought in the image
         and its change encoded, below it through the decoder.
     """
     schedule, clip = prior.schedule, prior.bounded if clip is None else clip
-    radius = (gaussian_sigma(operator) or 0.0) * y[0].numel() ** 0.5 if epsilon is None else epsilon
+    sigma_y = gaussian_sigma(operator)
+    radius = (sigma_y or 0.0) * y[0].numel() ** 0.5 if epsilon is None else epsilon
+    if rho is None:
+        rho = 0.5 / max(PUBLISHED_SIGMA if sigma_y is None else sigma_y, LEAST_SIGMA) ** 2
     sigma_max = min(sigma_max, float(schedule.ratios[-1]))
     if sigma_min > sigma_max:
         raise RestoreError(f"sigma_min must be at most sigma_max, {sigma_max:g}, got {sigma_min:g}")
     sigmas = annealing_levels(schedule, steps, sigma_max, sigma_min, to_zero=False)
     x_t = sigmas[0] * noise(0, (len(y), *prior.shape), "start")
 
+    used = {"rho": rho, "epsilon": radius, "sigma_max": sigmas[0]}
     check_finite = FiniteCheck(len(sigmas))
     with estimator(prior, guidance) as estimate:
         for k, sigma in enumerate(sigmas):
@@ -82,7 +89,7 @@ def fastdips(
                     x0 = encode_change(prior, x0_hat, image, fit(operator.A, image, *settings, line_search))
                 x_t = x0 + sigmas[k + 1] * noise(k, x_t.shape, "latent")
             check_finite(x_t, k, f"rho={rho:g}")
-            state, used = {"x_t": x_t, "x0_hat": image, "eps": eps}, {"epsilon": radius, "sigma_max": sigmas[0]}
+            state = {"x_t": x_t, "x0_hat": image, "eps": eps}
             report(callback, k, len(sigmas), t, **state, used=used, operator=operator, y=y)
     return image
 

@@ -8,7 +8,7 @@ from weak_passes import latent_prior
 
 import operators
 from benchmarks.posteriors import MixturePrior
-from operators import RestoreError
+from operators import GaussianNoise, PoissonNoise, RestoreError
 from restore.samplers.fastdips import descend, fastdips, fit
 from restore.samplers.steps import annealing_levels, rho_grid
 
@@ -98,19 +98,26 @@ def test_the_whole_sampler_on_a_white_prior(white):
     got = fastdips(white, operators.Denoising(), y, noise=draw, steps=4, callback=seen.append, **own)
     shrink = 0.25 / (0.25 + 0.2**2)
     assert relative(got, shrink * (y + 0.2 * draw(2, (2, *SHAPE)))) < 1e-3
-    assert len(seen) == 4 and seen[0]["used"] == {"epsilon": 0.0, "sigma_max": pytest.approx(5.0)}
+    assert len(seen) == 4 and seen[0]["used"] == {"rho": 2e4, "epsilon": 0.0, "sigma_max": pytest.approx(5.0)}
     prior_draw = fastdips(white, operators.Denoising(), y, noise=draw, steps=4, **own | {"admm_steps": 0})
     unrelated = fastdips(white, operators.Denoising(), y + 1, noise=draw, steps=4, **own | {"admm_steps": 0})
     assert torch.equal(prior_draw, unrelated) and relative(got, prior_draw) > 0.1
 
 
-def test_epsilon_from_the_noise(white):
+def test_rho_and_epsilon_from_the_noise(white):
+    """rho is the published 200 at the published noise; fixed, results at three times that noise were noise."""
     seen = []
-    operator = operators.Denoising(noise=operators.GaussianNoise(0.3))
-    fastdips(white, operator, draw(9, (1, *SHAPE)), noise=draw, steps=2, epsilon=None, callback=seen.append)
-    assert seen[0]["used"]["epsilon"] == pytest.approx(0.3 * D**0.5)
+
+    def run(noise, **own):
+        y = draw(9, (1, *SHAPE))
+        fastdips(white, operators.Denoising(noise=noise), y, noise=draw, callback=seen.append, **own)
+        return seen.pop()["used"]
+
+    for noise, rho in ((GaussianNoise(0.05), 200.0), (GaussianNoise(0.15), 0.5 / 0.15**2), (PoissonNoise(1.0), 200.0)):
+        assert run(noise, steps=1)["rho"] == pytest.approx(rho)
+    assert run(GaussianNoise(0.3), steps=1, epsilon=None)["epsilon"] == pytest.approx(0.3 * D**0.5)
     with pytest.raises(RestoreError, match="sigma_min must be at most sigma_max"):
-        fastdips(white, operator, draw(9, (1, *SHAPE)), noise=draw, steps=2, sigma_min=5.0, sigma_max=1.0)
+        run(None, steps=2, sigma_min=5.0, sigma_max=1.0)
 
 
 @pytest.mark.parametrize("operator", [operators.Clipping(2.0), operators.PhaseRetrieval(2.0)])
