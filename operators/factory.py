@@ -16,7 +16,7 @@ from operators.errors import RestoreError
 from operators.inpainting import Inpainting, box_mask, random_mask
 from operators.jpeg import JPEG
 from operators.noise import GaussianNoise, PoissonNoise
-from operators.nonlinear import Clipping, PhaseRetrieval
+from operators.nonlinear import Clipping, NonlinearBlur, PhaseRetrieval
 from operators.pointwise import Colorization, Denoising
 from operators.super_resolution import SuperResolution
 
@@ -66,7 +66,7 @@ def forget_border(mapping: Mapping) -> dict:
     if mapping["name"] == "compose":
         return {**mapping, "operators": [forget_border(part) for part in mapping["operators"]]}
     maker = find_operator(mapping["name"])
-    is_blur = isinstance(maker, type) and issubclass(maker, Blur) and mapping.get("border") is None
+    is_blur = isinstance(maker, type) and issubclass(maker, (Blur, NonlinearBlur)) and mapping.get("border") is None
     return {**mapping, "border": "unknown"} if is_blur else dict(mapping)
 
 
@@ -125,7 +125,7 @@ OPERATORS = {
     "inpainting_random": make_random_inpainting,
     "inpainting_mask": Inpainting,
     **{kind.name: kind for kind in (SuperResolution, GaussianBlur, MotionBlur, Blur, Denoising)},
-    **{kind.name: kind for kind in (Colorization, Clipping, PhaseRetrieval, JPEG)},
+    **{kind.name: kind for kind in (Colorization, Clipping, PhaseRetrieval, NonlinearBlur, JPEG)},
     "compose": make_composition,
 }
 NOISES = {"none": lambda: None, "gaussian": GaussianNoise, "poisson": PoissonNoise}

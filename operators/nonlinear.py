@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from operators import validate
 from operators.base import Operator
+from operators.blur import MotionBlur
 from operators.errors import RestoreError
 from operators.separable import compute_dtype
 
@@ -65,3 +66,54 @@ class PhaseRetrieval(Operator):
             if side + 2 * self._margin(side) == measured:
                 return side
         raise RestoreError(f"y must have the sides of a padded image, oversample {self.oversample:g}, got {measured}")
+
+
+class NonlinearBlur(Operator):
+    """y = f(k * f^-1(x)): a motion blur of light, as a sensor collects it during an exposure, f the curve of sRGB.
+
+    The light of a bright spot outshines what it is moved over, while `MotionBlur` averages the pixels' encoded values.
+    Averaged light and a fixed curve are the model of Nah et al. (2017, eq. 2), who take f(v) = v^(1/2.2); f is that of
+    IEC 61966-2-1 here, whose derivative is finite at black. The nonlinear blur of DPS (Chung et al. 2023) is a trained
+    network instead. The options are those of `MotionBlur`.
+    """
+
+    name = "nonlinear_blur"
+    linear = False
+    derived = ("motion",)
+
+    def __init__(
+        self,
+        kernel_size=61,
+        intensity=0.5,
+        seed=0,
+        *,
+        law="boracchi-foi",
+        border="reflect",
+        noise=None,
+        image_size=None,
+        adjoint="exact",
+    ):
+        super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
+        self.kernel_size, self.intensity, self.seed, self.law, self.border = kernel_size, intensity, seed, law, border
+        self.motion = MotionBlur(kernel_size, intensity, seed, law=law, border=border, image_size=image_size)
+
+    @property
+    def margin(self) -> tuple[int, int]:
+        return self.motion.margin
+
+    def A(self, x: torch.Tensor) -> torch.Tensor:
+        light = decode_srgb((x.to(compute_dtype(x)) + 1) / 2)
+        return (2 * encode_srgb(self.motion.A(light)) - 1).to(x.dtype)
+
+    def image_shape(self, y: torch.Tensor) -> tuple[int, ...]:
+        return self.motion.image_shape(y)
+
+
+def decode_srgb(v: torch.Tensor) -> torch.Tensor:
+    """Return the light of encoded values, both 0 to 1 (IEC 61966-2-1); the line at black goes on below it."""
+    return torch.where(v > 0.04045, ((v.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4, v / 12.92)
+
+
+def encode_srgb(light: torch.Tensor) -> torch.Tensor:
+    """Return the encoded values of light: the inverse of `decode_srgb`."""
+    return torch.where(light > 0.0031308, 1.055 * light.clamp(min=0.0031308) ** (1 / 2.4) - 0.055, 12.92 * light)

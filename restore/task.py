@@ -40,6 +40,7 @@ ALIASES = {
     "colorization": "colorize",
     "clipping": "hdr",
     "phase_retrieval": "phase-retrieval",
+    "nonlinear_blur": "nonlinear-blur",
 }
 
 

@@ -11,6 +11,8 @@ from restore.guidance import CFG, PAG
 from restore.method import Method, Situation, find_preset
 from restore.paths import configs_dir
 
+NONLINEAR = ("clipping", "nonlinear_blur", "phase_retrieval")
+
 
 def find(backbone, task, operator, sampler=None, data=None, *, quality=None, **situation):
     return find_preset(Situation(backbone, operator, task, data=data, **situation), sampler, quality)
@@ -91,14 +93,17 @@ def test_presets_of_a_task_come_before_those_of_its_operator(monkeypatch):
 
 
 def test_defaults_name_a_sampler_for_every_quality():
-    """Without a sampler: DiffPIR for linear operators in pixels, DPS for others, PSLD on latents; never guided."""
+    """Without a sampler: DiffPIR for linear A in pixels, FAST-DIPS or DPS for others, PSLD on latents; no guidance."""
     for backbone in ("embedded", "someone's.pt"):
         found = {q: find(backbone, "sr4", "super_resolution", quality=q) for q in method.QUALITIES}
         assert [m.sampler for m in found.values()] == ["diffpir"] * 3 and not any(m.guidance for m in found.values())
         steps = [int(str(m.steps).removeprefix("quad:")) for m in found.values()]
         assert steps == sorted(steps) and steps[0] < steps[-1] <= 100
         assert find(backbone, "sr4", "super_resolution") == found["balanced"]
-        assert find(backbone, None, "phase_retrieval", linear=False).sampler == "dps"
+        other = {"linear": False, "sigma": None}
+        assert find(backbone, None, "super_resolution", **other).sampler == "dps"
+        nonlinear = [find(backbone, None, name, **other).sampler for name in NONLINEAR]
+        assert nonlinear == ["fastdips" if backbone == "embedded" else "dps"] * 3
     assert find("sd-1.5", None, "inpainting", kind="latents", quality="fast").sampler == "psld"
     assert find("embedded", None, "inpainting", "dps").guidance.terms[0].scale == 1.0  # PAG, one word away
     with pytest.raises(restore.RestoreError, match="did you mean 'fast'"):

@@ -73,7 +73,27 @@ def test_defaults_apply_where_they_can(restorer):
     """Samplers for linear operators with Gaussian noise are not chosen for others."""
     linear, poisson = operators.SuperResolution(4), operators.SuperResolution(4, noise=operators.PoissonNoise(1.0))
     assert restorer.method(linear).sampler == "diffpir" and restorer.method(linear).guidance is None
-    assert restorer.method(poisson).sampler == restorer.method(operators.Clipping()).sampler == "dps"
+    assert restorer.method(poisson).sampler == "dps" and restorer.method(operators.Clipping()).sampler == "fastdips"
+
+
+NONLINEAR = [operators.Clipping, operators.PhaseRetrieval, operators.NonlinearBlur]
+
+
+@pytest.mark.parametrize("sampler", ["dps", "daps", "fastdips", "reddiff"])
+@pytest.mark.parametrize("kind", NONLINEAR)
+def test_presets_for_nonlinear_operators(restorer, face, kind, sampler):
+    """None asks for the transpose or the pseudo-inverse that such an operator has not."""
+    A = kind(noise=operators.GaussianNoise(0.05))
+    result = restorer(A(face), A, sampler=sampler, guidance=None, steps=2)
+    assert result.samples.isfinite().all()
+
+
+def test_an_overexposed_face(restorer, face):
+    """The default is ahead of what dividing by the gain would give, which DPS was not."""
+    A = operators.Clipping(2.0, noise=operators.GaussianNoise(0.05))
+    y = A(face, torch.Generator().manual_seed(0))
+    result = restorer(y, A, quality="fast")
+    assert float(psnr(result.samples[:, 0], face) - psnr(y / 2, face)) > 2.0
 
 
 def test_one_estimate_for_a_photo_in_windows_and_samples_by_another_sampler(restorer):

