@@ -68,6 +68,7 @@ def draw_picture(browser: Any, address: str, name: str, folder: Path) -> float:
     page.evaluate(
         f"window.scrollTo(0, document.querySelector('{top}').getBoundingClientRect().top + scrollY - {height // 2})"
     )
+    page.mouse.move(0, 0)  # nothing is drawn as if it were pointed at
     page.wait_for_timeout(1000)
     picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     picture.quantize(256, dither=Image.Dither.NONE).save(folder / f"{name}.png", optimize=True)
