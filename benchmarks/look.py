@@ -85,7 +85,7 @@ class Damaged:
     is_masked: bool = False
 
     def write(self, path: Path) -> Path:
-        path = path.with_suffix(self.suffix)
+        path = path.with_name(path.name + self.suffix)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(self.content)
         return path

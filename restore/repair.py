@@ -13,7 +13,7 @@ from restore.images.findings import SENSITIVITY, Findings
 
 AUTO = "auto"
 ENLARGED = 2
-SHARPENED = 0.008  # least sigma on [-1, 1] by which a blur is undone: with an estimated kernel no measurement is exact
+SHARPENED = 0.003  # least sigma on [-1, 1] by which a blur is undone: with an estimated kernel no measurement is exact
 
 
 def read_auto(settings: dict[str, Any], blind: bool, **files: Path | None) -> dict[str, Any]:

@@ -13,15 +13,19 @@ from operators import RestoreError
 from restore.images.blocks import Compression, detect_compression, estimate_quantised_noise, find_quality
 from restore.images.compression import read_compression
 from restore.images.damage import detect_damage
-from restore.images.estimate import SMALLEST, estimate_noise, find_blur, measure_grey_share
+from restore.images.estimate import BLURRED, SMALLEST, estimate_noise, find_blur, measure_grey_share
 from restore.images.io import ImageRecord, read_image
 from restore.images.motion import Motion, estimate_motion
 from restore.images.paint import find_paint
+from restore.images.softness import measure_softness
 from restore.images.spectrum import measure_detail
 from restore.images.tint import estimate_tint
 
 # From where on something is called wrong: sigma on [-1, 1], the quality of JPEG, the longer side in pixels.
 NOISY, COMPRESSED, SMALL = 0.03, 88, 400
+EVIDENCE = (
+    4.5  # pixels times nats, of a blur: sharp pieces of held-out photos with noise of 10 to 50 have less than 4.4
+)
 SHARP = 1.5  # times the noise's: power of the finest detail of a photo that is not blurred, whatever its edges say
 SENSITIVITY, CERTAIN = 0.5, -0.2  # of the search for damage: of its mask, and for believing that there is any
 
@@ -102,11 +106,15 @@ def inspect_photo(
 
 
 def _find_blur(x: torch.Tensor, sigma: float, compressed: bool) -> float:
-    """Return the blur of a photo; 0 where detail is left that a blur takes. JPEG's blocks look like such detail."""
+    """Return the blur of a photo: by its spectrum, or, where JPEG has cut that, by its edges; 0 of a sharp one, and
+    where detail is left that a blur takes."""
     if min(x.shape[-2:]) < 2 * SMALLEST:
         return 0.0
-    blur = round(find_blur(x), 1)
-    return 0.0 if blur and not compressed and measure_detail(x, sigma) > SHARP else blur
+    if compressed:
+        return round(find_blur(x), 1)
+    found = measure_softness(x, sigma)
+    blurred = found.std >= BLURRED and found.std * found.evidence > EVIDENCE
+    return round(found.std, 2) if blurred and measure_detail(x, sigma) <= SHARP else 0.0
 
 
 def _find_compression(
