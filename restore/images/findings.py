@@ -10,7 +10,7 @@ import torch
 
 import operators
 from operators import RestoreError
-from restore.images.blocks import Compression, detect_compression, estimate_quantised_noise, find_quality
+from restore.images.blocks import SIDE, Compression, detect_compression, estimate_quantised_noise, find_quality
 from restore.images.compression import read_compression
 from restore.images.damage import detect_damage
 from restore.images.estimate import BLURRED, SMALLEST, estimate_noise, find_blur, measure_grey_share
@@ -91,6 +91,8 @@ def inspect_photo(
     else:
         sigma = estimate_quantised_noise(x, seen)
     motion = None if painted else estimate_motion(x, sigma)
+    if motion and seen and _is_blocks(motion):
+        motion = None
     grey = record.grey or measure_grey_share(x) == 1
     return Findings(
         size=record.size,
@@ -115,6 +117,11 @@ def _find_blur(x: torch.Tensor, sigma: float, compressed: bool) -> float:
     found = measure_softness(x, sigma)
     blurred = found.std >= BLURRED and found.std * found.evidence > EVIDENCE
     return round(found.std, 2) if blurred and measure_detail(x, sigma) <= SHARP else 0.0
+
+
+def _is_blocks(motion: Motion) -> bool:
+    """Whether it is what the blocks of JPEG leave: zeros at an eighth of a cycle per pixel, along rows or columns."""
+    return abs(motion.length - SIDE) < 1 and abs((motion.angle + 45) % 90 - 45) < 3
 
 
 def _find_compression(
