@@ -35,7 +35,7 @@ BLURS = (
     4.0,
     6.0,
 )  # deviations of the Gaussians that a motion must explain better than
-GAIN = 150  # nats of one piece; motions of held-out pieces have 230 to 950, what is none at most 60
+GAIN = 150  # nats of one piece; motions of held-out pieces have 230 to 950, what is none at most 60, up to 40 pixels
 HIGHEST = 6  # times the expected power; what is higher is a line, of an edge
 
 
