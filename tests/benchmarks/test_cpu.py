@@ -1,6 +1,7 @@
 """Restorations timed beside another checkout's."""
 
 import pytest
+import torch
 
 from benchmarks import cpu
 from operators import RestoreError
@@ -17,8 +18,7 @@ def test_a_row_for_each_variant_with_its_share_of_the_peak():
     assert before == ["face", "before", "5.00", "0.60", "0.30", "30.000"]
 
 
-def test_names_of_cases_may_hold_commas():
-    assert cpu._split("face,dps+pag, every=2,sr4") == ["face", "dps+pag, every=2", "sr4"]
+def test_unknown_cases_are_refused():
     with pytest.raises(RestoreError, match="unknown case"):
         cpu.measure_cpu("face,nose")
 
@@ -29,3 +29,13 @@ def test_two_processes_are_asked_in_turn():
     now, own = ([cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:])
     assert (now[1], own[1]) == ("now", '{"lean": false}') and now[5] == own[5]
     assert 0 < float(now[4]) < 1.5 and float(now[2]) > 0
+
+
+def test_arithmetic_of_a_gradient_is_counted():
+    """Of DPS, whose x_t is a leaf; a layer's product takes 2 m n k, its gradient by the input as much."""
+    layer, x = torch.nn.Linear(8, 4), torch.randn(3, 8)
+    layer.requires_grad_(False)
+    with torch.no_grad():
+        assert cpu.count_flops(lambda: layer(x)) == 2 * 3 * 8 * 4
+    x.requires_grad_()
+    assert cpu.count_flops(lambda: torch.autograd.grad(layer(x).square().sum(), x)) == 2 * 2 * 3 * 8 * 4
