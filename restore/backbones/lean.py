@@ -1,14 +1,15 @@
 """Pixel networks as a CPU runs them without gradients: the functions of diffusers in fewer operations and copies.
 
 Features lie channels last, as oneDNN's convolutions and the projections of attention read them; 1 x 1 convolutions are
-matrix products; sums, activations and the scale and shift of the noise level happen in place or within the
-normalisation. Results equal those of the blocks' own code to rounding, and are the same bytes in every run.
+matrix products, 3 x 3 ones take fewer products (restore.backbones.convolution); sums, activations and the scale and
+shift of the noise level happen in place or within the normalisation. Results equal those of the blocks' own code to
+rounding, and are the same bytes in every run.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
@@ -16,31 +17,31 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from restore.backbones.diffusers_parts import Attention, ResnetBlock2D, UNet2DModel
+from restore.backbones import convolution
+from restore.backbones.diffusers_parts import Attention, ResnetBlock2D, UNet2DModel, Upsample2D
 
-PLAIN = (nn.Conv2d, nn.GroupNorm, nn.Linear, nn.SiLU, nn.Dropout)
+PLAIN = (nn.Conv2d, nn.GroupNorm, nn.Linear, nn.SiLU, nn.Dropout, Upsample2D)
 FEW = 1024  # pixels of a batch below which a convolution's time is a good part that of reading its weights
-COPIED = 2**26  # bytes of weights that a run may hold a second time
+COPIED = 2**27  # bytes of weights that a run may hold a second time
 _THREAD = threading.local()
 
 
 class Lean:
-    """What one run keeps: the weights of convolutions on few pixels in the order in which they are read, and the last
-    noise level's activation. Made anew for every run, because weights may change in between."""
+    """What one run keeps: the weights of convolutions as they are read, and the last noise level's activation. Made
+    anew for every run, because weights may change in between."""
 
     def __init__(self) -> None:
-        self.weights: dict[nn.Module, torch.Tensor] = {}
+        self.weights: dict[tuple[nn.Module, Callable], torch.Tensor | None] = {}
         self.bytes, self.level = 0, (None, None)
 
-    def order(self, conv: nn.Conv2d) -> torch.Tensor:
-        """Return the weight of `conv` channels last, as long as there is room for copies."""
-        if conv not in self.weights:
-            self.bytes += conv.weight.nbytes
-            if self.bytes > COPIED:
-                self.weights[conv] = conv.weight
-            else:
-                self.weights[conv] = conv.weight.contiguous(memory_format=torch.channels_last)
-        return self.weights[conv]
+    def order(self, conv: nn.Conv2d, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor | None:
+        """Return make(the weight of `conv`), made once, or None if there is no room for copies."""
+        key = (conv, make)
+        if key not in self.weights:
+            made = make(conv.weight.detach()) if self.bytes < COPIED else None
+            self.bytes += 0 if made is None else made.nbytes
+            self.weights[key] = made if self.bytes <= COPIED else None
+        return self.weights[key]
 
     def activate(self, level: torch.Tensor) -> torch.Tensor:
         """Return silu(level), computed once for all blocks of a pass."""
@@ -80,12 +81,12 @@ def find_lean(x: torch.Tensor) -> Lean | None:
 
 def count_copies(network: nn.Module) -> int:
     """Return the most bytes of weights that a run may hold a second time."""
-    blocks = [block for block in network.modules() if type(block) is ResnetBlock2D]
-    return min(COPIED, sum(conv.weight.nbytes for block in blocks for conv in (block.conv1, block.conv2)))
+    convs = [module for module in network.modules() if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)]
+    return min(COPIED, sum(4 * conv.weight.nbytes for conv in convs))  # in Winograd's form 36 numbers in place of 9
 
 
 def prepare_lean(network: nn.Module) -> None:
-    """Let the residual blocks and attention layers of a network of diffusers run lean where `run_lean` asks for it."""
+    """Let a network of diffusers and its layers run lean where `run_lean` asks for it."""
     for module in network.modules():
         run = RUNS.get(type(module))
         if run is not None and "forward" not in module.__dict__:
@@ -108,31 +109,23 @@ def _is_plain(module: nn.Module | None) -> bool:
         type(module) in PLAIN
         and not (module._forward_hooks or module._forward_pre_hooks or module.training)
         and getattr(module, "padding_mode", "zeros") == "zeros"
-        and (forward is None or hasattr(forward, "dispatcher"))
+        and (forward is None or hasattr(forward, "dispatcher") or getattr(forward, "func", None) is _choose)
     )
 
 
-def run_unet(lean: Lean, network: UNet2DModel, x, t, class_labels=None, return_dict=True):
-    """Return (output,) of a network, whose own forward asks all its modules for their dtype twice; None for another."""
-    classes, blocks = network.class_embedding, (*network.down_blocks, *network.up_blocks)
-    known = network.config.time_embedding_type == "positional" and network.config.class_embed_type is None
-    if return_dict or not known or network.config.center_input_sample or (classes is None) != (class_labels is None):
-        return None
-    if network.mid_block is None or any(hasattr(block, "skip_conv") for block in blocks) or t.shape != x.shape[:1]:
-        return None
-    level = network.time_embedding(network.time_proj(t))
-    level = level if classes is None else level + classes(class_labels)
-    x = network.conv_in(x)
-    kept = [x]
-    for block in network.down_blocks:
-        x, more = block(hidden_states=x, temb=level)
-        kept.extend(more)
-    x = network.mid_block(x, level)
-    for block in network.up_blocks:
-        first = len(kept) - len(block.resnets)
-        x = block(x, tuple(kept[first:]), level)
-        del kept[first:]
-    return (network.conv_out(network.conv_act(network.conv_norm_out(x))),)
+class _KnownType:
+    """A network that need not look through all its modules for its dtype, as it does twice an evaluation (4 ms)."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        self.network, self.dtype = network, dtype
+
+    def __getattr__(self, name: str):
+        return getattr(self.network, name)
+
+
+def run_unet(lean: Lean, network: UNet2DModel, *args, **kwargs):
+    """Return what the network's own forward does."""
+    return UNet2DModel.forward(_KnownType(network, network.conv_in.weight.dtype), *args, **kwargs)
 
 
 def run_resnet(lean: Lean, block: ResnetBlock2D, x: torch.Tensor, temb: torch.Tensor | None = None, *args, **kwargs):
@@ -145,9 +138,11 @@ def run_resnet(lean: Lean, block: ResnetBlock2D, x: torch.Tensor, temb: torch.Te
         return None
     h = F.silu(_normalise(block.norm1, x), inplace=True)
     resample = block.upsample or block.downsample
-    if resample is not None:
-        x, h = resample(x), resample(h)
-    h = _convolve(lean, block.conv1, h)
+    if resample is not None and _only_enlarges(resample):
+        x, h = resample(x), _convolve_enlarged(lean, block.conv1, h)
+    else:
+        x, h = (x, h) if resample is None else (resample(x), resample(h))
+        h = _convolve(lean, block.conv1, h)
     weight, bias = block.norm2.weight, block.norm2.bias
     if temb is not None and block.time_emb_proj is not None:
         level = temb if block.skip_time_act else lean.activate(temb)
@@ -166,6 +161,21 @@ def run_resnet(lean: Lean, block: ResnetBlock2D, x: torch.Tensor, temb: torch.Te
     h = _convolve(lean, block.conv2, F.silu(h, inplace=True))
     h += x if block.conv_shortcut is None else _convolve(lean, block.conv_shortcut, x)
     return h if block.output_scale_factor == 1 else h.div_(block.output_scale_factor)
+
+
+def run_upsample(lean: Lean, layer: Upsample2D, x: torch.Tensor, output_size=None, *args, **kwargs):
+    """Return what an enlargement to nearest neighbours does, with a convolution or without; None for another kind."""
+    if output_size is not None or args or kwargs or not layer.interpolate or layer.norm is not None:
+        return None
+    if _only_enlarges(layer):
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    conv = getattr(layer, "conv", None) if layer.use_conv else None
+    return _convolve_enlarged(lean, conv, x) if conv is not None and _is_plain(conv) else None
+
+
+def _only_enlarges(layer: nn.Module) -> bool:
+    plain = type(layer) is Upsample2D and _is_plain(layer) and layer.interpolate and layer.norm is None
+    return plain and not (layer.use_conv or layer.use_conv_transpose)
 
 
 def run_attention(
@@ -206,8 +216,29 @@ def _normalise(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
 def _convolve(lean: Lean, conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1:
         return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
-    weight = lean.order(conv) if x.shape[0] * x.shape[2] * x.shape[3] <= FEW else conv.weight
+    if _is_usual(conv) and convolution.can_tile(x, conv.out_channels):
+        weight = lean.order(conv, convolution.order_tiles)
+        if weight is not None:
+            return convolution.convolve_tiles(x, weight, conv.bias)
+    weight = lean.order(conv, _order_last) if x.shape[0] * x.shape[2] * x.shape[3] <= FEW else None
+    weight = conv.weight if weight is None else weight
     return F.conv2d(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-RUNS = {UNet2DModel: run_unet, ResnetBlock2D: run_resnet, Attention: run_attention}
+def _convolve_enlarged(lean: Lean, conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    weight = lean.order(conv, convolution.order_enlarged) if _is_usual(conv) else None
+    if weight is not None:
+        return convolution.convolve_enlarged(x, weight, conv.bias)
+    return _convolve(lean, conv, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _is_usual(conv: nn.Conv2d) -> bool:
+    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+
+
+def _order_last(weight: torch.Tensor) -> torch.Tensor:
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+RUNS = {UNet2DModel: run_unet, ResnetBlock2D: run_resnet, Upsample2D: run_upsample, Attention: run_attention}

@@ -167,7 +167,8 @@ class Planner:
                 retained += more * work.batch
                 transient = max(transient, (peak - more) * work.batch)
         network = OVERHEAD * (retained + transient) + work.batch * trace.bytes_per_pixel * pixels
-        copied = count_copies(self.restorer.backbone.network)
+        differentiates = any(gradient for _, gradient in trace.calls)  # then no pass runs lean
+        copied = 0 if differentiates else count_copies(self.restorer.backbone.network)
         return FIXED + copied + max(network, WRITING * pixels) + 2 * FLOAT * 3 * samples * pixels
 
     def _seconds(self, work: Workload, options: MemoryOptions) -> float:

@@ -10,9 +10,10 @@ from diffusers import UNet2DModel
 
 import operators
 import restore
+from restore.backbones import convolution
 from restore.backbones import lean as leaning
 from restore.backbones.adm import ADM
-from restore.backbones.lean import run_lean
+from restore.backbones.lean import count_copies, run_lean
 from restore.backbones.sizes import Sized
 from restore.guidance import PAG, estimator
 
@@ -89,6 +90,18 @@ def test_lean_is_the_same_function(kind, batch, monkeypatch):
     assert {"UNet2DModel", "ResnetBlock2D"} <= ran and ("Attention" in ran) == (kind != "photo")
     assert torch.equal(predict(backbone, x, True), found)
     assert not torch.equal(predict(backbone, x, True, 200.0), own)  # the noise level is not that of the last pass
+
+
+def test_wide_layers_take_fewer_products(monkeypatch):
+    """As far as there is room for their weights in another form."""
+    backbone, x, tiled = make_adm(block_out_channels=(96, 32)), torch.randn(2, 3, 16, 12), []
+    convolve = convolution.convolve_tiles
+    monkeypatch.setattr(convolution, "convolve_tiles", lambda *args: tiled.append(1) or convolve(*args))
+    own, found = (predict(backbone, x, lean) for lean in (False, True))
+    assert len(tiled) >= 4 and (found - own).abs().max() < 5e-5 * own.abs().max()
+    monkeypatch.setattr(leaning, "COPIED", 0)
+    assert_close(predict(backbone, x, True), own)
+    assert count_copies(backbone.network) == 0
 
 
 def test_with_gradients_nothing_changes():
