@@ -40,7 +40,8 @@ def measure_reuse(
     """Return a table of one row for DPS and one for each `every` of its weak pass, super-resolution by 4.
 
     faces: a folder; of its images each apart-th is taken, at most `limit`, cropped and reduced to 64 pixels. every: a
-    list that begins with 1. lpips: weights of AlexNet; without them LPIPS is left out. Raises RestoreError for a list that is none.
+    list that begins with 1. lpips: weights of AlexNet; without them LPIPS is left out. Raises RestoreError for another
+    list.
     """
     ks = read_list(every)
     torch.set_num_threads(1)

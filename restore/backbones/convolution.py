@@ -37,11 +37,15 @@ def _square(matrix: list) -> torch.Tensor:
 TILE, WEIGHTS, VALUES = _square(FROM_TILE).float(), _square(FROM_WEIGHTS), _square(TO_TILE).float()
 
 
+def is_wide(c: int, k: int) -> bool:
+    """Whether c channels to k make `convolve_tiles` faster, whose transforms take time, too (measured)."""
+    return c * k > 46 * c + 22 * k
+
+
 def can_tile(x: torch.Tensor, channels: int) -> bool:
-    """Whether `convolve_tiles` fits x (B, C, H, W), and is faster for so many channels of its result."""
+    """Whether `convolve_tiles` fits x (B, C, H, W) and is faster for so many channels of its result."""
     b, c, h, w = x.shape
-    is_many = b * h * w >= 16 * 16 and c * channels > 46 * c + 22 * channels  # measured: transforms cost time, too
-    return is_many and h % 4 == w % 4 == 0
+    return b * h * w >= 16 * 16 and is_wide(c, channels) and h % 4 == w % 4 == 0
 
 
 def order_tiles(weight: torch.Tensor) -> torch.Tensor:

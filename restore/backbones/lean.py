@@ -81,8 +81,17 @@ def find_lean(x: torch.Tensor) -> Lean | None:
 
 def count_copies(network: nn.Module) -> int:
     """Return the most bytes of weights that a run may hold a second time."""
-    convs = [module for module in network.modules() if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)]
-    return min(COPIED, sum(4 * conv.weight.nbytes for conv in convs))  # in Winograd's form 36 numbers in place of 9
+    modules = list(network.modules())
+    enlarged = {block.conv1 for block in modules if type(block) is ResnetBlock2D and block.upsample is not None}
+    enlarged |= {
+        layer.conv for layer in modules if type(layer) is Upsample2D and layer.use_conv and layer.name == "conv"
+    }
+    total = 0.0
+    for conv in modules:
+        if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
+            is_tiled = convolution.is_wide(conv.in_channels, conv.out_channels) and conv not in enlarged
+            total += conv.weight.nbytes * (4 if is_tiled else 16 / 9 if conv in enlarged else 1)
+    return min(COPIED, int(total))
 
 
 def prepare_lean(network: nn.Module) -> None:
