@@ -11,6 +11,8 @@ from operators.blur import MotionBlur
 from operators.errors import RestoreError
 from operators.separable import compute_dtype
 
+SLOPE_AT_WHITE = 2.4 / 1.055  # of the light over the encoded values of sRGB
+
 
 class Clipping(Operator):
     """y = clip(gain x, -1, 1): an overexposed photo, whose highlights and shadows are lost (HDR reconstruction).
@@ -110,10 +112,12 @@ class NonlinearBlur(Operator):
 
 
 def decode_srgb(v: torch.Tensor) -> torch.Tensor:
-    """Return the light of encoded values, both 0 to 1 (IEC 61966-2-1); the line at black goes on below it."""
-    return torch.where(v > 0.04045, ((v.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4, v / 12.92)
+    """Return the light of encoded values, both 0 to 1 (IEC 61966-2-1); beyond, its tangents: samplers go there."""
+    inside = ((v.clamp(0.04045, 1.0) + 0.055) / 1.055) ** 2.4
+    return torch.where(v > 0.04045, inside + SLOPE_AT_WHITE * (v - 1).clamp(min=0.0), v / 12.92)
 
 
 def encode_srgb(light: torch.Tensor) -> torch.Tensor:
     """Return the encoded values of light: the inverse of `decode_srgb`."""
-    return torch.where(light > 0.0031308, 1.055 * light.clamp(min=0.0031308) ** (1 / 2.4) - 0.055, 12.92 * light)
+    inside = 1.055 * light.clamp(0.0031308, 1.0) ** (1 / 2.4) - 0.055
+    return torch.where(light > 0.0031308, inside + (light - 1).clamp(min=0.0) / SLOPE_AT_WHITE, 12.92 * light)
