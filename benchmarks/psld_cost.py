@@ -160,7 +160,7 @@ def _count_flops(model: StableDiffusion, side: int, batch: int, guidance) -> lis
 
     for name, method in (("unet", "predict"), ("decoder", "decode"), ("encoder", "encode")):
         setattr(prior, method, count(name, getattr(prior, method)))
-    with _make_counter() as counter:
+    with make_counter() as counter:
         _run_two_steps(prior, batch, guidance, end)
     return steps
 
@@ -172,7 +172,7 @@ def _count_peak(model: StableDiffusion, side: int, batch: int, guidance) -> int:
     return live.peak
 
 
-def _make_counter() -> FlopCounterMode:
+def make_counter() -> FlopCounterMode:
     aten = torch.ops.aten
 
     def forward(q, k, v, *args, out_shape=None, **kwargs) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from operators.errors import RestoreError
 
 if TYPE_CHECKING:
+    from restore.backbones.graphs import compile_networks
     from restore.guidance import CFG, PAG, SAG, SWG, TPG, TSG, Autoguidance
     from restore.guidance.pipelines import guided
     from restore.method import Method
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 # Names are imported when they are used: `restore --help` and `restore models list` do not wait for torch.
 _MODULES = {
+    "restore.backbones.graphs": ("compile_networks",),
     "restore.guidance": ("Autoguidance", "CFG", "PAG", "SAG", "SWG", "TPG", "TSG"),
     "restore.guidance.pipelines": ("guided",),
     "restore.method": ("Method",),
@@ -33,6 +35,7 @@ __all__ = [
     "SWG",
     "TPG",
     "TSG",
+    "compile_networks",
     "guided",
     "load",
 ]

@@ -10,6 +10,7 @@ import torch
 
 import operators
 from restore import zoo
+from restore.backbones.graphs import find_graphs
 from restore.guidance.autoguidance import list_autoguidance
 from restore.method import Method
 from restore.versions import hash_own_code
@@ -32,6 +33,7 @@ def describe_run(restorer: Any, operator: Any, method: Method) -> dict[str, Any]
         **({"model_options": given} if given else {}),
         **({"autoencoder": type(backbone.vae).__name__} if restorer.kind == "latents" else {}),
         "precision": str(dtype).removeprefix("torch."),
+        **({"compiled": graphs.mode} if (graphs := find_graphs(backbone.network)) else {}),
         "operator": "None" if operator is None else operators.describe(operator),  # of samples
         "noise": repr(noise) if noise is not None else None,
         "range": "[-1, 1]",

@@ -16,8 +16,11 @@ from operators import RestoreError
 from operators.naming import check_known
 from restore import samplers
 from restore.backbones.sizes import Sized
+from restore.backbones.transfer import send
 from restore.guidance import Guidance, Record, record_guidance
 from restore.images import io
+
+AUTO = "auto"  # the batch size that memory allows
 
 
 @dataclass
@@ -112,7 +115,7 @@ def prepare_measurement(
     else:
         is_linear = isinstance(operator, operators.Operator) and operator.linear
         y = io.to_tensor(y, channels=None, largest=8.0 if is_linear else float("inf"))
-    y = y.to(device)
+    y = send(y, device)
     shape = operators.image_shape(operator, y)
     if shape[1] == 1 and known == 3:
         y = y.expand(-1, 3, -1, -1)
@@ -262,6 +265,22 @@ def observe_run(
             callback({**step, **own, **shared})
 
     return guidance if guidance is None or callback is None else record_guidance(guidance, record), receive
+
+
+def check_batches(name: str, count: int, batch_size: int | str) -> None:
+    """Raise RestoreError unless `name` is 1 or more, and batch_size too, or AUTO."""
+    is_size = isinstance(batch_size, int) and batch_size >= 1
+    if count < 1 or not (is_size or batch_size == AUTO):
+        raise RestoreError(f"{name} and batch_size must be at least 1, got {count} and {batch_size}")
+
+
+def find_batch_size(batch_size: int | str, restorer: Any, operator: Any, y: torch.Tensor, *rest: Any) -> int:
+    """Return batch_size, or for AUTO what memory allows; rest: see restore.memory.choose_batch_size."""
+    if batch_size != AUTO:
+        return batch_size
+    from restore.memory import choose_batch_size  # imported when it is needed
+
+    return choose_batch_size(restorer, operators.select_rows(operator, [0]), y[:1], *rest)
 
 
 def check_clash(sampler: str | Callable | None, call: Mapping[str, inspect.Parameter]) -> None:

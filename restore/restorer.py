@@ -26,10 +26,12 @@ from restore.method import Method, Situation
 from restore.protocol import describe_run, fingerprint_backbone, hash_backbone
 from restore.restoration import (
     Restoration,
+    check_batches,
     check_clash,
     choose_device,
     encode_condition,
     explain_out_of_memory,
+    find_batch_size,
     join_channels,
     measure_residual,
     observe_run,
@@ -184,7 +186,7 @@ class Restorer(SharedPrior):
         samples: int = 1,
         seed: int = 0,
         image_ids: Sequence[str] | None = None,
-        batch_size: int = 1,
+        batch_size: int | str = 1,
         condition: torch.Tensor | None = None,
         label: int | str | None = None,
         prompt: str | None = None,
@@ -209,9 +211,9 @@ class Restorer(SharedPrior):
             the sampler's own parameters (zeta, ddim_eta, ...) are passed to `Restorer.method`.
         samples: posterior samples per measurement. seed, image_ids: noise is a function of (seed,
             image id, sample index); ids default to "0", "1", ...
-        batch_size: samples computed together. With 1 (default) a result has the same bytes whatever
-            else is computed; larger batches are faster on a GPU, and equal to rounding, which DPS can magnify where
-            a pixel crosses the clamp of x0_hat, and RED-diff and ReSample where a gradient nearly vanishes (Adam).
+        batch_size: samples computed together; "auto": what memory allows. With 1 a result has the same bytes whatever
+            else is computed; larger batches, faster on a GPU, are equal to rounding, which DPS can magnify where a
+            pixel crosses the clamp of x0_hat, and RED-diff and ReSample where a gradient nearly vanishes (Adam).
         condition: class labels (B,), or embeddings (B or 1, tokens, width). In its place, label: one class, by its
             number or name; prompt, negative_prompt: text, and text in place of the empty prompt of CFG's weak pass,
             for backbones with a text encoder.
@@ -224,8 +226,7 @@ class Restorer(SharedPrior):
         choices |= {"steps": steps, "guidance": guidance}
         with neutral_state(self.device), torch.enable_grad():
             y, shape = prepare_measurement(y, operator, self.device, self.channels, self.per_channel)
-            if samples < 1 or batch_size < 1:
-                raise RestoreError(f"samples and batch_size must be at least 1, got {samples} and {batch_size}")
+            check_batches("samples", samples, batch_size)
             ids = [str(i) for i in range(len(y))] if image_ids is None else [str(i) for i in image_ids]
             if len(ids) != len(y) or len(set(ids)) != len(ids):
                 raise RestoreError(f"image_ids must be {len(y)} different names, got {ids}")
@@ -247,6 +248,7 @@ class Restorer(SharedPrior):
                 rows = [b for b in range(len(ids)) for _ in range(singly)]
                 ids, condition = [ids[b] for b in rows], select_condition(condition, rows)
             items = [(b, k) for b in range(len(y)) for k in range(samples)]
+            batch_size = find_batch_size(batch_size, self, operator, y, tuple(shape[-2:]), method, len(items))
             result = self._run(y, operator, prior, method, ids, items, seed, batch_size, condition, callback)
             return join_channels(result, singly) if singly > 1 else result
 
@@ -324,8 +326,7 @@ class Restorer(SharedPrior):
         Sample i depends only on (seed, first + i). size: (H, W) in pixels, the trained resolution by default.
         steps: None, ddim_eta: "preset": those of restore.method.find_generation. labels: one class per image.
         """
-        if n < 1 or batch_size < 1:
-            raise RestoreError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
+        check_batches("n", n, int(batch_size))
         if labels is not None and len(labels) != n:
             raise RestoreError(f"labels must be one for each of {n} images, got {len(labels)}")
         method = methods.find_generation(self.name, steps, ddim_eta)

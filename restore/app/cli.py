@@ -51,7 +51,7 @@ def run(
     steps: Annotated[str | None, typer.Option(help="Number of steps; default: the preset's.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Posterior samples per image.")] = 1,
     seed: options.Seed = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples computed together.")] = 1,
+    batch_size: Annotated[str, typer.Option(help="Samples computed together; auto: what memory allows.")] = "1",
     device: options.Device = "auto",
     precision: options.Precision = "fp32",
     model_option: options.ModelOption = None,
@@ -103,10 +103,11 @@ def run(
     saving = {"checkpointing": checkpointing, "max_windows": max_windows, "vae_tiling": vae_tiling}
     machine = {"device": device, "precision": precision, "offline": offline, "vae": vae, **saving, **loading}
     condition, limit = Condition(label, prompt, negative_prompt), memory and memory * 1e9
-    sampling = {"samples": samples, "seed": seed, "batch_size": batch_size, "resampled": resampled}
+    together = options.parse_batch_size(batch_size)
+    sampling = {"samples": samples, "seed": seed, "batch_size": together, "resampled": resampled}
     writing = {"degrade": degrade, "save_trajectory": save_trajectory, "overwrite": overwrite}
     limits = {"force": force, "dry_run": dry_run}
-    with Progress(len(photos), quiet, batch_size) as progress:
+    with Progress(len(photos), quiet, together) as progress:
         load, model, chooser = partial(restorer.load, **machine), None, None
         if backbone is None:
             # Attention, classes and published settings: what only the prior of faces has, which knows photos too.

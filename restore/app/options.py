@@ -133,6 +133,13 @@ def parse_steps(steps: str | None) -> int | str | None:
     return int(steps) if steps is not None and re.fullmatch(r"[+-]?[0-9]+", steps) else steps
 
 
+def parse_batch_size(batch_size: str) -> int | str:
+    """Return a number of samples, or "auto". Raises RestoreError for other text."""
+    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) >= 1):
+        raise RestoreError(f"batch_size must be a whole number of 1 or more, or auto, got {batch_size}")
+    return batch_size if batch_size == "auto" else int(batch_size)
+
+
 def parse_ddim_eta(ddim_eta: str | None) -> float | None | str:
     """Return "preset" for nothing, None for "ddpm", else the number. Raises RestoreError for other text."""
     if ddim_eta in (None, "ddpm"):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from restore.memory import Pace, Plan, format_range, widen
+from restore.restoration import AUTO
 
 
 class PhotoPace(Pace):
@@ -70,7 +71,7 @@ class Progress:
 
     DELAY = 0.5  # seconds before the bar appears
 
-    def __init__(self, files: int, quiet: bool = False, batch: int = 1, backbone: Any = None) -> None:
+    def __init__(self, files: int, quiet: bool = False, batch: int | str = 1, backbone: Any = None) -> None:
         from tqdm import tqdm
 
         form = "{percentage:3.0f}%|{bar}| {elapsed}{postfix}"
@@ -86,7 +87,8 @@ class Progress:
 
     def announce(self, outcome: Any) -> None:
         """Begin a photo: print its plan above the bar."""
-        self.pace = PhotoPace(outcome.plan, self.batch)
+        batch = outcome.plan.batch if self.batch == AUTO and outcome.plan is not None else self.batch
+        self.pace = PhotoPace(outcome.plan, batch)
         self.say(outcome.line())
 
     def say(self, line: str) -> None:

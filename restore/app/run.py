@@ -27,7 +27,7 @@ from restore.images.tint import apply_tint, estimate_tint
 from restore.memory import Plan, Planner
 from restore.method import Method
 from restore.metrics.single import psnr, ssim
-from restore.restoration import Restoration, check_channels, explain_out_of_memory
+from restore.restoration import AUTO, Restoration, check_channels, explain_out_of_memory
 from restore.task import Measurement, Task, build_for_photo, measure_photo
 from restore.versions import get_version
 
@@ -90,7 +90,7 @@ class RestoreJob:
     condition: Condition = Condition()
     samples: int = 1
     seed: int = 0
-    batch_size: int = 1
+    batch_size: int | str = 1
     degrade: bool = False
     resampled: Resampling | None = None
     save_trajectory: bool = False
@@ -166,7 +166,8 @@ class RestoreJob:
         operator, y, size = measured.operator, measured.y, shown
         trajectory = Trajectory(self.callback) if self.save_trajectory else None
         with nullcontext(self.restorer) if plan is None else self.planner.apply(plan) as restorer:
-            options = {"samples": self.samples, "seed": self.seed, "batch_size": self.batch_size}
+            batch_size = plan.batch if plan is not None and self.batch_size == AUTO else self.batch_size
+            options = {"samples": self.samples, "seed": self.seed, "batch_size": batch_size}
             if task.keep_known and self.restorer.kind == "pixels" and self.resampled is None:
                 options["region"] = 1 - operator.mask
             options |= {"image_ids": [photo.image_id], "callback": trajectory or self.callback}

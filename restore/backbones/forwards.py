@@ -10,26 +10,63 @@ modules are as before.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 _LOCK = threading.Lock()  # held while dispatchers are installed or removed, not while modules run
+_PARTS: dict[int | None, list[Part | None]] = {}  # of the replacements that each thread sees (None: every thread)
+
+
+class Part:
+    """What a replacement does to a pass, for a network that keeps its passes as graphs (restore.backbones.graphs).
+
+    key: determines, with those of the other replacements and with the network's input, what a pass computes.
+    """
+
+    def __init__(self, key: Hashable) -> None:
+        self.key = key
+
+    def take(self) -> Any:
+        """Remove and return what the network's next call uses of this replacement: inputs of the graph."""
+
+    @contextmanager
+    def lend(self, given: Any) -> Iterator[Callable[[], Any]]:
+        """Within the block work on what `take` returned alone; yield a function that returns what the call kept:
+        outputs of the graph, and what is the same in every call."""
+        yield lambda: None
+
+    def store(self, kept: Any) -> None:
+        """Take in what a call has kept."""
+
+
+def find_parts() -> list[Part] | None:
+    """Return the parts of all replacements that this thread sees; None if one of them has not told what it does."""
+    parts = [*_PARTS.get(None, ()), *_PARTS.get(threading.get_ident(), ())]
+    return None if None in parts else parts
 
 
 @contextmanager
-def replace_forward(modules: Iterable[nn.Module], make: Callable, *, everywhere: bool = False) -> Iterator[None]:
+def replace_forward(
+    modules: Iterable[nn.Module], make: Callable, *, everywhere: bool = False, part: Part | None = None
+) -> Iterator[None]:
     """Give each module make(module, its forward) as its forward within the block, in this thread.
 
     Blocks may be nested; the innermost is called first and gets the next one as `forward`. everywhere: replace it for
     all threads that have no replacement of their own. Modules compiled by torch.compile run uncompiled while they are
-    replaced.
+    replaced; networks that keep graphs, if no `part` tells what the replacement does.
     """
     thread = None if everywhere else threading.get_ident()
-    replaced = []
+    modules, replaced = list(modules), []
+    if not modules:
+        yield
+        return
     try:
+        with _LOCK:
+            _PARTS.setdefault(thread, []).append(part)
         for module in modules:
             with _LOCK:
                 dispatcher = getattr(module.__dict__.get("forward"), "dispatcher", None) or _Dispatcher(module)
@@ -46,6 +83,10 @@ def replace_forward(modules: Iterable[nn.Module], make: Callable, *, everywhere:
                     del dispatcher.stacks[thread]
                 if not dispatcher.stacks:
                     dispatcher.remove(module)
+        with _LOCK:
+            _PARTS[thread].pop()
+            if not _PARTS[thread]:
+                del _PARTS[thread]
 
 
 def find_compiled(network: nn.Module) -> list[nn.Module]:

@@ -74,3 +74,11 @@ def _checkpointed_forward(forward, *args, **kwargs):
         return forward(*args, **kwargs)
     # In eval mode there is no dropout, so no random state to preserve.
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def is_checkpointed(network: nn.Module) -> bool:
+    """Return whether blocks of a network are computed again in the backward pass."""
+    if getattr(network, "is_gradient_checkpointing", False):
+        return True
+    forwards = (module.__dict__.get("forward") for module in network.modules() if isinstance(module, UNITS))
+    return any(isinstance(forward, partial) and forward.func is _checkpointed_forward for forward in forwards)

@@ -9,19 +9,20 @@ recomputes checkpointed blocks runs the original network.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from operators import RestoreError
-from restore.backbones.forwards import replace_forward
+from restore.backbones.forwards import Part, replace_forward
 
 
 class ChangedInPlace(RestoreError):
@@ -98,11 +99,13 @@ class Tape:
     def __init__(self, changed: Iterable[nn.Module]):
         self.changed = frozenset(changed)
         self.queues: dict[nn.Module, deque] = {}
-        self.checked = False  # whether a first replay has found every output unchanged
+        self.calls: Counter[nn.Module] = Counter()  # of each module in one call of the network
+        self.followed, self.checked = False, False  # a trace; whether a first replay has found every output unchanged
 
     def follow(self, trace: Trace) -> None:
         """Use the prefix of `trace` from now on."""
-        self.queues = {module: deque() for module in trace.prefix(self.changed)}
+        self.queues, self.followed = {module: deque() for module in trace.prefix(self.changed)}, True
+        self.calls = Counter(call.module for call in trace.calls)
 
     @property
     def recorded(self) -> bool:
@@ -119,7 +122,7 @@ class Tape:
             self.queues[module].append(_Output(output, copy=not self.checked))
             return output
 
-        with replace_forward(self.queues, partial(partial, run)):
+        with replace_forward(self.queues, partial(partial, run), part=_Recording(self) if self.checked else None):
             yield
 
     @contextmanager
@@ -136,7 +139,8 @@ class Tape:
             return self.queues[module].popleft().get()
 
         try:
-            with replace_forward([m for m, queue in self.queues.items() if queue], partial(partial, run)):
+            part = _Replaying(self) if self.checked and all(self.queues.values()) else None
+            with replace_forward([m for m, queue in self.queues.items() if queue], partial(partial, run), part=part):
                 yield
             if self.recorded:
                 raise RuntimeError("the second pass called fewer modules than were recorded in the first")
@@ -166,6 +170,48 @@ class Tape:
         """Drop all recordings."""
         for queue in self.queues.values():
             queue.clear()
+
+
+class _Recording(Part):
+    """Of a pass with graphs: the outputs of the prefix are outputs of the graph."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__((type(self), *tape.queues))
+        self.tape = tape
+
+    @contextmanager
+    def lend(self, given: Any) -> Iterator[Callable[[], Any]]:
+        before = self.tape.queues
+        own = self.tape.queues = {module: deque() for module in before}
+        try:
+            yield lambda: [[output.value for output in queue] for queue in own.values()]
+        finally:
+            self.tape.queues = before
+
+    def store(self, kept: list[list]) -> None:
+        for queue, values in zip(self.tape.queues.values(), kept, strict=True):
+            queue.extend(_Output(value, copy=False) for value in values)
+
+
+class _Replaying(_Recording):
+    """Of a pass with graphs: the outputs of the prefix are inputs of the graph."""
+
+    def take(self) -> list[list]:
+        try:
+            queues = self.tape.queues.items()
+            return [[queue.popleft().get() for _ in range(self.tape.calls[module])] for module, queue in queues]
+        except IndexError:
+            raise RuntimeError("a module is called more often than when it was recorded") from None
+
+    @contextmanager
+    def lend(self, given: list[list]) -> Iterator[Callable[[], Any]]:
+        with super().lend(None):
+            for queue, values in zip(self.tape.queues.values(), given, strict=True):
+                queue.extend(_Output(value, copy=False) for value in values)
+            yield lambda: None
+
+    def store(self, kept: Any) -> None:
+        pass
 
 
 class _Output:

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from operators import RestoreError, factory
 from operators.naming import check_known, lookup
 from restore import samplers
+from restore.backbones.graphs import MODES
 from restore.backbones.text_to_image import PipelineOptions
 from restore.batch import check_sharing
 from restore.bench.baselines import BASELINES
@@ -160,6 +161,7 @@ def _check(config: dict[str, Any]) -> None:
         require_file_names(config[key], key)
     check_known([kind], KINDS, "there is no kind of benchmark")
     check_known([config["engine"]], ("local", "ray"), "there is no engine")
+    check_known([config["compile"] or MODES[0]], MODES, "there is no mode of compile")
     check_known([config["data"]["name"]], KNOWN_SETS, "there is no data set named")
     for key, least in (("batch", 1), ("samples", 1), ("seed", 0)):
         if config[key] < least:

@@ -96,8 +96,8 @@ def run_benchmark(
         from restore.bench.worker import Worker
 
         worker = Worker(config, folder, images)
-        for batch in waiting:
-            finish(batch, worker.run(batch))
+        for batch, cost in worker.run_all(waiting):
+            finish(batch, cost)
         del worker  # the backbone makes room for the networks of metrics
     measuring = None if progress is None else lambda cell: progress({"measuring": cell})
     device = str(choose_device(config["device"])).replace("mps", "cpu")

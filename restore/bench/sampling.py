@@ -14,6 +14,7 @@ import operators
 from operators import RestoreError
 from restore.backbones.precision import choose_precision
 from restore.backbones.text_to_image import PipelineOptions, TextToImage
+from restore.backbones.transfer import send
 from restore.batch import measure_batch
 from restore.bench.baselines import BASELINES
 from restore.guidance import CFG, Autoguidance
@@ -73,7 +74,7 @@ def restore_batch(
         choices = {"steps": method.steps, "guidance": method.guidance, "parameters": method.parameters}
         method = restorer.method(operator, sampler=method.sampler, samples=samples, size=seen, **choices)
         options = {"samples": samples, "seed": seed, "image_ids": ids, "batch_size": len(ids) * samples}
-        result = restorer(y.to(device), operator, method, label=label, **options)
+        result = restorer(send(y, device), operator, method, label=label, **options)
         ratio = None if result.residual_ratio is None else result.residual_ratio[:, 0].cpu()
         estimates = Estimates(result.samples.cpu(), result.nfe, ratio, protocol=result.protocol)
     if resampling:

@@ -110,7 +110,8 @@ class Report:
 @dataclass
 class Benchmark:
     """The whole of a file of configs/benchmark. model_options: keywords of restore.load for the backbone, such as
-    heads, schedule and per_channel."""
+    heads, schedule and per_channel. compile: a mode of torch.compile ("default", "reduce-overhead", ...), see
+    restore.compile_networks."""
 
     name: str = MISSING
     backbone: str = MISSING
@@ -129,6 +130,7 @@ class Benchmark:
     precision: str = "fp32"
     model_options: dict[str, Any] = field(default_factory=dict)
     checkpointing: bool = False
+    compile: str | None = None
     offline: bool = False
     seed: int = 0
     samples: int = 1

@@ -9,7 +9,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -19,7 +20,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from operators import RestoreError
 from restore import disk
+from restore.backbones.graphs import compile_networks
 from restore.backbones.text_to_image import PipelineOptions
 from restore.bench import sampling
 from restore.bench.baselines import BASELINES
@@ -35,7 +38,7 @@ from restore.metrics.table import BASE_METRICS
 from restore.restoration import choose_device
 
 # Parts of a Restorer's protocol that the configuration does not state but the numbers may depend on.
-MEASURED_WITH = ("weights", "precision", "torch", "device", "threads", "arithmetic")
+MEASURED_WITH = ("weights", "precision", "compiled", "torch", "device", "threads", "arithmetic")
 SPREAD_WHITE = 0.5  # the spread that is white in a spread map, on [-1, 1]: fixed, so that maps can be compared
 
 
@@ -71,23 +74,56 @@ class Worker:
         with set_cpu_threads(self.config["threads"]):
             return self._run(batch)
 
+    def run_all(self, batches: Iterable[Batch], overlap: bool | None = None) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        """Compute batches; yield each, with its cost, when it is on disk.
+
+        overlap: write a batch while the next one is computed; None: where the processor is not what computes. An error,
+        of computing or of writing, is raised when all that was computed before it is written.
+        """
+        if not (self.device.type != "cpu" if overlap is None else overlap):
+            yield from ((batch, self.run(batch)) for batch in batches)
+            return
+        written: Future | None = None
+        with ThreadPoolExecutor(1) as pool:
+            for batch in batches:
+                try:
+                    with set_cpu_threads(self.config["threads"]):
+                        computed = self._sample(batch, time.thread_time)
+                except RestoreError as error:
+                    if written is not None and (other := written.exception()) is not None:
+                        raise RestoreError(f"{error}; nor was the batch before written: {other}") from error
+                    raise
+                before, written = written, pool.submit(self._record_later, batch, *computed)
+                if before is not None:
+                    yield before.result()
+            if written is not None:
+                yield written.result()
+
+    def _record_later(self, batch: Batch, *computed: Any) -> tuple[Batch, dict[str, Any]]:
+        with set_cpu_threads(self.config["threads"]):
+            return batch, self._record(batch, *computed)
+
     def _run(self, batch: Batch) -> dict[str, Any]:
+        cost, estimates = self._sample(batch, time.process_time)
+        return self._record(batch, cost, estimates)
+
+    def _sample(self, batch: Batch, clock: Callable[[], float]) -> tuple[dict[str, Any], Estimates]:
+        """Compute a batch; return its cost so far, and its images. clock: seconds of the processor."""
         method, is_cuda = self.method(batch.task, batch.method), self.device.type == "cuda"
         if is_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         # Loading the backbone is not part of the cost of a batch.
         model = None if method.sampler in BASELINES else self._load_for(batch.task)
-        started, started_cpu = time.perf_counter(), time.process_time()
+        started, started_cpu = time.perf_counter(), clock()
         estimates = self._compute(batch, method, model)
         if is_cuda:
             torch.cuda.synchronize(self.device)
-        sampled, sampled_cpu = time.perf_counter(), time.process_time()
-        self._write(batch, estimates)
+        sampled, sampled_cpu = time.perf_counter(), clock()
         cost = {
             "images": len(batch.ids),
             "seconds": sampled - started - estimates.loading_seconds,
             "cpu_seconds": sampled_cpu - started_cpu,
-            "seconds_writing": time.perf_counter() - sampled,
+            "seconds_writing": None,
             "nfe": estimates.nfe,
             "steps": method.steps,
             "peak_memory_mb": self._peak_memory(),
@@ -98,6 +134,13 @@ class Worker:
             "device": torch.cuda.get_device_name(self.device) if is_cuda else platform.machine(),
             "protocol": {key: estimates.protocol[key] for key in MEASURED_WITH if key in estimates.protocol},
         }
+        return cost, estimates
+
+    def _record(self, batch: Batch, cost: dict[str, Any], estimates: Estimates) -> dict[str, Any]:
+        """Write a batch and its cost; return the cost."""
+        started = time.perf_counter()
+        self._write(batch, estimates)
+        cost["seconds_writing"] = time.perf_counter() - started
         folder = disk.make_folder(self.run_folder / "cost" / batch.task / batch.method)
         disk.write_json(folder / f"{batch.index:06d}.json", cost)
         return cost
@@ -130,6 +173,8 @@ class Worker:
 
                 options["checkpointing"] = self.config["checkpointing"]
                 self.loaded = (key, load(name, device=str(self.device), **options, **given))
+                if self.config["compile"] is not None:
+                    compile_networks(self.loaded[1], self.config["compile"])
         return self.loaded[1]
 
     def _all_prompts(self) -> list[str]:

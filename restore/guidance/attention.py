@@ -7,10 +7,11 @@ replaced, and only for the calling thread.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from operators import RestoreError
 from restore.backbones.base import AttentionLayer
-from restore.backbones.forwards import replace_forward
+from restore.backbones.forwards import Part, replace_forward
+from restore.backbones.graphs import CannotRecord, is_recording
 from restore.guidance.targets import AttentionRecord, Draw, LinearRecord, SeededDraw, Target, index_tokens
 
 # Whether a processor of joint attention, with image and text tokens in one sequence, puts the image first.
@@ -54,26 +56,52 @@ class PerturbedLayer:
     scope: str = "joint"
 
 
+class _Perturbation(Part):
+    """Perturbed attention in a pass with graphs; ran: what perturb_attention yields."""
+
+    def __init__(self, key: Hashable, ran: set[str]) -> None:
+        super().__init__((type(self), key))
+        self.ran = ran
+
+    @contextmanager
+    def lend(self, given: Any) -> Iterator[Callable[[], list[str]]]:
+        yield lambda: sorted(self.ran)
+
+    def store(self, kept: list[str]) -> None:
+        self.ran.update(kept)
+
+
 @contextmanager
 def perturb_attention(
-    layers: Sequence[PerturbedLayer], draw: Draw | None, network: nn.Module | None = None
+    layers: Sequence[PerturbedLayer],
+    draw: Draw | None,
+    network: nn.Module | None = None,
+    *,
+    key: Hashable = None,
 ) -> Iterator[set[str]]:
     """Within the block the layers attend with the map (1 − u) A + u A'; yield the paths of the layers that ran.
 
     draw: draw(kind, shape), noise of random targets, in order of execution; from a SeededDraw, the same in every call
-    of the network. network: has the layers at their paths and gives the grid of tokens. Enter it around the weak pass
-    only.
+    of the network. network: has the layers at their paths and gives the grid of tokens. key: determines, with the
+    network's input, what the pass computes unless a target draws; None: it may be anything, and runs uncompiled. Enter
+    it around the weak pass only.
     """
     ran: set[str] = set()
+    part = None if key is None else _Perturbation(key, ran)
 
     def attend(n: int, record: AttentionRecord, true: Callable[[], torch.Tensor]) -> torch.Tensor:
         ran.add(layers[n].layer.path)
         own = draw.at(n) if isinstance(draw, SeededDraw) else draw
+        own = _refuse if is_recording() else own
         return _mix(layers[n], replace(record, draw=own), true)
 
     attends = [partial(attend, n) for n in range(len(layers))]
-    with _replace_attention([item.layer for item in layers], attends, network):
+    with _replace_attention([item.layer for item in layers], attends, network, part):
         yield ran
+
+
+def _refuse(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
+    raise CannotRecord
 
 
 @contextmanager
@@ -94,7 +122,12 @@ def observe_attention(
 
 
 @contextmanager
-def _replace_attention(layers: Sequence[AttentionLayer], attends: Sequence[Callable], network: nn.Module | None):
+def _replace_attention(
+    layers: Sequence[AttentionLayer],
+    attends: Sequence[Callable],
+    network: nn.Module | None,
+    part: Part | None = None,
+):
     """Each layer's attention is attends[i](record, true), where true() computes it as the network would."""
     around: dict[nn.Module, list[nn.Module]] = {}  # the modules that enclose each layer, the innermost first
     for layer in layers if network is not None else ():
@@ -136,9 +169,12 @@ def _replace_attention(layers: Sequence[AttentionLayer], attends: Sequence[Calla
         return make
 
     with ExitStack() as stack:
-        stack.enter_context(replace_forward(dict.fromkeys(m for outer in around.values() for m in outer), note))
-        for layer, attend in zip(layers, attends, strict=True):
-            stack.enter_context(replace_forward([layer.module], intercept(layer, attend)))
+        quiet = None if part is None else Part("notes")
+        enclosing = dict.fromkeys(m for outer in around.values() for m in outer)
+        stack.enter_context(replace_forward(enclosing, note, part=quiet))
+        for n, (layer, attend) in enumerate(zip(layers, attends, strict=True)):
+            own = quiet if n else part
+            stack.enter_context(replace_forward([layer.module], intercept(layer, attend), part=own))
         yield
 
 

@@ -24,6 +24,7 @@ from operators.naming import lookup
 from operators.ranges import Count, Names, Range
 from restore.backbones.base import Backbone, Prediction
 from restore.backbones.forwards import find_compiled, run_uncompiled
+from restore.backbones.graphs import find_graphs, run_eagerly
 from restore.backbones.lean import keep_own_code
 from restore.backbones.prefix import ChangedInPlace, Tape, Trace
 from restore.guidance.combine import find_combination, weighted_sum
@@ -170,7 +171,13 @@ class Estimate:
         self.changes = [(term, part) for term, part in bound if isinstance(part, Change)]
         weak = [(term, part) for term, part in bound if not isinstance(part, Change)]
         self.terms, self.passes = [term for term, _ in weak], [part for _, part in weak]
-        self.trace, self.compiled = Trace(backbone.network), find_compiled(backbone.network) if self.terms else []
+        self.compiled, self.graphs = (
+            find_compiled(backbone.network) if self.terms else [],
+            find_graphs(backbone.network),
+        )
+        if self.graphs is not None:
+            self.graphs.begin_run()
+        self.trace = getattr(self.graphs, "trace", None) or Trace(backbone.network)
         share_prefix = share_prefix and getattr(backbone, "share_prefix", True)
         self.tapes = [Tape(weak.modules if share_prefix else ()) for weak in self.passes]
         self.kept: list[tuple[int, torch.Tensor | None]] = [(0, None)] * len(self.terms)  # uses left, eps - eps_weak
@@ -190,6 +197,8 @@ class Estimate:
         active = [item[:3] for item in self._active(t) if not self._is_kept(item[3], x_t)]
         tapes = [tape for _, _, tape in active if tape.changed]
         observers = [weak.observe() for _, weak, _ in active if weak.observe is not None]
+        if self.graphs is not None:
+            self.graphs.begin_step()
         with ExitStack() as stack:
             stack.push(lambda error, *_: self.close() if error else None)
             if tapes or observers:
@@ -201,7 +210,7 @@ class Estimate:
                 tapes = []
             for tape in tapes:
                 if not tape.queues:
-                    tape.follow(self.trace)
+                    self._follow(tape)
                 stack.enter_context(tape.record())
             stack.enter_context(keep_own_code(self.differentiates))
             self.evaluations += 1
@@ -244,14 +253,27 @@ class Estimate:
         if tape.recorded:
             try:
                 with tape.replay():
-                    return weak.eps(*inputs)
+                    eps = weak.eps(*inputs)
+                if self.graphs is not None:
+                    self.graphs.checked.add(frozenset(tape.queues))
+                return eps
             except ChangedInPlace:
                 name = type(self.backbone.network).__name__
                 reason = f"{name} changes activations in place, as FreeU and T2I-Adapters make it do"
                 warnings.warn(f"{reason}: weak passes are computed in full, which is right but slower", stacklevel=4)
                 for other in self.tapes:
                     other.stop()
+        if tape.changed and not tape.followed:  # the only pass that computes its prefix: not worth a graph
+            with run_eagerly():
+                return weak.eps(*inputs)
         return weak.eps(*inputs)
+
+    def _follow(self, tape: Tape) -> None:
+        """Let a tape record from now on what comes before its weak pass."""
+        tape.follow(self.trace)
+        if self.graphs is not None:  # what one run has learned of a compiled network holds for the next
+            self.graphs.trace = self.trace
+            tape.checked = frozenset(tape.queues) in self.graphs.checked
 
     def _active(self, t: float) -> list[tuple[float, WeakPass, Tape, int]]:
         scales = [term.scale_at(t, self.backbone) for term in self.terms]

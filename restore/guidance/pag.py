@@ -84,13 +84,18 @@ class PAG(Term):
         if (self.random_layers or 0) > len(paths):
             raise RestoreError(f"random_layers must be at most the {len(paths)} layers, got {self.random_layers}")
         noise = lookup(self.noise, {}, "noise") if isinstance(self.noise, str) else self.noise
+        key = None  # a function of the user's may do anything
+        if self.random_layers is None and (isinstance(self.target, Mapping) or self.target in TARGETS):
+            where = [(item.layer.path, item.strength, item.heads, item.scope) for item in perturbed]
+            key = (tuple(where), repr(self.target))
 
         def eps(x_t: torch.Tensor, t: float, condition: Any, strong: Prediction) -> torch.Tensor:
             draw, chosen = noise if callable(noise) else SeededDraw(noise, t), paths
             if self.random_layers is not None:
                 order = draw("uniform", (1, len(paths))).flatten().argsort().tolist()
                 chosen = [paths[k] for k in order[: self.random_layers]]
-            with perturb_attention([p for p in perturbed if p.layer.path in chosen], draw, backbone.network) as ran:
+            layers = [p for p in perturbed if p.layer.path in chosen]
+            with perturb_attention(layers, draw, backbone.network, key=key) as ran:
                 weak = backbone.predict(x_t, t, condition)
             require_ran(chosen, ran)
             return weak.eps

@@ -3,7 +3,7 @@
 from restore.memory.available import available_memory
 from restore.memory.count import LiveBytes
 from restore.memory.duration import Pace, format_duration, format_range, widen
-from restore.memory.plan import Plan, Planner
+from restore.memory.plan import Plan, Planner, choose_batch_size
 from restore.memory.trace import SamplerTrace, trace_sampler
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Planner",
     "SamplerTrace",
     "available_memory",
+    "choose_batch_size",
     "format_duration",
     "format_range",
     "trace_sampler",

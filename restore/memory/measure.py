@@ -14,6 +14,7 @@ import torch
 
 from operators import RestoreError
 from restore.backbones.base import count_image_channels
+from restore.backbones.graphs import run_eagerly
 from restore.backbones.memory_options import checkpoint_units
 from restore.backbones.sizes import Sized
 from restore.guidance import Guidance, describe_guidance, estimator
@@ -196,7 +197,8 @@ class PassMeter:
         wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         wait()
         started, worked = time.perf_counter(), time.thread_time()
-        result = run()
+        with run_eagerly():  # to compile a size for one timing would take longer than most restorations
+            result = run()
         wait()
         seconds = time.perf_counter() - started
         self.waited += seconds

@@ -9,20 +9,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from restore import samplers
 from restore.backbones.lean import count_copies
 from restore.images.resampling import Resampling
 from restore.memory.available import available_memory
 from restore.memory.duration import format_range, widen
 from restore.memory.measure import MemoryOptions, PassMeter, Workload, checkpoint_networks, count_weak_passes
-from restore.memory.trace import trace_sampler
+from restore.memory.trace import SamplerTrace, run_dry, trace_sampler
 from restore.method import Method
+from restore.restoration import AUTO
 from restore.task import Task
 
 # What LiveBytes does not see: the convolution library's copies and the allocator's fragments.
 OVERHEAD, FIXED = 1.25, 100e6
 FLOAT = 4  # bytes; samplers work in single precision
 WRITING = 90  # bytes per pixel while the file is written
+# Samples of a batch chosen by memory: at most so many (of a CPU: more do not fill it better), within so much of what is
+# free, because the estimate is one.
+LARGEST, LARGEST_ON_CPU, SHARE = 64, 8, 0.8
+DRY_STEPS = 3  # of the sampler, to see its memory
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Plan:
     size: (H, W) of the result. windows: of the network, in one image. evaluations: of the network, per sample.
     seconds: of all samples as fast as this machine was when it was asked, None if it does not fit. busy: how many
     times faster it would be without the other programs that ran then. memory: bytes beyond those in use now;
-    available: bytes that are free, None if unknown.
+    available: bytes that are free, None if unknown. batch: samples computed together.
     """
 
     size: tuple[int, int]
@@ -45,6 +52,7 @@ class Plan:
     available: int | None
     options: MemoryOptions
     busy: float = 1.0
+    batch: int = 1
 
     @property
     def fits(self) -> bool:
@@ -97,11 +105,12 @@ class Planner:
         method: Method,
         *,
         samples: int = 1,
-        batch_size: int = 1,
+        batch_size: int | str = 1,
         resampled: Resampling | None = None,
         singly: int = 1,
     ) -> Plan:
         """Plan a restored image of this size (H, W). singly: number of channels that are restored by themselves.
+        batch_size: of samples, or AUTO.
 
         The Restorer's options change only if memory requires it, first those that leave the result's bytes as they
         are: checkpointing, then fewer windows at a time. Raises RestoreError if the restoration itself would, before
@@ -110,11 +119,12 @@ class Planner:
         size = (resampled.side, resampled.side) if resampled else size
         key = [task.describe(), size, method.describe()]
         trace = self.meter.once(key, lambda: trace_sampler(self.restorer, task, size, method))
-        prior, batch = self.restorer.prior(*size), min(samples * singly, batch_size)
-        h, w, tops, lefts = prior.window_grid(*prior.shape[1:])
-        work = Workload(prior, method, trace, batch, (h, w), len(tops) * len(lefts))
-        available = available_memory(self.restorer.device) if self.memory is None else int(self.memory)
-        seconds = None
+        available, seconds = self._find_free(), None
+        if batch_size == AUTO:
+            batch = self._find_batch(size, method, trace, samples * singly, available)
+        else:
+            batch = min(samples * singly, int(batch_size))
+        work = self._make_workload(size, method, trace, batch)
         for options in self._options(work):
             memory = self._memory(work, options, samples)
             if available is None or memory <= available:
@@ -124,8 +134,35 @@ class Planner:
         steps = steps if isinstance(steps, (int, str)) else len(steps)
         name = f"{sampler} in {steps} steps" if isinstance(steps, int) else f"{sampler} {steps}"
         evaluations = singly * trace.evaluations
-        cost = (evaluations, seconds, int(memory), available, options, self.meter.busy)
+        cost = (evaluations, seconds, int(memory), available, options, self.meter.busy, batch)
         return Plan(size, name, samples, work.windows, *cost)
+
+    def choose_batch_size(
+        self, operator: Any, y: torch.Tensor, size: tuple[int, int], method: Method, count: int
+    ) -> int:
+        """Return how many of `count` samples fit into memory at once: the count, or the most that a batch may have,
+        halved until they fit. operator, y: of one image of this size (H, W)."""
+        trace = run_dry(self.restorer, operator, y, size, method, DRY_STEPS)
+        return self._find_batch(size, method, trace, count, self._find_free())
+
+    def _find_free(self) -> int | None:
+        return available_memory(self.restorer.device) if self.memory is None else int(self.memory)
+
+    def _make_workload(self, size: tuple[int, int], method: Method, trace: SamplerTrace, batch: int) -> Workload:
+        prior = self.restorer.prior(*size)
+        h, w, tops, lefts = prior.window_grid(*prior.shape[1:])
+        return Workload(prior, method, trace, batch, (h, w), len(tops) * len(lefts))
+
+    def _find_batch(
+        self, size: tuple[int, int], method: Method, trace: SamplerTrace, count: int, free: int | None
+    ) -> int:
+        batch = min(count, LARGEST_ON_CPU if self.restorer.device.type == "cpu" else LARGEST)
+        while batch > 1 and free is not None:
+            work = self._make_workload(size, method, trace, batch)
+            if self._memory(work, next(self._options(work)), count) <= SHARE * free:
+                break
+            batch = math.ceil(batch / 2)
+        return batch
 
     @contextmanager
     def apply(self, plan: Plan) -> Iterator[Any]:
@@ -185,3 +222,20 @@ class Planner:
 
 def _format_bytes(n: float) -> str:
     return f"{max(n, 0) / 1e9:.1f} GB"
+
+
+def choose_batch_size(
+    restorer: Any,
+    operator: Any,
+    y: torch.Tensor,
+    size: tuple[int, int],
+    method: Method,
+    count: int,
+    memory: float | None = None,
+) -> int:
+    """Return how many of `count` samples a Restorer computes at once for batch_size="auto".
+
+    operator, y: of one image of this size (H, W). memory: bytes that may be used, None for those that are free now.
+    Raises RestoreError if the restoration would.
+    """
+    return 1 if count == 1 else Planner(restorer, memory).choose_batch_size(operator, y, size, method, count)

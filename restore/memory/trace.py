@@ -103,15 +103,25 @@ def trace_sampler(restorer: Any, task: Task, size: tuple[int, int], method: Meth
     height, width = (min(pair) for pair in zip(size, least, strict=True))
     seen = tuple((side - 2 * margin) // task.factor for side, margin in zip((height, width), task.margin, strict=True))
     task = replace(task, config=_shrink_masks(task.config, seen))
-    operator, device = task.build(height, width), restorer.device
-    steps, scale = method.steps, 1.0
-    if isinstance(steps, int) and steps > MAX_STEPS:
-        steps, scale = MAX_STEPS, steps / MAX_STEPS
-    prior = TracedPrior(restorer.backbone, height, width, method.guidance)
-    with torch.inference_mode(False), torch.enable_grad():
+    operator = task.build(height, width)
+    with torch.inference_mode(False):
         shape = (1, count_image_channels(restorer.backbone), height, width)
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).clamp(-1, 1)
-        y = operator(x, measurement_generator(0, "rehearsal")).to(device)
+        y = operator(x, measurement_generator(0, "rehearsal")).to(restorer.device)
+    return run_dry(restorer, operator, y, (height, width), method)
+
+
+def run_dry(
+    restorer: Any, operator: Any, y: torch.Tensor, size: tuple[int, int], method: Method, most: int = MAX_STEPS
+) -> SamplerTrace:
+    """Run the sampler of `method` for the image of this size (H, W) that gave y (1, ...), in at most so many steps.
+    Raises RestoreError if the sampler does."""
+    (height, width), device = size, restorer.device
+    steps, scale = method.steps, 1.0
+    if isinstance(steps, int) and steps > most:
+        steps, scale = most, steps / most
+    prior = TracedPrior(restorer.backbone, height, width, method.guidance)
+    with torch.inference_mode(False), torch.enable_grad():
         started = time.perf_counter()
         with LiveBytes() as live:
             samplers.find_sampler(method.sampler)(
