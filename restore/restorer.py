@@ -339,10 +339,9 @@ class Restorer(SharedPrior):
                 rows = list(range(start, min(start + batch_size, n)))
                 observed, receive = observe_run(callback, guidance, {}, (start, len(rows), n), prior)
                 options = {"steps": method.steps, "guidance": observed, "callback": receive, **method.parameters}
-                options["condition"] = select_condition(condition, rows)
                 noise = ImageNoise([(seed, "generate", first + i) for i in rows], self.device)
                 with explain_out_of_memory(), run_lean():
-                    x = generate(prior, len(rows), noise=noise, **options)
+                    x = generate(prior, len(rows), noise=noise, condition=select_condition(condition, rows), **options)
                 results.append(x.float().clamp(-1, 1))
         return torch.cat(results)
 

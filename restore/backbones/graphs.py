@@ -196,7 +196,9 @@ class _Graph:
                 if self.ran:
                     raise
                 reason = _explain(error)
-                raise RestoreError(f"compile must be False where torch.compile fails, got: {reason}") from error
+                raise RestoreError(
+                    f"networks must be left uncompiled where torch.compile fails, got: {reason}"
+                ) from error
         self.ran, leaves = True, list(self.leaves)
         for n, (i, tensor) in enumerate(zip(self.places, found, strict=True)):
             leaves[i] = tensor.clone() if copy and n < self.own else tensor
