@@ -2,7 +2,8 @@
 
 Both sides are timed in turn in one process, from call to call of the network, so that neither's preparations count;
 every ratio is ours / theirs. Nothing of the other library is changed: its denoiser is this package's prior, its
-physics the same matrix, its images and noise are on [0, 1]. On a CPU, seconds are those of the processor.
+physics the same matrix, its images and noise are on [0, 1]. Ours runs as Restorer runs it, in fewer operations of the
+network where there is no gradient (restore.backbones.lean); theirs calls the network's own code. On a CPU, seconds are those of the processor.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from benchmarks.measure import measure_peak, run_command, run_in_new_process
 from operators import RestoreError
 from operators.naming import lookup
 from restore import samplers
+from restore.backbones.lean import run_lean
 from restore.backbones.sizes import Sized
 from restore.images.io import read_image
 from restore.metrics.single import psnr, ssim
@@ -91,7 +93,8 @@ class Comparison:
         def run(evaluations: int, seed: int) -> torch.Tensor:
             noise = ImageNoise([(seed, "face", 0)], self.device)
             steps = f"quad:{evaluations}" if sampler == "diffpir" else evaluations
-            return function(self.prior, self.operator, self.y, noise=noise, steps=steps, **method.parameters)
+            with run_lean():  # as Restorer does
+                return function(self.prior, self.operator, self.y, noise=noise, steps=steps, **method.parameters)
 
         return Side(run, dict(method.parameters))
 

@@ -34,7 +34,7 @@ def _square(matrix: list) -> torch.Tensor:
     return torch.kron(one, one)
 
 
-TILE, WEIGHTS, VALUES = _square(FROM_TILE).float(), _square(FROM_WEIGHTS), _square(TO_TILE).float()
+TILE, WEIGHTS, VALUES = (_square(matrix).float() for matrix in (FROM_TILE, FROM_WEIGHTS, TO_TILE))
 
 
 def is_wide(c: int, k: int) -> bool:
@@ -51,7 +51,7 @@ def can_tile(x: torch.Tensor, channels: int) -> bool:
 def order_tiles(weight: torch.Tensor) -> torch.Tensor:
     """Return the (36, C, K) that `convolve_tiles` takes, of a weight (K, C, 3, 3)."""
     k, c = weight.shape[:2]
-    return (WEIGHTS @ weight.permute(2, 3, 1, 0).reshape(9, -1).double()).float().view(36, c, k)
+    return (WEIGHTS @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(36, c, k)
 
 
 def convolve_tiles(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
