@@ -3,7 +3,8 @@
 Both sides are timed in turn in one process, from call to call of the network, so that neither's preparations count;
 every ratio is ours / theirs. Nothing of the other library is changed: its denoiser is this package's prior, its
 physics the same matrix, its images and noise are on [0, 1]. Ours runs as Restorer runs it, in fewer operations of the
-network where there is no gradient (restore.backbones.lean); theirs calls the network's own code. On a CPU, seconds are those of the processor.
+network where there is no gradient (restore.backbones.lean); theirs calls the network's own code. On a CPU, seconds are
+those of the processor.
 """
 
 from __future__ import annotations
