@@ -62,9 +62,9 @@ class Blur(Operator):
             return factors.apply(x)
         (ry, rx), (rows, columns) = self._padding, self.margin
         height, width = x.shape[2] - 2 * rows, x.shape[3] - 2 * columns
-        size, spectrum = self._spectrum(x)
+        size, spectrum = self._spectrum(x, conjugate=True)
         padded = F.pad(x.to(compute_dtype(x)), (rx, rx, ry, ry), mode="reflect")
-        y = torch.fft.irfft2(torch.fft.rfft2(padded, s=size) * spectrum.conj(), s=size)
+        y = torch.fft.irfft2(torch.fft.rfft2(padded, s=size) * spectrum, s=size)
         return y[..., :height, :width].to(x.dtype)
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
@@ -82,7 +82,7 @@ class Blur(Operator):
         z = y if like is y else F.pad(y, (0, 2 * columns, 0, 2 * rows))
         z = torch.fft.irfft2(torch.fft.rfft2(z.to(compute_dtype(y)), s=size) * spectrum, s=size)
         z = z[..., : height + 2 * ry, : width + 2 * rx]
-        return fold_reflection(fold_reflection(z, ry).mT, rx).mT.to(y.dtype)
+        return fold_reflection(fold_reflection(z, ry, -2), rx, -1).to(y.dtype)
 
     def image_shape(self, y: torch.Tensor) -> tuple[int, ...]:
         if self.border != "unknown":
@@ -126,16 +126,20 @@ class Blur(Operator):
         kernel = F.pad(self.kernel.reshape(-1, 1, kh, kw), (0, width - kw, 0, height - kh))
         return kernel.roll((-ry, -rx), (-2, -1)) if self.border == "circular" else kernel
 
-    def _spectrum(self, x: torch.Tensor) -> tuple[tuple[int, ...], torch.Tensor]:
-        """FFT size for the continued image, and the kernels' spectra (1 or B, 1, ...) at that size."""
+    def _spectrum(self, x: torch.Tensor, conjugate: bool = False) -> tuple[tuple[int, ...], torch.Tensor]:
+        """FFT size for the continued image, and the kernels' spectra (1 or B, 1, ...) or their conjugates at that
+        size."""
         size = tuple(x.shape[2:])
         if self.border == "reflect":
             size = tuple(scipy.fft.next_fast_len(n + 2 * r, True) for n, r in zip(size, self.radius, strict=True))
 
         def make():
-            return torch.view_as_real(torch.fft.rfft2(self._place_kernel(*size)))
+            spectrum = torch.fft.rfft2(self._place_kernel(*size))
+            return torch.view_as_real(spectrum.conj_physical() if conjugate else spectrum)
 
-        return size, torch.view_as_complex(self._buffer(("spectrum", size), make, compute_dtype(x), x.device))
+        return size, torch.view_as_complex(
+            self._buffer(("spectrum", conjugate, size), make, compute_dtype(x), x.device)
+        )
 
     def _check_image(self, x: torch.Tensor) -> None:
         super()._check_image(x)
@@ -237,11 +241,12 @@ def trim_kernel(kernel: torch.Tensor) -> torch.Tensor:
     return kernel.contiguous()
 
 
-def fold_reflection(z: torch.Tensor, radius: int) -> torch.Tensor:
-    """Apply the transpose of reflection padding along dim -2: the mirrored margins are added back to the inside."""
+def fold_reflection(z: torch.Tensor, radius: int, dim: int) -> torch.Tensor:
+    """Apply the transpose of reflection padding along a dimension: the mirrored margins are added back to the inside."""
     if radius == 0:
         return z
-    height = z.shape[-2] - 2 * radius
-    top, inside, bottom = z.split([radius, height, radius], dim=-2)
-    far = height - 1 - radius
-    return inside + F.pad(top.flip(-2), (0, 0, 1, far)) + F.pad(bottom.flip(-2), (0, 0, far, 1))
+    size = z.shape[dim] - 2 * radius
+    out, mirrored = z.narrow(dim, radius, size).clone(), z.flip(dim)
+    out.narrow(dim, 1, radius).add_(mirrored.narrow(dim, radius + size, radius))  # the first margin
+    out.narrow(dim, size - 1 - radius, radius).add_(mirrored.narrow(dim, 0, radius))  # the last
+    return out

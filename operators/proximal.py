@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from operators import validate
+from operators.device import is_on_host
 from operators.errors import RestoreError
 from operators.separable import compute_dtype
 
@@ -108,7 +109,7 @@ def _cgls(B: Callable, B_adjoint: Callable, y, plus, damping, tolerance, max_ite
     residual = y if plus is None else 0.0
     x = torch.zeros_like(gradient)
     gamma = energy(gradient)
-    threshold = tolerance**2 * gamma
+    threshold, zero = tolerance**2 * gamma, torch.zeros_like(gamma)
     active = gamma > threshold
     for i in range(max_iterations):
         if i in asks and not active.any():
@@ -116,7 +117,7 @@ def _cgls(B: Callable, B_adjoint: Callable, y, plus, damping, tolerance, max_ite
         measured = B(direction)
         curvature = energy(measured) + damping * energy(direction)
         active = active & (curvature > 0)
-        step = torch.where(active, gamma / curvature.clamp_min(torch.finfo(x.dtype).tiny), 0.0)
+        step = torch.where(active, gamma / curvature.clamp_min(torch.finfo(x.dtype).tiny), zero)
         x = x + as_factors(step, x) * direction
         residual = residual - as_factors(step, measured) * measured
         gradient = B_adjoint(residual) - as_factors(damping, x) * x
@@ -124,7 +125,7 @@ def _cgls(B: Callable, B_adjoint: Callable, y, plus, damping, tolerance, max_ite
             gradient = gradient + plus
         previous, gamma = gamma, energy(gradient)
         active = active & (gamma > threshold)
-        direction = gradient + as_factors(torch.where(active, gamma / previous, 0.0), x) * direction
+        direction = gradient + as_factors(torch.where(active, gamma / previous, zero), x) * direction
     return x
 
 
@@ -157,7 +158,7 @@ def solve_pcg(apply: Callable, inverse: Callable, v, tolerance: float | None, ma
     u, residual = torch.zeros_like(v), v
     direction = preconditioned = inverse(residual)
     rho, threshold = dot(residual, preconditioned), tolerance**2 * dot(v, v)
-    active = dot(residual, residual) > threshold
+    active, zero, one = dot(residual, residual) > threshold, torch.zeros_like(rho), torch.ones_like(rho)
     asks = _plan_questions(v, ROUGH[1], max_iterations)
     for i in range(max_iterations):
         if i in asks and not active.any():
@@ -165,12 +166,12 @@ def solve_pcg(apply: Callable, inverse: Callable, v, tolerance: float | None, ma
         image = apply(direction)
         curvature = dot(direction, image)
         active = active & (curvature > 0)
-        step = as_factors(torch.where(active, rho / curvature.where(active, 1.0), 0.0), v)
+        step = as_factors(torch.where(active, rho / curvature.where(active, one), zero), v)
         u, residual = u + step * direction, residual - step * image
         active = active & (dot(residual, residual) > threshold)
         preconditioned = inverse(residual)
         previous, rho = rho, dot(residual, preconditioned)
-        turn = torch.where(active, rho / previous.where(active, 1.0), 0.0)
+        turn = torch.where(active, rho / previous.where(active, one), zero)
         direction = preconditioned + as_factors(turn, v) * direction
     return u
 
@@ -184,10 +185,10 @@ def _find_svd(operator, image_shape, x: torch.Tensor):
 
 
 def _plan_questions(like: torch.Tensor, expected: int, limit: int) -> range:
-    """The iterations before which it is asked whether all images are done: each on the CPU. An accelerator would wait
-    for the answer, so it is asked when the end is expected and now and then after; images that are done no longer
-    change, so that the result is the same."""
-    return range(limit) if like.device.type == "cpu" else range(min(expected, limit), limit, ASK_EVERY)
+    """The iterations before which it is asked whether all images are done: each on the CPU. An accelerator is asked
+    when the end is expected and now and then after; images that are done no longer change, so that the result is the
+    same."""
+    return range(limit) if is_on_host(like) else range(min(expected, limit), limit, ASK_EVERY)
 
 
 def _expect_iterations(damping: torch.Tensor, tolerance: float) -> int:
@@ -200,7 +201,7 @@ def _expect_iterations(damping: torch.Tensor, tolerance: float) -> int:
 
 def as_factors(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Values (B,) or (1,) as factors of the images of x, on its device; floating ones in its dtype."""
-    if values.numel() == 1 and values.device.type == "cpu":  # without a copy to the device
+    if values.numel() == 1 and is_on_host(values):  # without a copy to the device
         return x.new_full([1] * x.ndim, values.item(), dtype=x.dtype if values.is_floating_point() else values.dtype)
     values = values.to(x.dtype) if values.is_floating_point() else values
     return values.to(x.device).view(-1, *[1] * (x.ndim - 1))

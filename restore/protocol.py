@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import operators
+from operators.device import is_on_host
 from restore import zoo
 from restore.backbones.graphs import find_graphs
 from restore.guidance.autoguidance import list_autoguidance
@@ -91,7 +92,7 @@ def _read_tensors(backbone: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if group and (size + len(content) > BLOCK or content.device != group[0][1].device):
             yield from _copy_group(group)
             group, size = [], 0
-        if content.device.type == "cpu":
+        if is_on_host(content):
             yield name, content
             continue
         group.append((name, content))

@@ -17,7 +17,7 @@ from restore.batch import measure_batch
 
 BLOCKS = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
 PIXELS = [name for name in samplers.SAMPLERS if name not in ("flowdps", "psld", "resample")]
-OWN = {"dps": {"zeta": 1.0}, "daps": {"ode_steps": 2, "mcmc_steps": 2}}
+OWN = {"dps": {"zeta": 1.0}, "daps": {"ode_steps": 2, "mcmc_steps": 2}, "pnpdm": {"iterations": 3}}
 
 
 @contextmanager
@@ -50,7 +50,7 @@ STATES = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     torch.manual_seed(0)
-    options = {"block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8, **BLOCKS}
+    options = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 8, **BLOCKS}
     network = UNet2DModel(sample_size=16, in_channels=3, out_channels=3, **options)
     folder = tmp_path_factory.mktemp("prior")
     DDPMPipeline(network, DDPMScheduler()).save_pretrained(folder)

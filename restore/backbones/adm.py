@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from operators import RestoreError
+from operators.device import is_on_host
 from operators.naming import check_known
 from restore import disk
 from restore.backbones import adm_weights, pipeline_files, weights
@@ -221,7 +222,7 @@ def check_labels(condition: torch.Tensor | int, batch: int, classes: int) -> tor
     if labels.is_floating_point() or labels.ndim > 1 or labels.numel() not in (1, batch):
         given = f"{labels.dtype} of shape {tuple(labels.shape)}"
         raise RestoreError(f"condition must be integers, one for the batch or {batch}, one per image, got {given}")
-    if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+    if is_on_host(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise RestoreError(f"condition must be class labels in 0..{classes - 1}, got {labels.tolist()}")
     return labels.to(torch.long).reshape(-1).expand(batch)
 

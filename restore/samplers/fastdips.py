@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import torch
 
 from operators import RestoreError
+from operators.device import is_on_host
 from operators.ranges import Count, NonNegative, Positive, Range, enforce_ranges
 from restore.guidance import estimator
 from restore.samplers.consistency import encode_change
@@ -135,8 +136,8 @@ def descend(A: Callable, x, x0, b, gamma: float, rho: float, line_search: str):
     def objective(x, r):
         return _dot(x - x0, x - x0) / (2 * gamma) + rho / 2 * _dot(r, r)
 
-    # To ask makes an accelerator wait, which costs more than the A of an operator, but less than a decoder.
-    asks = x.device.type == "cpu" or line_search == "difference"
+    # For an accelerator a question costs more than the A of an operator, but less than a decoder.
+    asks = is_on_host(x) or line_search == "difference"
     before = objective(x, r)
     for _ in range(HALVINGS):
         moved = x - _column(step, x) * g

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import torch
 
+from operators.device import is_on_host
 from operators.ranges import Count, NonNegative, Positive, Range, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
@@ -124,7 +125,7 @@ def fit(
     with torch.enable_grad():
         x = start.detach().clone().requires_grad_()
         adam, active = torch.optim.AdamW([x], lr=lr, weight_decay=0.01), None
-        ask_every = 1 if x.device.type == "cpu" else ASK_EVERY
+        ask_every = 1 if is_on_host(x) else ASK_EVERY
         for i in range(iterations):
             loss = (y - predict(x)).square().flatten(1).mean(dim=1)
             (x.grad,) = torch.autograd.grad(loss.sum(), x)

@@ -13,6 +13,7 @@ import torch
 
 import operators
 from operators import RestoreError, ranges
+from operators.device import is_on_host
 from restore.backbones.schedule import Schedule
 from restore.samplers.fill import fill_holes, require_mask
 from restore.samplers.likelihood import SIGMA_Y_FLOOR, l2_norm
@@ -211,7 +212,7 @@ class FiniteCheck:
 
     def __call__(self, x_t: torch.Tensor, k: int, setting: str) -> None:
         """Take in the sample x_t after step k; setting: the step size, for the message."""
-        if x_t.device.type == "cpu":
+        if is_on_host(x_t):
             if not torch.isfinite(x_t).all():
                 self._fail(k, setting)
             return

@@ -146,7 +146,7 @@ def test_metrics_follow_contents_not_paths(config, code, hub, tmp_path):
 
 def test_a_reference_set_is_known_by_its_contents(config, inception_weights, tmp_path, smooth_images, write_images):
     write_images(tmp_path / "reference", smooth_images(4, 16, 5))
-    config["metrics"] = {"names": ["fid"], "allow_small": True, "weights": {"inception": str(inception_weights)}}
+    config["metrics"] = {"names": ["kid"], "allow_small": True, "weights": {"inception": str(inception_weights)}}
     config["metrics"]["reference"] = str(tmp_path / "reference")
     first = run_benchmark(config).table["table"]["sr"]["dps"]["set_values"]
     assert run_benchmark(config).table["table"]["sr"]["dps"]["set_values"] == first

@@ -138,7 +138,7 @@ def test_the_command_takes_files_of_weights(pair, tmp_path, inception_weights, h
             cli.main()
         return stop.value.code, capsys.readouterr()
 
-    names = ["psnr", "lpips", "fid"]
+    names = ["psnr", "lpips", "kid"]
     options = ["--metrics", ",".join(names), "--allow-small", "--device", "cpu", "-o", tmp_path / "out.json"]
     files = ["--weights", f"inception={inception_weights}", "--weights", f"alexnet={alexnet}"]
     code, text = run(*options, *files)
@@ -147,7 +147,7 @@ def test_the_command_takes_files_of_weights(pair, tmp_path, inception_weights, h
     expected = evaluate(tmp_path / "results", tmp_path / "truth", metrics=names, options=weights)
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["means"]["lpips"]["mean"] == pytest.approx(expected.means["lpips"].mean, rel=1e-6)
-    assert f"fid {expected.set_values['fid']:.4f}" in text.out and "6 of 6 images compared" in text.out
+    assert f"kid {expected.set_values['kid']:.4f}" in text.out and "6 of 6 images compared" in text.out
     for wrong in (["--weights", "alexnet"], ["--weights", "resnet=x.pth"]):
         code, text = run(*options, *wrong)
         assert code == 2 and "weights must be NAME=FILE" in text.err

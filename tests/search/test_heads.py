@@ -171,7 +171,7 @@ def test_kills_change_nothing(config, tmp_path):
     config |= {"rounds": 2, "halving": True}
     whole = dict(config, out=str(tmp_path / "undisturbed"))
     search_heads(whole)
-    kills, code = killed.kill_until_done(_child, config, kills=8, seconds=(0.3, 1.5), attempts=60, patience=120)
+    kills, code = killed.kill_until_done(_child, config, kills=4, seconds=(0.3, 1.5), attempts=60, patience=120)
     assert kills >= 3 and code == 0
     assert contents(Path(config["out"])) == contents(Path(whole["out"]))
     search = Path(whole["out"]) / "search.json"
