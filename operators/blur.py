@@ -242,7 +242,7 @@ def trim_kernel(kernel: torch.Tensor) -> torch.Tensor:
 
 
 def fold_reflection(z: torch.Tensor, radius: int, dim: int) -> torch.Tensor:
-    """Apply the transpose of reflection padding along a dimension: the mirrored margins are added back to the inside."""
+    """Apply the transpose of reflection padding along dim: the mirrored margins are added back to the inside."""
     if radius == 0:
         return z
     size = z.shape[dim] - 2 * radius

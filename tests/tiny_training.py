@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from restore.paths import configs_dir
@@ -37,6 +38,16 @@ TINY = {
 def smooth(rng, *size):
     image = gaussian_filter(rng.normal(size=(*size, 3)), (3, 3, 0))
     return (127.5 + 127.5 * image / np.abs(image).max()).astype(np.uint8)
+
+
+def write_folders(root):
+    """Square faces, and photos of several sizes."""
+    rng = np.random.default_rng(0)
+    for name, sizes in {"faces": [(32, 32)] * 12, "photos": [(30, 44), (61, 40), (25, 25), (90, 120)]}.items():
+        (root / name).mkdir()
+        for i, size in enumerate(sizes):
+            Image.fromarray(smooth(rng, *size)).save(root / name / f"{i:02d}.png")
+    return root
 
 
 def config(kind, folders, out, *settings):

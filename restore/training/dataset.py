@@ -171,16 +171,16 @@ def augment(images: torch.Tensor, size: int, generator: torch.Generator, options
         x = torch.where(flip.view(b, 1, 1, 1) < 0, x.flip(-1), x)
     else:
         x = warp(x, size, flip, generator, options)
-    contrast = 1 + _draw_uniform(generator, options.contrast, b)
-    brightness = _draw_uniform(generator, options.brightness, b)
-    tint = _draw_uniform(generator, options.tint, b, 3, 1, 1)
+    contrast = 1 + _draw_uniform(x, generator, options.contrast, b)
+    brightness = _draw_uniform(x, generator, options.brightness, b)
+    tint = _draw_uniform(x, generator, options.tint, b, 3, 1, 1)
     return (x * contrast.view(b, 1, 1, 1) + brightness.view(b, 1, 1, 1) + tint).clamp(-1, 1)
 
 
 def warp(x: torch.Tensor, size: int, flip: torch.Tensor, generator: torch.Generator, options) -> torch.Tensor:
     """Mirror x (B, 3, S, S) where flip (B,) is -1, rotate, scale and shift it by `options`, and reduce it to `size`."""
     bounds = (options.rotate_degrees, options.scale, options.shift, options.shift)
-    angle, scale, shift_x, shift_y = (_draw_uniform(generator, bound, len(x)) for bound in bounds)
+    angle, scale, shift_x, shift_y = (_draw_uniform(x, generator, bound, len(x)) for bound in bounds)
     angle, scale = torch.deg2rad(angle), 1 + scale
     if options.get("whole_pixels"):
         half = x.shape[-1] / 2
@@ -192,5 +192,5 @@ def warp(x: torch.Tensor, size: int, flip: torch.Tensor, generator: torch.Genera
     return F.interpolate(x, size=(size, size), mode="area")
 
 
-def _draw_uniform(generator: torch.Generator, bound: float, *shape: int) -> torch.Tensor:
-    return (2 * torch.rand(*shape, generator=generator, device=generator.device) - 1) * bound
+def _draw_uniform(x: torch.Tensor, generator: torch.Generator, bound: float, *shape: int) -> torch.Tensor:
+    return (2 * torch.rand(*shape, generator=generator, device=x.device) - 1) * bound

@@ -9,7 +9,6 @@ from operators import RestoreError
 from restore.backbones.schedule import Schedule
 from restore.backbones.stable_diffusion import StableDiffusion
 
-
 OPTIONS = {"size": 32, "dtype": torch.float32, "tokens": 12}
 
 

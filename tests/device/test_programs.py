@@ -8,7 +8,8 @@ import torch
 from sim_priors import image
 
 from restore.bench.run import run_benchmark
-from restore.metrics import single
+from restore.metrics import sets, single
+from restore.metrics.table import MetricOptions, select_metrics
 from restore.search import search_heads
 
 NOISE = {"name": "gaussian", "sigma": 0.05}
@@ -24,6 +25,13 @@ def test_single_images(sim, hub, tmp_path):
         assert torch.equal(values.cpu(), function(result, truth))
     here, there = (single.LPIPS("alex", weights, device=device) for device in ("cpu", "sim"))
     assert torch.equal(there(result.to("sim"), truth.to("sim")).cpu(), here(result, truth))
+
+
+def test_kid(sim, tmp_path, inception_weights, smooth_images, write_images):
+    folders = [write_images(tmp_path / name, smooth_images(3, 32, seed)) for seed, name in enumerate(("a", "b"))]
+    options, rows = MetricOptions(weights={"inception": inception_weights}, allow_small=True), select_metrics(["kid"])
+    here, there = (sets.compute_set_metrics(*folders, rows, options, device=device) for device in ("cpu", "sim"))
+    assert here == there and here["kid"] != 0
 
 
 def test_benchmark(sim, tmp_path, tiny_run, smooth_images, write_images):

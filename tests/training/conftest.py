@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-from PIL import Image
-from tiny_training import config, smooth
+from tiny_training import config, write_folders
 
 from restore.training import train
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """Square faces, and photos of several sizes."""
-    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for name, sizes in {"faces": [(32, 32)] * 12, "photos": [(30, 44), (61, 40), (25, 25), (90, 120)]}.items():
-        (root / name).mkdir()
-        for i, size in enumerate(sizes):
-            Image.fromarray(smooth(rng, *size)).save(root / name / f"{i:02d}.png")
-    return root
+    return write_folders(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="session")
