@@ -62,14 +62,15 @@ def train(config: DictConfig) -> Path:
     out = disk.make_folder(config.out)
 
     kind = KINDS[config.kind](config, device)
-    network, discriminator = kind.model.to(memory_format=torch.channels_last), kind.discriminator
+    # On the device before the optimizer is made: not every one keeps the parameters that it moves.
+    network, discriminator = kind.model.to(device, memory_format=torch.channels_last), kind.discriminator
     averaging = {"decay": config.ema.decay, "use_ema_warmup": True, "power": config.ema.power}
     ema = EMAModel(network.parameters(), **averaging, foreach=device.type == "cuda")
     options = {"lr": config.optimizer.lr, "betas": tuple(config.optimizer.betas)}
     optimizer = torch.optim.AdamW(network.parameters(), **options, weight_decay=config.optimizer.weight_decay)
     parts = {"model": network, "optimizer": optimizer, "ema": ema}  # of a checkpoint
     if discriminator is not None:
-        judging = torch.optim.AdamW(discriminator.parameters(), **options, weight_decay=0.0)
+        judging = torch.optim.AdamW(discriminator.to(device).parameters(), **options, weight_decay=0.0)
         parts |= {"adversary": discriminator, "judging": judging}
     description = json.dumps(OmegaConf.to_container(config.model) | kind.description, sort_keys=True)
     facts = {"model_config": description, "batch": config.batch * world}

@@ -12,25 +12,25 @@ from restore.protocol import hash_backbone
 from restore.samplers.steps import FiniteCheck
 
 # Launches of a step beside a network that is one convolution: with masked pixels, and with a motion blur. Conjugate
-# gradients take about 50 an iteration, and DAPS, FAST-DIPS and PnP-DM have steps of their own within each.
+# gradients take about 42 an iteration, and DAPS, FAST-DIPS and PnP-DM have steps of their own within each.
 CEILINGS = {
     (Plain, "dps"): (50, 62),
-    (Plain, "diffpir"): (48, 660),
-    (Plain, "dpir"): (42, 655),
+    (Plain, "diffpir"): (46, 572),
+    (Plain, "dpir"): (41, 567),
     (Plain, "ddrm"): (42, None),
     (Plain, "ddnm"): (42, None),
-    (Plain, "pigdm"): (60, 6100),
-    (Plain, "daps"): (105, 142),
-    (Plain, "fastdips"): (570, 1380),
+    (Plain, "pigdm"): (58, 5170),
+    (Plain, "daps"): (102, 138),
+    (Plain, "fastdips"): (555, 1355),
     (Plain, "reddiff"): (54, 65),
     (Plain, "pnpdm"): (82, None),
     (PlainLatent, "psld"): (64, None),
     (PlainLatent, "resample"): (40, None),
     (PlainLatent, "flowdps"): (74, None),
     (PlainLatent, "dps"): (45, None),
-    (PlainLatent, "diffpir"): (52, None),
-    (PlainLatent, "daps"): (118, None),
-    (PlainLatent, "fastdips"): (2620, None),
+    (PlainLatent, "diffpir"): (50, None),
+    (PlainLatent, "daps"): (114, None),
+    (PlainLatent, "fastdips"): (2590, None),
     (PlainLatent, "reddiff"): (57, None),
 }
 CASES = [

@@ -33,10 +33,10 @@ def test_three_steps(sim, kind, tmp_path, monkeypatch):
         settings = ["steps=3", "held_out_every_steps=100", "samples_every_steps=100", "checkpoint_every_steps=100"]
         train(config(kind, folders, tmp_path / name, *settings))
         states.append(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"])
-    here, there = states
-    assert here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in here)
     losses = [
         [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows(tmp_path / name / "log.jsonl")]
         for name in ("cpu", "sim")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 3
+    here, there = states
+    assert here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in here)

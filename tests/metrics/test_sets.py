@@ -19,10 +19,10 @@ from restore.metrics.table import MetricOptions, check_metrics, load_lpips, sele
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, smooth_images, write_images):
     root = tmp_path_factory.mktemp("sets")
-    results = write_images(root / "results", smooth_images(12, 64, 0))
-    others = smooth_images(6, 64, 1)
-    others[:3] = smooth_images(12, 64, 0)[:3]
-    others[5:] //= 3
+    results = write_images(root / "results", smooth_images(20, 64, 0))
+    others = smooth_images(10, 64, 1)
+    others[:4] = smooth_images(20, 64, 0)[:4]
+    others[7:] //= 3
     reference = write_images(root / "reference", others)
     return root, results, reference
 
@@ -35,7 +35,7 @@ def test_set_metrics_equal_the_command_line_of_torch_fidelity(
 
     root, results, reference = folders
     arguments = ["fidelity", "--input1", str(root / "results"), "--input2", str(root / "reference"), "--cpu", "--json"]
-    arguments += "--silent -i -f -k -r --kid-subset-size 6 --feature-extractor inception-v3-compat".split()
+    arguments += "--silent -i -f -k -r --kid-subset-size 10 --feature-extractor inception-v3-compat".split()
     arguments += ["--feature-layer-fid", layer]  # of 2048 features, the default, the matrix square root takes long
     arguments += ["--feature-extractor-weights-path", str(inception_weights), "--no-cache", "--save-cpu-ram"]
     monkeypatch.setattr("sys.argv", arguments)
@@ -71,7 +71,7 @@ def test_set_metrics_equal_the_command_line_of_torch_fidelity(
     features = sets.extract_features(
         reference, "inception", ["2048", layer], weights={"inception": inception_weights}, cache=tmp_path
     )
-    assert features["2048"].shape == (6, 2048)
+    assert features["2048"].shape == (10, 2048)
 
 
 def test_the_cache_is_keyed_by_content_and_weights(folders, inception_weights, tmp_path):
@@ -89,7 +89,7 @@ def test_the_cache_is_keyed_by_content_and_weights(folders, inception_weights, t
 
 def test_small_sets_are_refused_unless_allowed(folders, inception_weights):
     _, results, reference = folders
-    with pytest.raises(RestoreError, match=r"got 12 \(results\).*allow_small=true"):
+    with pytest.raises(RestoreError, match=r"got 20 \(results\).*allow_small=true"):
         sets.compute_set_metrics(
             results, reference, select_metrics(["fid"]), MetricOptions(weights={"inception": inception_weights})
         )
@@ -134,7 +134,7 @@ def test_kid_vgg16_is_the_unbiased_mmd_of_averaged_features(folders, vgg16_featu
     _, results, reference = folders
     path, network = vgg16_features
     options = MetricOptions(weights={"vgg16": path}, allow_small=True)
-    values = sets.compute_set_metrics(results[:6], reference, select_metrics(["kid_vgg16"]), options)
+    values = sets.compute_set_metrics(results[:10], reference, select_metrics(["kid_vgg16"]), options)
 
     def features(paths):
         x = torch.stack([torch.from_numpy(read_rgb(p).copy()) for p in paths]).permute(0, 3, 1, 2) / 255
@@ -142,8 +142,8 @@ def test_kid_vgg16_is_the_unbiased_mmd_of_averaged_features(folders, vgg16_featu
         with torch.no_grad():
             return network[:30]((x - mean.view(3, 1, 1)) / std.view(3, 1, 1)).mean(dim=(2, 3)).double()
 
-    a, b = features(results[:6]), features(reference)
-    n, kernel = 6, lambda u, v: (u @ v.T / 512 + 1) ** 3
+    a, b = features(results[:10]), features(reference)
+    n, kernel = 10, lambda u, v: (u @ v.T / 512 + 1) ** 3
     within = sum((k.sum() - k.diagonal().sum()) / (n * (n - 1)) for k in (kernel(a, a), kernel(b, b)))
     assert values["kid_vgg16"] == pytest.approx(float(within - 2 * kernel(a, b).mean()), rel=1e-4)
     assert values["kid_vgg16"] > 0 and values["kid_vgg16_std"] == pytest.approx(0, abs=1e-6)
