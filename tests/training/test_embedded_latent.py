@@ -72,7 +72,7 @@ def test_samples_are_different_faces_in_natural_colours(restorer):
 def test_a_hole_is_filled_better_than_by_interpolation(restorer, faces):
     operator = operators.Inpainting(operators.box_mask(128, size=64, margin=8, seed=0), noise=NOISE)
     y = operator(faces, [measurement_generator(0, name) for name in FACES])
-    result = restorer(y, operator, batch_size=3, quality="fast")
+    result = restorer(y, operator, batch_size=3)
     assert result.protocol["method"]["sampler"] == "diffpir"
     gain = psnr(result.samples[:, 0], faces) - psnr(baseline(y, operator), faces)
     assert float(gain.mean()) > 0.5
@@ -82,7 +82,7 @@ def test_psld_restores_a_real_face(restorer, faces):
     """The residual is small up to the autoencoder's error, and the face is nearer than another one."""
     operator = operators.SuperResolution(4, noise=NOISE)
     y = operator(faces[:1], [measurement_generator(0, FACES[0])])
-    result = restorer(y, operator, sampler="psld", guidance=None, steps=20)
+    result = restorer(y, operator, sampler="psld", guidance=None, steps=40)
     assert float(result.residual_ratio.mean()) < 3
     others = psnr(faces[1:], faces[:1].expand_as(faces[1:]))
     assert float(psnr(result.samples[:, 0], faces[:1])[0]) > float(others.max()) + 6
