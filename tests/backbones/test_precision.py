@@ -7,10 +7,12 @@ import warnings
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import restore
 from operators import RestoreError
 from restore.backbones.precision import choose_precision, has_native_bf16, name_precision
+from restore.paths import configs_dir
 
 
 @pytest.fixture(params=[True, False], ids=["native", "emulated"])
@@ -48,3 +50,10 @@ def test_who_asks_for_emulated_bf16_is_told(native, tiny_adm):
 def test_an_unknown_precision_is_refused_with_the_known_ones():
     with pytest.raises(RestoreError, match="precision must be one of auto, fp32, bf16, fp16, got 'int8'"):
         choose_precision("int8", "cpu")
+
+
+def test_shipped_benchmarks_of_embedded_priors_ask_for_no_emulated_precision():
+    """So none of them is slower than in fp32 on a processor without native bf16."""
+    configs = [OmegaConf.load(path) for path in sorted((configs_dir() / "benchmark").glob("*.yaml"))]
+    precisions = [c.get("precision", "fp32") for c in configs if str(c.get("backbone", "")).startswith("embedded")]
+    assert len(precisions) > 3 and set(precisions) <= {"auto", "fp32"}
