@@ -35,7 +35,8 @@ BLURS = (
     4.0,
     6.0,
 )  # deviations of the Gaussians that a motion must explain better than
-GAIN = 150  # nats of one piece; motions of held-out pieces have 230 to 950, what is none at most 60, up to 40 pixels
+GAIN = 60  # nats of one piece, of a motion that is believed
+LONGEST = 0.2  # of a block's side, times the root of their number: parallel lines look like longer motions
 HIGHEST = 6  # times the expected power; what is higher is a line, of an edge
 
 
@@ -69,10 +70,12 @@ def estimate_motion(x: torch.Tensor, sigma: float) -> Motion | None:
     grey = read_grey(x)
     likelihood = _Likelihood(grey, sigma)
     candidates = _find_candidates(average_spectra(grey), noise_power(sigma))
-    candidates.sort(key=lambda motion: likelihood.measure_motion(motion, 3))
-    best = min((_refine(likelihood, motion) for motion in candidates[:TRIED]), key=likelihood.measure_motion)
+    likely = sorted(candidates, key=likelihood.measure_motion)[:TRIED]
+    best = min((_refine(likelihood, motion) for motion in [candidates[0], *likely]), key=likelihood.measure_motion)
     other = min(likelihood.measure_blur(std) for std in BLURS)
-    believed = LENGTHS[0] <= best.length <= LENGTHS[-1] and other - likelihood.measure_motion(best) > GAIN
+    blocks = max(1.0, math.sqrt(math.prod(side // BLOCK for side in grey.shape)))
+    longest = min(float(LENGTHS[-1]), LONGEST * blocks * min(BLOCK, *grey.shape))
+    believed = LENGTHS[0] <= best.length <= longest and other - likelihood.measure_motion(best) > GAIN
     return best if believed else None
 
 
@@ -128,10 +131,10 @@ class _Likelihood:
         self.solution = np.linalg.solve(weighted.T @ self.design + self.known, weighted.T)
         self.log = np.log(self.power + 1e-9) + 0.4
 
-    def measure_motion(self, motion: Motion, rounds: int = 6) -> float:
+    def measure_motion(self, motion: Motion) -> float:
         angle = math.radians(motion.angle)
         along = motion.length * (self.u * math.cos(angle) + self.v * math.sin(angle))
-        return self._measure(np.sinc(along) ** 2 * np.exp(-4 * np.pi**2 * OWN * self.square), rounds)
+        return self._measure(np.sinc(along) ** 2 * np.exp(-4 * np.pi**2 * OWN * self.square), rounds=6)
 
     def measure_blur(self, std: float) -> float:
         return self._measure(np.exp(-4 * np.pi**2 * (std**2 + OWN) * self.square), rounds=12)
@@ -154,7 +157,7 @@ class _Likelihood:
 
 
 def _find_candidates(power: np.ndarray, noise: float) -> list[Motion]:
-    """Return two motions of every length, whose zeros correlate best with a spectrum of `average_spectra`."""
+    """Return two motions of every length, those whose zeros correlate best with the spectrum first."""
     u, v = RADII[:, None] * np.cos(ANGLES), RADII[:, None] * np.sin(ANGLES)
     at = len(power) // 2 + len(power) * np.stack([v, u])
     floor = np.log(noise * RADII**2)
@@ -173,8 +176,9 @@ def _find_candidates(power: np.ndarray, noise: float) -> list[Motion]:
     for length in LENGTHS:
         model = centre(np.log(np.maximum(np.sinc(length * u) ** 2, DEPTH) * (1 - share) + share))
         products = scipy.fft.ifft(observed * scipy.fft.fft(model, axis=1).conj(), axis=1).real.sum(0)
+        products /= math.sqrt(float((weight * model**2).sum()) + 1e-9)
         for _ in range(2):  # of the model turned by every angle
             best = int(np.argmax(products))
-            found.append(Motion(float(length), math.degrees(ANGLES[best])))
+            found.append((products[best], float(length), math.degrees(ANGLES[best])))
             products[np.arange(best - APART, best + APART + 1) % len(ANGLES)] = -np.inf
-    return found
+    return [Motion(length, angle) for _, length, angle in sorted(found, reverse=True)]
