@@ -100,7 +100,7 @@ def test_a_compiler_that_fails_is_one_sentence():
     ("guidance", "graphs"),
     [
         (PAG(2.0, "m1", target="noise"), 1),  # draws: the strong pass alone
-        (PAG(2.0, "m1", target=halve), 0),  # of the user: neither, since they share a prefix that must be checked
+        (PAG(2.0, "m1", target=halve), 1),  # of the user's, which may do anything
         (SAG(1.0, "m1"), 1),  # watches the strong pass
         (CFG(1.0), 1),  # the same pass, of another input
     ],
@@ -111,8 +111,9 @@ def test_guidances_whose_passes_cannot_all_be_kept(compiled, guidance, graphs):
     condition = torch.tensor([0, 1]) if options else None
     plain, model = tiny(**options), compiled(tiny(**options))
     for _ in range(2):
-        assert torch.allclose(evaluate(model, guidance, False, condition), evaluate(plain, guidance, False, condition))
-    assert find_graphs(model.network).count <= graphs + 1
+        expected = evaluate(plain, guidance, False, condition)
+        assert torch.allclose(evaluate(model, guidance, False, condition), expected, rtol=1e-4, atol=1e-5)
+    assert find_graphs(model.network).count == graphs
 
 
 @pytest.mark.slow
