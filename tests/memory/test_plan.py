@@ -59,7 +59,7 @@ CASES = [
     ("pigdm", "denoise", {"steps": 3}),
     ("daps", "sr4", {"steps": 3}),
     ("reddiff", "denoise", {"steps": 3}),
-    ("pnpdm", "denoise", {"steps": 3, "iterations": 5}),
+    ("pnpdm", "denoise", {"steps": 3}),
 ]
 
 
