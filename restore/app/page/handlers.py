@@ -162,7 +162,8 @@ class Handlers:
                     k = visit.add(item, asked[len(outcomes) - 1], place)
                     status = format_status("Done.", detail=item.note, lines=[*lines, item.line()])
                     shown = self._show(visit, k)
-                    yield self.parts.updates(status=status, **shown)
+                    if len(outcomes) < len(asked):  # the last photo's is in the answer below
+                        yield self.parts.updates(status=status, **shown)
             # The last yield stands inside of the block: a visitor's files are removed once the page has copied them. It
             # says all again: a busy browser may pass over what came before the last.
             done = sum(succeeded for _, succeeded in outcomes)
