@@ -16,6 +16,7 @@ OUTLYING = (
     3  # times the standard deviation of its neighbours: the distance of a small piece, which noise falls short of
 )
 MOST, LEAST = 0.6, 1e-3  # share of the small pieces' pixels that are painted; of the photo's
+THIN = 1.3  # neighbours of other colours that a pixel of a line has, up to 4 pixels wide; those of a hole have less
 FRAMED = 0.5  # share of one side of the photo, from which on a piece is a frame
 
 
@@ -58,4 +59,8 @@ def _find_pieces(distance: np.ndarray, near: np.ndarray, pure: np.ndarray) -> np
     outlying = mean**2 > OUTLYING**2 * (squares / np.maximum(beside, 1) - mean**2)
     # A small piece in dark or light surroundings, or in strong detail, is told by the others alone.
     painted = np.where(small, area[small & painted & outlying].sum() > MOST * area[small].sum(), painted)
+    thin = beside > THIN * area
+    if beside[painted].sum() > THIN * area[painted].sum():  # lines and pixels: the others, too, in the light
+        painted |= thin & ~small & ~framed & (area > 0)
+        painted[0] = False
     return painted[labels]

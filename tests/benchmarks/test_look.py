@@ -102,10 +102,10 @@ def test_mistakes_are_named(tmp_path):
 
 @pytest.mark.slow
 def test_nothing_said_is_near_the_best(tmp_path):
-    """Two shipped photos, ten damages. Measured: 13 of 16 within NEAR of the best; the others are scratches and single
-    pixels of which a few in light surroundings are not found, and a small photo with noise, which is not enlarged."""
+    """Two shipped photos, ten damages. Measured: 14 of 16 within NEAR of the best; the others are small photos with
+    noise or JPEG, which are not enlarged."""
     cases = "undamaged,noise 10,noise 25,half size,JPEG 20,scratches,hole,random pixels"
     data = ",".join(str(CHELSEA.with_name(f"{name}.jpg")) for name in ("astronaut", "coffee"))
     text = judge(data=data, pieces=1, files=16, cases=cases, out=str(tmp_path))
     near = int(text.split(f"Within {NEAR} dB of the best: ")[1].split(" of 16.")[0])
-    assert near >= 13 and "| undamaged | 2 | 45.00 | 45.00 | 45.00 | 0.00 |" in text, text
+    assert near >= 14 and "| undamaged | 2 | 45.00 | 45.00 | 45.00 | 0.00 |" in text, text

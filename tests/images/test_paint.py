@@ -45,6 +45,22 @@ def test_every_missing_pixel_and_no_other(levels, kind, colour):
     assert np.array_equal(find(draw(levels, missing, colour)), missing)
 
 
+def test_lines_are_found_in_the_light_too(levels):
+    """Next to them lies nearly their colour; the others tell what they are, and what shines by itself is left."""
+    light = levels.copy()
+    light[:, 90:150] = 246
+    y, x = np.mgrid[: levels.shape[1], : levels.shape[2]]
+    shine = 400 * np.exp(-((y - 200) ** 2 + (x - 400) ** 2) / 600)
+    light = np.clip(light + shine, 0, 255)
+    missing = np.zeros(levels.shape[1:], bool)
+    for k in range(250):
+        missing[20 + k, 50 + k // 2 : 53 + k // 2] = missing[20 + k, 150 + k // 4 : 153 + k // 4] = True
+    missing[240:243, 260:420] = True
+    assert (np.rint(light) == 255).all(0).sum() > 300 and np.array_equal(
+        find(draw(light, missing, (255,) * 3)), missing
+    )
+
+
 def test_light_frames_and_noise_are_no_paint(levels):
     assert not find(levels).any()
     assert not find(3 * levels - 200).any()  # large white and black parts, clipped
