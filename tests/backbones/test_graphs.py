@@ -5,32 +5,15 @@ from __future__ import annotations
 import pytest
 import tiny_sd
 import torch
-from diffusers import UNet2DModel
+from tiny_adm import tiny_adm
 
 import operators
 import restore
 from operators import RestoreError
-from restore.backbones.adm import ADM
 from restore.backbones.graphs import compile_networks, find_graphs
 from restore.backbones.memory_options import enable_block_checkpointing
 from restore.guidance import CFG, PAG, SAG, estimator
 from restore.memory.count import LiveBytes
-
-
-def tiny(dtype=None, **options):
-    torch.manual_seed(0)
-    network = UNet2DModel(
-        sample_size=16,
-        out_channels=6,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=8,
-        norm_num_groups=8,
-        **options,
-    )
-    return ADM(network, lean=False, dtype=dtype, null_class=3 if options else None)
 
 
 def halve(a):
@@ -61,8 +44,8 @@ def compiled():
 
 def test_modes_are_checked_and_a_network_is_compiled_once():
     with pytest.raises(RestoreError, match="unknown mode of torch.compile.*fast"):
-        compile_networks(tiny(), "fast")
-    model = tiny()
+        compile_networks(tiny_adm(), "fast")
+    model = tiny_adm()
     compile_networks(model)
     with pytest.raises(RestoreError, match="compiled already"):
         compile_networks(model)
@@ -71,7 +54,7 @@ def test_modes_are_checked_and_a_network_is_compiled_once():
 def test_what_needs_the_networks_own_code_runs_it():
     """Fake tensors and counters of memory, recomputed blocks, inference tensors, replaced parts of the network: nothing
     is compiled, and nothing else is computed."""
-    plain, model = tiny(), tiny()
+    plain, model = tiny_adm(), tiny_adm()
     graphs = compile_networks(model, backend="a backend that does not exist")
     with LiveBytes(), torch.no_grad():
         assert torch.equal(model.predict(X, 500).eps, plain.predict(X, 500).eps)
@@ -83,7 +66,7 @@ def test_what_needs_the_networks_own_code_runs_it():
 
 
 def test_a_compiler_that_fails_is_one_sentence():
-    model = tiny()
+    model = tiny_adm()
 
     def broken(graph, inputs):
         raise RuntimeError("no working C++ compiler\nlong explanation")
@@ -109,7 +92,7 @@ def test_a_compiler_that_fails_is_one_sentence():
 def test_guidances_whose_passes_cannot_all_be_kept(compiled, guidance, graphs):
     options = {"num_class_embeds": 4} if isinstance(guidance, CFG) else {}
     condition = torch.tensor([0, 1]) if options else None
-    plain, model = tiny(**options), compiled(tiny(**options))
+    plain, model = tiny_adm(**options), compiled(tiny_adm(**options))
     for _ in range(2):
         expected = evaluate(plain, guidance, False, condition)
         assert torch.allclose(evaluate(model, guidance, False, condition), expected, rtol=1e-4, atol=1e-5)
@@ -118,7 +101,7 @@ def test_guidances_whose_passes_cannot_all_be_kept(compiled, guidance, graphs):
 
 @pytest.mark.slow
 def test_weights_and_settings_may_change_between_runs(compiled):
-    plain, model, guidance = tiny(), compiled(tiny()), PAG(2.0, "m1")
+    plain, model, guidance = tiny_adm(), compiled(tiny_adm()), PAG(2.0, "m1")
     evaluate(model, guidance)
     for network in (plain.network, model.network):
         torch.manual_seed(1)
@@ -137,10 +120,10 @@ def test_weights_and_settings_may_change_between_runs(compiled):
 def test_low_precision_is_recorded_with_its_casts(compiled):
     """bf16 by autocast: the state stays fp32, and what a target computes in fp32 does."""
     guidance = PAG(2.0, "m1", target={"seg": {"sigma": 2.0}})
-    plain, model = tiny("bf16"), compiled(tiny("bf16"))
+    plain, model = tiny_adm("bf16"), compiled(tiny_adm("bf16"))
     expected, got = evaluate(plain, guidance, True), evaluate(model, guidance, True)
     assert got.dtype == torch.float32 and torch.allclose(got, expected, rtol=0.02, atol=0.02)
-    assert not torch.allclose(expected, evaluate(tiny(), guidance, True), atol=1e-4)
+    assert not torch.allclose(expected, evaluate(tiny_adm(), guidance, True), atol=1e-4)
 
 
 @pytest.mark.slow

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from tiny_adm import tiny_adm
 from torch._dynamo.utils import counters
 
 import operators
-from restore.backbones.adm import ADM
 from restore.backbones.graphs import compile_networks, find_graphs
 from restore.backbones.sizes import Sized
 from restore.guidance import PAG
@@ -17,22 +16,6 @@ from restore.samplers.noise import ImageNoise
 
 NOISE = ImageNoise([(0, "0", 0), (0, "1", 0)], torch.device("cpu"))
 TIMES = [600, 500, 400, 300]
-
-
-def tiny(**options):
-    torch.manual_seed(0)
-    network = UNet2DModel(
-        sample_size=16,
-        out_channels=6,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=8,
-        norm_num_groups=8,
-        **options,
-    )
-    return ADM(network, lean=False, null_class=3 if options else None)
 
 
 def run(model, sampler, guidance, size=16, steps=TIMES, condition=None):
@@ -50,13 +33,13 @@ def compiled():
     """Return a compiled model, and count what torch compiles."""
     torch._dynamo.reset()
     counters.clear()
-    yield lambda backend="eager", **options: (model := tiny(**options), compile_networks(model, backend=backend))[0]
+    yield lambda backend="eager", **options: (model := tiny_adm(**options), compile_networks(model, backend=backend))[0]
     torch._dynamo.reset()
 
 
 def check(model, sampler, guidance, graphs, **options):
     """The compiled model restores what the plain one does, twice, in so many graphs without a break."""
-    plain = tiny(**({"num_class_embeds": 4} if model.classes else {}))
+    plain = tiny_adm(**({"num_class_embeds": 4} if model.classes else {}))
     expected, evaluations = run(plain, sampler, guidance, **options)
     if guidance is not None:
         assert not torch.allclose(expected, run(plain, sampler, None, **options)[0], atol=1e-2)
