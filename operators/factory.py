@@ -66,7 +66,7 @@ def forget_border(mapping: Mapping) -> dict:
     if mapping["name"] == "compose":
         return {**mapping, "operators": [forget_border(part) for part in mapping["operators"]]}
     maker = find_operator(mapping["name"])
-    is_blur = isinstance(maker, type) and issubclass(maker, (Blur, NonlinearBlur)) and mapping.get("border") is None
+    is_blur = isinstance(maker, type) and issubclass(maker, Blur) and mapping.get("border") is None
     return {**mapping, "border": "unknown"} if is_blur else dict(mapping)
 
 

@@ -70,7 +70,7 @@ class PhaseRetrieval(Operator):
         raise RestoreError(f"y must have the sides of a padded image, oversample {self.oversample:g}, got {measured}")
 
 
-class NonlinearBlur(Operator):
+class NonlinearBlur(MotionBlur):
     """y = f(k * f^-1(x)): a motion blur of light, as a sensor collects it during an exposure, f the curve of sRGB.
 
     The light of a bright spot outshines what it is moved over, while `MotionBlur` averages the pixels' encoded values.
@@ -80,35 +80,13 @@ class NonlinearBlur(Operator):
     """
 
     name = "nonlinear_blur"
-    linear = False
-    derived = ("motion",)
-
-    def __init__(
-        self,
-        kernel_size=61,
-        intensity=0.5,
-        seed=0,
-        *,
-        law="boracchi-foi",
-        border="reflect",
-        noise=None,
-        image_size=None,
-        adjoint="exact",
-    ):
-        super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
-        self.kernel_size, self.intensity, self.seed, self.law, self.border = kernel_size, intensity, seed, law, border
-        self.motion = MotionBlur(kernel_size, intensity, seed, law=law, border=border, image_size=image_size)
-
-    @property
-    def margin(self) -> tuple[int, int]:
-        return self.motion.margin
+    linear = has_reference = stationary = False
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         light = decode_srgb((x.to(compute_dtype(x)) + 1) / 2)
-        return (2 * encode_srgb(self.motion.A(light)) - 1).to(x.dtype)
+        return (2 * encode_srgb(super().A(light)) - 1).to(x.dtype)
 
-    def image_shape(self, y: torch.Tensor) -> tuple[int, ...]:
-        return self.motion.image_shape(y)
+    A_adjoint = Operator.A_adjoint  # that of the motion alone would be wrong
 
 
 def decode_srgb(v: torch.Tensor) -> torch.Tensor:

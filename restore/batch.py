@@ -56,7 +56,7 @@ def join_operators(each: Sequence[Any]) -> Any:
     common = {"noise": first.noise, "image_size": first.image_size, "adjoint": first.adjoint}
     if isinstance(first, operators.Inpainting):
         joined = operators.Inpainting(torch.cat([a.mask for a in each]), **common)
-    elif isinstance(first, operators.Blur):
+    elif isinstance(first, operators.Blur) and first.linear:
         joined = operators.Blur(torch.stack([a.kernel for a in each]), border=first.border, **common)
     else:
         raise RestoreError(f"operators of {first.name} cannot share a batch; give batch=1, or per_image=false")

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -267,10 +268,10 @@ def observe_run(
     return guidance if guidance is None or callback is None else record_guidance(guidance, record), receive
 
 
-def check_batches(name: str, count: int, batch_size: int | str) -> None:
-    """Raise RestoreError unless `name` is 1 or more, and batch_size too, or AUTO."""
-    is_size = isinstance(batch_size, int) and batch_size >= 1
-    if count < 1 or not (is_size or batch_size == AUTO):
+def check_batches(name: str, count: int, batch_size: int | str, auto: bool = False) -> None:
+    """Raise RestoreError unless `name` is 1 or more, and batch_size too, or AUTO where that is known."""
+    is_size = isinstance(batch_size, Integral) and batch_size >= 1
+    if count < 1 or not (is_size or auto and batch_size == AUTO):
         raise RestoreError(f"{name} and batch_size must be at least 1, got {count} and {batch_size}")
 
 

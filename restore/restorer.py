@@ -226,7 +226,7 @@ class Restorer(SharedPrior):
         choices |= {"steps": steps, "guidance": guidance}
         with neutral_state(self.device), torch.enable_grad():
             y, shape = prepare_measurement(y, operator, self.device, self.channels, self.per_channel)
-            check_batches("samples", samples, batch_size)
+            check_batches("samples", samples, batch_size, auto=True)
             ids = [str(i) for i in range(len(y))] if image_ids is None else [str(i) for i in image_ids]
             if len(ids) != len(y) or len(set(ids)) != len(ids):
                 raise RestoreError(f"image_ids must be {len(y)} different names, got {ids}")
@@ -326,7 +326,7 @@ class Restorer(SharedPrior):
         Sample i depends only on (seed, first + i). size: (H, W) in pixels, the trained resolution by default.
         steps: None, ddim_eta: "preset": those of restore.method.find_generation. labels: one class per image.
         """
-        check_batches("n", n, int(batch_size))
+        check_batches("n", n, batch_size)
         if labels is not None and len(labels) != n:
             raise RestoreError(f"labels must be one for each of {n} images, got {len(labels)}")
         method = methods.find_generation(self.name, steps, ddim_eta)

@@ -23,9 +23,8 @@ from restore.images.tint import estimate_tint
 
 # From where on something is called wrong: sigma on [-1, 1], the quality of JPEG, the longer side in pixels.
 NOISY, COMPRESSED, SMALL = 0.03, 88, 400
-EVIDENCE = (
-    4.5  # pixels times nats, of a blur: sharp pieces of held-out photos with noise of 10 to 50 have less than 4.4
-)
+# Pixels times nats, of a blur: sharp pieces of held-out photos with noise of 10 to 50 have less than 4.4.
+EVIDENCE = 4.5
 SHARP = 1.5  # times the noise's: power of the finest detail of a photo that is not blurred, whatever its edges say
 SENSITIVITY, CERTAIN = 0.5, -0.2  # of the search for damage: of its mask, and for believing that there is any
 

@@ -24,17 +24,7 @@ SECTORS = 12  # directions whose power is free
 RING = (0.03, 0.46)  # cycles per pixel of the frequencies that are compared
 FALL = (2.2, 0.3)  # exponent of the power of photos, mean and deviation
 OWN = 0.2  # variance of a sharp photo's own blur
-BLURS = (
-    0.0,
-    0.5,
-    1.0,
-    1.5,
-    2.0,
-    2.5,
-    3.0,
-    4.0,
-    6.0,
-)  # deviations of the Gaussians that a motion must explain better than
+BLURS = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)  # deviations of Gaussians that a motion must explain better than
 GAIN = 60  # nats of one piece, of a motion that is believed
 LONGEST = 0.2  # of a block's side, times the root of their number: parallel lines look like longer motions
 HIGHEST = 6  # times the expected power; what is higher is a line, of an edge

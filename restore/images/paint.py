@@ -12,9 +12,8 @@ EIGHT = np.ones((3, 3))  # neighbours, including diagonal ones
 APART = 24  # of 255; a neighbour's distance from the colour, which clipped light falls short of
 BLENDED = 0.1  # largest share of neighbours that are nearer, of a painted piece
 LARGE = 30  # pixels; smaller pieces are believed together or not at all
-OUTLYING = (
-    3  # times the standard deviation of its neighbours: the distance of a small piece, which noise falls short of
-)
+# Times the standard deviation of its neighbours: the distance of a small piece, which noise falls short of.
+OUTLYING = 3
 MOST, LEAST = 0.6, 1e-3  # share of the small pieces' pixels that are painted; of the photo's
 THIN = 1.3  # neighbours of other colours that a pixel of a line has, up to 4 pixels wide; those of a hole have less
 FRAMED = 0.5  # share of one side of the photo, from which on a piece is a frame

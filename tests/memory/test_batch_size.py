@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,6 +43,9 @@ def test_a_restorer_takes_it(tiny_adm):
     assert torch.equal(result.samples, restorer(problem(3), A, batch_size=8, samples=3, **options).samples)
     with pytest.raises(RestoreError, match="batch_size must be at least 1, got 1 and many"):
         restorer(problem(), A, batch_size="many", **options)
+    with pytest.raises(RestoreError, match="batch_size must be at least 1, got 1 and auto"):
+        restorer.generate(1, batch_size="auto")  # which has no plan
+    assert restorer(problem(), A, batch_size=np.int64(1), **options).protocol["batch_size"] == 1
 
 
 @pytest.mark.parametrize(("memory", "batch"), [(1e12, 3), (1e6, 1)])
