@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import json
 import os
@@ -38,8 +39,7 @@ class ImageSet:
 
     ids: paths below the folder without suffix, "/" between folders; unique. paths: the files, in the same order.
     size: every image is brought to size x size (PREPROCESSING), or left as it is if None.
-    digest: sha256 over ids and file contents in order, hexadecimal: equal only for equal sets.
-    shapes: (height, width) after preprocessing.
+    hashes: sha256 of each file, hexadecimal. shapes: (height, width) after preprocessing.
     stretch: each image's darkest value goes to 0 and its brightest to 255 after that, as in PSLD's code.
     """
 
@@ -47,12 +47,29 @@ class ImageSet:
     ids: tuple[str, ...]
     paths: tuple[Path, ...]
     size: int | None
-    digest: str
+    hashes: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
     stretch: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over ids, file contents and preprocessing in order, hexadecimal: equal only for equal sets."""
+        digest = hashlib.sha256()
+        for key, content in zip(self.ids, self.hashes, strict=True):
+            digest.update(key.encode() + b"\0" + bytes.fromhex(content))
+        if self.size:
+            digest.update(f"size {self.size} {PREPROCESSING}".encode())
+        if self.stretch:
+            digest.update(STRETCHING.encode())
+        return digest.hexdigest()
+
+    def first(self, count: int) -> ImageSet:
+        """Return the set of the first images."""
+        parts = ("ids", "paths", "hashes", "shapes")
+        return dataclasses.replace(self, **{name: getattr(self, name)[:count] for name in parts})
 
     def pixels(self, i: int, margin: tuple[int, int] = (0, 0)) -> np.ndarray:
         """Return image i as uint8 (H, W, 3), preprocessed, without so many rows and columns at each side."""
@@ -115,23 +132,19 @@ def load_dataset(
         files = _select_files(files, wanted, root)
     files = {key: files[key] for key in list(files)[::every][:limit]}
 
-    digest, shapes, corrupt = hashlib.sha256(), [], []
-    for key, path in files.items():
+    hashes, shapes, corrupt = [], [], []
+    for path in files.values():
         try:
             shape = read_rgb(path).shape[:2]
         except RestoreError:
             corrupt.append(path.name)
             continue
         shapes.append((size, size) if size else (int(shape[0]), int(shape[1])))
-        digest.update(key.encode() + b"\0" + bytes.fromhex(hash_file(path)))
+        hashes.append(hash_file(path))
     if corrupt:
         count = f"{len(corrupt)} of {len(files)}"
         raise RestoreError(f"{count} files in {root} are not readable images: {_shorten(corrupt)}; replace them")
-    if size:
-        digest.update(f"size {size} {PREPROCESSING}".encode())
-    if stretch:
-        digest.update(STRETCHING.encode())
-    return ImageSet(name, tuple(files), tuple(files.values()), size, digest.hexdigest(), tuple(shapes), stretch)
+    return ImageSet(name, tuple(files), tuple(files.values()), size, tuple(hashes), tuple(shapes), stretch)
 
 
 def read_metadata_names(folder: Path) -> list[str]:

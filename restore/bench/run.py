@@ -24,6 +24,7 @@ from restore.bench.baselines import BASELINES
 from restore.bench.batches import Batch, find_prompts, list_image_ids, load_images, make_batches, read_row
 from restore.bench.config import build_method, list_cells, load_config, select_result_keys
 from restore.bench.datasets import ImageSet
+from restore.bench.growth import restrict_identity
 from restore.bench.protocol import check_folder
 from restore.restoration import choose_device
 from restore.versions import collect_versions, hash_own_code
@@ -69,7 +70,8 @@ def run_benchmark(
     """Run a benchmark, or what is left of it.
 
     config: a YAML file or a mapping, see configs/benchmark; overrides: `key=value`. Results go to config.out,
-    runs/<name> by default. Images whose row exists are not computed again; an interrupted batch is.
+    runs/<name> by default. Images whose row exists are not computed again; an interrupted batch is. A finished run
+    grows by what its configuration has more: images, methods, tasks.
     progress: called with {done, total, batch, seconds} after each batch and {measuring} before network metrics.
     only: which batches to compute now; the images of the others stay missing.
     Raises RestoreError before anything runs for bad configurations, missing images or weights, and for a folder
@@ -165,7 +167,7 @@ def _set_steps(config: Mapping[str, Any], n: int) -> dict[str, Any]:
 
 
 def _open_folder(folder: Path, config: Mapping[str, Any], images: ImageSet | None, metrics: dict) -> None:
-    """Make the run's folder, or check that it holds the same run. Raises RestoreError otherwise."""
+    """Make the run's folder, or check that it holds this run or a part of it. Raises RestoreError otherwise."""
     identity = {
         "config": select_result_keys(config),
         "images": images.digest if images is not None else None,
@@ -181,7 +183,11 @@ def _open_folder(folder: Path, config: Mapping[str, Any], images: ImageSet | Non
     identity = _to_json(identity)  # compare what will be read back
     manifest = folder / "run.json"
     existing = read_manifest(folder) if manifest.exists() else {}
-    check_folder(folder, existing.get("identity"), identity, "benchmark")
+    part = identity
+    if existing:
+        count = (existing["protocol"]["images"] or {}).get("count")
+        part = restrict_identity(identity, images, existing["identity"], count, config["metrics"]["group_by_prompt"])
+    check_folder(folder, existing.get("identity"), part, "benchmark")
     disk.make_folder(folder)
     created = existing.get("created") or time.strftime("%Y-%m-%d %H:%M:%S %z")
     protocol = {
