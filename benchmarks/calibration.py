@@ -86,7 +86,7 @@ _DIFFPIR = SETTINGS["DiffPIR"]
 # Options beside what they change, and samplers on latents, for which an image is its own latent here. ReSample's fits
 # end at the noise, as they should.
 ENTRIES = SETTINGS | {
-    "DPS, Adam": replace(SETTINGS["DPS"], parameters={"adam": True}, grid={"pull": (1, 2, 4, 8)}),
+    "DPS, Adam": replace(SETTINGS["DPS"], parameters={"adam": True}),
     "DiffPIR, dual": replace(_DIFFPIR, parameters={"dual": True}),
     "DiffPIR, Flower": replace(_DIFFPIR, parameters={"prox": "flower", "lam": 1.0, "zeta": 1.0}, grid={}),
     "DiffPIR, LAMP": replace(_DIFFPIR, parameters={"lamp": 1.0}),

@@ -89,7 +89,7 @@ SETTINGS = {
         "fastdips",
         {n: {"steps": n} for n in BUDGETS},
         {"sigma_max": 10.0, "sigma_min": 0.03, "descent_steps": 2},
-        {"rho": (50.0, 200.0), "epsilon": (0.05, 0.4)},
+        {"epsilon": (0.05, 0.4)},
     ),
     "RED-diff": Entry("reddiff", _each("ddim{}"), {"start": "adjoint", "lr": 0.1}, {"lam": (0.02, 0.1, 0.25)}),
     "PnP-DM": Entry(

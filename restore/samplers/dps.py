@@ -10,6 +10,8 @@ from restore.guidance import estimator
 from restore.samplers.likelihood import DataNorm, find_data_norm
 from restore.samplers.steps import Diffusion, FiniteCheck, report
 
+BETAS = 0.5, 0.7  # of Adam: few steps have no time for its usual 0.9 and 0.999
+
 
 @enforce_ranges
 def dps(
@@ -35,8 +37,8 @@ def dps(
     zeta: step size on the gradient of the data norm, for images of the trained resolution: the norm grows with the
         root of the number of pixels, so with scale_zeta the step is zeta sqrt(H W) / resolution (`used` has it).
     guidance: in the update; the data term sees the unguided x0_hat (PAG, Ahn et al. 2024, App. C.1).
-    adam: the step is zeta times Adam's direction (betas 0.9 and 0.999), whose moments are those of the gradients of all
-        steps: every number of x moves by up to zeta, whatever the norm, so that nothing is scaled.
+    adam: the step is zeta times the direction of Adam (BETAS) over the gradients of all steps, divided by the root of
+        the number of values of x_t, so that it is about as long as a step without (AdamDPS, arXiv 2603.16797).
     ddim_eta: None for DDPM with the learned variance (the paper's), else DDIM(eta).
     """
     prior = normalise(prior, "vp")
@@ -44,9 +46,9 @@ def dps(
     norm = find_data_norm(operator, data_norm)
     clip = prior.bounded if clip is None else clip
     shape = (len(y), *prior.shape)
-    if scale_zeta and not adam:
+    if scale_zeta:
         zeta = zeta * (shape[-2] * shape[-1]) ** 0.5 / prior.resolution
-    x_t, m, v2 = noise(0, shape, "start"), 0.0, 0.0
+    x_t, m, v2, (b1, b2) = noise(0, shape, "start"), 0.0, 0.0, BETAS
     check_finite = FiniteCheck(len(diffusion))
     with estimator(prior, guidance) as estimate:
         for k, i in enumerate(reversed(range(len(diffusion)))):
@@ -62,8 +64,8 @@ def dps(
             (grad,) = torch.autograd.grad(residual.sum(), x_t)
 
             if adam:
-                m, v2 = 0.9 * m + 0.1 * grad, 0.999 * v2 + 0.001 * grad.square()
-                grad = m / (1 - 0.9 ** (k + 1)) / ((v2 / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8)
+                m, v2 = b1 * m + (1 - b1) * grad, b2 * v2 + (1 - b2) * grad.square()
+                grad = m / (1 - b1 ** (k + 1)) / ((v2 / (1 - b2 ** (k + 1))).sqrt() + 1e-8) / grad[0].numel() ** 0.5
 
             # Prior: the sampler's own step with the guided score, then the likelihood step.
             with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import subprocess
 import sys
 
 import pytest
@@ -66,3 +68,25 @@ def test_mistakes_are_one_sentence(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(RestoreError, match="quantise=int8 needs torchao"):
         restore.load(folders["sd3"], device="cpu", quantise="int8")
+
+
+def test_notices_of_libraries_are_not_shown(capfd):
+    """diffusers imports an installed torchao with any network; what that says is nothing a user can act on."""
+    notices = {
+        "torch.utils._pytree": "%s is an Enum subclass. Calling register_constant() on Enum subclasses is deprecated",
+        "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects. This may affect",
+    }
+    logs = {name: logging.getLogger(name) for name in notices}
+    for name, text in notices.items():
+        logs[name].warning(text, *["E"] * text.count("%s"))
+        logs[name].warning("another warning")
+    assert capfd.readouterr().err.count("another warning") == len(notices)
+    records = [logging.makeLogRecord({"name": name, "msg": text}) for name, text in notices.items()]
+    assert not any(logs[record.name].filter(record) for record in records)
+
+
+def test_loading_says_nothing(folders):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    load = f"import restore; restore.load({str(folders['sd3'])!r}, device='cpu', quantise='int8')"
+    done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""

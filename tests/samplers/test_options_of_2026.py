@@ -139,8 +139,10 @@ def test_lamp_in_singular_bases(sampler, own):
 
 
 def test_adam_in_dps():
-    """Two steps by hand: the direction's first value is the gradient's sign, the second has both moments."""
-    seen, zeta = [], 0.05
+    """Two steps by hand: the direction's first value is the gradient's sign, the second has both moments.
+
+    Divided by the root of its number of values it is as long as 1, and `zeta` is scaled as without."""
+    seen, zeta = [], 0.5
     prior = white()
     own = {"zeta": zeta, "ddim_eta": 0.0, "clip": False}
     dps(prior, IDENTITY, Y, noise=draw, steps=[800, 400], adam=True, callback=seen.append, **own)
@@ -153,12 +155,13 @@ def test_adam_in_dps():
         if k == 0:
             direction = grads[0].sign()
         else:
-            m = (0.9 * 0.1 * grads[0] + 0.1 * grads[1]) / (1 - 0.81)
-            v = (0.999 * 0.001 * grads[0] ** 2 + 0.001 * grads[1] ** 2) / (1 - 0.999**2)
+            m = (0.25 * grads[0] + 0.5 * grads[1]) / 0.75
+            v = (0.21 * grads[0] ** 2 + 0.3 * grads[1] ** 2) / 0.51
             direction = m / v.sqrt()
-        x_t = diffusion.ddim(x_t, x0_hat, 0.0, i, draw(k, Y.shape)) - zeta * direction
+        step = seen[k]["used"]["zeta"] * direction / Y[0].numel() ** 0.5
+        x_t = diffusion.ddim(x_t, x0_hat, 0.0, i, draw(k, Y.shape)) - step
         assert relative(seen[k]["x_t"], x_t) < 1e-5
         x_t = seen[k]["x_t"]
-    assert seen[0]["used"] == {"zeta": zeta}
+    assert seen[0]["used"] == {"zeta": pytest.approx(zeta * (Y.shape[-2] * Y.shape[-1]) ** 0.5 / prior.resolution)}
     plain = dps(prior, IDENTITY, Y, noise=draw, steps=[800, 400], **own)
     assert relative(plain, seen[-1]["x_t"]) > 1e-3
