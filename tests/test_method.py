@@ -120,13 +120,16 @@ def test_what_a_quality_changes_is_named_once():
 
 
 def test_the_best_larger_photo_and_several_versions_are_samples():
-    """From a reconstruction with as much noise as signal: few evaluations more, where DPIR has none to offer."""
+    """From a reconstruction with noise: few evaluations more, where DPIR has none to offer."""
     qualities = [find("embedded-photo", "sr4", "super_resolution", quality=q) for q in method.QUALITIES]
     starts = [(m.sampler, m.parameters.get("start_from")) for m in qualities]
     assert starts == [("dpir", None), ("dpir", None), ("diffpir", "measurement")]
-    for operator in ("super_resolution", "gaussian_blur", "compose", "denoising"):
+    several = find("embedded-photo", None, "super_resolution", samples=3)
+    assert (several.steps, several.parameters) == (qualities[-1].steps, qualities[-1].parameters)
+    assert len(several.steps) == 20 and several.parameters["zeta"] == 0.6
+    for operator in ("gaussian_blur", "compose", "denoising"):
         several = find("embedded-photo", None, operator, samples=3)
-        assert several.sampler == "diffpir" and several.steps == qualities[-1].steps and len(several.steps) == 16
+        assert several.sampler == "diffpir" and several.parameters["zeta"] == 1.0 and len(several.steps) == 16
 
 
 def test_fastdips_at_the_noise_at_which_it_is_ahead():
