@@ -12,7 +12,7 @@ from operators.validate import require_number
 from restore.images.findings import SENSITIVITY, Findings
 
 AUTO = "auto"
-ENLARGED = 2
+ENLARGED, TINY = 2, 64  # the factor of a small photo, twice that where no side exceeds so many pixels
 SHARPENED = 0.003  # least sigma on [-1, 1] by which a blur is undone: with an estimated kernel no measurement is exact
 
 
@@ -77,9 +77,10 @@ def choose_repair(found: Findings, sigma: float | None = None) -> Repair:
         seen.append(found.describe_damage())
         done.append("filled in")
     if found.small and not seen:  # what else was done to it would be enlarged with it
-        chain.append({"name": "super_resolution", "factor": ENLARGED})
+        factor = ENLARGED * (2 if max(found.size) <= TINY else 1)
+        chain.append({"name": "super_resolution", "factor": factor})
         seen.append(f"small, {found.size[1]} x {found.size[0]}")
-        done.append(f"enlarged {ENLARGED} times")
+        done.append(f"enlarged {factor} times")
     if not seen:
         raise RestoreError("nothing was found to restore; to enlarge the photo try task=sr2")
     if sigma is None:

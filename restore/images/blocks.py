@@ -14,6 +14,8 @@ import torch
 SIDE = 8  # pixels; side of the blocks of JPEG
 LARGEST = 1024  # pixels; of larger photos the centre is examined
 LUMA = (0.299, 0.587, 0.114)
+# Of the power of slow coefficients that exceeds the noise's: what the fast ones have of texture, in smooth blocks.
+TEXTURE = 0.5
 FOUND = 0.45  # smallest periodicity (0 none, 1 perfect) of coefficients that were quantised
 # Annex K of ITU-T T.81: luminance at quality 50, row by row.
 TABLE = """
@@ -106,19 +108,24 @@ def estimate_quantised_noise(x: torch.Tensor, compression: Compression) -> float
     """Return the standard deviation, on [-1, 1] per channel, of white noise in a photo before it was compressed.
 
     In the smooth blocks a coefficient of noise alone, of deviation s, is not rounded to zero with probability
-    erfc(q / (2 sqrt(2) s)); s is that for which as many are not as were found.
+    erfc(q / (2 sqrt(2) s)); s is that for which as many are not as were found. Where the slowest coefficients have more
+    power than such noise, the blocks show texture, whose share of the fast ones' is taken off.
     """
     grey = np.tensordot(LUMA, x[0].double().numpy(), 1) * 127.5 + 127.5
     coefficients = np.abs(cosine_transform(grey, compression.offset))
     steps = np.array(compression.luma)
-    order = np.add.outer(np.arange(SIDE), np.arange(SIDE))
-    slow, fast = (order > 0) & (order <= 2), (order >= 4) & (order <= 8)
+    frequency = np.add.outer(np.arange(SIDE), np.arange(SIDE))
+    slow, fast = (frequency > 0) & (frequency <= 2), (frequency >= 4) & (frequency <= 8)
     energy = (coefficients[:, slow] ** 2).sum(1)
-    smooth = coefficients[np.argsort(energy)[: max(8, len(energy) // 7)]]
+    order = np.argsort(energy)[: max(8, len(energy) // 7)]
+    smooth, slowest = coefficients[order], float(energy[order].mean()) / slow.sum()
     kept = float((smooth[:, fast] > steps[fast] / 2).sum(1).mean())
     low, high = 0.1, 128.0
     for _ in range(30):
         middle = math.sqrt(low * high)
         expected = float(scipy.special.erfc(steps[fast] / (2 * math.sqrt(2) * middle)).sum())
         low, high = (middle, high) if expected < kept else (low, middle)
-    return low / math.hypot(*LUMA) / 127.5 if kept * len(smooth) >= 10 else 0.0
+    if kept * len(smooth) < 10:
+        return 0.0
+    variance = max(low**2 - TEXTURE * max(slowest - low**2, 0.0), 0.0)
+    return math.sqrt(variance) / math.hypot(*LUMA) / 127.5

@@ -22,7 +22,7 @@ __all__ = ["detect_damage", "estimate_blur", "estimate_noise", "find_blur", "mea
 
 BLOCK = 8  # pixels; side of the blocks in which noise is measured
 SMALLEST = 4 * BLOCK  # pixels a side of a photo in which anything is measured
-SMOOTH = 0.15  # fraction of blocks used: those without structure
+SMOOTH, FEWEST = 0.15, 6  # fraction of blocks used, those without structure, and their least number
 WHITE = 0.8  # smallest ratio of fine to coarse energy of white noise; below it chroma was subsampled or denoised
 CLEAR = 12  # times the noise: slopes of edges from which their blur is measured
 BLURRED, SOFT = 1.1, 1.0  # pixels, of a photo that is called blurred: its blur and that of its sharper edges
@@ -91,7 +91,7 @@ class _Blocks:
         usable = changing & inside if int((changing & inside).sum()) >= 16 else changing
         if not usable.any():
             return 0.0, 0.0
-        count = max(int(SMOOTH * int(usable.sum())), min(int(usable.sum()), 16))
+        count = max(int(SMOOTH * int(usable.sum())), min(int(usable.sum()), FEWEST))
         smooth = self.coarse[usable].argsort()[:count]
         # 0.977: median over mean of a block's energy, chi-square of 28 degrees since neighbouring details overlap.
         return tuple(float(energy[usable][smooth].median()) / 0.977 for energy in (self.fine, self.next))

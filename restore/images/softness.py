@@ -18,6 +18,7 @@ SECTORS, RINGS, LOWEST = 8, 16, 0.05  # cells of the spectrum; cycles per pixel
 FALL = (2.2, 0.3)  # exponent of the power of photos, mean and deviation
 OWN = 0.45  # pixels; blur of a photo that is sharp, median of pieces of held-out photos
 FLOOR = 0.5  # deviation of the logarithm of the noise's power
+WIDENED = 0.00845  # 8 pi^2 times the variance, in squared cycles per pixel, of the window's power
 SPREAD = 0.3  # weight of a direction's distance from the mean of all
 STARTS = (0.3, 2.0, 6.0)  # variances
 LARGEST = 60.0  # variance
@@ -37,12 +38,14 @@ def measure_softness(x: torch.Tensor, sigma: float) -> Softness:
 
     The power of a sharp photo falls as A(direction) |f|^-a with a near 2 (Field 1987); a blur multiplies it by
     exp(-4 pi^2 std^2 |f|^2), noise is added. The parameters are those that fit the logarithm of the mean power of
-    windowed pieces best, in rings and sectors of the frequencies, with a's and the noise's known spread.
+    windowed pieces best, in rings and sectors of the frequencies, with a's and the noise's known spread. The window
+    widens that Gaussian, as a smaller blur would be, which is undone.
     """
     fit = _Fit(_average_spectra(read_grey(x)), max((127.5 * sigma) ** 2, 1 / 12) / 3)
     best = min((fit.solve(start) for start in STARTS), key=lambda found: found.cost)
     sharp = fit.solve(OWN**2, fixed=True)
-    return Softness(math.sqrt(max(best.x[0] - OWN**2, 0.0)), float(sharp.cost - best.cost))
+    variance = best.x[0] / max(1 - WIDENED * best.x[0], 0.5)
+    return Softness(math.sqrt(max(variance - OWN**2, 0.0)), float(sharp.cost - best.cost))
 
 
 class _Fit:

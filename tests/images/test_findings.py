@@ -1,5 +1,6 @@
 """What is found in photos with damages that are known, and what is not found in sound ones."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 import operators
 from operators import RestoreError
 from restore.images import io
+from restore.images.blocks import Compression, estimate_quantised_noise, scale_table
 from restore.images.findings import inspect_photo
 from restore.images.motion import Motion
 from restore.paths import data_dir
@@ -78,6 +80,22 @@ def test_noise_before_the_compression(tmp_path, sharp):
     assert "noise" in repair.describe() and "JPEG of quality 50" in repair.describe()
 
 
+@pytest.mark.parametrize("quality, most", [(60, 6.5), (80, 3.0)])
+def test_fur_is_no_noise_before_the_compression(tmp_path, sharp, quality, most):
+    """Pieces of nothing but fur were told noise of 8 to 14 of 255, and lost it."""
+    table = Compression(quality, tuple(map(tuple, scale_table(quality).tolist())))
+
+    def measure(piece, levels):
+        io.write_image(tmp_path / "piece.png", add_noise(piece, levels)[0])
+        Image.open(tmp_path / "piece.png").save(tmp_path / "piece.jpg", quality=quality)
+        return 127.5 * estimate_quantised_noise(io.read_image(tmp_path / "piece.jpg").pixels, table)
+
+    pieces = [sharp[..., top : top + 128, left : left + 128] for top in (0, 56, 112) for left in (0, 112, 168, 224)]
+    assert np.mean([measure(piece, 0) for piece in pieces]) < most
+    told = [measure(piece, 25) for piece in pieces]
+    assert np.mean(told) == pytest.approx(25, rel=0.1) and min(told) > 19
+
+
 def test_a_chain_in_the_order_of_what_happened(tmp_path, sharp):
     blurred = add_noise(operators.GaussianBlur(25, 3.0).A(sharp), 10)
     repair = choose_repair(inspect(tmp_path, blurred, quality=60))
@@ -144,3 +162,10 @@ def test_sharpening_does_not_believe_its_estimate_to_the_last_digit(tmp_path, sh
     found = inspect(tmp_path, operators.GaussianBlur(25, 1.8).A(sharp))
     assert found.sigma < 0.004 and choose_repair(found).config["noise"]["sigma"] == SHARPENED
     assert choose_repair(found, sigma=0.002).config["noise"]["sigma"] == 0.002  # somebody knows better
+
+
+def test_a_tiny_photo_is_enlarged_more(tmp_path, sharp):
+    found = inspect(tmp_path, sharp)
+    for side, factor in ((64, 4), (65, 2), (400, 2)):
+        repair = choose_repair(dataclasses.replace(found, size=(side - 8, side)))
+        assert repair.config["factor"] == factor and repair.done == (f"enlarged {factor} times",)

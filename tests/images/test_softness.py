@@ -19,9 +19,9 @@ def pieces():
     return {name: photos[name][..., top : top + 176, left : left + 176] for name, (top, left) in PIECES.items()}
 
 
-def soften(piece, std, levels=0.0):
+def soften(piece, std, levels=0.0, radius=12):
     """The inner 128 pixels, blurred by what is beyond them too, with noise, rounded to 8 bits."""
-    x = (operators.GaussianBlur(25, std).A(piece) if std else piece)[..., 24:-24, 24:-24]
+    x = (operators.GaussianBlur(2 * radius + 1, std).A(piece) if std else piece)[..., 24:-24, 24:-24]
     x = x + levels / 127.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     return (127.5 * (x + 1)).round().clamp(0, 255) / 127.5 - 1
 
@@ -34,6 +34,12 @@ def test_a_small_piece_tells_how_blurred_it_is(pieces, tmp_path, std, levels, of
         found = inspect_photo(tmp_path / f"{name}.png")
         assert found.blur == pytest.approx(std, rel=off), name
         assert choose_repair(found).config["name"] == "gaussian_blur"
+
+
+def test_a_large_blur_is_not_made_smaller_by_the_window(pieces):
+    """The spectrum of a blur of 5 pixels is hardly wider than the window's: it was told to be 4.3."""
+    found = [measure_softness(soften(piece, 5.0, radius=20), 0.0).std for piece in pieces.values()]
+    assert sum(found) / len(found) == pytest.approx(5, rel=0.07)
 
 
 def test_sharp_pieces_with_and_without_noise(pieces):
