@@ -70,19 +70,15 @@ def test_mistakes_are_one_sentence(folders, monkeypatch):
         restore.load(folders["sd3"], device="cpu", quantise="int8")
 
 
-def test_notices_of_libraries_are_not_shown(capfd):
+def test_notices_of_libraries_are_not_shown():
     """diffusers imports an installed torchao with any network; what that says is nothing a user can act on."""
     notices = {
         "torch.utils._pytree": "%s is an Enum subclass. Calling register_constant() on Enum subclasses is deprecated",
         "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects. This may affect",
     }
-    logs = {name: logging.getLogger(name) for name in notices}
     for name, text in notices.items():
-        logs[name].warning(text, *["E"] * text.count("%s"))
-        logs[name].warning("another warning")
-    assert capfd.readouterr().err.count("another warning") == len(notices)
-    records = [logging.makeLogRecord({"name": name, "msg": text}) for name, text in notices.items()]
-    assert not any(logs[record.name].filter(record) for record in records)
+        records = [logging.makeLogRecord({"name": name, "msg": msg}) for msg in (text, "another warning")]
+        assert [bool(logging.getLogger(name).filter(record)) for record in records] == [False, True]
 
 
 def test_loading_says_nothing(folders):
