@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ LENGTHS = np.arange(5, 41)  # pixels
 DEPTH = 0.02  # of a zero of the blur's spectrum, which the window fills
 APART, TRIED = 6, 3  # steps of angle between candidates of one length; candidates that are refined
 STEPS = ((1.0, 4.0), (0.5, 2.0), (0.25, 1.0))  # of the refinement: pixels, degrees
+LAST = ((0.25, 1.0), (0.1, 0.5))  # of that with the kernel itself
 SECTORS = 12  # directions whose power is free
 RING = (0.03, 0.46)  # cycles per pixel of the frequencies that are compared
 FALL = (2.2, 0.3)  # exponent of the power of photos, mean and deviation
@@ -52,8 +54,8 @@ def estimate_motion(x: torch.Tensor, sigma: float) -> Motion | None:
     The spectrum of a motion over L pixels in the direction e is sinc(L f . e). Candidates are those whose zeros
     correlate best with the logarithm of the power, what depends on the distance or the direction alone removed
     (Gennery 1973); the most likely one is refined to a quarter of a pixel and a degree. It is believed if the photo's
-    spectrum is likelier by GAIN than with any Gaussian blur. Motions below 5 pixels, above 40 and curved ones are not
-    seen.
+    spectrum is likelier by GAIN than with any Gaussian blur, and refined once more with the spectrum of its kernel,
+    whose pixels soften it a little. Motions below 5 pixels, above 40 and curved ones are not seen.
     """
     if min(x.shape[-2:]) < SMALLEST:
         return None
@@ -61,23 +63,25 @@ def estimate_motion(x: torch.Tensor, sigma: float) -> Motion | None:
     likelihood = _Likelihood(grey, sigma)
     candidates = _find_candidates(average_spectra(grey), noise_power(sigma))
     likely = sorted(candidates, key=likelihood.measure_motion)[:TRIED]
-    best = min((_refine(likelihood, motion) for motion in [candidates[0], *likely]), key=likelihood.measure_motion)
+    measure = likelihood.measure_motion
+    best = min((_refine(motion, measure, STEPS) for motion in {candidates[0], *likely}), key=measure)
     other = min(likelihood.measure_blur(std) for std in BLURS)
     blocks = max(1.0, math.sqrt(math.prod(side // BLOCK for side in grey.shape)))
     longest = min(float(LENGTHS[-1]), LONGEST * blocks * min(BLOCK, *grey.shape))
     believed = LENGTHS[0] <= best.length <= longest and other - likelihood.measure_motion(best) > GAIN
-    return best if believed else None
+    return _refine(best, likelihood.measure_kernel, LAST) if believed else None
 
 
-def _refine(likelihood: _Likelihood, motion: Motion) -> Motion:
-    best = likelihood.measure_motion(motion)
-    for longer, turned in STEPS:
+def _refine(motion: Motion, measure: Callable[[Motion], float], steps: tuple[tuple[float, float], ...]) -> Motion:
+    """Return the motion near by that is least unlikely by `measure`."""
+    best = measure(motion)
+    for longer, turned in steps:
         for _ in range(6):
             near = [
                 Motion(motion.length + length, (motion.angle + angle) % 180)
                 for length, angle in ((longer, 0), (-longer, 0), (0, turned), (0, -turned))
             ]
-            found, candidate = min((likelihood.measure_motion(each), k) for k, each in enumerate(near))
+            found, candidate = min((measure(each), k) for k, each in enumerate(near))
             if found >= best:
                 break
             best, motion = found, near[candidate]
@@ -125,6 +129,10 @@ class _Likelihood:
         angle = math.radians(motion.angle)
         along = motion.length * (self.u * math.cos(angle) + self.v * math.sin(angle))
         return self._measure(np.sinc(along) ** 2 * np.exp(-4 * np.pi**2 * OWN * self.square), rounds=6)
+
+    def measure_kernel(self, motion: Motion) -> float:
+        transfer = np.abs(scipy.fft.fft2(motion.kernel().numpy(), self.square.shape)) ** 2
+        return self._measure(transfer * np.exp(-4 * np.pi**2 * OWN * self.square), rounds=6)
 
     def measure_blur(self, std: float) -> float:
         return self._measure(np.exp(-4 * np.pi**2 * (std**2 + OWN) * self.square), rounds=12)
