@@ -15,6 +15,7 @@ from operators.errors import RestoreError
 # Folders in which "module:attribute" is found besides Python's own path. Not on that path: an `import pillow_heif` of a
 # library must never run a file of that name in the user's folder.
 MODULE_FOLDERS: list[str] = []
+AUTO = "auto"  # in place of what is chosen for the user, by the photo, the memory or the machine
 
 
 def suggest(name: Any, known: Iterable[str]) -> str:

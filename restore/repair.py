@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from operators import RestoreError
+from operators.naming import AUTO
 from operators.validate import require_number
 from restore.images.findings import SENSITIVITY, Findings
 
-AUTO = "auto"
 ENLARGED, TINY = 2, 64  # the factor of a small photo, twice that where no side exceeds so many pixels
 SHARPENED = 0.003  # least sigma on [-1, 1] by which a blur is undone: with an estimated kernel no measurement is exact
 

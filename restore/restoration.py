@@ -14,14 +14,12 @@ from PIL import Image
 
 import operators
 from operators import RestoreError
-from operators.naming import check_known
+from operators.naming import AUTO, check_known
 from restore import samplers
 from restore.backbones.sizes import Sized
 from restore.backbones.transfer import send
 from restore.guidance import Guidance, Record, record_guidance
 from restore.images import io
-
-AUTO = "auto"  # the batch size that memory allows
 
 
 @dataclass
@@ -65,7 +63,7 @@ def choose_device(device: str) -> torch.device:
 
     Raises RestoreError if this machine does not have it.
     """
-    if device == "auto":
+    if device == AUTO:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -11,7 +11,7 @@ import torch
 
 import operators
 from operators import RestoreError, validate
-from operators.naming import suggest
+from operators.naming import AUTO, suggest
 from restore.backbones.ambient import neutral_state
 from restore.config import read_yaml
 from restore.disk import hash_file
@@ -22,7 +22,7 @@ from restore.images.findings import inspect_photo
 from restore.images.masks import Mask
 from restore.images.resampling import Resampling, resize_image, stretch_range
 from restore.paths import configs_dir
-from restore.repair import AUTO, choose_repair, read_auto
+from restore.repair import choose_repair, read_auto
 from restore.samplers.noise import measurement_generator
 
 ROUNDING = 1 / (127.5 * 12**0.5)  # standard deviation on [-1, 1] of the rounding to 8 bits

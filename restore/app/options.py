@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from operators import RestoreError
-from operators.naming import suggest
+from operators.naming import AUTO, suggest
 
 
 def print_version(requested: bool) -> None:
@@ -135,9 +135,9 @@ def parse_steps(steps: str | None) -> int | str | None:
 
 def parse_batch_size(batch_size: str) -> int | str:
     """Return a number of samples, or "auto". Raises RestoreError for other text."""
-    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) >= 1):
+    if batch_size != AUTO and not (batch_size.isdecimal() and int(batch_size) >= 1):
         raise RestoreError(f"batch_size must be a whole number of 1 or more, or auto, got {batch_size}")
-    return batch_size if batch_size == "auto" else int(batch_size)
+    return batch_size if batch_size == AUTO else int(batch_size)
 
 
 def parse_ddim_eta(ddim_eta: str | None) -> float | None | str:

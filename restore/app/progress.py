@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from operators.naming import AUTO
 from restore.memory import Pace, Plan, format_range, widen
-from restore.restoration import AUTO
 
 
 class PhotoPace(Pace):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from operators import RestoreError
+from operators.naming import AUTO
 from restore import disk
 from restore.app import files
 from restore.app.choice import MethodChoice
@@ -27,7 +28,7 @@ from restore.images.tint import apply_tint, estimate_tint
 from restore.memory import Plan, Planner
 from restore.method import Method
 from restore.metrics.single import psnr, ssim
-from restore.restoration import AUTO, Restoration, check_channels, explain_out_of_memory
+from restore.restoration import Restoration, check_channels, explain_out_of_memory
 from restore.task import Measurement, Task, build_for_photo, measure_photo
 from restore.versions import get_version
 

@@ -8,9 +8,8 @@ import warnings
 import torch
 
 from operators import RestoreError
+from operators.naming import AUTO
 from restore.backbones.weights import DTYPES, as_dtype
-
-AUTO = "auto"  # bf16 where it is native, else fp32
 
 
 def has_native_bf16(device: torch.device | str | None = None) -> bool:

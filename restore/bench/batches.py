@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from operators import RestoreError
+from operators.naming import AUTO
 from restore import disk
 from restore.bench.config import list_cells
 from restore.bench.datasets import ImageSet, load_dataset
@@ -71,7 +72,7 @@ def load_images(config: Mapping[str, Any]) -> ImageSet | None:
         return None
     data = dict(config["data"])
     images = load_dataset(data.pop("folder"), **data)
-    if len(set(images.shapes)) > 1 and config["batch"] > 1:
+    if len(set(images.shapes)) > 1 and config["batch"] not in (1, AUTO):
         raise RestoreError("the images have different sizes; give data.size=PIXELS to bring them to one, or batch=1")
     return images
 

@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
+from numbers import Integral
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from operators import RestoreError, factory
-from operators.naming import check_known, lookup
+from operators.naming import AUTO, check_known, lookup
 from restore import samplers
 from restore.backbones.graphs import MODES
 from restore.backbones.text_to_image import PipelineOptions
@@ -163,15 +164,19 @@ def _check(config: dict[str, Any]) -> None:
     check_known([config["engine"]], ("local", "ray"), "there is no engine")
     check_known([config["compile"] or MODES[0]], MODES, "there is no mode of compile")
     check_known([config["data"]["name"]], KNOWN_SETS, "there is no data set named")
-    for key, least in (("batch", 1), ("samples", 1), ("seed", 0)):
+    for key, least in (("samples", 1), ("seed", 0)):
         if config[key] < least:
             raise RestoreError(f"{key}={config[key]} must be a whole number of {least} or more")
+    is_size = isinstance(config["batch"], Integral) and not isinstance(config["batch"], bool) and config["batch"] >= 1
+    if not is_size and (config["batch"] != AUTO or kind != "restoration"):
+        known = f", or {AUTO}" if kind == "restoration" else f" for kind={kind}"
+        raise RestoreError(f"batch={config['batch']} must be a whole number of 1 or more{known}")
     if kind == "restoration" and config["data"]["folder"] is None:
         raise RestoreError("the configuration leaves data.folder open; give data.folder=FOLDER")
     for name, task in config["tasks"].items():
         with _locate_errors(f"tasks.{name}"):
             _check_task(task, kind)
-            check_sharing(task["operator"], task["per_image"], config["batch"])
+            check_sharing(task["operator"], task["per_image"], 1 if config["batch"] == AUTO else config["batch"])
     for name, entry in config["methods"].items():
         for task in [*(entry["only"] or []), *entry["per_task"]]:
             check_known([task], config["tasks"], f"methods.{name} names the task")

@@ -17,6 +17,7 @@ import yaml
 
 import operators
 from operators import RestoreError
+from operators.naming import AUTO
 from restore import disk
 from restore.backbones.precision import choose_precision, name_precision
 from restore.bench import cluster, results
@@ -145,15 +146,27 @@ def plan_benchmark(
 def _prepare(config: Any, overrides: Sequence[str]) -> tuple[dict, Path, ImageSet | None, list[Batch], dict]:
     """Return the complete configuration, the run's folder, its images, batches, and the protocol's entry of metrics.
 
-    precision=auto becomes what this machine computes fast: all workers use it, and the protocol has it.
+    precision=auto becomes what this machine computes fast, batch=auto what its memory allows, or what the run in the
+    folder has: all workers use it, and the protocol has it.
     """
     config = load_config(config, overrides)
     config["precision"] = name_precision(choose_precision(config["precision"], choose_device(config["device"])))
-    images = load_images(config)
+    folder, images = Path(config["out"] or Path("runs") / config["name"]), load_images(config)
+    if config["batch"] == AUTO:
+        config["batch"] = _find_batch(config, folder, images)
     batches = make_batches(config, images)
     count = min(len(list_image_ids(config, task, images)) for task in config["tasks"])
-    folder = Path(config["out"] or Path("runs") / config["name"])
     return config, folder, images, batches, results.check_metrics(config, count, images)
+
+
+def _find_batch(config: Mapping[str, Any], folder: Path, images: ImageSet) -> int:
+    """Return the batch of the run in the folder, so that one that is continued keeps its batches, or what memory
+    allows."""
+    if (folder / "run.json").exists():
+        return read_manifest(folder)["identity"]["config"]["batch"]
+    from restore.bench.batch_size import choose_batch  # it loads the backbone
+
+    return choose_batch(config, images)
 
 
 def _set_steps(config: Mapping[str, Any], n: int) -> dict[str, Any]:

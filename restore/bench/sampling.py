@@ -59,20 +59,15 @@ def restore_batch(
 
     restorer: a Restorer, None for baselines. Each image's mask, kernel and noise depend only on (seed, its id).
     """
-    size, side = x.shape[-1], task["solve_at"]
-    resampling = Resampling(side, task["resample"]) if side and side != size else None
-    if resampling:
-        x = enlarge_image(x, side, method=resampling.method)
-    operator, y = measure_batch(task["operator"], x, ids, seed=seed, per_image=task["per_image"])
-    seen = operators.cut_margin(operator, x).shape[-2:]
+    size = x.shape[-1]
+    operator, y, seen, resampling = degrade_batch(x, ids, task, seed)
     if restorer is None:
         estimates = _compute_baseline(y.to(device), operator, method)
     else:
         label = task["labels"]
         if isinstance(label, list) or label == "uniform":
             raise RestoreError(f"labels={label}: a restoration takes one class, by name or index, for all its images")
-        choices = {"steps": method.steps, "guidance": method.guidance, "parameters": method.parameters}
-        method = restorer.method(operator, sampler=method.sampler, samples=samples, size=seen, **choices)
+        method = complete_method(restorer, operator, method, seen, samples)
         options = {"samples": samples, "seed": seed, "image_ids": ids, "batch_size": len(ids) * samples}
         result = restorer(send(y, device), operator, method, label=label, **options)
         ratio = None if result.residual_ratio is None else result.residual_ratio[:, 0].cpu()
@@ -82,6 +77,25 @@ def restore_batch(
     estimates.samples = estimates.samples.expand(-1, -1, 3, -1, -1)
     estimates.measurement, estimates.margin = y, getattr(operator, "margin", (0, 0))
     return estimates
+
+
+def degrade_batch(
+    x: torch.Tensor, ids: Sequence[str], task: Mapping[str, Any], seed: int
+) -> tuple[Any, torch.Tensor, tuple[int, int], Resampling | None]:
+    """Return the operator of images x (B, C, H, W), their measurement, the size (H, W) of what it shows of them, and
+    how they are enlarged before and reduced after it."""
+    side = task["solve_at"]
+    resampling = Resampling(side, task["resample"]) if side and side != x.shape[-1] else None
+    if resampling:
+        x = enlarge_image(x, side, method=resampling.method)
+    operator, y = measure_batch(task["operator"], x, ids, seed=seed, per_image=task["per_image"])
+    return operator, y, tuple(operators.cut_margin(operator, x).shape[-2:]), resampling
+
+
+def complete_method(restorer: Any, operator: Any, method: Method, size: tuple[int, int], samples: int) -> Method:
+    """Return a configured method with what the restorer's presets add."""
+    choices = {"steps": method.steps, "guidance": method.guidance, "parameters": method.parameters}
+    return restorer.method(operator, sampler=method.sampler, samples=samples, size=size, **choices)
 
 
 def _compute_baseline(y: torch.Tensor, operator: Any, method: Method) -> Estimates:

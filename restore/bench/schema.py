@@ -111,7 +111,8 @@ class Report:
 class Benchmark:
     """The whole of a file of configs/benchmark. model_options: keywords of restore.load for the backbone, such as
     heads, schedule and per_channel. compile: a mode of torch.compile ("default", "reduce-overhead", ...), see
-    restore.compile_networks."""
+    restore.compile_networks. batch: images computed together, or "auto": what memory allows, decided once for a
+    run."""
 
     name: str = MISSING
     backbone: str = MISSING
@@ -134,7 +135,7 @@ class Benchmark:
     offline: bool = False
     seed: int = 0
     samples: int = 1
-    batch: int = 1
+    batch: Any = 1
     pipeline: PipelineOptions = field(default_factory=PipelineOptions)
     data: Data = field(default_factory=Data)
     metrics: Metrics = field(default_factory=Metrics)

@@ -113,7 +113,7 @@ class Worker:
         if is_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         # Loading the backbone is not part of the cost of a batch.
-        model = None if method.sampler in BASELINES else self._load_for(batch.task)
+        model = None if method.sampler in BASELINES else self.load_for(batch.task)
         started, started_cpu = time.perf_counter(), clock()
         estimates = self._compute(batch, method, model)
         if is_cuda:
@@ -145,7 +145,7 @@ class Worker:
         disk.write_json(folder / f"{batch.index:06d}.json", cost)
         return cost
 
-    def _load_for(self, task: str) -> Any:
+    def load_for(self, task: str) -> Any:
         """Return the Restorer or pipeline of a task."""
         own = self.config["tasks"][task]
         named = own if own["backbone"] else self.config
@@ -155,7 +155,7 @@ class Worker:
         """Return whether the prior of a task takes grey images alone; baselines beside it then get them too."""
         if all(method["sampler"] in BASELINES for method in self.config["methods"].values()):
             return False
-        restorer = self._load_for(task)
+        restorer = self.load_for(task)
         return restorer.channels == 1 and not restorer.per_channel
 
     def _load(self, name: str, given: Mapping[str, Any]) -> Any:
@@ -187,15 +187,17 @@ class Worker:
     def _compute(self, batch: Batch, method: Method, model: Any) -> Estimates:
         task, seed = self.config["tasks"][batch.task], self.config["seed"]
         if self.config["kind"] == "restoration":
-            x = torch.stack([self.images.tensor(self.index[i]) for i in batch.ids])
-            if bool((x == x[:, :1]).all()) and self._knows_grey(batch.task):
-                x = x[:, :1]
             options = {"seed": seed, "samples": self.config["samples"], "device": self.device}
-            return sampling.restore_batch(model, x, batch.ids, task, method, **options)
+            return sampling.restore_batch(model, self.stack_images(batch), batch.ids, task, method, **options)
         if self.config["kind"] == "generation":
             return sampling.generate_batch(model, batch.ids, task, method, seed=seed)
         prompts = list_prompts(self.config, batch.task, batch.ids)
         return sampling.run_pipeline(model, batch.ids, prompts, task, method, seed=seed)
+
+    def stack_images(self, batch: Batch) -> torch.Tensor:
+        """Return the images of a batch, (B, 3, H, W), or (B, 1, H, W) if they are grey and so is the prior."""
+        x = torch.stack([self.images.tensor(self.index[i]) for i in batch.ids])
+        return x[:, :1] if bool((x == x[:, :1]).all()) and self._knows_grey(batch.task) else x
 
     def _peak_memory(self) -> float | None:
         """Return the MiB of the device with CUDA, else of the whole process so far."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from operators.naming import AUTO
 from restore import samplers
 from restore.backbones.lean import count_copies
 from restore.images.resampling import Resampling
@@ -19,7 +20,6 @@ from restore.memory.duration import format_range, widen
 from restore.memory.measure import MemoryOptions, PassMeter, Workload, checkpoint_networks, count_weak_passes
 from restore.memory.trace import SamplerTrace, run_dry, trace_sampler
 from restore.method import Method
-from restore.restoration import AUTO
 from restore.task import Task
 
 # What LiveBytes does not see: the convolution library's copies and the allocator's fragments.

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from operators import RestoreError
-from operators.naming import check_known, lookup
+from operators.naming import AUTO, check_known, lookup
 from restore import guidance as guidances
 from restore.backbones.base import AttentionLayer
 from restore.bench.batches import load_images, read_prompts
@@ -120,6 +120,8 @@ def load_search(
     check_known(plain, sorted(known | set(own_keys)), "the configuration of a search has no key")
     search = fill_defaults(Search, {k: v for k, v in plain.items() if k in own_keys and v is not None})
     search["rest"] = {key: value for key, value in plain.items() if key not in own_keys}
+    if search["rest"].get("batch") == AUTO:  # its runs choose by their first batches
+        raise RestoreError(f"batch must be a whole number in a search, got {AUTO}")
     if search["clip"]:
         metrics = search["rest"].get("metrics") or {}
         models = {name: search["clip"] for name in ("clip_l", "clip_h", "pick_score")}
