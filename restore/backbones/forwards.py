@@ -43,6 +43,21 @@ class Part:
         """Take in what a call has kept."""
 
 
+class RanLayers(Part):
+    """A replacement that notes in `ran` the paths of the layers that ran."""
+
+    def __init__(self, key: Hashable, ran: set[str]) -> None:
+        super().__init__((type(self), key))
+        self.ran = ran
+
+    @contextmanager
+    def lend(self, given: Any) -> Iterator[Callable[[], list[str]]]:
+        yield lambda: sorted(self.ran)
+
+    def store(self, kept: list[str]) -> None:
+        self.ran.update(kept)
+
+
 def find_parts() -> list[Part] | None:
     """Return the parts of all replacements that this thread sees; None if one of them has not told what it does."""
     parts = [*_PARTS.get(None, ()), *_PARTS.get(threading.get_ident(), ())]

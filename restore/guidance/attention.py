@@ -11,7 +11,6 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from operators import RestoreError
 from restore.backbones.base import AttentionLayer
-from restore.backbones.forwards import Part, replace_forward
+from restore.backbones.forwards import Part, RanLayers, replace_forward
 from restore.backbones.graphs import CannotRecord, is_recording
 from restore.guidance.targets import AttentionRecord, Draw, LinearRecord, SeededDraw, Target, index_tokens
 
@@ -56,21 +55,6 @@ class PerturbedLayer:
     scope: str = "joint"
 
 
-class _Perturbation(Part):
-    """Perturbed attention in a pass with graphs; ran: what perturb_attention yields."""
-
-    def __init__(self, key: Hashable, ran: set[str]) -> None:
-        super().__init__((type(self), key))
-        self.ran = ran
-
-    @contextmanager
-    def lend(self, given: Any) -> Iterator[Callable[[], list[str]]]:
-        yield lambda: sorted(self.ran)
-
-    def store(self, kept: list[str]) -> None:
-        self.ran.update(kept)
-
-
 @contextmanager
 def perturb_attention(
     layers: Sequence[PerturbedLayer],
@@ -87,7 +71,7 @@ def perturb_attention(
     it around the weak pass only.
     """
     ran: set[str] = set()
-    part = None if key is None else _Perturbation(key, ran)
+    part = None if key is None else RanLayers(("attention", key), ran)
 
     def attend(n: int, record: AttentionRecord, true: Callable[[], torch.Tensor]) -> torch.Tensor:
         ran.add(layers[n].layer.path)

@@ -10,7 +10,7 @@ from torch import nn
 
 from operators import RestoreError
 from restore.backbones.base import AttentionLayer
-from restore.backbones.forwards import replace_forward
+from restore.backbones.forwards import RanLayers, replace_forward
 from restore.guidance.attention import IMAGE_FIRST
 from restore.guidance.layers import Attention, choose_layers
 
@@ -68,6 +68,7 @@ def skip_blocks(blocks: Blocks) -> Iterator[set[str]]:
     """Within the block each of `blocks` returns what enters it, image and text; yield the paths of the layers whose
     block was called."""
     ran: set[str] = set()
+    part = RanLayers(("skip", tuple(sorted(layer.path for layer in blocks.values()))), ran)
 
     def replace(module, forward):
         def run(*args, **kwargs):
@@ -78,7 +79,7 @@ def skip_blocks(blocks: Blocks) -> Iterator[set[str]]:
 
         return run
 
-    with replace_forward(blocks, replace):
+    with replace_forward(blocks, replace, part=part):
         yield ran
 
 

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 import operators
 from restore.backbones.graphs import compile_networks, find_graphs
 from restore.backbones.sizes import Sized
-from restore.guidance import PAG
+from restore.guidance import PAG, SLG
 from restore.samplers import diffpir, dps
 from restore.samplers.noise import ImageNoise
 
@@ -54,6 +54,10 @@ def check(model, sampler, guidance, graphs, **options):
 def test_a_guided_step_is_two_graphs(compiled):
     """DPS differentiates through the compiled strong pass, by torch's own compiler of gradients."""
     check(compiled("aot_eager"), dps.dps, PAG(2.0, "m1"), 2)
+
+
+def test_a_pass_without_blocks_is_a_graph(compiled):
+    check(compiled(), diffpir.diffpir, SLG(2.0, "m1"), 2, steps=TIMES[:2])
 
 
 @pytest.mark.slow
