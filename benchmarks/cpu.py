@@ -57,7 +57,7 @@ def measure_cpu(
     lines = ["| case | variant | CPU seconds | now / variant | share of peak | PSNR, dB |", "|---|---|---|---|---|---|"]
     for name in names:
         case = CASES[name] | ({"side": side} if side else {})
-        servers = {which: Server(code, case, given) for which, (code, given) in variants.items()}
+        servers = {which: Server(code, {**case, "options": given}) for which, (code, given) in variants.items()}
         found: dict[str, list[dict]] = {which: [] for which in variants}
         try:
             for repeat in range(repeats + 1):
@@ -74,23 +74,23 @@ def measure_cpu(
 
 
 class Server:
-    """A process with one prior loaded that restores one case whenever it is asked."""
+    """A process in another checkout that does one case whenever it is asked, by a function of this file."""
 
-    def __init__(self, code: Path, case: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-        run = f"import runpy; runpy.run_path({str(Path(__file__))!r})['serve']()"
+    def __init__(self, code: Path, case: Mapping[str, Any], serve: str = "serve") -> None:
+        run = f"import runpy; runpy.run_path({str(Path(__file__))!r})[{serve!r}]()"
         environment = os.environ | {"PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen([sys.executable, "-c", run], cwd=code, env=environment, **pipes)
-        self._send({**case, "options": dict(options)})
+        self._send(dict(case))
 
     def _send(self, message: Any) -> None:
         print(json.dumps(message), file=self.process.stdin, flush=True)
 
-    def ask(self) -> dict[str, float]:
-        """Return {seconds, peak, gflop, psnr} of one restoration. Raises RestoreError if the process has failed."""
+    def ask(self, question: str = "again") -> dict[str, Any]:
+        """Return what `serve` found. Raises RestoreError if the process has failed."""
         from operators import RestoreError
 
-        self._send("again")
+        self._send(question)
         answer = self.process.stdout.readline()
         if not answer:
             raise RestoreError("the measured process failed; its message is above")
@@ -102,7 +102,8 @@ class Server:
 
 
 def serve() -> None:
-    """Restore the case of the first line of the standard input for each line that follows, and print what it took.
+    """Restore the case of the first line of the standard input for each line that follows, and print {seconds, peak,
+    gflop, psnr}.
 
     Runs in other checkouts too, so it asks for nothing that they may not have.
     """
@@ -142,6 +143,26 @@ def serve() -> None:
         quality = float(psnr(result.samples[:, 0], x)[0])
         answer = {"seconds": seconds, "peak": 2 * SIDE**3 / product / 1e9, "gflop": gflop, "psnr": quality}
         print(json.dumps(answer), flush=True)
+
+
+def serve_command() -> None:
+    """Run `restore run` on the file of each line of the standard input, and print what it took.
+
+    Runs in other checkouts too, so it asks for nothing that they may not have.
+    """
+    import torch
+
+    from restore.app import cli
+
+    case = json.loads(sys.stdin.readline())
+    torch.set_num_threads(1)
+    out = Path(case["arguments"][-1])
+    for line in sys.stdin:
+        file = json.loads(line)
+        started = time.process_time()
+        cli.app(["run", file, *case["arguments"], "--overwrite", "--quiet"], standalone_mode=False)
+        seconds = time.process_time() - started
+        print(json.dumps({"seconds": seconds, "result": str(out / Path(file).name)}), flush=True)
 
 
 def count_flops(run: Callable[[], Any]) -> int:

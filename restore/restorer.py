@@ -49,7 +49,7 @@ def load(
     name: str | Path = "embedded",
     *,
     device: str = "auto",
-    precision: str = "fp32",
+    precision: str | None = "fp32",
     offline: bool = False,
     checkpointing: bool = False,
     overlap: float | None = None,
@@ -62,14 +62,14 @@ def load(
 ) -> Restorer:
     """Return a Restorer for a model of `restore models list`, a diffusers folder or a checkpoint file.
 
-    device: "auto" (CUDA, else MPS, else CPU) or torch's name. precision: of the network's arithmetic, "fp32",
-    "bf16", "fp16", or "auto": bf16 where the device has it natively, else fp32. offline: never download.
-    checkpointing: less memory, more time. overlap, max_windows: see Sized. vae_slicing, vae_tiling: decode one image,
-    one tile at a time (latent models; a tile's borders are blended, so the result differs a little). vae: "tiny" for
-    the distilled autoencoder of a latent model (TAESD), or the name or folder of another one. per_channel: a prior of
-    grey images restores colour channel by channel. options: what weights do not tell, such as heads, head_channels,
-    attention_order, schedule, prediction_type and scale_factor, see zoo.options. Raises RestoreError for unknown names
-    and broken weights, and for a model whose file does not tell what it needs, naming that.
+    device: "auto" (CUDA, else MPS, else CPU) or torch's name. precision: of the network's arithmetic, "fp32", "bf16",
+    "fp16", or "auto": bf16 where the device has it natively, else fp32; None: as `restore run`, "auto" for priors
+    measured to restore as well. offline: never download. checkpointing: less memory, more time. overlap, max_windows:
+    see Sized. vae_slicing, vae_tiling: decode one image, one tile at a time (latent models; a tile's borders are
+    blended: another result). vae: "tiny" for the distilled autoencoder of a latent model (TAESD), or the name or folder
+    of another one. per_channel: a prior of grey images restores colour channel by channel. options: what weights do not
+    tell, such as heads, head_channels, attention_order, schedule, prediction_type and scale_factor, see zoo.options.
+    Raises RestoreError for unknown names, broken weights and a file that does not tell what is needed, which is named.
     """
     chosen = choose_device(device)
     with neutral_state(chosen):  # weights made in inference mode could never be differentiated through

@@ -53,7 +53,7 @@ def run(
     seed: options.Seed = 0,
     batch_size: Annotated[str, typer.Option(help="Samples computed together; auto: what memory allows.")] = "1",
     device: options.Device = "auto",
-    precision: options.Precision = "fp32",
+    precision: options.OwnPrecision = None,
     model_option: options.ModelOption = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, about 30 % slower.")] = False,
     max_windows: Annotated[int, typer.Option(min=1, help="Windows of a large photo per network call.")] = 16,
@@ -85,6 +85,7 @@ def run(
     from restore.app.priors import FACES, PriorChooser
     from restore.app.progress import Progress
     from restore.app.run import Condition, RestoreJob
+    from restore.backbones.precision import AUTO
     from restore.images.resampling import select_resampling
     from restore.memory import Planner
     from restore.task import load_task
@@ -101,11 +102,13 @@ def run(
     files.check_outputs(photos, [photo.outputs(samples, degrade, save_trajectory) for photo in photos], overwrite)
     loading = options.parse_model_options(model_option)
     saving = {"checkpointing": checkpointing, "max_windows": max_windows, "vae_tiling": vae_tiling}
-    machine = {"device": device, "precision": precision, "offline": offline, "vae": vae, **saving, **loading}
+    own = precision if precision or sampler is None else "fp32"  # measured with the default samplers, without gradients
+    machine = {"device": device, "precision": own, "offline": offline, "vae": vae, **saving, **loading}
     condition, limit = Condition(label, prompt, negative_prompt), memory and memory * 1e9
     together = options.parse_batch_size(batch_size)
     sampling = {"samples": samples, "seed": seed, "batch_size": together, "resampled": resampled}
     writing = {"degrade": degrade, "save_trajectory": save_trajectory, "overwrite": overwrite}
+    writing["any_precision"] = precision in (None, AUTO)
     limits = {"force": force, "dry_run": dry_run}
     with Progress(len(photos), quiet, together) as progress:
         load, model, chooser = partial(restorer.load, **machine), None, None
@@ -255,7 +258,7 @@ def ui(
     share: Annotated[bool, typer.Option("--share", help="Public address for three days, through gradio.")] = False,
     auth: Annotated[str | None, typer.Option(envvar="RESTORE_AUTH", help="Require this user:password.")] = None,
     device: options.Device = "auto",
-    precision: options.Precision = "fp32",
+    precision: options.OwnPrecision = None,
     model_option: options.ModelOption = None,
     offline: options.Offline = False,
 ) -> None:

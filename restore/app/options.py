@@ -43,7 +43,11 @@ ChosenBackbone = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-Precision = Annotated[str, typer.Option(help="fp32, bf16, fp16, or auto: bf16 where the processor has it, else fp32.")]
+_PRECISIONS = "fp32, bf16, fp16, or auto: bf16 where the processor has it, else fp32"
+Precision = Annotated[str, typer.Option(help=f"{_PRECISIONS}.")]
+OwnPrecision = Annotated[
+    str | None, typer.Option(help=f"{_PRECISIONS}; default: auto for priors that restore as well so, fp32 for others.")
+]
 Seed = Annotated[int, typer.Option(min=0, help="All noise is a function of the seed and the image's name.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
 Version = Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version.")]

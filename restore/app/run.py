@@ -79,7 +79,8 @@ class RestoreJob:
 
     samples, seed, batch_size, callback: see Restorer. degrade: the inputs are clean; degrade them first and compare the
     result with them. resampled: restore at another size and resize the result. save_trajectory: draw x0_hat and the
-    guidance through time. overwrite: redo finished photos and replace any file.
+    guidance through time. overwrite: redo finished photos and replace any file. any_precision: a finished result stays
+    whatever precision it was computed with, because nobody asked for one and another machine may choose another.
     chooser: chooses restorer, planner and class for each photo, in place of those given.
     planner: estimates memory and time of each photo and keeps the memory within what is free; announce receives an
     Outcome with the plan. force: try a photo that does not fit. dry_run: only plan.
@@ -96,6 +97,7 @@ class RestoreJob:
     resampled: Resampling | None = None
     save_trajectory: bool = False
     overwrite: bool = False
+    any_precision: bool = False
     chooser: PriorChooser | None = None
     planner: Planner | None = None
     announce: Callable[[Outcome], None] | None = None
@@ -154,7 +156,7 @@ class RestoreJob:
         method = self.method.resolve(self.restorer, operator, task=task.name, size=size, samples=self.samples)
         settings = self._describe_settings(photo, task, self.restorer.protocol(operator, method))
         expected = {"sha256": disk.hash_file(photo.source), "settings": settings}
-        if not self.overwrite and files.is_finished(photo, expected):
+        if not self.overwrite and files.is_finished(photo, expected, free=("settings.precision",) * self.any_precision):
             return Outcome(photo, skipped=True)
         if self.restorer.channels == 1:
             check_channels(1 if record.grey else 3, 1, self.restorer.per_channel)

@@ -2,8 +2,8 @@
 
 Features lie channels last, as oneDNN's convolutions and the projections of attention read them; 1 x 1 convolutions are
 matrix products, 3 x 3 ones take fewer products (restore.backbones.convolution); sums, activations and the scale and
-shift of the noise level happen in place or within the normalisation. Results equal those of the blocks' own code to
-rounding, and are the same bytes in every run.
+shift of the noise level happen in place or within the normalisation. Where autocast asks for bf16, weights are
+converted once a run. Results equal those of the blocks' own code to rounding, and are the same bytes in every run.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Lean:
         self.weights: dict[tuple[nn.Module, Callable], torch.Tensor | None] = {}
         self.bytes, self.level = 0, (None, None)
 
-    def order(self, conv: nn.Conv2d, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor | None:
-        """Return make(the weight of `conv`), made once, or None if there is no room for copies."""
-        key = (conv, make)
+    def order(self, layer: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor | None:
+        """Return make(the weight of `layer`), made once, or None if there is no room for copies."""
+        key = (layer, make)
         if key not in self.weights:
-            made = make(conv.weight.detach()) if self.bytes < COPIED else None
+            made = make(layer.weight.detach()) if self.bytes < COPIED else None
             self.bytes += 0 if made is None else made.nbytes
             self.weights[key] = made if self.bytes <= COPIED else None
         return self.weights[key]
@@ -73,14 +73,21 @@ def _set(lean: Lean | None) -> Iterator[None]:
 
 
 def find_lean(x: torch.Tensor) -> Lean | None:
-    """Return what this thread runs with if x can run lean: on a CPU, in fp32, without gradients, not compiled."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    """Return what this thread runs with if x can run lean: on a CPU, in fp32 or where autocast asks for bf16, without
+    gradients, not compiled."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
-    return getattr(_THREAD, "lean", None) if x.device.type == "cpu" and x.dtype == torch.float32 else None
+    known = (torch.float32, torch.bfloat16) if is_low() else (torch.float32,)
+    return getattr(_THREAD, "lean", None) if x.device.type == "cpu" and x.dtype in known else None
 
 
-def count_copies(network: nn.Module) -> int:
-    """Return the most bytes of weights that a run may hold a second time."""
+def is_low() -> bool:
+    """Whether autocast asks for bf16 on the CPU."""
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def count_copies(network: nn.Module, low: bool = False) -> int:
+    """Return the most bytes of weights that a run may hold a second time. low: in bf16."""
     modules = list(network.modules())
     enlarged = {block.conv1 for block in modules if type(block) is ResnetBlock2D and block.upsample is not None}
     enlarged |= {
@@ -88,7 +95,9 @@ def count_copies(network: nn.Module) -> int:
     }
     total = 0.0
     for conv in modules:
-        if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
+        if low and isinstance(conv, nn.Conv2d | nn.Linear):
+            total += conv.weight.nbytes / 2 * (16 / 9 if conv in enlarged else 1)
+        elif isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
             is_tiled = convolution.is_wide(conv.in_channels, conv.out_channels) and conv not in enlarged
             total += conv.weight.nbytes * (4 if is_tiled else 16 / 9 if conv in enlarged else 1)
     return min(COPIED, int(total))
@@ -155,7 +164,7 @@ def run_resnet(lean: Lean, block: ResnetBlock2D, x: torch.Tensor, temb: torch.Te
     weight, bias = block.norm2.weight, block.norm2.bias
     if temb is not None and block.time_emb_proj is not None:
         level = temb if block.skip_time_act else lean.activate(temb)
-        level = F.linear(level, block.time_emb_proj.weight, block.time_emb_proj.bias)
+        level = _project(lean, block.time_emb_proj, level)
         if not is_shifted:
             h += level[:, :, None, None]
         elif len(x) == 1:  # within the normalisation: its own weights, scaled and shifted
@@ -206,13 +215,13 @@ def run_attention(
     h = x if layer.group_norm is None else _normalise(layer.group_norm, x)
     tokens = h.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
     q, k, v = (
-        F.linear(tokens, part.weight, part.bias).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+        _project(lean, part, tokens).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
         for part in (layer.to_q, layer.to_k, layer.to_v)
     )
     del h, tokens
     out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, height, width, -1)
     del q, k, v
-    out = F.linear(out, layer.to_out[0].weight, layer.to_out[0].bias).permute(0, 3, 1, 2)
+    out = _project(lean, layer.to_out[0], out).permute(0, 3, 1, 2)
     if layer.residual_connection:
         out += x
     return out if layer.rescale_output_factor == 1 else out.div_(layer.rescale_output_factor)
@@ -223,19 +232,29 @@ def _normalise(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
 
 
 def _convolve(lean: Lean, conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    low, weight = is_low(), None
     if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1:
-        return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
-    if _is_usual(conv) and convolution.can_tile(x, conv.out_channels):
+        weight = lean.order(conv, _lower) if low else None
+        weight = conv.weight if weight is None else weight
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
+    if not low and _is_usual(conv) and convolution.can_tile(x, conv.out_channels):
         weight = lean.order(conv, convolution.order_tiles)
         if weight is not None:
             return convolution.convolve_tiles(x, weight, conv.bias)
-    weight = lean.order(conv, _order_last) if x.shape[0] * x.shape[2] * x.shape[3] <= FEW else None
+    if low or x.shape[0] * x.shape[2] * x.shape[3] <= FEW:
+        weight = lean.order(conv, _lower if low else _order_last)
     weight = conv.weight if weight is None else weight
     return F.conv2d(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
+def _project(lean: Lean, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    weight = lean.order(layer, _lower) if is_low() else None
+    return F.linear(x, layer.weight if weight is None else weight, layer.bias)
+
+
 def _convolve_enlarged(lean: Lean, conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    weight = lean.order(conv, convolution.order_enlarged) if _is_usual(conv) else None
+    make = _lower_enlarged if is_low() else convolution.order_enlarged
+    weight = lean.order(conv, make) if _is_usual(conv) else None
     if weight is not None:
         return convolution.convolve_enlarged(x, weight, conv.bias)
     return _convolve(lean, conv, F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -248,6 +267,14 @@ def _is_usual(conv: nn.Conv2d) -> bool:
 
 def _order_last(weight: torch.Tensor) -> torch.Tensor:
     return weight.contiguous(memory_format=torch.channels_last)
+
+
+def _lower(weight: torch.Tensor) -> torch.Tensor:
+    return weight.bfloat16() if weight.ndim < 4 else _order_last(weight.bfloat16())
+
+
+def _lower_enlarged(weight: torch.Tensor) -> torch.Tensor:
+    return _order_last(convolution.order_enlarged(weight).bfloat16())
 
 
 RUNS = {UNet2DModel: run_unet, ResnetBlock2D: run_resnet, Upsample2D: run_upsample, Attention: run_attention}

@@ -205,7 +205,9 @@ class Planner:
                 transient = max(transient, (peak - more) * work.batch)
         network = OVERHEAD * (retained + transient) + work.batch * trace.bytes_per_pixel * pixels
         differentiates = any(gradient for _, gradient in trace.calls)  # then no pass runs lean
-        copied = 0 if differentiates else count_copies(self.restorer.backbone.network)
+        backbone = self.restorer.backbone
+        low = getattr(backbone, "dtype", None) == torch.bfloat16
+        copied = 0 if differentiates else count_copies(backbone.network, low)
         return FIXED + copied + max(network, WRITING * pixels) + 2 * FLOAT * 3 * samples * pixels
 
     def _seconds(self, work: Workload, options: MemoryOptions) -> float:

@@ -33,14 +33,15 @@ def load_backbone(
     name: str | Path,
     *,
     device: torch.device | str = "cpu",
-    precision: str = "fp32",
+    precision: str | None = "fp32",
     offline: bool | None = None,
     vae: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
 ):
     """Return (Located, backbone) for a registered model, a folder, a weight file or a hub id; downloads missing files.
 
-    precision: "fp32", "bf16", "fp16", or "auto": bf16 where the device has it natively, else fp32.
+    precision: "fp32", "bf16", "fp16", or "auto": bf16 where the device has it natively, else fp32. None: that of the
+    registry.
     vae: an autoencoder in place of the model's: "tiny" for the distilled one of its latents (TAESD), or a registered
     name, a folder, a hub id.
     options: what the weights do not tell, see zoo.options; the Located that is returned has all of them.
@@ -53,7 +54,10 @@ def load_backbone(
         raise RestoreError(f"{name} is a network of metrics, not a prior; try one of `restore models list`")
     if locate(name).kind == "pipeline":
         raise RestoreError(f"{name} is of a pipeline of diffusers, not a prior; try zoo.pull and restore.guided")
-    dtype, found = choose_precision(precision, device), _locate_or_pull(name, offline)
+    found = _locate_or_pull(name, offline)
+    if precision is None:
+        precision = found.entry.precision if found.entry is not None else "fp32"
+    dtype = choose_precision(precision, device)
     if found.kind == "autoencoder":
         raise RestoreError(f"{name} is an autoencoder, not a prior; give it to a latent model as vae={str(name)!r}")
     found = resolve_options(found, options or {})

@@ -59,7 +59,8 @@ class Model:
 
     kind: one of KINDS. resolution: pixels per side it was trained at. subject: what its training images show, in the
     plural; narrow: whether it knows only that. options: keyword arguments of the loader that the weights do not tell.
-    notes: what a user should know. verified: whether this package was run with the real weights.
+    notes: what a user should know. verified: whether this package was run with the real weights. precision: what
+    `restore run` and the page compute with if nobody says; "auto" where bf16 was measured to restore as well.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Model:
     subject: str | None = None
     narrow: bool = False
     verified: bool = False
+    precision: str = "fp32"
 
     @property
     def loading(self) -> dict[str, Any]:

@@ -63,6 +63,32 @@ def test_side_cars_of_earlier_versions_stay_valid(restore, tmp_path):
     assert "finished before" in restore()[1]
 
 
+def test_a_machine_that_chooses_another_precision_keeps_results(restore, tmp_path, monkeypatch):
+    """The side-car says what was used; who names a precision asks for that one."""
+
+    def choose(*, native):
+        monkeypatch.setattr("restore.backbones.precision.has_native_bf16", lambda device=None: native)
+
+    options = ["--backbone", "embedded-photo"]
+    for native, used in ((True, "bfloat16"), (False, "float32")):
+        choose(native=native)
+        code, said, err = restore(*options, "--overwrite")
+        assert code == 0, err
+        sidecar, result = (tmp_path / "out" / (FACE.stem + end) for end in (".json", ".png"))
+        found = json.loads(sidecar.read_text())
+        assert found["settings"]["precision"] == found["protocol"]["precision"] == used
+        before = result.read_bytes()
+        choose(native=not native)
+        for more in ([], ["--precision", "auto"]):
+            assert "finished before" in restore(*options, *more)[1] and result.read_bytes() == before
+        asked = "fp32" if native else "bf16"
+        code, _, err = restore(*options, "--precision", asked)
+        assert code == 2 and "precision" in err and "--overwrite" in err
+    choose(native=True)  # measured with the default samplers only
+    assert restore(*options, "--sampler", "diffpir", "--overwrite")[0] == 0
+    assert json.loads(sidecar.read_text())["settings"]["precision"] == "float32"
+
+
 def test_an_edited_sampler_makes_another_result(restore, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     code = "def adjoint(prior, operator, y, *, noise, steps, guidance=None, condition=None, callback=None):\n"

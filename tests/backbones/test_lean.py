@@ -92,6 +92,29 @@ def test_lean_is_the_same_function(kind, batch, monkeypatch):
     assert not torch.equal(predict(backbone, x, True, 200.0), own)  # the noise level is not that of the last pass
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_lean_is_the_same_function_in_bf16(kind, monkeypatch):
+    """As near to fp32 as the blocks' own code is; weights are converted once a run, not once an evaluation."""
+    x, ran = torch.randn(2, 3, 16, 12), []
+    exact = predict(KINDS[kind](), x, False)
+    backbone = KINDS[kind]()
+    backbone.dtype = torch.bfloat16
+    own = predict(backbone, x, False)
+    lower = leaning._lower
+    monkeypatch.setattr(leaning, "_lower", lambda weight: ran.append(1) or lower(weight))
+    with torch.no_grad(), run_lean():
+        found, again = (backbone.predict(x, 300.0) for _ in range(2))
+    count = len(ran)
+    found, again = (torch.cat([p for p in (out.eps, out.variance) if p is not None], 1) for out in (found, again))
+    assert found.dtype == torch.float32 and found.is_contiguous() and torch.equal(found, again)
+    errors = [(eps - exact).square().mean().sqrt() / exact.square().mean().sqrt() for eps in (found, own)]
+    assert 1e-4 < errors[0] < 1.2 * errors[1] < 0.02
+    layers = [m for m in backbone.network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    assert 0 < count <= len(layers)
+    held = sum(layer.weight.nbytes for layer in layers)
+    assert 0.4 * held < count_copies(backbone.network, low=True) < held
+
+
 def test_wide_layers_take_fewer_products(monkeypatch):
     """As far as there is room for their weights in another form."""
     backbone, x, tiled = make_adm(block_out_channels=(96, 32)), torch.randn(2, 3, 16, 12), []

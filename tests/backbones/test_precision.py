@@ -13,6 +13,9 @@ import restore
 from operators import RestoreError
 from restore.backbones.precision import choose_precision, has_native_bf16, name_precision
 from restore.paths import configs_dir
+from restore.zoo.registry import read_registry
+
+PRIORS = ("embedded-photo", "embedded")
 
 
 @pytest.fixture(params=[True, False], ids=["native", "emulated"])
@@ -35,6 +38,18 @@ def test_auto_is_what_the_processor_has(native, tiny_adm):
     assert restorer.backbone.dtype == expected
     assert torch.equal(restorer.backbone.predict(x, 10.0).eps, by_name.backbone.predict(x, 10.0).eps)
     assert restore.load(tiny_adm, device="cpu").backbone.dtype == torch.float32  # the default keeps its bytes
+
+
+def test_a_prior_that_restores_as_well_in_bf16_says_so(native):
+    """What `restore run` and the page load with; in Python only who says precision=None."""
+    own = {name: restore.load(name, device="cpu", precision=None).backbone.dtype for name in PRIORS}
+    assert own == {"embedded-photo": torch.bfloat16 if native else torch.float32, "embedded": torch.float32}
+    assert restore.load("embedded-photo", device="cpu").backbone.dtype == torch.float32
+    assert all(entry.precision in ("auto", "fp32") for entry in read_registry().values())
+
+
+def test_a_path_has_no_precision_of_its_own(native, tiny_adm):
+    assert restore.load(tiny_adm, device="cpu", precision=None).backbone.dtype == torch.float32
 
 
 def test_who_asks_for_emulated_bf16_is_told(native, tiny_adm):
