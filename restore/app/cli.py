@@ -85,7 +85,6 @@ def run(
     from restore.app.priors import FACES, PriorChooser
     from restore.app.progress import Progress
     from restore.app.run import Condition, RestoreJob
-    from restore.backbones.precision import AUTO
     from restore.images.resampling import select_resampling
     from restore.memory import Planner
     from restore.task import load_task
@@ -108,7 +107,7 @@ def run(
     together = options.parse_batch_size(batch_size)
     sampling = {"samples": samples, "seed": seed, "batch_size": together, "resampled": resampled}
     writing = {"degrade": degrade, "save_trajectory": save_trajectory, "overwrite": overwrite}
-    writing["any_precision"] = precision in (None, AUTO)
+    writing["any_precision"] = precision in (None, naming.AUTO)
     limits = {"force": force, "dry_run": dry_run}
     with Progress(len(photos), quiet, together) as progress:
         load, model, chooser = partial(restorer.load, **machine), None, None

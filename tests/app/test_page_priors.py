@@ -1,6 +1,7 @@
 """Priors on the page: what each knows, which is chosen for a photo, and the download of another one."""
 
 import pytest
+import torch
 
 import restore
 from operators import RestoreError
@@ -35,6 +36,17 @@ def test_a_prior_that_was_named_is_selected(restorer, monkeypatch, command):
     for arguments in (["ui"], ["ui", "--backbone", "embedded"]):
         assert command(*arguments)[0] == 0
     assert opened == [False, True]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_page_computes_photos_in_what_the_processor_has(restorer, monkeypatch, command, native):
+    monkeypatch.setattr("restore.backbones.precision.has_native_bf16", lambda device=None: native)
+    opened = []
+    monkeypatch.setattr("restore.app.page.serve.serve", lambda load, building, **_: opened.append(building))
+    for arguments in (["ui"], ["ui", "--precision", "fp32"]):
+        assert command(*arguments)[0] == 0
+    photos = [models.Priors(restorer, **building).get(models.PHOTOS).backbone.dtype for building in opened]
+    assert photos == [torch.bfloat16 if native else torch.float32, torch.float32]
 
 
 def test_priors_are_described_and_downloaded(restorer, tmp_path, monkeypatch):
