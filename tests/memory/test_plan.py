@@ -46,7 +46,8 @@ def prepare_run(restorer, task, size=SIZE, **options):
     operator = load_task(task).build(*size)
     x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     y = operator(x, torch.Generator().manual_seed(1))
-    return lambda: restorer(y, operator, task=task, **options)
+    parameters = options.pop("parameters", {})
+    return lambda: restorer(y, operator, task=task, **options, **parameters)
 
 
 CASES = [
@@ -59,7 +60,7 @@ CASES = [
     ("pigdm", "denoise", {"steps": 3}),
     ("daps", "sr4", {"steps": 3}),
     ("reddiff", "denoise", {"steps": 3}),
-    ("pnpdm", "denoise", {"steps": 3}),
+    ("pnpdm", "denoise", {"steps": 3, "parameters": {"iterations": 4}}),
 ]
 
 
@@ -78,11 +79,14 @@ def test_memory_and_evaluations_are_what_a_run_takes(tiny_adm, case, checkpointi
     assert 1 < counted < 2, counted
 
 
-@pytest.mark.parametrize("sampler", ["psld", "resample"])
-def test_memory_and_evaluations_in_latents(latent, sampler):
+@pytest.mark.parametrize(
+    ("sampler", "parameters"), [("psld", {}), ("resample", {"pixel_iterations": 9, "latent_iterations": 9})]
+)
+def test_memory_and_evaluations_in_latents(latent, sampler, parameters):
     task, size = "denoise", (40, 40)
-    _, found = make_plan(latent, task, size, sampler=sampler, steps=4, guidance=None)
-    run = prepare_run(latent, task, size, sampler=sampler, steps=4, guidance=None)
+    options = {"sampler": sampler, "steps": 4, "guidance": None, "parameters": parameters}
+    _, found = make_plan(latent, task, size, **options)
+    run = prepare_run(latent, task, size, **options)
     with LiveBytes(known=[*latent.backbone.network.parameters(), *latent.backbone.vae.parameters()]) as live:
         result = run()
     assert found.evaluations == result.nfe

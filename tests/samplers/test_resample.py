@@ -55,7 +55,7 @@ def test_trajectory_is_the_official_one(prior):
     assert torch.equal(image, prior.decode(z[-1]))
 
 
-FEW = {"steps": 12, "every": 4, "travel": 2, "pixel_iterations": 3, "latent_iterations": 3}
+FEW = {"steps": 6, "every": 2, "travel": 2, "pixel_iterations": 3, "latent_iterations": 3}
 
 
 def test_the_authors_slips_matter_and_are_off(prior):
