@@ -15,13 +15,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 NAME = "sim"
 ROOT = Path(__file__).parents[1]
@@ -39,6 +40,7 @@ SYNCS = {f"aten::{name}" for name in SYNCS}
 # What the CPU does by a bit of the tensor, which a wrapper does not have.
 PHYSICAL = {"aten::_conj": torch.conj_physical, "aten::_neg_view": torch.neg}
 KERNELS = ("silu_backward", "mish_backward")  # of CPU and CUDA, which torch composes of others elsewhere
+GET_HELD = attrgetter("held")
 EMPTY = ("aten::empty", "aten::new_empty", "aten::resize_", "aten::set_", "aten::lift_fresh")  # no kernel
 
 
@@ -114,10 +116,53 @@ class SimTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
 
+class Kernel(NamedTuple):
+    """What an operator's schema says, read once: asking torch again for each launch takes longer than the kernel."""
+
+    name: str
+    writes: tuple[tuple[int, str], ...]  # the arguments that it changes in place
+    is_launch: bool  # views and empty tensors are none
+
+    @classmethod
+    @cache
+    def of(cls, func) -> Kernel:
+        schema = func._schema
+        writes = [
+            (i, argument.name)
+            for i, argument in enumerate(schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        returns = [value.alias_info for value in schema.returns]
+        is_view = any(alias is not None and not alias.is_write for alias in returns)
+        return cls(schema.name, tuple(writes), not is_view and not schema.name.startswith(EMPTY))
+
+
+def _find_tensors(value, found: list) -> list:
+    """Append the tensors in an operator's arguments to `found`."""
+    if isinstance(value, torch.Tensor):
+        found.append(value)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            _find_tensors(item, found)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _find_tensors(item, found)
+    return found
+
+
+def _map(change, kind: type, value):
+    """Return a structure of an operator's arguments or results with `change` applied to what is of a kind."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)([_map(change, kind, item) for item in value])
+    return {key: _map(change, kind, item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
 def _run(func, *args, **kwargs):
     """Run an operator on what sim tensors hold; check where its operands are, and count."""
-    name = func._schema.name
-    tensors = [item for item in tree_flatten((args, kwargs))[0] if isinstance(item, torch.Tensor)]
+    kernel = Kernel.of(func)
+    name, tensors = kernel.name, _find_tensors(kwargs, _find_tensors(args, []))
     ours = any(isinstance(item, SimTensor) for item in tensors)
     host = [tuple(item.shape) for item in tensors if not isinstance(item, SimTensor) and item.dim() > 0]
     if ours and host and name not in LOOSE:
@@ -134,21 +179,21 @@ def _run(func, *args, **kwargs):
         inner["device"] = torch.device("cpu")
     if kwargs.get("generator") is not None and here and not HOST_GENERATORS:
         raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu' ({name})")
-    _count(func, name, args, kwargs, tensors, ours, here)
-    inner_args, inner = tree_map(lambda item: item.held if isinstance(item, SimTensor) else item, (args, inner))
+    _count(kernel, args, kwargs, tensors, ours, here)
+    inner_args, inner = _map(GET_HELD, SimTensor, args), _map(GET_HELD, SimTensor, inner)
     if name == "aten::_copy_from":
         inner_args[1].copy_(inner_args[0])
         return args[1]
     out = PHYSICAL.get(name, func)(*inner_args, **inner)
-    for i, argument in enumerate(func._schema.arguments):  # in place: the argument itself is returned
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = args[i] if i < len(args) else kwargs.get(argument.name)
-            if out is (given.held if isinstance(given, SimTensor) else given) and given is not None:
-                return given
-    return tree_map(lambda item: SimTensor(item) if isinstance(item, torch.Tensor) else item, out) if here else out
+    for i, argument in kernel.writes:  # in place: the argument itself is returned
+        given = args[i] if i < len(args) else kwargs.get(argument)
+        if out is (given.held if isinstance(given, SimTensor) else given) and given is not None:
+            return given
+    return _map(SimTensor, torch.Tensor, out) if here else out
 
 
-def _count(func, name, args, kwargs, tensors, ours: bool, here: bool) -> None:
+def _count(kernel: Kernel, args, kwargs, tensors, ours: bool, here: bool) -> None:
+    name = kernel.name
     if name in ("aten::copy_", "aten::_to_copy", "aten::_copy_from"):
         source, target, queued = ours, here, kwargs.get("non_blocking", False)
         if name != "aten::_to_copy":
@@ -171,9 +216,7 @@ def _count(func, name, args, kwargs, tensors, ours: bool, here: bool) -> None:
             elif index is not None and index.dtype in (torch.bool, torch.uint8):
                 filled = name != "aten::index" and args[2].numel() == 1  # is masked_fill_
                 _note("launches" if filled else "syncs", name)
-    returns = [value.alias_info for value in func._schema.returns]
-    is_view = any(alias is not None and not alias.is_write for alias in returns)
-    if not is_view and not name.startswith(EMPTY):
+    if kernel.is_launch:
         _note("launches", name)
 
 
