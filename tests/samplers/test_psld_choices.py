@@ -32,7 +32,7 @@ CHOICES = {
 
 @pytest.mark.slow
 def test_clean_choices_against_the_authors():
-    restorer = restore.load("embedded", precision="bf16")
+    restorer = restore.load("embedded", precision="auto")
     x = restorer.generate(IMAGES, steps=100, batch_size=IMAGES)
     prior = restorer.prior(*x.shape[-2:])  # in pixels the autoencoder is the identity
     keys = [(0, str(i), 0) for i in range(IMAGES)]
