@@ -49,8 +49,8 @@ class Repair:
 def choose_repair(found: Findings, sigma: float | None = None) -> Repair:
     """Return the operator of a photo: what happened to it, in the order in which it did.
 
-    A blur by the lens or the camera's motion, noise, compression, and scratches on the print; or, if none of them, a
-    smaller size. sigma: of the noise on [-1, 1], if somebody knows better than `found`.
+    A blur by the lens or the camera's motion, noise, compression, and scratches on the print; or, if none of them, or
+    noise in a tiny one, a smaller size. sigma: of the noise on [-1, 1], if somebody knows better than `found`.
     Raises RestoreError if nothing is wrong and the photo is not small.
     """
     chain: list[dict[str, Any]] = []
@@ -76,7 +76,9 @@ def choose_repair(found: Findings, sigma: float | None = None) -> Repair:
         chain.append({"name": "inpainting_mask", "mask": found.mask})
         seen.append(found.describe_damage())
         done.append("filled in")
-    if found.small and not seen:  # what else was done to it would be enlarged with it
+    # What else was done to it would be enlarged with it, but for noise; a face of TINY pixels has a prior of its own.
+    noise_alone = len(seen) == found.noisy
+    if found.small and (not seen or (noise_alone and max(found.size) < TINY)):
         factor = ENLARGED * (2 if max(found.size) <= TINY else 1)
         chain.append({"name": "super_resolution", "factor": factor})
         seen.append(f"small, {found.size[1]} x {found.size[0]}")

@@ -169,3 +169,10 @@ def test_a_tiny_photo_is_enlarged_more(tmp_path, sharp):
     for side, factor in ((64, 4), (65, 2), (400, 2)):
         repair = choose_repair(dataclasses.replace(found, size=(side - 8, side)))
         assert repair.config["factor"] == factor and repair.done == (f"enlarged {factor} times",)
+    noisy = dataclasses.replace(found, sigma=0.05)
+    repair = choose_repair(dataclasses.replace(noisy, size=(40, 63)))
+    assert repair.done == ("noise removed", "enlarged 4 times") and repair.config["name"] == "super_resolution"
+    assert repair.config["noise"] == {"name": "gaussian", "sigma": 0.05}
+    assert choose_repair(dataclasses.replace(noisy, size=(64, 64))).done == ("noise removed",)  # may be a face
+    compressed = dataclasses.replace(found, size=(40, 63), jpeg={"quality": 20, "loss": 0.1}, quality=20)
+    assert choose_repair(compressed).done == ("blocks removed",)
