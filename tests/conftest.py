@@ -91,6 +91,25 @@ def inception_weights(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def trunks(tmp_path_factory):
+    """{network: file} with random weights of the convolutions of VGG-16 and AlexNet, all that LPIPS reads."""
+    import torchvision
+
+    folder, generator, files = tmp_path_factory.mktemp("trunks"), torch.Generator().manual_seed(3), {}
+    for name in ("vgg16", "alexnet"):
+        with torch.device("meta"):  # their classifiers, a hundred times larger, are made nowhere
+            shapes = {key: value.shape for key, value in getattr(torchvision.models, name)().state_dict().items()}
+        shapes = {key: shape for key, shape in shapes.items() if key.startswith("features.")}
+        state = {  # of the size that keeps the signal's, and biases, without which the size of a layer does not matter
+            key: torch.randn(shape, generator=generator) * ((2 / shape[1:].numel()) ** 0.5 if len(shape) > 1 else 0.1)
+            for key, shape in shapes.items()
+        }
+        files[name] = folder / f"{name}.pth"
+        torch.save(state, files[name])
+    return files
+
+
+@pytest.fixture(scope="session")
 def hub(tmp_path_factory):
     """A torch hub folder holding AlexNet with random weights where torchvision looks for the published ones."""
     import torchvision

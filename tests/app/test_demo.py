@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torchvision
 from PIL import Image
 
 from operators import RestoreError
@@ -30,18 +29,16 @@ def test_columns_are_the_parts_sampler_and_the_best_quality(part):
 
 @pytest.fixture
 def parts(monkeypatch):
-    """The demo's parts with two of the three small faces, and one of the larger ones."""
+    """The demo's parts with two of the three small faces, one of the larger ones, and that in place of the photo."""
     fewer = [replace(part, photos=part.photos[: 2 if part.backbone == "embedded" else 1]) for part in PARTS]
+    fewer[0] = replace(fewer[0], photos=("astronaut-face-128.png",), cell=256)
     monkeypatch.setattr(demo, "PARTS", fewer)
     return fewer
 
 
-def test_demo_writes_picture_and_numbers(tmp_path, parts):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        torch.save(torchvision.models.alexnet(weights=None).state_dict(), tmp_path / "random.pth")
+def test_demo_writes_picture_and_numbers(tmp_path, parts, trunks):
     steps, shown, out = [], [], tmp_path / "out"
-    options = {"steps": 1, "weights": {"alexnet": tmp_path / "random.pth"}, "everything": True}
+    options = {"steps": 1, "weights": {"alexnet": trunks["alexnet"]}, "everything": True}
     assert "Done in" in run_demo(out, **options, callback=steps.append, show=shown.append)
     record = json.loads((out / "demo.json").read_text())
     # Four methods for the faces, the default for the photo.
@@ -69,7 +66,6 @@ def test_demo_writes_picture_and_numbers(tmp_path, parts):
 
 def test_without_everything_the_slow_part_is_left_out(tmp_path, parts):
     """The photo comes first; a picture of an earlier demo of everything stays this demo's own."""
-    parts[0] = replace(parts[0], photos=("astronaut-face-128.png",))
     shown, before = [], b"of everything"
     (tmp_path / "comparison-latent.png").write_bytes(before)
     (tmp_path / "demo.json").write_text(json.dumps({"files": ["comparison-latent.png", "demo.json"]}))

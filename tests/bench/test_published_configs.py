@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from omegaconf import OmegaConf
 
 from restore.bench.baselines import BASELINES
@@ -28,26 +27,14 @@ RUNS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) fo
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, stand_ins, inception_weights, smooth_images, write_images):
+def world(tmp_path_factory, stand_ins, inception_weights, trunks, smooth_images, write_images):
     """Images, lists, prompts and metric weights that stand in for what the tables need."""
     root = tmp_path_factory.mktemp("world")
     write_images(root / "faces", smooth_images(2, 256, 0))
     write_images(root / "reference", smooth_images(6, 64, 1))
     (root / "names.txt").write_text("00000.png\n00001.png\n")
     (root / "prompts.txt").write_text("a cat\na dog\n")
-    import torchvision
-
-    torch.manual_seed(3)
-    features = {f"features.{k}": v for k, v in torchvision.models.vgg16().features.state_dict().items()}
-    torch.save(features, root / "vgg.pth")
-    torch.save(
-        {f"features.{k}": v for k, v in torchvision.models.alexnet().features.state_dict().items()}, root / "alex.pth"
-    )
-    metric_weights = {
-        "inception": str(inception_weights),
-        "vgg16": str(root / "vgg.pth"),
-        "alexnet": str(root / "alex.pth"),
-    }
+    metric_weights = {"inception": str(inception_weights)} | {name: str(file) for name, file in trunks.items()}
     assert set(metric_weights) == set(weights.WEIGHTS)
     return root, stand_ins, metric_weights
 

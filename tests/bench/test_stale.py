@@ -127,9 +127,9 @@ def test_only_code_from_outside_is_hashed(code):
         assert hash_own_code(thing).keys() == names, thing
 
 
-def test_metrics_follow_contents_not_paths(config, code, hub, tmp_path):
+def test_metrics_follow_contents_not_paths(config, code, trunks, tmp_path):
     weights = tmp_path / "alexnet.pth"
-    shutil.copy(hub / "checkpoints" / "alexnet-owt-7be5be79.pth", weights)
+    shutil.copy(trunks["alexnet"], weights)
     names = ["psnr", "lpips", "code_of_mine:difference"]
     config["metrics"] = {"names": names, "weights": {"alexnet": str(weights)}, "lpips_enlarge": 4}
     first = run_benchmark(config).table["table"]["sr"]["dps"]["means"]

@@ -15,15 +15,13 @@ from restore.search import search_heads
 NOISE = {"name": "gaussian", "sigma": 0.05}
 
 
-def test_single_images(sim, hub, tmp_path):
+def test_single_images(sim, trunks):
     """PSNR, SSIM and LPIPS."""
-    weights = {"alexnet": tmp_path / "alexnet.pth"}
-    weights["alexnet"].symlink_to(hub / "checkpoints" / "alexnet-owt-7be5be79.pth")
     truth, result = image(2, 64), 0.9 * image(2, 64)
     for function in (single.psnr, single.ssim):
         values = function(result.to("sim"), truth.to("sim"))
         assert torch.equal(values.cpu(), function(result, truth))
-    here, there = (single.LPIPS("alex", weights, device=device) for device in ("cpu", "sim"))
+    here, there = (single.LPIPS("alex", trunks, device=device) for device in ("cpu", "sim"))
     assert torch.equal(there(result.to("sim"), truth.to("sim")).cpu(), here(result, truth))
 
 

@@ -126,10 +126,10 @@ def test_protocols_that_differ_say_how():
     assert text == "tasks.sr.sigma_y: 0.05 there, 0.1 here; methods.dps.steps: 250 there, 1000 here"
 
 
-def test_the_command_takes_files_of_weights(pair, tmp_path, inception_weights, hub, monkeypatch, capsys):
+def test_the_command_takes_files_of_weights(pair, tmp_path, inception_weights, trunks, monkeypatch, capsys):
     """`restore evaluate` gives the numbers of the function, with networks from where the user keeps them."""
     alexnet = tmp_path / "my-alexnet.pth"
-    alexnet.symlink_to(hub / "checkpoints" / "alexnet-owt-7be5be79.pth")
+    alexnet.symlink_to(trunks["alexnet"])
 
     def run(*options):
         command = ["restore", "evaluate", tmp_path / "results", "--reference", tmp_path / "truth", *options]

@@ -218,6 +218,7 @@ def test_mistakes_are_one_sentence(config, change, message):
 
 
 def test_another_search_is_not_mixed_into_a_folder(config):
+    config["layers"] = ["m1"]
     search_heads(config)
     with pytest.raises(RestoreError, match="holds another search .*guidance.pag.scale: 3.0 there, 2.0 here"):
         search_heads(config, ["guidance.pag.scale=2.0"])
