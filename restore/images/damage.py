@@ -26,6 +26,8 @@ WIDEST = 0.022  # of the shorter side: largest width of a scratch
 LINE, SPECK = 0.06, 0.04  # of the shorter side: shortest line, longest speck
 FEW = 2  # specks that may be lights: in an eye, on china
 BELIEVED = 7.2  # score of a structure that is damage
+# Score for a line that ends within the photo, shorter than so much of its shorter side, as few edges of things do.
+ENDING, WHOLE = 0.5, 0.9
 GROWTH, SAME = 0.05, 0.08  # largest share of the photo a stain may cover; colour difference within one, on [-1, 1]
 
 
@@ -55,7 +57,11 @@ def detect_damage(x: torch.Tensor, sensitivity: float = 0.5, certain: float = 1.
         extreme = F.max_pool2d(sign * x, factor, ceil_mode=True)  # keeps lines thinner than the factor
         for box, piece, score in _find_pieces(extreme[0].amin(0).numpy(), colour, 3 * (0.5 - sensitivity)):
             damaged[box] |= piece
-            (lines if np.hypot(*piece.shape) >= LINE * min(damaged.shape) else specks).append(score)
+            length = np.hypot(*piece.shape) / min(damaged.shape)
+            if length >= LINE:
+                lines.append(score + ENDING * (length < WHOLE))
+            else:
+                specks.append(score)
     best = max([*lines, *sorted(specks)[:-FEW]], default=-np.inf) if certain < 1 else np.inf
     if not damaged.any() or best <= 3 * (0.5 - certain):
         return torch.ones(1, 1, *size, dtype=torch.float32)

@@ -12,7 +12,8 @@ import operators
 from operators import RestoreError
 from restore.images import io
 from restore.images.blocks import Compression, estimate_quantised_noise, scale_table
-from restore.images.findings import inspect_photo
+from restore.images.damage import detect_damage
+from restore.images.findings import CERTAIN, SENSITIVITY, inspect_photo
 from restore.images.motion import Motion
 from restore.paths import data_dir
 from restore.repair import SHARPENED, choose_repair
@@ -113,6 +114,17 @@ def test_scratches(tmp_path, sharp):
     assert repair.config["name"] == "inpainting_mask" and repair.keep_known
     missing = repair.config["mask"][0, 0] == 0
     assert math.isclose(float(missing[60, 130:132].float().mean()), 1) and missing.float().mean() < 0.05
+
+
+def test_a_fainter_scratch_that_ends_within_the_photo(sharp):
+    """Few edges of things do: on undamaged held-out photos lines so clear run through the whole of it."""
+    x, scratch = sharp[..., :288].clone(), torch.zeros(288, 288, dtype=torch.bool)
+    for k in range(80):
+        scratch[60 + k, 150 + k // 2 : 152 + k // 2] = True
+    x[..., scratch] = 0.3 * x[..., scratch] + 0.6
+    missing = detect_damage(x, SENSITIVITY, CERTAIN)[0, 0] == 0
+    assert missing[scratch].float().mean() > 0.9 and missing.float().mean() < 0.03
+    assert not (detect_damage(sharp, SENSITIVITY, CERTAIN) == 0).any()
 
 
 def test_a_light_or_two_are_no_dust(tmp_path, sharp):
