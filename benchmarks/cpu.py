@@ -44,7 +44,7 @@ def measure_cpu(
     """Return a table of medians.
 
     cases: of CASES. repeats: of each, in turn, after one that is not counted. against: another checkout, such as that
-    of the commit before. options: of restore.load, as JSON, compared with none: '{"precision": "bf16"}'. side: of the
+    of the commit before. options: of restore.load, compared with none: precision=bf16,lean=false. side: of the
     photos' parts in place of the cases'. Raises RestoreError for an unknown case.
     """
     from operators.naming import check_known
@@ -53,7 +53,7 @@ def measure_cpu(
     check_known(names, CASES, "unknown case")
     variants = {"now": (ROOT, {})}
     variants |= {"before": (Path(against).resolve(), {})} if against else {}
-    variants |= {options: (ROOT, json.loads(options))} if options else {}
+    variants |= {options: (ROOT, parse_options(options))} if options else {}
     lines = ["| case | variant | CPU seconds | now / variant | share of peak | PSNR, dB |", "|---|---|---|---|---|---|"]
     for name in names:
         case = CASES[name] | ({"side": side} if side else {})
@@ -71,6 +71,18 @@ def measure_cpu(
         lines += format_rows(name, found)
         print("\n".join(lines[-len(found) :]), file=sys.stderr)  # a crowded machine takes its time
     return "\n".join(lines)
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """Return {key: value} of "key=value,key=value", values as in YAML. Raises RestoreError for another form."""
+    from omegaconf import OmegaConf
+
+    from operators import RestoreError
+
+    parts = [part.strip() for part in text.split(",")]
+    if any("=" not in part for part in parts):
+        raise RestoreError(f"options must be key=value, comma separated, got {text}")
+    return OmegaConf.to_container(OmegaConf.from_dotlist(parts))
 
 
 class Server:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks import cpu
+from benchmarks.measure import parse_settings
 from operators import RestoreError
 
 
@@ -18,6 +19,13 @@ def test_a_row_for_each_variant_with_its_share_of_the_peak():
     assert before == ["face", "before", "5.00", "0.60", "0.30", "30.000"]
 
 
+def test_options_are_those_of_the_command_line():
+    settings = parse_settings(cpu.measure_cpu, ["cases=face", "options=precision=auto,lean=false"])
+    assert cpu.parse_options(settings["options"]) == {"precision": "auto", "lean": False}
+    with pytest.raises(RestoreError, match="options must be key=value"):
+        cpu.parse_options("lean")
+
+
 def test_unknown_cases_are_refused():
     with pytest.raises(RestoreError, match="unknown case"):
         cpu.measure_cpu("face,nose")
@@ -25,9 +33,9 @@ def test_unknown_cases_are_refused():
 
 @pytest.mark.slow
 def test_two_processes_are_asked_in_turn():
-    table = cpu.measure_cpu("noise", repeats=1, side=32, options='{"lean": false}')
+    table = cpu.measure_cpu("noise", repeats=1, side=32, options="lean=false")
     now, own = ([cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:])
-    assert (now[1], own[1]) == ("now", '{"lean": false}') and now[5] == own[5]
+    assert (now[1], own[1]) == ("now", "lean=false") and now[5] == own[5]
     assert 0 < float(now[4]) < 1.5 and float(now[2]) > 0
 
 
