@@ -28,6 +28,7 @@ FEW = 2  # specks that may be lights: in an eye, on china
 BELIEVED = 7.2  # score of a structure that is damage
 # Score for a line that ends within the photo, shorter than so much of its shorter side, as few edges of things do.
 ENDING, WHOLE = 0.5, 0.9
+AGREE = 0.4  # difference in colour, on [-1, 1], of the core of damage from that of damage that is certain
 GROWTH, SAME = 0.05, 0.08  # largest share of the photo a stain may cover; colour difference within one, on [-1, 1]
 
 
@@ -36,7 +37,7 @@ def detect_damage(x: torch.Tensor, sensitivity: float = 0.5, certain: float = 1.
 
     x: one photo, (1 or 3, H, W) or (1, 1 or 3, H, W) in [-1, 1]. sensitivity: 0 (only the most obvious damage) to 1
     (more damage, more false alarms). certain: no damage is returned unless, with this sensitivity, a line
-    would be, or more than FEW specks.
+    would be, or more than FEW specks; then with it only what has the colour of what is certain.
 
     Structures brighter, or darker, than their surroundings in all channels and thinner than 2.2 % of the shorter side
     (a top-hat transform) are scored by their contrast to the detail around them, the rarity of their brightness, the
@@ -52,23 +53,33 @@ def detect_damage(x: torch.Tensor, sensitivity: float = 0.5, certain: float = 1.
     size, factor = x.shape[-2:], -(-min(x.shape[-2:]) // SIDE)
     small = F.avg_pool2d(x, factor, ceil_mode=True)[0].numpy()
     colour = small.max(0) - small.min(0)
-    damaged, lines, specks = np.zeros(colour.shape, bool), [], []
+    found, lines, specks = [], [], []
     for sign in (1, -1):
         extreme = F.max_pool2d(sign * x, factor, ceil_mode=True)  # keeps lines thinner than the factor
         for box, piece, score in _find_pieces(extreme[0].amin(0).numpy(), colour, 3 * (0.5 - sensitivity)):
-            damaged[box] |= piece
-            length = np.hypot(*piece.shape) / min(damaged.shape)
-            if length >= LINE:
-                lines.append(score + ENDING * (length < WHOLE))
-            else:
-                specks.append(score)
-    best = max([*lines, *sorted(specks)[:-FEW]], default=-np.inf) if certain < 1 else np.inf
-    if not damaged.any() or best <= 3 * (0.5 - certain):
+            length = np.hypot(*piece.shape) / min(colour.shape)
+            score += ENDING * (LINE <= length < WHOLE)
+            (lines if length >= LINE else specks).append(score)
+            core = np.quantile(small[(slice(None), *box)][:, piece], 0.5 + 0.4 * sign, axis=1)
+            found.append((box, piece, core, score))
+    if certain < 1:
+        found = _keep_believed(found, max([*lines, *sorted(specks)[:-FEW]], default=-np.inf), 3 * (0.5 - certain))
+    damaged = np.zeros(colour.shape, bool)
+    for box, piece, *_ in found:
+        damaged[box] |= piece
+    if not damaged.any():
         return torch.ones(1, 1, *size, dtype=torch.float32)
     margin = 2 if min(damaged.shape) >= 200 else 1  # compression and scanning smear the edges
     damaged = nd.binary_dilation(_add_stains(small, damaged), EIGHT, iterations=margin)
     missing = torch.from_numpy(damaged).float()[None, None]
     return 1 - F.interpolate(missing, scale_factor=factor, mode="nearest")[..., : size[0], : size[1]]
+
+
+def _keep_believed(found: list[tuple], best: float, certain: float) -> list[tuple]:
+    """Return the structures that have the colour of a certain one; none if the best score is not certain. found: box,
+    piece, colour of its core, score."""
+    sure = [colour for *_, colour, score in found if score > certain] if best > certain else []
+    return [each for each in found if any(np.abs(each[2] - colour).max() < AGREE for colour in sure)]
 
 
 def _find_pieces(plane: np.ndarray, colour: np.ndarray, strictness: float) -> Iterator[tuple[Box, np.ndarray, float]]:

@@ -127,6 +127,18 @@ def test_a_fainter_scratch_that_ends_within_the_photo(sharp):
     assert not (detect_damage(sharp, SENSITIVITY, CERTAIN) == 0).any()
 
 
+def test_beside_certain_damage_a_thread_of_another_colour_stays(sharp):
+    x, scratch, thread = sharp.clone(), *torch.zeros(2, 288, 440, dtype=torch.bool)
+    for k in range(20, 250):
+        scratch[k, 100 + k // 2 : 102 + k // 2] = True
+    for k in range(80):
+        thread[120 + k, 300 + k // 2 : 302 + k // 2] = True
+    x[..., scratch], x[..., thread] = 0.9, 0.2 * x[..., thread] + 0.32
+    assert (detect_damage(x, SENSITIVITY)[0, 0] == 0)[scratch | thread].all()  # a mask for a person to correct
+    missing = detect_damage(x, SENSITIVITY, CERTAIN)[0, 0] == 0
+    assert missing[scratch].all() and not missing[thread].any()
+
+
 def test_a_light_or_two_are_no_dust(tmp_path, sharp):
     """A spot as of light in an eye is not filled in; more of them are dust."""
     rows, columns = np.mgrid[: sharp.shape[-2], : sharp.shape[-1]]
