@@ -191,7 +191,8 @@ def evaluate(
         write_evaluation(done, out, overwrite)
     typer.echo(f"{len(done.per_image)} of {done.expected} images compared")
     for name, estimate in done.means.items():
-        typer.echo(f"{name} {estimate.mean:.4f}  [{estimate.low:.4f}, {estimate.high:.4f}]")
+        interval = f"  [{estimate.low:.4f}, {estimate.high:.4f}]" if estimate.n > 1 else ""  # one image has none
+        typer.echo(f"{name} {estimate.mean:.4f}{interval}")
     for name, value in done.set_values.items():
         typer.echo(f"{name} {value:.4f}")
     for kind in ("missing", "mismatched", "extra"):

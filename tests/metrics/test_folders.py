@@ -101,6 +101,26 @@ def test_one_small_image_is_named_and_the_others_are_measured(
     assert not stop.value.code and "tiny cannot be measured: SSIM" in said and "small cannot" in said
 
 
+def test_one_image_has_no_interval(tmp_path, smooth_images, write_images, monkeypatch, capsys):
+    for i, folder in enumerate(("truth", "results")):
+        write_images(tmp_path / folder, smooth_images(1, 32, i))
+    command = [
+        "restore",
+        "evaluate",
+        tmp_path / "results",
+        "--reference",
+        tmp_path / "truth",
+        "-o",
+        tmp_path / "out.json",
+    ]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--metrics", "psnr"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    said = capsys.readouterr().out
+    assert not stop.value.code and "psnr " in said and "[" not in said and "nan" not in said
+    assert "NaN" not in (tmp_path / "out.json").read_text()
+
+
 def test_a_benchmark_names_all_small_images_before_it_runs(tmp_path, tiny_run, smooth_images, write_images):
     write_images(tmp_path / "photos", smooth_images(2, 16, 0))
     write_images(tmp_path / "photos", smooth_images(2, 8, 1), ["tiny", "small"])
