@@ -31,7 +31,8 @@ def read_config(
     """Return a configuration with its overrides as plain containers.
 
     config: a file, the name of one shipped in configs/`folder`, or a mapping. overrides: `key=value` with dots between
-    levels. defaults: values of keys that a file may leave out; if given, overrides may only name existing keys.
+    levels; entries of lists have numbers. defaults: values of keys that a file may leave out; if given, overrides may
+    only name existing keys.
     placeholder: in place of values left open (`???`).
     Raises RestoreError if the content is not a YAML mapping, and for values left open without a placeholder.
     """
@@ -46,7 +47,8 @@ def read_config(
         if defaults is not None:
             given = OmegaConf.merge(dict(defaults), given)
             check_known([setting.split("=", 1)[0] for setting in overrides], _keys(given), f"{config} has no key")
-        given = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
+        for setting in overrides:
+            _override(given, *setting.split("=", 1))
         for key in sorted(OmegaConf.missing_keys(given)):
             if placeholder is None:
                 raise RestoreError(f"the configuration leaves {key} open; give {key}=VALUE")
@@ -57,6 +59,15 @@ def read_config(
     except (yaml.YAMLError, OSError, UnicodeError, RecursionError) as error:
         raise RestoreError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from error
     return plain
+
+
+def _override(given: Any, key: str, text: str) -> None:
+    """Set a key to what the text says in YAML; entries of lists have numbers: guidance.0.pag.layers."""
+    value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+    try:
+        OmegaConf.update(given, key, value, force_add=True)
+    except (IndexError, TypeError, ValueError) as error:
+        raise RestoreError(f"{key} must name an entry of the configuration, got: {error}") from error
 
 
 def read_yaml(source: str | os.PathLike, what: str = "configuration") -> Any:

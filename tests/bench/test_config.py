@@ -8,6 +8,7 @@ import pytest
 
 from operators import RestoreError
 from restore.bench.config import build_method, list_cells, load_config, select_result_keys
+from restore.guidance import PAG
 
 BASE = {
     "name": "small",
@@ -163,3 +164,18 @@ def test_names_that_some_file_systems_take_for_one():
     config["methods"]["DPS"] = config["methods"]["dps"]
     with pytest.raises(RestoreError, match="'dps' and 'DPS'"):
         load_config(config)
+
+
+def test_entries_of_lists_are_set_by_number():
+    """The call of docs/guidance.md for the latent prior: two layers in lists of guidances, no classes."""
+    layers = [f"methods.{name}.guidance.pag.layers=i3" for name in ("pag", "pag_tag", "pag_tsr", "pag_slg", "pag_ssg")]
+    layers += [f"methods.{name}.guidance.0.pag.layers=i3" for name in ("pag_zero", "pag_tcfg", "pag_fdg")]
+    without = [f"methods.{name}.only=[]" for name in ("cfg", "cfg_zero", "cfg_tcfg", "cfg_fdg")]
+    latent = ["backbone=embedded-latent", "tasks.faces.labels=null", "metrics.reference=faces", *layers, *without]
+    config = load_config("guidance-2026", latent)
+    assert len(list_cells(config)) == 37
+    terms = [term for cell in list_cells(config)[1:] for term in build_method(config, *cell).guidance.terms]
+    assert {term.layers for term in terms if isinstance(term, PAG)} == {"i3"}
+    for wrong, said in (("5.pag.scale=1", "list index out of range"), ("x.pag.scale=1", "must name an entry")):
+        with pytest.raises(RestoreError, match=said):
+            load_config("guidance-2026", ["metrics.reference=faces", f"methods.pag_zero.guidance.{wrong}"])
