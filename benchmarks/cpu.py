@@ -75,14 +75,13 @@ def measure_cpu(
 
 def parse_options(text: str) -> dict[str, Any]:
     """Return {key: value} of "key=value,key=value", values as in YAML. Raises RestoreError for another form."""
-    from omegaconf import OmegaConf
-
     from operators import RestoreError
+    from restore.app.options import split_settings
 
-    parts = [part.strip() for part in text.split(",")]
-    if any("=" not in part for part in parts):
+    others, options = split_settings([part.strip() for part in text.split(",")])
+    if others:
         raise RestoreError(f"options must be key=value, comma separated, got {text}")
-    return OmegaConf.to_container(OmegaConf.from_dotlist(parts))
+    return options
 
 
 class Server:

@@ -20,7 +20,7 @@ from restore.bench.worker import Worker
 from restore.memory import choose_batch_size
 from restore.restoration import prepare_measurement
 
-LARGEST = 64  # of runs without a network
+LARGEST = 64  # images
 
 
 def choose_batch(config: Mapping[str, Any], images: ImageSet) -> int:
