@@ -60,7 +60,7 @@ CASES = [
     ("pigdm", "denoise", {"steps": 3}),
     ("daps", "sr4", {"steps": 3}),
     ("reddiff", "denoise", {"steps": 3}),
-    ("pnpdm", "denoise", {"steps": 3, "parameters": {"iterations": 4}}),
+    ("pnpdm", "denoise", {"steps": 3, "parameters": {"iterations": 2}}),
 ]
 
 
@@ -80,7 +80,7 @@ def test_memory_and_evaluations_are_what_a_run_takes(tiny_adm, case, checkpointi
 
 
 @pytest.mark.parametrize(
-    ("sampler", "parameters"), [("psld", {}), ("resample", {"pixel_iterations": 9, "latent_iterations": 9})]
+    ("sampler", "parameters"), [("psld", {}), ("resample", {"pixel_iterations": 3, "latent_iterations": 3})]
 )
 def test_memory_and_evaluations_in_latents(latent, sampler, parameters):
     task, size = "denoise", (40, 40)
