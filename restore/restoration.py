@@ -240,7 +240,7 @@ def observe_run(
 
     first, count, total: `batch`, this batch's samples among all. decode: from x0 as x_t to images.
     With guidance, signals: for each term the step's last |eps − eps_weak|, averaged over the channels, (B, 1, h, w) as
-    x_t, None if it was off. If the callback has a true attribute `predictions`, also predictions: the last clean
+    x_t, None if it did not run. If the callback has a true attribute `predictions`, also predictions: the last clean
     estimates "strong", "guided" (None if all terms were off) and "weak", one for each term; (B, C, h, w) as x_t, not
     clamped.
     """

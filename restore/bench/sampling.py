@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -180,7 +181,8 @@ def run_pipeline(
             "cfg must be one term without null in text_to_image; its prompt is the task's negative_prompt"
         )
     cfg, others = sum(term.scale for term in cfgs), tuple(term for term in terms if not isinstance(term, CFG))
-    passes = 1 + sum(term.has_weak_pass for term in others) + (cfg > 0)
+    steps = int(method.steps)
+    passes = steps * (1 + (cfg > 0)) + sum(math.ceil(steps / term.every) for term in others if term.has_weak_pass)
     started = time.perf_counter()
     pipe = model.prepare(prompts, task["negative_prompt"] if cfg else None)
     loading = time.perf_counter() - started
@@ -193,7 +195,7 @@ def run_pipeline(
         read_clock = stack.enter_context(time_calls(find_network(pipe), model.device))
         options = {"steps": method.steps, "cfg": cfg, "negative": task["negative_prompt"], "generators": generators}
         images = model(prompts, lambda shape: noise(0, shape, "start"), **options)
-    return Estimates(images[:, None], passes * int(method.steps), loop_seconds=read_clock(), loading_seconds=loading)
+    return Estimates(images[:, None], passes, loop_seconds=read_clock(), loading_seconds=loading)
 
 
 @contextmanager

@@ -57,8 +57,8 @@ class WeakPass:
 
 @dataclass(frozen=True)
 class Change:
-    """What a term without a weak pass does on one backbone: s(t) times a direction is added to the estimate that the
-    other terms have guided, in the order of the terms.
+    """What a term without a weak pass does on one backbone: s(t) times a direction is added to the estimate that all
+    weak passes have guided; of several changes each to that of the one before.
 
     direction: function (eps, x_t, t) -> (B, C, H, W), of the shape of eps.
     """
@@ -71,7 +71,7 @@ class Term:
     """One term of a guidance, the base of PAG, CFG and the others. `a + b` is a Guidance with both. A subclass is a
     frozen dataclass that adds its options, whose annotations are their ranges (operators.ranges), and `bind`.
 
-    has_weak_pass: whether `bind` returns a WeakPass, else a Change, which costs no network evaluation.
+    has_weak_pass: whether `bind` returns a WeakPass, else (see ChangeTerm) a Change.
     scale: s; 0 is off: no weak pass is run.
     interval: (t_high, t_low), the times between which the guidance acts, both included; None: always.
     schedule: factor on s (0: no weak pass): a name in SCHEDULES, a function t -> factor or its "module:function".
@@ -118,6 +118,15 @@ class Term:
 
 
 @dataclass(frozen=True)
+class ChangeTerm(Term):
+    """A term without a weak pass, whose `bind` returns a Change; it costs no network evaluation. every: 1."""
+
+    has_weak_pass: ClassVar[bool] = False
+
+    every: Annotated[int, Range(1, 1)] = field(default=1, kw_only=True)
+
+
+@dataclass(frozen=True)
 class Guidance:
     """Terms on one strong pass, and how they meet; `a + b` has the terms of both.
 
@@ -160,7 +169,7 @@ class Estimate:
     step on take from it what the two have in common (share_prefix=False: compute everything twice; same bits), unless
     the network turns out to change that in place, which is warned of once. Changes to the network during a pass are
     seen by this thread only and are gone after it, so a backward between two calls, and other threads, see the true
-    network. evaluations: network passes so far. Made where gradients are on, no pass runs lean (backbones.lean).
+    network. evaluations: network passes so far. is_guided: whether a term acted in the last step. Made where gradients are on, no pass runs lean (backbones.lean).
     Raises RestoreError for unknown layers or heads, and for CFG without a null condition.
     """
 
@@ -180,11 +189,16 @@ class Estimate:
         self.trace = getattr(self.graphs, "trace", None) or Trace(backbone.network)
         share_prefix = share_prefix and getattr(backbone, "share_prefix", True)
         self.tapes = [Tape(weak.modules if share_prefix else ()) for weak in self.passes]
-        self.kept: list[tuple[int, torch.Tensor | None]] = [(0, None)] * len(self.terms)  # uses left, eps - eps_weak
+        self.forget()
         combine = guidance.combine if self.terms else None
         self.combine = combine.bind(backbone) if hasattr(combine, "bind") else lambda eps, weak, *_: combine(eps, weak)
+        self.combines_always = getattr(combine, "unguided", False)
         self.differentiates = torch.is_grad_enabled()
-        self.evaluations = 0
+        self.evaluations, self.is_guided = 0, False
+
+    def forget(self) -> None:
+        """Let the next step begin anew, with weak passes of its own (`every`)."""
+        self.kept: list[tuple[int, torch.Tensor | None]] = [(0, None)] * len(self.terms)  # uses left, eps - eps_weak
 
     def __call__(self, x_t: torch.Tensor, t: float, condition: Any = None) -> tuple[Prediction, torch.Tensor]:
         """Return (strong, eps_guided), for samplers that need no gradient between the two."""
@@ -239,7 +253,10 @@ class Estimate:
                         self.kept[k] = (self.terms[k].every - 1, eps - eps_weak)
         finally:
             self.close()
-        return self.change(self.combine(eps, predictions, x_t, t) if predictions else eps, x_t, t)
+        self.is_guided = bool(predictions)
+        if predictions or self.combines_always:
+            eps = self.combine(eps, predictions, x_t, t)
+        return self.change(eps, x_t, t)
 
     @torch.no_grad()
     def change(self, eps: torch.Tensor, x_t: torch.Tensor, t: float) -> torch.Tensor:

@@ -2,14 +2,15 @@
 
 A combination is a function (eps, weak) -> guided eps: eps (B, C, H, W) the strong prediction, weak a list of
 (scale, eps_weak) of the same shape. One that needs noise levels or a memory of earlier steps is an object with
-`bind(backbone)`, which returns the function of one run, called as (eps, weak, x_t, t).
+`bind(backbone)`, which returns the function of one run, called as (eps, weak, x_t, t). It is called where a weak pass
+ran, or, if its attribute `unguided` is true, in every step, with an empty list where none did.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 
@@ -95,8 +96,10 @@ class ZeroStar:
 
         u + sum_k s_k (u − a_k u_weak_k),      a_k = <u, u_weak_k> / ||u_weak_k||^2,      u the velocity eps − x_0,
 
-    and in the first `zero_steps` steps u is zero. Priors that predict no velocity have one all the same: eps − x_0.
+    and in the first `zero_steps` steps of the run, guided or not, u is zero. Priors that predict no velocity have one all the same: eps − x_0.
     """
+
+    unguided: ClassVar[bool] = True
 
     zero_steps: Annotated[int, Range(0)] = 1
 
@@ -113,6 +116,8 @@ class ZeroStar:
                 seen.add(t)
             if len(seen) <= self.zero_steps:
                 return x_t / (alpha + sigma)  # eps = x_0
+            if not weak:
+                return eps
 
             def velocity(eps):
                 return ((alpha + sigma) * eps - x_t) / alpha

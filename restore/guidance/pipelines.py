@@ -6,6 +6,7 @@ residuals, masks, classifier-free guidance. So it is enough that this one call r
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ def guided(pipe: Any, guidance: Term | Guidance | None, *, conditional: str = "a
     def guide(network, inner):
         def forward(*args, **kwargs):
             if not hasattr(local, "estimate"):
-                local.estimate, local.last = Estimate(adapter, guidance), None
+                local.estimate, local.last, local.t = Estimate(adapter, guidance), None, -math.inf
             estimate = local.estimate
             call = NetworkCall(network, args, kwargs, pipe, conditional, estimate.tapes, adapter.time_scale)
             last, local.last = local.last, None
@@ -68,11 +69,13 @@ def guided(pipe: Any, guidance: Term | Guidance | None, *, conditional: str = "a
                 with replace_forward([network], lambda *_: inner):
                     return finish(_shift(network(*args, **kwargs), last.shift), call)
             check_unguided(network, pipe)
-            before = estimate.evaluations
+            if call.t > local.t:  # another run
+                estimate.forget()
+            local.t = call.t
             # Within the network's own passes its forward is the original one, so that they are not guided in turn.
             with replace_forward([network], lambda *_: inner):
                 strong, eps = estimate(call.x[call.rows], call.t, call)
-            if estimate.evaluations == before + 1:
+            if not estimate.is_guided:
                 return finish(call.output, call)
             # The same shift in both halves, so that the pipeline's u + g (c - u) is shifted by it once.
             shift = eps - strong.eps.detach()

@@ -18,7 +18,8 @@ class Record:
 
     signals[k]: |eps − eps_weak| of term k or, without a weak pass, its change of eps at scale 1, averaged over the
     channels, (B, 1, h, w). x0, only if `predictions`, as they are as large as x_t: the clean estimates of the
-    predictions "strong", "guided" and of term k, (B, C, h, w). Both lack what was off.
+    predictions "strong", "guided" and of term k, (B, C, h, w). Both lack what was off, and weak passes that an earlier
+    one served (`every`).
     """
 
     predictions: bool = False
@@ -34,7 +35,8 @@ def record_guidance(guidance: Term | Guidance, record: Record) -> Guidance:
     """Return the same guidance, which also writes each step into `record`."""
     guidance = as_guidance(guidance)
     terms = enumerate(guidance.terms)
-    recorded = [_Recorded(a.scale, a, k, record, interval=a.interval, schedule=a.schedule) for k, a in terms]
+    common = [field.name for field in dataclasses.fields(Term)]
+    recorded = [_Recorded(**{n: getattr(a, n) for n in common}, term=a, index=k, record=record) for k, a in terms]
     combine = _RecordedCombination(guidance.combine, record) if record.predictions else guidance.combine
     return Guidance(tuple(recorded), combine)
 
@@ -81,6 +83,10 @@ class _Recorded(Term):
 class _RecordedCombination:
     combine: Any
     record: Record
+
+    @property
+    def unguided(self) -> bool:
+        return getattr(self.combine, "unguided", False)
 
     def bind(self, backbone: Backbone) -> Callable:
         bound = self.combine.bind(backbone) if hasattr(self.combine, "bind") else None

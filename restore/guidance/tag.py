@@ -6,26 +6,23 @@ eps + s (eps − <eps, x> x / ||x||^2),      x = x_t, per image; s = eta − 1 o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from operators import RestoreError
 from restore.backbones.base import Backbone
-from restore.guidance.base import Change, Term
+from restore.guidance.base import Change, ChangeTerm
 from restore.guidance.combine import project
 
 
 @dataclass(frozen=True)
-class TAG(Term):
+class TAG(ChangeTerm):
     """Tangential amplifying guidance. See Term for scale (0.15 in the paper), interval and schedule.
 
     The paper takes the update x_s − x_t of a step apart. Without fresh noise that is a x_t + b eps, whose part across
     x_t is b times that of eps, so that changing eps is the same; fresh noise is left as it is. It acts on the estimate
-    that all terms before it have guided.
+    that all weak passes have guided.
     """
-
-    has_weak_pass: ClassVar[bool] = False
 
     def bind(self, backbone: Backbone) -> Change:
         return Change(_find_tangent)

@@ -6,17 +6,16 @@ eps' = r eps,      r = (eta sigma_0^2 + 1) / (eta sigma_0^2 / k + 1),      eta =
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from operators.ranges import Positive
 from restore.backbones.base import Backbone
-from restore.guidance.base import Change, Term, require_prior
+from restore.guidance.base import Change, ChangeTerm, require_prior
 
 
 @dataclass(frozen=True)
-class TSR(Term):
+class TSR(ChangeTerm):
     """Temporal score rescaling: eps + s (r − 1) eps. See Term for scale (1 is the paper's), interval and schedule.
 
     For x_0 of a Gaussian of standard deviation sigma0, r eps is exactly that of variance sigma0^2 / k.
@@ -26,8 +25,6 @@ class TSR(Term):
 
     k: Positive = 0.93
     sigma0: Positive = 3.0
-
-    has_weak_pass: ClassVar[bool] = False
 
     def bind(self, backbone: Backbone) -> Change:
         """Raises RestoreError inside a diffusers pipeline, whose network need not predict eps."""

@@ -133,11 +133,10 @@ class Guider(BaseGuidance):
             estimate = self._estimate
             call = NetworkCall(network, args, kwargs, None, "all", estimate.tapes, self._adapter.time_scale)
             check_unguided(network, None)
-            before = estimate.evaluations
             with replace_forward([network], lambda *_: inner):
                 strong, eps = estimate(call.x, call.t, call)
             self._seen = call.x, call.t, sample_of(call.output)
-            self._shift = eps - strong.eps.detach() if estimate.evaluations > before + 1 else None
+            self._shift = eps - strong.eps.detach() if estimate.is_guided else None
             return call.output
 
         return forward

@@ -64,17 +64,27 @@ class TracedPrior(Sized):
         super().__init__(backbone, height, width)
         self.terms = guidance.terms if guidance is not None else ()
         self.calls: Counter = Counter()
+        self.kept = [0] * len(self.terms)  # evaluations that each term's last weak pass still serves
         self.active: dict[float, int] = {}
 
     def predict(self, x_t: torch.Tensor, t: float, condition: Any = None) -> Prediction:
         self._count("predict", x_t)
         t = min(float(t), float(self.schedule.ts[-1]))  # the PSLD code asks for a time beyond its table
-        self.active[t] = sum(term.has_weak_pass and term.scale_at(t, self) != 0 for term in self.terms)
+        self.active[t] = sum(self._runs(k, t) for k in range(len(self.terms)))
         self.calls["weak", False] += self.active[t]
         alpha, sigma = self.schedule.levels(t, x_t)
         variance = torch.zeros_like(x_t) if getattr(self.inner, "learned_variance", False) else None
         x0 = x_t * (alpha / (alpha**2 + sigma**2))
         return Prediction((x_t - alpha * x0) / max(sigma, 1e-6), variance, x0)
+
+    def _runs(self, k: int, t: float) -> bool:
+        """Whether the weak pass of a term runs, as Estimate decides it."""
+        term = self.terms[k]
+        if not term.has_weak_pass or term.scale_at(t, self) == 0:
+            return False
+        is_kept = self.kept[k] > 0
+        self.kept[k] = self.kept[k] - 1 if is_kept else term.every - 1
+        return not is_kept
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         if self.downscale == 1:

@@ -8,9 +8,16 @@ from diffusers import guiders
 from weak_passes import relative
 
 from operators import RestoreError
+from restore.backbones.adm import ADM
 from restore.backbones.schedule import Schedule
-from restore.guidance import FDG, ZeroStar
+from restore.guidance import FDG, PAG, Guidance, ZeroStar
+from restore.guidance.base import estimator
 from restore.guidance.combine import tcfg, weighted_sum
+
+
+@pytest.fixture(scope="module")
+def plain_adm(tiny_adm):
+    return ADM.load(tiny_adm)
 
 
 class Prior:
@@ -53,6 +60,17 @@ def test_zero_star_begins_without_velocity():
             assert relative((1 - 0.5) * x0 + 0.5 * eps, x) < 1e-10
         else:
             assert torch.equal(eps, again(strong, [(3.0, weak)], x, t))
+
+
+def test_zero_star_counts_the_steps_of_the_run(plain_adm):
+    """Also those that no term guides, as diffusers' guider does; later ones without guidance are the plain ones."""
+    x, alpha_of = draw(3, 1, 3, 16, 16).float(), plain_adm.schedule.levels
+    with torch.no_grad(), estimator(plain_adm, Guidance((PAG(2.0, "m1", interval=(500, 400)),), "zero_star")) as run:
+        found = {t: run(x, t) for t in (900, 700, 500, 300)}
+    for t, (strong, eps) in found.items():
+        alpha, sigma = alpha_of(t, x)
+        assert (relative(eps, (x - sigma * eps) / alpha) < 1e-4) == (t == 900)
+        assert torch.equal(strong.eps, eps) == (t in (700, 300))
 
 
 def test_tcfg_is_diffusers():

@@ -87,6 +87,25 @@ def test_the_weak_pass_repeats_neither_the_prefix_nor_the_other_half():
     assert ran["conv_in"][0] == 4 and 4 not in ran["conv_in"][1:]
 
 
+@torch.no_grad()
+def test_a_weak_pass_is_used_again_and_not_in_another_run():
+    unet, s = tiny_unet(), 3.0
+    z, text = inputs(2)
+    with guided(unet, PAG(s, layers="m1", every=3)):
+        added = {}
+        for run, times in enumerate([(901, 801), (901, 701)]):
+            for t in times:
+                added[run, t] = unet(z, t, encoder_hidden_states=text).sample - plain_of(unet, z, t, text)
+    weak = {t: s * (plain_of(unet, z, t, text) - weak_eps(unet, z, t, text)) for t in (901, 701)}
+    assert relative(added[0, 901], weak[901]) < 1e-3 and relative(added[1, 901], weak[901]) < 1e-3
+    assert relative(added[0, 801], weak[901]) < 1e-3 and relative(added[1, 701], weak[901]) < 1e-3
+    assert relative(weak[901], weak[701]) > 1e-2
+
+
+def plain_of(unet, z, t, text):
+    return type(unet).forward(unet, z, t, encoder_hidden_states=text).sample
+
+
 def test_score_distillation_gradient():
     """SDS: w(t) (eps_guided - n) for a rendered latent, threestudio's batch order [with prompt, without]."""
     unet, scale, s = tiny_unet(), 100.0, 100.0

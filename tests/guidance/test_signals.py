@@ -75,6 +75,21 @@ def test_the_callback_gets_them(restorer, guidance, noted, batch_size):
     assert "predictions" not in steps[-1]  # as large as x_t, and only for who wants them
 
 
+@pytest.mark.parametrize("sampler", ["dps", "diffpir"])
+def test_a_callback_changes_neither_result_nor_cost(restorer, sampler):
+    """Of guidance with every option that terms have, reused weak passes among them."""
+    operator = operators.SuperResolution(2, noise=operators.GaussianNoise(0.05))
+    y = operator.A(torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16))
+    guidance = PAG(1.0, "m1", every=3, schedule="linear") + TSG(0.5, interval=(600, 0), every=2)
+    options = {"sampler": sampler, "steps": 8, "guidance": Guidance(guidance.terms, "zero_star")}
+    plain = restorer(y, operator, **options)
+    steps = Steps()
+    seen = restorer(y, operator, callback=steps, **options)
+    assert torch.equal(plain.samples, seen.samples) and plain.nfe == seen.nfe
+    ran = [sum(signal is not None for signal in step["signals"]) for step in steps]
+    assert plain.nfe == 8 + sum(ran) and 0 < sum(ran) < 8
+
+
 @pytest.mark.parametrize("name", sorted(samplers.SAMPLERS))
 def test_every_sampler_can_be_pictured(restorer, name):
     """A row for each term that was on, a column for each step, on paper that is white between them."""

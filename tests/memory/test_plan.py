@@ -52,7 +52,7 @@ def prepare_run(restorer, task, size=SIZE, **options):
 
 CASES = [
     ("dps", "denoise", {"steps": 3, "guidance": None}),
-    ("dps", "gaussian-blur", {"steps": 3, "guidance": GUIDED}),
+    ("dps", "gaussian-blur", {"steps": 3, "guidance": PAG(1.0, layers="m1", every=2)}),
     ("diffpir", "sr4", {"steps": "quad:3", "guidance": None}),
     ("diffpir", "gaussian-blur", {"steps": "quad:3", "guidance": GUIDED}),
     ("ddrm", "sr4", {"steps": 3}),
