@@ -37,6 +37,8 @@ class PhaseRetrieval(Operator):
 
     oversample: P adds int(side oversample / 8) zeros at each of the four borders, as DPS does with 2.0 (Chung et al.
         2023, App. B: 256 -> 384 pixels). The zero frequency is in the middle of y. x and its half turn have the same y.
+    unit: transform brightness (x + 1) / 2 in place of x, as DAPS (Zhang et al. 2024) does; else, as in DPS, -x has the
+        same y, too, and noise of the same sigma is half as strong beside the contrast.
 
     y (B, C, h, w) is not in [-1, 1]: its mean square is that of the padded image. Its gradient at |.| = 0 is 0.
     Raises RestoreError if no image size fits y.
@@ -45,15 +47,19 @@ class PhaseRetrieval(Operator):
     name = "phase_retrieval"
     linear = False
 
-    def __init__(self, oversample: float = 2.0, *, noise=None, image_size=None, adjoint="exact"):
+    def __init__(
+        self, oversample: float = 2.0, unit: bool = False, *, noise=None, image_size=None, adjoint="exact"
+    ):
         super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
         self.oversample = validate.require_number(oversample, "oversample", low=0.0)
+        self.unit = validate.require_choice(unit, "unit", (False, True))
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         self._check_image(x)
         rows, columns = (self._margin(side) for side in x.shape[2:])
-        padded = F.pad(x.to(compute_dtype(x)), (columns, columns, rows, rows))
-        return torch.fft.fftshift(torch.fft.fft2(padded, norm="ortho"), dim=(-2, -1)).abs().to(x.dtype)
+        x, dtype = x.to(compute_dtype(x)), x.dtype
+        padded = F.pad((x + 1) / 2 if self.unit else x, (columns, columns, rows, rows))
+        return torch.fft.fftshift(torch.fft.fft2(padded, norm="ortho"), dim=(-2, -1)).abs().to(dtype)
 
     def image_shape(self, y: torch.Tensor) -> tuple[int, ...]:
         validate.require_images(y, "y")

@@ -35,7 +35,7 @@ def require_positive(value, name: str) -> float:
     return float(value)
 
 
-def require_choice(value, name: str, choices: tuple[str, ...]) -> str:
+def require_choice(value, name: str, choices: tuple):
     """Return `value` if it is one of `choices`. Raises RestoreError otherwise."""
     if value not in choices:
         raise RestoreError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")

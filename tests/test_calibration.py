@@ -91,3 +91,20 @@ def test_the_shipped_file_knows_the_samplers_and_its_controls():
     for each in rows:
         if "sampler" in each:
             samplers.check_parameters(each["sampler"], each["options"], complete=False)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [
+        ("fastdips", {"admm_steps": 0}),  # which ignores y
+        ("fastdips", {"epsilon": None}),
+        ("ddrm", {"eta_b": 0.2}),
+        ("ddnm", {"travel_repeat": 3}),
+        ("pigdm", {"eta": 0.0}),
+        ("pnpdm", {"eta": 0.0}),
+    ],
+)
+def test_options_that_change_the_spread_are_no_row_of_the_defaults(sampler, options):
+    calibration._read_rows.cache_clear()
+    assert find_row(Method(sampler, 100), 100) is not None
+    assert find_row(Method(sampler, 100, options), 100) is None

@@ -235,7 +235,7 @@ def test_every_operator_lists_its_options():
         "denoising": [],
         "colorization": ["weights"],
         "clipping": ["gain"],
-        "phase_retrieval": ["oversample"],
+        "phase_retrieval": ["oversample", "unit"],
         "nonlinear_blur": ["kernel_size", "intensity", "seed", "law", "border"],
         "jpeg": ["quality", "tables", "subsampling", "offset", "loss"],
         "compose": ["operators"],

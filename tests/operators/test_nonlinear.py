@@ -86,6 +86,8 @@ def test_phase_retrieval(size):
     rows, columns = (height - size[0]) // 2, (width - size[1]) // 2
     larger = torch.nn.functional.pad(x, (columns, columns, rows, rows))
     assert torch.allclose(operators.PhaseRetrieval(0.0).A(larger), y)
+    unit = operators.PhaseRetrieval(unit=True).A(2 * x - 1)
+    assert torch.allclose(unit, y) and not torch.allclose(operators.PhaseRetrieval(unit=True).A(1 - 2 * x), y, rtol=0.1)
     assert operators.image_shape(operator, y) == tuple(x.shape)
 
 
