@@ -2,8 +2,9 @@
 
 The FFHQ configuration of ADM at 256 pixels and that of Stable Diffusion 1.5 at 512, with random weights, which cost the
 same as trained ones: DPS, DPS with PAG, DiffPIR and, on latents, PSLD, beside the published DPS step written out; in
-fp32, TF32 and bf16, for batches of 1, 8 and 32, uncompiled and compiled. What matters most comes first, and each row is
-written when it is measured, so that a run that ends early has shown something; another run with the same file goes on.
+fp32 (without TF32, which torch's default has in convolutions), TF32 and bf16, for batches of 1, 8 and 32, uncompiled
+and compiled. What matters most comes first, and each row is written when it is measured, so that a run that ends early
+has shown something; another run with the same file goes on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +50,7 @@ WARM, TIMED = 3, (2, 10)  # steps that are not timed, since they learn and compi
 MOST_SECONDS = 4.0  # of timed steps
 GUESS = {"eager": 15.0, "compiled": 120.0, "CUDA graphs": 120.0}  # seconds of a cell before one of its kind is known
 SIDE = 8192  # of the matrices whose product is the peak
+MEMORY = "out of memory"  # an error that is a result
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ def measure_gpu(
         raise RestoreError(f"minutes must not be negative, got {minutes:g}")
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
     where = {"device": name, "torch": torch.__version__, "tiny": tiny}
-    rows = {row["name"]: row for row in read_rows(Path(out)) if where.items() <= row.items() and "error" not in row}
+    known = [row for row in read_rows(Path(out)) if where.items() <= row.items()]
+    rows = {row["name"]: row for row in known if row.get("error", MEMORY) == MEMORY}
     cells, left_out = [cell for cell in list_cells(tiny) if only in cell.name], []
     bench = Bench(place, tiny)
     for cell in cells:
@@ -110,6 +114,8 @@ def measure_gpu(
             continue
         rows[cell.name] = row = {"name": cell.name, **where, **bench.measure(cell)}
         add_row(Path(out), row)
+        shown = row.get("error") or f"{row['seconds_step']:.4g} s a step"
+        print(f"{cell.name}: {shown}", file=sys.stderr, flush=True)  # what a call that is cut off has shown
     heading = f"{name}, torch {torch.__version__}, random weights" + ", tiny networks" * tiny
     lines = [heading, "", *format_rows([rows[cell.name] for cell in cells if cell.name in rows])]
     return "\n".join([*lines, *(["", f"left out for want of time: {'; '.join(left_out)}"] * bool(left_out))])
@@ -150,7 +156,7 @@ class Bench:
                 row |= self._measure(cell)
         except Exception as error:  # out of memory, above all
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            row["error"] = "out of memory" if isinstance(error, torch.OutOfMemoryError) else reason
+            row["error"] = MEMORY if isinstance(error, torch.OutOfMemoryError) else reason
         finally:
             if WAYS[cell.way] is not None:
                 torch._dynamo.reset()
@@ -174,7 +180,9 @@ class Bench:
             torch.cuda.reset_peak_memory_stats(self.device)
         marks = self._run(cell.method, prior, cell.batch, WARM + timed, wait_each=False)
         seconds = (marks[-1] - marks[WARM - 1]) / timed
-        memory = torch.cuda.max_memory_allocated(self.device) / 1e9 if self.device.type == "cuda" else None
+        # The memory of CUDA graphs is reserved by them, and no longer allocated when they run.
+        read = torch.cuda.max_memory_reserved if cell.way == "CUDA graphs" else torch.cuda.max_memory_allocated
+        memory = read(self.device) / 1e9 if self.device.type == "cuda" else None
         row = {"steps": steps, "seconds_step": seconds, "images_hour": 3600 * cell.batch / (steps * seconds)}
         row |= {"memory_gb": memory, "tflops": flop / seconds / 1e12, "peak_tflops": peak / 1e12}
         return row | {"share": flop / seconds / peak}
@@ -256,6 +264,7 @@ class Bench:
             with make_counter() as counter:
                 self._run(method, prior, 1, WARM, note=lambda: totals.append(counter.get_total_flops()))
             self.flop[method] = float(totals[-1] - totals[-2])
+            del prior.predict  # which holds the model that holds it
         return self.flop[method]
 
 

@@ -47,9 +47,7 @@ class PhaseRetrieval(Operator):
     name = "phase_retrieval"
     linear = False
 
-    def __init__(
-        self, oversample: float = 2.0, unit: bool = False, *, noise=None, image_size=None, adjoint="exact"
-    ):
+    def __init__(self, oversample: float = 2.0, unit: bool = False, *, noise=None, image_size=None, adjoint="exact"):
         super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
         self.oversample = validate.require_number(oversample, "oversample", low=0.0)
         self.unit = validate.require_choice(unit, "unit", (False, True))

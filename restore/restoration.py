@@ -75,16 +75,20 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
+class OutOfMemory(RestoreError):
+    """The memory of the device did not suffice."""
+
+
 @contextmanager
 def explain_out_of_memory() -> Iterator[None]:
-    """Turn an allocation failure within the block into a RestoreError that names what lowers the memory."""
+    """Turn an allocation failure within the block into OutOfMemory, which names what lowers the memory."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         is_cpu_failure = "can't allocate memory" in str(error)
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not is_cpu_failure:
             raise
-        raise RestoreError(
+        raise OutOfMemory(
             "out of memory; try checkpointing=True, a smaller batch_size or max_windows, or precision='bf16'"
         ) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -70,12 +71,14 @@ class Progress:
     """
 
     DELAY = 0.5  # seconds before the bar appears
+    SECONDS = 0.1  # between two looks at the residual
 
     def __init__(self, files: int, quiet: bool = False, batch: int | str = 1, backbone: Any = None) -> None:
         from tqdm import tqdm
 
         form = "{percentage:3.0f}%|{bar}| {elapsed}{postfix}"
         self.files, self.batch, self.done, self.pace, self.note = files, batch, 0, PhotoPace(), ""
+        self.noted = -math.inf
         self.bar = tqdm(total=1.0, bar_format=form, leave=False, delay=self.DELAY, disable=quiet)
         self.watching = watch_network(backbone, self._called)
 
@@ -98,8 +101,9 @@ class Progress:
 
     def __call__(self, step: dict) -> None:
         self.pace.count_step(step)
-        if "residual" in step:
-            self.note = f", residual={float(step['residual'].mean()):.3g}"
+        # Reading a number waits for an accelerator, so that it is done for the eye alone.
+        if "residual" in step and not self.bar.disable and time.perf_counter() - self.noted > self.SECONDS:
+            self.note, self.noted = f", residual={float(step['residual'].mean()):.3g}", time.perf_counter()
         self._show()
 
     def follow(self, outcomes: Iterable[Any]) -> Iterator[Any]:

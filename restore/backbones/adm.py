@@ -19,6 +19,7 @@ from restore.backbones.attention_layers import find_attention_layers
 from restore.backbones.base import PREDICTION_TYPES, Pixels, Prediction, expand_times, require_shape
 from restore.backbones.diffusers_parts import UNet2DModel
 from restore.backbones.lean import find_lean, prepare_lean
+from restore.backbones.precision import HALF_SCALE, scale_gradient
 from restore.backbones.schedule import Schedule
 
 EXTRA, SCHEDULER = "restore.json", "scheduler_config.json"
@@ -125,9 +126,11 @@ class ADM(Pixels):
         alpha, sigma = self.schedule.levels(t, x_t)
         times = expand_times(t, x_t)
         labels = self._labels(condition, len(x_t))
-        low = self.dtype != torch.float32
+        low, is_half = self.dtype != torch.float32, self.dtype == torch.float16
+        x = scale_gradient(x_t, 1 / HALF_SCALE) if is_half else x_t
         with torch.autocast(x_t.device.type, dtype=self.dtype) if low else no_autocast(x_t.device):
-            out = run_network(self.network, x_t, times, labels, self.patch).to(x_t.dtype)
+            out = run_network(self.network, x, times, labels, self.patch).to(x_t.dtype)
+        out = scale_gradient(out, HALF_SCALE) if is_half else out
         return Prediction.of(PREDICTION_TYPES[self.prediction_type], out, x_t, alpha, sigma)
 
     def _labels(self, condition, batch: int) -> torch.Tensor | None:

@@ -13,6 +13,7 @@ recorded is dropped if the network's modules, weights or settings are other ones
 from __future__ import annotations
 
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,7 +32,8 @@ from restore.backbones.forwards import Part, find_parts
 from restore.backbones.lean import keep_own_code
 from restore.backbones.memory_options import is_checkpointed
 
-CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that record CUDA graphs
+# Modes of torch.compile that record CUDA graphs, and what they are without them.
+CUDA_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 MODES = ("default", *CUDA_GRAPHS, "max-autotune-no-cudagraphs")
 MOST = 16  # graphs of one module: images of many sizes would compile for ever
 _THREAD = threading.local()
@@ -69,8 +71,10 @@ class Graphs:
     """
 
     def __init__(self, modules: Sequence[nn.Module], mode: str, backend: str) -> None:
-        self.modules, self.mode, self.backend, self.lock = modules, mode, backend, threading.RLock()
+        self.modules, self.backend, self.lock = modules, backend, threading.RLock()
         self.uses_cuda_graphs = mode in CUDA_GRAPHS and next(modules[0].parameters()).device.type == "cuda"
+        # Of one step a CUDA graph remembers every call. An autoencoder may have many, which would be a graph each.
+        self.mode, self.coder_mode = mode, CUDA_GRAPHS.get(mode, mode)
         for module in modules:
             module.forward = partial(self._run, module, module.forward)
             module.graphs = self
@@ -106,7 +110,8 @@ class Graphs:
             if key not in self.graphs:
                 self.graphs[key] = self._record(module, call)
             graph = self.graphs[key]
-        out, kept = call.run_plain() if graph is None else graph(call.tensors, self.uses_cuda_graphs)
+        copy = self.uses_cuda_graphs and module is self.modules[0]
+        out, kept = call.run_plain() if graph is None else graph(call.tensors, copy)
         for part, own in zip(parts, kept, strict=True):
             part.store(own)
         return out
@@ -119,7 +124,7 @@ class Graphs:
             return None
         try:
             with _mark("recording"), keep_own_code():
-                return _Graph(call, self.mode, self.backend)
+                return _Graph(call, self.mode if module is self.modules[0] else self.coder_mode, self.backend)
         except (torch.OutOfMemoryError, RestoreError):
             raise
         except CannotRecord:
@@ -137,9 +142,9 @@ class _Call:
         self.forward, self.parts = forward, parts
         self.leaves, self.spec = tree_flatten((args, kwargs, [part.take() for part in parts]))
         self.places = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
-        # Expanded inputs have memory of their own, which a CUDA graph needs.
-        self.tensors = [self.leaves[i].contiguous() for i in self.places]
-        kinds = [(x.shape, x.dtype, x.device, x.requires_grad) for x in self.tensors]
+        # Expanded inputs have memory of their own, which a CUDA graph needs; what lies channels last stays so.
+        self.tensors = [x if _is_dense(x) else x.contiguous() for x in (self.leaves[i] for i in self.places)]
+        kinds = [(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in self.tensors]
         rest = [leaf for leaf in self.leaves if not isinstance(leaf, torch.Tensor)]
         self.device = self.tensors[0].device.type
         cast = torch.is_autocast_enabled(self.device) and torch.get_autocast_dtype(self.device)
@@ -181,7 +186,9 @@ class _Graph:
 
         recorded = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(*call.tensors)
         self.device, options = call.device, {"mode": None if mode == "default" else mode, "backend": backend}
-        self.compiled = torch.compile(_Detached(recorded, needs_gradient), dynamic=False, fullgraph=True, **options)
+        detached = _Detached(recorded, needs_gradient)
+        detached.forward = types.MethodType(_copy_code(_Detached.forward), detached)
+        self.compiled = torch.compile(detached, dynamic=False, fullgraph=True, **options)
         self.ran = False
 
     def __call__(self, tensors: Sequence[torch.Tensor], copy: bool) -> tuple[Any, list]:
@@ -217,6 +224,12 @@ class _Detached(nn.Module):
         return [x if needed else x.detach() for x, needed in zip(found, self.needs_gradient, strict=True)]
 
 
+def _copy_code(function: types.FunctionType) -> types.FunctionType:
+    """Return the function with a code object of its own: of one, torch compiles eight versions at most, and looks
+    through them in every call."""
+    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+
+
 def compile_networks(prior: Any, mode: str = "default", backend: str = "inductor") -> Graphs:
     """Compile the passes of a prior's network and autoencoder, with guidance and without, when they first run.
 
@@ -241,6 +254,10 @@ def find_graphs(network: nn.Module) -> Graphs | None:
 def _list_coders(backbone: Any) -> list[nn.Module]:
     vae = getattr(backbone, "vae", None)
     return [part for part in (getattr(vae, name, None) for name in ("encoder", "decoder")) if part is not None]
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def _must_run_eagerly(module: nn.Module, leaves: Sequence[Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 
 import torch
@@ -82,3 +83,10 @@ def is_checkpointed(network: nn.Module) -> bool:
         return True
     forwards = (module.__dict__.get("forward") for module in network.modules() if isinstance(module, UNITS))
     return any(isinstance(forward, partial) and forward.func is _checkpointed_forward for forward in forwards)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nothing uses any more: networks are parts of cycles, and CUDA's allocator keeps what it had."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Which precision a machine computes fast."""
+"""Which precision a machine computes fast, and gradients in half of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 from operators import RestoreError
 from operators.naming import AUTO
 from restore.backbones.weights import DTYPES, as_dtype
+
+# The data term's gradient, spread over the activations, falls below float16's smallest normal number, 6e-5.
+HALF_SCALE = 2.0**10
 
 
 def has_native_bf16(device: torch.device | str | None = None) -> bool:
@@ -43,3 +46,11 @@ def choose_precision(precision: torch.dtype | str | None, device: torch.device |
 def name_precision(dtype: torch.dtype) -> str:
     """Return the short name of a dtype, as precision= takes it."""
     return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """Return x, whose gradient is multiplied by `factor` on its way back."""
+    x = x.view_as(x)  # the hook is not for the caller's tensor
+    if x.requires_grad:
+        x.register_hook(lambda gradient: gradient * factor)
+    return x

@@ -20,6 +20,7 @@ from restore.backbones.attention_layers import find_attention_layers
 from restore.backbones.autoencoder import Latents
 from restore.backbones.base import PREDICTION_TYPES, Prediction, expand_times
 from restore.backbones.pipeline_files import embed_prompt, make_prompt_encoder, read_stable_diffusion
+from restore.backbones.precision import HALF_SCALE, scale_gradient
 from restore.backbones.schedule import Schedule
 
 
@@ -127,24 +128,13 @@ class StableDiffusion(Latents):
         return Prediction.of(PREDICTION_TYPES[self.prediction_type], out, x_t, alpha, sigma)
 
 
-HALF_SCALE = 2.0**10
-"""The data term's gradient, spread over the activations, falls below float16's smallest normal number, 6e-5."""
-
-
 def run_in_dtype(network, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return network(x) computed in `dtype`, in the dtype of x; in float16, gradients are scaled (see HALF_SCALE)."""
     with no_autocast(x.device):
         if dtype != torch.float16:
             return network(x.to(dtype)).to(x.dtype)
-        out = network(_scale_gradient(x, 1 / HALF_SCALE).to(dtype)).to(x.dtype)
-    return _scale_gradient(out, HALF_SCALE)
-
-
-def _scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
-    x = x.view_as(x)  # the hook is not for the caller's tensor
-    if x.requires_grad:
-        x.register_hook(lambda gradient: gradient * factor)
-    return x
+        out = network(scale_gradient(x, 1 / HALF_SCALE).to(dtype)).to(x.dtype)
+    return scale_gradient(out, HALF_SCALE)
 
 
 def _first(value):

@@ -6,7 +6,6 @@ Prompts are embedded first, and the text encoders released before the network is
 
 from __future__ import annotations
 
-import gc
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from operators import RestoreError
 from operators.naming import check_known
 from restore import disk
 from restore.backbones import pipeline_files as files
+from restore.backbones.memory_options import free_memory
 from restore.backbones.quantise import QUANTISE, quantise_weights
 from restore.backbones.weights import first_line, hide_progress_bars, load_part
 
@@ -176,7 +176,7 @@ class TextToImage:
         needed = [*needed, *((text, True) for text in self.negatives)]
         keys = dict.fromkeys([*needed, *((text, False) for text in self.upcoming[start:])])
         kept = {key: value for key, value in self.embedded.items() if key in keys or key[1]}
-        _free_memory(self.device)
+        free_memory(self.device)
         with hide_progress_bars():
             encoders = self._build(self._read_encoders())
         if self.kind == "sd3" and encoders.text_encoder_3 is None:  # its zeros have the width that the network says
@@ -188,7 +188,7 @@ class TextToImage:
                 kept[key] = self._encode(encoders, *key)
         self.embedded = kept
         del encoders
-        _free_memory(self.device)
+        free_memory(self.device)
 
     @torch.no_grad()
     def _encode(self, pipe: Any, text: str, is_negative: bool) -> dict[str, torch.Tensor]:
@@ -280,9 +280,3 @@ class TextToImage:
             if self.options.variant in names or not names:
                 raise
             raise RestoreError(f"{error}; try pipeline.variant={sorted(names)[0]}") from error
-
-
-def _free_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -13,6 +13,7 @@ import torch
 
 import operators
 from operators import RestoreError
+from restore.backbones.memory_options import free_memory
 from restore.backbones.precision import choose_precision
 from restore.backbones.text_to_image import PipelineOptions, TextToImage
 from restore.backbones.transfer import send
@@ -22,6 +23,7 @@ from restore.guidance import CFG, Autoguidance
 from restore.guidance.pipelines import find_network, guided, schedule_cfg
 from restore.images.resampling import Resampling, enlarge_image
 from restore.method import Method
+from restore.restoration import OutOfMemory
 from restore.samplers.noise import ImageNoise, derive_seed
 
 
@@ -69,8 +71,8 @@ def restore_batch(
         if isinstance(label, list) or label == "uniform":
             raise RestoreError(f"labels={label}: a restoration takes one class, by name or index, for all its images")
         method = complete_method(restorer, operator, method, seen, samples)
-        options = {"samples": samples, "seed": seed, "image_ids": ids, "batch_size": len(ids) * samples}
-        result = restorer(send(y, device), operator, method, label=label, **options)
+        options = {"samples": samples, "seed": seed, "image_ids": ids, "label": label}
+        result = _restore_in_parts(restorer, send(y, device), operator, method, len(ids) * samples, **options)
         ratio = None if result.residual_ratio is None else result.residual_ratio[:, 0].cpu()
         estimates = Estimates(result.samples.cpu(), result.nfe, ratio, protocol=result.protocol)
     if resampling:
@@ -78,6 +80,18 @@ def restore_batch(
     estimates.samples = estimates.samples.expand(-1, -1, 3, -1, -1)
     estimates.measurement, estimates.margin = y, getattr(operator, "margin", (0, 0))
     return estimates
+
+
+def _restore_in_parts(restorer: Any, y: torch.Tensor, operator: Any, method: Method, together: int, **options: Any):
+    """Return the Restoration, made of so many samples at once, or of as many as memory allows: half, a quarter, ..."""
+    while True:
+        try:
+            return restorer(y, operator, method, batch_size=together, **options)
+        except OutOfMemory:
+            if together == 1:
+                raise
+        together = (together + 1) // 2
+        free_memory(restorer.device)
 
 
 def degrade_batch(

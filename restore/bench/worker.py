@@ -23,6 +23,7 @@ from PIL import Image
 from operators import RestoreError
 from restore import disk
 from restore.backbones.graphs import compile_networks
+from restore.backbones.memory_options import free_memory
 from restore.backbones.text_to_image import PipelineOptions
 from restore.bench import sampling
 from restore.bench.baselines import BASELINES
@@ -162,7 +163,9 @@ class Worker:
         """Return the Restorer, with the options of restore.load, or, for text_to_image, the pipeline of this name."""
         key = (name, dict(given))
         if self.loaded is None or self.loaded[0] != key:
-            self.loaded = None  # free one backbone before loading the next
+            if self.loaded is not None:  # one backbone makes room for the next
+                self.loaded = None
+                free_memory(self.device)
             options = {"precision": self.config["precision"], "offline": self.config["offline"]}
             if self.config["kind"] == "text_to_image":
                 options |= {"options": PipelineOptions(**self.config["pipeline"]), "upcoming": self._all_prompts()}

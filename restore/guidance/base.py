@@ -169,7 +169,8 @@ class Estimate:
     step on take from it what the two have in common (share_prefix=False: compute everything twice; same bits), unless
     the network turns out to change that in place, which is warned of once. Changes to the network during a pass are
     seen by this thread only and are gone after it, so a backward between two calls, and other threads, see the true
-    network. evaluations: network passes so far. is_guided: whether a term acted in the last step. Made where gradients are on, no pass runs lean (backbones.lean).
+    network. evaluations: network passes so far. is_guided: whether a term acted in the last step. Made where gradients
+    are on, no pass runs lean (backbones.lean).
     Raises RestoreError for unknown layers or heads, and for CFG without a null condition.
     """
 

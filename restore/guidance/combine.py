@@ -96,7 +96,8 @@ class ZeroStar:
 
         u + sum_k s_k (u − a_k u_weak_k),      a_k = <u, u_weak_k> / ||u_weak_k||^2,      u the velocity eps − x_0,
 
-    and in the first `zero_steps` steps of the run, guided or not, u is zero. Priors that predict no velocity have one all the same: eps − x_0.
+    and in the first `zero_steps` steps of the run, guided or not, u is zero. Priors that predict no velocity have one
+    all the same: eps − x_0.
     """
 
     unguided: ClassVar[bool] = True

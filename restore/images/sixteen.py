@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import imagecodecs
 import numpy as np
 import PIL.Image
 import tifffile
@@ -21,6 +20,8 @@ def read_samples(path: Path, image: PIL.Image.Image) -> np.ndarray:
 
     image: the same file, opened by Pillow: PNG, whose transparent colour becomes alpha, or grey of another format.
     """
+    import imagecodecs  # a library of its own that most photos need not
+
     samples = imagecodecs.png_decode(path.read_bytes()) if image.format == "PNG" else np.asarray(image, np.uint16)
     return np.atleast_3d(samples)
 
@@ -65,6 +66,8 @@ def find_maximum(image: PIL.Image.Image) -> int:
 
 def encode_png(samples: np.ndarray, chunks: Iterable[tuple[bytes, bytes]] = ()) -> bytes:
     """Return a PNG file of uint16 samples (H, W, C) as in `read_samples`. chunks: more of them, by type."""
+    import imagecodecs
+
     samples = np.ascontiguousarray(samples)
     data = imagecodecs.png_encode(samples[:, :, 0] if samples.shape[2] == 1 else samples, level=6)
     parts = (struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in chunks)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -194,7 +195,7 @@ class PassMeter:
 
     def _time(self, run: Callable[[], Any]) -> tuple[float, Any]:
         """Return the seconds that `run` takes, and what it returns."""
-        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        wait = partial(torch.cuda.synchronize, self.device) if self.device.type == "cuda" else lambda: None
         wait()
         started, worked = time.perf_counter(), time.thread_time()
         with run_eagerly():  # to compile a size for one timing would take longer than most restorations

@@ -308,3 +308,13 @@ def test_bad_options(options, match):
 def test_bad_attention_order():
     with pytest.raises(RestoreError, match="legacy"):
         ADM.load(GOLDEN / "nets/adm_a.safetensors", head_channels=16, attention_order="old")
+
+
+def test_gradients_in_half_precision_do_not_vanish(tiny_adm):
+    """A data term's gradient, spread over the activations, is below float16's smallest number."""
+    x, found = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)), {}
+    for dtype in ("fp32", "fp16"):
+        x_t = x.clone().requires_grad_()
+        eps = ADM.load(tiny_adm, dtype=dtype).predict(x_t, 300).eps
+        (found[dtype],) = torch.autograd.grad(1e-6 * eps.norm(), x_t)
+    assert float((found["fp16"] - found["fp32"]).norm() / found["fp32"].norm()) < 0.03

@@ -51,6 +51,16 @@ def test_modes_are_checked_and_a_network_is_compiled_once():
         compile_networks(model)
 
 
+def test_many_sizes_are_compiled(compiled):
+    """torch compiles eight versions of one code object, and refuses the ninth."""
+    plain, model = tiny_adm(), compiled(tiny_adm())
+    with torch.no_grad():
+        for n in range(1, 11):
+            x = X[:1].expand(n, -1, -1, -1)
+            assert torch.allclose(model.predict(x, 500).eps, plain.predict(x, 500).eps, atol=1e-5)
+    assert find_graphs(model.network).count == 10
+
+
 def test_what_needs_the_networks_own_code_runs_it():
     """Fake tensors and counters of memory, recomputed blocks, inference tensors, replaced parts of the network: nothing
     is compiled, and nothing else is computed."""

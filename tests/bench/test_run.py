@@ -18,6 +18,7 @@ import operators
 import restore
 from operators import RestoreError
 from restore import disk
+from restore.backbones.adm import ADM
 from restore.bench.run import plan_benchmark, run_benchmark
 from restore.images import io
 from restore.images.folder import read_rgb
@@ -206,6 +207,26 @@ def test_a_dry_run_computes_nothing_and_counts_everything(config):
     pag = lines["sr", "pag_scale=2.0"]
     assert (pag.batches, pag.images, pag.nfe) == (3, 5, 8) and pag.seconds > 0 and pag.peak_memory_mb > 0
     assert lines["sr", "dps"].nfe == 4 and lines["sr", "base"].seconds is None
+
+
+def test_a_batch_that_does_not_fit_is_computed_in_parts(config, tmp_path, monkeypatch):
+    """As results are then, to rounding."""
+    config |= {"batch": 4, "methods": {"dps": config["methods"]["dps"]}}
+    run_benchmark(config)
+    predict, sizes = ADM.predict, []
+
+    def predict_few(self, x_t, *rest):
+        sizes.append(len(x_t))
+        if len(x_t) > 2:
+            raise torch.OutOfMemoryError("no more than two")
+        return predict(self, x_t, *rest)
+
+    monkeypatch.setattr(ADM, "predict", predict_few)
+    done = run_benchmark(config | {"out": str(tmp_path / "parts")})
+    assert done.computed == 4 and sizes.count(4) == 2 and sizes.count(2) == 2 * 2 * 4
+    for path in sorted((tmp_path / "parts" / "results").rglob("*.png")):
+        whole = Path(config["out"]) / path.relative_to(tmp_path / "parts")
+        assert abs(read_rgb(path).astype(int) - read_rgb(whole).astype(int)).max() <= 1
 
 
 def test_an_interrupted_run_has_the_same_first_images_of_every_method(config):

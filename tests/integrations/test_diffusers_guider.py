@@ -104,7 +104,8 @@ def test_with_cfg_and_two_images_it_agrees_with_guided(pipes, name):
 
 
 @pytest.mark.parametrize(
-    "guidance", [SLG(1.0, "b1"), SSG(1.0, share=0.1), TPG(1.0, "b1") + TAG(0.2), PAG(1.0, "b0", every=2) + PAG(0.5, "b1:2")]
+    "guidance",
+    [SLG(1.0, "b1"), SSG(1.0, share=0.1), TPG(1.0, "b1") + TAG(0.2), PAG(1.0, "b0", every=2) + PAG(0.5, "b1:2")],
 )
 def test_other_terms_agree_with_guided(pipes, guidance):
     pipe, modular = pipes("sd3")
