@@ -30,7 +30,7 @@ _MODULES = {
     "inpainting": ["Inpainting", "box_mask", "random_mask"],
     "kernels": ["gaussian_kernel", "motion_kernel"],
     "noise": ["GaussianNoise", "PoissonNoise"],
-    "nonlinear": ["Clipping", "NonlinearBlur", "PhaseRetrieval"],
+    "nonlinear": ["Clipping", "JPEGRounding", "NonlinearBlur", "PhaseRetrieval"],
     "pointwise": ["Colorization", "Denoising"],
     "proximal": ["least_squares"],
     "super_resolution": ["SuperResolution"],

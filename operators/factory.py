@@ -16,7 +16,7 @@ from operators.errors import RestoreError
 from operators.inpainting import Inpainting, box_mask, random_mask
 from operators.jpeg import JPEG
 from operators.noise import GaussianNoise, PoissonNoise
-from operators.nonlinear import Clipping, NonlinearBlur, PhaseRetrieval
+from operators.nonlinear import Clipping, JPEGRounding, NonlinearBlur, PhaseRetrieval
 from operators.pointwise import Colorization, Denoising
 from operators.super_resolution import SuperResolution
 
@@ -125,7 +125,7 @@ OPERATORS = {
     "inpainting_random": make_random_inpainting,
     "inpainting_mask": Inpainting,
     **{kind.name: kind for kind in (SuperResolution, GaussianBlur, MotionBlur, Blur, Denoising)},
-    **{kind.name: kind for kind in (Colorization, Clipping, PhaseRetrieval, NonlinearBlur, JPEG)},
+    **{kind.name: kind for kind in (Colorization, Clipping, PhaseRetrieval, NonlinearBlur, JPEG, JPEGRounding)},
     "compose": make_composition,
 }
 NOISES = {"none": lambda: None, "gaussian": GaussianNoise, "poisson": PoissonNoise}

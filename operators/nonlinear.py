@@ -9,6 +9,7 @@ from operators import validate
 from operators.base import Operator
 from operators.blur import MotionBlur
 from operators.errors import RestoreError
+from operators.jpeg import JPEGNoise
 from operators.separable import compute_dtype
 
 SLOPE_AT_WHITE = 2.4 / 1.055  # of the light over the encoded values of sRGB
@@ -72,6 +73,29 @@ class PhaseRetrieval(Operator):
             if side + 2 * self._margin(side) == measured:
                 return side
         raise RestoreError(f"y must have the sides of a padded image, oversample {self.oversample:g}, got {measured}")
+
+
+class JPEGRounding(Operator):
+    """y = JPEG(x): a picture as Pillow compresses and reads it again, as a function of the picture.
+
+    It is not differentiable: its derivative is 0 where it exists. What is given for it is that of the identity
+    (straight-through estimate, Bengio et al. 2013, arXiv 1308.3432). `operators.JPEG` models the same file with the
+    rounding as noise of known variance, has a proximal step and is what the task `jpeg` takes.
+
+    quality: 1 to 100 of libjpeg, with its standard tables. subsampling: "4:4:4", "4:2:2" or "4:2:0".
+    """
+
+    name = "jpeg_rounding"
+    linear = False
+
+    def __init__(self, quality: int = 10, subsampling: str = "4:2:0", *, noise=None, image_size=None, adjoint="exact"):
+        super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
+        self.quality, self.subsampling = quality, subsampling
+        self._compress = JPEGNoise(quality, subsampling=subsampling)
+
+    def A(self, x: torch.Tensor) -> torch.Tensor:
+        self._check_image(x)
+        return self._compress(x) + (x - x.detach())  # the bytes of the first term, the derivative of the second
 
 
 class NonlinearBlur(MotionBlur):

@@ -41,6 +41,7 @@ ALIASES = {
     "clipping": "hdr",
     "phase_retrieval": "phase-retrieval",
     "nonlinear_blur": "nonlinear-blur",
+    "jpeg_rounding": "jpeg-rounding",
 }
 
 

@@ -75,7 +75,7 @@ def test_defaults_apply_where_they_can(restorer):
     assert restorer.method(poisson).sampler == "dps" and restorer.method(operators.Clipping()).sampler == "fastdips"
 
 
-NONLINEAR = [operators.Clipping, operators.PhaseRetrieval, operators.NonlinearBlur]
+NONLINEAR = [operators.Clipping, operators.PhaseRetrieval, operators.NonlinearBlur, operators.JPEGRounding]
 
 
 @pytest.mark.parametrize("sampler", ["dps", "daps", "fastdips", "reddiff"])

@@ -53,7 +53,7 @@ def diffpir(
     lam: lambda with sigma_y on [-1, 1]. The authors state sigma_y on [0, 1], which makes theirs 4 lam.
     zeta: share of fresh noise.
     dual: with the dual variable of dual ascent diffusion (2025, arXiv 2505.17353): u adds up x0 - x0_hat, in units of
-        the noise's variance, the proximal step is at x0_hat - u, and x goes on from x0 + u.
+        the noise's variance (ours), the proximal step is at x0_hat - u, and x goes on from x0 + u.
     prox: "flower" has x0_hat's variance if x_0 is white, sigma^2 / (alpha^2 + sigma^2), in place of (sigma / alpha)^2
         (Flower, 2026; with lam = zeta = 1). lamp: see `steps.Momentum`.
     """

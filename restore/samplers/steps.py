@@ -99,7 +99,7 @@ class Momentum:
         (1 - beta) x0 + beta x0_prev,    beta = strength (1 - (1 + h) e^-h) / h_prev,
 
     h the step's change of log(alpha / sigma). None in the first three steps, nor in the last, which goes to no noise.
-    strength: 6 in the paper; 0 returns x0 itself.
+    strength: 6 in the paper, whose steps are many: in few the last beta exceeds 1; 0 returns x0 itself.
     """
 
     def __init__(self, strength: float) -> None:
