@@ -25,8 +25,9 @@ import torch
 
 import operators
 from benchmarks.measure import run_command
-from benchmarks.profile import FFHQ, LAYER
-from benchmarks.psld_cost import SD15_UNET, SD15_VAE, make_counter
+from benchmarks.networks import FFHQ, SD15_UNET, SD15_VAE, TINY
+from benchmarks.profile import LAYER
+from benchmarks.psld_cost import make_counter
 from operators import RestoreError
 from restore.backbones.adm import ADM
 from restore.backbones.graphs import compile_networks
@@ -302,38 +303,6 @@ def set_precision(precision: str) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
-
-
-TINY: dict[str, dict[str, Any]] = {
-    "ffhq": FFHQ
-    | {
-        "sample_size": 16,
-        "block_out_channels": [8, 16],
-        "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
-        "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
-        "attention_head_dim": 8,
-        "norm_num_groups": 8,
-    },
-    "unet": {
-        "sample_size": 8,
-        "cross_attention_dim": 8,
-        "block_out_channels": [8, 16],
-        "layers_per_block": 1,
-        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-        "attention_head_dim": 8,
-        "norm_num_groups": 8,
-    },
-    "vae": {
-        "down_block_types": ["DownEncoderBlock2D"] * 2,
-        "up_block_types": ["UpDecoderBlock2D"] * 2,
-        "block_out_channels": [8, 8],
-        "layers_per_block": 1,
-        "latent_channels": 4,
-        "norm_num_groups": 8,
-        "sample_size": 16,
-    },
-}
 
 
 def format_rows(rows: Sequence[dict[str, Any]]) -> list[str]:

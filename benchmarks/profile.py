@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 import operators
 from benchmarks.measure import measure_peak, run_command, run_in_new_process
+from benchmarks.networks import FFHQ
 from operators import RestoreError
 from restore.backbones.adm import ADM
 from restore.backbones.base import Prediction
@@ -27,23 +28,6 @@ from restore.guidance import PAG
 from restore.samplers.dps import dps
 from restore.samplers.steps import Diffusion
 
-FFHQ = {
-    "sample_size": 256,
-    "in_channels": 3,
-    "out_channels": 6,
-    "block_out_channels": [128, 128, 256, 256, 512, 512],
-    "layers_per_block": 1,
-    "down_block_types": ["ResnetDownsampleBlock2D"] * 4 + ["AttnDownBlock2D", "ResnetDownsampleBlock2D"],
-    "up_block_types": ["ResnetUpsampleBlock2D", "AttnUpBlock2D"] + ["ResnetUpsampleBlock2D"] * 4,
-    "attention_head_dim": 64,
-    "norm_num_groups": 32,
-    "resnet_time_scale_shift": "scale_shift",
-    "downsample_type": "resnet",
-    "upsample_type": "resnet",
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "norm_eps": 1e-5,
-}
 LAYER = "input_blocks.9.1"
 ZETA, PAG_SCALE = 1.0, 1.0
 TIMES = (501, 500)  # the first step learns what the passes share, the second is measured

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import operators
 from benchmarks.measure import run_command
+from benchmarks.networks import SD15_UNET, SD15_VAE
 from restore.backbones.memory_options import enable_block_checkpointing
 from restore.backbones.schedule import Schedule
 from restore.backbones.sizes import Sized
@@ -25,15 +26,6 @@ from restore.guidance import PAG
 from restore.memory.count import LiveBytes, list_weights, use_fake_tensors
 from restore.samplers.psld import psld
 
-SD15_UNET = {"sample_size": 64, "cross_attention_dim": 768}  # otherwise UNet2DConditionModel's defaults
-SD15_VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 512,
-}
 TAESD = {"num_decoder_blocks": (3, 3, 3, 1)}  # AutoencoderTiny's defaults
 PARTS = ("unet", "decoder", "encoder", "backward")
 

@@ -11,7 +11,7 @@ from restore.guidance import CFG, PAG
 from restore.method import Method, Situation, find_preset
 from restore.paths import configs_dir
 
-NONLINEAR = ("clipping", "nonlinear_blur", "phase_retrieval")
+NONLINEAR = ("clipping", "nonlinear_blur", "phase_retrieval", "jpeg_rounding")
 
 
 def find(backbone, task, operator, sampler=None, data=None, *, quality=None, **situation):
@@ -103,7 +103,7 @@ def test_defaults_name_a_sampler_for_every_quality():
         other = {"linear": False, "sigma": None}
         assert find(backbone, None, "super_resolution", **other).sampler == "dps"
         nonlinear = [find(backbone, None, name, **other).sampler for name in NONLINEAR]
-        assert nonlinear == ["fastdips" if backbone == "embedded" else "dps"] * 3
+        assert nonlinear == ["fastdips" if backbone == "embedded" else "dps"] * len(NONLINEAR)
     assert find("sd-1.5", None, "inpainting", kind="latents", quality="fast").sampler == "psld"
     assert find("embedded", None, "inpainting", "dps").guidance.terms[0].scale == 1.0  # PAG, one word away
     with pytest.raises(restore.RestoreError, match="did you mean 'fast'"):
