@@ -33,6 +33,7 @@ def describe_run(restorer: Any, operator: Any, method: Method) -> dict[str, Any]
         "network": describe_network(backbone) | restorer.options,
         **({"model_options": given} if given else {}),
         **({"autoencoder": type(backbone.vae).__name__} if restorer.kind == "latents" else {}),
+        **({"vae_tiling": True} if getattr(getattr(backbone, "vae", None), "use_tiling", False) else {}),
         "precision": str(dtype).removeprefix("torch."),
         **({"compiled": graphs.mode} if (graphs := find_graphs(backbone.network)) else {}),
         "operator": "None" if operator is None else operators.describe(operator),  # of samples

@@ -165,12 +165,23 @@ def join_channels(result: Restoration, channels: int) -> Restoration:
 
 
 def measure_residual(x: torch.Tensor, y: torch.Tensor, operator: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return ||y - A(x)||_2 of every image (B,), and the same divided by sigma_y sqrt(m), None without sigma_y."""
+    """Return ||y - A(x)||_2 of every image (B,), and the same divided by sigma_y sqrt(m), None without sigma_y.
+
+    The m numbers of y include a mask's holes if there is noise in them, as a measurement made here has it.
+    """
     with torch.no_grad():
         difference = (y - operator.A(x.to(y.dtype))).flatten(1)
     residual = torch.linalg.vector_norm(difference, dim=1)
     sigma = getattr(operators.find_noise(operator), "sigma", None)
-    return residual, residual / (float(sigma) * difference.shape[1] ** 0.5) if sigma else None
+    if not sigma:
+        return residual, None
+    mask = getattr(operator, "mask", None)
+    if mask is None:
+        return residual, residual / (float(sigma) * difference.shape[1] ** 0.5)
+    known = (mask > 0).expand_as(y).flatten(1)
+    is_empty = ~((y.flatten(1) != 0) & ~known).any(dim=1)
+    m = torch.where(is_empty, known.sum(dim=1), difference.shape[1]).clamp(min=1)
+    return residual, residual / (float(sigma) * m.to(residual) ** 0.5)
 
 
 def encode_condition(

@@ -89,16 +89,18 @@ def _is_own(module: str) -> bool:
     return module.partition(".")[0] not in _KNOWN
 
 
-def _hash_module(name: str, hashes: dict[str, str]) -> None:
-    """Add the hash of a module and, unless it is installed, those of the modules of its folder that it imports."""
+def _hash_module(name: str, hashes: dict[str, str], path: Path | None = None) -> None:
+    """Add the hash of a module and, unless it is installed, those of the modules of its folder that it imports, now or
+    within a function. path: its file, if it may not be loaded yet."""
     module = sys.modules.get(name)
-    path = Path(getattr(module, "__file__", None) or "")
+    path = Path(getattr(module, "__file__", None) or "") if path is None else path
     if name in hashes or not _is_own(name) or not path.is_file():
         return
     hashes[name] = hash_file(path)
     if path.suffix != ".py" or _is_installed(path):
         return
-    package = getattr(module, "__package__", None) or ""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    package = package if module is None else getattr(module, "__package__", None) or ""
     root = path.parents[package.count(".") + 1 if package else 0]
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
@@ -110,9 +112,16 @@ def _hash_module(name: str, hashes: dict[str, str]) -> None:
         else:
             continue
         for imported in names:
-            neighbour = Path(getattr(sys.modules.get(imported), "__file__", None) or "")
-            if root in neighbour.parents and not _is_installed(neighbour):
-                _hash_module(imported, hashes)
+            if (neighbour := _find_neighbour(imported, root)) is not None:
+                _hash_module(imported, hashes, neighbour)
+
+
+def _find_neighbour(name: str, root: Path) -> Path | None:
+    """Return the file below `root` of a module that is loaded or would be; None if it is none of these."""
+    loaded, stem = getattr(sys.modules.get(name), "__file__", None), root.joinpath(*name.split("."))
+    files = [Path(loaded)] if loaded else [stem.with_suffix(".py"), stem / "__init__.py"]
+    found = (path for path in files if root in path.parents and path.is_file() and not _is_installed(path))
+    return next(found, None)
 
 
 def _is_installed(path: Path) -> bool:

@@ -13,6 +13,7 @@ from restore.bench.baselines import baseline
 from restore.images import io
 from restore.metrics.single import psnr
 from restore.paths import data_dir
+from restore.restoration import measure_residual
 
 FACE = data_dir() / "photos" / "astronaut-face-64.png"
 
@@ -73,6 +74,16 @@ def test_defaults_apply_where_they_can(restorer):
     linear, poisson = operators.SuperResolution(4), operators.SuperResolution(4, noise=operators.PoissonNoise(1.0))
     assert restorer.method(linear).sampler == "diffpir" and restorer.method(linear).guidance is None
     assert restorer.method(poisson).sampler == "dps" and restorer.method(operators.Clipping()).sampler == "fastdips"
+
+
+def test_residual_of_holes(restorer, face):
+    """The holes of a damaged photo hold no noise and are no part of m; those of a measurement made here are."""
+    mask = operators.random_mask(64, fraction=(0.7, 0.7), seed=0)
+    A = operators.Inpainting(mask, noise=operators.GaussianNoise(0.1))
+    y = A(face, torch.Generator().manual_seed(0))
+    for measured in (y, y * mask):
+        _, ratio = measure_residual(face, measured, A)
+        assert float(ratio) == pytest.approx(1, abs=0.03)
 
 
 NONLINEAR = [operators.Clipping, operators.PhaseRetrieval, operators.NonlinearBlur, operators.JPEGRounding]

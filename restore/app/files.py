@@ -150,12 +150,15 @@ def check_names(photo: Photo, paths: Iterable[Path]) -> None:
         raise RestoreError(f"a file name must have at most {LONGEST_NAME} bytes, got {given}")
 
 
-def is_finished(photo: Photo, expected: Mapping[str, Any], free: Collection[str] = ()) -> bool:
+def is_finished(
+    photo: Photo, expected: Mapping[str, Any], free: Collection[str] = (), known: Mapping[str, Any] | None = None
+) -> bool:
     """Return whether the result exists, complete and readable, with the same input and settings.
 
-    expected: entries of its side-car, e.g. {"sha256": ..., "settings": {...}}. free: dotted keys that may differ. False
-    if there is no result, one of its files is missing, or there is only what an interrupted run left. Raises
-    RestoreError, with the differences, if there is another result or a picture was changed since.
+    expected: entries of its side-car, {"sha256": ..., "settings": {...}}, say. free: dotted keys that may differ.
+    known: entries of its protocol that must be the same where it has them; earlier versions had fewer. False if there
+    is no result, one of its files is missing, or there is only what an interrupted run left. Raises RestoreError, with
+    the differences, if there is another result or a picture was changed since.
     """
     sidecar = read_sidecar(photo.sidecar)
     if sidecar is None or not sidecar.get("finished"):
@@ -163,6 +166,9 @@ def is_finished(photo: Photo, expected: Mapping[str, Any], free: Collection[str]
     expected = json.loads(json.dumps(expected))  # tuples become lists, as in the file
     changed = find_differences({key: sidecar.get(key) for key in expected}, expected, circumstances=True)
     changed = {key: values for key, values in changed.items() if key not in free}
+    recorded = {key: value for key, value in (sidecar.get("protocol") or {}).items() if key in (known or {})}
+    differing = find_differences(recorded, json.loads(json.dumps({key: known[key] for key in recorded})))
+    changed |= {key: values for key, values in differing.items() if values[0] is not None}
     reason = "of another photo" if changed.pop("sha256", None) else format_differences(changed, limit=3)
     if not reason:
         written = sidecar.get("written") or {photo.target.name: None}  # earlier versions did not record hashes

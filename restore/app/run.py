@@ -33,7 +33,8 @@ from restore.task import Measurement, Task, build_for_photo, measure_photo
 from restore.versions import get_version
 
 # The parts of a protocol that make a result another one. The others (threads, batch size, ...) only affect rounding.
-_DECISIVE = ("backbone", "weights", "weak_models", "model_options", "precision", "operator", "noise", "method", "code")
+_DECISIVE = ("backbone", "weights", "weak_models", "model_options", "vae_tiling")
+_DECISIVE += ("precision", "operator", "noise", "method", "code")
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,11 @@ class RestoreJob:
         """Restore a photo by this job's restorer. sizes: of the whole image, of the restored one, of what is shown."""
         (whole, size, shown), degrading = sizes, {"degrade": self.degrade, "resampling": self.resampled}
         method = self.method.resolve(self.restorer, operator, task=task.name, size=size, samples=self.samples)
-        settings = self._describe_settings(photo, task, self.restorer.protocol(operator, method))
+        protocol = self.restorer.protocol(operator, method)
+        settings = self._describe_settings(photo, task, protocol)
         expected = {"sha256": disk.hash_file(photo.source), "settings": settings}
-        if not self.overwrite and files.is_finished(photo, expected, free=("settings.precision",) * self.any_precision):
+        free, known = ("settings.precision",) * self.any_precision, {"network": protocol["network"]}
+        if not self.overwrite and files.is_finished(photo, expected, free, known):
             return Outcome(photo, skipped=True)
         if self.restorer.channels == 1:
             check_channels(1 if record.grey else 3, 1, self.restorer.per_channel)
@@ -179,7 +182,9 @@ class RestoreJob:
         colour = y.shape[1] == 1 and samples.shape[2] == 3
         samples = samples.expand(-1, -1, 3, -1, -1)  # those of a prior of grey images have one channel
         known = operator.mask if task.keep_known and self.resampled is None else None
-        tint = None if record.grey or y.shape[1] == 1 else estimate_tint(record.pixels, known)
+        # Of a photo that was degraded here the colours are those of the truth.
+        is_grey = record.grey or y.shape[1] == 1
+        tint = None if is_grey or self.degrade else estimate_tint(record.pixels, known)
         if tint is not None:  # a photo without colour gains none
             samples = apply_tint(samples, tint)
         if task.keep_known:

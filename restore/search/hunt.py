@@ -19,9 +19,10 @@ from restore.bench.config import load_config
 from restore.bench.datasets import ImageSet
 from restore.bench.protocol import check_folder
 from restore.metrics.statistics import bootstrap_mean
+from restore.metrics.table import select_metrics
 from restore.search import config as configs
 from restore.search.config import Head, build_benchmark, format_heads, set_layers
-from restore.search.objective import MethodResults, Objective, Score
+from restore.search.objective import MethodResults, Objective, Score, check_scorable
 
 Progress = Callable[[dict[str, Any]], None]
 Results = Callable[..., list[MethodResults]]  # (method, first=None): one for each task, of the first images if given
@@ -41,12 +42,13 @@ class HeadSearch:
         names = (config["rest"].get("metrics") or {}).get("names")
         if names is None:
             names = ["psnr", "ssim"] if kind == "restoration" else []
-        self.metrics = list(dict.fromkeys([*names, *self.objective.metrics]))
+        self.metrics = list(select_metrics([*names, *self.objective.metrics]))
         self.halves = {
             half: load_config(build_benchmark(config, half, {"none": {}}, names, self.folder / half))
             for half, names in (("calibration", self.objective.metrics), ("test", self.metrics))
         }
         test = self.halves["test"]
+        check_scorable(self.metrics, test)
         if {task["backbone"] for task in test["tasks"].values()} - {None, test["backbone"]}:
             raise RestoreError("a search must have one backbone; leave `backbone` out of its tasks")
         self.images = configs.load_halves(**self.halves)

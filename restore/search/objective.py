@@ -95,6 +95,19 @@ class Objective:
         return Score(value, shares)
 
 
+def check_scorable(names: Sequence[str], config: Mapping[str, Any]) -> None:
+    """Raise RestoreError for metrics of which a benchmark with this configuration has no number for each image or set:
+    found after the last image, that would lose a search."""
+    noises = [task["operator"].get("noise") or {} for task in config["tasks"].values()]
+    for name, row in table.select_metrics(names).items():
+        if row.kind not in SCORABLE:
+            raise RestoreError(f"metrics of a search must be of images or sets, got {name}; leave it out")
+        if name in ("spread", "coverage") and config["samples"] == 1:
+            raise RestoreError(f"samples must be 2 or more for {name}, got 1")
+        if name == "residual_ratio" and not all(noise.get("sigma") for noise in noises):
+            raise RestoreError("residual_ratio needs Gaussian noise in every task; leave it out of the metrics")
+
+
 @dataclass(frozen=True)
 class Score:
     """A metric of a set of images. shares: (N,) of the images, whose mean is the value; None if it has none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image, ImageOps
 
 from restore.app import cli
+from restore.method import Method
 from restore.paths import data_dir
 
 FACE = data_dir() / "photos" / "astronaut-face-64.png"
@@ -100,6 +102,15 @@ def test_an_edited_sampler_makes_another_result(restore, tmp_path, monkeypatch):
     options = ["--degrade", "--sampler", "edited_sampler:adjoint"]
     write(1.0)
     assert restore(*options)[0] == 0 and "finished before" in restore(*options)[1]
+    # What a function imports is part of it before it has run, as after.
+    Path(tmp_path / "late_helper.py").write_text("GAIN = 1\n")
+    code = code.replace("\n", "\n    import late_helper\n", 1)
+    write(1.0)
+    restore(*options, "--overwrite")
+    sidecar = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
+    assert set(sidecar["settings"]["code"]) == {"edited_sampler", "late_helper"}
+    sys.modules.pop("late_helper")
+    assert "finished before" in restore(*options)[1]
     write(0.55)
     status, said, err = restore(*options)
     assert status == 2 and "code.edited_sampler" in err and "--overwrite" in err and "finished before" not in said
@@ -120,3 +131,26 @@ def test_an_exchanged_weaker_model_makes_another_result(restore, tmp_path):
     save()  # other weights
     code, _, err = restore(*options)
     assert code == 2 and "weak_models" in err
+
+
+def test_another_schedule_of_the_same_weights_is_another_result(restore, tmp_path, tiny_adm):
+    """A model's folder says how its network was trained, which its weights do not tell."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_adm, model)
+    options = ["--backbone", model, "--sampler", "diffpir"]
+    assert restore(*options)[0] == 0 and "finished before" in restore(*options)[1]
+    scheduler = model / "scheduler" / "scheduler_config.json"
+    config = json.loads(scheduler.read_text())
+    scheduler.write_text(json.dumps(config | {"beta_end": 0.03}))
+    code, _, err = restore(*options)
+    assert code == 2 and "another result (network.noise_levels" in err
+
+
+def test_tiles_of_an_autoencoder_are_part_of_a_result():
+    """Their borders are blended, which changes the picture."""
+    from restore.restorer import load
+
+    plain, tiled = (
+        load("embedded-latent", vae_tiling=tiling).protocol(None, Method("psld", 2)) for tiling in (False, True)
+    )
+    assert "vae_tiling" not in plain and tiled["vae_tiling"] is True

@@ -118,6 +118,11 @@ def test_a_photo_of_one_hue_gains_no_colour(tmp_path, tint):
         offsets = pixels - pixels.mean(1, True)
         expected = torch.tensor(tint) - torch.tensor(tint).mean()
         assert (offsets - expected[:, None, None]).abs().max() < 0.02
+    # Degraded here, the photo's colours are those of the truth, which a result must not see.
+    photos = find_photos([str(tmp_path / "scan.png")], tmp_path / "degraded")
+    job = RestoreJob(restorer, load_task("denoise", {"sigma": 0.3}), method, degrade=True)
+    assert all(outcome.error is None for outcome in job.run(photos))
+    assert "one_hue" not in json.loads(photos[0].sidecar.read_text())
     if not any(tint):
         io.write_image(tmp_path / "colour.png", io.read_image(FACE).pixels)
         assert estimate_tint(result("colour.png")[0]) is None

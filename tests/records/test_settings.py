@@ -33,9 +33,9 @@ def test_settings_are_those_of_the_record(name, tmp_path, monkeypatch):
     facts = {"finished": True, "files": [result.name, sidecar.name], "settings": settings} | hashes
     sidecar.write_text(json.dumps(facts), encoding="utf-8")
 
-    def look(photo, expected, **options):
+    def look(photo, expected, *options):
         asked.append(json.loads(json.dumps(expected["settings"])))
-        return is_finished(photo, expected, **options)
+        return is_finished(photo, expected, *options)
 
     is_finished = files.is_finished
     monkeypatch.setattr(files, "is_finished", look)

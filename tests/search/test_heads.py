@@ -202,6 +202,13 @@ def test_halves_that_share_an_image_are_refused(config, tmp_path):
         ({"objective": "kid_vgg16", "halving": True}, "kid_vgg16 needs all of them"),
         ({"name": "../../holiday"}, "name must be a file name without folders"),
         ({"halving": True, "batch": 4}, "give batch= less than 4"),
+        ({"metrics": {"names": ["seconds_per_image"]}}, "must be of images or sets, got seconds_per_image"),
+        ({"metrics": {"names": ["spread"]}}, "samples must be 2 or more for spread, got 1"),
+        ({"objective": {"coverage": -1.0}}, "samples must be 2 or more for coverage, got 1"),
+        (
+            {"metrics": {"names": ["residual_ratio"]}, "tasks": {"sr": "sr4", "jpeg": {"operator": "jpeg-rounding"}}},
+            "Gaussian noise in every",
+        ),
         ({"rounds": 99}, "must be at most.*rounds=99"),
         ({"rounds": 0}, "rounds must be .*rounds=0"),
         ({"rouns": 2}, "did you mean 'rounds'"),
