@@ -20,6 +20,7 @@ from restore.backbones.sizes import Sized
 from restore.backbones.transfer import send
 from restore.guidance import Guidance, Record, record_guidance
 from restore.images import io
+from restore.method import Method
 
 
 @dataclass
@@ -125,6 +126,27 @@ def prepare_measurement(
         shape = operators.image_shape(operator, y)
     check_channels(shape[1], known, per_channel)
     return y, shape
+
+
+def allows_region(method: Method) -> bool:
+    """Whether a method may leave out windows where nothing matters: no part of it compares whole images."""
+    return method.sampler in samplers.REGIONAL and method.guidance is None
+
+
+def check_region(region: torch.Tensor | None, method: Method, shape: Sequence[int]) -> torch.Tensor | None:
+    """Return region for images of this shape. Raises RestoreError if the method needs all of x, or for another size."""
+    if region is None:
+        return None
+    if not allows_region(method):
+        name = samplers.sampler_name(method.sampler)
+        raise RestoreError(
+            f"region must be left out with guidance and with {name}, whose steps need the whole image; it goes with "
+            f"{', '.join(samplers.REGIONAL)}"
+        )
+    size = tuple(shape[-2:])
+    if region.ndim != 4 or tuple(region.shape[-2:]) != size:
+        raise RestoreError(f"region must be (1 or B, 1, H, W) of images of {size}, got {tuple(region.shape)}")
+    return region
 
 
 def split_channels(y: torch.Tensor, operator: Any, shape: tuple[int, ...]) -> tuple[torch.Tensor, Any]:

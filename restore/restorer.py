@@ -28,6 +28,7 @@ from restore.restoration import (
     Restoration,
     check_batches,
     check_clash,
+    check_region,
     choose_device,
     encode_condition,
     explain_out_of_memory,
@@ -133,8 +134,7 @@ class Restorer(SharedPrior):
         task: a name of configs/task. sampler: a name, "module:function" or a function. quality: "fast", "balanced" or
             "best" in place of a sampler: each names one, with its steps.
         data: "ffhq" or "imagenet", if presets were published for both with one backbone.
-        reference: compute what the sampler's authors' code does beyond the paper (PSLD: noise on the predicted
-            measurement, sampled encoding, shifted indices, approximate transposes).
+        reference: compute what the sampler's authors' code does beyond the paper (its page has what).
         size: (H, W) of the images, without an operator's margin; default: the operator's. It and `samples` decide the
             default sampler.
         steps, guidance, parameters: in place of the preset's; guidance=None is the plain sampler.
@@ -217,7 +217,7 @@ class Restorer(SharedPrior):
         condition: class labels (B,), or embeddings (B or 1, tokens, width). In its place, label: one class, by its
             number or name; prompt, negative_prompt: text, and text in place of the empty prompt of CFG's weak pass,
             for backbones with a text encoder.
-        region: where the result matters, (1 or B, 1, H, W); windows elsewhere are not computed, see Sized.
+        region: where the result matters, (1 or B, 1, H, W); windows elsewhere are not computed, see check_region.
         callback: receives the sampler's dict and what `restore.restoration.observe_run` adds.
         Works inside torch.no_grad() and torch.inference_mode(). Raises RestoreError for unknown parameters, sizes
         that do not fit, non-finite input or samples, and insufficient memory.
@@ -239,7 +239,7 @@ class Restorer(SharedPrior):
                     raise RestoreError(f"{name}= belongs to the method; try restorer.method(operator, {name}=...)")
                 method.check_samples(samples)
             prior = self.prior(*shape[-2:])
-            prior.region = region
+            prior.region = check_region(region, method, shape)
             labels = None if label is None else [label]
             condition = encode_condition(prior, condition, labels, prompt, negative_prompt)
             singly = shape[1] if self.channels == 1 else 1  # channels that are restored by themselves

@@ -86,6 +86,46 @@ def test_residual_of_holes(restorer, face):
         assert float(ratio) == pytest.approx(1, abs=0.03)
 
 
+def test_region_goes_with_samplers_of_pixels_alone(restorer):
+    """A norm over the whole of y, other orientations and guidance see what was not computed."""
+    mask = torch.ones(1, 1, 64, 128)
+    mask[..., 8:24, 8:24] = 0
+    A = operators.Inpainting(mask, noise=operators.GaussianNoise(0.05))
+    y = A(torch.zeros(1, 3, 64, 128), torch.Generator().manual_seed(0))
+    options = {"sampler": "diffpir", "steps": "quad:3", "guidance": None}
+    whole, part = (restorer(y, A, region=region, **options).samples for region in (None, 1 - mask))
+    hole = (1 - mask).expand_as(whole[:, 0]) > 0
+    assert torch.allclose(whole[:, 0][hole], part[:, 0][hole], atol=1e-3) and not torch.allclose(whole, part, atol=0.01)
+    for changes in ({"sampler": "dps", "zeta": 1.0, "steps": 3}, {"guidance": restore.PAG(1.0, "m1")}):
+        with pytest.raises(restore.RestoreError, match="region must be left out"):
+            restorer(y, A, region=1 - mask, **options | changes)
+    with pytest.raises(restore.RestoreError, match="region must be .* got"):
+        restorer(y, A, region=torch.ones(1, 1, 64, 64), **options)
+
+
+def test_what_keeps_pictures_goes_with_one_orientation(restorer, face):
+    A = operators.Denoising(noise=operators.GaussianNoise(0.1))
+    for guidance in (restore.PAG(1.0, "m1", every=2), restore.guidance.Guidance((restore.PAG(1.0, "m1"),), "apg")):
+        with pytest.raises(restore.RestoreError, match="orientations must be 'one'"):
+            restorer(A(face), A, sampler="dpir", steps=2, orientations="four", guidance=guidance)
+        assert restorer(A(face), A, sampler="dpir", steps=2, guidance=guidance).samples.isfinite().all()
+
+
+def test_noise_with_a_proximal_step_of_its_own_is_not_white(restorer, face):
+    A = operators.JPEG(10)
+    with pytest.raises(restore.RestoreError, match="pnpdm needs white noise, got JPEGNoise"):
+        restorer(A(face), A, sampler="pnpdm", steps="karras:5", iterations=2, guidance=None)
+
+
+def test_nonlinear_damage_on_latents(face):
+    """The default runs; PSLD's glue, which needs a transpose, says so at once."""
+    latent, A = restore.load("embedded-latent"), operators.Clipping(2.0, noise=operators.GaussianNoise(0.05))
+    assert latent.method(A).sampler == "fastdips"
+    assert latent(A(face), A, steps=2, admm_steps=1).samples.isfinite().all()
+    with pytest.raises(restore.RestoreError, match="psld needs a linear operator unless gamma=0, got clipping"):
+        latent(A(face), A, sampler="psld", steps=2, guidance=None)
+
+
 NONLINEAR = [operators.Clipping, operators.PhaseRetrieval, operators.NonlinearBlur, operators.JPEGRounding]
 
 

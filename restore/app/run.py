@@ -28,7 +28,7 @@ from restore.images.tint import apply_tint, estimate_tint
 from restore.memory import Plan, Planner
 from restore.method import Method
 from restore.metrics.single import psnr, ssim
-from restore.restoration import Restoration, check_channels, explain_out_of_memory
+from restore.restoration import Restoration, allows_region, check_channels, explain_out_of_memory
 from restore.task import Measurement, Task, build_for_photo, measure_photo
 from restore.versions import get_version
 
@@ -174,7 +174,8 @@ class RestoreJob:
         with nullcontext(self.restorer) if plan is None else self.planner.apply(plan) as restorer:
             batch_size = plan.batch if plan is not None and self.batch_size == AUTO else self.batch_size
             options = {"samples": self.samples, "seed": self.seed, "batch_size": batch_size}
-            if task.keep_known and self.restorer.kind == "pixels" and self.resampled is None:
+            is_plain = self.restorer.kind == "pixels" and self.resampled is None
+            if task.keep_known and is_plain and allows_region(method):
                 options["region"] = 1 - operator.mask
             options |= {"image_ids": [photo.image_id], "callback": trajectory or self.callback}
             result = restorer(y, operator, method, **options, **dataclasses.asdict(self.condition))

@@ -55,6 +55,8 @@ class ADM(Pixels):
 
     encode_prompt = None
 
+    one_beyond = False  # whether the time after the last of the table may be asked for
+
     def __init__(
         self,
         network: UNet2DModel,
@@ -123,7 +125,8 @@ class ADM(Pixels):
         Raises RestoreError for sizes not divisible by `multiple`, times out of range, missing and wrong labels.
         """
         require_shape(x_t, self.channels, self.multiple)
-        alpha, sigma = self.schedule.levels(t, x_t)
+        beyond = self.one_beyond and not isinstance(t, torch.Tensor) and t == self.schedule.time(len(self.schedule))
+        alpha, sigma = self.schedule.levels(self.schedule.ts[-1] if beyond else t, x_t)
         times = expand_times(t, x_t)
         labels = self._labels(condition, len(x_t))
         low, is_half = self.dtype != torch.float32, self.dtype == torch.float16

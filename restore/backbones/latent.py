@@ -32,6 +32,8 @@ class LatentDiffusion(Latents, ADM):
     Raises RestoreError for parts that do not belong together.
     """
 
+    one_beyond = True  # the PSLD code evaluates the network at t = T, a step beyond its table
+
     def __init__(self, network: UNet2DModel, vae: nn.Module, **options) -> None:
         super().__init__(network, **options)
         self.vae_dtype = vae_precision(None, self.dtype)

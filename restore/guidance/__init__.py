@@ -1,7 +1,17 @@
 """Guidance of the noise estimate: terms with weak passes, their scales in time, and how they are combined."""
 
 from restore.guidance.autoguidance import Autoguidance
-from restore.guidance.base import SCHEDULES, Change, Estimate, Guidance, Term, WeakPass, as_guidance, estimator
+from restore.guidance.base import (
+    SCHEDULES,
+    Change,
+    Estimate,
+    Guidance,
+    Term,
+    WeakPass,
+    as_guidance,
+    estimator,
+    remembers,
+)
 from restore.guidance.cfg import CFG
 from restore.guidance.combine import APG, COMBINATIONS, FDG, Rescale, ZeroStar
 from restore.guidance.config import TERMS, build_guidance, describe_guidance, resolve_guidance
@@ -49,6 +59,7 @@ __all__ = [
     "build_guidance",
     "describe_guidance",
     "estimator",
+    "remembers",
     "record_guidance",
     "resolve_guidance",
     "resolve_layers",

@@ -159,6 +159,14 @@ def as_guidance(value: Term | Guidance | None) -> Guidance | None:
     raise RestoreError(f'guidance must be None or a guidance such as restore.PAG(1.0, layers="i9"), got {value!r}')
 
 
+def remembers(guidance: Term | Guidance | None) -> bool:
+    """Whether a guided estimate depends on the ones before, which must then be of the same picture."""
+    guidance = as_guidance(guidance)
+    if guidance is None:
+        return False
+    return any(term.every > 1 for term in guidance.terms) or bool(getattr(guidance.combine, "momentum", 0.0))
+
+
 class Estimate:
     """The guided noise estimate of one run.
 

@@ -88,6 +88,10 @@ class _RecordedCombination:
     def unguided(self) -> bool:
         return getattr(self.combine, "unguided", False)
 
+    @property
+    def momentum(self) -> float:
+        return getattr(self.combine, "momentum", 0.0)
+
     def bind(self, backbone: Backbone) -> Callable:
         bound = self.combine.bind(backbone) if hasattr(self.combine, "bind") else None
 

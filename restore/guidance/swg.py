@@ -29,4 +29,9 @@ class SWG(Term):
         step, limit = inner.downscale * inner.multiple, inner.downscale * inner.resolution
         if self.window % step or self.window >= limit:
             raise RestoreError(f"window of swg must be below {limit} and a multiple of {step}, got {self.window}")
+        sides = [getattr(backbone, name, None) for name in ("height", "width")]
+        if None not in sides and max(sides) <= self.window:
+            raise RestoreError(
+                f"window of swg must be below the image's sides, {sides[0]} x {sides[1]}, got {self.window}"
+            )
         return predict_by(wrap_like(backbone, inner, self.window // inner.downscale, self.overlap), backbone)

@@ -60,6 +60,9 @@ SAMPLERS = {  # imported when used
 }
 
 DETERMINISTIC = ("dpir",)  # a second sample would equal the first
+# Those whose data step at a pixel is its own, whatever the estimates of others are. A norm over all of y has noise
+# where nothing was estimated.
+REGIONAL = ("ddnm", "ddrm", "diffpir")
 
 _CONTRACT = ("prior", "operator", "y", "noise", "steps", "guidance", "condition", "callback")
 

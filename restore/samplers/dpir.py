@@ -12,7 +12,7 @@ import operators
 from operators import RestoreError
 from operators.ranges import NonNegative, Positive, enforce_ranges
 from restore.backbones.base import normalise
-from restore.guidance import estimator
+from restore.guidance import estimator, remembers
 from restore.samplers.likelihood import require_linear_gaussian
 from restore.samplers.steps import ORIENTATIONS, FiniteCheck, reconstruct, report, turn, turn_back
 
@@ -64,6 +64,10 @@ def dpir(
     if z.shape[-3:] != tuple(prior.shape):
         z = reconstruct("measurement", prior, operator, y, sigma_y)
         z = operators.continue_margin(operator, operators.cut_margin(operator, z))
+    if orientations != "one" and remembers(guidance):
+        raise RestoreError(
+            "orientations must be 'one' for dpir with `every` or apg's momentum, which go from step to step"
+        )
     check_finite = FiniteCheck(steps)
     with estimator(prior, guidance) as estimate:
         for k, level in enumerate(np.geomspace(first, last, steps)):

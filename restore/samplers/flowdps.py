@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -10,6 +11,8 @@ from operators.ranges import Count, NonNegative, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.steps import FiniteCheck, report
+
+POWER_ITERATIONS = 8  # which find 1 / ||J||² well enough for a limit of twice that
 
 
 @enforce_ranges
@@ -23,7 +26,7 @@ def flowdps(
     guidance=None,
     condition=None,
     callback=None,
-    step_size: NonNegative,
+    step_size: NonNegative | None = None,
     inner_steps: Count = 3,
     rule: Literal["flowdps", "flowchef"] = "flowdps",
 ) -> torch.Tensor:
@@ -40,20 +43,25 @@ def flowdps(
 
     operator: a differentiable `A`.
     guidance: of the transition; the likelihood sees the unguided z0_hat (PAG, Ahn et al. 2024, App. A.3).
-    step_size: if D and A are linear with singular values up to 1, 1 removes all of the residual that they see.
+    step_size: if D and A are linear with singular values up to 1, 1 removes all of the residual that they see. None:
+        1 / ||J||², J the derivative of A(D(z)) at the first estimate, each image's own.
     callback: also z0_hat; x0_hat and the residual are those before the inner steps.
     """
     prior = normalise(prior, "flow")
     timesteps = prior.schedule.timesteps(steps)
     sigmas = [*(prior.schedule.sigma(t) for t in timesteps), 0.0]
     z_t = sigmas[0] * noise(0, (len(y), *prior.shape), "start")
-    check_finite = FiniteCheck(len(timesteps))
+    check_finite, shown = FiniteCheck(len(timesteps)), f"step_size={step_size}"
     with estimator(prior, guidance) as estimate:
         for k, t in enumerate(timesteps):
             sigma, sigma_next = sigmas[k], sigmas[k + 1]
             with torch.no_grad():
                 strong, eps = estimate(z_t, t, condition)  # eps is x_1
             z0_hat = strong.x0.detach()
+
+            if step_size is None:
+                gain = find_gain(lambda z: operator.A(prior.decode(z)), z0_hat)
+                step_size = 1 / gain.view(-1, *[1] * (z0_hat.ndim - 1))
 
             # Likelihood: the decoded unguided estimate must explain y.
             z0_y, first = z0_hat, None
@@ -74,8 +82,22 @@ def flowdps(
                 z_t = (1 - sigma_next) * z0 + sigma_next * n
             else:
                 z_t = z0 + sigma_next * (eps - z0) + moved
-            check_finite(z_t, k, f"step_size={step_size:g}")
+            check_finite(z_t, k, shown)
             x0_hat, residual = first
             report(callback, k, len(timesteps), t, x_t=z_t, x0_hat=x0_hat, z0_hat=z0_hat, eps=eps, residual=residual)
     with torch.no_grad():
         return prior.decode(z_t)
+
+
+def find_gain(A: Callable, z: torch.Tensor) -> torch.Tensor:
+    """Return ||J||² of each image (B,), J the derivative of A at z, by power iterations."""
+    z = z.detach().requires_grad_()
+    with torch.enable_grad():
+        a = A(z)
+    z, u = (z, a.detach()), a.detach()
+    for _ in range(POWER_ITERATIONS):
+        (v,) = torch.autograd.grad(a, z[0], u, retain_graph=True)
+        norm = torch.linalg.vector_norm(v.flatten(1), dim=1).clamp(min=torch.finfo(v.dtype).tiny)
+        with torch.no_grad():
+            u = A(z[0] + v / norm.view(-1, *[1] * (v.ndim - 1))) - z[1]
+    return u.flatten(1).square().sum(dim=1).clamp(min=torch.finfo(u.dtype).tiny)

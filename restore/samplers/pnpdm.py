@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 
 import operators
-from operators import RestoreError
+from operators import RestoreError, find_noise
 from operators.ranges import Count, NonNegative, Positive, Range, Share, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
@@ -48,6 +48,8 @@ def pnpdm(
     callback: after every iteration; x_t is z.
     """
     sigma_y = max(require_linear_gaussian("pnpdm", prior, operator, sigma_y), SIGMA_Y_FLOOR)
+    if hasattr(find_noise(operator), "prox_l2"):
+        raise RestoreError(f"pnpdm needs white noise, got {find_noise(operator)!r}; try diffpir")
     if rho_min > rho_max:
         raise RestoreError(f"rho_min must be at most rho_max, {rho_max:g}, got {rho_min:g}")
     prior = normalise(prior, "vp")

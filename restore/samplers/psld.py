@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 import operators
-from operators import RestoreError
+from operators import RestoreError, is_linear
 from operators.ranges import NonNegative, Share, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
@@ -59,6 +59,9 @@ def psld(
     level = 0.0
     if decoder_sigma:
         level = require_linear_gaussian("psld with decoder_sigma", prior, operator, None, latents=True)
+    if gamma and not is_linear(operator):
+        name = getattr(operator, "name", type(operator).__name__)
+        raise RestoreError(f"psld needs a linear operator unless gamma=0, got {name}; try fastdips")
     prior = normalise(prior, "vp")
     timesteps = ldm_timesteps(prior.schedule, steps, reference=index_shift)
     alpha_bar, alpha_bar_prev = alpha_bars(prior.schedule, timesteps, shift=index_shift)

@@ -17,7 +17,7 @@ from restore.backbones.base import Pixels, Prediction
 from restore.backbones.schedule import Schedule
 from restore.guidance import PAG, Term, WeakPass
 from restore.paths import data_dir
-from restore.samplers.flowdps import flowdps
+from restore.samplers.flowdps import find_gain, flowdps
 
 SHAPE, D, N = (3, 2, 2), 12, 400
 
@@ -183,3 +183,25 @@ def test_the_command_line(folder, tmp_path, monkeypatch, capsys):
     assert stop.value.code == 0, capsys.readouterr().err
     protocol = json.loads((tmp_path / "out" / "photo.json").read_text())["protocol"]
     assert protocol["method"]["sampler"] == "flowdps" and protocol["method"]["parameters"]["rule"] == "flowchef"
+
+
+@pytest.mark.parametrize(
+    "operator, expected",
+    [
+        (operators.SuperResolution(2, method="average"), 1 / 4),
+        (operators.SuperResolution(4, method="average"), 1 / 16),
+        (operators.Clipping(3.0), 9.0),
+        (operators.Denoising(), 1.0),
+    ],
+)
+def test_the_gain_of_an_operator(operator, expected):
+    z = 0.2 * torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert find_gain(operator.A, z).tolist() == pytest.approx([expected] * 2, rel=0.05)
+
+
+def test_a_step_that_is_not_given_fits_the_operator():
+    """The step of SR x4 is above the limit of x2, where it diverges."""
+    restorer, operator = restore.load("embedded"), operators.SuperResolution(2, noise=operators.GaussianNoise(0.05))
+    y = operator(torch.zeros(1, 3, 64, 64), torch.Generator().manual_seed(0))
+    assert float(restorer(y, operator, sampler="flowdps", steps=6).residual_ratio) < 3
+    assert not float(restorer(y, operator, sampler="flowdps", steps=6, step_size=16.0).residual_ratio) < 100
