@@ -347,12 +347,3 @@ def test_the_published_models_are_registered():
     }
     assert "unpack model.ckpt" in zoo.explain_download(zoo.find_model("ldm-ffhq-256"))
     assert tiny_autoencoder("VQModel").config.scaling_factor == 1.0
-
-
-def test_the_time_beyond_the_table_is_the_psld_codes():
-    """It visits T of T; a network of pixels refuses it."""
-    latent, pixels = restore.load("embedded-latent").backbone, restore.load("embedded").backbone
-    with torch.no_grad():
-        assert latent.predict(torch.zeros(1, latent.channels, 16, 16), 1000).eps.isfinite().all()
-        with pytest.raises(RestoreError, match="0 to 999, got 1000"):
-            pixels.predict(torch.zeros(1, 3, 64, 64), 1000)

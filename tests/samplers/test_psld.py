@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny_sd import SCHEDULER
 
 import operators
+import restore
 from operators import GaussianNoise, RestoreError
 from restore.backbones.memory_options import enable_block_checkpointing
 from restore.backbones.schedule import Schedule
@@ -263,3 +264,12 @@ def test_bad_options(backbone):
         run(backbone, tensors, config, operators.Inpainting(tensors["mask"].float()))
     with pytest.raises(RestoreError, match="not finite after step"):
         run(backbone, tensors, config, operator, eta=1e38, **CLEAN)
+
+
+def test_the_time_beyond_the_table_is_the_psld_codes():
+    """It visits T of T; a network of pixels refuses it."""
+    latent, pixels = restore.load("embedded-latent").backbone, restore.load("embedded").backbone
+    with torch.no_grad():
+        assert latent.predict(torch.zeros(1, latent.channels, 16, 16), 1000).eps.isfinite().all()
+        with pytest.raises(RestoreError, match="0 to 999, got 1000"):
+            pixels.predict(torch.zeros(1, 3, 64, 64), 1000)
