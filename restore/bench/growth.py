@@ -21,7 +21,11 @@ def restrict_identity(
     ordered by prompt, so that more of them are other batches.
     """
     config, before = dict(identity["config"]), existing["config"]
-    config["methods"] = {name: method for name, method in config["methods"].items() if name in before["methods"]}
+    config["methods"] = {
+        name: _restrict_tasks(method, before["methods"][name], before["tasks"])
+        for name, method in config["methods"].items()
+        if name in before["methods"]
+    }
     config["tasks"] = {
         name: task if grouped else _restrict_count(task, before["tasks"][name])
         for name, task in config["tasks"].items()
@@ -37,6 +41,17 @@ def restrict_identity(
     if not restricted["code"]:  # runs without any have no such entry
         del restricted["code"]
     return restricted
+
+
+def _restrict_tasks(method: Mapping[str, Any], before: Mapping[str, Any], tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """A method on the tasks that it has run on; it has no results on the others, so their settings may change.
+
+    tasks: of the existing run, all of which a method runs on whose `only` is None."""
+    ran = [task for task in tasks if before["only"] is None or task in before["only"]]
+    left = [task for task in ran if method["only"] is None or task in method["only"]]
+    changes = {task: entry for task, entry in before["per_task"].items() if task not in ran}
+    changes |= {task: entry for task, entry in method["per_task"].items() if task in ran}
+    return {**method, "only": before["only"] if left == ran else left, "per_task": changes}
 
 
 def _restrict_count(task: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

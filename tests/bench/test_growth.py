@@ -80,3 +80,30 @@ def test_more_generated_pictures_keep_the_first(tiny_run, tmp_path):
     assert read_results(tmp_path / "grown") == read_results(tmp_path / "whole")
     with pytest.raises(RestoreError, match=r"another benchmark \(config\.tasks\.faces\.count: 4 there, 2 here\)"):
         run_benchmark(config | {"tasks": {"faces": {"count": 2}}})
+
+
+def test_a_run_grows_by_tasks_with_settings_of_their_own(config):
+    base = {"base": {"sampler": "baseline"}}
+    dps = {"sampler": "dps", "steps": 2, "parameters": {"zeta": 0.5}}
+    sr, noise = ({name: config["tasks"][name]} for name in ("sr", "noise"))
+    run_benchmark(config | {"tasks": sr, "methods": base | {"dps": dps | {"only": ["sr"]}}})
+    settings = {"per_task": {"noise": {"parameters": {"zeta": 1.0}}}}
+    grown = run_benchmark(config | {"methods": base | {"dps": dps | settings}})  # by two cells of 3 batches
+    assert (grown.computed, grown.reused) == (6, 6)
+    with pytest.raises(RestoreError, match=r"methods\.dps\.per_task\.noise\.parameters\.zeta: 1\.0 there, 2\.0 here"):
+        run_benchmark(config | {"methods": base | {"dps": dps | {"per_task": {"noise": {"parameters": {"zeta": 2.0}}}}}})
+    with pytest.raises(RestoreError, match=r"methods\.dps\.per_task\.sr"):
+        changed = settings["per_task"] | {"sr": {"steps": 3}}
+        run_benchmark(config | {"methods": base | {"dps": dps | {"per_task": changed}}})
+    with pytest.raises(RestoreError, match=r"methods\.dps\.only"):
+        run_benchmark(config | {"methods": base | {"dps": dps | settings | {"only": ["sr"]}}})
+
+
+def test_a_method_grows_by_tasks_that_others_have(config):
+    """Its settings for tasks that it has not run on decide no result."""
+    methods, dps = {"base": {"sampler": "baseline"}}, config["methods"]["dps"]
+    run_benchmark(config | {"methods": methods | {"dps": dps | {"only": ["sr"]}}})
+    more = {"only": ["noise", "sr"], "per_task": {"noise": {"steps": 1}}}
+    grown = run_benchmark(config | {"methods": methods | {"dps": dps | more}})
+    assert (grown.computed, grown.reused) == (3, 9)
+    assert run_benchmark(config | {"methods": methods | {"dps": dps | more}}).computed == 0
