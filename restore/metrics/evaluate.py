@@ -79,7 +79,8 @@ def evaluate(
         the prefix `full_`. allow_incomplete: permit means over fewer images than the reference has. cache: folder of
         reference features, the user's cache if None. progress: called with (done, total) as images are compared.
 
-    Raises RestoreError for folders without images, unknown metrics and missing weights, before anything is computed.
+    Raises RestoreError for folders without images, unknown metrics, missing weights, two results of one reference image
+    and sets that are too small or of several sizes, before anything is computed.
     """
     options = options or table.MetricOptions()
     rows = table.select_metrics(metrics)
@@ -90,7 +91,10 @@ def evaluate(
     found, ignored = list_images(results)
     compared = load_reference(reference, options.reference_size) if len(set_metrics) == len(rows) else None
     truth, ignored_truth = list_images(reference) if compared is None or compared.archive is None else ({}, [])
-    found = _rename_by_sidecars(found, truth)
+    if len(set_metrics) < len(rows):
+        found = _rename_by_sidecars(found, truth)
+    if full_reference is not None and all(row.no_reference for row in set_metrics.values()):
+        raise RestoreError(f"metrics must include fid, kid or pr for full_reference, got {', '.join(rows)}; add one")
     protocol: dict[str, Any] = {"versions": collect_versions(), "metrics": table.check_metrics(rows, options)}
     functions = table.load_paired_metrics(rows, options, device)
 
@@ -110,9 +114,16 @@ def evaluate(
                 f"{results} and {reference} must share names of images to be compared one by one, got none; rename"
                 " them, or give metrics of sets only"
             )
+    compared = compared or ReferenceSet(tuple(truth.values()), size=options.reference_size)
+    full = None if full_reference is None else load_reference(full_reference, options.reference_size)
+    if set_metrics and (allow_incomplete or not (missing or mismatched)):
+        files = [found[key] for key in common] if functions else list(found.values())
+        sets.check_results(files, options)  # now, as comparing image by image may take hours
+        for part, of_part in {"reference": compared, "full_reference": full}.items():
+            if of_part is not None:
+                sets.check_reference(of_part, set_metrics, options, part)
     triples = [(key, found[key], truth[key]) for key in common]
     per_image, failed = compare_images(triples, functions, batch_size, progress)
-    compared = compared or ReferenceSet(tuple(truth.values()), size=options.reference_size)
     protocol["reference"] = compared.describe()
 
     usable = allow_incomplete or not (missing or mismatched or failed)
@@ -123,9 +134,7 @@ def evaluate(
         notes.append("set metrics were not computed, as the results are incomplete")
     elif set_metrics:
         files = [found[row["image"]] for row in per_image] if functions else list(found.values())
-        full = None
-        if full_reference is not None:
-            full = load_reference(full_reference, options.reference_size)
+        if full is not None:
             protocol["full_reference"] = full.describe()
         cache = Path(cache) if cache else sets.default_cache_dir()
         shared = {"full_reference": full, "device": device, "batch_size": batch_size, "cache": cache}
@@ -152,12 +161,19 @@ def write_evaluation(evaluation: Evaluation, path: str | os.PathLike, overwrite:
 
 
 def _rename_by_sidecars(found: Mapping[str, Path], truth: Mapping[str, Path]) -> dict[str, Path]:
-    """Results by id; one without a reference takes the id of its input, if a side-car names that and it has one."""
+    """Results by id; one without a reference takes the id of its input, if a side-car names that and it has one.
+
+    A result of the reference's own name comes first. Raises RestoreError if two others are of one input."""
     renamed = dict(found)
-    for key in found.keys() - truth.keys():
+    for key in sorted(found.keys() - truth.keys()):
         sidecar = read_sidecar(found[key].with_suffix(".json")) or {}
         other = PurePosixPath(key).with_name(PurePath(str(sidecar.get("input") or key)).stem).as_posix()
-        if other in truth and other not in renamed:
+        if other in truth and other not in found:
+            if other in renamed:
+                raise RestoreError(
+                    f"{other} must have one result, got {renamed[other]} and {found[key]}, by their side-cars; try"
+                    " moving one to another folder"
+                )
             renamed[other] = renamed.pop(key)
     return renamed
 

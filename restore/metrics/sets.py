@@ -164,6 +164,12 @@ def check_set_size(n: int, part: str, allow_small: bool) -> None:
         )
 
 
+def check_results(files: Sequence[Path], options: Any) -> None:
+    """Raise RestoreError for results that set metrics could not be computed of: too few, or of several sizes."""
+    check_set_size(len(files), "results", options.allow_small)
+    ReferenceSet(tuple(files)).check_one_size()
+
+
 def check_reference(reference: ReferenceSet, metrics: Mapping[str, Any], options: Any, part: str) -> None:
     """Raise RestoreError for a reference that these set metrics could not be compared with after a run.
 

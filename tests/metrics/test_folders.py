@@ -68,6 +68,50 @@ def test_a_result_of_another_name_is_found_by_its_side_car(restored, tmp_path):
     assert found.complete and found.extra == [] and found.means == plain.means
 
 
+def test_two_results_of_one_input_are_refused(tmp_path, smooth_images, write_images, inception_weights):
+    """Which of them is compared is not left to the order of a set; one of the input's own name comes first."""
+    write_images(tmp_path / "truth", smooth_images(1, 32, 0), ["photo"])
+    names = ["first", "second", "third"]
+    write_images(tmp_path / "results", smooth_images(3, 32, 1), names)
+    for name in names:
+        sidecar = {"files": [f"{name}.png"], "input": "photo.png", "finished": True}
+        (tmp_path / "results" / f"{name}.json").write_text(json.dumps(sidecar))
+    with pytest.raises(RestoreError, match=r"photo must have one result, got \S*first\.png and \S*second\.png"):
+        evaluate(tmp_path / "results", tmp_path / "truth", metrics=["psnr"])
+    options = MetricOptions(weights={"inception": inception_weights}, allow_small=True)
+    of_sets = evaluate(tmp_path / "results", tmp_path / "truth", metrics=["is"], options=options)
+    assert of_sets.expected == 3  # of a set, names do not matter
+    shutil.copy(tmp_path / "truth" / "photo.png", tmp_path / "results")
+    found = evaluate(tmp_path / "results", tmp_path / "truth", metrics=["psnr"])
+    assert found.extra == names and found.per_image == [{"image": "photo", "psnr": float("inf")}]
+
+
+def test_sets_are_checked_before_images_are_compared(tmp_path, smooth_images, write_images, inception_weights):
+    """Comparing image by image takes hours, and its numbers would be lost."""
+    write_images(tmp_path / "truth", smooth_images(4, 32, 0))
+    shutil.copytree(tmp_path / "truth", tmp_path / "results")
+    weights, compared = {"inception": inception_weights}, []
+    progress = {"progress": lambda done, total: compared.append(done)}
+    few, small = MetricOptions(weights=weights), MetricOptions(weights=weights, allow_small=True)
+    folders = tmp_path / "results", tmp_path / "truth"
+    with pytest.raises(RestoreError, match=r"at least 1000 images, got 4 \(results\)"):
+        evaluate(*folders, metrics=["psnr", "kid"], options=few, **progress)
+    full = {"full_reference": tmp_path / "nowhere"}
+    with pytest.raises(RestoreError, match="nowhere is not a folder"):
+        evaluate(*folders, metrics=["psnr", "kid"], options=small, **full, **progress)
+    with pytest.raises(RestoreError, match=r"metrics must include .*full_reference, got psnr"):
+        evaluate(*folders, metrics=["psnr"], **full, **progress)
+    for folder in folders:
+        Image.fromarray(np.zeros((24, 40, 3), np.uint8)).save(folder / "zebra.png")
+    with pytest.raises(RestoreError, match=r"one size, most have 32 x 32, got zebra\.png"):
+        evaluate(*folders, metrics=["psnr", "kid"], options=small, **progress)
+    (tmp_path / "results" / "zebra.png").unlink()  # only the truth has another size
+    allowed = {"options": small, "allow_incomplete": True}
+    with pytest.raises(RestoreError, match=r"one size, most have 32 x 32, got zebra\.png .*reference_size"):
+        evaluate(*folders, metrics=["psnr", "kid"], **allowed, **progress)
+    assert compared == []
+
+
 def test_only_results_of_a_benchmark_are_evaluated(tmp_path, tiny_run, smooth_images, write_images):
     write_images(tmp_path / "photos" / "below", smooth_images(3, 16, 0))
     tasks = {"sr": {"operator": {"name": "super_resolution", "factor": 4, "noise": NOISE}}}
