@@ -96,7 +96,7 @@ def run(
     guided = options.parse_guidance(guidance, pag_scale, layers, target, strength)
     method = MethodChoice(sampler, quality, guided, options.parse_steps(steps), settings, data, reference)
     resampled = select_resampling(solve_at, resample, reference)
-    names, out = context.with_resource(files.bind_standard_streams(names, out))
+    names, out = context.with_resource(files.bind_standard_streams(names, out, recursive))
     photos = files.find_photos(names, out, png=png, recursive=recursive)
     files.check_outputs(photos, [photo.outputs(samples, degrade, save_trajectory) for photo in photos], overwrite)
     loading = options.parse_model_options(model_option)

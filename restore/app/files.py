@@ -83,12 +83,8 @@ def find_photos(inputs: Sequence[str | Path], out: str | Path, png=False, recurs
     recursive: include the sub-folders of folders, each with an output folder of its name in `out`.
     Raises RestoreError also if a single photo cannot be read, or has transparency and its output format has not.
     """
-    out = Path(out)
-    groups = [(inputs, out)]
-    if recursive and inputs:
-        groups = [([group], out / below) for path in inputs for group, below in _list_folders(Path(path), out)]
     photos = []
-    for group, target in groups:
+    for group, target in _group_inputs(inputs, Path(out), recursive):
         photos += choose_targets(expand_inputs(group), target, png=png)
     if len(photos) == 1:  # in a folder every photo keeps its format
         io.check_source(photos[0].source, photos[0].target)
@@ -96,9 +92,9 @@ def find_photos(inputs: Sequence[str | Path], out: str | Path, png=False, recurs
 
 
 @contextmanager
-def bind_standard_streams(inputs: Sequence[str], out: Path) -> Iterator[tuple[list[str], Path]]:
+def bind_standard_streams(inputs: Sequence[str], out: Path, recursive=False) -> Iterator[tuple[list[str], Path]]:
     """Replace "-" among the inputs by a file with the standard input's content, named stdin, and an `out` of "-" by a
-    temporary folder, whose only result is written to the standard output at the end.
+    temporary folder, whose only result is written to the standard output at the end. recursive: see `find_photos`.
 
     Raises RestoreError if the input is not an image or several results would go to the standard output."""
     with TemporaryDirectory(prefix="restore-") as folder:
@@ -107,11 +103,13 @@ def bind_standard_streams(inputs: Sequence[str], out: Path) -> Iterator[tuple[li
             source = Path(folder) / "stdin"
             source.write_bytes(sys.stdin.buffer.read())
             names[names.index("-")] = str(source.rename(source.with_suffix(f".{io.detect_format(source).lower()}")))
-        if str(out) == "-" and len(names) > 1:
-            raise RestoreError(f"the results of {len(names)} inputs cannot go to one standard output; name a folder")
+        if str(out) == "-":
+            count = sum(len(expand_inputs(group)) for group, _ in _group_inputs(names, results, recursive))
+            if count > 1:
+                raise RestoreError(f"the results of {count} inputs cannot go to one standard output; name a folder")
         yield names, results if str(out) == "-" else out
-        for path in results.glob("*.json") if results.is_dir() else ():
-            sys.stdout.buffer.write((results / read_sidecar(path)["files"][0]).read_bytes())
+        for path in results.rglob("*.json") if results.is_dir() else ():
+            sys.stdout.buffer.write((path.parent / read_sidecar(path)["files"][0]).read_bytes())
             sys.stdout.buffer.flush()
 
 
@@ -256,6 +254,13 @@ def make_writable_folder(folder: Path) -> None:
     trial = disk.make_folder(folder) / f".restore-{secrets.token_hex(4)}.tmp"
     disk.write_bytes(trial, b"")
     trial.unlink(missing_ok=True)
+
+
+def _group_inputs(inputs: Sequence[str | Path], out: Path, recursive: bool) -> list[tuple[Sequence[str | Path], Path]]:
+    """Inputs with the folder, `out` or one below it, that their results go to."""
+    if not (recursive and inputs):
+        return [(inputs, out)]
+    return [([group], out / below) for path in inputs for group, below in _list_folders(Path(path), out)]
 
 
 def _list_files(path: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -210,3 +211,27 @@ def test_inputs_and_outputs(tmp_path):
         files.choose_targets(sources, source / "b.png" / "deeper")
     with pytest.raises(RestoreError, match="cannot create the folder|cannot write"):
         files.choose_targets(sources, "/proc/nowhere")
+
+
+@pytest.mark.parametrize("inputs", [["in"], ["in/*.png"], ["more", "-r"]])
+def test_one_standard_output_holds_one_picture(restore, photo, tmp_path, monkeypatch, inputs):
+    """Pictures one after the other are no file; how many there are is only known once folders and patterns are read."""
+    for name in ("in/a.png", "in/b.png", "more/a.png", "more/deep/b.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photo, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = restore(inputs=inputs, out="-")
+    assert code == 2 and "2 inputs cannot go to one standard output" in err and out == ""
+
+
+@pytest.mark.parametrize("inputs", [["one"], ["one/*.png"], ["one", "-r"], ["above", "-r"]])
+def test_one_picture_of_a_folder_goes_to_the_standard_output(photo, tmp_path, monkeypatch, capfdbinary, inputs):
+    for name in ("one/a.png", "above/deep/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        shutil.copy(photo, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["restore", "run", *inputs, "--task", "denoise", "--steps", "1", "-o", "-"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capfdbinary.readouterr()
+    assert stop.value.code == 0 and Image.open(BytesIO(out)).size == (16, 16), err
