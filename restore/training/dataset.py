@@ -6,6 +6,8 @@ checkpoint.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +60,12 @@ def load_training_sets(data, seed: int) -> list[TrainingSet]:
 def list_training_files(data) -> list[Path]:
     """Return the image files of all sets of a configuration's `data`. Raises RestoreError as `list_files`."""
     return [file for entry in _list_sets(data).values() for file in _list_set_files(entry)]
+
+
+def hash_split(data) -> str:
+    """Return a hash of which files, by name, are trained on and which are held out. Raises as `list_files`."""
+    names = [[file.name for file in _list_set_files(entry)] for entry in _list_sets(data).values()]
+    return hashlib.sha256(json.dumps([names, data.held_out_every]).encode()).hexdigest()
 
 
 def _list_sets(data) -> dict:

@@ -24,6 +24,7 @@ from restore import disk
 from restore.backbones.precision import has_native_bf16
 from restore.config import read_config
 from restore.training.autoencoder import Autoencoder
+from restore.training.dataset import hash_split
 from restore.training.diffusion import Diffusion
 from restore.training.precision import FullPrecisionAttention
 
@@ -46,8 +47,8 @@ def train(config: DictConfig) -> Path:
     """Train until `config.steps` or `config.minutes`; return the folder with the EMA weights.
 
     Continues from `config.out`/checkpoint.pt if it exists. Raises RestoreError for a missing data folder, unreadable
-    images, a checkpoint of another model configuration or batch size, weights without their checkpoint, which would be
-    replaced, and a loss that is not finite.
+    images, a checkpoint of another model configuration, batch size or split of the images, weights without their
+    checkpoint, which would be replaced, and a loss that is not finite.
     """
     started = time.monotonic()
     torch.manual_seed(config.seed)
@@ -73,7 +74,7 @@ def train(config: DictConfig) -> Path:
         judging = torch.optim.AdamW(discriminator.to(device).parameters(), **options, weight_decay=0.0)
         parts |= {"adversary": discriminator, "judging": judging}
     description = json.dumps(OmegaConf.to_container(config.model) | kind.description, sort_keys=True)
-    facts = {"model_config": description, "batch": config.batch * world}
+    facts = {"model_config": description, "batch": config.batch * world, "split": hash_split(config.data)}
     step, checkpoint = 0, out / "checkpoint.pt"
     if (out / "ema").exists() and not checkpoint.exists():
         raise RestoreError(
@@ -180,6 +181,11 @@ def _load_checkpoint(path: Path, parts: dict[str, Any], facts: dict[str, Any]) -
         raise RestoreError(
             f"batch must give {state['batch']} images a step to continue {path}, got {facts['batch']};"
             " try another out=FOLDER"
+        )
+    if state.get("split", facts["split"]) != facts["split"]:  # those of earlier versions have none
+        raise RestoreError(
+            f"data must have the files and held_out_every of the training that {path} continues, got others, by which"
+            " images that it was trained on could be held out; try the former ones, or another out=FOLDER"
         )
     if state["model_config"] != facts["model_config"]:
         raise RestoreError(f"{path} is of another model configuration; try another out=FOLDER")

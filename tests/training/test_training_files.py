@@ -37,6 +37,32 @@ def test_training_refuses_a_checkpoint_of_another_program(folders, tmp_path, con
     assert checkpoint.read_bytes() == before
 
 
+def test_training_is_not_continued_with_another_split(folders, tmp_path):
+    """A file that sorts first would move every held-out image: those that count as such have been trained on."""
+    faces = shutil.copytree(folders / "faces", tmp_path / "faces")
+    settings = ["prior-v2", folders, tmp_path / "out"]
+
+    def go_on(step, *more, folder=faces):
+        train(config(*settings, f"data.sets.faces.folder={folder}", f"steps={step}", *more))
+
+    go_on(1)
+    shutil.copy(faces / "03.png", faces / "0.png")
+    checkpoint = tmp_path / "out" / "checkpoint.pt"
+    before = checkpoint.read_bytes()
+    with pytest.raises(RestoreError, match=r"data must have the files and held_out_every .*checkpoint\.pt"):
+        go_on(2)
+    (faces / "0.png").unlink()
+    with pytest.raises(RestoreError, match="data must have the files and held_out_every"):
+        go_on(2, "data.held_out_every=3")
+    assert checkpoint.read_bytes() == before
+    go_on(2, folder=faces.rename(tmp_path / "moved"))
+
+    state = torch.load(checkpoint, weights_only=True)
+    del state["split"]  # of an earlier version
+    torch.save(state, checkpoint)
+    go_on(3, "data.held_out_every=3", folder=tmp_path / "moved")
+
+
 @pytest.mark.parametrize("name", ["card.json", "samples.png"])
 def test_card(folders, tmp_path, name):
     path = tmp_path / "card" / name
