@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -67,7 +68,8 @@ class SharedPrior(Shared):
     """The hub's methods of a Restorer; `restore.load("owner/name")` reads what they push.
 
     Priors of pixels and of unconditional latents are written as their network is, in fp16 where that loses nothing,
-    with the model card of the folder they come from; others are that folder, as it is. source: what `load` has read.
+    with the model card of the folder they come from and the pictures beside it that it shows; others are that folder,
+    as it is. source: what `load` has read.
     """
 
     shared_files = PIPELINE_FILES
@@ -81,7 +83,7 @@ class SharedPrior(Shared):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Raises RestoreError for a prior that can neither be written nor comes from a folder."""
-        patterns = ["README.md", "*.png"]
+        patterns = ["README.md", *_list_pictures(self.source)]
         if hasattr(self.backbone, "save"):
             self.backbone.save(save_directory, "fp16" if _fits_half(self.backbone) else None)
         elif self.source is not None and self.source.is_dir():
@@ -142,6 +144,13 @@ def _fits_half(backbone: Any) -> bool:
     parts = [part for part in (backbone.network, getattr(backbone, "vae", None)) if part is not None]
     weights = [weight for part in parts for weight in part.state_dict().values() if weight.is_floating_point()]
     return all(torch.equal(weight, weight.half().to(weight.dtype)) for weight in weights)
+
+
+def _list_pictures(folder: Path | None) -> list[str]:
+    """The names that a folder's model card gives of pictures beside it: not every photo in it belongs to the model."""
+    card = None if folder is None else folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card is not None and card.is_file() else ""
+    return sorted({name for name in re.findall(r"[\w./-]+\.png", text) if "/" not in name})
 
 
 def _copy_files(source: Path | None, target: Path, patterns: Sequence[str]) -> None:

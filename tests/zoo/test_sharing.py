@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import restore
 from tests.zoo.hub_server import TOKEN, serving
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +98,19 @@ Path("runs/heads-sd3-general/guidance.yaml").write_text("- pag: {scale: 1.0, lay
 said["code"] = refusal(lambda: SearchResult.from_pretrained("runs/heads-sd3-general"))
 json.dump(said, open(folder / "said.json", "w"))
 """
+
+
+def test_only_pictures_of_the_model_card_are_shared(tmp_path, tiny_adm):
+    """A model's folder may hold photos, restored or to be restored, which are nobody else's business."""
+    folder = shutil.copytree(tiny_adm, tmp_path / "mine")
+    for name in ("samples.png", "family.png", "out/family.png", "out/samples.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+    (folder / "README.md").write_text("# Mine\n\n![samples](samples.png), made as ![these](out/family.png)\n")
+    restore.load(folder, device="cpu").save_pretrained(tmp_path / "shared")
+    found = {path.relative_to(tmp_path / "shared").as_posix() for path in (tmp_path / "shared").rglob("*")}
+    assert {name for name in found if name.endswith(".png")} == {"samples.png"} and "out" not in found
+    assert (tmp_path / "shared" / "samples.png").read_bytes() == b"samples.png"
 
 
 def test_pushed_and_pulled(tmp_path, tiny_adm):
