@@ -67,14 +67,27 @@ def find_truth(run: Path, task: str, name: str) -> Path:
 
 def load_images(config: Mapping[str, Any]) -> ImageSet | None:
     """Return the checked images of a restoration benchmark, None for generation. Raises RestoreError as load_dataset,
-    and for different sizes in one batch."""
+    for different sizes in one batch, and for images that a task's `solve_at` would distort."""
     if config["kind"] != "restoration":
         return None
     data = dict(config["data"])
     images = load_dataset(data.pop("folder"), **data)
     if len(set(images.shapes)) > 1 and config["batch"] not in (1, AUTO):
         raise RestoreError("the images have different sizes; give data.size=PIXELS to bring them to one, or batch=1")
+    for name, task in config["tasks"].items():
+        _check_square(images, task["solve_at"], f"tasks.{name}.solve_at")
     return images
+
+
+def _check_square(images: ImageSet, side: int | None, key: str) -> None:
+    """Raise RestoreError for images that are to be resized to side x side, as wide ones already are not, and are no
+    squares."""
+    for image_id, (height, width) in zip(images.ids, images.shapes, strict=True):
+        if side and side != width != height:
+            raise RestoreError(
+                f"images must be square for {key}={side}, got {image_id} of {width} x {height}; give data.size=PIXELS,"
+                " by which they are cropped"
+            )
 
 
 def find_prompts(name: str | Path) -> Path:

@@ -32,8 +32,8 @@ SMALL = 64  # pixels; below this side some metrics cannot measure an image
 def check_metrics(config: Mapping[str, Any], count: int, images: ImageSet | None = None) -> dict[str, Any]:
     """Return the metrics' entry of the protocol. count: images per task. images: to be compared with, if any.
 
-    Raises RestoreError for everything that would fail after the run: weights, references, too few images, and images
-    that are too small for a metric, all of them named.
+    Raises RestoreError for everything that would fail after the run: weights, references, too few images, sets of
+    several sizes, and images that are too small for a metric, all of them named.
     """
     wanted, options = config["metrics"], metric_options(config)
     rows = table.select_metrics(wanted["names"])
@@ -55,6 +55,12 @@ def check_metrics(config: Mapping[str, Any], count: int, images: ImageSet | None
         entry["coverage"] += f"; {(k - 1) / (k + 1):.3f} for exact posterior samples"
     if of_sets:
         sets.check_set_size(count, "results", options.allow_small)
+        if images is not None and len(set(images.shapes)) > 1:
+            shown = ", ".join(f"{width} x {height}" for height, width in sorted(set(images.shapes))[:5])
+            raise RestoreError(
+                f"images must have one size for {', '.join(of_sets)}, got {shown}; give data.size=PIXELS to bring them"
+                " to one, or leave these metrics out"
+            )
         relative = [name for name, row in of_sets.items() if not row.no_reference]
         if relative and not is_restoration and not wanted["reference"]:
             raise RestoreError(f"{relative[0]} needs a set to compare with; give metrics.reference=FOLDER")

@@ -176,6 +176,24 @@ def test_a_benchmark_names_all_small_images_before_it_runs(tmp_path, tiny_run, s
     assert not Path(config["out"]).exists()
 
 
+def test_a_benchmark_refuses_images_of_several_sizes_before_it_runs(
+    tmp_path, tiny_run, smooth_images, write_images, inception_weights
+):
+    """Sets are of one size, and solve_at distorts what is no square: both would only be found out after sampling."""
+    write_images(tmp_path / "photos", smooth_images(2, 32, 0))
+    Image.fromarray(np.zeros((24, 40, 3), np.uint8)).save(tmp_path / "photos" / "wide.png")
+    task = {"operator": {"name": "super_resolution", "factor": 4, "noise": NOISE}}
+    config = {**tiny_run, "data": {"folder": str(tmp_path / "photos")}, "tasks": {"sr": task}, "batch": 1}
+    config["methods"] = {"base": {"sampler": "baseline"}}
+    of_sets = {"names": ["kid"], "allow_small": True, "weights": {"inception": str(inception_weights)}}
+    with pytest.raises(RestoreError, match=r"one size for kid, got 40 x 24, 32 x 32; give data\.size"):
+        run_benchmark(config | {"metrics": of_sets})
+    with pytest.raises(RestoreError, match=r"square for tasks\.sr\.solve_at=64, got wide of 40 x 24; give data\.size"):
+        run_benchmark(config, ["tasks.sr.solve_at=64"])
+    assert not Path(config["out"]).exists()
+    assert run_benchmark(config, ["tasks.sr.solve_at=64", "data.size=24"]).computed == 3
+
+
 def test_a_set_of_several_sizes_names_the_odd_ones(tmp_path, smooth_images, write_images, inception_weights):
     write_images(tmp_path / "truth", smooth_images(18, 32, 0))
     shutil.copytree(tmp_path / "truth", tmp_path / "results")
