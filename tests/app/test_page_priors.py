@@ -1,5 +1,8 @@
 """Priors on the page: what each knows, which is chosen for a photo, and the download of another one."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -25,6 +28,21 @@ def test_the_prior_is_chosen_for_the_photo(restorer):
     for special in (Request(label="face"), Request(pag_scale=1.0)):
         assert priors.select("chosen", "restore", special).only == "embedded"
     assert priors.select("embedded", "restore", Request()).restorer is restorer
+
+
+def test_no_more_than_one_other_prior_is_kept(restorer):
+    """Nor its planners, nor what chose it; the first one's stay."""
+    priors = models.Priors(restorer, offline=True)
+    first, chooser = (priors.select(name, "estimate", Request()) for name in ("embedded", "chosen"))
+    chosen = weakref.ref(chooser.choose(torch.zeros(1, 3, 128, 128), (128, 128)).restorer)
+    planned = weakref.ref(priors.select(models.PHOTOS, "restore", Request()).restorer)
+    assert chosen() is planned() is priors.get(models.PHOTOS)
+    del chooser
+    latent = priors.select("embedded-latent", "restore", Request())
+    gc.collect()
+    assert chosen() is None and set(priors.loaded) == {"embedded", "embedded-latent"}
+    assert priors.select("embedded-latent", "restore", Request()) is latent
+    assert priors.select("embedded", "estimate", Request()) is first
 
 
 def test_a_prior_that_was_named_is_selected(restorer, monkeypatch, command):

@@ -11,6 +11,7 @@ from restore import restorer, zoo
 from restore.app.page.request import Request
 from restore.app.page.text import to_sentence
 from restore.app.priors import FACES, PHOTOS, PriorChooser
+from restore.backbones.memory_options import free_memory
 from restore.memory import Plan, Planner
 from restore.zoo.registry import Model
 
@@ -31,7 +32,7 @@ class Priors:
         self.loaded = {first.name: first}
         self.choosers: dict[tuple[str | None, str], PriorChooser] = {}
         self.planners: dict[tuple[str, str], Planner] = {}
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
 
     def get(self, name: str | None) -> Any:
         """Return the Restorer of this name, loaded. Raises RestoreError if it is not on this machine."""
@@ -42,17 +43,26 @@ class Priors:
                     raise RestoreError(f"there is no prior called {name} to choose here")
                 if zoo.locate(name).path is None:
                     raise RestoreError(f"the prior {name} is not on this machine yet: download it first")
-                loaded = restorer.load(name, **{**self.options, "offline": True})
-                self.loaded = {self.first.name: self.first, name: loaded}
+                self._unload()
+                self.loaded[name] = restorer.load(name, **{**self.options, "offline": True})
             return self.loaded[name]
+
+    def _unload(self) -> None:
+        """Forget the other prior and all that holds it; a restoration that still runs with it keeps its own."""
+        self.loaded = {self.first.name: self.first}
+        self.planners = {key: own for key, own in self.planners.items() if own.restorer is self.first}
+        for key, chooser in list(self.choosers.items()):
+            if any(own.restorer is not self.first for own in list(chooser.planners.values())):
+                del self.choosers[key]
+        free_memory(self.first.device)
 
     def planner(self, name: str | None, use: str) -> Planner:
         """Return the planner of a prior and a use; a Planner must not be shared by several threads."""
-        prior = self.get(name)
-        planner = self.planners.get((prior.name, use))
-        if planner is None or planner.restorer is not prior:
-            planner = self.planners[prior.name, use] = Planner(prior)
-        return planner
+        with self.lock:
+            prior = self.get(name)
+            if (prior.name, use) not in self.planners:
+                self.planners[prior.name, use] = Planner(prior)
+            return self.planners[prior.name, use]
 
     def select(self, name: str | None, use: str, request: Request) -> Planner | PriorChooser:
         """Return the planner of a prior or, for CHOSEN, what chooses one of the shipped priors for each photo.
@@ -63,9 +73,10 @@ class Priors:
             return self.planner(name, use)
         special = request.label is not None or request.pag_scale is not None or is_missing(PHOTOS)
         key = (FACES if special else None, use)
-        if key not in self.choosers:
-            self.choosers[key] = PriorChooser(self.get, key[0])
-        return self.choosers[key]
+        with self.lock:
+            if key not in self.choosers:
+                self.choosers[key] = PriorChooser(self.get, key[0])
+            return self.choosers[key]
 
     @property
     def default(self) -> str:
