@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -52,12 +53,17 @@ class PhotoPace(Pace):
 
 @contextmanager
 def watch_network(backbone: Any, called: Callable[[], None]) -> Iterator[None]:
-    """Within the block, call `called` after every call of a backbone's network."""
+    """Within the block, call `called` after every call of a backbone's network by this thread.
+
+    Other threads may use the network too: the page plans a photo while it restores another one. (So calls in a
+    backward pass count on the CPU alone: on a GPU autograd has threads of its own.)
+    """
     network = getattr(backbone, "network", None)
     if not isinstance(network, torch.nn.Module):
         yield
         return
-    hook = network.register_forward_hook(lambda *_: called())
+    own = threading.get_ident()
+    hook = network.register_forward_hook(lambda *_: called() if threading.get_ident() == own else None)
     try:
         yield
     finally:

@@ -1,11 +1,13 @@
 """The bar in the terminal: what is done and how long the rest takes, also within a step of a large photo."""
 
 import re
+import threading
 
 import pytest
 import torch
 
 import restore
+from operators import RestoreError
 from restore.app.progress import PhotoPace, Progress, watch_network
 from restore.memory import Plan
 from restore.memory.measure import MemoryOptions
@@ -51,6 +53,29 @@ def test_the_network_is_watched_and_left_as_it_was():
     assert len(calls) == 1
     with watch_network(object(), lambda: calls.append(1)):
         pass
+
+
+def test_a_network_that_another_thread_runs_is_none_of_ours():
+    """On the page, the estimate of one visitor neither counts for the photo of another nor is cancelled with it."""
+    backbone, calls, failed = restore.load("embedded").backbone, [], []
+
+    def called():
+        calls.append(threading.get_ident())
+        raise RestoreError("cancelled")
+
+    def estimate():
+        try:
+            backbone.predict(torch.zeros(1, 3, 64, 64), 10)
+        except RestoreError as error:
+            failed.append(error)
+
+    with watch_network(backbone, called):
+        other = threading.Thread(target=estimate)
+        other.start()
+        other.join()
+        assert not failed and not calls
+        estimate()
+    assert len(failed) == 1 and calls == [threading.get_ident()]
 
 
 def test_the_command_says_how_long_the_rest_takes(tmp_path, capsys, monkeypatch):
