@@ -104,6 +104,26 @@ def replace_forward(
                 del _PARTS[thread]
 
 
+def find_own_forward(module: nn.Module) -> Callable | None:
+    """Return the forward that was set on a module itself, beneath all replacements; None if it has its class's."""
+    forward = module.__dict__.get("forward")
+    dispatcher = getattr(forward, "dispatcher", None)
+    return forward if dispatcher is None else dispatcher.instance_forward
+
+
+def set_own_forward(module: nn.Module, forward: Callable | None) -> None:
+    """Set it, None for the class's. Replacements stay; those made before call what there was until they end."""
+    with _LOCK:
+        dispatcher = getattr(module.__dict__.get("forward"), "dispatcher", None)
+        if dispatcher is not None:
+            original = type(module).forward.__get__(module) if forward is None else forward
+            dispatcher.set_original(module, forward, original)
+        elif forward is not None:
+            module.forward = forward
+        else:
+            module.__dict__.pop("forward", None)
+
+
 def find_compiled(network: nn.Module) -> list[nn.Module]:
     """Return the modules of `network` compiled by torch.compile (wrapped) or module.compile() (in place)."""
     return [module for module in network.modules() if module._compiled_call_impl or "_orig_mod" in module._modules]
@@ -121,9 +141,7 @@ class _Dispatcher:
     """Replacements of one module's forward by thread (None: every thread without its own), the innermost last."""
 
     def __init__(self, module: nn.Module):
-        self.instance_forward = module.__dict__.get("forward")  # set on the instance, e.g. by an offloading library
-        self.original = module.forward
-        self.uncompiled = module._modules.get("_orig_mod", self.original)  # inside the wrapper of torch.compile
+        self.set_original(module, module.__dict__.get("forward"), module.forward)
         self.compiled_call = module._compiled_call_impl  # of module.compile()
         self.stacks: dict[int | None, list[Callable]] = {}
 
@@ -139,6 +157,11 @@ class _Dispatcher:
         module.forward = forward
         if self.compiled_call is not None:
             module._compiled_call_impl = call
+
+    def set_original(self, module: nn.Module, instance_forward: Callable | None, original: Callable) -> None:
+        self.instance_forward = instance_forward  # set on the instance, e.g. by an offloading library
+        self.original = original
+        self.uncompiled = module._modules.get("_orig_mod", self.original)  # inside the wrapper of torch.compile
 
     def find(self, thread: int | None, default: Callable | None) -> Callable | None:
         """Return the innermost replacement visible to `thread`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from operators import RestoreError
 from restore.backbones.base import Backbone
 from restore.backbones.diffusers_parts import Attention, Downsample2D, ResnetBlock2D, UNet2DModel, Upsample2D
+from restore.backbones.forwards import find_own_forward, set_own_forward
 
 UNITS = (ResnetBlock2D, Attention, Downsample2D, Upsample2D)
 
@@ -62,12 +64,15 @@ def checkpoint_units(network: nn.Module, on: bool = True) -> None:
         if module in inside or not isinstance(module, UNITS):
             continue
         inside.update(child for child in module.modules() if child is not module)
-        forward = module.__dict__.get("forward")
-        wrapped = isinstance(forward, partial) and forward.func is _checkpointed_forward
-        if on and not wrapped:
-            module.forward = partial(_checkpointed_forward, module.forward)
-        elif not on and wrapped:
-            del module.forward
+        own, plain = find_own_forward(module), type(module).forward.__get__(module)
+        if on and not _is_wrapped(own):
+            set_own_forward(module, partial(_checkpointed_forward, plain if own is None else own))
+        elif not on and _is_wrapped(own):
+            set_own_forward(module, None if own.args[0] == plain else own.args[0])
+
+
+def _is_wrapped(forward: Any) -> bool:
+    return isinstance(forward, partial) and forward.func is _checkpointed_forward
 
 
 def _checkpointed_forward(forward, *args, **kwargs):
@@ -81,8 +86,7 @@ def is_checkpointed(network: nn.Module) -> bool:
     """Return whether blocks of a network are computed again in the backward pass."""
     if getattr(network, "is_gradient_checkpointing", False):
         return True
-    forwards = (module.__dict__.get("forward") for module in network.modules() if isinstance(module, UNITS))
-    return any(isinstance(forward, partial) and forward.func is _checkpointed_forward for forward in forwards)
+    return any(_is_wrapped(find_own_forward(module)) for module in network.modules() if isinstance(module, UNITS))
 
 
 def free_memory(device: torch.device) -> None:

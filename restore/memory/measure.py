@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -212,15 +214,27 @@ def count_weak_passes(guidance: Guidance | None) -> int:
     return sum(term.has_weak_pass and term.scale != 0 for term in guidance.terms) if guidance is not None else 0
 
 
+_LOCK = threading.Lock()
+_CHECKPOINTED: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # network to the number of blocks that are entered
+
+
 @contextmanager
 def checkpoint_networks(restorer: Any, on: bool) -> Iterator[None]:
-    """Within the block, checkpoint every block of the restorer's networks, unless they were loaded so."""
+    """Within the block, checkpoint every block of the restorer's networks, unless they were loaded so.
+
+    Several threads may do so at once, and blocks may be nested: the last one that is left switches it off.
+    """
     networks = [restorer.backbone.network, getattr(restorer.backbone, "vae", None)]
     networks = [network for network in networks if network] if on and not restorer.windows["recompute_windows"] else []
-    for network in networks:
-        checkpoint_units(network, True)
+    _count_blocks(networks, 1)
     try:
         yield
     finally:
+        _count_blocks(networks, -1)
+
+
+def _count_blocks(networks: Sequence[Any], change: int) -> None:
+    with _LOCK:
         for network in networks:
-            checkpoint_units(network, False)
+            _CHECKPOINTED[network] = count = _CHECKPOINTED.get(network, 0) + change
+            checkpoint_units(network, count > 0)
