@@ -87,7 +87,8 @@ class Handlers:
         plan, text, photos = None, "", _list_photos(photo, more)
         if photos:
             try:
-                request, _ = _read_requests(**values)
+                request, others = _read_requests(**values)
+                request = request if photo else others
                 selected = self.priors.select(prior, "estimate", request)
                 with make_work_folder() as folder:
                     outcome = work.estimate(photos[0], selected, request, folder, _read_edits(photo, stage))
@@ -123,7 +124,7 @@ class Handlers:
         except RestoreError as error:
             yield self.parts.updates(status=format_status(str(error), bad=True))
             return
-        own = [(edits, request)] + [(None, others)] * (len(photos) - 1)
+        own = [(edits, request if photo else others)] + [(None, others)] * (len(photos) - 1)
         asked = [Asked(path, edits, prior, wanted) for path, (edits, wanted) in zip(photos, own, strict=False)]
         yield from self._run(visit, asked, "first")
 
