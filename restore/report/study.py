@@ -11,6 +11,8 @@ from typing import Any
 
 from operators import RestoreError
 from restore import disk
+from restore.bench.batches import read_row
+from restore.bench.protocol import find_conflicts, format_differences
 from restore.report import tables
 from restore.report.figures import to_data_uri
 from restore.report.tables import Run
@@ -37,12 +39,19 @@ def write_study(
     methods: keys of the configurations. Every question has `images` pictures of each, of the same noise or measurement;
     which side a method is on is drawn by the seed, as often left as right. At most `questions` for each task, no
     picture twice.
-    Raises RestoreError if there is no task with enough finished pictures of both, and if a file would be replaced that
-    is no such page, unless `overwrite`.
+    Raises RestoreError if the runs differ in images or measurements, if there is no task with enough finished pictures
+    of both, and if a file would be replaced that is no such page, unless `overwrite`.
     """
     if not 1 <= len(runs) <= 2:
         raise RestoreError(f"a study needs one run or two, got {len(runs)}")
     first, last = tables.read_run(runs[0]), tables.read_run(runs[-1])
+    # What was computed of the pictures does not matter to people who look at them.
+    protocols = ({k: v for k, v in run.protocol.items() if k != "metrics"} for run in (first, last))
+    if conflicts := find_conflicts(*protocols):
+        raise RestoreError(
+            f"the two runs of a study must have the same images and measurements, got {format_differences(conflicts)}"
+            f" ({first.folder} there, {last.folder} here); try runs whose configurations differ in methods alone"
+        )
     draw, asked = random.Random(seed), []
     for task in first.results:
         pairs = _pair_pictures(first, last, task, methods)
@@ -71,12 +80,13 @@ def write_study(
 
 
 def _pair_pictures(first: Run, last: Run, task: str, methods: tuple[str, str]) -> list[tuple[Path, Path]]:
-    """Return the pictures of the two methods on the same images, in the order of the images."""
+    """Return the finished pictures of the two methods on the same images, in the order of the images."""
     folders = [run.folder / "results" / task / name for run, name in zip((first, last), methods, strict=True)]
     for run, name in zip((first, last), methods, strict=True):
         if name not in run.config["methods"]:
             raise RestoreError(f"{run.folder} has no method {name}; it has {', '.join(run.config['methods'])}")
-    names = [{path.stem for path in folder.glob("*.png")} for folder in folders]
+    # A picture without its row, or another one than its row says, is of an interrupted or changed run.
+    names = [{path.stem for path in folder.glob("rows/*.json") if read_row(path) is not None} for folder in folders]
     return [(folders[0] / f"{name}.png", folders[1] / f"{name}.png") for name in sorted(names[0] & names[1])]
 
 

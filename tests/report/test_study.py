@@ -82,6 +82,33 @@ def test_two_runs_and_what_cannot_be_paired(run, tmp_path, command):
     assert command("report", run, "--study", "none,pag", "-o", own.parent)[0] == 0
 
 
+def test_runs_of_different_measurements_are_refused(run, tmp_path):
+    """Pictures of one name must be of one image and noise; which metrics were computed does not matter."""
+    other, manifest = tmp_path / "other", json.loads((run / "run.json").read_text())
+    shutil.copytree(run, other)
+    manifest["protocol"]["metrics"] = {"psnr": "another one"}
+    (other / "run.json").write_text(json.dumps(manifest))
+    assert len(read(write_study([run, other], ("none", "pag"), tmp_path, images=2))[0]["questions"]) == 5
+    manifest["protocol"]["seed"] = 7
+    manifest["protocol"]["tasks"]["one"]["sigma_y"] = 0.1
+    (other / "run.json").write_text(json.dumps(manifest))
+    message = "same images and measurements.*seed: 0 there, 7 here; tasks.one.sigma_y: nothing there, 0.1 here"
+    with pytest.raises(RestoreError, match=message):
+        write_study([run, other], ("none", "pag"), tmp_path, images=2)
+
+
+def test_only_finished_pictures_are_shown(run, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(run, own)
+    folder = own / "results" / "one" / "pag"
+    (folder / "rows" / "000001.json").unlink()  # interrupted
+    (folder / "000002.png").write_bytes((folder / "000003.png").read_bytes())  # changed since
+    key, sides = read(write_study([own], ("none", "pag"), tmp_path, images=1))
+    left = {to_data_uri(own / "results" / "one" / "none" / f"{n:06d}.png") for n in (0, 3, 4, 5)}
+    shown = {sides[i][q["left"]][0] for i, q in enumerate(key["questions"]) if q["task"] != "Two"}
+    assert shown == left
+
+
 @pytest.mark.slow
 def test_answers_are_counted(run, tmp_path):
     """Two participants in a real browser, one of whom always prefers PAG and one the left side."""
