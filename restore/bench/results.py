@@ -39,6 +39,7 @@ def check_metrics(config: Mapping[str, Any], count: int, images: ImageSet | None
     rows = table.select_metrics(wanted["names"])
     of_sets = table.select_metrics(wanted["names"], "set")
     is_restoration = config["kind"] == "restoration"
+    _check_groups(config, of_sets)
     for name, row in table.select_metrics(wanted["names"], "prompt").items():
         if not row.no_reference and not all(task["prompts"] for task in config["tasks"].values()):
             raise RestoreError(f"{name} compares images with prompts; give kind=text_to_image and a file of prompts")
@@ -72,6 +73,23 @@ def check_metrics(config: Mapping[str, Any], count: int, images: ImageSet | None
                 sets.check_reference(reference, of_sets, options, key)
                 entry[key] = reference.describe()
     return entry
+
+
+def _check_groups(config: Mapping[str, Any], of_sets: Mapping[str, table.Metric]) -> None:
+    """Raise RestoreError for metrics that are not computed within each prompt, and for those that are nowhere else."""
+    wanted, grouped = config["metrics"], config["metrics"]["group_by_prompt"]
+    for name, row in of_sets.items() if grouped else ():
+        if not row.no_reference:
+            raise RestoreError(
+                f"{name} compares all images with a reference, which is not done within each prompt; leave it out, or"
+                " give metrics.group_by_prompt=false"
+            )
+    for name in table.select_metrics(wanted["names"], "pairs"):
+        if not (grouped and all(task["prompts"] for task in config["tasks"].values())):
+            raise RestoreError(
+                f"{name} compares the images of one prompt with each other; give metrics.group_by_prompt=true and a"
+                " file of prompts"
+            )
 
 
 def _check_sizes(images: ImageSet, margins: set[tuple[int, int]], functions: Mapping[str, Callable]) -> None:

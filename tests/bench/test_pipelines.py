@@ -107,6 +107,27 @@ def test_the_clock_counts_the_calls_of_the_network(monkeypatch):
     assert not network._forward_hooks and not network._forward_pre_hooks
 
 
+@pytest.mark.parametrize(
+    "metrics, message",
+    [
+        ({"names": ["is", "fid"], "group_by_prompt": True, "reference": "photos"}, "fid .*group_by_prompt=false"),
+        ({"names": ["pr"], "group_by_prompt": True}, "precision .*group_by_prompt=false"),
+        ({"names": ["lpips_pairs"]}, "lpips_pairs .*group_by_prompt=true"),
+    ],
+)
+def test_metrics_that_would_be_left_out_are_refused(config, metrics, message):
+    config["methods"] = {"none": {"sampler": "pipeline", "steps": 1}}
+    with pytest.raises(RestoreError, match=message):
+        run_benchmark({**config, "metrics": metrics | {"allow_small": True}})
+
+
+def test_pairs_need_prompts(config):
+    config |= {"kind": "generation", "tasks": {"faces": {"title": "Faces", "count": 2}}}
+    config["methods"] = {"none": {"sampler": "ddim", "steps": 1}}
+    with pytest.raises(RestoreError, match="lpips_pairs .*a file of prompts"):
+        run_benchmark({**config, "metrics": {"names": ["lpips_pairs"], "group_by_prompt": True}})
+
+
 def test_a_limit_of_prompts(config):
     """The first prompts alone, which the others of the file cannot change; too few are an error."""
     config["methods"] = {"none": {"sampler": "pipeline", "steps": 1}}
