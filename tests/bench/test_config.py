@@ -173,7 +173,7 @@ def test_entries_of_lists_are_set_by_number():
     without = [f"methods.{name}.only=[]" for name in ("cfg", "cfg_zero", "cfg_tcfg", "cfg_fdg")]
     latent = ["backbone=embedded-latent", "tasks.faces.labels=null", "metrics.reference=faces", *layers, *without]
     config = load_config("guidance-2026", latent)
-    assert len(list_cells(config)) == 37
+    assert len(list_cells(config)) == 40
     terms = [term for cell in list_cells(config)[1:] for term in build_method(config, *cell).guidance.terms]
     assert {term.layers for term in terms if isinstance(term, PAG)} == {"i3"}
     for wrong, said in (("5.pag.scale=1", "list index out of range"), ("x.pag.scale=1", "must name an entry")):
