@@ -200,7 +200,7 @@ def measure_residual(x: torch.Tensor, y: torch.Tensor, operator: Any) -> tuple[t
     mask = getattr(operator, "mask", None)
     if mask is None:
         return residual, residual / (float(sigma) * difference.shape[1] ** 0.5)
-    known = (mask > 0).expand_as(y).flatten(1)
+    known = (mask > 0).to(y.device).expand_as(y).flatten(1)
     is_empty = ~((y.flatten(1) != 0) & ~known).any(dim=1)
     m = torch.where(is_empty, known.sum(dim=1), difference.shape[1]).clamp(min=1)
     return residual, residual / (float(sigma) * m.to(residual) ** 0.5)

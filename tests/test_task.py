@@ -50,7 +50,7 @@ def test_phase_retrieval_of_a_photo():
     with pytest.raises(RestoreError, match="phase retrieval needs magnitudes, got a photo; try degrade=True"):
         measure_photo(path, task, image_id="a")
     measured = measure_photo(path, task, image_id="a", degrade=True)
-    assert measured.y.shape == (1, 3, 96, 96) and float(measured.y.mean()) > 0.1
+    assert measured.y.shape == (1, 3, 96, 96) and float(measured.y.mean()) > 0.05
     exposed = measure_photo(path, load_task("hdr"), image_id="a")
     assert exposed.y.shape == (1, 3, 64, 64) and exposed.operator.name == "clipping"
 

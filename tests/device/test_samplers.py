@@ -126,12 +126,14 @@ def test_autoguidance(sim, here, there):
     assert_same(*runs)
 
 
-@pytest.mark.parametrize("sampler", ["dps", "dpir"])
+@pytest.mark.parametrize("sampler", ["dps", "dpir", "diffpir"])
 def test_windows(sim, sampler):
-    """Beyond the trained size, with a gradient through the windows and without; SAG joins its masks of all windows."""
+    """Beyond the trained size, with a gradient through the windows and without, and in a region; SAG joins its masks of all
+    windows."""
     operator, y = operators.Inpainting((image(1, 24)[:, :1] > 0).float(), noise=NOISE), None
     y = operator(image(1, 24), torch.Generator().manual_seed(0))
-    options = {"guidance": None, "batch_size": 1, "steps": 2, "region": 1 - operator.mask, "y": y}
+    own = {"guidance": None, "region": 1 - operator.mask} if sampler == "diffpir" else {"guidance": restore.SAG(0.5)}
+    options = {"batch_size": 1, "steps": 2, "y": y} | own
     runs = [pixel_prior(device, max_windows=2) for device in ("cpu", "sim")]
     assert_same(*run(*runs, sampler, operator, **options))
     assert sum(n for place, n in sim.places["uploads"].items() if "sizes.py" in place) <= 2  # weights, once
