@@ -128,8 +128,7 @@ def test_autoguidance(sim, here, there):
 
 @pytest.mark.parametrize("sampler", ["dps", "dpir", "diffpir"])
 def test_windows(sim, sampler):
-    """Beyond the trained size, with a gradient through the windows and without, and in a region; SAG joins its masks of all
-    windows."""
+    """Beyond the trained size, with a gradient through the windows and without; SAG joins its masks of all windows."""
     operator, y = operators.Inpainting((image(1, 24)[:, :1] > 0).float(), noise=NOISE), None
     y = operator(image(1, 24), torch.Generator().manual_seed(0))
     own = {"guidance": None, "region": 1 - operator.mask} if sampler == "diffpir" else {"guidance": restore.SAG(0.5)}
