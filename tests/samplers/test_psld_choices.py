@@ -16,7 +16,7 @@ from restore.metrics.single import psnr
 from restore.samplers.noise import ImageNoise
 from restore.samplers.psld import psld
 
-IMAGES, STEPS, ETA, GAMMA, DDIM_ETA = 4, 50, 5.0, 0.5, 1.0
+IMAGES, STEPS, ETA, GAMMA, DDIM_ETA = 4, 100, 5.0, 0.5, 1.0
 NOISE = operators.GaussianNoise(0.05)
 TASKS = {
     "SR x4": lambda adjoint: operators.SuperResolution(4, noise=NOISE, adjoint=adjoint),
