@@ -158,8 +158,8 @@ class RestoreJob:
         protocol = self.restorer.protocol(operator, method)
         settings = self._describe_settings(photo, task, protocol)
         expected = {"sha256": disk.hash_file(photo.source), "settings": settings}
-        free, known = ("settings.precision",) * self.any_precision, {"network": protocol["network"]}
-        if not self.overwrite and files.is_finished(photo, expected, free, known):
+        free, network = ("settings.precision",) * self.any_precision, {"network": protocol["network"]}
+        if not self.overwrite and files.is_finished(photo, expected, free, network):
             return Outcome(photo, skipped=True)
         if self.restorer.channels == 1:
             check_channels(1 if record.grey else 3, 1, self.restorer.per_channel)

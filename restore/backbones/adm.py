@@ -19,7 +19,7 @@ from restore.backbones.attention_layers import find_attention_layers
 from restore.backbones.base import PREDICTION_TYPES, Pixels, Prediction, expand_times, require_shape
 from restore.backbones.diffusers_parts import UNet2DModel
 from restore.backbones.lean import find_lean, prepare_lean
-from restore.backbones.precision import HALF_SCALE, scale_gradient
+from restore.backbones.precision import keep_gradient
 from restore.backbones.schedule import Schedule
 
 EXTRA, SCHEDULER = "restore.json", "scheduler_config.json"
@@ -125,15 +125,16 @@ class ADM(Pixels):
         Raises RestoreError for sizes not divisible by `multiple`, times out of range, missing and wrong labels.
         """
         require_shape(x_t, self.channels, self.multiple)
-        beyond = self.one_beyond and not isinstance(t, torch.Tensor) and t == self.schedule.time(len(self.schedule))
-        alpha, sigma = self.schedule.levels(self.schedule.ts[-1] if beyond else t, x_t)
+        alpha, sigma = self.schedule.levels(self.schedule.come_back(t) if self.one_beyond else t, x_t)
         times = expand_times(t, x_t)
         labels = self._labels(condition, len(x_t))
-        low, is_half = self.dtype != torch.float32, self.dtype == torch.float16
-        x = scale_gradient(x_t, 1 / HALF_SCALE) if is_half else x_t
+        low = self.dtype != torch.float32
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            return run_network(self.network, x, times, labels, self.patch).to(x.dtype)
+
         with torch.autocast(x_t.device.type, dtype=self.dtype) if low else no_autocast(x_t.device):
-            out = run_network(self.network, x, times, labels, self.patch).to(x_t.dtype)
-        out = scale_gradient(out, HALF_SCALE) if is_half else out
+            out = keep_gradient(run, x_t, self.dtype)
         return Prediction.of(PREDICTION_TYPES[self.prediction_type], out, x_t, alpha, sigma)
 
     def _labels(self, condition, batch: int) -> torch.Tensor | None:

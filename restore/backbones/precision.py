@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -48,8 +49,16 @@ def name_precision(dtype: torch.dtype) -> str:
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
-def scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
-    """Return x, whose gradient is multiplied by `factor` on its way back."""
+def keep_gradient(
+    function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return function(x), computed in `dtype`; in float16 the gradient is larger within it, and as it is outside."""
+    if dtype != torch.float16:
+        return function(x)
+    return _scale_gradient(function(_scale_gradient(x, 1 / HALF_SCALE)), HALF_SCALE)
+
+
+def _scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
     x = x.view_as(x)  # the hook is not for the caller's tensor
     if x.requires_grad:
         x.register_hook(lambda gradient: gradient * factor)

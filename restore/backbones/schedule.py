@@ -125,6 +125,11 @@ class Schedule:
         t = self.ts[index].item() if index < len(self) else self.ts[-1].item() + index - len(self) + 1
         return int(t) if float(t).is_integer() else t
 
+    def come_back(self, t: Any) -> Any:
+        """Return t, or the last time for the one beyond the table, at which the PSLD code evaluates the network."""
+        is_beyond = not isinstance(t, torch.Tensor) and t == self.time(len(self))
+        return self.ts[-1] if is_beyond else t
+
     def alpha_bar(self, t: float) -> float:
         """Return alpha² / (alpha² + sigma²) at t, the table's own value at its times."""
         index = int(np.searchsorted(self.ts, t))

@@ -20,7 +20,7 @@ from restore.backbones.attention_layers import find_attention_layers
 from restore.backbones.autoencoder import Latents
 from restore.backbones.base import PREDICTION_TYPES, Prediction, expand_times
 from restore.backbones.pipeline_files import embed_prompt, make_prompt_encoder, read_stable_diffusion
-from restore.backbones.precision import HALF_SCALE, scale_gradient
+from restore.backbones.precision import keep_gradient
 from restore.backbones.schedule import Schedule
 
 
@@ -117,9 +117,7 @@ class StableDiffusion(Latents):
                 f"condition must be a prompt's embedding (1 or {len(x_t)}, tokens, width), got "
                 f"{getattr(text, 'shape', text)!s}; try encode_prompt"
             )
-        # The PSLD code evaluates the network at t = T, a step beyond its table.
-        beyond = not isinstance(t, torch.Tensor) and t == self.schedule.time(len(self.schedule))
-        alpha, sigma = self.schedule.levels(self.schedule.ts[-1] if beyond else t, x_t)
+        alpha, sigma = self.schedule.levels(self.schedule.come_back(t), x_t)
         times = expand_times(t, x_t)
         text = text.to(x_t.device, dtype).expand(len(x_t), -1, -1)
         out = run_in_dtype(
@@ -129,12 +127,9 @@ class StableDiffusion(Latents):
 
 
 def run_in_dtype(network, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return network(x) computed in `dtype`, in the dtype of x; in float16, gradients are scaled (see HALF_SCALE)."""
+    """Return network(x) computed in `dtype`, in the dtype of x; see keep_gradient."""
     with no_autocast(x.device):
-        if dtype != torch.float16:
-            return network(x.to(dtype)).to(x.dtype)
-        out = network(scale_gradient(x, 1 / HALF_SCALE).to(dtype)).to(x.dtype)
-    return scale_gradient(out, HALF_SCALE)
+        return keep_gradient(lambda x: network(x.to(dtype)).to(x.dtype), x, dtype)
 
 
 def _first(value):

@@ -10,7 +10,6 @@ import torch
 
 from operators import RestoreError
 from restore.backbones.ambient import neutral_state
-from restore.backbones.memory_options import free_memory
 from restore.batch import check_sharing
 from restore.bench import sampling
 from restore.bench.baselines import BASELINES
@@ -33,8 +32,7 @@ def choose_batch(config: Mapping[str, Any], images: ImageSet) -> int:
     for task, method in list_cells(config):
         if batch > 1 and worker.method(task, method).sampler not in BASELINES:
             batch = min(batch, _measure(worker, Batch(task, method, 0, tuple(images.ids[:1])), batch))
-    worker.loaded = None  # the run loads its own
-    free_memory(worker.device)
+    worker.unload()  # the run loads its own
     return batch
 
 

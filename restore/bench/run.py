@@ -19,7 +19,6 @@ import operators
 from operators import RestoreError
 from operators.naming import AUTO
 from restore import disk
-from restore.backbones.memory_options import free_memory
 from restore.backbones.precision import choose_precision, name_precision
 from restore.bench import cluster, results
 from restore.bench.baselines import BASELINES
@@ -102,8 +101,7 @@ def run_benchmark(
         worker = Worker(config, folder, images)
         for batch, cost in worker.run_all(waiting):
             finish(batch, cost)
-        device, worker = worker.device, None  # the backbone makes room for the networks of metrics
-        free_memory(device)
+        worker.unload()
     measuring = None if progress is None else lambda cell: progress({"measuring": cell})
     device = str(choose_device(config["device"])).replace("mps", "cpu")
     table = results.write_metrics(folder, config, images, device, measuring)

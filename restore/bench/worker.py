@@ -146,6 +146,12 @@ class Worker:
         disk.write_json(folder / f"{batch.index:06d}.json", cost)
         return cost
 
+    def unload(self) -> None:
+        """Free the backbone: it makes room for the next one, or for the networks of metrics."""
+        if self.loaded is not None:
+            self.loaded = None
+            free_memory(self.device)
+
     def load_for(self, task: str) -> Any:
         """Return the Restorer or pipeline of a task."""
         own = self.config["tasks"][task]
@@ -163,9 +169,7 @@ class Worker:
         """Return the Restorer, with the options of restore.load, or, for text_to_image, the pipeline of this name."""
         key = (name, dict(given))
         if self.loaded is None or self.loaded[0] != key:
-            if self.loaded is not None:  # one backbone makes room for the next
-                self.loaded = None
-                free_memory(self.device)
+            self.unload()
             options = {"precision": self.config["precision"], "offline": self.config["offline"]}
             if self.config["kind"] == "text_to_image":
                 options |= {"options": PipelineOptions(**self.config["pipeline"]), "upcoming": self._all_prompts()}

@@ -13,7 +13,7 @@ from operators.ranges import Count, NonNegative, Positive, Range, enforce_ranges
 from restore.guidance import estimator
 from restore.samplers.consistency import encode_change
 from restore.samplers.likelihood import gaussian_sigma, l2_norm
-from restore.samplers.steps import FiniteCheck, annealing_levels, report
+from restore.samplers.steps import FiniteCheck, annealing_levels, as_column, report
 
 HALVINGS = 8  # of a step that makes its objective larger
 DIFFERENCE = 1e-3  # h of the forward difference
@@ -103,7 +103,7 @@ def fit(A: Callable, x0, y, gamma: float, rho: float, radius: float, admm_steps,
         for _ in range(descent_steps):
             x = descend(A, x, x0, v - u, gamma, rho, line_search)
         w = A(x) + u
-        distance = _column(l2_norm(w - y, y), w)
+        distance = as_column(l2_norm(w - y, y), w)
         v = y + (w - y) * (radius / distance.clamp(min=torch.finfo(w.dtype).tiny)).clamp(max=1)
         u = w - v
     return x
@@ -140,17 +140,13 @@ def descend(A: Callable, x, x0, b, gamma: float, rho: float, line_search: str):
     asks = is_on_host(x) or line_search == "difference"
     before = objective(x, r)
     for _ in range(HALVINGS):
-        moved = x - _column(step, x) * g
+        moved = x - as_column(step, x) * g
         grows = objective(moved, A(moved) - b) > before
         if asks and not grows.any():
             break
         step = torch.where(grows, step / 2, step)
-    return x - _column(step, x) * g
+    return x - as_column(step, x) * g
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a * b).flatten(1).sum(dim=1)
-
-
-def _column(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return values.view(-1, *[1] * (like.ndim - 1))

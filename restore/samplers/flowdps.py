@@ -10,7 +10,8 @@ import torch
 from operators.ranges import Count, NonNegative, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
-from restore.samplers.steps import FiniteCheck, report
+from restore.samplers.likelihood import l2_norm
+from restore.samplers.steps import FiniteCheck, as_column, report
 
 POWER_ITERATIONS = 8  # which find 1 / ||J||² well enough for a limit of twice that
 
@@ -60,8 +61,7 @@ def flowdps(
             z0_hat = strong.x0.detach()
 
             if step_size is None:
-                gain = find_gain(lambda z: operator.A(prior.decode(z)), z0_hat)
-                step_size = 1 / gain.view(-1, *[1] * (z0_hat.ndim - 1))
+                step_size = 1 / as_column(find_gain(lambda z: operator.A(prior.decode(z)), z0_hat), z0_hat)
 
             # Likelihood: the decoded unguided estimate must explain y.
             z0_y, first = z0_hat, None
@@ -91,13 +91,14 @@ def flowdps(
 
 def find_gain(A: Callable, z: torch.Tensor) -> torch.Tensor:
     """Return ||J||² of each image (B,), J the derivative of A at z, by power iterations."""
-    z = z.detach().requires_grad_()
+    z = z.detach()
     with torch.enable_grad():
-        a = A(z)
-    z, u = (z, a.detach()), a.detach()
+        start = z.clone().requires_grad_()
+        a = A(start)
+    u = a.detach()
     for _ in range(POWER_ITERATIONS):
-        (v,) = torch.autograd.grad(a, z[0], u, retain_graph=True)
-        norm = torch.linalg.vector_norm(v.flatten(1), dim=1).clamp(min=torch.finfo(v.dtype).tiny)
+        (v,) = torch.autograd.grad(a, start, u, retain_graph=True)
+        v = v / as_column(l2_norm(v, v).clamp(min=torch.finfo(v.dtype).tiny), v)
         with torch.no_grad():
-            u = A(z[0] + v / norm.view(-1, *[1] * (v.ndim - 1))) - z[1]
+            u = A(z + v) - a.detach()
     return u.flatten(1).square().sum(dim=1).clamp(min=torch.finfo(u.dtype).tiny)

@@ -75,6 +75,13 @@ def is_linear_gaussian(operator) -> bool:
     return is_linear(operator) and gaussian_sigma(operator) is not None
 
 
+def require_linear(sampler: str, operator, unless: str = "", instead: str = "dps") -> None:
+    """Raise RestoreError for an operator that is not linear. unless: when it may be; instead: what takes it."""
+    if not is_linear(operator):
+        name = getattr(operator, "name", type(operator).__name__)
+        raise RestoreError(f"{sampler} needs a linear operator{unless}, got {name}; try {instead}")
+
+
 def require_linear_gaussian(sampler: str, prior, operator, sigma_y: float | None, *, latents: bool = False) -> float:
     """Return sigma_y of y = A x + sigma_y n: the given one, else that of the operator's noise, 0 if it has none.
 
@@ -83,9 +90,7 @@ def require_linear_gaussian(sampler: str, prior, operator, sigma_y: float | None
     """
     if prior.downscale != 1 and not latents:
         raise RestoreError(f"{sampler} needs a pixel prior, got a latent one; try psld")
-    if not is_linear(operator):
-        name = getattr(operator, "name", type(operator).__name__)
-        raise RestoreError(f"{sampler} needs a linear operator, got {name}; try dps")
+    require_linear(sampler, operator)
     sigma_y = gaussian_sigma(operator) if sigma_y is None else sigma_y
     if sigma_y is None:
         raise RestoreError(f"{sampler} needs Gaussian noise, got {operator.noise!r}; give sigma_y or try dps")

@@ -7,12 +7,12 @@ from typing import Literal
 import torch
 
 import operators
-from operators import RestoreError, is_linear
+from operators import RestoreError
 from operators.ranges import NonNegative, Share, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.consistency import check_decoder_sigma, decode_consistently
-from restore.samplers.likelihood import l2_norm, require_linear_gaussian
+from restore.samplers.likelihood import l2_norm, require_linear, require_linear_gaussian
 from restore.samplers.steps import FiniteCheck, alpha_bars, ldm_timesteps, report
 
 
@@ -59,9 +59,8 @@ def psld(
     level = 0.0
     if decoder_sigma:
         level = require_linear_gaussian("psld with decoder_sigma", prior, operator, None, latents=True)
-    if gamma and not is_linear(operator):
-        name = getattr(operator, "name", type(operator).__name__)
-        raise RestoreError(f"psld needs a linear operator unless gamma=0, got {name}; try fastdips")
+    if gamma:
+        require_linear("psld", operator, " unless gamma=0", "fastdips")
     prior = normalise(prior, "vp")
     timesteps = ldm_timesteps(prior.schedule, steps, reference=index_shift)
     alpha_bar, alpha_bar_prev = alpha_bars(prior.schedule, timesteps, shift=index_shift)

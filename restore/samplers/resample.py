@@ -12,7 +12,7 @@ from operators.ranges import Count, NonNegative, Positive, Range, enforce_ranges
 from restore.backbones.base import normalise
 from restore.guidance import estimator
 from restore.samplers.likelihood import l2_norm, likelihood_variance
-from restore.samplers.steps import FiniteCheck, alpha_bars, ldm_timesteps, report
+from restore.samplers.steps import FiniteCheck, alpha_bars, as_column, ldm_timesteps, report
 
 ASK_EVERY = 50  # iterations after which an accelerator is asked whether all images fit; those that do stay as they are
 
@@ -133,7 +133,7 @@ def fit(
             adam.step()
             if active is not None:
                 x.data = torch.where(active, x.data, before)
-            unfitted = (loss.detach() >= tolerance**2).view(-1, *[1] * (x.ndim - 1))
+            unfitted = as_column(loss.detach() >= tolerance**2, x)
             active = unfitted if active is None else active & unfitted
             if (i + 1) % ask_every == 0 and not active.any():
                 break

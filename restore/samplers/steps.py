@@ -116,6 +116,11 @@ class Momentum:
         return result
 
 
+def as_column(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return the number of each image (B,) in the shape of factors of `like` (B, ...)."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
 def annealing_levels(
     schedule: Schedule, steps, sigma_max: float, sigma_min: float, to_zero: bool = True
 ) -> list[float]:
