@@ -99,7 +99,7 @@ def test_restoring(small_disk, restore, kilobytes):
 
 
 def test_generating(small_disk, restore):
-    folder = small_disk(20) / "out"
+    folder = small_disk(24) / "out"
     rc, said = restore("generate", "-n", 3, "--steps", 2, "-o", folder)
     assert rc == 2 and len(said) == 1 and "the disk is full" in said[0]
     assert names(folder) == ["sample-0000.json", "sample-0000.png"]

@@ -220,9 +220,9 @@ def generate(
     finished = 0  # images, each batch of which is a run of its own
     with Progress(1) as progress:
         shown = {"callback": lambda step: progress({**step, "first": finished, "total": n})}
-        for output in generate_files(out, model, n=n, overwrite=overwrite, **condition, **sampling, **shown):
+        for outcome in generate_files(out, model, n=n, overwrite=overwrite, **condition, **sampling, **shown):
             finished += 1
-            typer.echo(str(output))
+            typer.echo(outcome.line())
 
 
 @app.command()

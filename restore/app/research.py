@@ -27,6 +27,8 @@ def train(
     from restore.training import load_training_config, train
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if card is None and (weights is not None or overwrite):
+        raise RestoreError("weights= and overwrite= are of a card: give card=FOLDER, too")
     if card is not None:
         from restore.training.card import format_card, write_card
 

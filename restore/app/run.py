@@ -33,8 +33,8 @@ from restore.task import Measurement, Task, build_for_photo, measure_photo
 from restore.versions import get_version
 
 # The parts of a protocol that make a result another one. The others (threads, batch size, ...) only affect rounding.
-_DECISIVE = ("backbone", "weights", "weak_models", "model_options", "vae_tiling")
-_DECISIVE += ("precision", "operator", "noise", "method", "code")
+OF_THE_PRIOR = ("backbone", "weights", "weak_models", "model_options", "vae_tiling", "precision", "code")
+_DECISIVE = (*OF_THE_PRIOR, "operator", "noise", "method")
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,12 @@ def test_configurations(refused, hostile, verb, name):
     assert name in refused(verb, hostile / name)
 
 
+def test_options_of_a_card_need_one(refused, tmp_path):
+    for option in (["--weights", tmp_path], ["--overwrite"]):
+        assert "--card" in refused("train", "configs/train/embedded.yaml", *option, f"out={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "name, what",
     [("list", "damaged"), ("empty", "damaged"), ("other", "damaged"), ("metrics", "has no name, backbone")],
