@@ -12,7 +12,7 @@ _MODULES = {
     "base": ["Operator", "check_operator"],
     "blur": ["Blur", "GaussianBlur", "MotionBlur"],
     "compose": ["Compose"],
-    "factory": ["build_noise", "build_operator", "forget_border", "operator_options", "read_extent"],
+    "factory": ["build_noise", "build_operator", "forget_border", "operator_options", "read_extent", "read_parts"],
     "generic": [
         "continue_margin",
         "cut_margin",

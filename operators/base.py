@@ -15,6 +15,10 @@ from operators.errors import RestoreError
 from operators.separable import Kronecker, compute_dtype
 
 CACHE_LIMIT = 32  # buffers kept per operator; one per (size, dtype, device) in use
+# Of the largest: what nearly vanishes in the middle is not inverted, or the few iterations of a step follow noise and
+# border. DiffPIR, 20 steps, motion of 25 pixels with an unknown border: 22.3 dB at a sigma of 0.005, 20.2 without
+# it (three shipped faces; at 0.05 both have 20.0); DPIR, sigma 0.004: 31.3 and 31.1 (three shipped photos).
+LEAST_POWER = 1e-3
 
 
 class Operator:
@@ -38,6 +42,7 @@ class Operator:
     has_reference = False  # whether adjoint="reference" exists
     margin = (0, 0)  # rows and columns at each side of an image that lie outside of what y shows, see `Blur`
     stationary = False  # whether A commutes with shifts (of y's pixels), but for its border
+    enlarges = False  # whether an image has `factor`, an option, times the sides of what y shows
     derived: tuple[str, ...] = ()  # attributes computed from the others, left out of the repr
     noise = None
     image_size: tuple[int, int] | None = None
@@ -116,9 +121,10 @@ class Operator:
         if not self.stationary:
             return None
         power = torch.fft.rfft2(self.respond(y)).real.clamp_min(0.0)
+        least = LEAST_POWER * power.amax()
 
         def apply(v, r):
-            return torch.fft.irfft2(torch.fft.rfft2(v) / (power + r), s=v.shape[-2:])
+            return torch.fft.irfft2(torch.fft.rfft2(v) / torch.maximum(power + r, least), s=v.shape[-2:])
 
         return apply
 

@@ -43,7 +43,7 @@ class Blur(Operator):
         super().__init__(noise=noise, image_size=image_size, adjoint=adjoint)
         self.border = validate.require_choice(border, "border", ("reflect", "circular", "unknown"))
         self.kernel = as_kernel(kernel, normalize)
-        self._given = tuple(self.kernel.shape[-2:])
+        self._given = tuple(validate.require_tensor(kernel, "kernel").shape[-2:])  # not what makes its sides odd
         if border == "unknown":
             self.kernel = trim_kernel(self.kernel)
         self.radius = (self.kernel.shape[-2] // 2, self.kernel.shape[-1] // 2)

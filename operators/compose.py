@@ -22,7 +22,7 @@ class Compose(Operator):
     name = "compose"
     has_reference = True  # if all its parts have one
 
-    def __init__(self, *operators: Operator, noise=None, image_size=None):
+    def __init__(self, *operators: Operator, noise=None):
         if not operators or not all(isinstance(operator, Operator) for operator in operators):
             kinds = ", ".join(type(operator).__name__ for operator in operators) or "none"
             raise RestoreError(f"operators must be one or more Operators, got {kinds}; try as_operator for others")
@@ -31,7 +31,9 @@ class Compose(Operator):
         last = operators[-1].noise
         # of JPEG, the last link, the noise is that before it
         noise = last if noise is None else last.after(noise) if isinstance(last, JPEGNoise) else noise
-        image_size = operators[0].image_size if image_size is None else image_size
+        image_size = operators[0].image_size
+        # a composition among them brings its parts, each with its own scale
+        operators = tuple(part for one in operators for part in (one.operators if isinstance(one, Compose) else [one]))
         exact = all(operator.adjoint == "exact" for operator in operators)
         super().__init__(noise=noise, image_size=image_size, adjoint="exact" if exact else "reference")
         self.operators = operators
@@ -49,7 +51,7 @@ class Compose(Operator):
         rows, columns, scale = 0, 0, 1
         for operator in self.operators:
             rows, columns = (m + scale * own for m, own in zip((rows, columns), operator.margin, strict=True))
-            scale *= getattr(operator, "factor", 1)
+            scale *= operator.factor if getattr(operator, "enlarges", False) else 1
         return rows, columns
 
     def A(self, x: torch.Tensor) -> torch.Tensor:

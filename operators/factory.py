@@ -51,20 +51,38 @@ def read_extent(mapping: Mapping) -> tuple[int, tuple[int, int]]:
     measurement's sides is enlarged, and what its images extend beyond that at each side, in rows and columns."""
     if mapping["name"] == "compose":
         factor, rows, columns = 1, 0, 0
-        for part in mapping["operators"]:
+        for part in read_parts(mapping):
             own, margin = read_extent(part)
             rows, columns = rows + factor * margin[0], columns + factor * margin[1]
             factor *= own
         return factor, (rows, columns)
     unknown = mapping.get("border") == "unknown"
     bare = {key: mapping[key] for key in mapping if key not in COMMON}
-    return mapping.get("factor", 1), build_operator(bare).margin if unknown else (0, 0)
+    margin = build_operator(bare).margin if unknown else (0, 0)
+    maker = find_operator(mapping["name"])
+    if not getattr(maker, "enlarges", False):
+        return 1, margin
+    option = inspect.signature(maker).parameters.get("factor")
+    if option is None:
+        raise RestoreError(f"{mapping['name']} enlarges and must have the option 'factor'")
+    factor = mapping.get("factor", option.default)
+    if factor is option.empty:
+        raise RestoreError(f"{mapping['name']} needs the option 'factor'")
+    return validate.require_integer(factor, "factor"), margin
+
+
+def read_parts(mapping: Mapping) -> list[dict]:
+    """Return the mappings of a composition's operators. Raises RestoreError if they are no list of mappings."""
+    parts = mapping.get("operators")
+    if not isinstance(parts, Sequence) or isinstance(parts, str) or not len(parts):
+        raise RestoreError(f"operators of compose must be a list of operator mappings, not empty, got {parts!r}")
+    return [_read_mapping(part, "operator") for part in parts]
 
 
 def forget_border(mapping: Mapping) -> dict:
     """Return the mapping with an unknown border for every blur that names none, as of a picture that a camera took."""
     if mapping["name"] == "compose":
-        return {**mapping, "operators": [forget_border(part) for part in mapping["operators"]]}
+        return {**mapping, "operators": [forget_border(part) for part in read_parts(mapping)]}
     maker = find_operator(mapping["name"])
     is_blur = isinstance(maker, type) and issubclass(maker, Blur) and mapping.get("border") is None
     return {**mapping, "border": "unknown"} if is_blur else dict(mapping)
@@ -109,10 +127,8 @@ def make_random_inpainting(*, image_size, fraction=(0.3, 0.7), seed=0, noise=Non
 
 
 def make_composition(*, operators, noise=None, image_size=None, adjoint="exact") -> Compose:
-    if not isinstance(operators, Sequence) or isinstance(operators, str) or not len(operators):
-        raise RestoreError(f"operators of compose must be a list of operator mappings, not empty, got {operators!r}")
     chain, size = [], image_size
-    for mapping in operators:
+    for mapping in read_parts({"operators": operators}):
         chain.append(build_operator(mapping, image_size=size))
         if size is not None:  # the next operator's images are this one's measurements
             size = tuple(chain[-1].A(torch.zeros(1, 3, *validate.require_size(size), dtype=torch.float32)).shape[2:])

@@ -167,6 +167,8 @@ class JPEGNoise:
         if is_stationary:
             key = ("band power", tuple(y.shape))
             power = operator._buffer(key, lambda: _band_power(operator.respond(y)), y.dtype, y.device)
+        # where A loses everything and nothing damps, the approximation must stay finite
+        damping = torch.maximum(damping, torch.finfo(y.dtype).eps * power.amax())
         gram = _place(_correlate_colours if y.shape[1] == 3 else _scale_grey, y.dtype, y.device)
         area = 1 if y.shape[1] == 1 else math.prod(SAMPLINGS[self.subsampling])
         if area == 1:

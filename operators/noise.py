@@ -60,7 +60,7 @@ class PoissonNoise:
         return (2.0 * (y.clamp(-1.0, 1.0) + 1.0) / (255.0 * self.rate)).sqrt()
 
     def __repr__(self) -> str:
-        return f"PoissonNoise({self.rate:g})"
+        return f"PoissonNoise({self.rate:g}{'' if self.clip else ', clip=False'})"
 
 
 def translate_noise(model) -> GaussianNoise | None:

@@ -25,6 +25,7 @@ class SuperResolution(Operator):
     """
 
     name = "super_resolution"
+    enlarges = True
     has_reference = True
     stationary = True
 

@@ -197,7 +197,8 @@ def measure_residual(x: torch.Tensor, y: torch.Tensor, operator: Any) -> tuple[t
     sigma = getattr(operators.find_noise(operator), "sigma", None)
     if not sigma:
         return residual, None
-    mask = getattr(operator, "mask", None)
+    last = operator.operators[-1] if isinstance(operator, operators.Compose) else operator
+    mask = getattr(last, "mask", None)
     if mask is None:
         return residual, residual / (float(sigma) * difference.shape[1] ** 0.5)
     known = (mask > 0).to(y.device).expand_as(y).flatten(1)

@@ -183,7 +183,8 @@ def load_task(
     if kernel is not None:
         if "blur" not in str(config["name"]):
             raise RestoreError(f"kernel={kernel} does not apply to task {task}; it belongs to blur")
-        config = {"name": "blur", "noise": config.get("noise"), "kernel": masks.read_kernel(kernel)}
+        kept = {key: value for key, value in config.items() if key in ("noise", "border", "image_size", "adjoint")}
+        config = kept | {"name": "blur", "kernel": masks.read_kernel(kernel)}
     elif config["name"] == "blur" and "kernel" not in config:
         raise RestoreError("task blur needs kernel=FILE")
     if "sigma" in settings:
@@ -199,7 +200,7 @@ def load_task(
 def _read_quality(config: dict[str, Any], photo: Path, degrade: bool, known: dict[str, Any] | None) -> dict[str, Any]:
     """The configuration with what is known, or the photo's file says, of its JPEG compression for quality=auto."""
     if config["name"] == "compose":
-        parts = [_read_quality(dict(part), photo, degrade, known) for part in config["operators"]]
+        parts = [_read_quality(part, photo, degrade, known) for part in operators.read_parts(config)]
         return {**config, "operators": parts}
     if config["name"] != "jpeg" or config.get("quality") != AUTO:
         return config
@@ -222,7 +223,8 @@ def _use_mask(config: dict[str, Any], task: str, mask: Mask, settings: dict[str,
         mask = replace(mask, sensitivity=sensitivity)
     elif not mask.path.is_dir():
         mask.read()
-    return {"name": "inpainting_mask", "noise": config.get("noise"), "mask": mask}
+    kept = {key: value for key, value in config.items() if key in ("noise", "adjoint")}
+    return kept | {"name": "inpainting_mask", "mask": mask}
 
 
 @dataclass(frozen=True)

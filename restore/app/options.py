@@ -33,7 +33,7 @@ MaskFile = Annotated[Path | None, typer.Option(help="Mask: white known, black mi
 InvertMask = Annotated[bool, typer.Option("--invert-mask", help="In the mask, white is missing.")]
 MaskThreshold = Annotated[int | None, typer.Option(min=0, max=254, help="Values of a grey mask above this are white.")]
 Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Include sub-folders.")]
-KernelFile = Annotated[Path | None, typer.Option(help="Blur kernel: .npy, .txt or an image.")]
+KernelFile = Annotated[Path | None, typer.Option(help="What a point becomes in the blur: .npy, .txt or an image.")]
 Backbone = Annotated[str, typer.Option(help="A model of `restore models list`, a folder or a checkpoint file.")]
 ChosenBackbone = Annotated[
     str | None,

@@ -89,9 +89,11 @@ def read_mask(
 
 
 def read_kernel(path: str | Path) -> torch.Tensor:
-    """Read a blur kernel (kh, kw) float64 from .npy, .txt, .csv or a grey picture.
+    """Read a blur kernel (kh, kw) float64 from .npy, .txt, .csv or a grey picture, as operators.Blur takes it.
 
-    Numbers must sum to one within 1e-3; the grey values of a picture, 8 or 16 bits, are divided by their sum. Raises
+    The file shows what a point of light becomes, centred at (kh // 2, kw // 2), as it is measured and as published
+    kernels are applied, by convolution; operators.Blur correlates, so it is turned by 180 degrees. Numbers must sum to
+    one within 1e-3; the grey values of a picture, 8 or 16 bits, are divided by their sum. Raises
     RestoreError for NaN, a wrong sum, more than two dimensions and an unreadable file.
     """
     path = Path(path)
@@ -117,4 +119,5 @@ def read_kernel(path: str | Path) -> torch.Tensor:
         raise RestoreError(f"the kernel {path} must be finite, got NaN or infinite values")
     if abs(values.sum() - 1) > 1e-3:
         raise RestoreError(f"the kernel {path} must sum to 1, got {values.sum():.6g}; divide it by its sum")
-    return torch.from_numpy(values)
+    values = np.pad(values, [(0, 1 - side % 2) for side in values.shape])  # an even one keeps its centre when turned
+    return torch.from_numpy(values[::-1, ::-1].copy())

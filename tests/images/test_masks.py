@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import PIL.Image
 import pytest
+import scipy.ndimage
 import torch
 
+import operators
 from operators import RestoreError
 from restore import paths
 from restore.app import files
@@ -42,13 +44,14 @@ def test_masks(tmp_path):
 
 
 def test_kernels(tmp_path):
-    kernel = np.array([[0, 1, 0], [1, 4, 1], [0, 1, 0]], float) / 8
+    kernel = np.array([[0, 1, 0], [0, 2, 4], [0, 1, 0]], float) / 8
     np.save(tmp_path / "k.npy", kernel)
     np.savetxt(tmp_path / "k.txt", kernel)
     np.savetxt(tmp_path / "k.csv", kernel, delimiter=",")
     PIL.Image.fromarray((kernel * 400).astype(np.uint8)).save(tmp_path / "k.png")
     for name in ("k.npy", "k.txt", "k.csv", "k.png"):
-        assert np.allclose(masks.read_kernel(tmp_path / name).numpy(), kernel, rtol=1e-6, atol=1e-7), name
+        read = masks.read_kernel(tmp_path / name).numpy()
+        assert np.allclose(read, kernel[::-1, ::-1], rtol=1e-6, atol=1e-7), name
     for bad, message in (
         (kernel * 2, "must sum to 1, got 2"),
         (np.where(kernel == 0, np.nan, kernel), "NaN"),
@@ -73,3 +76,14 @@ def test_shipped_files_are_found_and_usable():
     mask = masks.read_mask(paths.data_dir() / "masks" / "chelsea-scratches.png", size=(300, 451))
     assert 0.8 < mask.mean() < 0.99
     assert masks.read_mask(paths.data_dir() / "masks" / "box-64.png", (64, 64)).sum() == 64 * 64 - 24 * 24
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (4, 6), (1, 2)])
+def test_a_kernel_file_is_what_a_point_of_light_becomes(tmp_path, shape):
+    """As scipy.ndimage.convolve, and with it DPIR and DiffPIR, apply it: a tail to the right smears to the right."""
+    kernel = np.random.default_rng(0).random(shape)
+    kernel /= kernel.sum()
+    np.save(tmp_path / "k.npy", kernel)
+    x = np.random.default_rng(1).random((24, 20))
+    y = operators.Blur(masks.read_kernel(tmp_path / "k.npy"), border="circular").A(torch.tensor(x)[None, None])
+    assert np.allclose(y[0, 0].numpy(), scipy.ndimage.convolve(x, kernel, mode="wrap"), atol=1e-12)

@@ -90,7 +90,8 @@ def make_task(request: Request, pixels: torch.Tensor, folder: Path, mask: Path |
             if len(request.path) < 2:
                 raise RestoreError("draw how the camera moved first")
             kernel = folder / "kernel.npy"
-            np.save(kernel, estimate.rasterise_path(torch.tensor(request.path)).double().numpy())
+            spread = estimate.rasterise_path(torch.tensor(request.path)).flip(0, 1)  # of a point, as files have it
+            np.save(kernel, spread.numpy())
             return load_task("blur", settings, kernel=kernel)
         std = estimate_std(pixels) if request.std is None else request.std
         std = require_number(std, "the size of the blur", 0.1, 50)
