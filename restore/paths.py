@@ -9,6 +9,9 @@ from operators import RestoreError
 _PACKAGE = Path(__file__).resolve().parent
 
 
+EXTRA = "restore.json"  # beside a network: what its configuration does not hold, and how it was loaded
+
+
 def configs_dir() -> Path:
     """The folder of the YAML files (`model/`, `task/`, ...). Raises RestoreError if the installation has none."""
     return _find_shipped("configs")

@@ -29,7 +29,7 @@ def describe_run(restorer: Any, operator: Any, method: Method) -> dict[str, Any]
     return {
         "backbone": restorer.name,
         "weights": restorer.weights_hash(),
-        **({"weak_models": weak} if (weak := hash_weak_models(method)) else {}),
+        **({"weak_models": weak} if (weak := hash_weak_models(method, getattr(backbone, "offline", None))) else {}),
         "network": describe_network(backbone) | restorer.options,
         **({"model_options": given} if given else {}),
         **({"autoencoder": type(backbone.vae).__name__} if restorer.kind == "latents" else {}),
@@ -108,14 +108,14 @@ def _copy_group(group: list[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, to
     return zip(names, torch.cat(contents).cpu().split([len(content) for content in contents]), strict=True)
 
 
-def hash_weak_models(method: Method) -> dict[str, Any]:
+def hash_weak_models(method: Method, offline: bool | None = None) -> dict[str, Any]:
     """Return the hashes of the weights of autoguidance's models, by name or, of a backbone, by class."""
     models = [term.model for term in list_autoguidance(method.guidance)]
-    return {model if isinstance(model, str) else type(model).__name__: _hash_model(model) for model in models}
+    return {model if isinstance(model, str) else type(model).__name__: _hash_model(model, offline) for model in models}
 
 
-def _hash_model(model: Any) -> Any:
-    return zoo.hash_weights(model) if isinstance(model, str) else hash_backbone(model)
+def _hash_model(model: Any, offline: bool | None) -> Any:
+    return zoo.hash_weights(model, offline) if isinstance(model, str) else hash_backbone(model)
 
 
 def fingerprint_backbone(backbone: Any) -> bytes:

@@ -83,7 +83,7 @@ def load(
     if vae_tiling:
         enable_vae_tiling(backbone)
     windows = {"overlap": overlap, "max_windows": max_windows, "recompute_windows": checkpointing}
-    return Restorer(backbone, found.name, **windows, per_channel=per_channel).note_source(found, options)
+    return Restorer(backbone, found.name, **windows, per_channel=per_channel).note_source(found, options, vae)
 
 
 class Restorer(SharedPrior):

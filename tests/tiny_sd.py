@@ -131,7 +131,7 @@ def save_folder(folder: Path, **scheduler) -> Path:
     return folder
 
 
-def save_single_file(path: Path, folder: Path) -> Path:
+def save_single_file(path: Path, folder: Path, **more) -> Path:
     """The model in `folder` as one file under the names of the original code."""
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     state = {f"model.diffusion_model.{k}": v for k, v in ldm_unet(pipe.unet).items()}
@@ -142,7 +142,7 @@ def save_single_file(path: Path, folder: Path) -> Path:
     if path.suffix == ".safetensors":
         save_file(state, path)
     else:
-        torch.save({"state_dict": state}, path)
+        torch.save({"state_dict": state, **more}, path)
     return path
 
 

@@ -21,13 +21,15 @@ from restore.backbones.diffusers_parts import UNet2DModel
 from restore.backbones.lean import find_lean, prepare_lean
 from restore.backbones.precision import keep_gradient
 from restore.backbones.schedule import Schedule
+from restore.paths import EXTRA
 
-EXTRA, SCHEDULER = "restore.json", "scheduler_config.json"
+SCHEDULER = "scheduler_config.json"
 AUTOENCODERS = ("vqvae", "vae")  # names of the autoencoder in a pipeline's folder
 PICKLED = "diffusion_pytorch_model.bin"  # the only weights of the oldest folders on the hub
 # guided-diffusion's two schedules (Ho et al. 2020; Nichol & Dhariwal 2021, eq. 17) as diffusers describes them.
 SCHEDULES = {"linear": {"beta_schedule": "linear"}, "cosine": {"beta_schedule": "squaredcos_cap_v2"}}
-TRAINED = ("schedule", "prediction_type", "null_class", "labels", "patch")  # keywords of ADM that restore.json may hold
+# Keywords of ADM that restore.json may hold.
+TRAINED = ("schedule", "prediction_type", "null_class", "labels", "patch", "rescale_timesteps")
 # Names of attention weights before diffusers 0.15, which the DDPM checkpoints on the hub still have.
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -42,6 +44,8 @@ class ADM(Pixels):
     null_class: index of the class that means "no class", or None: guided-diffusion's class-conditional models have
         none. A table of 1001 rows is taken for ImageNet's 1000 classes and the null class 1000.
     labels: names of the first classes in order; empty if classes only have numbers.
+    rescale_timesteps: the network is given times of 0 to 1000 whatever the number of levels (improved-diffusion's
+        `--rescale_timesteps True`, its default).
     patch: the network sees squares of patch x patch pixels as the channels of one cell (pixel unshuffle), which makes
         it cheaper (FFDNet, Zhang et al. 2018).
     dtype: torch.float32 (None), bfloat16 or float16, or "fp32", "bf16", "fp16": precision of the network's
@@ -66,6 +70,7 @@ class ADM(Pixels):
         null_class: int | None = None,
         labels: Sequence[str] = (),
         patch: int = 1,
+        rescale_timesteps: bool = False,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         channels_last: bool | None = None,
@@ -86,6 +91,7 @@ class ADM(Pixels):
         check_known([prediction_type], PREDICTION_TYPES, "unknown prediction type")
         self.trained_schedule, self.prediction_type = schedule, prediction_type
         self.schedule = Schedule.from_config(SCHEDULES[schedule] if isinstance(schedule, str) else schedule)
+        self.time_scale = 1000 / len(self.schedule) if rescale_timesteps else 1.0
         if self.schedule.kind != "vp" or config.time_embedding_type != "positional":
             raise RestoreError("the network must be a DDPM, with discrete, variance-preserving noise levels")
         if patch < 1 or config.in_channels % patch**2:
@@ -126,7 +132,7 @@ class ADM(Pixels):
         """
         require_shape(x_t, self.channels, self.multiple)
         alpha, sigma = self.schedule.levels(self.schedule.come_back(t) if self.one_beyond else t, x_t)
-        times = expand_times(t, x_t)
+        times = expand_times(t, x_t) * self.time_scale
         labels = self._labels(condition, len(x_t))
         low = self.dtype != torch.float32
 
@@ -207,6 +213,7 @@ class ADM(Pixels):
             "prediction_type": self.prediction_type,
             "null_class": self.null_class,
             **({"patch": self.patch} if self.patch > 1 else {}),
+            **({"rescale_timesteps": True} if self.time_scale != 1 else {}),
             **({"labels": list(self.labels)} if self.labels else {}),
         }
         disk.write_json(folder / EXTRA, extra)

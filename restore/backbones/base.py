@@ -140,6 +140,7 @@ class Renormalised:
         return getattr(self.inner, name)
 
     def predict(self, x_t: torch.Tensor, t: float, condition: Any = None) -> Prediction:
+        t = self.inner.schedule.come_back(t)
         scale = NORMS[self.schedule.kind](self.inner.schedule.alpha(t), self.inner.schedule.sigma(t))
         return self.inner.predict(x_t * scale, t, condition)
 

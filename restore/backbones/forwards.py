@@ -84,7 +84,7 @@ def replace_forward(
             _PARTS.setdefault(thread, []).append(part)
         for module in modules:
             with _LOCK:
-                dispatcher = getattr(module.__dict__.get("forward"), "dispatcher", None) or _Dispatcher(module)
+                dispatcher = _find_dispatcher(module) or _Dispatcher(module)
                 forward = dispatcher.find(thread, dispatcher.uncompiled)
                 dispatcher.stacks.setdefault(thread, []).append(forward)
             replaced.append((module, dispatcher))
@@ -106,16 +106,15 @@ def replace_forward(
 
 def find_own_forward(module: nn.Module) -> Callable | None:
     """Return the forward that was set on a module itself, beneath all replacements; None if it has its class's."""
-    forward = module.__dict__.get("forward")
-    dispatcher = getattr(forward, "dispatcher", None)
-    return forward if dispatcher is None else dispatcher.instance_forward
+    forward, dispatcher = module.__dict__.get("forward"), _find_dispatcher(module)
+    return forward if dispatcher is None or dispatcher.forward is not forward else dispatcher.instance_forward
 
 
 def set_own_forward(module: nn.Module, forward: Callable | None) -> None:
     """Set it, None for the class's. Replacements stay; those made before call what there was until they end."""
     with _LOCK:
-        dispatcher = getattr(module.__dict__.get("forward"), "dispatcher", None)
-        if dispatcher is not None:
+        dispatcher = _find_dispatcher(module)
+        if dispatcher is not None and module.__dict__.get("forward") is dispatcher.forward:
             original = type(module).forward.__get__(module) if forward is None else forward
             dispatcher.set_original(module, forward, original)
         elif forward is not None:
@@ -137,11 +136,29 @@ def run_uncompiled(modules: Iterable[nn.Module]):
     return replace_forward(modules, lambda module, forward: forward)
 
 
+def _find_dispatcher(module: nn.Module) -> _Dispatcher | None:
+    """Return the dispatcher in a module's place, whose attributes a hook's own forward may have copied."""
+    for name in ("_old_forward", "forward"):
+        dispatcher = getattr(module.__dict__.get(name), "dispatcher", None)
+        if dispatcher is not None and dispatcher.forward is module.__dict__[name]:
+            return dispatcher
+    return None
+
+
 class _Dispatcher:
-    """Replacements of one module's forward by thread (None: every thread without its own), the innermost last."""
+    """Replacements of one module's forward by thread (None: every thread without its own), the innermost last.
+
+    It stands beneath accelerate's hooks (`_old_forward`), which diffusers' pipelines take away and set again at the end
+    of every call if they offload.
+    """
 
     def __init__(self, module: nn.Module):
-        self.set_original(module, module.__dict__.get("forward"), module.forward)
+        hooked = module.__dict__.get("_old_forward")
+        if hooked is None:
+            self.set_original(module, module.__dict__.get("forward"), module.forward)
+        else:
+            own = hooked != type(module).forward.__get__(module)
+            self.set_original(module, hooked if own else None, hooked)
         self.compiled_call = module._compiled_call_impl  # of module.compile()
         self.stacks: dict[int | None, list[Callable]] = {}
 
@@ -153,8 +170,8 @@ class _Dispatcher:
             replaced = self.find(threading.get_ident(), None) is not None
             return (module._call_impl if replaced else self.compiled_call)(*args, **kwargs)
 
-        forward.dispatcher = self
-        module.forward = forward
+        forward.dispatcher, self.forward = self, forward
+        setattr(module, "forward" if hooked is None else "_old_forward", forward)
         if self.compiled_call is not None:
             module._compiled_call_impl = call
 
@@ -171,7 +188,11 @@ class _Dispatcher:
     def remove(self, module: nn.Module) -> None:
         if self.compiled_call is not None:
             module._compiled_call_impl = self.compiled_call
-        if self.instance_forward is None:
+        if module.__dict__.get("_old_forward") is self.forward:
+            module._old_forward = self.original
+        elif module.__dict__.get("forward") is not self.forward:
+            return  # another library has set its own meanwhile
+        elif self.instance_forward is None:
             del module.forward
         else:
             module.forward = self.instance_forward

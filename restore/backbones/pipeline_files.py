@@ -14,6 +14,7 @@ from restore import disk
 from restore.backbones.autoencoder import load_vae
 from restore.backbones.weights import (
     align_memory,
+    allow_harmless,
     build_without_weights,
     first_line,
     hide_progress_bars,
@@ -174,9 +175,11 @@ def download_model(name: str, *, revision: str | None = None, offline: bool = Fa
     """Return the folder of a hub model in the local cache, downloaded first unless `offline`. Raises RestoreError."""
     from huggingface_hub import snapshot_download
 
+    from restore.zoo.hub import list_transport_errors
+
     try:
         return Path(snapshot_download(name, revision=revision, local_files_only=offline, allow_patterns=files))
-    except (OSError, ValueError) as error:
+    except list_transport_errors() as error:
         # Not found, gated, no network, or offline and not cached: the client's own errors are several lines.
         hint = "it is not in the local cache; load it once with offline=False" if offline else first_line(error)
         raise RestoreError(f"the model {name} could not be read from the Hugging Face hub: {hint}") from error
@@ -199,9 +202,10 @@ def read_single_file(path: Path, *, config=None, offline: bool = False, text_onl
     skipped = {"unet": None, "vae": None} if text_only else {}
     absent = {"safety_checker": None, "feature_extractor": None}  # which published indices name
     try:
-        pipe = StableDiffusionPipeline.from_single_file(
-            str(path), config=config, local_files_only=offline or config is not None, **absent, **skipped
-        )
+        with allow_harmless():
+            pipe = StableDiffusionPipeline.from_single_file(
+                str(path), config=config, local_files_only=offline or config is not None, **absent, **skipped
+            )
     except Exception as error:  # a foreign file fails anywhere in diffusers' conversion, with errors of any kind
         raise RestoreError(
             f"{path} could not be read as a Stable Diffusion checkpoint ({first_line(error)}); if it is one, name the "

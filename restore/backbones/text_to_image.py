@@ -124,8 +124,8 @@ class TextToImage:
         minus 1; 0: no classifier-free guidance. negative: its prompt. generators: one for each image, of schedulers
         that draw noise. Raises RestoreError for options that the pipeline does not take.
         """
+        own = self._check_call()  # before minutes of reading
         pipe = self.prepare(prompts, negative if cfg else None)
-        own = self._check_call(pipe)
         scale = {"true_cfg_scale" if self.kind == "flux" else "guidance_scale": 1.0 + cfg}
         arguments = {"num_inference_steps": int(steps), "output_type": "pt", "generator": generators, **scale, **own}
         if self.kind == "stable-diffusion":
@@ -156,15 +156,18 @@ class TextToImage:
     def _network(self, pipe: Any) -> nn.Module:
         return getattr(pipe, files.KINDS[self.kind][1])
 
-    def _check_call(self, pipe: Any) -> dict[str, Any]:
+    def _check_call(self) -> dict[str, Any]:
         """Return options.call without what is for the embedding of prompts."""
-        known = inspect.signature(type(pipe).__call__).parameters
+        import diffusers
+
+        pipeline = files.KINDS[self.kind][0]
+        known = inspect.signature(getattr(diffusers, pipeline).__call__).parameters
         for name in self.options.call:
             is_ours = name in OURS or "prompt" in name or name == "true_cfg_scale"
             if is_ours or (name == "guidance_scale" and self.kind != "flux"):
                 hint = "; give guidance: {cfg: {scale: w}}, w = guidance_scale - 1" if "scale" in name else ""
                 raise RestoreError(f"pipeline.call must leave {name} to the benchmark{hint}")
-            check_known([name], [key for key in known if key not in OURS], f"{type(pipe).__name__} has no argument")
+            check_known([name], [key for key in known if key not in OURS], f"{pipeline} has no argument")
         encoding = () if self.kind == "stable-diffusion" else ("clip_skip", "max_sequence_length")
         return {name: value for name, value in self.options.call.items() if name not in encoding}
 

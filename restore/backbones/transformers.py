@@ -250,7 +250,7 @@ class DiT(Latents):
         require_shape(x_t, self.channels, self.multiple)
         if x_t.shape[-1] != x_t.shape[-2]:
             raise RestoreError(f"x_t must be square for DiT, got shape {tuple(x_t.shape)}")
-        alpha, sigma = self.schedule.levels(t, x_t)
+        alpha, sigma = self.schedule.levels(self.schedule.come_back(t), x_t)
         times = expand_times(t, x_t)
         labels = check_labels(self.null_condition if condition is None else condition, len(x_t), self.classes)
         labels = labels.to(x_t.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ HARMLESS = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",)
 
 class Placeholder:
     """Stands for an object of HARMLESS."""
+
+
+def allow_harmless() -> AbstractContextManager:
+    """Within the block torch.load reads objects of HARMLESS."""
+    return torch.serialization.safe_globals([(Placeholder, name) for name in HARMLESS])
 
 
 def as_dtype(value: torch.dtype | str | None) -> torch.dtype:
@@ -80,7 +85,7 @@ def read_weights(path: Path, device: str = "cpu") -> Any:
             if handle.read(9)[8:] == b"{":
                 return load_file(path)
             handle.seek(0)
-            with torch.serialization.safe_globals([(Placeholder, name) for name in HARMLESS]):
+            with allow_harmless():
                 return torch.load(handle, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or "reduce" in str(error):

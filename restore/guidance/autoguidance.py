@@ -58,7 +58,8 @@ class Autoguidance(Term):
         if (device, dtype) not in self.loaded:
             from restore import zoo
 
-            self.loaded[device, dtype] = zoo.load_backbone(self.model, device=device, precision=dtype)[1]
+            where = {"device": device, "precision": dtype, "offline": getattr(strong, "offline", None)}
+            self.loaded[device, dtype] = zoo.load_backbone(self.model, **where)[1]
         return self.loaded[device, dtype]
 
 

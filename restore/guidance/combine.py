@@ -74,6 +74,7 @@ class APG:
 
         def combine(eps: torch.Tensor, weak: Weak, x_t: torch.Tensor, t: float) -> torch.Tensor:
             nonlocal mean
+            t = backbone.schedule.come_back(t)
             alpha, sigma = backbone.schedule.alpha(t), backbone.schedule.sigma(t)
             total = sum(abs(scale) for scale, _ in weak)
             d = sum((scale / total) * (eps_weak - eps) for scale, eps_weak in weak) * (sigma / alpha)

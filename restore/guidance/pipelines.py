@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from operators import RestoreError
@@ -83,8 +84,8 @@ def guided(pipe: Any, guidance: Term | Guidance | None, *, conditional: str = "a
             return finish(_shift(call.output, torch.cat([shift] * (len(call.x) // len(shift)))), call)
 
         def finish(output, call):
-            sample = sample_of(output)
-            return _shift(output, changes.change(sample, call.x, call.t) - sample) if changes.changes else output
+            eps = adapter.eps_of(sample_of(output))
+            return _shift(output, changes.change(eps, call.x, call.t) - eps) if changes.changes else output
 
         return forward
 
@@ -244,20 +245,28 @@ class PipelineNetwork:
 
     @property
     def schedule(self) -> Schedule | None:
-        """The pipeline's noise levels; None for a network without its pipeline."""
+        """The pipeline's noise levels; None for a network without its pipeline and for times that do not tell them."""
         scheduler = getattr(self.pipe, "scheduler", None)
-        if scheduler is None:
+        if scheduler is None or type(scheduler).__name__.startswith("EDM"):  # whose times are not the noise levels'
             return None
         return Schedule.from_config({"_class_name": type(scheduler).__name__, **scheduler.config})
 
     def predict(self, x_t: torch.Tensor, t: float, condition: NetworkCall) -> Prediction:
         """The first prediction of a call is the strong one; later ones are weak and made only on its rows."""
         if condition.output is None:
-            return Prediction(condition.run()[condition.rows])
-        return Prediction(condition.run_weak(x_t))
+            return Prediction(self.eps_of(condition.run()[condition.rows]))
+        return Prediction(self.eps_of(condition.run_weak(x_t)))
+
+    def eps_of(self, output: torch.Tensor) -> torch.Tensor:
+        """Return an output without the channels of a learned variance, which guidance must not move."""
+        vae = getattr(self.pipe, "vae", None)
+        channels = (unwrap(self.network).config.in_channels if vae is None else vae.config.get("latent_channels")) or 0
+        return output[:, :channels] if output.ndim == 4 and output.shape[1] == 2 * channels else output
 
 
 def _shift(output: Any, shift: torch.Tensor) -> Any:
     """Add `shift` to the prediction in the network's output, a tuple or an object."""
-    moved = sample_of(output) + shift
+    sample = sample_of(output)
+    missing = sample.shape[1] - shift.shape[1]  # the channels of a learned variance
+    moved = sample + (F.pad(shift, (0, 0, 0, 0, 0, missing)) if missing else shift)
     return (moved, *output[1:]) if isinstance(output, tuple) else type(output)(sample=moved)

@@ -250,8 +250,9 @@ class SeededDraw:
 
         def draw(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
             number = self.numbers.setdefault((place, next(own)), len(self.numbers))
-            # An integer time enters as it is, any other with the bits of its floating-point value.
-            time = [int(self.t)] if self.t == int(self.t) else [int(self.t), int(np.float64(self.t).view(np.uint64))]
+            # A whole time enters as it is, any other, and one below 0, with the bits of its floating-point value.
+            whole, bits = abs(int(self.t)), int(np.float64(self.t).view(np.uint64))
+            time = [whole] if self.t == whole else [whole, bits]
             state = np.random.SeedSequence([self.seed, *time, number]).generate_state(1, np.uint64)[0]
             generator = torch.Generator().manual_seed(int(state) >> 1)
             sample = torch.rand if kind == "uniform" else torch.randn

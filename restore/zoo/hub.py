@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from operators import RestoreError
+from restore import disk
 from restore.zoo.registry import Hub
+
+# Files of a pipeline outside the registry: no second copies in other precisions and formats.
+PIPELINE_FILES = ("*.json", "*.txt", "*model.safetensors", "*model-*-of-*.safetensors", "*spiece.model")
+PICKLES = ("*model.bin", "*model-*-of-*.bin")  # where there are no safetensors
+UNUSED = ("safety_checker/*",)
+_NETWORKS = ("unet", "transformer", "vae")
+_SHARD = re.compile(r".*model(?:\.\w+)?-\d+-of-(\d+)\.(?:safetensors|bin)")
+
+
+def list_transport_errors() -> tuple[type[Exception], ...]:
+    """Return what the hub's client raises if it cannot fetch: its own errors' bases are those of its transport."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (*HfHubHTTPError.__bases__, OSError, ValueError)
 
 
 def fetch_snapshot(hub: Hub, offline: bool) -> Path | None:
     """Return the folder of a hub model in the Hugging Face cache; None if offline and not complete there."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(
-            hub.repo, revision=hub.revision, allow_patterns=list(hub.files) or None, local_files_only=offline
+            hub.repo,
+            revision=hub.revision,
+            allow_patterns=list(hub.files) or None,
+            ignore_patterns=list(UNUSED),
+            local_files_only=offline,
         )
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except list_transport_errors() as error:
         if offline and isinstance(error, LocalEntryNotFoundError):
             return None
         raise RestoreError(f"{hub.repo} could not be fetched from the hub: {error}") from error
@@ -27,15 +47,43 @@ def fetch_snapshot(hub: Hub, offline: bool) -> Path | None:
     return None if missing else Path(folder)
 
 
+def fetch_pipeline(hub: Hub, offline: bool, variant: str | None = None) -> Path | None:
+    """Return the folder of a pipeline or network outside the registry, as `fetch_snapshot` does; variant: of the files'
+    names, such as "fp16". Pickles, or weights without the variant, are fetched where the hub has no others."""
+    first = [name.replace("model", f"model.{variant}") if variant else name for name in PIPELINE_FILES[2:4]]
+    files = (*PIPELINE_FILES[:2], *first, *PIPELINE_FILES[4:])
+    folder = fetch_snapshot(Hub(hub.repo, hub.revision, files), offline)
+    if folder is not None and not is_whole(folder, variant):
+        if offline:
+            return None
+        folder = fetch_snapshot(Hub(hub.repo, hub.revision, (*files, *PIPELINE_FILES, *PICKLES)), offline)
+    return folder
+
+
+def is_whole(folder: Path, variant: str | None = None) -> bool:
+    """Return whether a folder, which may be what another program or an interrupted one fetched, has the configuration
+    and the weights of every network."""
+    index = disk.read_json(folder / "model_index.json")
+    parts = [""] if index is None else [part for part in _NETWORKS if (index.get(part) or [None])[0] is not None]
+    return all((folder / part / "config.json").is_file() and _has_weights(folder / part, variant) for part in parts)
+
+
+def _has_weights(folder: Path, variant: str | None) -> bool:
+    names = [path.name for path in folder.iterdir() if (f".{variant}" in path.name) == (variant is not None)]
+    shards = [match for name in names if (match := _SHARD.fullmatch(name))]
+    whole = any(name.endswith(("model.safetensors", "model.bin")) for name in names)
+    whole = whole or any(name.endswith((f"model.{variant}.safetensors", f"model.{variant}.bin")) for name in names)
+    return whole or any(len(shards) >= int(match[1]) for match in shards)
+
+
 def query_hub_size(hub: Hub) -> int | None:
     """Return the bytes of the files of a hub folder; None if the hub does not tell."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import filter_repo_objects
 
     try:
         files = HfApi().model_info(hub.repo, revision=hub.revision, files_metadata=True).siblings or []
-    except (HfHubHTTPError, OSError, ValueError):
+    except list_transport_errors():
         return None
     kept = filter_repo_objects(files, allow_patterns=list(hub.files) or None, key=lambda file: file.rfilename)
     return sum(file.size or 0 for file in kept) or None

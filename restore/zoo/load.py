@@ -73,6 +73,7 @@ def load_backbone(
     if found.kind == "stable-diffusion":
         options["offline"] = is_offline(offline)
     backbone = cls.load(found.path, **options)
+    backbone.offline = is_offline(offline) or None  # so that models of its guidance are not downloaded either
     check_parameters(found, sum(weight.numel() for weight in backbone.network.parameters()))
     return found, backbone
 

@@ -11,6 +11,7 @@ from typing import Any
 from operators import RestoreError
 from operators.naming import check_known
 from restore import disk
+from restore.paths import EXTRA
 from restore.zoo.registry import Model, read_registry
 from restore.zoo.store import Located, find_expected, read_tensor_names
 
@@ -20,12 +21,13 @@ ASKED = {
     "attention_order": "attention_order=legacy or new",
     "schedule": "schedule=linear, cosine or a scheduler's configuration",
     "prediction_type": "prediction_type=epsilon, v_prediction or sample",
+    "rescale_timesteps": "rescale_timesteps=true or false (true is improved-diffusion's default)",
     "scale_factor": "scale_factor=FACTOR of the latents",
 }
 _UNET = ("heads", "head_channels", "attention_order", "schedule", "prediction_type", "null_class", "weights_key")
 # By kind of model, the keywords of its loader that `restore.load` takes.
 OPTIONS = {
-    "adm": (*_UNET, "resolution", "lean"),
+    "adm": (*_UNET, "resolution", "rescale_timesteps", "lean"),
     "latent": (*_UNET, "scale_factor", "ema", "lean"),
     "stable-diffusion": ("prediction_type", "config"),
     "sd3": ("text_tokens", "quantise"),
@@ -52,7 +54,9 @@ def resolve_options(found: Located, given: Mapping[str, Any]) -> Located:
             raise RestoreError(f"{name} must be a whole number from 1, got {given[name]!r}")
     known = dict(found.options)
     if found.entry is None and found.path is not None:
-        known = _find_options(found, given)
+        stored = (disk.read_json(found.path / EXTRA) or {}).get("options", {}) if found.path.is_dir() else {}
+        known = {name: stored[name] for name in OPTIONS.get(found.kind, ()) if name in stored}
+        known |= _find_options(found, given)
     if {"heads", "head_channels"} & set(given):
         known = {name: value for name, value in known.items() if name not in ("heads", "head_channels")}
     return replace(found, options=known | given)
@@ -64,7 +68,7 @@ def check_parameters(found: Located, count: int) -> None:
     if entry is not None and entry.parameters not in (None, count) and entry.loading.items() <= found.options.items():
         raise RestoreError(
             f"{found.path} is not {entry.name}, whose file name it has: it has {count} parameters, not "
-            f"{entry.parameters}; give {_list_asked(_needed(found))}, as it was trained"
+            f"{entry.parameters}; give {_list_asked(_needed(found, {}))}, as it was trained"
         )
 
 
@@ -72,9 +76,8 @@ def _find_options(found: Located, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is known of weights outside the registry besides the given options. Raises RestoreError."""
     if found.kind == "stable-diffusion":
         return _find_prediction_type(found.path, given) if found.path.is_file() else {}
-    missing = [
-        name for name in _needed(found) if name not in given and (name != "heads" or "head_channels" not in given)
-    ]
+    told = {*given, *(["heads"] if "head_channels" in given else [])}
+    missing = [name for name in _needed(found, given) if name not in told]
     if not missing:
         return {}
     entry = _find_by_content(found.path) if found.path.is_file() else None
@@ -109,17 +112,19 @@ def _holds_network(found: Located, given: Mapping[str, Any]) -> bool:
     return unwrap_state(read_weights(found.path, "meta"), anchor, found.path, given.get("weights_key")) is not None
 
 
-def _needed(found: Located) -> list[str]:
-    """Return the options that weights outside the registry do not tell."""
+def _needed(found: Located, given: Mapping[str, Any]) -> list[str]:
+    """Return the options that weights outside the registry do not tell, some only beside others that are given."""
     if found.kind not in ("adm", "latent"):
         return []
     if found.path.is_dir():
         places = ("scheduler/scheduler_config.json", "scheduler_config.json")
         is_told = any((found.path / place).is_file() for place in (*places, "model_index.json"))
-        extra = disk.read_json(found.path / "restore.json") or {}
+        extra = disk.read_json(found.path / EXTRA) or {}
         return [] if is_told or "schedule" in extra else ["schedule"]
     if found.kind == "adm":
-        return ["heads", "attention_order", "schedule"]
+        schedule = given.get("schedule")
+        levels = schedule.get("num_train_timesteps", 1000) if isinstance(schedule, Mapping) else 1000
+        return ["heads", "attention_order", "schedule"] + ["rescale_timesteps"] * (levels != 1000)
     names = read_tensor_names(found.path)
     buffers = {"schedule": b"betas", "scale_factor": b"scale_factor"}
     told = {option for option, buffer in buffers.items() if buffer in names}

@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelHubMixin, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from operators import RestoreError
 from restore import disk
-from restore.zoo.store import PIPELINE_FILES, Located
+from restore.paths import EXTRA
+from restore.zoo.hub import PIPELINE_FILES, list_transport_errors
+from restore.zoo.options import OPTIONS
+from restore.zoo.store import Located
 
+_WEIGHTS = {"diffusion_pytorch_model.bin": "diffusion_pytorch_model", "pytorch_model.bin": "model"}  # of pickles
 LIBRARY, TAG = "restore-diffusion", "image-restoration"
 
 
@@ -75,19 +79,27 @@ class SharedPrior(Shared):
     shared_files = PIPELINE_FILES
     source: Path | None = None
 
-    def note_source(self, found: Located, given: Mapping[str, Any]) -> SharedPrior:
-        """Keep where the prior was found and with which options, those of the caller too; return itself."""
-        self.source, self.options = found.path, dict(found.options)
+    def note_source(self, found: Located, given: Mapping[str, Any], vae: str | Path | None = None) -> SharedPrior:
+        """Keep where the prior was found, with which options, those of the caller too, and with which autoencoder in
+        place of its own; return itself."""
+        self.source, self.options, self.model_kind = found.path, dict(found.options), found.kind
+        self.other_vae = vae
         self.given = {name: value for name, value in given.items() if value is not None}
         return self
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Raises RestoreError for a prior that can neither be written nor comes from a folder."""
+        """Raises RestoreError for a prior that can neither be written nor comes from a folder, and if that has another
+        autoencoder or weights that cannot be written as safetensors."""
         patterns = ["README.md", *_list_pictures(self.source)]
         if hasattr(self.backbone, "save"):
             self.backbone.save(save_directory, "fp16" if _fits_half(self.backbone) else None)
         elif self.source is not None and self.source.is_dir():
+            if self.other_vae is not None:
+                raise RestoreError(f"a prior with vae={self.other_vae} cannot be saved: its folder has another one")
             patterns += self.shared_files
+            convert_pickles(self.source, save_directory)
+            options = {name: self.options[name] for name in OPTIONS[self.model_kind] if name in self.options}
+            disk.write_json(save_directory / EXTRA, {"options": options})
         else:
             kind = type(self.backbone).__name__
             raise RestoreError(
@@ -122,7 +134,7 @@ def write_card(path: Path, text: str) -> None:
 @contextmanager
 def explain_hub(name: str, done: str) -> Iterator[None]:
     """Raise what the hub's client raises within the block as one RestoreError: name could not be `done` the hub."""
-    transport = (*HfHubHTTPError.__bases__, OSError, ValueError)  # the bases are those of the client's own transport
+    transport = list_transport_errors()
     try:
         yield
     except RestoreError:
@@ -135,6 +147,24 @@ def explain_hub(name: str, done: str) -> Iterator[None]:
         is_closed = status in (401, 403) or isinstance(error, RepositoryNotFoundError)
         remedy = "; try token=TOKEN, or `hf auth login`" if is_closed else ""
         raise RestoreError(f"{name} could not be {done} the hub: {reason.rstrip('.')}{remedy}") from error
+
+
+def convert_pickles(source: Path, target: Path) -> None:
+    """Write the weights of a folder's networks that are pickles alone as safetensors to the same places of `target`.
+
+    Raises RestoreError for those in several files, or with anything but tensors."""
+    from restore.backbones.weights import read_weights
+
+    for path in sorted(source.rglob("*model.bin")) + sorted(source.rglob("*model-*-of-*.bin")):
+        if any(path.parent.glob("*.safetensors")):
+            continue
+        place = target / path.relative_to(source)
+        content = read_weights(path) if path.name in _WEIGHTS else None
+        if not isinstance(content, Mapping) or not all(hasattr(value, "detach") for value in content.values()):
+            raise RestoreError(f"{path} must be one file of tensors to be saved; save the model as safetensors first")
+        disk.make_folder(place.parent)
+        weights = {name: value.detach().clone().contiguous() for name, value in content.items()}
+        disk.write_safetensors(place.with_name(f"{_WEIGHTS[path.name]}.safetensors"), weights, {"format": "pt"})
 
 
 def _fits_half(backbone: Any) -> bool:

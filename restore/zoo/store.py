@@ -20,11 +20,9 @@ from operators.naming import suggest
 from restore import disk
 from restore.paths import data_dir
 from restore.zoo import download, registry
-from restore.zoo.hub import fetch_snapshot, query_hub_size
+from restore.zoo.hub import PIPELINE_FILES, fetch_pipeline, fetch_snapshot, query_hub_size
 from restore.zoo.registry import Hub, Model
 
-# Files of a hub pipeline outside the registry: no second copies in other precisions and formats.
-PIPELINE_FILES = ("*.json", "*.txt", "*model.safetensors", "*model-*-of-*.safetensors", "*spiece.model")
 _CONFIGURATION_FILES = ("model_index.json", "*/config.json")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _WEIGHT_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
@@ -82,7 +80,7 @@ def locate(name_or_path: str | Path) -> Located:
     parts, is_weights = name.split("/"), path.suffix in _WEIGHT_SUFFIXES
     if len(parts) == 2 and all(parts) and not is_weights and name[0] not in "./~":
         hub = Hub(name, files=PIPELINE_FILES)
-        folder = fetch_snapshot(hub, offline=True)
+        folder = fetch_pipeline(hub, offline=True)
         return Located(name, "stable-diffusion" if folder is None else _detect_folder_kind(folder), folder, hub)
     if is_weights or len(parts) > 1:
         raise RestoreError(f"there is no file or folder {name}")
@@ -90,7 +88,11 @@ def locate(name_or_path: str | Path) -> Located:
 
 
 def pull(
-    name: str, offline: bool | None = None, verify: bool = True, progress: download.Progress | None = None
+    name: str,
+    offline: bool | None = None,
+    verify: bool = True,
+    progress: download.Progress | None = None,
+    variant: str | None = None,
 ) -> Path:
     """Make a registered model or hub id available on this machine and return its file or folder.
 
@@ -99,12 +101,14 @@ def pull(
     network is built from the file, and its checksum is recorded: a file replaced by its publisher is then refused like
     a corrupted one (see `forget_checksum`). offline=True (default: see `is_offline`) never uses the network.
     progress(bytes so far, bytes in all or None): called during the download of a file; the hub client shows bars.
-    Raises RestoreError if the model cannot be fetched, with the file, its publisher and where to put it.
+    variant: of a hub id's weight files, such as "fp16". Raises RestoreError if the model cannot be fetched, with the
+    file, its publisher and where to put it.
     """
     found, offline = locate(name), is_offline(offline)
     if found.hub is not None:
-        folder = fetch_snapshot(found.hub, offline)
-        if folder is not None and found.entry is not None:
+        if found.entry is None:
+            folder = fetch_pipeline(found.hub, offline, variant)
+        elif (folder := fetch_snapshot(found.hub, offline)) is not None:
             _record_commit(found.entry, folder)
         if folder is None:
             raise RestoreError(
@@ -118,12 +122,12 @@ def pull(
 
 
 def pull_configuration(name: str, offline: bool | None = None) -> Path:
-    """Return the folder or file of a model; of a registered hub model that is not here, its configuration files alone.
+    """Return the folder or file of a model; of a hub model that is not here, its configuration files alone.
 
     Raises RestoreError as `pull` does.
     """
     found = locate(name)
-    if found.path is not None or found.hub is None or found.entry is None or is_offline(offline):
+    if found.path is not None or found.hub is None or is_offline(offline):
         return found.path or pull(name, offline)
     return fetch_snapshot(Hub(found.hub.repo, found.hub.revision, _CONFIGURATION_FILES), offline=False)
 
@@ -306,9 +310,11 @@ def _detect_file_kind(path: Path) -> str:
     if problem := download.find_damage(path):
         raise RestoreError(f"{path} {problem}")
     names = read_tensor_names(path)
+    if any(name in names for name in (b"conditioner.", b"text_encoders.", b"joint_blocks.", b"double_blocks.")):
+        raise RestoreError(f"{path} must be a folder of a pipeline to be read, as a model of SDXL, SD3 or FLUX")
     if b"model.diffusion_model." in names:
         return "latent" if b"first_stage_model." in names and b"cond_stage_model." not in names else "stable-diffusion"
-    return "stable-diffusion" if suffix == ".ckpt" else "adm"
+    return "stable-diffusion" if suffix == ".ckpt" and b"time_embed.0.weight" not in names else "adm"
 
 
 def read_tensor_names(path: Path) -> bytes:

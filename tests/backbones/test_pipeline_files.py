@@ -4,6 +4,8 @@ import gc
 import json
 import pickle
 import shutil
+import sys
+import types
 
 import pytest
 import torch
@@ -81,6 +83,19 @@ def test_half_precision_leaves_the_vae_in_float32(folder, latent):
     assert backbone.network.dtype == torch.float16 and backbone.vae.dtype == torch.float32
     assert StableDiffusion.load(folder, dtype=torch.bfloat16).vae.dtype == torch.bfloat16
     assert backbone.decode(latent).dtype == torch.float32
+
+
+def test_a_checkpoint_with_the_trainers_callbacks_is_read(folder, tmp_path, latent, monkeypatch):
+    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, module.__name__, module)
+        for parent in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+            patch.setitem(sys.modules, parent, types.ModuleType(parent))
+        callbacks = {module.ModelCheckpoint: {"best_model_score": 0.1}}
+        path = save_single_file(tmp_path / "model.ckpt", folder, callbacks=callbacks)
+    single = StableDiffusion.load(path, config=folder, offline=True)
+    assert relative(single.decode(latent), StableDiffusion.load(folder).decode(latent)) < 1e-6
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])

@@ -209,6 +209,13 @@ def test_mistakes_in_options_are_one_sentence(folders, change, message):
         TextToImage(folders["sd-1.5"], options=PipelineOptions(**change)).prepare([])
 
 
+def test_arguments_that_a_pipeline_does_not_take_are_refused_before_it_is_read(folders, monkeypatch):
+    monkeypatch.setattr(TextToImage, "prepare", lambda *_: 1 / 0)
+    for kind, call in (("sdxl", {"max_sequence_length": 77}), ("flux-dev", {"clip_skip": 1})):
+        with pytest.raises(RestoreError, match=f"has no argument '{next(iter(call))}'"):
+            TextToImage(folders[kind], options=PipelineOptions(call=call))(["a cat"], noise, steps=1)
+
+
 def test_other_pipelines_are_refused(tmp_path):
     folder = tiny_flow.save_folder("dit", tmp_path / "dit")
     with pytest.raises(RestoreError, match="DiTPipeline; use kind=generation"):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from diffusers import UNet2DModel
 from weak_passes import relative, weak_of
 
+import operators
+import restore
+from operators import RestoreError
 from restore import zoo
 from restore.backbones.adm import ADM
 from restore.backbones.sizes import Sized, make_blend_weights, place_windows
@@ -71,3 +75,24 @@ def test_swg(x, tiny_adm):
                 expected[..., top : top + 8, left : left + 8] += w[:, None] * v * eps
     assert len(starts[16]) == 3 and relative(weak_of(SWG(1.0, 8), Sized(model, 16, 12), x, 250), expected) < 1e-6
     assert relative(weak_of(SWG(1.0, 8), model, x, 250), expected) < 1e-6
+
+
+def test_an_offline_prior_downloads_no_weaker_model(tiny_adm, monkeypatch):
+    asked = []
+
+    def fetch(entry, offline, *rest):
+        asked.append(offline)
+        raise RestoreError("asked")
+
+    monkeypatch.setattr(zoo.store, "_pull_file", fetch)
+    for name in ("RESTORE_OFFLINE", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    operator, guidance = operators.Denoising(noise=operators.GaussianNoise(0.1)), Autoguidance(1.0, "adm-imagenet-64")
+    for offline in (True, False):
+        prior = restore.load(tiny_adm, device="cpu", offline=offline)
+        method = prior.method(operator, guidance=guidance, sampler="dps", steps=2)
+        with pytest.raises(RestoreError, match="asked"):
+            prior.protocol(operator, method)
+        with pytest.raises(RestoreError, match="asked"):
+            prior.generate(1, guidance=guidance, steps=2)
+    assert asked == [True, True, False, False]

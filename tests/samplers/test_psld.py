@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny_flow
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from golden_samplers import reference
@@ -13,11 +14,13 @@ from tiny_sd import SCHEDULER
 import operators
 import restore
 from operators import GaussianNoise, RestoreError
+from restore import zoo
+from restore.backbones.base import normalise
 from restore.backbones.memory_options import enable_block_checkpointing
 from restore.backbones.schedule import Schedule
 from restore.backbones.sizes import Sized
 from restore.backbones.stable_diffusion import StableDiffusion
-from restore.guidance import CFG, PAG
+from restore.guidance import CFG, PAG, build_guidance, estimator
 from restore.samplers.noise import ImageNoise
 from restore.samplers.psld import psld
 from restore.samplers.steps import alpha_bars, ldm_timesteps
@@ -273,3 +276,18 @@ def test_the_time_beyond_the_table_is_the_psld_codes():
         assert latent.predict(torch.zeros(1, latent.channels, 16, 16), 1000).eps.isfinite().all()
         with pytest.raises(RestoreError, match="0 to 999, got 1000"):
             pixels.predict(torch.zeros(1, 3, 64, 64), 1000)
+
+
+def test_every_latent_prior_comes_back_from_there(tmp_path):
+    """DiT and flow matching, and APG, whose own noise levels end before it."""
+    for kind in ("dit", "sd3", "flux"):
+        prior = normalise(zoo.load_backbone(tiny_flow.save_folder(kind, tmp_path / kind))[1], "vp")
+        side = prior.resolution
+        with torch.no_grad():
+            x_t = torch.ones(1, prior.channels, side, side)
+            assert prior.predict(x_t, prior.schedule.time(len(prior.schedule))).x0.isfinite().all(), kind
+    latent = restore.load("embedded-latent").backbone
+    guidance = build_guidance([{"pag": {"layers": "i3", "scale": 1.0}}, {"combine": "apg"}])
+    with torch.no_grad(), estimator(latent, guidance) as estimate:
+        strong, eps = estimate(torch.ones(1, latent.channels, 16, 16), 1000)
+    assert eps.isfinite().all() and not torch.equal(strong.eps, eps)

@@ -56,9 +56,21 @@ def test_given_options_make_the_network_and_stand_in_the_protocol(folder):
     method = linear.method(None, sampler="dps", steps=2, parameters={"zeta": 1.0})
     assert linear.protocol(None, method)["network"]["noise_levels"] != network["noise_levels"]
     other = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 4000}
-    assert (
-        len(restore.load(folder / "mine.pt", device="cpu", **options | {"schedule": other}).backbone.schedule) == 4000
-    )
+    with pytest.raises(RestoreError, match="rescale_timesteps=true or false"):
+        restore.load(folder / "mine.pt", device="cpu", **options | {"schedule": other})
+    # improved-diffusion's networks count to 1000 with 4000 levels, unless they were trained otherwise.
+    priors = [
+        restore.load(folder / "mine.pt", device="cpu", **options | {"schedule": other, "rescale_timesteps": rescale})
+        for rescale in (True, False)
+    ]
+    seen = []
+    for prior in priors:
+        prior.backbone.network.register_forward_pre_hook(lambda module, given: seen.append(float(given[1])))
+        prior.backbone.predict(x, 2000, label)
+        assert len(prior.backbone.schedule) == 4000
+    assert seen == [500.0, 2000.0]
+    priors[0].save_pretrained(folder / "saved")
+    assert restore.load(folder / "saved", device="cpu").backbone.time_scale == 0.25
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from operators import RestoreError
 from restore import zoo
 from restore.zoo import registry
 from tests.zoo.servers import archive
+
+# A tensor of each kind of pipeline whose published single files are not read.
+OTHERS = ("conditioner.embedders.0.weight", "text_encoders.clip_l.weight", "joint_blocks.0.weight", "double_blocks.0.x")
 
 
 def test_locate_by_name_or_path(cache, tmp_path, monkeypatch):
@@ -26,13 +30,20 @@ def test_locate_by_name_or_path(cache, tmp_path, monkeypatch):
         folder.mkdir()
         (folder / file).write_text(text)
     adm, sd = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    for path, key in ((adm, "out.0.weight"), (sd, "model.diffusion_model.out.0.weight")):
+    others = {name: tmp_path / f"{name.partition('.')[0]}.safetensors" for name in OTHERS}
+    for path, key in (
+        (adm, "out.0.weight"),
+        (sd, "model.diffusion_model.out.0.weight"),
+        *map(reversed, others.items()),
+    ):
         header = json.dumps({key: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
         path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
     (tmp_path / "c.pt").write_bytes(archive(100))
     (tmp_path / "d.ckpt").write_bytes(archive(100))
     expected = {pipeline: "stable-diffusion", network: "adm", ddpm: "adm", adm: "adm", sd: "stable-diffusion"}
     expected |= {tmp_path / "c.pt": "adm", tmp_path / "d.ckpt": "stable-diffusion"}
+    torch.save({"state_dict": {"model.time_embed.0.weight": torch.zeros(1)}}, tmp_path / "e.ckpt")
+    expected |= {tmp_path / "e.ckpt": "adm"}
     for path, kind in expected.items():
         found = zoo.locate(str(path))
         assert (found.kind, found.path, found.entry) == (kind, path, None)
@@ -45,6 +56,7 @@ def test_locate_by_name_or_path(cache, tmp_path, monkeypatch):
         (str(tmp_path), "must be a model folder"),
         (str(adm), "cut off"),
         (__file__, "weight file must end in"),
+        *((str(path), "must be a folder of a pipeline") for path in others.values()),
     ):
         with pytest.raises(RestoreError, match=message):
             zoo.locate(wrong)
