@@ -38,6 +38,10 @@ def restrict_identity(
     parts = {"backbone": existing["backbone"], "prompts": before["tasks"], "code": existing.get("code", {})}
     for key, names in parts.items():
         restricted[key] = {name: value for name, value in identity.get(key, {}).items() if name in names}
+    for name, files in restricted["backbone"].items():
+        recorded = existing["backbone"][name]
+        if not any(file.endswith(".json") for file in recorded):  # earlier versions recorded weights alone
+            restricted["backbone"][name] = {file: files[file] for file in files if file in recorded}
     if not restricted["code"]:  # runs without any have no such entry
         del restricted["code"]
     return restricted

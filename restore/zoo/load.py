@@ -11,6 +11,7 @@ import yaml
 
 from operators import RestoreError
 from restore import disk
+from restore.paths import EXTRA
 from restore.zoo.options import check_parameters, resolve_options
 from restore.zoo.registry import read_registry
 from restore.zoo.store import Located, is_offline, locate, pull, query_size
@@ -18,6 +19,7 @@ from restore.zoo.store import Located, is_offline, locate, pull, query_size
 if TYPE_CHECKING:
     import torch
 
+CONFIGURATION = ("model_index.json", "config.json", "scheduler_config.json", EXTRA)
 # Module and class of each kind of backbone, imported when one is loaded: networks of other kinds take seconds.
 BACKBONES = {
     "adm": ("adm", "ADM"),
@@ -78,12 +80,16 @@ def load_backbone(
     return found, backbone
 
 
-def hash_weights(name: str | Path, offline: bool | None = None) -> dict[str, str]:
-    """Return {file: sha256} of the weights of a model as named in `load_backbone`; a missing one is downloaded."""
+def hash_weights(name: str | Path, offline: bool | None = None, configuration: bool = False) -> dict[str, str]:
+    """Return {file: sha256} of the weights of a model as named in `load_backbone`; a missing one is downloaded.
+
+    configuration: and of the files of its folder that say what the weights do not: architecture and noise levels."""
     path = locate(name).path or pull(str(name), offline)
     root, files = path.parent, [path]
     if path.is_dir():
-        root, files = path, sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin"))
+        named = CONFIGURATION if configuration else ()
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin") or p.name in named)
+        root = path
     return {file.relative_to(root).as_posix(): disk.hash_file_once(file) for file in files}
 
 

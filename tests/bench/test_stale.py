@@ -220,3 +220,20 @@ def test_the_protocol_has_the_precision_that_auto_became(config, monkeypatch, na
     with pytest.raises(RestoreError, match=f"precision: {used} there, {other} here"):
         run_benchmark(config, ["data.limit=1"])
     assert find_conflicts(protocol, {**protocol, "precision": other}) == {"precision": (used, other)}
+
+
+def test_the_configuration_of_a_model_folder_belongs_to_the_run(config, tiny_adm, tmp_path):
+    folder = shutil.copytree(tiny_adm, tmp_path / "model")
+    config = config | {"backbone": str(folder)}
+    run_benchmark(config)
+    (folder / "restore.json").write_text(json.dumps({"schedule": "cosine"}))
+    with pytest.raises(RestoreError, match=r"holds another benchmark .*restore.json"):
+        run_benchmark(config)
+    # A run of an earlier version has recorded the weights alone.
+    manifest = Path(config["out"]) / "run.json"
+    run = json.loads(manifest.read_text())
+    files = run["identity"]["backbone"][str(folder)]
+    for name in [name for name in files if name.endswith(".json")]:
+        del files[name]
+    manifest.write_text(json.dumps(run))
+    assert run_benchmark(config).computed == 0
