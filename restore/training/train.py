@@ -47,8 +47,9 @@ def train(config: DictConfig) -> Path:
     """Train until `config.steps` or `config.minutes`; return the folder with the EMA weights.
 
     Continues from `config.out`/checkpoint.pt if it exists. Raises RestoreError for a missing data folder, unreadable
-    images, a checkpoint of another model configuration, batch size or split of the images, weights without their
-    checkpoint, which would be replaced, and a loss that is not finite.
+    images, a checkpoint of another model configuration, batch size, split of the images or task (kind, schedule,
+    prediction type, patch, encoder), weights without their checkpoint, which would be replaced, and a loss that is
+    not finite.
     """
     started = time.monotonic()
     torch.manual_seed(config.seed)
@@ -75,6 +76,7 @@ def train(config: DictConfig) -> Path:
         parts |= {"adversary": discriminator, "judging": judging}
     description = json.dumps(OmegaConf.to_container(config.model) | kind.description, sort_keys=True)
     facts = {"model_config": description, "batch": config.batch * world, "split": hash_split(config.data)}
+    facts |= {"kind": config.kind} | kind.facts
     step, checkpoint = 0, out / "checkpoint.pt"
     if (out / "ema").exists() and not checkpoint.exists():
         raise RestoreError(
@@ -189,6 +191,16 @@ def _load_checkpoint(path: Path, parts: dict[str, Any], facts: dict[str, Any]) -
         )
     if state["model_config"] != facts["model_config"]:
         raise RestoreError(f"{path} is of another model configuration; try another out=FOLDER")
+    if state.get("encoder", facts.get("encoder")) != facts.get("encoder"):
+        raise RestoreError(
+            f"autoencoder must have the encoder on whose latents {path} was trained, got another one; try another"
+            " out=FOLDER"
+        )
+    for name in ("kind", "schedule", "prediction_type", "patch"):
+        if name in facts and state.get(name, facts[name]) != facts[name]:
+            raise RestoreError(
+                f"{name} must be {state[name]} to continue {path}, got {facts[name]}; try another out=FOLDER"
+            )
     for name, part in parts.items():
         if name in state or name not in ("adversary", "judging"):  # these may have been enabled since
             part.load_state_dict(state[name])

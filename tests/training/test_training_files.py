@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_training import config
 
 from operators import RestoreError
@@ -61,6 +62,39 @@ def test_training_is_not_continued_with_another_split(folders, tmp_path):
     del state["split"]  # of an earlier version
     torch.save(state, checkpoint)
     go_on(3, "data.held_out_every=3", folder=tmp_path / "moved")
+
+
+def test_training_is_not_continued_on_another_task(folders, autoencoder, tmp_path):
+    """The weights would fit, and what they were trained to do is another thing."""
+    vae = shutil.copytree(autoencoder[0], tmp_path / "vae")
+    settings = ["latent", folders, tmp_path / "out", f"autoencoder={vae}"]
+
+    def go_on(step, *more):
+        train(config(*settings, f"steps={step}", *more))
+
+    go_on(1)
+    checkpoint = tmp_path / "out" / "checkpoint.pt"
+    before = checkpoint.read_bytes()
+    with pytest.raises(RestoreError, match="prediction_type must be v_prediction to continue .*got epsilon"):
+        go_on(2, "prediction_type=epsilon")
+    with pytest.raises(RestoreError, match="schedule must be .*0.0195.* to continue .*got .*0.02"):
+        go_on(2, "schedule.beta_end=0.02")
+    with pytest.raises(RestoreError, match="patch must be 1 to continue .*got 2"):
+        go_on(2, "patch=2")
+    weights = vae / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    save_file({k: v * (1 - 2 * k.startswith("quant_conv")) for k, v in state.items()}, weights)
+    with pytest.raises(RestoreError, match="autoencoder must have the encoder on whose latents .*checkpoint.pt"):
+        go_on(2)
+    assert checkpoint.read_bytes() == before
+    save_file({k: v * (1 - 2 * k.startswith("decoder.")) for k, v in state.items()}, weights)
+    go_on(2)
+
+    state = torch.load(checkpoint, weights_only=True)
+    for name in ("kind", "schedule", "prediction_type", "patch", "encoder"):  # of an earlier version
+        del state[name]
+    torch.save(state, checkpoint)
+    go_on(3)
 
 
 @pytest.mark.parametrize("name", ["card.json", "samples.png"])
