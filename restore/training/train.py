@@ -69,10 +69,11 @@ def train(config: DictConfig) -> Path:
     averaging = {"decay": config.ema.decay, "use_ema_warmup": True, "power": config.ema.power}
     ema = EMAModel(network.parameters(), **averaging, foreach=device.type == "cuda")
     options = {"lr": config.optimizer.lr, "betas": tuple(config.optimizer.betas)}
-    optimizer = torch.optim.AdamW(network.parameters(), **options, weight_decay=config.optimizer.weight_decay)
+    options["weight_decay"] = config.optimizer.weight_decay
+    optimizer = torch.optim.AdamW(network.parameters(), **options)
     parts = {"model": network, "optimizer": optimizer, "ema": ema}  # of a checkpoint
     if discriminator is not None:
-        judging = torch.optim.AdamW(discriminator.to(device).parameters(), **options, weight_decay=0.0)
+        judging = torch.optim.AdamW(discriminator.to(device).parameters(), **options | {"weight_decay": 0.0})
         parts |= {"adversary": discriminator, "judging": judging}
     description = json.dumps(OmegaConf.to_container(config.model) | kind.description, sort_keys=True)
     facts = {"model_config": description, "batch": config.batch * world, "split": hash_split(config.data)}
@@ -84,6 +85,11 @@ def train(config: DictConfig) -> Path:
         )
     if checkpoint.exists():
         step = _load_checkpoint(checkpoint, parts, facts)
+        # The checkpoint has the options of its own session: those of this one count.
+        ema.decay, ema.power = config.ema.decay, config.ema.power
+        optimizer.param_groups[0].update(options)
+        if discriminator is not None:
+            judging.param_groups[0].update(options | {"weight_decay": 0.0})
         log.info("continuing from step %d", step)
     model, optimizer = accelerator.prepare(network, optimizer)
     if discriminator is not None:

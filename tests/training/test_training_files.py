@@ -97,6 +97,18 @@ def test_training_is_not_continued_on_another_task(folders, autoencoder, tmp_pat
     go_on(3)
 
 
+def test_a_continued_run_has_the_options_that_it_is_given(folders, tmp_path):
+    more = ["discriminator.start=0", "discriminator.channels=8", "steps=1"]
+    train(config("autoencoder", folders, tmp_path, *more))
+    changes = ["optimizer.lr=1e-3", "optimizer.betas=[0.8,0.95]", "optimizer.weight_decay=0.1"]
+    train(config("autoencoder", folders, tmp_path, *more, "steps=2", *changes, "ema.decay=0.5", "ema.power=0.6"))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert (state["ema"]["decay"], state["ema"]["power"]) == (0.5, 0.6)
+    for name, decay in {"optimizer": 0.1, "judging": 0.0}.items():
+        (group,) = state[name]["param_groups"]
+        assert (group["lr"], tuple(group["betas"]), group["weight_decay"]) == (1e-3, (0.8, 0.95), decay)
+
+
 @pytest.mark.parametrize("name", ["card.json", "samples.png"])
 def test_card(folders, tmp_path, name):
     path = tmp_path / "card" / name
