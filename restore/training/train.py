@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from operators import RestoreError
 from operators.naming import check_known
+from operators.validate import require_integer
 from restore import disk
 from restore.backbones.precision import has_native_bf16
 from restore.config import read_config
@@ -31,15 +32,25 @@ from restore.training.precision import FullPrecisionAttention
 log = logging.getLogger(__name__)
 KINDS = {"pixels": Diffusion, "latents": Diffusion, "autoencoder": Autoencoder}
 DEFAULTS = {"kind": "pixels", "schedule": {}, "prediction_type": "epsilon", "patch": 1, "denoising": None}
+INTERVALS = (
+    "log_every",
+    "held_out_every_steps",
+    "samples_every_steps",
+    "checkpoint_every_steps",
+    "data.held_out_every",
+)
 
 
 def load_training_config(path: str | Path, settings: list[str]) -> DictConfig:
     """Load a YAML file, or the one of that name in configs/train, with key=value settings merged in.
 
-    Raises RestoreError for a missing file or an unknown key.
+    Raises RestoreError for a missing file, an unknown key, and intervals below 1.
     """
     config = OmegaConf.create(read_config(path, settings, "train", DEFAULTS))
     check_known([config.kind], KINDS, f"{path}: unknown kind")
+    for key in INTERVALS:
+        require_integer(OmegaConf.select(config, key), key)
+    require_integer(config.optimizer.warmup_steps, "optimizer.warmup_steps", minimum=0)
     return config
 
 
@@ -129,6 +140,7 @@ def train(config: DictConfig) -> Path:
         first, last = config.optimizer.get("decay") or (math.inf, math.inf)
         return 1.0 if step < first else max(0.0, (last - step) / (last - first))
 
+    warmup = max(1, config.optimizer.warmup_steps)
     deadline = math.inf if config.minutes is None else started + 60 * config.minutes
     bar = tqdm(total=config.steps, initial=step, disable=not accelerator.is_main_process, mininterval=10)
     while step < config.steps and time.monotonic() <= deadline:
@@ -137,7 +149,7 @@ def train(config: DictConfig) -> Path:
         generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + number)
         torch.manual_seed(config.seed * 1_000_003 + number)  # dropout's
         for group in optimizer.param_groups:
-            group["lr"] = config.optimizer.lr * min(1.0, (step + 1) / config.optimizer.warmup_steps) * decay(step)
+            group["lr"] = config.optimizer.lr * min(1.0, (step + 1) / warmup) * decay(step)
         loss, logged, pair = kind.loss(forward, number, generator)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip_grad_norm)
