@@ -117,6 +117,7 @@ def train(config: DictConfig) -> Path:
             return compiled(*args, **kwargs)
 
     def save() -> None:
+        check_finite()  # or the last good checkpoint would be lost
         with disk.open_atomic(checkpoint) as file:
             torch.save({name: part.state_dict() for name, part in parts.items()} | facts | {"step": step}, file)
         kind.save(copy_average(), out / "ema")
@@ -134,6 +135,14 @@ def train(config: DictConfig) -> Path:
         if not all(map(math.isfinite, means.values())):
             raise RestoreError(f"the loss is not finite at step {step}; lower optimizer.lr and continue")
         return means
+
+    def check_finite() -> None:
+        """Raise RestoreError if a loss since the last row of the log, or a weight, is not finite."""
+        if recent:
+            average_log()
+        networks = [network] if discriminator is None else [network, discriminator]
+        if not all(bool(p.isfinite().all()) for one in networks for p in one.parameters()):
+            raise RestoreError(f"the weights are not finite at step {step}; lower optimizer.lr and continue")
 
     def decay(step: int) -> float:
         """The factor of the learning rate: 1, or falling linearly to 0 between the two steps of optimizer.decay."""
@@ -183,8 +192,6 @@ def train(config: DictConfig) -> Path:
             save()
     bar.close()
     if accelerator.is_main_process:
-        if recent:
-            average_log()
         save()
     return out / "ema"
 
