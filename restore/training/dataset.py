@@ -68,6 +68,12 @@ def list_training_files(data) -> list[Path]:
     return [file for entry in _list_sets(data).values() for file in _list_set_files(entry)]
 
 
+def list_held_out_files(data) -> list[Path]:
+    """Return those of them that are never trained on. Raises RestoreError as `list_files`."""
+    split = [split_files(_list_set_files(entry), data.held_out_every) for entry in _list_sets(data).values()]
+    return [file for _, held_out in split for file in held_out]
+
+
 def hash_split(data) -> str:
     """Return a hash of which files, by name, are trained on and which are held out. Raises as `list_files`."""
     names = [[file.name for file in _list_set_files(entry)] for entry in _list_sets(data).values()]

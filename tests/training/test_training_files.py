@@ -127,6 +127,16 @@ def test_a_card_replaces_its_own_files(folders, autoencoder, tmp_path):
     assert (tmp_path / "card" / "pairs.png").exists()
 
 
+def test_a_card_measures_every_folder(folders, autoencoder, tmp_path):
+    other = shutil.copytree(folders / "faces", tmp_path / "other" / "faces")
+    (other / "00.png").unlink()
+    both = f"[{folders / 'faces'},{other}]"
+    settings = config("autoencoder", folders, tmp_path / "out", f"data.folder={both}", f"card.folders={both}")
+    rows = write_card(settings, autoencoder[0], tmp_path / "card")["reconstruction"]
+    counts = {name: row["images"] for name, row in rows.items()}
+    assert counts == {"held-out images": 6, str(folders / "faces"): 12, str(other): 11}
+
+
 def test_latents_of_replaced_images_are_encoded_again(folders, autoencoder, tmp_path):
     faces = shutil.copytree(folders / "faces", tmp_path / "faces")
     settings = ["latent", folders, tmp_path / "out", f"autoencoder={autoencoder[0]}", "steps=1", f"data.folder={faces}"]
