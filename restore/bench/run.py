@@ -256,7 +256,7 @@ def hash_backbones(config: Mapping[str, Any]) -> dict[str, Any]:
     for cell in list_cells(config):  # the weak models of autoguidance
         guidance = build_method(config, *cell).guidance
         names |= {term.model for term in (guidance.terms if guidance else ()) if hasattr(term, "model")}
-    return {name: zoo.hash_weights(name, offline=config["offline"]) for name in sorted(names)}
+    return {name: zoo.hash_weights(name, offline=config["offline"] or None) for name in sorted(names)}
 
 
 def hash_code(config: Mapping[str, Any]) -> dict[str, str]:

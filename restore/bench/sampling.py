@@ -170,7 +170,7 @@ def load_pipeline(
     """
     from restore import zoo
 
-    folder = zoo.pull(name, offline=offline)
+    folder = zoo.pull(name, offline=offline or None)
     return TextToImage(folder, device=device, dtype=choose_precision(precision, device), options=options, **prompts)
 
 
