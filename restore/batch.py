@@ -36,6 +36,15 @@ def measure_batch(
     return join_operators(each) if per_image else each[0], torch.cat(y)
 
 
+@neutral_state("cpu")
+def check_operator(config: Mapping[str, Any], size: tuple[int, int], *, per_image: bool, count: int) -> None:
+    """Raise RestoreError if `measure_batch` could not make the operator of `count` images of size (H, W)."""
+    check_sharing(config, per_image, count)
+    A = operators.build_operator({**config, "seed": 0} if per_image else dict(config), image_size=size)
+    if per_image and count > 1:
+        join_operators([A, A])
+
+
 def check_sharing(config: Mapping[str, Any], per_image: bool, count: int) -> None:
     """Raise RestoreError if images cannot share a batch of `count` because each has a margin of its own."""
     if per_image and count > 1 and any(operators.read_extent(config)[1]):

@@ -32,7 +32,7 @@ def models_pull(name: str, offline: Offline = False) -> None:
     """Download a checkpoint into the cache, resuming an interrupted download."""
     from restore import zoo
 
-    typer.echo(f"{name} is at {zoo.pull(name, offline=offline)}")
+    typer.echo(f"{name} is at {zoo.pull(name, offline=offline or None)}")
 
 
 @app.command("import")

@@ -10,10 +10,9 @@ import torch
 
 from operators import RestoreError
 from restore.backbones.ambient import neutral_state
-from restore.batch import check_sharing
 from restore.bench import sampling
 from restore.bench.baselines import BASELINES
-from restore.bench.batches import Batch
+from restore.bench.batches import Batch, check_operators
 from restore.bench.config import list_cells
 from restore.bench.datasets import ImageSet
 from restore.bench.worker import Worker
@@ -26,7 +25,7 @@ LARGEST = 64  # images
 def choose_batch(config: Mapping[str, Any], images: ImageSet) -> int:
     """Return the largest batch of a restoration benchmark that the free memory of this machine's device allows for
     each of its methods and tasks; 1 where images cannot share a batch."""
-    if len(set(images.shapes)) > 1 or not all(_can_share(task) for task in config["tasks"].values()):
+    if len(set(images.shapes)) > 1 or not _can_share(config, images):
         return 1
     batch, worker = min(len(images), LARGEST), Worker({**config, "compile": None}, Path(), images)
     for task, method in list_cells(config):
@@ -36,9 +35,9 @@ def choose_batch(config: Mapping[str, Any], images: ImageSet) -> int:
     return batch
 
 
-def _can_share(task: Mapping[str, Any]) -> bool:
+def _can_share(config: Mapping[str, Any], images: ImageSet) -> bool:
     try:
-        check_sharing(task["operator"], task["per_image"], 2)
+        check_operators(config, images, 2)
     except RestoreError:
         return False
     return True

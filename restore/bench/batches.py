@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 from operators import RestoreError
 from operators.naming import AUTO
 from restore import disk
-from restore.bench.config import list_cells
+from restore.batch import check_operator
+from restore.bench.config import list_cells, locate_errors
 from restore.bench.datasets import ImageSet, load_dataset
 from restore.images.folder import to_file_name
 from restore.paths import data_dir
@@ -67,7 +69,8 @@ def find_truth(run: Path, task: str, name: str) -> Path:
 
 def load_images(config: Mapping[str, Any]) -> ImageSet | None:
     """Return the checked images of a restoration benchmark, None for generation. Raises RestoreError as load_dataset,
-    for different sizes in one batch, and for images that a task's `solve_at` would distort."""
+    for different sizes in one batch, for images that a task's `solve_at` would distort, and for operators that cannot
+    be built: all before a run is begun."""
     if config["kind"] != "restoration":
         return None
     data = dict(config["data"])
@@ -76,7 +79,17 @@ def load_images(config: Mapping[str, Any]) -> ImageSet | None:
         raise RestoreError("the images have different sizes; give data.size=PIXELS to bring them to one, or batch=1")
     for name, task in config["tasks"].items():
         _check_square(images, task["solve_at"], f"tasks.{name}.solve_at")
+    check_operators(config, images, 1 if config["batch"] == AUTO else min(config["batch"], len(images)))
     return images
+
+
+def check_operators(config: Mapping[str, Any], images: ImageSet, count: int) -> None:
+    """Raise RestoreError for a task whose operator cannot be built, or not for a batch of `count` images."""
+    height, width = min(images.shapes, key=math.prod)  # the smallest leaves the least room for masks and kernels
+    for name, task in config["tasks"].items():
+        with locate_errors(f"tasks.{name}"):
+            side, options = task["solve_at"], {"per_image": task["per_image"], "count": count}
+            check_operator(task["operator"], (side or height, side or width), **options)
 
 
 def _check_square(images: ImageSet, side: int | None, key: str) -> None:

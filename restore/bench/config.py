@@ -174,17 +174,17 @@ def _check(config: dict[str, Any]) -> None:
     if kind == "restoration" and config["data"]["folder"] is None:
         raise RestoreError("the configuration leaves data.folder open; give data.folder=FOLDER")
     for name, task in config["tasks"].items():
-        with _locate_errors(f"tasks.{name}"):
+        with locate_errors(f"tasks.{name}"):
             _check_task(task, kind)
             check_sharing(task["operator"], task["per_image"], 1 if config["batch"] == AUTO else config["batch"])
     for name, entry in config["methods"].items():
         for task in [*(entry["only"] or []), *entry["per_task"]]:
             check_known([task], config["tasks"], f"methods.{name} names the task")
         for task in config["tasks"]:
-            with _locate_errors(f"methods.{name}.per_task.{task}"):
+            with locate_errors(f"methods.{name}.per_task.{task}"):
                 changes = entry["per_task"].get(task) or {}
                 check_known(changes, ("steps", "guidance", "parameters"), "a task cannot change")
-            with _locate_errors(f"methods.{name}"):
+            with locate_errors(f"methods.{name}"):
                 _check_method(build_method(config, task, name), kind)
     table.select_metrics(config["metrics"]["names"])
     check_known([config["report"]["layout"]], ("columns", "rows"), "report.layout has no choice")
@@ -224,7 +224,7 @@ def _check_method(method: Method, kind: str) -> None:
 
 
 @contextmanager
-def _locate_errors(place: str) -> Iterator[None]:
+def locate_errors(place: str) -> Iterator[None]:
     """Within the block, name the place in the configuration in error messages."""
     try:
         yield

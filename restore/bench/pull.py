@@ -16,15 +16,16 @@ def list_needed_models(config: Mapping[str, Any]) -> list[str]:
     """Return the names of a complete configuration's priors, autoencoders, weak models and networks of metrics, each
     once; what is given as a file or a folder is left out."""
     cells = [(config["tasks"][task], build_method(config, task, method)) for task, method in list_cells(config)]
-    names = [task["backbone"] or config["backbone"] for task, _ in cells]
-    options = [config["model_options"], *(task["model_options"] for task, _ in cells)]
-    names += [option["vae"] for option in options if option.get("vae") not in (None, "tiny")]
+    priors = [task if task["backbone"] else config for task, _ in cells]
+    names = [prior["backbone"] for prior in priors]
+    given = [(prior["backbone"], prior["model_options"].get("vae")) for prior in priors]
+    names += [zoo.find_autoencoder(zoo.locate(name), vae) for name, vae in given if vae is not None]
     terms = [term for _, method in cells for term in describe_guidance(method.guidance) or []]
     names += [term["autoguidance"]["model"] for term in terms if "autoguidance" in term]
-    given = metric_options(config)
+    options = metric_options(config)
     metrics = table.select_metrics(config["metrics"]["names"]).values()
-    networks = [row.network(given)[0] for row in metrics if row.network is not None]
-    names += [name for name in networks if name not in given.weights]
+    networks = [row.network(options)[0] for row in metrics if row.network is not None]
+    names += [name for name in networks if name not in options.weights]
     found = [zoo.locate(name) for name in dict.fromkeys(map(str, names))]
     return [each.name for each in found if each.entry is not None or each.hub is not None]
 

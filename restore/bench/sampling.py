@@ -170,7 +170,8 @@ def load_pipeline(
     """
     from restore import zoo
 
-    folder = zoo.pull(name, offline=offline)
+    variant = options.variant if options is not None else None
+    folder = zoo.pull(name, offline=offline or None, variant=variant)
     return TextToImage(folder, device=device, dtype=choose_precision(precision, device), options=options, **prompts)
 
 

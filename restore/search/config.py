@@ -139,8 +139,15 @@ def load_search(
     for key in ("guidance", "title", "sweep"):
         if key in search["method"]:
             raise RestoreError(f"the method of a search must have no {key}; give the guidance beside it")
+    if (kind := plain.get("kind", "restoration")) != "restoration":
+        for name, task in (plain.get("tasks") or {}).items():
+            for key in ("count", "prompts"):
+                if (task or {}).get(key) is not None:
+                    raise RestoreError(
+                        f"tasks.{name}.{key} must be left out in a search; give calibration.{key} and test.{key}"
+                    )
     get_scale(search["guidance"])
-    objective = Objective.from_config(search["objective"], plain.get("kind", "restoration"))
+    objective = Objective.from_config(search["objective"], kind)
     if search["halving"] and objective.set_metrics:
         name = objective.set_metrics[0]
         raise RestoreError(f"halving ranks on part of the images, but {name} needs all of them; leave one of both out")

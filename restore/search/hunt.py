@@ -263,11 +263,11 @@ def find_layers(backbone: str, offline: bool, options: Mapping[str, Any] | None 
 
     options: keywords of the loader of such a file.
     """
-    folder = zoo.pull_configuration(backbone, offline)
+    folder = zoo.pull_configuration(backbone, offline or None)
     if folder.is_dir():
         return find_attention_layers(read_architecture(folder))
     options = {name: value for name, value in (options or {}).items() if name != "per_channel"}
-    return zoo.load_backbone(backbone, offline=offline, options=options)[1].attention
+    return zoo.load_backbone(backbone, offline=offline or None, options=options)[1].attention
 
 
 def compare_scores(score: Score, none: Score) -> dict[str, float | None]:

@@ -25,8 +25,9 @@ from restore import disk
 from restore.bench import results
 from restore.bench.batches import find_truth, list_prompts
 from restore.images import io
-from restore.images.folder import list_images, read_rgb, to_file_name
+from restore.images.folder import read_rgb, to_file_name
 from restore.metrics import sets, table
+from restore.metrics.references import load_reference
 from restore.restoration import choose_device
 from restore.versions import hash_own_code
 
@@ -147,7 +148,8 @@ class MethodResults:
     def score(self, name: str, function: Callable | None = None) -> Score:
         """Return a metric of these results; function: for names that are not in the table.
 
-        The shares of a kernel distance are the jackknife's pseudo-values; other metrics of sets have none.
+        The shares of a kernel distance are the jackknife's pseudo-values, of three images or more; other metrics of
+        sets have none.
         """
         if function is not None:
             each = self._call_function(name, function)
@@ -157,12 +159,12 @@ class MethodResults:
             each = np.array([np.inf if row[name] is None else row[name] for row in self.rows], dtype=np.float64)
             return Score(float(each.mean()), each)
         value = results.read_metrics(self.run, self.task, self.method)["set_values"][name]
-        if name not in KERNEL_DISTANCES:
+        if name not in KERNEL_DISTANCES or len(self.rows) < 3:  # without one of two there is no distance
             return Score(value, None)
         options = results.metric_options(self.config)
         network, layer = metric.network(options)
         reference = self.config["metrics"]["reference"]
-        theirs = list(list_images(reference)[0].values()) if reference else self.truth
+        theirs = load_reference(reference, options.reference_size) if reference else self.truth
         device = str(choose_device(self.config["device"])).replace("mps", "cpu")
         shared = {"weights": options.weights, "cache": self.run / "features", "device": device}
         x, y = (sets.extract_features(files, network, [layer], **shared)[layer] for files in (self.files, theirs))
@@ -189,7 +191,7 @@ class MethodResults:
 
 
 def jackknife_kernel_distance(x: np.ndarray, y: np.ndarray, paired: bool) -> np.ndarray:
-    """Return the pseudo-values n d - (n - 1) d_{-i} of the unbiased squared MMD of features (N, C), (M, C).
+    """Return the pseudo-values n d - (n - 1) d_{-i} of the unbiased squared MMD of features (N, C), (M, C), N > 2.
 
     The kernel is KID's, (x.y / C + 1)^3. paired: leaving out a result leaves out its truth as well.
     """

@@ -53,7 +53,7 @@ class Autoencoder:
         self.lpips = load_lpips(config, device)
         self.discriminator_start, channels = config.discriminator.start, config.discriminator.channels
         self.discriminator = None if self.discriminator_start is None else PatchDiscriminator(channels)
-        self.description = {}
+        self.description, self.facts = {}, {}
 
     def loss(self, forward, step: int, generator: torch.Generator) -> tuple[Tensor, dict, tuple]:
         """Return the weighted loss of batch `step`, its parts for the log, and (x, x_hat) for the discriminator."""

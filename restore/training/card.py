@@ -29,10 +29,11 @@ def write_card(
     """Write `folder`/card.json and a picture about the model in `weights`; return the content of card.json.
 
     Diffusion models: parameters; held-out mean squared error of eps per timestep (per class, with and without the
-    label) against two baselines; distances of `samples` samples and of held-out images to their nearest training
-    image, root mean squared on [-1, 1], mirrored images included; samples.png. A prior that memorises has samples much
-    nearer than held-out images. With an autoencoder: PSNR and, if lpips.weights are given, LPIPS of reconstructions
-    of held-out images and those of `card.folders`; of an autoencoder on its own pairs.png too.
+    label) against two baselines; distances of `samples` samples, as large as the images of training, and of held-out
+    images to their nearest training image, root mean squared on [-1, 1], mirrored images included; samples.png. A prior
+    that memorises has samples much nearer than held-out images. With an autoencoder: PSNR and, if lpips.weights are
+    given, LPIPS of reconstructions of held-out images and those of `card.folders`; of an autoencoder on its own
+    pairs.png too.
 
     Raises RestoreError before it measures if a file would be replaced that no earlier card names, unless `overwrite`.
     """
@@ -87,9 +88,10 @@ def _measure_denoising(kind: Diffusion, network: torch.nn.Module) -> dict:
 def _measure_samples(kind: Diffusion, restorer: Restorer, folder: Path, n: int, steps: int) -> dict:
     classes = len(kind.source.labels)
     labels = [i % classes for i in range(n)] if classes else None
-    images = restorer.generate(n, steps=steps, labels=labels, batch_size=8).cpu()
-    write_grid(folder / "samples.png", images)
     training, held_out = kind.source.training_images, kind.source.held_out_images
+    size = tuple(training.shape[-2:])  # that of `crop`, if the network was trained on crops
+    images = restorer.generate(n, steps=steps, labels=labels, batch_size=8, size=size).cpu()
+    write_grid(folder / "samples.png", images)
     return {
         "nearest_training_image": {
             "samples": measure_nearest(images, training),
@@ -102,8 +104,10 @@ def _measure_samples(kind: Diffusion, restorer: Restorer, folder: Path, n: int, 
 def _measure_reconstructions(config: DictConfig, vae: torch.nn.Module, device: torch.device) -> dict[str, dict]:
     """Of held-out images and of each folder of `card.folders`, at most card.limit each, at the trained size."""
     lpips, size = autoencoder.load_lpips(config, device), config.data.stored_size
-    held_out = dataset.split_files(dataset.list_files(config.data.folder), config.data.held_out_every)[1]
-    sets = {"held-out images": held_out} | {Path(path).name: dataset.list_files(path) for path in config.card.folders}
+    sets = {"held-out images": dataset.list_held_out_files(config.data)}
+    names = [Path(path).name for path in config.card.folders]
+    for name, path in zip(names, config.card.folders, strict=True):
+        sets[name if names.count(name) == 1 else path] = dataset.list_files(path)
     rows = {}
     for name, files in sets.items():
         images = dataset.to_float(dataset.load_squares(files[: config.card.limit], size), size)

@@ -43,11 +43,17 @@ def load_training_sets(data, seed: int) -> list[TrainingSet]:
     """Load the sets of a configuration's `data`: one folder of square images, or `sets` with keys of their own.
 
     Keys of a set: folder (a path or a list of them), optionally label, share, stored_size, crops (see `load_crops`;
-    0: the images are square and taken whole). Raises RestoreError for missing folders and images that do not fit.
+    0: the images are square and taken whole). Raises RestoreError for missing folders, images that do not fit, and sets
+    of which every image is held out.
     """
     result = []
     for name, entry in _list_sets(data).items():
         parts = split_files(_list_set_files(entry), data.held_out_every)
+        if not parts[0]:
+            raise RestoreError(
+                f"{entry['folder']} must have images to train on, but all {len(parts[1])} of them are held out; add"
+                f" images, or raise data.held_out_every={data.held_out_every}"
+            )
         size, crops = entry.get("stored_size") or data.stored_size, entry.get("crops") or 0
         if crops:
             images = [load_crops(files, size, n, seed) for files, n in zip(parts, (crops, HELD_OUT_CROPS), strict=True)]
@@ -60,6 +66,12 @@ def load_training_sets(data, seed: int) -> list[TrainingSet]:
 def list_training_files(data) -> list[Path]:
     """Return the image files of all sets of a configuration's `data`. Raises RestoreError as `list_files`."""
     return [file for entry in _list_sets(data).values() for file in _list_set_files(entry)]
+
+
+def list_held_out_files(data) -> list[Path]:
+    """Return those of them that are never trained on. Raises RestoreError as `list_files`."""
+    split = [split_files(_list_set_files(entry), data.held_out_every) for entry in _list_sets(data).values()]
+    return [file for _, held_out in split for file in held_out]
 
 
 def hash_split(data) -> str:

@@ -38,6 +38,8 @@ class Diffusion:
         self.schedule = OmegaConf.to_container(config.schedule)
         self.alpha_bar = Schedule.from_config(self.schedule).alphas_cumprod
         self.description = {"labels": list(self.source.labels)} if self.source.labels else {}
+        self.facts = {"schedule": self.schedule, "prediction_type": config.prediction_type, "patch": config.patch}
+        self.facts |= self.source.facts
 
     def loss(self, forward, step: int, generator: torch.Generator) -> tuple[Tensor, dict, None]:
         """Return the weighted loss of batch `step`, and its parts for the log. forward: the model, maybe compiled."""

@@ -2,8 +2,9 @@
 
 `labels`: class names, in the order of their indices, () without classes; the index after the last is the null class.
 `held_out`: x_0 that training never sees, by label ("" without). `batch(step, generator)`: x_0 of batch `step` and
-class indices or None. `make_backbone(network, **options)`: the network as a prior on this source's x. For the model
-card: `training_x0(label)`, with classes `mean_image`, and, as images, `training_images` and `held_out_images`.
+class indices or None. `make_backbone(network, **options)`: the network as a prior on this source's x. `facts`: what
+x_0 depends on beside the images, which must stay when a run is continued. For the model card: `training_x0(label)`,
+with classes `mean_image`, and, as images, `training_images` and `held_out_images`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ def _thin(images: torch.Tensor, limit: int) -> torch.Tensor:
 
 class Pixels:
     """Faces, photos or other images, with a class for each label of the sets."""
+
+    facts: dict[str, str] = {}
 
     def __init__(self, config: DictConfig, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -116,6 +119,7 @@ class Latents:
                 f"model.in_channels must be {channels}, the autoencoder's channels, got {config.model.in_channels}"
             )
         self.vae.register_to_config(scaling_factor=1.0)
+        self.facts = {"encoder": self._hash_encoder()}
         path, identity = Path(config.out) / "latents.safetensors", self._describe_encoding()
         if not path.is_file() or (safe_open(path, "pt").metadata() or {}).get("made of") != identity:
             latents = encode_images(config, self.vae.to(device), device)
@@ -126,11 +130,19 @@ class Latents:
         self.training = latents["training"].to(device)
         self.held_out = {"": latents["held_out"].float() * self.factor}
 
-    def _describe_encoding(self) -> str:
+    def _list_encoder(self) -> list[torch.Tensor]:
         # Without the decoder, which may have been trained further.
         decoder = ("decoder.", "post_quant_conv.")
-        encoding = (p for name, p in self.vae.named_parameters() if not name.startswith(decoder))
-        total = float(sum(p.double().abs().sum() for p in encoding))
+        return [p for name, p in self.vae.named_parameters() if not name.startswith(decoder)]
+
+    def _hash_encoder(self) -> str:
+        digest = hashlib.sha256()
+        for parameter in self._list_encoder():
+            digest.update(parameter.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _describe_encoding(self) -> str:
+        total = float(sum(p.double().abs().sum() for p in self._list_encoder()))
         identity = {"data": OmegaConf.to_container(self.config.data), "seed": self.config.seed, "weights": total}
         # Not hashes: reading all images again would take as long as encoding them.
         states = [(path.name, path.stat()) for path in dataset.list_training_files(self.config.data)]

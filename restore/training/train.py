@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from operators import RestoreError
 from operators.naming import check_known
+from operators.validate import require_integer
 from restore import disk
 from restore.backbones.precision import has_native_bf16
 from restore.config import read_config
@@ -31,15 +32,25 @@ from restore.training.precision import FullPrecisionAttention
 log = logging.getLogger(__name__)
 KINDS = {"pixels": Diffusion, "latents": Diffusion, "autoencoder": Autoencoder}
 DEFAULTS = {"kind": "pixels", "schedule": {}, "prediction_type": "epsilon", "patch": 1, "denoising": None}
+INTERVALS = (
+    "log_every",
+    "held_out_every_steps",
+    "samples_every_steps",
+    "checkpoint_every_steps",
+    "data.held_out_every",
+)
 
 
 def load_training_config(path: str | Path, settings: list[str]) -> DictConfig:
     """Load a YAML file, or the one of that name in configs/train, with key=value settings merged in.
 
-    Raises RestoreError for a missing file or an unknown key.
+    Raises RestoreError for a missing file, an unknown key, and intervals below 1.
     """
     config = OmegaConf.create(read_config(path, settings, "train", DEFAULTS))
     check_known([config.kind], KINDS, f"{path}: unknown kind")
+    for key in INTERVALS:
+        require_integer(OmegaConf.select(config, key), key)
+    require_integer(config.optimizer.warmup_steps, "optimizer.warmup_steps", minimum=0)
     return config
 
 
@@ -47,8 +58,9 @@ def train(config: DictConfig) -> Path:
     """Train until `config.steps` or `config.minutes`; return the folder with the EMA weights.
 
     Continues from `config.out`/checkpoint.pt if it exists. Raises RestoreError for a missing data folder, unreadable
-    images, a checkpoint of another model configuration, batch size or split of the images, weights without their
-    checkpoint, which would be replaced, and a loss that is not finite.
+    images, a checkpoint of another model configuration, batch size, split of the images or task (kind, schedule,
+    prediction type, patch, encoder), weights without their checkpoint, which would be replaced, and a loss that is
+    not finite.
     """
     started = time.monotonic()
     torch.manual_seed(config.seed)
@@ -68,13 +80,15 @@ def train(config: DictConfig) -> Path:
     averaging = {"decay": config.ema.decay, "use_ema_warmup": True, "power": config.ema.power}
     ema = EMAModel(network.parameters(), **averaging, foreach=device.type == "cuda")
     options = {"lr": config.optimizer.lr, "betas": tuple(config.optimizer.betas)}
-    optimizer = torch.optim.AdamW(network.parameters(), **options, weight_decay=config.optimizer.weight_decay)
+    options["weight_decay"] = config.optimizer.weight_decay
+    optimizer = torch.optim.AdamW(network.parameters(), **options)
     parts = {"model": network, "optimizer": optimizer, "ema": ema}  # of a checkpoint
     if discriminator is not None:
-        judging = torch.optim.AdamW(discriminator.to(device).parameters(), **options, weight_decay=0.0)
+        judging = torch.optim.AdamW(discriminator.to(device).parameters(), **options | {"weight_decay": 0.0})
         parts |= {"adversary": discriminator, "judging": judging}
     description = json.dumps(OmegaConf.to_container(config.model) | kind.description, sort_keys=True)
     facts = {"model_config": description, "batch": config.batch * world, "split": hash_split(config.data)}
+    facts |= {"kind": config.kind} | kind.facts
     step, checkpoint = 0, out / "checkpoint.pt"
     if (out / "ema").exists() and not checkpoint.exists():
         raise RestoreError(
@@ -82,6 +96,11 @@ def train(config: DictConfig) -> Path:
         )
     if checkpoint.exists():
         step = _load_checkpoint(checkpoint, parts, facts)
+        # The checkpoint has the options of its own session: those of this one count.
+        ema.decay, ema.power = config.ema.decay, config.ema.power
+        optimizer.param_groups[0].update(options)
+        if discriminator is not None:
+            judging.param_groups[0].update(options | {"weight_decay": 0.0})
         log.info("continuing from step %d", step)
     model, optimizer = accelerator.prepare(network, optimizer)
     if discriminator is not None:
@@ -98,6 +117,7 @@ def train(config: DictConfig) -> Path:
             return compiled(*args, **kwargs)
 
     def save() -> None:
+        check_finite()  # or the last good checkpoint would be lost
         with disk.open_atomic(checkpoint) as file:
             torch.save({name: part.state_dict() for name, part in parts.items()} | facts | {"step": step}, file)
         kind.save(copy_average(), out / "ema")
@@ -116,11 +136,20 @@ def train(config: DictConfig) -> Path:
             raise RestoreError(f"the loss is not finite at step {step}; lower optimizer.lr and continue")
         return means
 
+    def check_finite() -> None:
+        """Raise RestoreError if a loss since the last row of the log, or a weight, is not finite."""
+        if recent:
+            average_log()
+        networks = [network] if discriminator is None else [network, discriminator]
+        if not all(bool(p.isfinite().all()) for one in networks for p in one.parameters()):
+            raise RestoreError(f"the weights are not finite at step {step}; lower optimizer.lr and continue")
+
     def decay(step: int) -> float:
         """The factor of the learning rate: 1, or falling linearly to 0 between the two steps of optimizer.decay."""
         first, last = config.optimizer.get("decay") or (math.inf, math.inf)
         return 1.0 if step < first else max(0.0, (last - step) / (last - first))
 
+    warmup = max(1, config.optimizer.warmup_steps)
     deadline = math.inf if config.minutes is None else started + 60 * config.minutes
     bar = tqdm(total=config.steps, initial=step, disable=not accelerator.is_main_process, mininterval=10)
     while step < config.steps and time.monotonic() <= deadline:
@@ -129,7 +158,7 @@ def train(config: DictConfig) -> Path:
         generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + number)
         torch.manual_seed(config.seed * 1_000_003 + number)  # dropout's
         for group in optimizer.param_groups:
-            group["lr"] = config.optimizer.lr * min(1.0, (step + 1) / config.optimizer.warmup_steps) * decay(step)
+            group["lr"] = config.optimizer.lr * min(1.0, (step + 1) / warmup) * decay(step)
         loss, logged, pair = kind.loss(forward, number, generator)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip_grad_norm)
@@ -163,8 +192,6 @@ def train(config: DictConfig) -> Path:
             save()
     bar.close()
     if accelerator.is_main_process:
-        if recent:
-            average_log()
         save()
     return out / "ema"
 
@@ -189,6 +216,16 @@ def _load_checkpoint(path: Path, parts: dict[str, Any], facts: dict[str, Any]) -
         )
     if state["model_config"] != facts["model_config"]:
         raise RestoreError(f"{path} is of another model configuration; try another out=FOLDER")
+    if state.get("encoder", facts.get("encoder")) != facts.get("encoder"):
+        raise RestoreError(
+            f"autoencoder must have the encoder on whose latents {path} was trained, got another one; try another"
+            " out=FOLDER"
+        )
+    for name in ("kind", "schedule", "prediction_type", "patch"):
+        if name in facts and state.get(name, facts[name]) != facts[name]:
+            raise RestoreError(
+                f"{name} must be {state[name]} to continue {path}, got {facts[name]}; try another out=FOLDER"
+            )
     for name, part in parts.items():
         if name in state or name not in ("adversary", "judging"):  # these may have been enabled since
             part.load_state_dict(state[name])

@@ -1,6 +1,13 @@
 """Known checkpoints: registry, download, checksums, cache, loading."""
 
-from restore.zoo.load import describe_download, describe_model, hash_weights, list_models, load_backbone
+from restore.zoo.load import (
+    describe_download,
+    describe_model,
+    find_autoencoder,
+    hash_weights,
+    list_models,
+    load_backbone,
+)
 from restore.zoo.registry import find_model, read_registry
 from restore.zoo.store import (
     cache_dir,
@@ -18,6 +25,7 @@ __all__ = [
     "describe_download",
     "describe_model",
     "explain_download",
+    "find_autoencoder",
     "find_model",
     "forget_checksum",
     "hash_weights",

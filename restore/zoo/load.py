@@ -64,20 +64,33 @@ def load_backbone(
         raise RestoreError(f"{name} is an autoencoder, not a prior; give it to a latent model as vae={str(name)!r}")
     found = resolve_options(found, options or {})
     options = {**found.options, "device": device, "dtype": dtype}
-    module, name_of_class = BACKBONES[found.kind]
-    cls = getattr(importlib.import_module(f"restore.backbones.{module}"), name_of_class)
     if vae is not None:
-        if found.kind == "adm":
-            raise RestoreError(f"vae must be None for {name}, a model of pixels, got {str(vae)!r}")
-        if vae == "tiny" and found.kind == "latent":
-            raise RestoreError(f"{name} has no tiny autoencoder of its own; give vae= a name or a folder")
-        options["vae"] = _load_autoencoder(cls.tiny_vae if vae == "tiny" else vae, offline)
+        options["vae"] = _load_autoencoder(find_autoencoder(found, vae), offline)
     if found.kind == "stable-diffusion":
         options["offline"] = is_offline(offline)
-    backbone = cls.load(found.path, **options)
+    backbone = _import_class(found.kind).load(found.path, **options)
     backbone.offline = is_offline(offline) or None  # so that models of its guidance are not downloaded either
     check_parameters(found, sum(weight.numel() for weight in backbone.network.parameters()))
     return found, backbone
+
+
+def find_autoencoder(found: Located, vae: str | Path) -> str | Path:
+    """Return the model that `vae` of `load_backbone` means for a model: for "tiny" the distilled one of its latents.
+
+    Raises RestoreError if it has none.
+    """
+    if found.kind == "adm":
+        raise RestoreError(f"vae must be None for {found.name}, a model of pixels, got {str(vae)!r}")
+    if vae != "tiny":
+        return vae
+    if found.kind not in BACKBONES or found.kind == "latent":
+        raise RestoreError(f"{found.name} has no tiny autoencoder of its own; give vae= a name or a folder")
+    return _import_class(found.kind).tiny_vae
+
+
+def _import_class(kind: str) -> Any:
+    module, name = BACKBONES[kind]
+    return getattr(importlib.import_module(f"restore.backbones.{module}"), name)
 
 
 def hash_weights(name: str | Path, offline: bool | None = None, configuration: bool = False) -> dict[str, str]:

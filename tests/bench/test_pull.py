@@ -12,11 +12,15 @@ import pytest
 import torch
 import yaml
 
+from operators import RestoreError
 from restore import zoo
+from restore.bench import sampling
 from restore.bench.config import load_config
 from restore.bench.pull import list_needed_models
+from restore.bench.run import hash_backbones
 from restore.metrics.weights import find_weights
 from restore.paths import configs_dir
+from restore.search.hunt import find_layers
 from restore.zoo import registry
 
 
@@ -40,6 +44,43 @@ def test_files_of_ones_own_are_not_fetched(tiny_adm):
     config |= {"methods": {"dps": {"sampler": "dps", "steps": 2, "parameters": {"zeta": 1.0}, "guidance": weak}}}
     config |= {"metrics": {"names": ["lpips", "fid"], "weights": {"alexnet": "mine.pth"}}}
     assert list_needed_models(load_config(config)) == ["adm-ffhq-256", "inception"]
+
+
+def test_a_tiny_autoencoder_is_that_of_its_model():
+    backbones, tiny = ("sd-1.5", "sd-3-medium", "flux.1-dev"), {"vae": "tiny"}
+    own = {"operator": "sr4", "model_options": tiny}
+    tasks = {f"own{i}": {**own, "backbone": name} for i, name in enumerate(backbones)}
+    config = {"name": "n", "backbone": "embedded", "data": {"folder": "f"}, "tasks": {"sr4": "sr4", **tasks}}
+    config |= {"methods": {"dps": {"sampler": "dps", "steps": 2, "parameters": {"zeta": 1.0}}}}
+    config["metrics"] = {"names": ["psnr"]}
+    needed = list_needed_models(load_config(config))
+    assert needed == ["embedded", *backbones, "taesd", "taesd3", "taef1"]
+    given = config | {"tasks": {"sr4": "sr4"}, "backbone": "sd-2.1-base", "model_options": {"vae": "taesd3"}}
+    assert list_needed_models(load_config(given)) == ["sd-2.1-base", "taesd3"]
+    with pytest.raises(RestoreError, match="vae must be None for embedded"):
+        list_needed_models(load_config(config | {"tasks": {"sr4": "sr4"}, "model_options": tiny}))
+
+
+def test_the_environment_keeps_every_command_offline(tmp_path, monkeypatch, command):
+    """Where the configuration and the options say nothing."""
+
+    def fetch(hub, offline):
+        return None if offline else pytest.fail(f"{hub.repo} was asked for in the network")
+
+    monkeypatch.setattr("restore.zoo.store.fetch_snapshot", fetch)
+    monkeypatch.setenv("RESTORE_OFFLINE", "1")
+    config = {"name": "n", "backbone": "sd-1.5", "data": {"folder": "f"}, "tasks": {"sr4": "sr4"}}
+    config |= {"methods": {"dps": {"sampler": "dps", "steps": 2, "parameters": {"zeta": 1.0}}}}
+    calls = [
+        lambda: sampling.load_pipeline("sd-1.5", device=torch.device("cpu"), precision="fp32", offline=False),
+        lambda: hash_backbones(load_config(config)),
+        lambda: find_layers("sd-1.5", False),
+    ]
+    for call in calls:
+        with pytest.raises(RestoreError, match="the run is offline"):
+            call()
+    code, _, err = command("models", "pull", "taesd")
+    assert code == 2 and "the run is offline" in err
 
 
 def test_pull_says_sizes_and_licences_and_fetches_what_is_missing(tmp_path, monkeypatch, command):

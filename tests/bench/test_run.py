@@ -19,6 +19,9 @@ import restore
 from operators import RestoreError
 from restore import disk
 from restore.backbones.adm import ADM
+from restore.bench.batch_size import choose_batch
+from restore.bench.batches import load_images, make_batches
+from restore.bench.config import load_config
 from restore.bench.run import plan_benchmark, run_benchmark
 from restore.images import io
 from restore.images.folder import read_rgb
@@ -166,6 +169,33 @@ def test_run_folders_that_cannot_be_used(config, tmp_path):
         run_benchmark(config, [f"out={tmp_path / 'file' / 'run'}"])
 
 
+@pytest.mark.parametrize("batch", [2, "auto"])
+@pytest.mark.parametrize(
+    "operator, per_image, message",
+    [
+        ({"name": "super_resolution", "factr": 4}, False, "tasks.sr: .*did you mean 'factor'"),
+        (
+            {"name": "super_resolution", "factor": 4, "noise": {"name": "gaussian", "sgma": 1}},
+            False,
+            "tasks.sr: .*sgma",
+        ),
+        ({"name": "super_resolution", "factor": 4}, True, "tasks.sr: .*no option 'seed'"),
+        ({"name": "inpainting_box", "size": 40}, False, "tasks.sr: .*size"),
+        ({"name": "nonlinear_blur", "kernel_size": 5}, True, "tasks.sr: .*nonlinear_blur cannot share a batch"),
+    ],
+)
+def test_an_impossible_operator_claims_no_folder(config, monkeypatch, operator, per_image, message, batch):
+    """Nor is a network loaded for it: the corrected file runs in the same place."""
+    monkeypatch.setattr("restore.bench.worker.Worker._load", lambda *_: pytest.fail("a network was loaded"))
+    config |= {"batch": batch, "tasks": {"sr": {"operator": operator, "per_image": per_image}}}
+    if batch == "auto" and "share" in message:
+        assert choose_batch(load_config(config), load_images(load_config(config))) == 1
+        return
+    with pytest.raises(RestoreError, match=message):
+        run_benchmark(config)
+    assert not Path(config["out"]).exists()
+
+
 def test_a_full_disk_stops_cleanly_and_the_run_goes_on_later(config, tmp_path, monkeypatch):
     config["methods"] = {"base": {"sampler": "baseline"}}
     run_benchmark(config, [f"out={tmp_path / 'whole'}"])
@@ -192,8 +222,6 @@ def test_incomplete_results_are_counted(config):
     table = run_benchmark(config).table
     assert table["table"]["sr"]["base"]["missing"] == 0
     from restore.bench import results
-    from restore.bench.batches import load_images
-    from restore.bench.config import load_config
 
     (Path(config["out"]) / "results/sr/base/rows/00002.json").unlink()
     checked = load_config(config)
@@ -230,8 +258,6 @@ def test_a_batch_that_does_not_fit_is_computed_in_parts(config, tmp_path, monkey
 
 
 def test_an_interrupted_run_has_the_same_first_images_of_every_method(config):
-    from restore.bench.batches import load_images, make_batches
-    from restore.bench.config import load_config
 
     checked = load_config(config)
     batches = make_batches(checked, load_images(checked))
@@ -244,8 +270,6 @@ def test_an_interrupted_run_has_the_same_first_images_of_every_method(config):
 
 def test_processor_seconds_do_not_count_waiting(config):
     from restore.bench import worker
-    from restore.bench.batches import load_images, make_batches
-    from restore.bench.config import load_config
     from restore.bench.results import read_cost
 
     class Slow(worker.Worker):

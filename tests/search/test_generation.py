@@ -7,6 +7,7 @@ import json
 import pytest
 import tiny_flow
 
+from operators import RestoreError
 from restore.bench.config import build_method, load_config
 from restore.guidance import CFG
 from restore.search import config as configs
@@ -61,6 +62,16 @@ def test_a_search_from_classes_has_rows_of_cfg(tmp_path):
     assert len({costs[name] for name in ("none", "cfg", "cfg-heads", "heads-1")}) == 4
     config["tasks"]["classes"]["labels"] = None  # nothing to guide away from
     assert "cfg" not in search_heads(config | {"out": str(tmp_path / "other")}).table["test"]
+
+
+@pytest.mark.parametrize("key, value", [("count", 3), ("prompts", "content-5")])
+def test_tasks_have_no_images_of_their_own(key, value):
+    change = {"tasks": {"faces": {"labels": 1, key: value}}}
+    with pytest.raises(RestoreError, match=f"tasks.faces.{key} must be left out.*calibration.{key} and test.{key}"):
+        configs.load_search(
+            {"name": "n", "kind": "generation", "guidance": {"pag": {"scale": 1.0}}, **change},
+            ["objective=planted:distance_to_grey"],
+        )
 
 
 def _methods(found):

@@ -224,6 +224,13 @@ def test_mistakes_are_one_sentence(config, change, message):
         search_heads(config | change)
 
 
+def test_an_impossible_operator_claims_no_folder(config):
+    config["tasks"]["sr"]["operator"]["factr"] = 4
+    with pytest.raises(RestoreError, match="tasks.sr: .*did you mean 'factor'"):
+        search_heads(config)
+    assert not Path(config["out"]).exists()
+
+
 def test_another_search_is_not_mixed_into_a_folder(config):
     config["layers"] = ["m1"]
     search_heads(config)

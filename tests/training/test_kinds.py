@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from restore.paths import configs_dir, data_dir
 from restore.training import load_training_config, train
 from restore.training.card import format_card, write_card
 from restore.training.diffusion import build_unet
+from restore.training.train import INTERVALS
 
 
 def test_a_latent_prior_learns_and_restores(latent, autoencoder):
@@ -118,6 +120,25 @@ def test_refusals(folders, autoencoder, tmp_path):
         config("latent", folders, tmp_path, "autoencoder=x", "crop=16")
     with pytest.raises(restore.RestoreError, match="must have the shapes"):
         train(config("autoencoder", folders, tmp_path, f"init={autoencoder[0]}", "model.latent_channels=6"))
+
+
+@pytest.mark.parametrize("key", [*INTERVALS, "optimizer.warmup_steps"])
+def test_intervals_are_whole_numbers(folders, tmp_path, key):
+    least = 0 if key == "optimizer.warmup_steps" else 1
+    for value in (least - 1, 2.5):
+        with pytest.raises(restore.RestoreError, match=f"^{key} must be an integer of at least {least}, got {value}$"):
+            config("autoencoder", folders, tmp_path, f"{key}={value}")
+
+
+def test_training_without_warm_up_and_without_images(folders, tmp_path):
+    train(config("autoencoder", folders, tmp_path, "steps=1", "optimizer.warmup_steps=0"))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(4e-4)
+    (tmp_path / "one").mkdir()
+    shutil.copy(folders / "faces" / "00.png", tmp_path / "one")
+    for more in ([f"data.folder={tmp_path / 'one'}"], ["data.held_out_every=1"]):
+        with pytest.raises(restore.RestoreError, match="must have images to train on, but all .* are held out"):
+            train(config("autoencoder", folders, tmp_path / "out", *more))
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import restore
 from restore.backbones.schedule import Schedule
 from restore.paths import configs_dir
 from restore.training import load_training_config, train
+from restore.training.card import write_card
 from restore.training.diffusion import Diffusion, place_times, weigh_levels
 
 TINY = [
@@ -71,6 +72,12 @@ def test_a_network_of_patches_learns_from_crops(folders, tmp_path):
     assert shape == (8, 12, 8, 8) and (t < 200).sum() >= 6 and loss > 0
     backbone = restore.load(train(settings)).backbone
     assert (backbone.patch, backbone.resolution, backbone.channels) == (2, 24, 3)
+
+
+def test_the_card_of_a_network_of_crops_compares_images_of_one_size(folders, tmp_path):
+    settings = config(folders, tmp_path / "out", "steps=1")
+    card = write_card(settings, train(settings), tmp_path / "card", samples=1, steps=2)
+    assert card["nearest_training_image"]["samples"]["min"] > 0
 
 
 def test_the_learning_rate_falls_to_zero(folders, tmp_path):

@@ -85,6 +85,31 @@ def test_interrupted_training_equals_undisturbed_training(faces, tmp_path):
     assert torch.equal(network.conv_in.weight, whole["conv_in.weight"].float())
 
 
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(faces, tmp_path):
+    train(config(faces, tmp_path, "steps=1"))
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    # The first step makes large weights, the second ones that are not finite, before anything is logged.
+    diverging = [*TINY, "steps=9", "optimizer.lr=1e30", "log_every=100", "checkpoint_every_steps=3"]
+    with pytest.raises(RestoreError, match="(loss is|weights are) not finite at step 3; lower optimizer.lr"):
+        train(config(faces, tmp_path, *diverging))
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    train(config(faces, tmp_path, "steps=2"))
+
+
+def test_weights_that_are_not_finite_are_not_saved(faces, tmp_path, monkeypatch):
+    """Where the loss was finite still: the update that followed it was not."""
+    step = torch.optim.AdamW.step
+
+    def diverge(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        self.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", diverge)
+    with pytest.raises(RestoreError, match="the weights are not finite at step 1; lower optimizer.lr"):
+        train(config(faces, tmp_path, "steps=1"))
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
 def test_refusals(faces, tmp_path):
     yaml = configs_dir() / "train" / "embedded.yaml"
     with pytest.raises(restore.RestoreError, match="data.folder"):
