@@ -67,7 +67,7 @@ def read_extent(mapping: Mapping) -> tuple[int, tuple[int, int]]:
         raise RestoreError(f"{mapping['name']} enlarges and must have the option 'factor'")
     factor = mapping.get("factor", option.default)
     if factor is option.empty:
-        raise RestoreError(f"{mapping['name']} needs the option 'factor'")
+        build_operator(bare)  # says that it is missing, or misspelt
     return validate.require_integer(factor, "factor"), margin
 
 

@@ -43,7 +43,8 @@ def pull_needed_models(config: Mapping[str, Any]) -> Iterator[str]:
     for name in models:
         yield f"{name}: {scores.describe_download(name)}"
     for name in missing:
-        yield f"{name} is at {zoo.pull(name, offline=config['offline'] or None)}"
+        where = {"offline": config["offline"] or None, "variant": config["pipeline"]["variant"]}
+        yield f"{name} is at {zoo.pull(name, **where)}"
     if models:
         for name, row in of_prompts.items():
             table.load_scores({name: row}, given)  # its client fetches what is missing

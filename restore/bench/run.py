@@ -256,7 +256,7 @@ def hash_backbones(config: Mapping[str, Any]) -> dict[str, Any]:
     for cell in list_cells(config):  # the weak models of autoguidance
         guidance = build_method(config, *cell).guidance
         names |= {term.model for term in (guidance.terms if guidance else ()) if hasattr(term, "model")}
-    options = {"offline": config["offline"] or None, "configuration": True}
+    options = {"offline": config["offline"] or None, "configuration": True, "variant": config["pipeline"]["variant"]}
     return {name: zoo.hash_weights(name, **options) for name in sorted(names)}
 
 

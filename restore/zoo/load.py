@@ -93,11 +93,14 @@ def _import_class(kind: str) -> Any:
     return getattr(importlib.import_module(f"restore.backbones.{module}"), name)
 
 
-def hash_weights(name: str | Path, offline: bool | None = None, configuration: bool = False) -> dict[str, str]:
+def hash_weights(
+    name: str | Path, offline: bool | None = None, configuration: bool = False, variant: str | None = None
+) -> dict[str, str]:
     """Return {file: sha256} of the weights of a model as named in `load_backbone`; a missing one is downloaded.
 
-    configuration: and of the files of its folder that say what the weights do not: architecture and noise levels."""
-    path = locate(name).path or pull(str(name), offline)
+    configuration: and of the files of its folder that say what the weights do not: architecture and noise levels.
+    variant: of a pipeline's weight files, such as "fp16"."""
+    path = (locate(name).path if variant is None else None) or pull(str(name), offline, variant=variant)
     root, files = path.parent, [path]
     if path.is_dir():
         named = CONFIGURATION if configuration else ()

@@ -19,7 +19,6 @@ import restore
 from operators import RestoreError
 from restore import disk
 from restore.backbones.adm import ADM
-from restore.bench.batch_size import choose_batch
 from restore.bench.batches import load_images, make_batches
 from restore.bench.config import load_config
 from restore.bench.run import plan_benchmark, run_benchmark
@@ -167,33 +166,6 @@ def test_run_folders_that_cannot_be_used(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RestoreError, match="cannot create the folder"):
         run_benchmark(config, [f"out={tmp_path / 'file' / 'run'}"])
-
-
-@pytest.mark.parametrize("batch", [2, "auto"])
-@pytest.mark.parametrize(
-    "operator, per_image, message",
-    [
-        ({"name": "super_resolution", "factr": 4}, False, "tasks.sr: .*did you mean 'factor'"),
-        (
-            {"name": "super_resolution", "factor": 4, "noise": {"name": "gaussian", "sgma": 1}},
-            False,
-            "tasks.sr: .*sgma",
-        ),
-        ({"name": "super_resolution", "factor": 4}, True, "tasks.sr: .*no option 'seed'"),
-        ({"name": "inpainting_box", "size": 40}, False, "tasks.sr: .*size"),
-        ({"name": "nonlinear_blur", "kernel_size": 5}, True, "tasks.sr: .*nonlinear_blur cannot share a batch"),
-    ],
-)
-def test_an_impossible_operator_claims_no_folder(config, monkeypatch, operator, per_image, message, batch):
-    """Nor is a network loaded for it: the corrected file runs in the same place."""
-    monkeypatch.setattr("restore.bench.worker.Worker._load", lambda *_: pytest.fail("a network was loaded"))
-    config |= {"batch": batch, "tasks": {"sr": {"operator": operator, "per_image": per_image}}}
-    if batch == "auto" and "share" in message:
-        assert choose_batch(load_config(config), load_images(load_config(config))) == 1
-        return
-    with pytest.raises(RestoreError, match=message):
-        run_benchmark(config)
-    assert not Path(config["out"]).exists()
 
 
 def test_a_full_disk_stops_cleanly_and_the_run_goes_on_later(config, tmp_path, monkeypatch):

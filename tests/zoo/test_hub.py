@@ -116,6 +116,7 @@ for lost in ("unet/diffusion_pytorch_model.bin", "model_index.json", "unet/confi
     assert zoo.pull("owner/pixels", offline=False) == whole == zoo.locate("owner/pixels").path
 half = zoo.pull("owner/pixels", offline=False, variant="fp16")
 assert (half / "vae" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+assert "vae/diffusion_pytorch_model.fp16.safetensors" in zoo.hash_weights("owner/pixels", variant="fp16")
 seen = zoo.pull_configuration("owner/plan")
 assert sorted(path.name for path in seen.rglob("*.*")) == ["config.json", "config.json", "model_index.json"]
 try:
