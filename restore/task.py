@@ -181,7 +181,7 @@ def load_task(
     elif invert_mask or mask_threshold is not None:
         raise RestoreError("invert_mask= and mask_threshold= need mask=FILE")
     if kernel is not None:
-        if "blur" not in str(config["name"]):
+        if str(config["name"]).replace("-", "_") not in ("blur", "gaussian_blur", "motion_blur"):
             raise RestoreError(f"kernel={kernel} does not apply to task {task}; it belongs to blur")
         kept = {key: value for key, value in config.items() if key in ("noise", "border", "image_size", "adjoint")}
         config = kept | {"name": "blur", "kernel": masks.read_kernel(kernel)}

@@ -137,6 +137,13 @@ def test_a_repr_tells_noise_that_is_not_clipped():
     assert repr(operators.PoissonNoise(1, clip=False)) != repr(operators.PoissonNoise(1))
 
 
+def test_a_kernel_from_a_file_does_not_make_a_nonlinear_blur_linear(tmp_path):
+    (tmp_path / "k.txt").write_text("0.25 0.75")
+    with pytest.raises(RestoreError, match="does not apply to task nonlinear-blur"):
+        load_task("nonlinear-blur", kernel=tmp_path / "k.txt")
+    assert load_task("motion-blur", kernel=tmp_path / "k.txt").config["name"] == "blur"
+
+
 def test_a_kernel_from_a_file_keeps_the_other_options_of_a_blur(tmp_path):
     (tmp_path / "k.txt").write_text("0.25 0.75")
     task = load_task("{name: blur, border: circular, noise: null}", kernel=tmp_path / "k.txt")
