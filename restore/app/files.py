@@ -209,18 +209,21 @@ def explain_passed_over(inputs: Iterable[str | Path], out: str | Path | None, re
 
     Hidden files, side-cars and other text files, and the folder `out` are not mentioned.
     """
-    out, files, folders = Path(os.devnull if out is None else out).resolve(), [], []
+    out, files, folders, closed = Path(os.devnull if out is None else out).resolve(), [], [], []
     for path in map(Path, inputs):
         folder = os.path.isdir(path)
         groups = [below for below, _ in _list_folders(path, out)] if recursive and folder else [path]
+        if recursive and folder:
+            closed += [item.name for item in path.rglob("*") if os.path.isdir(item) and not os.access(item, os.R_OK)]
         for item in (item for group in groups for item in _list_files(group)):
             if item.name[0] == "." or item.suffix.lower() in SIDECAR_SUFFIXES:
                 continue
-            if item.is_file() and not is_image(item):
+            if os.path.isfile(item) and not is_image(item):
                 files.append(item.name)
-            elif folder and not recursive and item.is_dir() and item.resolve() != out and not _holds_results(item):
-                folders += [item.name] * any(filter_images(item.iterdir()))
+            elif folder and not recursive and os.path.isdir(item) and item.resolve() != out:
+                folders += [item.name] * (any(filter_images(_list_folder(item))) and not _holds_results(item))
     kinds = {"no picture that can be read": files, "sub-folders: give recursive=True": folders}
+    kinds["sub-folders that cannot be read"] = closed
     parts = [f"{', '.join(n[:5])}{', ...' * (len(n) > 5)} ({len(n)}; {why})" for why, n in kinds.items() if n]
     return f"passed over: {'; '.join(parts)}" if parts else None
 
@@ -264,23 +267,36 @@ def _group_inputs(inputs: Sequence[str | Path], out: Path, recursive: bool) -> l
 
 
 def _list_files(path: Path) -> list[Path]:
-    """What a folder or a pattern names, sorted."""
-    return sorted(path.iterdir() if os.path.isdir(path) else map(Path, glob.glob(str(path), recursive=True)))
+    """What a folder or a pattern names, sorted. Raises RestoreError for a folder that cannot be read."""
+    if os.path.isdir(path):
+        return _list_folder(path, named=True)
+    return sorted(map(Path, glob.glob(str(path), recursive=True)))
+
+
+def _list_folder(folder: Path, named: bool = False) -> list[Path]:
+    """What a folder holds, sorted. One that cannot be read, as lost+found, holds nothing, or, if it is the one that the
+    user named, raises RestoreError."""
+    try:
+        return sorted(folder / name for name in os.listdir(folder))
+    except OSError as error:
+        if not named:
+            return []
+        raise RestoreError(f"cannot read the folder {folder}: {disk.describe_os_error(error)}") from error
 
 
 def _list_folders(path: Path, out: Path) -> list[tuple[Path, Path]]:
     """The folders with images from `path` down, without `out`, and their paths relative to it; `path` if none has."""
-    below = sorted(folder for folder in path.rglob("*") if folder.is_dir()) if path.is_dir() else []
+    below = sorted(folder for folder in path.rglob("*") if os.path.isdir(folder)) if os.path.isdir(path) else []
     below = [folder for folder in below if not any(p.startswith(".") for p in folder.relative_to(path).parts)]
     if path.resolve() in out.resolve().parents:  # results inside of the inputs are not restored again
         below = [folder for folder in below if out.resolve() not in (folder.resolve(), *folder.resolve().parents)]
     below = [folder for folder in below if not _holds_results(folder)]
-    found = [folder for folder in (path, *below) if folder.is_dir() and filter_images(folder.iterdir())]
+    found = [folder for folder in (path, *below) if os.path.isdir(folder) and filter_images(_list_folder(folder))]
     return [(folder, folder.relative_to(path)) for folder in found] or [(path, Path())]
 
 
 def _holds_results(folder: Path) -> bool:
     """Whether the images of a folder are all results of this program, of an earlier output folder."""
     results = {name for path in folder.glob("*.json") for name in (read_sidecar(path) or {}).get("files", ())}
-    images = filter_images(folder.iterdir())
+    images = filter_images(_list_folder(folder))
     return bool(images) and all(path.name in results for path in images)

@@ -29,7 +29,7 @@ def is_image(path: Path) -> bool:
 
 def filter_images(paths: Iterable[Path]) -> list[Path]:
     """Return the image files among `paths`, see `is_image`, sorted and without hidden files."""
-    return sorted(path for path in paths if path.name[0] != "." and path.is_file() and is_image(path))
+    return sorted(path for path in paths if path.name[0] != "." and os.path.isfile(path) and is_image(path))
 
 
 def read_sidecar(path: Path) -> dict[str, Any] | None:
