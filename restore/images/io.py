@@ -193,6 +193,15 @@ def check_source(source: Path, target: Path) -> None:
             raise RestoreError(_explain_alpha(source, target))
 
 
+def check_size(target: Path, size: tuple[int, int]) -> None:
+    """Raise RestoreError if the format of `target` cannot hold a picture of this size (H, W)."""
+    image_format = require_format(target)
+    longest = FORMATS[image_format].longest
+    if longest is not None and max(size) > longest:
+        given = f"{size[1]} x {size[0]} for {target}; write a PNG (png=True)"
+        raise RestoreError(f"a {image_format} file must have at most {longest} pixels a side, got {given}")
+
+
 def to_tensor(image: Any, *, channels: int | None = 3, largest: float = 8.0) -> torch.Tensor:
     """Return any kind of image as a tensor (B, C, H, W) float32 in [-1, 1].
 
