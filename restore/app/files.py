@@ -178,6 +178,19 @@ def is_finished(
     raise RestoreError(f"{photo.target} is another result ({reason}); try overwrite=True or another output folder")
 
 
+@contextmanager
+def remove_replaced(sidecar: Path, sources: Collection[Path]) -> Iterator[None]:
+    """Remove, if the block has replaced a result, the pictures of the former one that the new one lacks, such as its
+    other samples. Those that were changed since, and `sources`, the inputs of the run, are kept."""
+    before = (read_sidecar(sidecar) or {}).get("written") or {}
+    yield
+    after = (read_sidecar(sidecar) or {}).get("written") or {}
+    for name in before.keys() - after.keys():
+        path = sidecar.with_name(Path(name).name)
+        if path.resolve() not in sources and disk.has_hash(path, before[name]):
+            path.unlink()
+
+
 def _is_as_written(path: Path, digest: str | None) -> bool:
     if digest is not None:
         return disk.has_hash(path, digest)

@@ -118,6 +118,7 @@ class RestoreJob:
         """
         photos = list(photos)
         files.check_outputs(photos, [self.outputs(photo) for photo in photos], self.overwrite)
+        sources = {photo.source.resolve() for photo in photos}
         for photo in photos:
             started = time.perf_counter()
             try:
@@ -125,7 +126,10 @@ class RestoreJob:
                 pictures = {} if isinstance(outcome, Outcome) else outcome.encode_pictures(photo, self.degrade)
             except RestoreError as error:
                 outcome = Outcome(photo, error=str(error))
-            yield outcome if isinstance(outcome, Outcome) else self._write(photo, outcome, pictures, started)
+            if not isinstance(outcome, Outcome):
+                with files.remove_replaced(photo.sidecar, sources):
+                    outcome = self._write(photo, outcome, pictures, started)
+            yield outcome
 
     def outputs(self, photo: Photo) -> list[Path]:
         """Return every file that may be written for a photo."""

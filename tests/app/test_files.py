@@ -93,6 +93,19 @@ def test_finished_means_the_same_input_settings_and_a_readable_result(restore, p
     assert code == 2 and "a.json does not name it" in err
 
 
+def test_pictures_of_a_replaced_result_go_with_it(restore, tmp_path):
+    """`restore evaluate` would count them; one that was changed since is somebody's work."""
+    out = tmp_path / "out"
+    assert restore("--samples", 3)[0] == 0
+    (out / "a-mean.png").write_bytes((out / "a-spread.png").read_bytes())
+    (out / "b.png").write_text("mine")
+    assert restore("--overwrite")[0] == 0
+    assert sorted(path.name for path in out.iterdir()) == ["a-mean.png", "a.json", "a.png", "b.png"]
+    before = (out / "a.png").read_bytes()  # an input of this run, and a picture of the result that it replaces
+    assert restore("--overwrite", inputs=[out / "a.png"], out=out / "a.bmp")[0] == 0
+    assert (out / "a.png").read_bytes() == before
+
+
 def test_what_an_interruption_left_is_made_again(restore, tmp_path):
     assert restore()[0] == 0
     result, sidecar = tmp_path / "out" / "a.png", tmp_path / "out" / "a.json"
