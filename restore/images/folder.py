@@ -114,7 +114,8 @@ def read_rgb(path: str | os.PathLike) -> np.ndarray:
 def read_image_size(path: Path) -> tuple[int, int]:
     """Return (height, width) of a file as displayed, read from its header."""
     with io.open_image(path) as image:
-        rotated = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+        # Pillow's size of a TIFF file is that of the turned picture.
+        rotated = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
         return image.size if rotated else image.size[::-1]
 
 

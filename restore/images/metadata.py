@@ -67,6 +67,8 @@ class Metadata:
 
 def read_metadata(image: PIL.Image.Image, exif: PIL.Image.Exif, path: Path, grey: bool) -> Metadata:
     """Return the metadata of an image that was opened from `path`. grey: whether it is read as grey."""
+    if image.format == "PNG":
+        image.load()  # text and XMP may stand behind the pixels, which are not read by Pillow if they have 16 bits
     icc, xmp, lost = image.info.get("icc_profile"), image.info.get("xmp"), []
     if icc is not None and not fits(icc, grey):
         lost.append(f"{icc[16:20].decode('ascii', 'replace').strip()} profile")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from restore.images import io
+from restore.images.folder import read_image_size
 from restore.images.formats import FORMATS, PROPERTIES, READABLE_SUFFIXES, format_table
 from restore.images.metadata import Metadata
 
@@ -195,6 +198,28 @@ def test_sizes_of_the_file_do_not_become_those_of_the_result(tmp_path):
     exif[0x8769] = {0xA002: 48, 0xA003: 32, 0x9003: "2024:05:06 07:08:09"}
     _, found, camera, _ = pass_on(tmp_path, ".jpg", ".jpg", exif, {})
     assert set(found) == {0x010F, 0x8769} and set(camera) == {0x9003}
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("exif", [False, True])
+def test_xmp_behind_the_pixels_is_kept(tmp_path, bits, exif):
+    """As exiftool writes it into a PNG file."""
+    record = make_record(bits=bits, metadata=Metadata(exif=make_exif() if exif else None))
+    content = write(tmp_path, ".png", record).read_bytes()
+    chunk = b"iTXtXML:com.adobe.xmp\0\0\0\0\0" + XMP
+    chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "a.png").write_bytes(content[:-12] + chunk + content[-12:])  # before the last chunk
+    found = io.read_image(tmp_path / "a.png")
+    assert found.bits == bits and found.metadata.xmp == XMP
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp", ".avif"])
+def test_the_size_in_the_header_is_that_of_the_upright_picture(tmp_path, suffix, orientation):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    PIL.Image.fromarray(np.full((32, 48, 3), 90, np.uint8)).save(tmp_path / f"a{suffix}", exif=exif)
+    assert read_image_size(tmp_path / f"a{suffix}") == io.read_image(tmp_path / f"a{suffix}").size
 
 
 @pytest.mark.parametrize("bits", [8, 16])
