@@ -120,7 +120,7 @@ def check_outputs(photos: Sequence[Photo], outputs: Iterable[Sequence[Path]], ov
     (a.png's mean and a-mean.png), if it is an input, or, without `overwrite`, if no side-car of this program names it.
     Photos whose outputs have too long names, see `check_names`, write nothing; it is an error if there is no other.
     """
-    sources = {photo.source.resolve() for photo in photos}
+    sources = {_fold(photo.source) for photo in photos}
     writers: dict[str, Photo] = {}
     unnamed: list[RestoreError] = []
     for photo, paths in zip(photos, outputs, strict=True):
@@ -130,14 +130,19 @@ def check_outputs(photos: Sequence[Photo], outputs: Iterable[Sequence[Path]], ov
             unnamed.append(error)
             continue
         for path in paths:
-            other = writers.setdefault(str(path.resolve()).casefold(), photo)  # some file systems ignore case
+            other = writers.setdefault(_fold(path), photo)
             if other is not photo:
                 raise RestoreError(f"{other.source} and {photo.source} would both write {path}; rename one")
-            if path.resolve() in sources:
+            if _fold(path) in sources:
                 raise RestoreError(f"{photo.source} would overwrite the input {path}; choose another output folder")
         check_owned(paths, photo.sidecar, photo.target, overwrite)
     if unnamed and len(unnamed) == len(photos):
         raise unnamed[0]
+
+
+def _fold(path: Path) -> str:
+    """What two names of one file share: some file systems ignore case."""
+    return str(path.resolve()).casefold()
 
 
 def check_names(photo: Photo, paths: Iterable[Path]) -> None:

@@ -188,6 +188,12 @@ def test_names_that_differ_in_case_only_collide(tmp_path):
         files.check_outputs(photos, [photo.outputs() for photo in photos])
 
 
+def test_a_result_that_differs_from_an_input_in_case_only_is_refused(tmp_path):
+    photo = files.Photo(tmp_path / "A.PNG", tmp_path / "A.png")
+    with pytest.raises(RestoreError, match="overwrite the input"):
+        files.check_outputs([photo], [photo.outputs()], overwrite=True)
+
+
 def test_what_a_killed_process_was_writing_is_removed(restore, photo, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
