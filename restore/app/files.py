@@ -208,18 +208,31 @@ def _is_as_written(path: Path, digest: str | None) -> bool:
 def expand_inputs(paths: Iterable[str | Path]) -> list[Path]:
     """Return the image files of files, folders (without their sub-folders) and glob patterns.
 
-    In the order given, folders and patterns sorted by name, every file once, without hidden files. Raises RestoreError
-    if a file is missing or a folder or pattern has no image.
+    In the order given, folders and patterns sorted by name, every file once, without hidden files and results of other
+    files among them. Raises RestoreError if a file is missing or a folder or pattern has no image.
     """
     found: dict[Path, None] = {}
     for path in map(Path, paths):
-        matches = [path] if os.path.isfile(path) else filter_images(_list_files(path))
+        matches = [path] if os.path.isfile(path) else _drop_results(filter_images(_list_files(path)))
         if not matches:
             raise RestoreError(f"an input must be an image, or a folder or pattern with images, got {path}")
         found.update(dict.fromkeys(matches))
     if not found:
         raise RestoreError("no input image given; name files, folders or patterns")
     return list(found)
+
+
+def _drop_results(paths: list[Path]) -> list[Path]:
+    """Drop the files that a side-car beside them names as results of another one of `paths`: the output folder of an
+    earlier run was the folder of its inputs."""
+    results, sources = set(), set(paths)
+    for folder in dict.fromkeys(path.parent for path in paths):
+        for sidecar in folder.glob("*.json"):
+            content = read_sidecar(sidecar) or {}
+            source, names = str(content.get("input")), [str(name) for name in content.get("files", ())]
+            if source not in names and folder / source in sources:  # or the input was a file of another folder
+                results |= {folder / name for name in names}
+    return [path for path in paths if path not in results]
 
 
 def explain_passed_over(inputs: Iterable[str | Path], out: str | Path | None, recursive: bool = False) -> str | None:

@@ -194,6 +194,20 @@ def test_a_result_that_differs_from_an_input_in_case_only_is_refused(tmp_path):
         files.check_outputs([photo], [photo.outputs()], overwrite=True)
 
 
+def test_a_folder_that_holds_its_results_is_continued(restore, photo, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        Image.open(photo).save(folder / name)
+    for again in (False, True):
+        code, out, err = restore("--png", "--samples", 2, inputs=[folder], out=folder)
+        assert code == 0 and out.count("finished before") == 2 * again, err
+    assert len(files.expand_inputs([folder / "*.png"])) == 8  # nothing else was meant
+    (folder / "b.jpg").unlink()
+    names = [path.name for path in files.expand_inputs([folder])]
+    assert names == ["a.jpg", "b-mean.png", "b-sample1.png", "b-spread.png", "b.png"]
+
+
 def test_what_a_killed_process_was_writing_is_removed(restore, photo, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
