@@ -85,7 +85,7 @@ def find_photos(inputs: Sequence[str | Path], out: str | Path, png=False, recurs
     """
     photos = []
     for group, target in _group_inputs(inputs, Path(out), recursive):
-        photos += choose_targets(expand_inputs(group), target, png=png)
+        photos += choose_targets(group, target, png=png)
     if len(photos) == 1:  # in a folder every photo keeps its format
         io.check_source(photos[0].source, photos[0].target)
     return photos
@@ -104,7 +104,7 @@ def bind_standard_streams(inputs: Sequence[str], out: Path, recursive=False) -> 
             source.write_bytes(sys.stdin.buffer.read())
             names[names.index("-")] = str(source.rename(source.with_suffix(f".{io.detect_format(source).lower()}")))
         if str(out) == "-":
-            count = sum(len(expand_inputs(group)) for group, _ in _group_inputs(names, results, recursive))
+            count = sum(len(group) for group, _ in _group_inputs(names, results, recursive))
             if count > 1:
                 raise RestoreError(f"the results of {count} inputs cannot go to one standard output; name a folder")
         yield names, results if str(out) == "-" else out
@@ -211,15 +211,21 @@ def expand_inputs(paths: Iterable[str | Path]) -> list[Path]:
     In the order given, folders and patterns sorted by name, every file once, without hidden files and results of other
     files among them. Raises RestoreError if a file is missing or a folder or pattern has no image.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for path in map(Path, paths):
         matches = [path] if os.path.isfile(path) else _drop_results(filter_images(_list_files(path)))
         if not matches:
             raise RestoreError(f"an input must be an image, or a folder or pattern with images, got {path}")
-        found.update(dict.fromkeys(matches))
+        for match in matches:
+            found.setdefault(_locate(match), match)
     if not found:
         raise RestoreError("no input image given; name files, folders or patterns")
-    return list(found)
+    return list(found.values())
+
+
+def _locate(path: Path) -> Path:
+    """A file's place, by whichever links to its folder it was found; a link of another name is another photo."""
+    return path.parent.resolve() / path.name
 
 
 def _drop_results(paths: list[Path]) -> list[Path]:
@@ -290,11 +296,16 @@ def make_writable_folder(folder: Path) -> None:
     trial.unlink(missing_ok=True)
 
 
-def _group_inputs(inputs: Sequence[str | Path], out: Path, recursive: bool) -> list[tuple[Sequence[str | Path], Path]]:
-    """Inputs with the folder, `out` or one below it, that their results go to."""
+def _group_inputs(inputs: Sequence[str | Path], out: Path, recursive: bool) -> list[tuple[list[Path], Path]]:
+    """The image files of inputs, each once, with the folder, `out` or one below it, that their results go to."""
     if not (recursive and inputs):
-        return [(inputs, out)]
-    return [([group], out / below) for path in inputs for group, below in _list_folders(Path(path), out)]
+        return [(expand_inputs(inputs), out)]
+    groups, seen = [], set()
+    for folder, below in (pair for path in inputs for pair in _list_folders(Path(path), out)):
+        group = [path for path in expand_inputs([folder]) if _locate(path) not in seen]
+        seen |= set(map(_locate, group))
+        groups += [(group, out / below)] if group else []
+    return groups
 
 
 def _list_files(path: Path) -> list[Path]:

@@ -38,6 +38,23 @@ def test_sub_folders_with_an_output_above_them_and_a_second_output(command, tmp_
         assert found == {"a.png", "deep/b.png"}
 
 
+def test_every_photo_once(command, tmp_path):
+    """Named beside its folder, and in a folder that links to itself; a link of another name is a photo of its own."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a.png", "deep/b.png"):
+        shutil.copy(FACE, folder / name)
+    (folder / "c.png").symlink_to("a.png")
+    (folder / "self").symlink_to(".")
+    inputs = [folder, folder / "a.png", folder / "deep" / "b.png"]
+    for arguments in ([*inputs, "-r"], [folder, folder / "self" / "a.png", folder / "deep"]):
+        code, said, err = command("degrade", *arguments, "--task", "denoise", "-o", out)
+        assert code == 0 and len(said.splitlines()) == 3, err
+        assert sorted(path.name for path in out.rglob("*.png")) == ["a.png", "b.png", "c.png"]
+        assert not (out / "self").exists()
+        shutil.rmtree(out)
+
+
 @pytest.fixture
 def lost(tmp_path, monkeypatch):
     """A sub-folder of a folder of photos that this user may not read; nor may the administrator here."""
