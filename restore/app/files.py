@@ -108,8 +108,10 @@ def bind_standard_streams(inputs: Sequence[str], out: Path, recursive=False) -> 
             if count > 1:
                 raise RestoreError(f"the results of {count} inputs cannot go to one standard output; name a folder")
         yield names, results if str(out) == "-" else out
-        for path in results.rglob("*.json") if results.is_dir() else ():
-            sys.stdout.buffer.write((path.parent / read_sidecar(path)["files"][0]).read_bytes())
+        written = [path for path in results.rglob("*") if path.is_file()]
+        mains = [path.with_name(read_sidecar(path)["files"][0]) for path in written if path.suffix == SIDECAR]
+        for path in mains or written:  # what is only degraded has no side-car
+            sys.stdout.buffer.write(path.read_bytes())
             sys.stdout.buffer.flush()
 
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from io import BytesIO
+from io import BytesIO, TextIOWrapper
 
 import numpy as np
 import pytest
@@ -255,6 +255,19 @@ def test_one_standard_output_holds_one_picture(restore, photo, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     code, out, err = restore(inputs=inputs, out="-")
     assert code == 2 and "2 inputs cannot go to one standard output" in err and out == ""
+
+
+def test_a_picture_is_degraded_from_the_standard_input_to_the_standard_output(
+    photo, tmp_path, monkeypatch, capfdbinary
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(photo.read_bytes())))
+    monkeypatch.setattr(sys, "argv", ["restore", "degrade", "-", "--task", "sr2", "-o", "-"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capfdbinary.readouterr()
+    assert stop.value.code == 0 and Image.open(BytesIO(out)).size == (8, 8), err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 @pytest.mark.parametrize("inputs", [["one"], ["one/*.png"], ["one", "-r"], ["above", "-r"]])
