@@ -62,6 +62,9 @@ def explain_errors(path: Path, kind: str, hint: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise RestoreError(f"there is no file {path}") from error
+    except PIL.Image.DecompressionBombError as error:  # the whole picture is read before any memory is planned
+        most = 2 * PIL.Image.MAX_IMAGE_PIXELS / 1e6
+        raise RestoreError(f"{path} must have at most {most:.0f} million pixels, got more; cut it in parts") from error
     except Exception as error:  # decoders raise anything for damaged files
         raise RestoreError(f"{path} is not a readable {kind} ({error}): {hint}") from error
 

@@ -104,6 +104,13 @@ def test_what_a_file_says_survives_being_read_and_written(tmp_path, suffix, bits
     assert io.list_lost(again, record) == []
 
 
+def test_a_picture_with_too_many_pixels_is_not_called_unreadable(tmp_path, monkeypatch):
+    path = write(tmp_path, ".png", make_record())
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 40)  # refused above twice as many
+    with pytest.raises(io.RestoreError, match="a.png must have at most 0 million pixels, got more; cut it in parts"):
+        io.read_image(path)
+
+
 def test_the_table_in_the_documents_is_this_one():
     assert format_table() in (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
 
