@@ -70,6 +70,12 @@ def test_links_lead_somewhere(page):
     assert not missing
 
 
+def test_programs_that_the_documents_name_exist():
+    texts = (page.read_text(encoding="utf-8") for page in PAGES)
+    named = {name for text in texts for name in re.findall(r"\b(?:tests|benchmarks)/[\w/]+\.py\b", text)}
+    assert len(named) > 3 and not [name for name in named if not (ROOT / name).is_file()]
+
+
 def test_commands_beside_those_of_other_repositories_are_understood():
     """They need downloaded weights, so only their options, task and settings are checked."""
     blocks = re.findall(r"^```sh\n(.*?)^```$", COMING_FROM.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)

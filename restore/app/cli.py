@@ -130,6 +130,7 @@ def run(
 
 @app.command()
 def degrade(
+    context: typer.Context,
     inputs: options.Inputs,
     task: options.Task,
     out: options.Out,
@@ -154,14 +155,16 @@ def degrade(
     selected = load_task(task, settings, mask=mask, kernel=kernel, **masks)
     known = ["sigma", *operators.operator_options(selected.config["name"])]
     check_known(settings, known, f"task {task} has no setting")
+    quiet = str(out) == "-"
+    names, out = context.with_resource(files.bind_standard_streams(names, out, recursive))
     photos = files.find_photos(names, out, png=png, recursive=recursive)
     passed_over = files.explain_passed_over(names, out, recursive)
-    options.print_outcomes(degrade_files(photos, selected, seed=seed, overwrite=overwrite), passed_over=passed_over)
+    options.print_outcomes(degrade_files(photos, selected, seed=seed, overwrite=overwrite), quiet, passed_over)
 
 
 @app.command()
 def generate(
-    out: options.Out,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the samples.")],
     n: Annotated[int, typer.Option("-n", min=1, help="Number of images.")] = 4,
     backbone: options.Backbone = "embedded",
     pag_scale: Annotated[float, typer.Option(help="PAG scale s, 0 is off.")] = 0.0,
@@ -191,10 +194,11 @@ def generate(
     """Sample images from a prior: `restore generate -n 16 --pag-scale 1 -o samples/`."""
     from restore import restorer
     from restore.app.progress import Progress
-    from restore.app.samples import generate_files
+    from restore.app.samples import generate_files, require_folder
     from restore.guidance import CFG
     from restore.method import find_generation
 
+    require_folder(out)
     classes = options.parse_labels(labels)
     if guidance is not None and cfg_scale:
         raise RestoreError("give either guidance= or cfg_scale=, not both")

@@ -85,7 +85,7 @@ def find_photos(inputs: Sequence[str | Path], out: str | Path, png=False, recurs
     """
     photos = []
     for group, target in _group_inputs(inputs, Path(out), recursive):
-        photos += choose_targets(expand_inputs(group), target, png=png)
+        photos += choose_targets(group, target, png=png)
     if len(photos) == 1:  # in a folder every photo keeps its format
         io.check_source(photos[0].source, photos[0].target)
     return photos
@@ -104,12 +104,14 @@ def bind_standard_streams(inputs: Sequence[str], out: Path, recursive=False) -> 
             source.write_bytes(sys.stdin.buffer.read())
             names[names.index("-")] = str(source.rename(source.with_suffix(f".{io.detect_format(source).lower()}")))
         if str(out) == "-":
-            count = sum(len(expand_inputs(group)) for group, _ in _group_inputs(names, results, recursive))
+            count = sum(len(group) for group, _ in _group_inputs(names, results, recursive))
             if count > 1:
                 raise RestoreError(f"the results of {count} inputs cannot go to one standard output; name a folder")
         yield names, results if str(out) == "-" else out
-        for path in results.rglob("*.json") if results.is_dir() else ():
-            sys.stdout.buffer.write((path.parent / read_sidecar(path)["files"][0]).read_bytes())
+        written = [path for path in results.rglob("*") if path.is_file()]
+        mains = [path.with_name(read_sidecar(path)["files"][0]) for path in written if path.suffix == SIDECAR]
+        for path in mains or written:  # what is only degraded has no side-car
+            sys.stdout.buffer.write(path.read_bytes())
             sys.stdout.buffer.flush()
 
 
@@ -120,7 +122,7 @@ def check_outputs(photos: Sequence[Photo], outputs: Iterable[Sequence[Path]], ov
     (a.png's mean and a-mean.png), if it is an input, or, without `overwrite`, if no side-car of this program names it.
     Photos whose outputs have too long names, see `check_names`, write nothing; it is an error if there is no other.
     """
-    sources = {photo.source.resolve() for photo in photos}
+    sources = {_fold(photo.source) for photo in photos}
     writers: dict[str, Photo] = {}
     unnamed: list[RestoreError] = []
     for photo, paths in zip(photos, outputs, strict=True):
@@ -130,14 +132,19 @@ def check_outputs(photos: Sequence[Photo], outputs: Iterable[Sequence[Path]], ov
             unnamed.append(error)
             continue
         for path in paths:
-            other = writers.setdefault(str(path.resolve()).casefold(), photo)  # some file systems ignore case
+            other = writers.setdefault(_fold(path), photo)
             if other is not photo:
                 raise RestoreError(f"{other.source} and {photo.source} would both write {path}; rename one")
-            if path.resolve() in sources:
+            if _fold(path) in sources:
                 raise RestoreError(f"{photo.source} would overwrite the input {path}; choose another output folder")
         check_owned(paths, photo.sidecar, photo.target, overwrite)
     if unnamed and len(unnamed) == len(photos):
         raise unnamed[0]
+
+
+def _fold(path: Path) -> str:
+    """What two names of one file share: some file systems ignore case."""
+    return str(path.resolve()).casefold()
 
 
 def check_names(photo: Photo, paths: Iterable[Path]) -> None:
@@ -178,6 +185,19 @@ def is_finished(
     raise RestoreError(f"{photo.target} is another result ({reason}); try overwrite=True or another output folder")
 
 
+@contextmanager
+def remove_replaced(sidecar: Path, sources: Collection[Path]) -> Iterator[None]:
+    """Remove, if the block has replaced a result, the pictures of the former one that the new one lacks, such as its
+    other samples. Those that were changed since, and `sources`, the inputs of the run, are kept."""
+    before = (read_sidecar(sidecar) or {}).get("written") or {}
+    yield
+    after = (read_sidecar(sidecar) or {}).get("written") or {}
+    for name in before.keys() - after.keys():
+        path = sidecar.with_name(Path(name).name)
+        if path.resolve() not in sources and disk.has_hash(path, before[name]):
+            path.unlink()
+
+
 def _is_as_written(path: Path, digest: str | None) -> bool:
     if digest is not None:
         return disk.has_hash(path, digest)
@@ -190,18 +210,37 @@ def _is_as_written(path: Path, digest: str | None) -> bool:
 def expand_inputs(paths: Iterable[str | Path]) -> list[Path]:
     """Return the image files of files, folders (without their sub-folders) and glob patterns.
 
-    In the order given, folders and patterns sorted by name, every file once, without hidden files. Raises RestoreError
-    if a file is missing or a folder or pattern has no image.
+    In the order given, folders and patterns sorted by name, every file once, without hidden files and results of other
+    files among them. Raises RestoreError if a file is missing or a folder or pattern has no image.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for path in map(Path, paths):
-        matches = [path] if os.path.isfile(path) else filter_images(_list_files(path))
+        matches = [path] if os.path.isfile(path) else _drop_results(filter_images(_list_files(path)))
         if not matches:
             raise RestoreError(f"an input must be an image, or a folder or pattern with images, got {path}")
-        found.update(dict.fromkeys(matches))
+        for match in matches:
+            found.setdefault(_locate(match), match)
     if not found:
         raise RestoreError("no input image given; name files, folders or patterns")
-    return list(found)
+    return list(found.values())
+
+
+def _locate(path: Path) -> Path:
+    """A file's place, by whichever links to its folder it was found; a link of another name is another photo."""
+    return path.parent.resolve() / path.name
+
+
+def _drop_results(paths: list[Path]) -> list[Path]:
+    """Drop the files that a side-car beside them names as results of another one of `paths`: the output folder of an
+    earlier run was the folder of its inputs."""
+    results, sources = set(), set(paths)
+    for folder in dict.fromkeys(path.parent for path in paths):
+        for sidecar in folder.glob("*.json"):
+            content = read_sidecar(sidecar) or {}
+            source, names = str(content.get("input")), [str(name) for name in content.get("files", ())]
+            if source not in names and folder / source in sources:  # or the input was a file of another folder
+                results |= {folder / name for name in names}
+    return [path for path in paths if path not in results]
 
 
 def explain_passed_over(inputs: Iterable[str | Path], out: str | Path | None, recursive: bool = False) -> str | None:
@@ -209,18 +248,21 @@ def explain_passed_over(inputs: Iterable[str | Path], out: str | Path | None, re
 
     Hidden files, side-cars and other text files, and the folder `out` are not mentioned.
     """
-    out, files, folders = Path(os.devnull if out is None else out).resolve(), [], []
+    out, files, folders, closed = Path(os.devnull if out is None else out).resolve(), [], [], []
     for path in map(Path, inputs):
         folder = os.path.isdir(path)
         groups = [below for below, _ in _list_folders(path, out)] if recursive and folder else [path]
+        if recursive and folder:
+            closed += [item.name for item in path.rglob("*") if os.path.isdir(item) and not os.access(item, os.R_OK)]
         for item in (item for group in groups for item in _list_files(group)):
             if item.name[0] == "." or item.suffix.lower() in SIDECAR_SUFFIXES:
                 continue
-            if item.is_file() and not is_image(item):
+            if os.path.isfile(item) and not is_image(item):
                 files.append(item.name)
-            elif folder and not recursive and item.is_dir() and item.resolve() != out and not _holds_results(item):
-                folders += [item.name] * any(filter_images(item.iterdir()))
+            elif folder and not recursive and os.path.isdir(item) and item.resolve() != out:
+                folders += [item.name] * (any(filter_images(_list_folder(item))) and not _holds_results(item))
     kinds = {"no picture that can be read": files, "sub-folders: give recursive=True": folders}
+    kinds["sub-folders that cannot be read"] = closed
     parts = [f"{', '.join(n[:5])}{', ...' * (len(n) > 5)} ({len(n)}; {why})" for why, n in kinds.items() if n]
     return f"passed over: {'; '.join(parts)}" if parts else None
 
@@ -256,31 +298,49 @@ def make_writable_folder(folder: Path) -> None:
     trial.unlink(missing_ok=True)
 
 
-def _group_inputs(inputs: Sequence[str | Path], out: Path, recursive: bool) -> list[tuple[Sequence[str | Path], Path]]:
-    """Inputs with the folder, `out` or one below it, that their results go to."""
+def _group_inputs(inputs: Sequence[str | Path], out: Path, recursive: bool) -> list[tuple[list[Path], Path]]:
+    """The image files of inputs, each once, with the folder, `out` or one below it, that their results go to."""
     if not (recursive and inputs):
-        return [(inputs, out)]
-    return [([group], out / below) for path in inputs for group, below in _list_folders(Path(path), out)]
+        return [(expand_inputs(inputs), out)]
+    groups, seen = [], set()
+    for folder, below in (pair for path in inputs for pair in _list_folders(Path(path), out)):
+        group = [path for path in expand_inputs([folder]) if _locate(path) not in seen]
+        seen |= set(map(_locate, group))
+        groups += [(group, out / below)] if group else []
+    return groups
 
 
 def _list_files(path: Path) -> list[Path]:
-    """What a folder or a pattern names, sorted."""
-    return sorted(path.iterdir() if os.path.isdir(path) else map(Path, glob.glob(str(path), recursive=True)))
+    """What a folder or a pattern names, sorted. Raises RestoreError for a folder that cannot be read."""
+    if os.path.isdir(path):
+        return _list_folder(path, named=True)
+    return sorted(map(Path, glob.glob(str(path), recursive=True)))
+
+
+def _list_folder(folder: Path, named: bool = False) -> list[Path]:
+    """What a folder holds, sorted. One that cannot be read, as lost+found, holds nothing, or, if it is the one that the
+    user named, raises RestoreError."""
+    try:
+        return sorted(folder / name for name in os.listdir(folder))
+    except OSError as error:
+        if not named:
+            return []
+        raise RestoreError(f"cannot read the folder {folder}: {disk.describe_os_error(error)}") from error
 
 
 def _list_folders(path: Path, out: Path) -> list[tuple[Path, Path]]:
     """The folders with images from `path` down, without `out`, and their paths relative to it; `path` if none has."""
-    below = sorted(folder for folder in path.rglob("*") if folder.is_dir()) if path.is_dir() else []
+    below = sorted(folder for folder in path.rglob("*") if os.path.isdir(folder)) if os.path.isdir(path) else []
     below = [folder for folder in below if not any(p.startswith(".") for p in folder.relative_to(path).parts)]
     if path.resolve() in out.resolve().parents:  # results inside of the inputs are not restored again
         below = [folder for folder in below if out.resolve() not in (folder.resolve(), *folder.resolve().parents)]
     below = [folder for folder in below if not _holds_results(folder)]
-    found = [folder for folder in (path, *below) if folder.is_dir() and filter_images(folder.iterdir())]
+    found = [folder for folder in (path, *below) if os.path.isdir(folder) and filter_images(_list_folder(folder))]
     return [(folder, folder.relative_to(path)) for folder in found] or [(path, Path())]
 
 
 def _holds_results(folder: Path) -> bool:
     """Whether the images of a folder are all results of this program, of an earlier output folder."""
     results = {name for path in folder.glob("*.json") for name in (read_sidecar(path) or {}).get("files", ())}
-    images = filter_images(folder.iterdir())
+    images = filter_images(_list_folder(folder))
     return bool(images) and all(path.name in results for path in images)

@@ -59,6 +59,11 @@ def look(
         raise RestoreError("; ".join(failed))
 
 
+def _quote(path: Path) -> str:
+    """A path for a command; one that would be an option is told to be a file."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
+
+
 def _format_findings(source: Path, found: Findings, mask: Path | None, settings: str = "") -> list[str]:
     from restore.repair import choose_repair
 
@@ -75,14 +80,14 @@ def _format_findings(source: Path, found: Findings, mask: Path | None, settings:
         f"  JPEG    {f'quality {found.quality}' if found.jpeg else 'does not show'}",
         f"  damage  {f'{found.describe_damage()}, {where}' if found.damage else 'none found'}",
     ]
-    run, folder = f"  restore run {shlex.quote(str(source))}", "-o restored/"
+    run, folder = f"  restore run {_quote(source)}", "-o restored/"
     try:
         repair = choose_repair(found)
     except RestoreError:
         return [*lines, "  nothing found to restore; to enlarge it:", f"{run} --task sr2 {folder}"]
     single = []  # one thing alone
     if found.damage:
-        single.append(f"{run} --task inpaint --mask {shlex.quote(str(mask)) if mask else f'auto{settings}'} {folder}")
+        single.append(f"{run} --task inpaint --mask {_quote(mask) if mask else f'auto{settings}'} {folder}")
     if found.blur:
         single.append(f"{run} --task gaussian-blur std={found.blur} {folder}")
     if found.jpeg and not found.noisy:

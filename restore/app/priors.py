@@ -55,16 +55,18 @@ class PriorChooser:
         Up to the resolution of the prior of faces a face gets that prior and its class, anything else the prior of
         photos. blind: False if the photo is the truth, which must not tell what it shows: then there is no class.
         """
-        if self.only is None and max(size) > SIDE:
-            return self._choose(PHOTOS, None, f"larger than {SIDE} pixels")
+        small = max(size) <= SIDE
+        extent = f"{'up to' if small else 'larger than'} {SIDE} pixels"
+        if self.only is None and not small:
+            return self._choose(PHOTOS, None, extent)
         faces = self._plan(FACES).restorer
         if not blind:
-            return self._choose(FACES, None, f"up to {SIDE} pixels")
-        if max(size) <= SIDE and shows_face(faces, pixels, size):
+            return self._choose(FACES, None, extent)
+        if small and shows_face(faces, pixels, size):
             return self._choose(FACES, "face", "a face")
         if self.only is None:
             return self._choose(PHOTOS, None, "no face")
-        return self._choose(FACES, "photo", "no face" if max(size) <= SIDE else f"larger than {SIDE} pixels")
+        return self._choose(FACES, "photo", "no face" if small else extent)
 
     def _choose(self, name: str, label: str | None, reason: str) -> ChosenPrior:
         planner = self._plan(name)

@@ -118,13 +118,18 @@ class RestoreJob:
         """
         photos = list(photos)
         files.check_outputs(photos, [self.outputs(photo) for photo in photos], self.overwrite)
+        sources = {photo.source.resolve() for photo in photos}
         for photo in photos:
             started = time.perf_counter()
             try:
                 outcome = self._restore(photo)
+                pictures = {} if isinstance(outcome, Outcome) else outcome.encode_pictures(photo, self.degrade)
             except RestoreError as error:
                 outcome = Outcome(photo, error=str(error))
-            yield outcome if isinstance(outcome, Outcome) else self._write(photo, outcome, started)
+            if not isinstance(outcome, Outcome):
+                with files.remove_replaced(photo.sidecar, sources):
+                    outcome = self._write(photo, outcome, pictures, started)
+            yield outcome
 
     def outputs(self, photo: Photo) -> list[Path]:
         """Return every file that may be written for a photo."""
@@ -139,6 +144,7 @@ class RestoreJob:
         operator = build_for_photo(record, task, degrade=self.degrade, resampling=self.resampled)
         size = record.size if self.degrade else task.extend(record.size)
         shown = tuple(side - 2 * hidden for side, hidden in zip(size, task.margin, strict=True))
+        io.check_size(photo.target, shown)
         whole, size = size, (self.resampled.side, self.resampled.side) if self.resampled else shown
         job, note = self, [task.note]
         if self.chooser is not None:
@@ -225,7 +231,7 @@ class RestoreJob:
             raise RestoreError(plan.explain_refusal(photo.source.name))
         return plan
 
-    def _write(self, photo: Photo, restored: _Restored, started: float) -> Outcome:
+    def _write(self, photo: Photo, restored: _Restored, pictures: dict[Path, bytes], started: float) -> Outcome:
         outputs, lost = [path.name for path in self.outputs(photo)], restored.list_lost(photo)
         if restored.trajectory is not None and not restored.trajectory.guided:
             outputs.remove(photo.companion(SIGNALS, ".png").name)
@@ -234,12 +240,10 @@ class RestoreJob:
         with photo.remove_on_failure(self.samples, self.degrade, self.save_trajectory):
             # The side-car comes first: if this process is killed, it marks the files as this program's, to be redone.
             disk.write_json(photo.sidecar, sidecar)
-            restored.write_pictures(photo, self.degrade)
+            for path, content in pictures.items():
+                disk.write_bytes(path, content)
             numbers = restored.measure(photo) | {"seconds": time.perf_counter() - started}
             protocol = restored.result.protocol
-            pictures = [
-                path for path in map(photo.target.with_name, outputs) if path != photo.sidecar and path.exists()
-            ]
             written = {path.name: disk.hash_file(path) for path in pictures}
             done = {"finished": True, "written": written, "protocol": protocol}
             disk.write_json(photo.sidecar, sidecar | done | numbers)
@@ -273,27 +277,30 @@ class _Restored:
                 numbers["ssim"] = float(ssim(written, clean))
         return {key: value if value is None or math.isfinite(value) else None for key, value in numbers.items()}
 
-    def write_pictures(self, photo: Photo, degrade: bool) -> None:
-        """Write all pictures, the result last."""
+    def encode_pictures(self, photo: Photo, degrade: bool) -> dict[Path, bytes]:
+        """Return the files of all pictures, the result last."""
         result, record, y, trajectory = self.result, self.measured.record, self.measured.y, self.trajectory
-        samples = result.samples.shape[1]
+        samples, pictures = result.samples.shape[1], {}
+
+        def encode(path: Path, image: torch.Tensor, **options: Any) -> None:
+            pictures[path] = io.encode_image(path, image, **options)
+
         like = {"like": record, "colour": self.colour}
         if degrade:
-            io.write_image(photo.companion(DEGRADED), y[0].expand(3, -1, -1), like=record, exact=True)
+            encode(photo.companion(DEGRADED), y[0].expand(3, -1, -1), like=record, exact=True)
         if samples > 1:
             for k in range(1, samples):
-                io.write_image(photo.companion(f"-sample{k}"), result.samples[0, k], **like)
-            io.write_image(photo.companion(MEAN), result.mean[0], **like)
+                encode(photo.companion(f"-sample{k}"), result.samples[0, k], **like)
+            encode(photo.companion(MEAN), result.mean[0], **like)
             # A fixed scale, white for a spread of 0.5 on [-1, 1], so that maps can be compared.
-            io.write_image(photo.companion(SPREAD, ".png"), (4 * result.spread[0].mean(0, True) - 1).expand(3, -1, -1))
+            encode(photo.companion(SPREAD, ".png"), (4 * result.spread[0].mean(0, True) - 1).expand(3, -1, -1))
         if trajectory is not None and trajectory.times:
             guidance = result.protocol["method"]["guidance"] or ()
-            pictures = {TRAJECTORY: trajectory.estimates(guidance)}
+            encode(photo.companion(TRAJECTORY, ".png"), io.to_tensor(trajectory.estimates(guidance))[0])
             if trajectory.guided:
-                pictures[SIGNALS] = trajectory.guidance(guidance)
-            for ending, picture in pictures.items():
-                io.write_image(photo.companion(ending, ".png"), io.to_tensor(picture)[0])
-        io.write_image(photo.target, result.samples[0, 0], **like)
+                encode(photo.companion(SIGNALS, ".png"), io.to_tensor(trajectory.guidance(guidance))[0])
+        encode(photo.target, result.samples[0, 0], **like)
+        return pictures
 
 
 def degrade_files(photos: Iterable[Photo], task: Task, *, seed: int = 0, overwrite: bool = False) -> Iterator[Outcome]:

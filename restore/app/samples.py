@@ -16,6 +16,7 @@ from restore.app.run import OF_THE_PRIOR, Outcome
 from restore.app.trajectory import Trajectory
 from restore.guidance import Guidance
 from restore.images import io
+from restore.images.formats import PICTURE_SUFFIXES
 from restore.method import find_generation
 from restore.versions import get_version
 
@@ -48,6 +49,7 @@ def generate_files(
     if labels is not None and len(labels) not in (1, n):
         raise RestoreError(f"labels must be one class or {n}, one per image, got {len(labels)}")
     labels = None if labels is None else list(labels) * (n if len(labels) == 1 else 1)
+    require_folder(out)
     files.make_writable_folder(Path(out))
     paths = [Path(out) / f"sample-{i:04d}.png" for i in range(n)]
     places = [Photo(path.with_suffix(""), path) for path in paths]
@@ -91,6 +93,12 @@ def generate_files(
                 written = {path.name: disk.hash_file(path) for path in (paths[i], *pictures)}
                 disk.write_json(places[i].sidecar, sidecar | {"finished": True, "written": written})
             yield Outcome(places[i])
+
+
+def require_folder(out: str | Path) -> None:
+    """Raise RestoreError for what means a picture: "-", the standard output, and names of image files."""
+    if str(out) == "-" or (Path(out).suffix.lower() in PICTURE_SUFFIXES and not Path(out).is_dir()):
+        raise RestoreError(f"out must be a folder for the samples, got {out}")
 
 
 def _draw_trajectory(trajectory: Trajectory, place: Photo, described: Sequence) -> dict[Path, Any]:

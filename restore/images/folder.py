@@ -29,7 +29,7 @@ def is_image(path: Path) -> bool:
 
 def filter_images(paths: Iterable[Path]) -> list[Path]:
     """Return the image files among `paths`, see `is_image`, sorted and without hidden files."""
-    return sorted(path for path in paths if path.name[0] != "." and path.is_file() and is_image(path))
+    return sorted(path for path in paths if path.name[0] != "." and os.path.isfile(path) and is_image(path))
 
 
 def read_sidecar(path: Path) -> dict[str, Any] | None:
@@ -114,7 +114,8 @@ def read_rgb(path: str | os.PathLike) -> np.ndarray:
 def read_image_size(path: Path) -> tuple[int, int]:
     """Return (height, width) of a file as displayed, read from its header."""
     with io.open_image(path) as image:
-        rotated = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+        # Pillow's size of a TIFF file is that of the turned picture.
+        rotated = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
         return image.size if rotated else image.size[::-1]
 
 

@@ -20,23 +20,25 @@ PROPERTIES = ("grey", "alpha", "16 bits", "colour profile", "EXIF", "XMP", "reso
 
 @dataclass(frozen=True)
 class Format:
-    """A format that is written: the suffixes of its files and which of PROPERTIES they hold."""
+    """A format that is written: the suffixes of its files, which of PROPERTIES they hold, and how many pixels a side
+    has at most, None for more than anybody computes."""
 
     suffixes: tuple[str, ...]
     holds: frozenset[str]
+    longest: int | None = None
 
 
-def _holding(suffixes: str, *properties: str) -> Format:
-    return Format(tuple(suffixes.split()), frozenset(properties))
+def _holding(suffixes: str, *properties: str, longest: int | None = None) -> Format:
+    return Format(tuple(suffixes.split()), frozenset(properties), longest)
 
 
 # Without .pbm and .pfm, which hold other numbers. WebP stores grey as three equal channels; a BMP file has room for
 # alpha, which hardly any program reads.
 FORMATS = {
     "PNG": _holding(".png .apng", *PROPERTIES),
-    "JPEG": _holding(".jpg .jpeg .jpe .jfif", "grey", "colour profile", "EXIF", "XMP", "resolution"),
+    "JPEG": _holding(".jpg .jpeg .jpe .jfif", "grey", "colour profile", "EXIF", "XMP", "resolution", longest=65500),
     "TIFF": _holding(".tif .tiff", *(name for name in PROPERTIES if name != "gamma")),
-    "WEBP": _holding(".webp", "alpha", "colour profile", "EXIF", "XMP"),
+    "WEBP": _holding(".webp", "alpha", "colour profile", "EXIF", "XMP", longest=16383),
     "BMP": _holding(".bmp", "grey", "resolution"),
     "PPM": _holding(".ppm .pgm .pnm", "grey", "16 bits"),
 }

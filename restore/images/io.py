@@ -62,6 +62,9 @@ def explain_errors(path: Path, kind: str, hint: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise RestoreError(f"there is no file {path}") from error
+    except PIL.Image.DecompressionBombError as error:  # the whole picture is read before any memory is planned
+        most = 2 * PIL.Image.MAX_IMAGE_PIXELS / 1e6
+        raise RestoreError(f"{path} must have at most {most:.0f} million pixels, got more; cut it in parts") from error
     except Exception as error:  # decoders raise anything for damaged files
         raise RestoreError(f"{path} is not a readable {kind} ({error}): {hint}") from error
 
@@ -191,6 +194,15 @@ def check_source(source: Path, target: Path) -> None:
         check_readable(image, source)
         if "alpha" not in FORMATS[require_format(target)].holds and has_alpha(image):
             raise RestoreError(_explain_alpha(source, target))
+
+
+def check_size(target: Path, size: tuple[int, int]) -> None:
+    """Raise RestoreError if the format of `target` cannot hold a picture of this size (H, W)."""
+    image_format = require_format(target)
+    longest = FORMATS[image_format].longest
+    if longest is not None and max(size) > longest:
+        given = f"{size[1]} x {size[0]} for {target}; write a PNG (png=True)"
+        raise RestoreError(f"a {image_format} file must have at most {longest} pixels a side, got {given}")
 
 
 def to_tensor(image: Any, *, channels: int | None = 3, largest: float = 8.0) -> torch.Tensor:

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
+from PIL import TiffTags
 from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from restore.images.samples import name_model
 
-ORIENTATION, _EXIF_IFD, _GPS_IFD, _INTEROP, _EXIF_SIZES = 0x0112, 0x8769, 0x8825, 0xA005, (0xA002, 0xA003)
+ORIENTATION, _EXIF_IFD, _GPS_IFD, _INTEROP = 0x0112, 0x8769, 0x8825, 0xA005
+_SIZES = (0x0100, 0x0101, 0xA002, 0xA003)  # in pixels: of the first directory, and of EXIF's
 # Tags of a TIFF file that tell of the photo and not of the file: description, camera, software, date, artist, host,
 # rating, copyright, Windows's texts, EXIF and GPS.
 _TELLING = {269, 270, 271, 272, 305, 306, 315, 316, 0x4746, 0x4749, 33432, *range(40091, 40096), _EXIF_IFD, _GPS_IFD}
@@ -64,6 +67,8 @@ class Metadata:
 
 def read_metadata(image: PIL.Image.Image, exif: PIL.Image.Exif, path: Path, grey: bool) -> Metadata:
     """Return the metadata of an image that was opened from `path`. grey: whether it is read as grey."""
+    if image.format == "PNG":
+        image.load()  # text and XMP may stand behind the pixels, which are not read by Pillow if they have 16 bits
     icc, xmp, lost = image.info.get("icc_profile"), image.info.get("xmp"), []
     if icc is not None and not fits(icc, grey):
         lost.append(f"{icc[16:20].decode('ascii', 'replace').strip()} profile")
@@ -80,7 +85,8 @@ def read_metadata(image: PIL.Image.Image, exif: PIL.Image.Exif, path: Path, grey
         lost.append("comment")
     xmp = xmp.encode() if isinstance(xmp, str) else xmp if isinstance(xmp, bytes) else None
     dpi, gamma = _read_dpi(image, exif), _read_colour_chunks(path) if image.format == "PNG" else ()
-    return Metadata(icc, _clean_exif(exif, image.format), _clean_xmp(xmp), dpi, gamma, tuple(lost))
+    block, broken = _clean_exif(exif, image.format)
+    return Metadata(icc, block, _clean_xmp(xmp), dpi, gamma, (*lost, *broken))
 
 
 def fits(icc: bytes | None, grey: bool) -> bool:
@@ -105,10 +111,8 @@ def list_tiff_tags(parts: dict[str, Any]) -> dict[int, Any]:
     if "EXIF" in parts:
         exif = PIL.Image.Exif()
         exif.load(parts["EXIF"])
-        tags = {tag: exif[tag] for tag in exif if tag in _TELLING - {_EXIF_IFD, _GPS_IFD}}
-        for tag in (_EXIF_IFD, _GPS_IFD):
-            directory = {key: value for key, value in exif.get_ifd(tag).items() if key != _INTEROP}
-            tags |= {tag: directory} if directory else {}
+        tags = {tag: value for tag, value in _list_tags(exif).items() if tag in _TELLING}
+        tags.get(_EXIF_IFD, {}).pop(_INTEROP, None)
     if "resolution" in parts:
         tags |= {282: parts["resolution"][0], 283: parts["resolution"][1], 296: 2}
     return tags | {tag: parts[name] for tag, name in ((700, "XMP"), (34675, "colour profile")) if name in parts}
@@ -129,18 +133,70 @@ def list_options(image_format: str, parts: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _clean_exif(exif: PIL.Image.Exif, image_format: str | None) -> bytes | None:
-    """The EXIF block without orientation, pixel sizes and, of a TIFF file, its layout; None if there is none."""
+class _Text(str):
+    """Text of EXIF, which may be UTF-8: Pillow reads it as Latin-1 and would write ASCII; this writes its bytes."""
+
+    def encode(self, *_: str) -> bytes:
+        return super().encode("latin-1", "replace")
+
+
+def _list_tags(exif: PIL.Image.Exif) -> dict[int, Any]:
+    """The tags of an EXIF block; each of its directories, EXIF, GPS and, below EXIF, interoperability, is a mapping."""
+    tags = {tag: exif[tag] for tag in exif if tag not in (_EXIF_IFD, _GPS_IFD)}
+    tags |= {tag: dict(exif.get_ifd(tag)) for tag in (_EXIF_IFD, _GPS_IFD) if exif.get_ifd(tag)}
+    if _INTEROP in tags.get(_EXIF_IFD, {}):
+        tags[_EXIF_IFD][_INTEROP] = exif.get_ifd(_INTEROP)
+    return _keep_text(tags)
+
+
+def _keep_text(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {tag: _keep_text(item) for tag, item in value.items()}
+    return _Text(value) if isinstance(value, str) else value
+
+
+def _drop_unwritable(tags: dict[int, Any], group: int | None = None) -> list[str]:
+    """Drop the tags that Pillow does not write again, such as a negative altitude, and return their names.
+
+    group: the tag of their directory."""
+    dropped = []
+    for tag, value in list(tags.items()):
+        if isinstance(value, dict):
+            dropped += _drop_unwritable(value, tag)
+            continue
+        try:
+            trial = ImageFileDirectory_v2(group=group)
+            trial[tag] = value
+            trial.tobytes()
+        except Exception:  # whatever the value is
+            del tags[tag]
+            dropped.append(f"EXIF {TiffTags.lookup(tag, group).name}")
+    return dropped
+
+
+def _clean_exif(exif: PIL.Image.Exif, image_format: str | None) -> tuple[bytes | None, list[str]]:
+    """The EXIF block without orientation, pixel sizes and, of a TIFF file, its layout, None if there is none; and what
+    of the file's it does not hold, in words."""
     try:
-        exif.pop(ORIENTATION, None)
+        tags, dropped = _list_tags(exif), []
+        tags.pop(ORIENTATION, None)
         if image_format == "TIFF":
-            for tag in [tag for tag in exif if tag not in _TELLING or str(exif[tag]).startswith(_LAYOUTS)]:
-                del exif[tag]
-        for tag in _EXIF_SIZES:
-            exif.get_ifd(_EXIF_IFD).pop(tag, None)
-        return exif.tobytes() if len(exif) else None
-    except Exception:  # cameras write broken EXIF; the photo matters more
-        return None
+            tags = {t: value for t, value in tags.items() if t in _TELLING and not str(value).startswith(_LAYOUTS)}
+        for tag in _SIZES:
+            tags.pop(tag, None)
+            tags.get(_EXIF_IFD, {}).pop(tag, None)
+        block = PIL.Image.Exif()
+        block.endian = exif.endian  # a camera's own notes may have it too
+        block.update(tags)
+        try:
+            block.tobytes()
+        except Exception:  # cameras write broken EXIF
+            dropped = _drop_unwritable(tags)
+            block.clear()
+            block.update(tags)
+        return (block.tobytes() if tags else None), dropped
+    except Exception:  # the photo matters more
+        return None, ["EXIF"]
 
 
 def _clean_xmp(xmp: bytes | None) -> bytes | None:

@@ -17,6 +17,7 @@ OUTLYING = 3
 MOST, LEAST = 0.6, 1e-3  # share of the small pieces' pixels that are painted; of the photo's
 THIN = 1.3  # neighbours of other colours that a pixel of a line has, up to 4 pixels wide; those of a hole have less
 FRAMED = 0.5  # share of one side of the photo, from which on a piece is a frame
+BAND = 1 << 20  # pixels at a time: nobody has planned yet for the memory that a large photo takes
 
 
 def find_paint(x: torch.Tensor) -> torch.Tensor:
@@ -25,16 +26,34 @@ def find_paint(x: torch.Tensor) -> torch.Tensor:
     Each channel of such a pixel is 0 or 255, and next to its piece almost no pixel has nearly that colour, as pixels
     beside clipped light have; a frame is no damage. Compression and enlargement blend the edges: then nothing is found.
     """
-    levels = np.rint((x[0].double().cpu().numpy() + 1) * 127.5)
+    levels = np.empty(x.shape[1:], np.uint8)
+    for rows in _list_bands(levels.shape[1:]):
+        band = np.rint((x[0, :, rows].double().cpu().numpy() + 1) * 127.5)
+        levels[:, rows] = band.clip(0, 255)
     pure = ((levels == 0) | (levels == 255)).all(0)
     painted = np.zeros(pure.shape, bool)
     for colour in product((0, 255), repeat=3) if pure.any() else ():
-        apart = np.abs(levels - np.reshape(colour, (3, 1, 1)))
-        near = (apart.max(0) < APART) | (apart.min(0) == 0)  # noise is clipped in one channel or another
-        found = _find_pieces(apart.max(0), near, pure)
+        furthest, nearest = (_measure_distance(levels, colour, choose) for choose in (np.maximum, np.minimum))
+        near = (furthest < APART) | (nearest == 0)  # noise is clipped in one channel or another
+        found = _find_pieces(furthest, near, pure)
         if found.mean() >= LEAST:
             painted |= found
     return torch.from_numpy(~painted).float()[None, None]
+
+
+def _list_bands(size: tuple[int, ...]) -> list[slice]:
+    """The rows of a picture of this size (H, W), in bands of BAND pixels."""
+    height, step = size[0], max(1, BAND // size[1])
+    return [slice(top, min(top + step, height)) for top in range(0, height, step)]
+
+
+def _measure_distance(levels: np.ndarray, colour: tuple[int, ...], choose: np.ufunc) -> np.ndarray:
+    """The distance (H, W) of every pixel from a colour of 0 and 255, in the channel that is chosen; uint8 as levels."""
+    distance = None
+    for level, end in zip(levels, colour, strict=True):
+        apart = level if end == 0 else 255 - level
+        distance = apart.copy() if distance is None else choose(distance, apart, out=distance)
+    return distance
 
 
 def _find_pieces(distance: np.ndarray, near: np.ndarray, pure: np.ndarray) -> np.ndarray:
@@ -42,13 +61,19 @@ def _find_pieces(distance: np.ndarray, near: np.ndarray, pure: np.ndarray) -> np
     pure: of any such colour."""
     labels, count = nd.label(distance == 0, EIGHT)
     # A pixel beside several pieces counts for each, through every neighbour that it has in one.
-    beside, blended, total, squares = np.zeros((4, count + 1))
-    padded, others = np.pad(labels, 1), ~pure
-    for row, column in product(range(3), repeat=2):
-        at = padded[row : row + pure.shape[0], column : column + pure.shape[1]][others]
-        for sums, values in ((beside, None), (blended, near), (total, distance), (squares, distance**2)):
-            sums += np.bincount(at, None if values is None else values[others], minlength=count + 1)
-    area = np.bincount(labels.ravel(), minlength=count + 1)
+    sums = np.zeros((4, count + 1))  # of whole numbers: the same in any order
+    area = np.zeros(count + 1, int)
+    for rows in _list_bands(pure.shape):
+        area += np.bincount(labels[rows].ravel(), minlength=count + 1)
+        others, above = ~pure[rows], max(rows.start - 1, 0)
+        far = distance[rows][others].astype(float)
+        values = (None, near[rows][others], far, far**2)
+        padded = np.pad(labels[above : rows.stop + 1], ((rows.start == 0, rows.stop >= len(pure)), (1, 1)))
+        for row, column in product(range(3), repeat=2):
+            at = padded[row : row + others.shape[0], column : column + others.shape[1]][others]
+            for k, weights in enumerate(values):
+                sums[k] += np.bincount(at, weights, minlength=count + 1)
+    beside, blended, total, squares = sums
     sides = (labels[0], labels[-1], labels[:, 0], labels[:, -1])
     framed = np.max([np.bincount(side, minlength=count + 1) / len(side) for side in sides], axis=0) > FRAMED
     painted = (beside > 0) & (blended <= BLENDED * beside) & ~framed

@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from io import BytesIO
+from io import BytesIO, TextIOWrapper
 
 import numpy as np
 import pytest
@@ -93,6 +93,19 @@ def test_finished_means_the_same_input_settings_and_a_readable_result(restore, p
     assert code == 2 and "a.json does not name it" in err
 
 
+def test_pictures_of_a_replaced_result_go_with_it(restore, tmp_path):
+    """`restore evaluate` would count them; one that was changed since is somebody's work."""
+    out = tmp_path / "out"
+    assert restore("--samples", 3)[0] == 0
+    (out / "a-mean.png").write_bytes((out / "a-spread.png").read_bytes())
+    (out / "b.png").write_text("mine")
+    assert restore("--overwrite")[0] == 0
+    assert sorted(path.name for path in out.iterdir()) == ["a-mean.png", "a.json", "a.png", "b.png"]
+    before = (out / "a.png").read_bytes()  # an input of this run, and a picture of the result that it replaces
+    assert restore("--overwrite", inputs=[out / "a.png"], out=out / "a.bmp")[0] == 0
+    assert (out / "a.png").read_bytes() == before
+
+
 def test_what_an_interruption_left_is_made_again(restore, tmp_path):
     assert restore()[0] == 0
     result, sidecar = tmp_path / "out" / "a.png", tmp_path / "out" / "a.json"
@@ -175,6 +188,26 @@ def test_names_that_differ_in_case_only_collide(tmp_path):
         files.check_outputs(photos, [photo.outputs() for photo in photos])
 
 
+def test_a_result_that_differs_from_an_input_in_case_only_is_refused(tmp_path):
+    photo = files.Photo(tmp_path / "A.PNG", tmp_path / "A.png")
+    with pytest.raises(RestoreError, match="overwrite the input"):
+        files.check_outputs([photo], [photo.outputs()], overwrite=True)
+
+
+def test_a_folder_that_holds_its_results_is_continued(restore, photo, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        Image.open(photo).save(folder / name)
+    for again in (False, True):
+        code, out, err = restore("--png", "--samples", 2, inputs=[folder], out=folder)
+        assert code == 0 and out.count("finished before") == 2 * again, err
+    assert len(files.expand_inputs([folder / "*.png"])) == 8  # nothing else was meant
+    (folder / "b.jpg").unlink()
+    names = [path.name for path in files.expand_inputs([folder])]
+    assert names == ["a.jpg", "b-mean.png", "b-sample1.png", "b-spread.png", "b.png"]
+
+
 def test_what_a_killed_process_was_writing_is_removed(restore, photo, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -222,6 +255,19 @@ def test_one_standard_output_holds_one_picture(restore, photo, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     code, out, err = restore(inputs=inputs, out="-")
     assert code == 2 and "2 inputs cannot go to one standard output" in err and out == ""
+
+
+def test_a_picture_is_degraded_from_the_standard_input_to_the_standard_output(
+    photo, tmp_path, monkeypatch, capfdbinary
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(photo.read_bytes())))
+    monkeypatch.setattr(sys, "argv", ["restore", "degrade", "-", "--task", "sr2", "-o", "-"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capfdbinary.readouterr()
+    assert stop.value.code == 0 and Image.open(BytesIO(out)).size == (8, 8), err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 @pytest.mark.parametrize("inputs", [["one"], ["one/*.png"], ["one", "-r"], ["above", "-r"]])

@@ -72,6 +72,14 @@ def test_commands_proposed_by_look_run(command, damaged, tmp_path):
     assert known[30:60, 20:22].mean() < 235  # the scratch is gone
 
 
+def test_a_name_with_a_leading_dash_is_no_option_of_a_proposed_command(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-a.png").write_bytes(FACE.read_bytes())
+    _, out, _ = command("look", ".")
+    commands = [line.split() for line in out.splitlines() if line.lstrip().startswith("restore run")]
+    assert commands and all(words[2] == "./-a.png" for words in commands)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

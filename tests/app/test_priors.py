@@ -51,3 +51,10 @@ def test_what_may_be_a_face_or_not_is_a_photo(faces):
     assert abs(measure_face(faces, noisy, SIZE)) < MARGIN and not shows_face(faces, noisy, SIZE)
     choose = PriorChooser({FACES: faces}.__getitem__, only=FACES).choose
     assert choose(noisy, SIZE).label == "photo" and choose(read("astronaut-face-64.png"), SIZE).label == "face"
+
+
+@pytest.mark.parametrize(("side", "reason"), [(64, "up to 64 pixels"), (96, "larger than 64 pixels")])
+def test_the_reason_of_a_prior_that_is_given_by_the_options_is_true(faces, side, reason):
+    chooser = PriorChooser(lambda name: faces, FACES)
+    chosen = chooser.choose(torch.zeros(1, 3, side, side), (side, side), blind=False)
+    assert chosen.reason == f"prior: {FACES}, {reason}"

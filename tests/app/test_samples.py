@@ -12,6 +12,13 @@ def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.parametrize("out", ["-", "sample.png", "sample.jpg"])
+def test_what_means_a_picture_is_no_folder_for_samples(command, tmp_path, out):
+    code, _, err = command("generate", "-n", 1, "-o", out)
+    assert code == 2 and err.strip() == f"restore: --out must be a folder for the samples, got {out}"
+    assert not list(tmp_path.iterdir())
+
+
 def test_finished_samples_stay_and_more_are_added(command, tmp_path):
     arguments = ["generate", "--steps", 1, "--batch-size", 2, "-o", "samples"]
     code, out, err = command(*arguments, "-n", 1)

@@ -1,12 +1,14 @@
 """Pixels that are missing or painted over are found exactly, and nothing in photos that have none."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from operators import RestoreError
-from restore.images import io
+from restore.images import io, paint
 from restore.images.findings import inspect_photo
 from restore.images.masks import Mask
 from restore.images.paint import find_paint
@@ -79,6 +81,30 @@ def test_a_hole_in_a_noisy_photo(levels):
     missing[100:140, 200:240] = True
     noisy = levels + 25 * np.random.default_rng(0).standard_normal(levels.shape)
     assert np.array_equal(find(draw(noisy, missing, (255, 255, 255))), missing)
+
+
+def test_bands_of_rows_change_nothing(levels, monkeypatch):
+    random = np.random.default_rng(0)
+    picture = draw(levels, random.random(levels.shape[1:]) < 0.3, (255, 255, 255))
+    picture = draw(picture, random.random(levels.shape[1:]) < 0.1, (0, 0, 255))
+    picture[:, 60:90, 200:300] = 0
+    whole = find(picture)
+    assert whole.mean() > 0.3
+    for pixels in (1, 5000):
+        monkeypatch.setattr(paint, "BAND", pixels)
+        assert np.array_equal(find(picture), whole)
+
+
+def test_a_large_photo_takes_little_memory(levels, monkeypatch):
+    """It is looked at before the memory of its restoration is planned."""
+    monkeypatch.setattr(paint, "BAND", 1 << 14)
+    picture = torch.from_numpy(draw(levels, levels[0] > 240, (255, 255, 255))).float()[None] / 127.5 - 1
+    tracemalloc.start()
+    try:
+        find_paint(picture)
+        assert tracemalloc.get_traced_memory()[1] < 30 * picture[0, 0].numel()
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_photo_with_missing_pixels_is_filled_in(levels, tmp_path):
