@@ -6,6 +6,9 @@ Esser et al. 2021), `interpret_encoder` and `interpret_decoder` compute with the
 
 from __future__ import annotations
 
+import sys
+import types
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -178,3 +181,15 @@ def interpret_decoder(s, z, levels=2, depth=2):
         if i > 0:
             h = _affine(s, f"decoder.up.{i}.upsample.conv", F.interpolate(h, scale_factor=2.0, mode="nearest"))
     return _affine(s, "decoder.conv_out", F.silu(_affine(s, "decoder.norm_out", h)))
+
+
+@contextmanager
+def trainers_callbacks(monkeypatch):
+    """Within the block there is the training library's class that published checkpoints name; yields what they hold."""
+    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, module.__name__, module)
+        for parent in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+            patch.setitem(sys.modules, parent, types.ModuleType(parent))
+        yield {module.ModelCheckpoint: {"best_model_score": 0.1}}

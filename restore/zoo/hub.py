@@ -10,11 +10,11 @@ from restore import disk
 from restore.zoo.registry import Hub
 
 # Files of a pipeline outside the registry: no second copies in other precisions and formats.
-PIPELINE_FILES = ("*.json", "*.txt", "*model.safetensors", "*model-*-of-*.safetensors", "*spiece.model")
+_CONFIGURATION, _WEIGHTS = ("*.json", "*.txt", "*spiece.model"), ("*model.safetensors", "*model-*-of-*.safetensors")
+PIPELINE_FILES = (*_CONFIGURATION, *_WEIGHTS)
 PICKLES = ("*model.bin", "*model-*-of-*.bin")  # where there are no safetensors
 UNUSED = ("safety_checker/*",)
 _NETWORKS = ("unet", "transformer", "vae")
-_SHARD = re.compile(r".*model(?:\.\w+)?-\d+-of-(\d+)\.(?:safetensors|bin)")
 
 
 def list_transport_errors() -> tuple[type[Exception], ...]:
@@ -50,13 +50,13 @@ def fetch_snapshot(hub: Hub, offline: bool) -> Path | None:
 def fetch_pipeline(hub: Hub, offline: bool, variant: str | None = None) -> Path | None:
     """Return the folder of a pipeline or network outside the registry, as `fetch_snapshot` does; variant: of the files'
     names, such as "fp16". Pickles, or weights without the variant, are fetched where the hub has no others."""
-    first = [name.replace("model", f"model.{variant}") if variant else name for name in PIPELINE_FILES[2:4]]
-    files = (*PIPELINE_FILES[:2], *first, *PIPELINE_FILES[4:])
+    own = [name.replace("model", f"model.{variant}") if variant else name for name in _WEIGHTS]
+    files = (*_CONFIGURATION, *own)
     folder = fetch_snapshot(Hub(hub.repo, hub.revision, files), offline)
     if folder is not None and not is_whole(folder, variant):
         if offline:
             return None
-        folder = fetch_snapshot(Hub(hub.repo, hub.revision, (*files, *PIPELINE_FILES, *PICKLES)), offline)
+        folder = fetch_snapshot(Hub(hub.repo, hub.revision, (*files, *_WEIGHTS, *PICKLES)), offline)
     return folder
 
 
@@ -69,11 +69,10 @@ def is_whole(folder: Path, variant: str | None = None) -> bool:
 
 
 def _has_weights(folder: Path, variant: str | None) -> bool:
-    names = [path.name for path in folder.iterdir() if (f".{variant}" in path.name) == (variant is not None)]
-    shards = [match for name in names if (match := _SHARD.fullmatch(name))]
-    whole = any(name.endswith(("model.safetensors", "model.bin")) for name in names)
-    whole = whole or any(name.endswith((f"model.{variant}.safetensors", f"model.{variant}.bin")) for name in names)
-    return whole or any(len(shards) >= int(match[1]) for match in shards)
+    tag = rf"\.{re.escape(variant)}" if variant else ""
+    file = re.compile(rf".*model{tag}(?:-\d+-of-(?P<shards>\d+))?\.(?:safetensors|bin)")
+    found = [match for path in folder.iterdir() if (match := file.fullmatch(path.name))]
+    return any(match["shards"] is None or len(found) >= int(match["shards"]) for match in found)
 
 
 def query_hub_size(hub: Hub) -> int | None:

@@ -19,6 +19,7 @@ from tiny_ldm import (
     save_ldm,
     tiny_autoencoder,
     tiny_unet,
+    trainers_callbacks,
 )
 
 import operators
@@ -294,18 +295,10 @@ def test_wrong_files_are_refused(tmp_path, monkeypatch):
 
 def test_a_checkpoint_with_the_trainers_callbacks_is_read(tmp_path, monkeypatch):
     """The published files name a class of the training library; nothing of it is imported."""
-    import sys
-    import types
-
     content, *_ = checkpoint(ema=False)
-    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
-    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, module.__name__, module)
-        for parent in ("pytorch_lightning", "pytorch_lightning.callbacks"):
-            patch.setitem(sys.modules, parent, types.ModuleType(parent))
+    with trainers_callbacks(monkeypatch) as callbacks:
         buffer = io.BytesIO()
-        torch.save({**content, "callbacks": {module.ModelCheckpoint: {"best_model_score": 0.1}}}, buffer)
+        torch.save({**content, "callbacks": callbacks}, buffer)
     (tmp_path / "model.ckpt").write_bytes(buffer.getvalue())
     assert b"pytorch_lightning" in buffer.getvalue()
     assert LatentDiffusion.load(tmp_path / "model.ckpt").channels == 3

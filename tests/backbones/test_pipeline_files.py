@@ -4,13 +4,12 @@ import gc
 import json
 import pickle
 import shutil
-import sys
-import types
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
+from tiny_ldm import trainers_callbacks
 from tiny_sd import SCHEDULER, save_folder, save_single_file, tiny_text_encoder, tiny_vae
 from transformers import CLIPTextModel
 
@@ -86,13 +85,7 @@ def test_half_precision_leaves_the_vae_in_float32(folder, latent):
 
 
 def test_a_checkpoint_with_the_trainers_callbacks_is_read(folder, tmp_path, latent, monkeypatch):
-    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
-    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, module.__name__, module)
-        for parent in ("pytorch_lightning", "pytorch_lightning.callbacks"):
-            patch.setitem(sys.modules, parent, types.ModuleType(parent))
-        callbacks = {module.ModelCheckpoint: {"best_model_score": 0.1}}
+    with trainers_callbacks(monkeypatch) as callbacks:
         path = save_single_file(tmp_path / "model.ckpt", folder, callbacks=callbacks)
     single = StableDiffusion.load(path, config=folder, offline=True)
     assert relative(single.decode(latent), StableDiffusion.load(folder).decode(latent)) < 1e-6
